@@ -1,0 +1,104 @@
+"""One dataclass on top of TRL's: the fields of VA-OPD, and TRL's defaults moved to the paper's (arXiv 2605.21924)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DistillationConfig
+
+from .objective import WEIGHTINGS
+
+
+@dataclass
+class VAOPDConfig(DistillationConfig):
+    r"""
+    Configuration of [`VAOPDTrainer`].
+
+    Every other field is TRL's. The default of each field is the paper's value for 8B -> 2B on Geometry3K: 16 prompts
+    times 4 rollouts an update, which is `per_device_train_batch_size * gradient_accumulation_steps * processes = 64`.
+
+    Parameters:
+        > Parameters that control the objective
+
+        weighting (`str`, *optional*, defaults to `"va"`):
+            `"va"` is VA-OPD; `"rollout"` and `"token"` keep only rollout weights or only token groups (Fig. 4a);
+            `"none"` is Standard OPD, which also scores and logs VA but does not use it.
+        num_generations (`int`, *optional*, defaults to `4`):
+            K, rollouts of one prompt (Eq. 3).
+        degradation_ratio (`float`, *optional*, defaults to `0.1`):
+            Side of the pixelated view as a share of the image's side (Section 3.1).
+        pixelate_at (`str`, *optional*, defaults to `"model"`):
+            `"model"` brings the image to the size at which the model sees it and pixelates there; `"raw"` pixelates
+            the image as it comes, which leaves fewer cells when the processor enlarges images.
+        rollout_temperature (`float`, *optional*, defaults to `1.0`):
+            tau, temperature of the softmax over siblings (Eq. 4).
+        va_eps (`float`, *optional*, defaults to `1e-6`):
+            epsilon beside the standard deviation (Eq. 3).
+        top_fraction (`float`, *optional*, defaults to `0.2`):
+            p_v, share of a rollout's tokens in the high-VA group (Eq. 5).
+        high_weight (`float`, *optional*, defaults to `0.5`):
+            lambda, share of a rollout's weight that the high-VA group carries (Eq. 5).
+        random_ties (`bool`, *optional*, defaults to `False`):
+            Draw tokens of equal VA at random instead of in token order. Not in the paper.
+        va_floor (`float`, *optional*):
+            Rollouts with a mean VA below this have their tokens weighted alike. Off by default, as in the paper.
+        kl_temperature (`float`, *optional*, defaults to `1.0`):
+            Softmax temperature of both models in the KL (TRL uses `temperature` for sampling and loss).
+
+        > Parameters that control prompts and logs
+
+        max_prompt_length (`int`, *optional*, defaults to `8192`):
+            A longer prompt is an error: cutting it would cut image tokens.
+        doctor_steps (`int`, *optional*, defaults to `50`):
+            Print the line of health figures at the first log and about every so many steps. `0` turns it off.
+    """
+
+    weighting: str = field(
+        default="va", metadata={"help": "Objective.", "choices": list(WEIGHTINGS)}
+    )
+    num_generations: int = field(default=4, metadata={"help": "K, rollouts of one prompt."})
+    degradation_ratio: float = field(default=0.1, metadata={"help": "Side of the pixelated view, as a share."})
+    pixelate_at: str = field(
+        default="model", metadata={"help": "Size at which images are pixelated.", "choices": ["model", "raw"]}
+    )
+    rollout_temperature: float = field(default=1.0, metadata={"help": "tau, softmax over siblings."})
+    va_eps: float = field(default=1e-6, metadata={"help": "epsilon beside the standard deviation."})
+    top_fraction: float = field(default=0.2, metadata={"help": "p_v, share of tokens in the high-VA group."})
+    high_weight: float = field(default=0.5, metadata={"help": "lambda, weight share of the high-VA group."})
+    random_ties: bool = field(default=False, metadata={"help": "Draw tokens of equal VA at random."})
+    va_floor: float | None = field(default=None, metadata={"help": "Uniform tokens below this mean VA."})
+    kl_temperature: float = field(default=1.0, metadata={"help": "Softmax temperature in the KL."})
+    max_prompt_length: int = field(default=8192, metadata={"help": "A longer prompt is an error."})
+    doctor_steps: int = field(default=50, metadata={"help": "Steps between health lines; 0 = off."})
+
+    # TRL's and transformers' fields whose default is moved to the paper's value
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature of the rollouts."})
+    top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling of the rollouts."})
+    max_completion_length: int | None = field(default=4096, metadata={"help": "Longest rollout in tokens."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the prompts."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Of the schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up, in steps or as a share below 1."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, valid, rule in (
+            ("weighting", self.weighting in WEIGHTINGS, f"must be one of {', '.join(WEIGHTINGS)}"),
+            ("pixelate_at", self.pixelate_at in ("model", "raw"), "must be model or raw"),
+            ("num_generations", self.num_generations >= 1, "must be at least 1"),
+            ("degradation_ratio", 0 < self.degradation_ratio <= 1, "must be in (0, 1]"),
+            ("rollout_temperature", self.rollout_temperature > 0, "must be above 0"),
+            ("va_eps", self.va_eps > 0, "must be above 0"),
+            ("top_fraction", 0 < self.top_fraction <= 1, "must be in (0, 1]"),
+            ("high_weight", 0 <= self.high_weight <= 1, "must be in [0, 1]"),
+            ("kl_temperature", self.kl_temperature > 0, "must be above 0"),
+            ("beta", self.beta == 1.0, "must be 1.0: the paper's divergence is the reverse KL"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
+        if self.num_generations == 1 and self.weighting in ("va", "rollout"):
+            raise ValueError(
+                f"num_generations=1 leaves rollout weights without siblings to compare: set num_generations to 2 or "
+                f"more, or weighting to 'token' or 'none' (got weighting={self.weighting!r})"
+            )

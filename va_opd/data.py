@@ -1,0 +1,358 @@
+"""Data of the paper and the embedded digits, as rows in TRL's format.
+
+A row has `prompt` (messages), `images` (list of PIL images, empty for text), `answer` and `id`; digits also have
+`response`, the sentence a tiny model is first taught to say. Needs `common/` for fingerprints and the tiny models.
+
+    python -m va_opd.data teacher FOLDER      # trains the tiny teacher of the `tiny` preset on digits, once
+    python -m va_opd.data base FOLDER         # the same for its student before distillation
+"""
+
+import argparse
+import io
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Image, Sequence, load_dataset
+from PIL import Image as PILImage
+from PIL import ImageOps
+from transformers import TrainerCallback
+
+MIN_PIXELS, MAX_PIXELS = 262_144, 4_194_304  # image budget of the paper's framework
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set of the paper is, and how many rows its splits have."""
+
+    hub_id: str
+    rows: dict[str, int]
+
+
+SOURCES = {
+    "geo3k": Source("hiyouga/geometry3k", {"train": 2101, "validation": 300, "test": 601}),
+    "virl39k": Source("PAPOGalaxy/PAPO_ViRL39K_train", {"train": 38870}),
+}
+
+
+def load_rows(
+    source: str,
+    split: str,
+    limit: int | None = None,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+    template: str = "{problem}",
+    num_proc: int | None = None,
+) -> Dataset:
+    """Rows of a split of `source`: a hub id, or a local folder or file (parquet, json, jsonl) of the same columns.
+
+    Columns read: `problem` (or `question`; `<image>` marks where an image stands), `images` (or `image`; paths are
+    relative to the folder), `answer`, `id` (else the row number). `template` wraps the problem; the paper adds nothing.
+    Raises `ValueError` naming the source, the column or the image that is at fault, and the remedy.
+    """
+    dataset = _load_split(source, split)
+    dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
+    dataset = _standard_columns(dataset, source)
+    _check_images(dataset, source, num_proc)
+    dataset = dataset.map(
+        lambda row: {"prompt": _messages(template.replace("{problem}", row["problem"]), len(row["images"]))},
+        desc=f"prompts of {split}",
+    )
+    dataset = dataset.cast_column("images", Sequence(Image()))
+    return dataset.with_transform(_budget_transform(min_pixels, max_pixels))
+
+
+def validation_ids(dataset: Dataset, size: int = 200, seed: int = 42) -> list[int]:
+    """Indices of the validation problems on which checkpoints are chosen: a seeded draw, sorted.
+
+    The paper holds 200 problems out but does not publish them; like the author release, they are drawn from the
+    official validation rows with seed 42.
+    """
+    if len(dataset) < size:
+        raise ValueError(f"validation split has {len(dataset)} rows, fewer than validation_size={size}")
+    return sorted(random.Random(seed).sample(range(len(dataset)), size))
+
+
+def fit_budget(image: PILImage.Image, min_pixels: int, max_pixels: int) -> PILImage.Image:
+    """The image upright, in RGB, and scaled, its aspect kept, until its area lies within the budget in pixels."""
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    area = image.width * image.height
+    scale = (max_pixels / area) ** 0.5 if area > max_pixels else max(1.0, (min_pixels / area) ** 0.5)
+    if scale == 1.0:
+        return image
+    return image.resize([max(1, int(side * scale)) for side in image.size], PILImage.Resampling.BICUBIC)
+
+
+def _budget_transform(min_pixels: int, max_pixels: int) -> Callable[[dict], dict]:
+    def transform(batch: dict) -> dict:
+        if "images" in batch:
+            batch["images"] = [[fit_budget(i, min_pixels, max_pixels) for i in images] for images in batch["images"]]
+        if "prompt" in batch:  # a column of mixed parts comes back with "text": None on image parts
+            batch["prompt"] = [
+                [{**m, "content": [{k: v for k, v in part.items() if v is not None} for part in m["content"]]} for m in prompt]
+                for prompt in batch["prompt"]
+            ]
+        return batch
+
+    return transform
+
+
+def _load_split(source: str, split: str) -> Dataset:
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            return load_dataset(str(path), split=split)
+        if path.is_file():
+            builder = "parquet" if path.suffix == ".parquet" else "json"
+            return load_dataset(builder, data_files=str(path), split="train")
+        return load_dataset(source, split=split)
+    except Exception as error:
+        where = "local data" if path.exists() else "no local path, and the hub gave no data set of this name"
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"data {source!r}, split {split!r}: {where} ({first_line}); set data to a hub id or a folder") from error
+
+
+def _standard_columns(dataset: Dataset, source: str) -> Dataset:
+    for names in (("problem", "question"), ("images", "image"), ("answer",)):
+        found = next((name for name in names if name in dataset.column_names), None)
+        if found is None:
+            raise ValueError(
+                f"data {source!r} has no column {' or '.join(names)!r}, only {', '.join(dataset.column_names)}: "
+                "rename the column"
+            )
+        if found != names[0]:
+            dataset = dataset.rename_column(found, names[0])
+    ids = dataset["id"] if "id" in dataset.column_names else range(len(dataset))
+    ids = [str(i) for i in ids]
+    folder = Path(source).expanduser() if Path(source).expanduser().is_dir() else Path(source).expanduser().parent
+    dataset = dataset.select_columns(["problem", "images", "answer"]).add_column("id", ids)
+    feature = dataset.features["images"]
+    if isinstance(feature, Image):
+        dataset = dataset.cast_column("images", Image(decode=False))
+    elif getattr(feature, "feature", None) is not None and isinstance(feature.feature, Image):
+        dataset = dataset.cast_column("images", Sequence(Image(decode=False)))
+    return dataset.map(lambda row: {"images": _as_files(row["images"], folder), "answer": str(row["answer"])})
+
+
+def _as_files(images, folder: Path) -> list[dict]:
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    return [{"bytes": None, "path": str(folder / i)} if isinstance(i, str) else i for i in images]
+
+
+def _check_images(dataset: Dataset, source: str, num_proc: int | None) -> None:
+    """Decodes every image once, so that a broken file stops the run at its start and not in step 900."""
+    checked = dataset.map(
+        lambda row: {"fault": _fault(row["images"])}, remove_columns=dataset.column_names, num_proc=num_proc, desc="checking images"
+    )
+    faults = [(row_id, fault) for row_id, fault in zip(dataset["id"], checked["fault"], strict=True) if fault]
+    if faults:
+        shown = "; ".join(f"id {row_id}: {fault}" for row_id, fault in faults[:3])
+        raise ValueError(f"data {source!r} has {len(faults)} rows with unreadable images ({shown}): repair or remove them")
+
+
+def _fault(images: list[dict]) -> str:
+    for image in images:
+        try:
+            with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+                opened.load()
+        except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+            return f"{type(error).__name__}: {error}".replace("\n", " ")
+    return ""
+
+
+def _messages(problem: str, num_images: int) -> list[dict]:
+    """One user turn; images stand where `<image>` marks them, or before the text if nothing marks them."""
+    pieces = problem.split("<image>")
+    if len(pieces) == 1:
+        parts = [{"type": "image"}] * num_images + [{"type": "text", "text": problem}]
+    elif len(pieces) - 1 == num_images:
+        parts = []
+        for i, piece in enumerate(pieces):
+            parts += ([{"type": "image"}] if i else []) + ([{"type": "text", "text": piece}] if piece else [])
+    else:
+        raise ValueError(f"problem {problem[:60]!r} marks {len(pieces) - 1} images but has {num_images}")
+    return [{"role": "user", "content": parts}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded data set: real handwritten digits that ship with scikit-learn, no network needed
+
+DIGITS_QUESTION = "Which digits?"
+# scikit-learn keeps the scans in the order of their 13 writers: a cut by position holds whole writers out
+DIGITS_TRAIN, DIGITS_HELD_OUT = slice(0, 1400), slice(1400, 1797)
+
+
+def digit_rows(split: str, count: int, seed: int, digits: int = 3) -> Dataset:
+    """`count` images of `digits` handwritten digits side by side (32 pixels each) with the sentence that reads them.
+
+    `split` is "train" (1,400 scans) or "test" (397 scans of writers that "train" does not have).
+    """
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    part = {"train": DIGITS_TRAIN, "test": DIGITS_HELD_OUT}[split]
+    images, targets = scans.images[part], scans.target[part]
+    rng = np.random.default_rng([seed, len(images)])
+    rows = []
+    for number, drawn in enumerate(rng.integers(len(images), size=(count, digits))):
+        answer = ", ".join(str(targets[i]) for i in drawn)
+        rows.append(
+            {
+                "id": f"{split}-{number}",
+                "prompt": [{"role": "user", "content": DIGITS_QUESTION}],
+                "images": [_draw(np.concatenate([images[i] for i in drawn], axis=1))],
+                "answer": answer,
+                "response": f"I see {answer}.",
+            }
+        )
+    return Dataset.from_list(rows).cast_column("images", Sequence(Image()))
+
+
+def _draw(ink: np.ndarray) -> PILImage.Image:
+    """Dark ink (8, 8 * digits), 0 to 16, on white, four times as large."""
+    image = PILImage.fromarray((255 * (1 - ink / 16)).astype(np.uint8))
+    return image.resize((4 * ink.shape[1], 4 * ink.shape[0]), PILImage.Resampling.BICUBIC).convert("RGB")
+
+
+def digits_correct(response: str, row: dict) -> bool:
+    """Exact match of the whole sentence: a digit missed, added or hedged is wrong."""
+    return response.strip() == f"I see {row['answer']}."
+
+
+def load_splits(
+    dataset: str,
+    source: str | None = None,
+    validation_source: str | None = None,
+    *,
+    limit: int | None = None,
+    validation_size: int = 200,
+    **options,
+) -> DatasetDict:
+    """`train` and `validation` rows of "geo3k", "virl39k" or "digits"; the sources override the hub ids.
+
+    As in the paper, the validation problems are Geometry3K's for both data sets. `options` go to `load_rows`.
+    """
+    if dataset == "digits":
+        train = digit_rows("train", limit or 2000, seed=0)
+        return DatasetDict(train=train, validation=digit_rows("test", validation_size, seed=0))
+    if dataset not in SOURCES:
+        raise ValueError(f"dataset must be digits, {' or '.join(SOURCES)}; got {dataset!r}")
+    hub_id, geo3k = SOURCES[dataset].hub_id, SOURCES["geo3k"].hub_id
+    validation_source = validation_source or (source if dataset == "geo3k" and source else geo3k)
+    train = load_rows(source or hub_id, "train", limit, **options)
+    expected = SOURCES[dataset].rows["train"]
+    if limit is None and (source or hub_id) == hub_id and len(train) != expected:
+        raise ValueError(f"data {hub_id!r} has {len(train)} training rows, the paper's has {expected}: the copy changed")
+    validation = load_rows(validation_source, "validation", **options)
+    return DatasetDict(train=train, validation=validation.select(validation_ids(validation, validation_size)))
+
+
+# What the tiny preset starts from. Training stops on measured accuracy and not on a step count, because the sudden rise
+# of so small a model comes at a step that depends on the seed.
+@dataclass(frozen=True)
+class Reader:
+    """A tiny Qwen3-VL that is taught to read digits: its width, and the accuracy at which teaching stops."""
+
+    hidden: int
+    until: float
+    max_steps: int
+
+
+READERS = {"teacher": Reader(hidden=128, until=0.9, max_steps=900), "base": Reader(hidden=64, until=0.3, max_steps=900)}
+
+
+def train_reader(name: str, out: Path, seed: int = 0) -> float:
+    """Trains READERS[name] with TRL's `SFTTrainer` on "train" digits into `out`; returns its accuracy on fresh ones.
+
+    Raises `RuntimeError` if it does not reach its accuracy within `max_steps`.
+    """
+    from common.tiny import tiny_qwen3_vl
+    from trl import SFTConfig, SFTTrainer
+
+    reader = READERS[name]
+    model, processor = tiny_qwen3_vl(hidden=reader.hidden, seed=seed)
+    rows = digit_rows("train", 4000, seed=1)
+    completions = [[{"role": "assistant", "content": response}] for response in rows["response"]]
+    stop = StopAtAccuracy(model, processor, digit_rows("train", 100, seed=2), reader.until)
+    args = SFTConfig(
+        output_dir=str(out.with_name(out.name + ".training")),
+        max_steps=reader.max_steps,
+        per_device_train_batch_size=32,
+        learning_rate=2e-3,
+        warmup_steps=30,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": reader.max_steps // 2, "min_lr_ratio": 0.05},
+        weight_decay=0.01,
+        max_length=None,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=100,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows.select_columns(["prompt", "images"]).add_column("completion", completions),
+        processing_class=processor,
+        callbacks=[stop],
+    )
+    trainer.train()
+    if stop.accuracy < reader.until:
+        raise RuntimeError(f"{name} reached {stop.accuracy:.2f} of {reader.until} in {reader.max_steps} steps; try another seed")
+    temporary = out.with_name(out.name + ".partial")
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    temporary.rename(out)  # the folder appears whole or not at all
+    return stop.accuracy
+
+
+class StopAtAccuracy(TrainerCallback):
+    """Every 50 steps: greedy accuracy on `rows`; ends the training once it has reached `until`."""
+
+    def __init__(self, model, processor, rows: Dataset, until: float):
+        self.model, self.processor, self.rows, self.until, self.accuracy = model, processor, rows, until, 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % 50 == 0:
+            self.accuracy = greedy_accuracy(self.model, self.processor, self.rows)
+            print(f"step {state.global_step}: accuracy {self.accuracy:.2f}", flush=True)
+            control.should_training_stop = self.accuracy >= self.until
+
+
+def greedy_accuracy(model, processor, rows: Dataset) -> float:
+    """Share of the digit rows that the model reads without a mistake."""
+    from common.evaluation import Decoding, Prompt, TransformersEngine
+
+    was_training = model.training
+    engine = TransformersEngine(model.eval(), processor, batch_size=len(rows))
+    prompts = [Prompt(messages=row["prompt"], images=row["images"]) for row in rows]
+    done = engine.generate(prompts, Decoding(temperature=0.0, max_new_tokens=20), seeds=[0] * len(rows))
+    model.train(was_training)
+    return float(np.mean([digits_correct(c.text, row) for c, row in zip(done, rows, strict=True)]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="va_opd.data", description="Trains a tiny model that reads digits, once.")
+    parser.add_argument("reader", choices=list(READERS))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    if (options.out / "config.json").exists():
+        print(f"{options.out}: done already")
+        return 0
+    started = time.monotonic()
+    accuracy = train_reader(options.reader, options.out, options.seed)
+    print(f"{options.out}: accuracy {accuracy:.2f} after {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The doctor line: the figures that show a silent failure, in one line and in words."""
+
+from collections.abc import Mapping
+
+from transformers import TrainerCallback
+
+FIGURES = (
+    ("va/mean", "VA mean {:.4f}"),
+    ("va/positive_share", "tokens with VA > 0: {:.0%}"),
+    ("va/top10_mass", "top 10 % of tokens hold {:.0%} of VA"),
+    ("va/group_sigma", "VA sigma among siblings {:.2g}"),
+    ("va/weight_max", "largest rollout weight {:.2f}"),
+    ("va/zero_in_high", "zero-VA tokens in the high group {:.0%}"),
+    ("kl/high", "KL high {:.4f}"),
+    ("kl/low", "KL low {:.4f}"),
+    ("entropy", "entropy {:.3f}"),
+    ("completions/mean_length", "rollout length {:.0f}"),
+    ("completions/clipped_ratio", "truncated {:.0%}"),
+    ("va/null", "VA between equal images {:.2g}"),
+    ("va/cells", "cells of the degraded image {:.0f}"),
+)
+
+
+def diagnose(logs: Mapping[str, float]) -> list[str]:
+    """Warnings in words for a mapping of logged metrics; empty when nothing looks wrong."""
+    checks = (
+        (
+            logs.get("va/positive_share", 1.0) == 0,
+            "VA is 0 on every token: the teacher ignores the image, or the degraded view equals the true one",
+        ),
+        (
+            logs.get("va/zero_in_high", 0.0) > 0.5,
+            "most tokens of the high-VA group have VA 0: rollouts hold fewer visual tokens than top_fraction selects",
+        ),
+        (
+            logs.get("completions/clipped_ratio", 0.0) > 0.5,
+            "most rollouts are truncated: raise max_completion_length or check the prompt template",
+        ),
+        (logs.get("entropy", 1.0) < 0.01, "the student's entropy has collapsed: lower learning_rate"),
+        (
+            logs.get("va/null", 0.0) > 1e-3,
+            "the teacher's log-probabilities differ between two passes over equal images: VA measures that noise too",
+        ),
+        (
+            0 < logs.get("va/cells", 4.0) < 4,
+            "the degraded image has fewer than 4 cells: images are too small for degradation_ratio",
+        ),
+    )
+    return [message for failed, message in checks if failed]
+
+
+class DoctorCallback(TrainerCallback):
+    """Prints the doctor line at the first log and then about every `every` steps, with warnings in words."""
+
+    def __init__(self, every: int):
+        self.every, self.next_step = every, 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "va/mean" not in (logs or {}) or state.global_step < self.next_step:
+            return
+        self.next_step = state.global_step + self.every
+        figures = [text.format(logs[name]) for name, text in FIGURES if logs.get(name) is not None]
+        print(f"[doctor] step {state.global_step}: " + "; ".join(figures), flush=True)
+        for message in diagnose(logs):
+            print(f"[doctor] WARNING: {message}", flush=True)

@@ -1,0 +1,118 @@
+"""Evaluates a model of an experiment: accuracy on the held-out problems, with true and with pixelated images, and VA.
+
+    python -m va_opd.evaluate run  --config va_opd/configs/tiny.yaml --method va_opd     # what va_opd.train trained
+    python -m va_opd.evaluate base --config va_opd/configs/tiny.yaml                     # the student before training
+    python -m va_opd.evaluate teacher --config va_opd/configs/tiny.yaml
+
+Writes `eval/<benchmark>.json` with the sample records beside it, and `eval/va_tokens.jsonl`: held-out rollouts of the
+model with the VA of each token. Interrupted, it goes on where it stopped; finished, it does nothing.
+"""
+
+import copy
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import VAOPDConfig
+from .data import digits_correct
+from .objective import pixelate
+from .train import (
+    ScriptArguments,
+    build_engine,
+    load_splits_of,
+    load_teacher,
+    models,
+    parse,
+    rollout_records,
+    run_path,
+    settings,
+)
+from .trainer import VAOPDTrainer
+
+from common.answers import grade
+from common.evaluation import Benchmark, Decoding, evaluate
+from common.runs import append_jsonl, atomic_write_json, read_jsonl
+
+WHAT = ("run", "base", "teacher")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 for done, 2 with one sentence on stderr for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if not argv or argv[0] not in WHAT:
+            raise ValueError(f"first argument must be one of {', '.join(WHAT)}; got {argv[:1]}")
+        args, config = parse(argv[1:])
+        evaluate_model(argv[0], args, config)
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"va_opd.evaluate: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+
+
+def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> None:
+    run = run_path(args, config)
+    model = {"run": str(run / "model"), "base": args.model, "teacher": args.teacher}[what]
+    if what == "run" and not (run / "model").is_dir():
+        raise ValueError(f"{run} holds no trained model: run va_opd.train with the same settings first")
+    out = (run if what == "run" else run.with_name(f"{what}-seed{config.seed}")) / "eval"
+    rows = load_splits_of(args, config)["validation"]
+    for benchmark in (benchmark_of(args, rows), benchmark_of(args, rows, config.degradation_ratio)):
+        if not (out / f"{benchmark.name}.json").exists():
+            engine = build_engine(args, model, config)
+            report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
+            print(f"{out.parent.name}: {benchmark.name} avg@{args.eval_samples} = {report['avg@k']:.3f}", flush=True)
+    if not (out / "va.json").exists():
+        score_visual_advantage(model, args, config, rows, out)
+
+
+def benchmark_of(args: ScriptArguments, rows, ratio: float | None = None) -> Benchmark:
+    """The held-out problems as a benchmark, the images pixelated when a ratio is given. First committed answer counts."""
+    name = "digits" if args.dataset == "digits" else "geo3k_validation"
+
+    def images(row: dict[str, Any]) -> list:
+        return row["images"] if ratio is None else [pixelate(image, ratio) for image in row["images"]]
+
+    def score(response: str, row: dict[str, Any]) -> float:
+        if args.dataset == "digits":
+            return float(digits_correct(response, row))
+        return float(grade(response, row["answer"], which="first"))
+
+    return Benchmark(
+        name=name if ratio is None else f"{name}_pixelated",
+        rows=[{"id": r["id"], "prompt": r["prompt"], "images": images(r), "answer": r["answer"]} for r in rows],
+        score=score,
+        decoding=Decoding(temperature=args.eval_temperature, top_p=1.0, max_new_tokens=4096 if name != "digits" else 24),
+    )
+
+
+def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfig, rows, out: Path) -> None:
+    """One rollout of the model for each held-out problem and the teacher's VA on it (Figs. 2a and 4b)."""
+    config = copy.copy(config)
+    config.doctor_steps, config.output_dir = 0, str(out / "trainer")
+    trainer = VAOPDTrainer(
+        model=models.load_model(model),
+        teacher_model=load_teacher(args, config),
+        args=config,
+        eval_dataset=rows,
+        processing_class=models.load_processor(args.model),
+    )
+    trainer.model.eval()
+    path, tokenizer, size = out / "va_tokens.jsonl", trainer.processing_class.tokenizer, config.per_device_eval_batch_size
+    path.unlink(missing_ok=True)
+    for start in range(0, len(rows), size):
+        part = [rows[i] for i in range(start, min(start + size, len(rows)))]
+        trainer._prepare_inputs(part)
+        for row, record in zip(part, rollout_records(trainer.last_rollouts, tokenizer, size), strict=True):
+            append_jsonl(path, {"id": row["id"], **record})
+    va = np.concatenate([record["va"] for record in read_jsonl(path)])
+    atomic_write_json(out / "va.json", {"mean": float(va.mean()), "positive_share": float((va > 0).mean()), "tokens": len(va)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""Trains one variant of the VA-OPD paper (arXiv 2605.21924) into a run folder; resumes where it stopped.
+
+    python -m va_opd.train --config va_opd/configs/geo3k_single_gpu.yaml                                      # one GPU
+    accelerate launch --config_file zero2.yaml --num_processes 8 -m va_opd.train --config va_opd/configs/geo3k.yaml
+    python -m va_opd.train --config va_opd/configs/geo3k.yaml --dry_run true       # resolved settings, memory, command
+
+`--method`: va_opd (with `--weighting va|rollout|token|none`), opd (= va_opd with weighting none), sft, kd, grpo.
+Deviations from the paper and expected numbers: va_opd/README.md. The whole experiment: `python -m va_opd.loop`.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import TrainerCallback, set_seed
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, TrlParser
+
+from .config import VAOPDConfig
+from .data import MAX_PIXELS, MIN_PIXELS, digits_correct, load_splits
+from .trainer import VAOPDTrainer, check_same_tokens
+
+try:
+    from common import models, verifiers
+    from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
+    from common.runs import RunFolder, append_jsonl, fingerprint, last_checkpoint, read_jsonl
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "common":
+        raise
+    sys.exit("va_opd.train also needs the folder common/ of the project beside va_opd/; the trainer alone does not")
+
+METHODS = ("va_opd", "opd", "sft", "kd", "grpo")
+VARIANTS = {"va": "va_opd", "none": "opd", "rollout": "rollout_only", "token": "token_only"}
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on what; the settings of the training itself are [`VAOPDConfig`]'s."""
+
+    model: str = field(metadata={"help": "Student: hub id or local folder."})
+    teacher: str = field(metadata={"help": "Teacher: hub id or local folder; same tokenizer."})
+    experiment: str = field(default="geo3k", metadata={"help": "Name of the folder that holds the variants' runs."})
+    dataset: str = field(default="geo3k", metadata={"help": "geo3k, virl39k or digits (embedded)."})
+    data: str | None = field(default=None, metadata={"help": "Hub id or local folder to read instead."})
+    validation_data: str | None = field(default=None, metadata={"help": "Same, for the validation problems."})
+    method: str = field(default="va_opd", metadata={"help": "What to train.", "choices": list(METHODS)})
+    out: str = field(default="runs", metadata={"help": "Folder of all runs."})
+    template: str = field(default="{problem}", metadata={"help": "Prompt; the paper adds nothing to the problem."})
+    limit: int | None = field(default=None, metadata={"help": "Use only so many training prompts."})
+    validation_size: int = field(default=200, metadata={"help": "Held-out problems (paper: 200)."})
+    min_pixels: int = field(default=MIN_PIXELS, metadata={"help": "Image budget, smallest area."})
+    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Image budget, largest area."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
+    grpo_beta: float = field(default=0.01, metadata={"help": "KL weight of the GRPO baseline (EasyR1's)."})
+    eval_samples: int = field(default=8, metadata={"help": "Samples a problem in evaluation (paper: avg@8)."})
+    eval_temperature: float = field(default=1.0, metadata={"help": "Of evaluation (paper: 1.0)."})
+    eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once with transformers."})
+    engine: str = field(default="transformers", metadata={"help": "Of evaluation.", "choices": ["transformers", "vllm"]})
+    dry_run: bool = field(default=False, metadata={"help": "Print settings, memory estimate, command; train nothing."})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 for done, 2 with one sentence on stderr for what the user can mend."""
+    try:
+        args, config = parse(sys.argv[1:] if argv is None else argv)
+        if args.dry_run:
+            print(dry_run(args, config))
+            return 0
+        train(args, config)
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"va_opd.train: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+
+
+def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
+    """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
+    known = {f.name for cls in (ScriptArguments, VAOPDConfig) for f in dataclasses.fields(cls)}
+    keys = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
+    if "--config" in argv:
+        path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
+        if not path.is_file():
+            raise ValueError(f"config file {str(path)!r} does not exist; the project's are in va_opd/configs/")
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"config file {str(path)!r} holds no mapping of fields to values")
+        keys += [key for key in content if key != "env"]
+    for key in keys:
+        if key not in known | {"config", "help"}:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    args, config = TrlParser((ScriptArguments, VAOPDConfig)).parse_args_and_config(argv)
+    if args.method == "opd":
+        config.weighting = "none"
+    config.output_dir = str(run_path(args, config))
+    return args, config
+
+
+def variant(args: ScriptArguments, config: VAOPDConfig) -> str:
+    return VARIANTS[config.weighting] if args.method in ("va_opd", "opd") else args.method
+
+
+def run_path(args: ScriptArguments, config: VAOPDConfig) -> Path:
+    return Path(args.out) / "va_opd" / args.experiment / f"{variant(args, config)}-seed{config.seed}"
+
+
+def settings(args: ScriptArguments, config: VAOPDConfig) -> dict[str, Any]:
+    """Every field that is not at its default: with `--config` on it, the same run again."""
+    chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in ("out", "dry_run")}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if f.init and value != default and isinstance(value, (str, int, float, bool, dict, list)):
+            chosen[f.name] = str(value.value) if hasattr(value, "value") else value
+    chosen.pop("output_dir", None)
+    return chosen
+
+
+def train(args: ScriptArguments, config: VAOPDConfig) -> None:
+    set_seed(config.seed)
+    splits = load_splits_of(args, config)
+    folder = open_run(args, config, splits) if PartialState().is_main_process else None
+    if folder is not None and folder.is_done:
+        print(f"{folder.path}: done already")
+        return
+    if folder is None:
+        return _train_into(None, args, config, splits)
+    with folder:
+        _train_into(folder, args, config, splits)
+        folder.finish()
+
+
+def load_splits_of(args: ScriptArguments, config: VAOPDConfig):
+    """The data of a run: one seed draws the rows, whatever the seed of the training."""
+    options = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "template": args.template}
+    if args.dataset == "digits":
+        options = {}
+    return load_splits(
+        args.dataset, args.data, args.validation_data, limit=args.limit, validation_size=args.validation_size, **options
+    )
+
+
+def open_run(args: ScriptArguments, config: VAOPDConfig, splits) -> RunFolder:
+    prints = {name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])]) for name, rows in splits.items()}
+    return RunFolder.open(run_path(args, config), settings(args, config), data=prints, seed=config.seed)
+
+
+def _train_into(folder: RunFolder | None, args: ScriptArguments, config: VAOPDConfig, splits) -> None:
+    trainer = build_trainer(args, config, splits)
+    checkpoint = last_checkpoint(config.output_dir)  # every rank looks for itself on the shared folder
+    if folder is not None:
+        step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+        folder.truncate_metrics(step)
+        print(f"{folder.path}: " + (f"resuming at step {step}" if checkpoint else "starting"), flush=True)
+        trainer.add_callback(RecordCallback(folder, trainer))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(Path(config.output_dir) / "model"))
+
+
+def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
+    """The TRL trainer of `args.method` with student, teacher and rows in place."""
+    processor = models.load_processor(args.model)
+    student = models.load_model(args.model, attn_implementation=args.attn_implementation)
+    if args.method in ("va_opd", "opd"):
+        check_same_tokens(_tokenizer(processor), _tokenizer(models.load_processor(args.teacher)))
+        teacher = load_teacher(args, config)
+        return VAOPDTrainer(
+            model=student, teacher_model=teacher, args=config, train_dataset=splits["train"], processing_class=processor
+        )
+    if args.method == "grpo":
+        return GRPOTrainer(
+            model=args.model if args.grpo_beta else student,  # with a KL term TRL loads the reference by its name
+            args=GRPOConfig(**shared_settings(config, GRPOConfig), beta=args.grpo_beta, epsilon=0.2, loss_type="grpo"),
+            reward_funcs=[reward_of(args)],
+            train_dataset=splits["train"],
+            processing_class=processor,
+        )
+    return SFTTrainer(
+        model=student,
+        args=SFTConfig(**shared_settings(config, SFTConfig), max_length=None),
+        train_dataset=teacher_rows(args, config, splits["train"]),
+        processing_class=processor,
+    )
+
+
+def load_teacher(args: ScriptArguments, config: VAOPDConfig):
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    return models.load_model(args.teacher, dtype=dtype, attn_implementation=args.attn_implementation)
+
+
+def shared_settings(config: VAOPDConfig, target: type) -> dict[str, Any]:
+    """What a baseline has in common with VA-OPD: optimizer, schedule, batch, sampling, seed, logging."""
+    names = {f.name for f in dataclasses.fields(target) if f.init} & {f.name for f in dataclasses.fields(config) if f.init}
+    return {name: getattr(config, name) for name in names - {"beta"}}
+
+
+def reward_of(args: ScriptArguments):
+    """The monitoring reward of the paper's framework as GRPO's reward; the exact sentence for digits."""
+    if args.dataset != "digits":
+        return verifiers.math_reward
+
+    def digits_reward(completions, answer, **columns) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return [float(digits_correct(text, {"answer": gold})) for text, gold in zip(texts, answer, strict=True)]
+
+    return digits_reward
+
+
+def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows):
+    """Rows with a `completion` sampled once from the teacher: all of them for kd (sequence-level distillation), only
+    the ones with a correct answer for sft (the paper's CoT-SFT, whose data it does not publish)."""
+    cache = Path(args.out) / "va_opd" / args.experiment / f"teacher-seed{config.seed}" / "responses.jsonl"
+    if PartialState().is_main_process:
+        sample_teacher(args, config, rows, cache)
+    PartialState().wait_for_everyone()
+    responses = {record["id"]: record["response"] for record in read_jsonl(cache)}
+    reward = reward_of(args)
+    keep, completions = [], []
+    for index, (row_id, answer) in enumerate(zip(rows["id"], rows["answer"], strict=True)):
+        if args.method == "kd" or reward([responses[row_id]], answer=[answer])[0] == 1.0:
+            keep.append(index)
+            completions.append([{"role": "assistant", "content": responses[row_id]}])
+    if not keep:
+        raise ValueError(f"none of the teacher's {len(rows)} responses is correct: method sft has nothing to train on")
+    print(f"{args.method}: {len(keep)} of {len(rows)} teacher responses used", flush=True)
+    transform = rows.format["format_kwargs"].get("transform")
+    chosen = rows.with_format(None).select(keep).select_columns(["prompt", "images"]).add_column("completion", completions)
+    return chosen.with_transform(transform) if transform else chosen
+
+
+def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows, cache: Path) -> None:
+    """Appends one teacher response a row to `cache`, a batch at a time; rows that are there already are skipped."""
+    done = {record["id"] for record in read_jsonl(cache)} if cache.exists() else set()
+    missing = [index for index, row_id in enumerate(rows["id"]) if row_id not in done]
+    if not missing:
+        return
+    engine = build_engine(args, args.teacher, config)
+    decoding = Decoding(
+        temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_completion_length
+    )
+    for start in range(0, len(missing), args.eval_batch_size):
+        part = [rows[index] for index in missing[start : start + args.eval_batch_size]]
+        prompts = [Prompt(messages=row["prompt"], images=row["images"]) for row in part]
+        seeds = [config.seed + index for index in missing[start : start + args.eval_batch_size]]
+        for row, completion in zip(part, engine.generate(prompts, decoding, seeds), strict=True):
+            append_jsonl(cache, {"id": row["id"], "response": completion.text})
+
+
+def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig):
+    if args.engine == "vllm":
+        return VLLMEngine(model)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    device = "cpu" if config.use_cpu else None
+    return TransformersEngine(
+        models.load_model(model, dtype=dtype, device=device), models.load_processor(model), args.eval_batch_size
+    )
+
+
+class RecordCallback(TrainerCallback):
+    """Writes metrics.jsonl at each log, and for VA-OPD two prompts' rollouts with VA and weights to samples.jsonl."""
+
+    def __init__(self, folder: RunFolder, trainer):
+        self.folder, self.trainer = folder, trainer
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.folder.log({"step": state.global_step, **(logs or {})})
+        rollouts = getattr(self.trainer, "last_rollouts", None)
+        if rollouts:
+            for record in rollout_records(rollouts, _tokenizer(self.trainer.processing_class), 2 * args.num_generations):
+                self.folder.log_sample({"step": state.global_step, **record})
+
+
+def rollout_records(rollouts: dict[str, Any], tokenizer, count: int) -> list[dict[str, Any]]:
+    """The first `count` rollouts of `VAOPDTrainer.last_rollouts` as plain records: prompt, tokens, VA, weight."""
+    records = []
+    for row in range(min(count, len(rollouts["mask"]))):
+        valid = rollouts["mask"][row].bool()
+        ids = rollouts["completion_ids"][row][valid].tolist()
+        records.append(
+            {
+                "prompt": tokenizer.decode(rollouts["prompt_ids"][row], skip_special_tokens=True),
+                "response": tokenizer.decode(ids, skip_special_tokens=True),
+                "tokens": [tokenizer.decode([i]) for i in ids],
+                "va": [round(v, 5) for v in rollouts["va"][row][valid].tolist()],
+                "weight": round(rollouts["weights"][row].item(), 5),
+            }
+        )
+    return records
+
+
+def _tokenizer(processor):
+    return getattr(processor, "tokenizer", processor)
+
+
+def dry_run(args: ScriptArguments, config: VAOPDConfig) -> str:
+    """Resolved settings, steps, memory a GPU and the command that would run, as text."""
+    processes = int(os.environ.get("WORLD_SIZE", os.environ.get("GPUS", "1")))
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    prompts = rollouts // config.num_generations
+    lines = [f"run folder: {run_path(args, config)}", "settings (every other field at its documented default):"]
+    lines += [f"  {key}: {value}" for key, value in settings(args, config).items()]
+    lines.append(f"one update: {prompts} prompts x {config.num_generations} rollouts on {processes} processes")
+    return "\n".join(lines + memory_lines(args, config, processes))
+
+
+def memory_lines(args: ScriptArguments, config: VAOPDConfig, processes: int) -> list[str]:
+    """GiB a process by part, from the parameter counts (nominal from the name if the models are not at hand)."""
+    student, teacher = parameter_count(args.model), parameter_count(args.teacher)
+    if student is None or teacher is None:
+        return ["memory: unknown, the models are not at hand and their names hold no size such as 2B"]
+    gib, optimizer_shards = 2**30, processes if processes > 1 else 1
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    parts = {
+        "student weights, fp32": 4 * student / gib,
+        "gradients and AdamW states, fp32 (sharded by ZeRO-2)": 12 * student / optimizer_shards / gib,
+        f"teacher weights, {'bf16' if config.bf16 else 'fp32'}": (2 if config.bf16 else 4) * teacher / gib,
+        "cached teacher hidden states": rows * config.max_completion_length * 4096 * 2 / gib,
+        "KL tiles": 2 * 4096 * 32768 * 4 / gib,
+    }
+    lines = ["memory a process, GiB (activations and the generation engine come on top):"]
+    return lines + [f"  {value:7.2f}  {name}" for name, value in {**parts, "sum": sum(parts.values())}.items()]
+
+
+def parameter_count(model: str) -> float | None:
+    """Parameters of a local model, counted on the meta device, or the size in a hub id such as Qwen3-VL-8B."""
+    if Path(model).exists():
+        return models.count_parameters(model)
+    size = re.search(r"(\d+(?:\.\d+)?)B(?![a-zA-Z])", model)
+    return float(size.group(1)) * 1e9 if size else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
