@@ -61,7 +61,7 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
     if what == "run" and not (run / "model").is_dir():
         raise ValueError(f"{run} holds no trained model: run va_opd.train with the same settings first")
     out = (run if what == "run" else run.with_name(f"{what}-seed{config.seed}")) / "eval"
-    rows = load_splits_of(args, config)["validation"]
+    rows = load_splits_of(args)["validation"]
     for benchmark in (benchmark_of(args, rows), benchmark_of(args, rows, config.degradation_ratio)):
         if not (out / f"{benchmark.name}.json").exists():
             engine = build_engine(args, model, config)
@@ -71,9 +71,12 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
         score_visual_advantage(model, args, config, rows, out)
 
 
+def benchmark_name(args: ScriptArguments, pixelated: bool = False) -> str:
+    return ("digits" if args.dataset == "digits" else "geo3k_validation") + ("_pixelated" if pixelated else "")
+
+
 def benchmark_of(args: ScriptArguments, rows, ratio: float | None = None) -> Benchmark:
     """The held-out problems as a benchmark, the images pixelated when a ratio is given. First committed answer counts."""
-    name = "digits" if args.dataset == "digits" else "geo3k_validation"
 
     def images(row: dict[str, Any]) -> list:
         return row["images"] if ratio is None else [pixelate(image, ratio) for image in row["images"]]
@@ -84,10 +87,10 @@ def benchmark_of(args: ScriptArguments, rows, ratio: float | None = None) -> Ben
         return float(grade(response, row["answer"], which="first"))
 
     return Benchmark(
-        name=name if ratio is None else f"{name}_pixelated",
+        name=benchmark_name(args, ratio is not None),
         rows=[{"id": r["id"], "prompt": r["prompt"], "images": images(r), "answer": r["answer"]} for r in rows],
         score=score,
-        decoding=Decoding(temperature=args.eval_temperature, top_p=1.0, max_new_tokens=4096 if name != "digits" else 24),
+        decoding=Decoding(temperature=args.eval_temperature, top_p=1.0, max_new_tokens=24 if args.dataset == "digits" else 4096),
     )
 
 

@@ -69,7 +69,7 @@ def plan(fields: list[str], args, variants: list[str], launch: list[str]) -> lis
     """Stages in order; the commands of one stage do not depend on each other."""
     python = [sys.executable, "-m"]
     flags = [fields + VARIANT_FLAGS[name] for name in variants]
-    report = [[*python, "va_opd.report", *fields]]
+    report = [[*python, "benchmarks.va_opd", *fields]]
     stages = [
         [[*launch, "va_opd.train", *f] for f in flags],
         [[*python, "va_opd.evaluate", "base", *fields], *([*python, "va_opd.evaluate", "run", *f] for f in flags)],

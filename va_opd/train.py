@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from datasets import DatasetDict
 from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, TrlParser
 
 from .config import VAOPDConfig
-from .data import MAX_PIXELS, MIN_PIXELS, digits_correct, load_splits
+from .data import MAX_PIXELS, MIN_PIXELS, digits_correct, load_splits, with_completions
 from .trainer import VAOPDTrainer, check_same_tokens
 
 try:
@@ -127,7 +128,7 @@ def settings(args: ScriptArguments, config: VAOPDConfig) -> dict[str, Any]:
 
 def train(args: ScriptArguments, config: VAOPDConfig) -> None:
     set_seed(config.seed)
-    splits = load_splits_of(args, config)
+    splits = load_splits_of(args)
     folder = open_run(args, config, splits) if PartialState().is_main_process else None
     if folder is not None and folder.is_done:
         print(f"{folder.path}: done already")
@@ -139,7 +140,7 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
         folder.finish()
 
 
-def load_splits_of(args: ScriptArguments, config: VAOPDConfig):
+def load_splits_of(args: ScriptArguments) -> DatasetDict:
     """The data of a run: one seed draws the rows, whatever the seed of the training."""
     options = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "template": args.template}
     if args.dataset == "digits":
@@ -159,7 +160,7 @@ def _train_into(folder: RunFolder | None, args: ScriptArguments, config: VAOPDCo
     checkpoint = last_checkpoint(config.output_dir)  # every rank looks for itself on the shared folder
     if folder is not None:
         step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
-        folder.truncate_metrics(step)
+        folder.truncate_logs(step)
         print(f"{folder.path}: " + (f"resuming at step {step}" if checkpoint else "starting"), flush=True)
         trainer.add_callback(RecordCallback(folder, trainer))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -224,17 +225,16 @@ def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows):
     PartialState().wait_for_everyone()
     responses = {record["id"]: record["response"] for record in read_jsonl(cache)}
     reward = reward_of(args)
-    keep, completions = [], []
-    for index, (row_id, answer) in enumerate(zip(rows["id"], rows["answer"], strict=True)):
-        if args.method == "kd" or reward([responses[row_id]], answer=[answer])[0] == 1.0:
-            keep.append(index)
-            completions.append([{"role": "assistant", "content": responses[row_id]}])
+    keep = [
+        index
+        for index, (row_id, answer) in enumerate(zip(rows["id"], rows["answer"], strict=True))
+        if args.method == "kd" or reward([responses[row_id]], answer=[answer])[0] == 1.0
+    ]
     if not keep:
         raise ValueError(f"none of the teacher's {len(rows)} responses is correct: method sft has nothing to train on")
     print(f"{args.method}: {len(keep)} of {len(rows)} teacher responses used", flush=True)
-    transform = rows.format["format_kwargs"].get("transform")
-    chosen = rows.with_format(None).select(keep).select_columns(["prompt", "images"]).add_column("completion", completions)
-    return chosen.with_transform(transform) if transform else chosen
+    chosen = rows.select(keep)
+    return with_completions(chosen, [responses[row_id] for row_id in chosen["id"]])
 
 
 def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows, cache: Path) -> None:

@@ -20,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_utils import load_image
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import objective
@@ -113,7 +114,8 @@ class VAOPDTrainer(DistillationTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.teacher_model.eval().requires_grad_(False)
+        self.teacher_model.eval()  # not chained: a DeepSpeed engine's eval() returns None
+        self.teacher_model.requires_grad_(False)
         self.vocab_size = len(tokenizer)
         self.banned_ids = _banned_ids(processing_class, self.model.config)
         self.last_rollouts: dict[str, Any] = {}
@@ -139,7 +141,6 @@ class VAOPDTrainer(DistillationTrainer):
                 f"a prompt has {longest} tokens, above max_prompt_length={self.args.max_prompt_length}: raise the "
                 "limit, lower the image budget, or filter the data set (prompts are never cut)"
             )
-        self._rollout_images = images
         with self._timed("generation"):
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         for row, ids in enumerate(completion_ids):
@@ -151,6 +152,12 @@ class VAOPDTrainer(DistillationTrainer):
                     "generation engine ignored the ban on sampling them"
                 )
         return completion_ids
+
+    def _generate(self, prompts: list):
+        prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
+        # A row without an image beside rows with one: the processor, which TRL calls next, takes [] but not None
+        self._rollout_images = images and [row or [] for row in images]
+        return prompt_ids, completion_ids, tool_mask, self._rollout_images, tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
@@ -165,12 +172,16 @@ class VAOPDTrainer(DistillationTrainer):
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
         images = self._rollout_images or [None] * len(mask)
         has_image = torch.tensor([bool(row) for row in images], device=mask.device)
+        has_image_all = self._gather(has_image)
+        self._check_siblings(batch, num_generations)
 
         with self._timed("teacher"):
             hidden, logps = self._teacher_pass(batch, keep_hidden=True)
-        if has_image.any():
-            with self._timed("degraded_images"):
-                degraded = {**batch, "pixel_values": self._degraded_pixels(batch, images, num_generations)}
+        if has_image_all.any():  # on all ranks or on none: the forward of a sharded teacher is a collective
+            degraded = dict(batch)
+            if has_image.any():
+                with self._timed("degraded_images"):
+                    degraded["pixel_values"] = self._degraded_pixels(batch, images, num_generations)
             with self._timed("teacher_degraded"):
                 _, logps_degraded = self._teacher_pass(degraded, keep_hidden=False)
         else:
@@ -179,12 +190,10 @@ class VAOPDTrainer(DistillationTrainer):
             self._null_check(batch, logps)
         va = objective.visual_advantage(logps, logps_degraded, mask * has_image[:, None])
 
-        self._check_siblings(batch, num_generations)
-        va_all, mask_all, has_image_all = self._gather(va), self._gather(mask), self._gather(has_image)
+        va_all, mask_all = self._gather(va), self._gather(mask)
         ungrouped = ~has_image_all
         if args.va_floor is not None:
             ungrouped = ungrouped | (objective.mean_over_tokens(va_all, mask_all) < args.va_floor)
-        ties = torch.Generator().manual_seed(args.seed + self.state.global_step) if args.random_ties else None
         weights, coefficients = objective.coefficients(
             va_all,
             mask_all,
@@ -195,9 +204,9 @@ class VAOPDTrainer(DistillationTrainer):
             args.top_fraction,
             args.high_weight,
             ungrouped,
-            ties,
+            self._ties(),
         )
-        high = objective.high_tokens(va_all, mask_all, args.top_fraction)
+        high = objective.high_tokens(va_all, mask_all, args.top_fraction, self._ties())
         self._log_va(va_all, mask_all, weights, high, num_generations)
         start = len(mask) * self.accelerator.process_index
         here, length = slice(start, start + len(mask)), mask.size(1)
@@ -216,6 +225,11 @@ class VAOPDTrainer(DistillationTrainer):
             # TRL divides the loss by this and undoes the averaging over ranks: with P it is the mean over prompts
             "num_items_in_batch": torch.tensor(len(va_all) / num_generations, device=mask.device),
         }
+
+    def _ties(self) -> torch.Generator | None:
+        """The same draw for every call within a step and on every rank."""
+        seed = self.args.seed + self.state.global_step
+        return torch.Generator().manual_seed(seed) if self.args.random_ties else None
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         """Phase 2: sum of coefficient * KL over the rows of a micro-batch, divided by the prompts of the step."""
@@ -251,12 +265,15 @@ class VAOPDTrainer(DistillationTrainer):
 
     def _hidden_states(self, model, batch: dict[str, Any]) -> torch.Tensor:
         """Hidden states (B, T, H) from which the response tokens of `batch` are predicted."""
+        keys = [key for key in MULTIMODAL_KEYS if key in batch]
+        if "pixel_values" in batch and not batch["pixel_values"].numel():  # no row of this micro-batch has an image
+            keys = [key for key in keys if key.endswith("token_type_ids")]
         return self._get_last_hidden_state(
             model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].size(1),
-            **{key: batch[key] for key in MULTIMODAL_KEYS if key in batch},
+            **{key: batch[key] for key in keys},
         )
 
     def _teacher_pass(self, batch: dict[str, Any], keep_hidden: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -318,7 +335,10 @@ class VAOPDTrainer(DistillationTrainer):
                 if key not in cache:
                     cache[key] = self._degrade(image, size)
                 flat.append(cache[key])
-        processed = self.processing_class.image_processor(images=flat, return_tensors="pt").to(batch["pixel_values"].device)
+        # Images that were brought to the size of their grid stay at it: a second resize may choose another grid
+        options = {"do_resize": False} if grids and self.args.pixelate_at == "model" else {}
+        processed = self.processing_class.image_processor(images=flat, return_tensors="pt", **options)
+        processed = processed.to(batch["pixel_values"].device)
         if processed["pixel_values"].shape != batch["pixel_values"].shape or (
             grids and not torch.equal(processed["image_grid_thw"], batch["image_grid_thw"])
         ):
@@ -329,19 +349,23 @@ class VAOPDTrainer(DistillationTrainer):
         return processed["pixel_values"].to(batch["pixel_values"].dtype)
 
     def _model_size(self, batch: dict[str, Any], grid: list[int] | None, num_images: int) -> tuple[int, int] | None:
-        """(width, height) at which the model sees an image, or None where the processor cuts it into tiles."""
+        """(width, height) at which the model sees an image, or None where the processor cuts, crops or pads it."""
+        processor = self.processing_class.image_processor
         if self.args.pixelate_at == "raw":
             return None
         if grid is not None:
-            patch = self.processing_class.image_processor.patch_size
-            return grid[2] * patch, grid[1] * patch
+            return grid[2] * processor.patch_size, grid[1] * processor.patch_size
+        if getattr(processor, "do_center_crop", None) or getattr(processor, "do_pad", None):
+            return None
         pixels = batch["pixel_values"]
         return (pixels.size(-1), pixels.size(-2)) if pixels.ndim == 4 and len(pixels) == num_images else None
 
     def _degrade(self, image: Any, size: tuple[int, int] | None) -> Image.Image:
-        image = image if isinstance(image, Image.Image) else load_image(image)
+        # RGB as the processor makes it, before cells are averaged: it drops alpha, which averaging would apply
+        image = (image if isinstance(image, Image.Image) else load_image(image)).convert("RGB")
         if size is not None:
-            image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+            resample = getattr(self.processing_class.image_processor, "resample", None)
+            image = image.resize(size, resample if isinstance(resample, int) else Image.Resampling.BICUBIC)
         degraded = objective.pixelate(image, self.args.degradation_ratio)
         mode = "train" if self.model.training else "eval"
         cells = [max(1, int(side * self.args.degradation_ratio)) for side in degraded.size]
@@ -364,6 +388,10 @@ class VAOPDTrainer(DistillationTrainer):
             padding = torch.zeros(config.vocab_size, device=weight.device)
             padding[self.vocab_size :] = PADDED_ROW_LOGIT
             bias = padding if bias is None else bias + padding
+            if is_deepspeed_zero3_enabled():  # the kernel's gather asks it of every weight and bias
+                from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+                bias.ds_status = ZeroParamStatus.AVAILABLE
         return LMHead(weight, bias, scale, softcap)
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -374,17 +402,18 @@ class VAOPDTrainer(DistillationTrainer):
         """Siblings must be consecutive rows over all ranks: a lost order would compare rollouts of other prompts."""
         ids = batch["prompt_ids"] * batch["prompt_mask"]
         position = torch.arange(ids.size(1), 0, -1, device=ids.device)  # padding is on the left: count from the end
-        fingerprints = [self._gather((ids * position).sum(1))]
         pixels = split_pixel_values_by_grid(batch).get("pixel_values")
-        if pixels is not None and len(pixels) == len(ids):
-            fingerprints.append(self._gather(torch.stack([p.sum(dtype=torch.float64) for p in pixels])))
-        for fingerprint in fingerprints:
-            groups = fingerprint.view(-1, num_generations)
-            if (groups != groups[:, :1]).any():
-                raise RuntimeError(
-                    f"rows of a group of num_generations={num_generations} have different prompts or images: the data "
-                    "loader re-ordered the batch; leave dispatch_batches and split_batches at their defaults"
-                )
+        if pixels is None or len(pixels) != len(ids):
+            pixels = torch.zeros(len(ids), 1)
+        # Sums of integers, which the order of summation does not change; gathered also on a rank without an image
+        image_sums = torch.stack([p.float().view(torch.int32).sum() for p in pixels]).to(ids.device)
+        fingerprint = self._gather(torch.stack([(ids * position).sum(1), image_sums], dim=1))
+        groups = fingerprint.view(-1, num_generations, 2)
+        if (groups != groups[:, :1]).any():
+            raise RuntimeError(
+                f"rows of a group of num_generations={num_generations} have different prompts or images: the data "
+                "loader re-ordered the batch; leave dispatch_batches and split_batches at their defaults"
+            )
 
     def _log_va(self, va, mask, weights, high, num_generations: int) -> None:
         valid = mask.bool()
@@ -429,7 +458,7 @@ def chunked_reverse_kl(
         student.weight,
         student.bias,
         teacher_hidden,
-        teacher.weight.detach(),
+        teacher.weight,
         teacher.bias,
         1.0,  # beta: reverse KL
         temperature,
@@ -485,8 +514,12 @@ def _check_batch(args: VAOPDConfig, train_dataset) -> None:
 def _banned_ids(processing_class, config: PretrainedConfig) -> set[int]:
     """Ids that a rollout must not hold: image and video placeholders, and rows that pad the vocabulary."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    vocabulary = tokenizer.get_vocab()
     tokens = (getattr(processing_class, name, None) for name in ("image_token", "video_token", "boi_token"))
-    placeholders = {tokenizer.convert_tokens_to_ids(token) for token in tokens if isinstance(token, str)}
+    placeholders = {vocabulary[token] for token in tokens if isinstance(token, str) and token in vocabulary}
+    # Some processors (Gemma 3) call another token image_token than the one that stands for image features
+    ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    placeholders |= {token_id for token_id in ids if token_id is not None}
     return placeholders | set(range(len(tokenizer), config.get_text_config().vocab_size))
 
 

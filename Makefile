@@ -1,0 +1,81 @@
+# GNU make 3.81 or newer. `make -n TARGET` prints the commands of a target without running them.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd
+
+PRESET ?= paper
+WORKERS ?= 2
+ifeq ($(filter $(PRESET),paper single-gpu tiny),)
+$(error PRESET=$(PRESET) is unknown; choose paper, single-gpu or tiny)
+endif
+
+# Commands run in .venv, which is made when it is missing or old. In the conda environment of environment.yml its Python
+# is used instead, and PY=... names any other Python that has the packages.
+ifeq ($(CONDA_DEFAULT_ENV),post-training)
+PY ?= python
+endif
+ifdef PY
+READY :=
+else
+PY := .venv/bin/python
+READY := .venv/.complete
+endif
+
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-zA-Z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Variables of the experiments:"
+	@echo "  PRESET=paper|single-gpu|tiny   8 x 80 GB, 1 x 80 GB, or 2 CPU cores (default: $(PRESET))"
+	@echo "  MODEL= TEACHER= DATA=          hub id or local path in place of the paper's"
+	@echo "  SEED= OUT= GPUS=               seed, folder of all runs (runs), number of GPUs (the preset's)"
+	@echo "  ARGS='--field value'           any other setting; --dry_run prints settings, memory and commands"
+	@echo "Other: PYTHON=python3.12 makes .venv with that Python; PY=python runs in an environment of yours;"
+	@echo "       make test ARGS='-k name' WORKERS=0"
+
+setup: $(READY) ## .venv with the locked packages (CPU build of torch where there is no GPU)
+
+.venv/.complete: requirements-cpu.lock pyproject.toml scripts/setup.sh scripts/install_torch.py
+	PYTHON='$(PYTHON)' sh scripts/setup.sh
+
+demo: $(READY) ## VA-OPD beside standard OPD on embedded real images, on a CPU, in minutes
+	$(PY) -m va_opd.loop --config va_opd/configs/tiny.yaml $(OPTIONS)
+
+test: $(READY) ## All tests, on a CPU, without network
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(READY) ## Style and format checks, changing nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+lock: $(READY) ## requirements-cpu.lock anew from pyproject.toml, by the rules in scripts/lock.toml
+	$(PY) -m pip install --quiet uv==0.13.9
+	$(PY) -m uv pip compile --quiet --upgrade --config-file scripts/lock.toml pyproject.toml -o requirements-cpu.lock
+	$(PY) -m pip uninstall --quiet --yes uv
+
+clean: ## Remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- Experiments: EXPERIMENT and PRESET choose the config; a variable that is set becomes a flag ---
+
+EXPERIMENT ?= geo3k
+OPTIONS = $(strip $(if $(MODEL),--model '$(MODEL)') $(if $(TEACHER),--teacher '$(TEACHER)') $(if $(DATA),--data '$(DATA)') \
+	$(if $(SEED),--seed $(SEED)) $(if $(OUT),--out '$(OUT)') $(ARGS))
+
+GPUS_paper := 8
+GPUS_single-gpu := 1
+GPUS_tiny := 0
+va_opd-geo3k-paper := --config va_opd/configs/geo3k.yaml
+va_opd-geo3k-single-gpu := --config va_opd/configs/geo3k_single_gpu.yaml
+va_opd-geo3k-tiny := --config va_opd/configs/tiny.yaml
+va_opd-virl39k-paper := --config va_opd/configs/virl39k.yaml
+va_opd-virl39k-single-gpu := --config va_opd/configs/geo3k_single_gpu.yaml --dataset virl39k --experiment virl39k_single_gpu
+va_opd-virl39k-tiny := --config va_opd/configs/tiny.yaml
+CONFIG = $(or $($(1)-$(PRESET)),$(error no config for $(1) with PRESET=$(PRESET)))
+
+va_opd-geo3k: $(READY) ## VA-OPD, Table 1: Geometry3K, 8B to 2B; baselines, evaluation, table, figures
+va_opd-virl39k: $(READY) ## VA-OPD, Table 2: the same on ViRL39K
+va_opd-geo3k va_opd-virl39k:
+	$(PY) -m va_opd.loop $(call CONFIG,$@) --gpus $(or $(GPUS),$(GPUS_$(PRESET))) $(OPTIONS)
+
+eval-va_opd: $(READY) ## Table against the paper and figures, from finished runs of EXPERIMENT=geo3k|virl39k
+	$(PY) -m benchmarks.va_opd $(call CONFIG,va_opd-$(EXPERIMENT)) $(OPTIONS)

@@ -1,0 +1,154 @@
+"""Table and figures of a VA-OPD experiment from its run folders, beside the paper's Table 1.
+
+    python -m benchmarks.va_opd --config va_opd/configs/tiny.yaml
+
+Reads what `va_opd.train` and `va_opd.evaluate` wrote and nothing else; a cell without a run stays empty. Writes
+`report.md` and `figures/` into the experiment's folder.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import plots
+from common.estimators import avg_at_k, interval, paired_difference
+from common.runs import atomic_write_text, read_jsonl
+from va_opd.evaluate import benchmark_name
+from va_opd.objective import high_tokens
+from va_opd.train import ScriptArguments, load_splits_of, parse
+
+# Paper, Table 1 (8B -> 2B, Geometry3K, best checkpoint); the averages are over the first three and the last five
+COLUMNS = ("WeMath", "MathVista", "MathVerse", "Math", "HallusB", "AI2D", "MMMU", "MMStar", "OCRB", "Visual")
+PAPER = {
+    "base": (36.8, 63.9, 19.6, 40.1, 52.6, 77.8, 49.1, 56.1, 85.9, 64.3),
+    "sft": (39.7, 64.4, 23.9, 42.7, 51.0, 75.7, 48.7, 57.1, 86.2, 63.7),
+    "kd": (38.9, 65.3, 24.3, 42.8, 52.3, 76.0, 49.3, 57.4, 85.5, 64.1),
+    "grpo": (44.1, 64.6, 24.9, 44.5, 54.0, 77.5, 52.9, 57.8, 84.8, 65.4),
+    "papo": (44.8, 64.5, 25.8, 45.0, 54.0, 77.8, 52.7, 58.0, 84.7, 65.4),
+    "opd": (43.3, 63.7, 29.1, 45.4, 52.0, 75.8, 50.9, 59.7, 84.7, 64.6),
+    "va_opd": (46.6, 66.4, 31.9, 48.3, 54.5, 78.2, 51.5, 59.9, 86.4, 66.1),
+}
+NAMES = {
+    "base": "Base student",
+    "sft": "CoT-SFT",
+    "kd": "Off-policy KD",
+    "grpo": "GRPO",
+    "papo": "PAPO",
+    "opd": "Standard OPD",
+    "rollout_only": "Rollout weights only",
+    "token_only": "Token groups only",
+    "va_opd": "VA-OPD",
+    "teacher": "Teacher",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args, config = parse(sys.argv[1:] if argv is None else argv)
+        print(report(args, config.seed))
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.va_opd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def report(args: ScriptArguments, seed: int) -> str:
+    """Writes report.md and the figures of `args.experiment`; returns the Markdown."""
+    folder = Path(args.out) / "va_opd" / args.experiment
+    runs = {name: folder / f"{name}-seed{seed}" for name in NAMES}
+    runs = {name: run for name, run in runs.items() if (run / "eval" / "va.json").exists()}
+    if not runs:
+        raise ValueError(f"{folder} holds no evaluated run with seed {seed}: run va_opd.train and va_opd.evaluate first")
+    scores = {name: {kind: sample_scores(run, args, kind) for kind in ("true", "pixelated")} for name, run in runs.items()}
+    rollouts = {name: read_jsonl(run / "eval" / "va_tokens.jsonl") for name, run in runs.items()}
+    drawn = figures(folder / "figures", args, runs, scores, rollouts)
+    parts = [
+        f"# VA-OPD, experiment {args.experiment}, seed {seed}",
+        f"Held-out problems: {len(next(iter(scores.values()))['true'])}, {args.eval_samples} samples each at temperature "
+        f"{args.eval_temperature}; intervals are 95 %, clustered by problem.",
+        measured_table(scores, rollouts),
+        difference_line(scores),
+        "## The paper's Table 1 (8B -> 2B, Geometry3K)",
+        "An empty cell in a column *ours* was not run.",
+        paper_table(),
+        "## Figures",
+        "\n".join(f"![{path.stem}](figures/{path.name})" for path in drawn),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    atomic_write_text(folder / "report.md", text)
+    return text
+
+
+def sample_scores(run: Path, args: ScriptArguments, kind: str) -> list[list[float]]:
+    """Scores by problem and sample, problems in the order of their ids."""
+    records = read_jsonl(run / "eval" / benchmark_name(args, kind == "pixelated") / "samples.jsonl")
+    by_problem: dict[str, list[float]] = {}
+    for record in records:
+        by_problem.setdefault(record["id"], []).append(record["score"])
+    return [by_problem[problem] for problem in sorted(by_problem)]
+
+
+def measured_table(scores: dict[str, dict[str, list]], rollouts: dict[str, list[dict]]) -> str:
+    rows = []
+    for name in scores:
+        cells = [f"{avg_at_k(scores[name][kind]):.3f} [{', '.join(f'{x:.3f}' for x in interval(scores[name][kind]))}]" for kind in ("true", "pixelated")]
+        va = np.concatenate([record["va"] for record in rollouts[name]])
+        ranked = np.sort(va)[::-1]
+        top = ranked[: max(1, round(0.1 * len(va)))].sum() / max(va.sum(), 1e-12)
+        rows.append([NAMES[name], *cells, f"{va.mean():.3f}", f"{top:.0%}", f"{digit_share(rollouts[name]):.0%}"])
+    columns = ["model", "accuracy", "accuracy, pixelated image", "mean VA", "VA in the top 10 % of tokens", "digits among the top 20 % tokens by VA"]
+    return plots.table_markdown(rows, columns)
+
+
+def digit_share(rollouts: list[dict[str, Any]]) -> float:
+    """Share of digit tokens in the high-VA group V (Eq. 5): where VA works, V is what one must look up in the image."""
+    selected = []
+    for record in rollouts:
+        va = torch.tensor([record["va"]])
+        high = high_tokens(va, torch.ones_like(va))[0].tolist()
+        selected += [token.strip().isdigit() for token, chosen in zip(record["tokens"], high, strict=True) if chosen]
+    return float(np.mean(selected))
+
+
+def difference_line(scores: dict[str, dict[str, list]]) -> str:
+    if not {"opd", "va_opd"} <= scores.keys():
+        return ""
+    difference, low, high, p_value = paired_difference(scores["va_opd"]["true"], scores["opd"]["true"])
+    return (
+        f"VA-OPD minus Standard OPD, the same problems: {difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {p_value:.2g} "
+        "(one seed: the interval is over problems, not over trainings)."
+    )
+
+
+def paper_table() -> str:
+    rows = [[NAMES[name], *(cell for value in values for cell in (f"{value:.1f}", ""))] for name, values in PAPER.items()]
+    return plots.table_markdown(rows, ["method", *(head for column in COLUMNS for head in (column, "ours"))])
+
+
+def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, rollouts) -> list[Path]:
+    """Accuracy bars, curves of the trainings, cumulative VA mass (Fig. 2a), one rollout coloured by VA."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bars = {
+        NAMES[name]: {kind: (avg_at_k(values), *interval(values)) for kind, values in kinds.items()} for name, kinds in scores.items()
+    }
+    drawn = [plots.accuracy_bars(bars, folder / "accuracy.png")]
+    trained = {NAMES[name]: read_jsonl(run / "metrics.jsonl") for name, run in runs.items() if (run / "metrics.jsonl").exists()}
+    curves = {"kl/high": "KL, high-VA tokens", "kl/low": "KL, other tokens", "va/mean": "mean VA", "entropy": "student entropy"}
+    if trained:
+        drawn.append(plots.training_curves(trained, curves, folder / "training.png"))
+    values = {NAMES[name]: np.concatenate([r["va"] for r in records]) for name, records in rollouts.items()}
+    drawn.append(plots.cumulative_mass(values, folder / "va_mass.png"))
+    name = next(n for n in ("va_opd", "opd", *runs) if n in runs)
+    record = max(rollouts[name][:50], key=lambda r: sum(r["va"]))
+    image = next(row["images"][0] for row in load_splits_of(args)["validation"] if row["id"] == record["id"])
+    title = f"Visual advantage of each token (nats), {NAMES[name]} on a held-out image"
+    drawn.append(plots.token_heatmap(record["tokens"], record["va"], folder / "va_tokens.png", title, image=image))
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(main())

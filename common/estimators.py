@@ -1,0 +1,127 @@
+"""Accuracy over repeated samples, with intervals that know which samples belong to one question.
+
+`correct` is a table (problems, samples) of 0/1 or of scores in [0, 1]; rows may have unequal lengths, problems weigh the
+same. What is uncertain is the choice of questions: 16 samples of 30 questions are 30 observations, not 480.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Table = Sequence[Sequence[float]] | np.ndarray
+
+
+def avg_at_k(correct: Table) -> float:
+    """Mean score of a sample, averaged within each problem and then over problems (avg@k)."""
+    return float(_problem_means(correct).mean())
+
+
+def pass_at_k(correct: Table, k: int) -> float:
+    """Chance that at least one of k samples of a problem is correct: unbiased, Chen et al. 2021 (arXiv 2107.03374).
+
+    1 - C(n - c, k) / C(n, k) for c correct among n samples, exact. Raises `ValueError` for k below 1 or above the
+    length of a row, and for scores other than 0 and 1.
+    """
+    rows = _rows(correct)
+    if k < 1 or k > min(len(row) for row in rows):
+        raise ValueError(f"k must be between 1 and the {min(len(row) for row in rows)} samples of a row, got {k}")
+    if any(score not in (0, 1) for row in rows for score in row):
+        raise ValueError("pass@k needs scores of 0 or 1")
+    return float(np.mean([1 - math.comb(len(row) - int(row.sum()), k) / math.comb(len(row), k) for row in rows]))
+
+
+def maj_at_k(
+    answers: Sequence[Sequence[Any]], golds: Sequence[Any], same: Callable[[Any, Any], bool] = operator.eq
+) -> float:
+    """Share of problems whose most frequent answer is the gold one (maj@k).
+
+    `same` decides which answers are one class. None (no answer) never wins; a tie goes to the class that came first.
+    """
+    if not answers or len(answers) != len(golds):
+        raise ValueError(f"answers for {len(answers)} problems and {len(golds)} golds: need one gold for each problem")
+    return float(np.mean([_majority_is(row, gold, same) for row, gold in zip(answers, golds, strict=True)]))
+
+
+def interval(correct: Table, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Confidence interval of avg@k, clustered by problem and never empty, not even where every sample is correct.
+
+    Wilson's score interval with the effective number of observations p (1 - p) / Var(mean over problems) in place of n
+    and Student's quantile in place of the normal one (the survey-sampling form of Dean & Pagano, 2015). Its coverage
+    near 0 and 1 is close to nominal where the bootstrap's is not, and it has no random part: `seed` is there because
+    the other estimators have one, and changes nothing.
+    """
+    means = _problem_means(correct)
+    n, p = len(means), float(means.mean())
+    samples = sum(len(row) for row in _rows(correct))
+    variance = means.var(ddof=1) / n if n > 1 else 0.0
+    if 0 < p < 1 and variance > 0:
+        effective = min(p * (1 - p) / variance, samples)
+    else:  # no spread seen between problems: all that is known is that there were n of them
+        effective = n
+    z = float(stats.t.ppf(0.5 + level / 2, max(n - 1, 1)))
+    centre = (p + z * z / (2 * effective)) / (1 + z * z / effective)
+    half = z / (1 + z * z / effective) * math.sqrt(p * (1 - p) / effective + z * z / (4 * effective**2))
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+def paired_difference(a: Table, b: Table, level: float = 0.95, seed: int = 0) -> tuple[float, float, float, float]:
+    """Difference avg@k(a) - avg@k(b) on the same problems in the same order: (difference, low, high, p_value).
+
+    Student's interval over the problems' differences; two-sided p-value of the sign-flip permutation test, exact for
+    few problems, else from 9,999 seeded draws and never 0.
+    """
+    means_a, means_b = _problem_means(a), _problem_means(b)
+    if len(means_a) != len(means_b):
+        raise ValueError(f"a has {len(means_a)} problems, b has {len(means_b)}: both must be on the same problems")
+    difference = means_a - means_b
+    mean, n = float(difference.mean()), len(difference)
+    if not difference.any():
+        return 0.0, 0.0, 0.0, 1.0
+    error = difference.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    half = float(stats.t.ppf(0.5 + level / 2, max(n - 1, 1))) * error
+    test = stats.permutation_test(
+        (means_a, means_b),
+        lambda x, y, axis=-1: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=9999,
+        batch=1000,
+        rng=np.random.default_rng(seed),
+    )
+    return mean, max(-1.0, mean - half), min(1.0, mean + half), float(test.pvalue)
+
+
+def _majority_is(row: Sequence[Any], gold: Any, same: Callable[[Any, Any], bool]) -> bool:
+    classes: list[tuple[Any, int]] = []
+    for answer in row:
+        if answer is None:
+            continue
+        for i, (representative, count) in enumerate(classes):
+            if same(answer, representative):
+                classes[i] = (representative, count + 1)
+                break
+        else:
+            classes.append((answer, 1))
+    if not classes:
+        return False
+    return bool(same(max(classes, key=lambda c: c[1])[0], gold))
+
+
+def _rows(correct: Table) -> list[np.ndarray]:
+    rows = [np.asarray(row, dtype=float) for row in correct]
+    if not rows:
+        raise ValueError("no problems: the table of scores is empty")
+    for number, row in enumerate(rows):
+        if row.ndim != 1 or not len(row):
+            raise ValueError(f"problem {number} has no samples, or the table is not (problems, samples)")
+        if not ((row >= 0) & (row <= 1)).all():
+            raise ValueError(f"problem {number} has a score outside [0, 1]: {row.tolist()}")
+    return rows
+
+
+def _problem_means(correct: Table) -> np.ndarray:
+    return np.array([row.mean() for row in _rows(correct)])

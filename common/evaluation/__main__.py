@@ -1,0 +1,70 @@
+"""python -m common.evaluation --model PATH_OR_ID --benchmark math500 [--engine vllm] [--samples K] --out DIR"""
+
+import argparse
+import dataclasses
+import os
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 for done, 2 with one sentence on stderr for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m common.evaluation", description="Accuracy of a model on a benchmark.")
+    parser.add_argument("--model", required=True, help="hub id or local folder")
+    parser.add_argument("--benchmark", required=True, help="such as math500; an unknown name lists them")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument("--samples", type=int, help="a question; default: the benchmark's")
+    parser.add_argument("--data", help="local file or folder instead of the hub")
+    parser.add_argument("--limit", type=int, help="only the first questions")
+    parser.add_argument("--temperature", type=float, help="default: the benchmark's")
+    parser.add_argument("--top_p", type=float, help="default: the benchmark's")
+    parser.add_argument("--max_new_tokens", type=int, help="default: the benchmark's")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts at once with transformers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rescore", action="store_true", help="score the records that are there anew; generate nothing")
+    parser.add_argument("--out", required=True, help="folder of records and metrics")
+    args = parser.parse_args(argv)
+    try:
+        print(_report(_run(args)))
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"common.evaluation: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> dict:
+    from . import TransformersEngine, VLLMEngine, load_benchmark
+    from .run import evaluate, rescore
+
+    benchmark = load_benchmark(args.benchmark, args.data, args.limit)
+    if args.rescore:
+        return rescore(benchmark, args.out)
+    if args.engine == "vllm":
+        engine = VLLMEngine(args.model, seed=args.seed)
+    else:
+        import torch
+
+        from common.models import load_model, load_processor
+
+        cuda = torch.cuda.is_available()
+        model = load_model(args.model, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
+        engine = TransformersEngine(model, load_processor(args.model), args.batch_size)
+    changes = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
+    decoding = dataclasses.replace(benchmark.decoding, **{k: v for k, v in changes.items() if v is not None})
+    samples = args.samples or benchmark.samples
+    if samples > 1 and decoding.temperature == 0:
+        raise ValueError(f"--samples {samples} at temperature 0 would repeat one answer: give --temperature")
+    return evaluate(engine, benchmark, args.out, samples=samples, decoding=decoding, seed=args.seed)
+
+
+def _report(metrics: dict) -> str:
+    low, high = metrics["interval"]
+    return (
+        f"avg@{metrics['samples']} = {metrics['avg@k']:.4f} [{low:.4f}, {high:.4f}] over {metrics['questions']} questions; "
+        f"truncated {metrics['truncated']:.1%}; verdicts {metrics['verdicts']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

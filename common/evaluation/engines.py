@@ -1,0 +1,150 @@
+"""Who generates: transformers, or vLLM's offline engine, behind one small interface."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Temperature 0 is greedy; `top_p` and `max_new_tokens` as everywhere."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 2048
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages in TRL's format, and the PIL images for their image parts in order (before the text if none is marked)."""
+
+    messages: Sequence[dict[str, Any]]
+    images: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`finished` is False for a response that was cut at the token limit."""
+
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+class Engine(Protocol):
+    """`name` identifies the model in result files."""
+
+    name: str
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
+        """One completion a prompt, in order. Equal prompts, seeds and batch give equal completions."""
+        ...
+
+
+class TransformersEngine:
+    """Generates with `model.generate`, `batch_size` prompts at once, in order of prompt length.
+
+    Random numbers are drawn for a whole batch at a time, so the seed of a batch is that of its first prompt: results
+    are the same for the same list of prompts, not for the same prompt in another list.
+    """
+
+    def __init__(self, model, processor, batch_size: int = 16):
+        self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.name = model.name_or_path
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
+        texts = [self._render(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(texts[i]), reverse=True)  # the largest batch fails first
+        done: list[Completion | None] = [None] * len(prompts)
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            completions = self._batch([texts[i] for i in part], [prompts[i].images for i in part], decoding, seeds[part[0]])
+            for i, completion in zip(part, completions, strict=True):
+                done[i] = completion
+        return done
+
+    def _render(self, prompt: Prompt) -> str:
+        messages = [dict(message) for message in prompt.messages]
+        for message in messages:
+            if prompt.images and message["role"] == "user" and isinstance(message["content"], str):
+                message["content"] = [{"type": "image"}] * len(prompt.images) + [{"type": "text", "text": message["content"]}]
+                break
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    @torch.no_grad()
+    def _batch(self, texts: list[str], images: list[Sequence[Any]], decoding: Decoding, seed: int) -> list[Completion]:
+        options = {"images": [list(row) for row in images]} if any(images) else {}
+        inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **options)
+        inputs = inputs.to(self.model.device)
+        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if decoding.temperature > 0:
+            sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=decoding.max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self._stop_ids(),
+                suppress_tokens=self._never_sampled() or None,
+                **sampling,
+            )
+        return [self._completion(row) for row in output[:, inputs["input_ids"].size(1) :].tolist()]
+
+    def _completion(self, ids: list[int]) -> Completion:
+        stops = set(self._stop_ids())
+        length = next((i + 1 for i, token in enumerate(ids) if token in stops), None)
+        kept = ids if length is None else ids[:length]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return Completion(text=text, num_tokens=len(kept), finished=length is not None)
+
+    def _stop_ids(self) -> list[int]:
+        """Every end-of-turn id that the model declares, and the tokenizer's."""
+        declared = self.model.generation_config.eos_token_id
+        declared = [] if declared is None else declared if isinstance(declared, list) else [declared]
+        return sorted({*declared, self.tokenizer.eos_token_id})
+
+    def _never_sampled(self) -> list[int]:
+        """Image and video placeholders, and rows that pad the vocabulary."""
+        names = ("image_token", "video_token")
+        tokens = [t for t in (getattr(self.processor, name, None) for name in names) if isinstance(t, str)]
+        rows = self.model.config.get_text_config().vocab_size
+        return [*self.tokenizer.convert_tokens_to_ids(tokens), *range(len(self.tokenizer), rows)]
+
+
+class VLLMEngine:
+    """Generates with vLLM's offline engine; needs the extra `vllm`. Each prompt has its own seed."""
+
+    def __init__(self, model: str, **engine_options: Any):
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError("engine vllm needs vLLM: pip install 'post-training-reference[vllm]'") from error
+        self.llm, self.name = LLM(model=model, **engine_options), model
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                temperature=decoding.temperature, top_p=decoding.top_p, max_tokens=decoding.max_new_tokens, seed=seed
+            )
+            for seed in seeds
+        ]
+        outputs = self.llm.chat([_with_images(prompt) for prompt in prompts], parameters, use_tqdm=False)
+        return [
+            Completion(out.outputs[0].text, len(out.outputs[0].token_ids), out.outputs[0].finish_reason == "stop")
+            for out in outputs
+        ]
+
+
+def _with_images(prompt: Prompt) -> list[dict[str, Any]]:
+    """Messages with PIL images in place of the placeholders, as vLLM's chat takes them."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    messages = prepare_multimodal_messages(list(prompt.messages), images=list(prompt.images))
+    parts = {"image": lambda part: {"type": "image_pil", "image_pil": part["image"]}, "text": lambda part: part}
+    return [{**m, "content": [parts[part["type"]](part) for part in m["content"]]} for m in messages]

@@ -1,0 +1,121 @@
+"""Models and processors from a hub id or a local folder, with one clear sentence when they cannot be had."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLProcessor,
+)
+
+
+class ModelNotFound(ValueError):
+    """Neither a local folder nor reachable on the hub, or a folder without a model."""
+
+
+class _ImageOnly:
+    """Qwen's video processors need torchvision. A processor whose `__init__` does not name one is accepted, because
+    `ProcessorMixin` reads its parts off that signature; it saves and loads by its own class."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        for name in ("image", "video"):
+            setattr(self, f"{name}_token", f"<|{name}_pad|>")
+            setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>"))
+        for name in ("vision_start", "vision_end"):
+            setattr(self, f"{name}_token", f"<|{name}|>")
+            setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(f"<|{name}|>"))
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class ImageOnlyQwen3VLProcessor(_ImageOnly, Qwen3VLProcessor):
+    """Qwen3-VL's processor without video."""
+
+
+class ImageOnlyQwen2_5_VLProcessor(_ImageOnly, Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's processor without video."""
+
+
+IMAGE_ONLY = {"qwen3_vl": ImageOnlyQwen3VLProcessor, "qwen2_5_vl": ImageOnlyQwen2_5_VLProcessor}
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config of a hub id or local folder; `ModelNotFound` otherwise."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            problem = "the folder holds no model that transformers knows (no usable config.json)"
+        elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
+            problem = "there is no such folder"
+        else:
+            problem = "it is no local folder, and the hub cannot be reached or has no model of this name"
+        raise ModelNotFound(f"model {name!r}: {problem}; pass a hub id or a folder made by save_pretrained") from error
+
+
+def is_vlm(config: PretrainedConfig) -> bool:
+    """Whether the model reads images."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def load_model(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A causal or image-text model in `dtype`, on `device` (left on the CPU for a trainer to place, if None)."""
+    config = load_config(name)
+    auto = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        model = auto.from_pretrained(name, dtype=dtype, **options)
+    except OSError as error:
+        raise ModelNotFound(f"model {name!r}: {str(error).splitlines()[0]}") from error
+    return model if device is None else model.to(device)
+
+
+def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """The processor of a vision-language model, or the tokenizer of a text model.
+
+    Without torchvision, `AutoProcessor` fails for families with a video processor, or quietly returns the tokenizer,
+    and training would then never see an image. So those families are put together here, without video.
+    """
+    config = load_config(name)
+    if not is_vlm(config):
+        return AutoTokenizer.from_pretrained(name)
+    if importlib.util.find_spec("torchvision") is None and config.model_type in IMAGE_ONLY:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+        return IMAGE_ONLY[config.model_type](image_processor, tokenizer, chat_template=tokenizer.chat_template)
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except (OSError, ImportError, ValueError, AttributeError) as error:
+        raise ModelNotFound(
+            f"the processor of {name!r} ({config.model_type}) cannot be loaded: {str(error).strip().splitlines()[0]}; "
+            "this family may need torchvision (the build that matches torch)"
+        ) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ModelNotFound(
+            f"{name!r} ({config.model_type}) reads images, but only a {type(processor).__name__} was found: save its "
+            "processor into the folder, or install torchvision (the build that matches torch)"
+        )
+    return processor
+
+
+def count_parameters(name: str) -> int:
+    """Number of parameters, from the config alone: no weight is loaded."""
+    config = load_config(name)
+    auto = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config).num_parameters()

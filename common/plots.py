@@ -1,0 +1,168 @@
+"""The figures that all methods share. Each writes one PNG, whole or not at all, and returns its path."""
+
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with any colour vision
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def table_markdown(rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def training_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, str], path: str | Path, smooth: int = 3
+) -> Path:
+    """Small multiples, one for each metric that a run has logged, one line for each run.
+
+    Args:
+        runs: name of a run -> its logged lines with `step`.
+        metrics: name of a metric -> label of its axis.
+        smooth: lines show the mean over so many logged points.
+    """
+    present = [name for name in metrics if any(name in line for lines in runs.values() for line in lines)]
+    if not present:
+        raise ValueError(f"no run has logged any of {', '.join(metrics)}")
+    wide = min(len(present), 2)
+    figure = Figure(figsize=(5 * wide, 3.2 * math.ceil(len(present) / wide)), layout="constrained")
+    for place, metric in enumerate(present, start=1):
+        axes = figure.add_subplot(math.ceil(len(present) / wide), wide, place)
+        for number, (name, lines) in enumerate(runs.items()):
+            points = np.array([(line["step"], line[metric]) for line in lines if line.get(metric) is not None], dtype=float)
+            if len(points):
+                axes.plot(*_smoothed(points, smooth).T, label=name, color=PALETTE[number % len(PALETTE)])
+        axes.set(xlabel="step", ylabel=metrics[metric])
+        _light(axes)
+        if place == 1:
+            axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def accuracy_bars(table: Mapping[str, Mapping[str, tuple[float, float, float]]], path: str | Path) -> Path:
+    """Bars of accuracy with intervals: variant -> condition -> (value, low, high), one colour for each condition."""
+    conditions = list(dict.fromkeys(condition for row in table.values() for condition in row))
+    figure = Figure(figsize=(1.6 + 1.5 * len(table), 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(conditions)
+    for number, condition in enumerate(conditions):
+        places = [i + (number - (len(conditions) - 1) / 2) * width for i in range(len(table))]
+        values, lows, highs = np.array([row.get(condition, (np.nan,) * 3) for row in table.values()]).T
+        axes.bar(places, values, width * 0.92, color=PALETTE[number], label=condition)
+        axes.errorbar(places, values, [values - lows, highs - values], fmt="none", ecolor="#333333", capsize=3)
+        for place, value, high in zip(places, values, highs, strict=True):
+            if np.isfinite(value):
+                axes.text(place, high + 0.015, f"{value:.2f}", ha="center", fontsize=8)
+    axes.set_xticks(range(len(table)), ["\n".join(textwrap.wrap(name, 14)) for name in table])
+    axes.set(ylabel="accuracy", ylim=(0, 1.08))
+    axes.legend(frameon=False, ncols=len(conditions), loc="upper left")
+    _light(axes)
+    return _save(figure, path)
+
+
+def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path, mark: float = 0.1) -> Path:
+    """Share of the total that the largest values hold, against the share of tokens; the share at `mark` is marked."""
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, array) in enumerate(values.items()):
+        ranked = np.sort(np.asarray(array, dtype=float))[::-1]
+        mass = np.concatenate([[0], np.cumsum(ranked)]) / max(ranked.sum(), 1e-12)
+        share = np.linspace(0, 1, len(mass))
+        at_mark = float(np.interp(mark, share, mass))
+        axes.plot(share, mass, color=PALETTE[number % len(PALETTE)], label=f"{name}: {at_mark:.0%} at {mark:.0%}")
+    axes.axvline(mark, color="#999999", linewidth=1, linestyle=":")
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    axes.set(xlabel="share of tokens, largest first", ylabel="share of the total", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="lower right")
+    _light(axes)
+    return _save(figure, path)
+
+
+def token_heatmap(
+    tokens: Sequence[str], values: Sequence[float], path: str | Path, title: str, image=None, label: str = "", width: int = 48
+) -> Path:
+    """One response as text, each token on a background coloured by its value; a PIL image above, if given.
+
+    Lines wrap after `width` characters; blanks and line ends are made visible.
+    """
+    boxes, lines = _place(tokens, width)
+    inch = 9 / width
+    above = 0.0 if image is None else 1.2
+    figure = Figure(figsize=(10, 1.5 + above + 0.42 * lines), layout="constrained")
+    heights = ([above] if image is not None else []) + [0.42 * lines + 0.1, 0.18]
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    if image is not None:
+        picture = figure.add_subplot(grid[0])
+        picture.imshow(image, interpolation="nearest")
+        picture.set_axis_off()
+    axes = figure.add_subplot(grid[-2])
+    scale = ScalarMappable(Normalize(0, max(max(values, default=0.0), 1e-9)), colormaps["YlOrRd"])
+    for (column, line, text), value in zip(boxes, values, strict=True):
+        colour = scale.to_rgba(value)
+        ink = "white" if sum(colour[:3]) < 1.5 else "black"
+        place = {"facecolor": colour, "edgecolor": "white", "linewidth": 1.5}
+        axes.add_patch(_rectangle(column, line, len(text), place))
+        middle = column + len(text) / 2
+        axes.text(middle, -line - 0.5, text, ha="center", va="center", family="monospace", color=ink, fontsize=min(15, 95 * inch))
+    used = max(column + len(text) for column, _, text in boxes) if boxes else 1
+    axes.set(xlim=(0, max(used, 12)), ylim=(-lines, 0))
+    axes.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    figure.colorbar(scale, cax=figure.add_subplot(grid[-1]), orientation="horizontal", label=label)
+    return _save(figure, path)
+
+
+def _rectangle(column: int, line: int, length: int, style: dict):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column, -line - 0.95), length, 0.9, **style)
+
+
+def _place(tokens: Sequence[str], width: int) -> tuple[list[tuple[int, int, str]], int]:
+    """(column, line, visible text) of each token, and the number of lines."""
+    boxes, column, line = [], 0, 0
+    for token in tokens:
+        text = token.replace("\n", "\u21b5").replace("\t", "\u2192").replace(" ", "\u00b7") or "\u2205"
+        text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+        if column and column + len(text) > width:
+            column, line = 0, line + 1
+        boxes.append((column, line, text))
+        column += len(text)
+        if "\n" in token:
+            column, line = 0, line + 1
+    return boxes, line + 1
+
+
+def _smoothed(points: np.ndarray, window: int) -> np.ndarray:
+    if len(points) < 2 * window:
+        return points
+    kernel = np.ones(window) / window
+    return np.stack([np.convolve(column, kernel, mode="valid") for column in points.T], axis=1)
+
+
+def _light(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
+    os.replace(temporary, path)
+    return path

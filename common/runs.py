@@ -1,0 +1,271 @@
+"""Run folders: settings, manifest, metrics, samples; every file written so that a kill at any moment loses nothing.
+
+    runs/<method>/<experiment>/<variant>-seed<k>/
+      config.yaml  manifest.json  metrics.jsonl  samples.jsonl  checkpoint-*/  eval/  figures/
+
+Whole files are written to a temporary name in the same folder, fsynced and renamed; lines of .jsonl files are appended
+in one write. JSON has no NaN or infinity: they are written as null.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "vllm", "deepspeed")
+
+
+class RunFolderError(ValueError):
+    """The run folder cannot be used: it belongs to another run, or cannot be written. The message names the remedy."""
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Writes the whole file or nothing; a reader never sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    atomic_write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
+    """Appends one line, on disk when this returns. A half-written line of a killed writer is closed off first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(_plain(record), allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        if file.tell() and not _ends_line(file):
+            _drop_half_line(file)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a .jsonl file, without a half-written last line. `ValueError` for a broken line before it."""
+    content = Path(path).read_bytes()
+    lines = content.split(b"\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is no whole line
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}): repair or remove the line") from error
+    return records
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a file or folder (a `Path`) or of any JSON value: tells whether data are the same."""
+    digest = hashlib.sha256()
+    if isinstance(value, Path):
+        for file in sorted(p for p in ([value] if value.is_file() else value.rglob("*")) if p.is_file()):
+            digest.update(str(file.relative_to(value)).encode() + b"\0" + file.read_bytes())
+    else:
+        digest.update(json.dumps(_plain(value), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def last_checkpoint(path: str | Path) -> Path | None:
+    """The newest complete `checkpoint-<step>` in a run folder: trainer_state.json, written last, can be read."""
+    found = []
+    for folder in Path(path).glob("checkpoint-*"):
+        step = folder.name.removeprefix("checkpoint-")
+        try:
+            complete = step.isdigit() and bool(json.loads((folder / "trainer_state.json").read_text()))
+        except (OSError, ValueError):
+            complete = False
+        if complete:
+            found.append((int(step), folder))
+    return max(found)[1] if found else None
+
+
+class RunFolder:
+    """A run's folder, opened with `RunFolder.open`. As a context manager it records how the run ended."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path: str | Path, config: dict[str, Any], *, data: dict[str, str], seed: int) -> "RunFolder":
+        """Starts a run in a new folder, or goes on with the same run in its own.
+
+        Args:
+            path: the folder.
+            config: settings that define the run, of JSON types.
+            data: fingerprint of each data set by name.
+            seed: of the run.
+
+        Raises `RunFolderError` where the folder holds a run with other settings or data, or something else.
+        """
+        path, config = Path(path), _plain(config)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if (path / "manifest.json").exists():
+                manifest = _same_run(path, config, data, seed)
+                manifest["resumed"] = [*manifest["resumed"], _now()]
+            elif any(path.iterdir()):
+                raise RunFolderError(f"{path} holds files but no manifest.json, so it is no run folder: choose another out=")
+            else:
+                manifest = _new_manifest(config, data, seed)
+                atomic_write_text(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            folder = cls(path, manifest)
+            if not folder.is_done:
+                folder._write(state="running")
+            return folder
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be written ({error.strerror or error}): choose another out=") from error
+
+    @property
+    def is_done(self) -> bool:
+        return self.manifest["state"] == "done"
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; `step` is the optimizer step."""
+        append_jsonl(self.path / "metrics.jsonl", record)
+
+    def log_sample(self, record: dict[str, Any]) -> None:
+        """One line of samples.jsonl."""
+        append_jsonl(self.path / "samples.jsonl", record)
+
+    def truncate_logs(self, step: int) -> None:
+        """Drops lines logged after `step`: a run that resumes there will log them again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.path / name).exists():
+                kept = [record for record in read_jsonl(self.path / name) if record.get("step", 0) <= step]
+                atomic_write_text(self.path / name, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def finish(self, state: str = "done", **extra: Any) -> None:
+        self._write(state=state, ended=_now(), **extra)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None:
+            interrupted = issubclass(kind, (KeyboardInterrupt, SystemExit))
+            self.finish("interrupted" if interrupted else "failed", error=f"{kind.__name__}: {error}")
+
+    def _write(self, **changes: Any) -> None:
+        self.manifest.update(changes)
+        atomic_write_json(self.path / "manifest.json", self.manifest)
+
+
+def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        theirs = {**manifest["config"], "seed": manifest["seed"], **{f"data {k}": v for k, v in manifest["data"].items()}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path}/manifest.json cannot be read ({error}): choose another out= or delete the folder") from error
+    ours = {**config, "seed": seed, **{f"data {k}": v for k, v in data.items()}}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise RunFolderError(
+                f"{path} belongs to a run with {name}={theirs.get(name)!r}, this one has {ours.get(name)!r}: choose "
+                "another out= or delete the folder"
+            )
+    return manifest
+
+
+def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
+    return {
+        "state": "running",
+        "started": _now(),
+        "ended": None,
+        "resumed": [],
+        "command": shlex.join(sys.argv),
+        "seed": seed,
+        "data": data,
+        "config": config,
+        "git": _git(),
+        "hardware": _hardware(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _hardware() -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    torch = sys.modules.get("torch")  # asking for GPUs is not worth importing torch
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "memory_bytes": memory, "gpus": gpus}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON types: numpy scalars and arrays as numbers and lists, paths as text, non-finite floats as None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _ends_line(file) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _drop_half_line(file) -> None:
+    file.seek(0)
+    whole = file.read().rfind(b"\n") + 1
+    file.truncate(whole)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # some file systems do not open folders; the rename itself is still atomic
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,214 @@
+"""Reward functions in TRL's signature, built on `common.answers`.
+
+    f(completions, **columns) -> list[float | None]        one reward for each completion
+
+`completions` are strings, or conversations (lists of messages; the last assistant message counts). The gold answer is
+the column `answer`, one for each completion. A None gold gives None: this verifier does not apply to that row, and
+TRL leaves it out. A data set without that column is a `ValueError`, because a silent 0 would train on nothing.
+Where TRL passes `log_metric`, the shares of the verdicts are logged (`verdict/correct`, `verdict/timeout`, ...).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from common.answers import Verdict, chosen_letter, exact_number, extract_answer, gold_letter, grade_many
+
+__all__ = ["choice_reward", "format_reward", "length_penalty", "math_reward", "numeric_reward", "tool_call_reward"]
+
+Completion = str | list[dict]
+LogMetric = Callable[[str, float], None]
+
+_MAX_CALL_CHARS = 100_000
+
+
+def math_reward(
+    completions: Sequence[Completion],
+    answer: Sequence[str | None] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns,
+) -> list[float | None]:
+    """1.0 where the final answer is mathematically the gold answer, else 0.0; None for an unusable gold answer."""
+    golds = _column("answer", answer, completions)
+    verdicts = grade_many([_text(completion) for completion in completions], golds)
+    return _rewards(verdicts, golds, log_metric)
+
+
+def choice_reward(
+    completions: Sequence[Completion],
+    answer: Sequence[str | None] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns,
+) -> list[float | None]:
+    """1.0 where the response commits to the gold choice letter and to no other ("A or B" is wrong), else 0.0.
+
+    The letter may stand in a box, in `<answer>` tags, after "The answer is", or be all of the response: C, (C), c.
+    """
+    golds = _column("answer", answer, completions)
+    pairs = zip(completions, golds, strict=True)
+    verdicts = [_choice_verdict(_text(completion), gold) for completion, gold in pairs]
+    return _rewards(verdicts, golds, log_metric)
+
+
+def _choice_verdict(response: str, gold: str | None) -> Verdict:
+    wanted = gold_letter(gold or "")
+    if wanted is None:
+        return Verdict.GOLD_UNPARSEABLE
+    committed = extract_answer(response)
+    chosen = chosen_letter(response if committed is None else committed)
+    if chosen is None:
+        return Verdict.NO_ANSWER if committed is None else Verdict.UNPARSEABLE
+    return Verdict.CORRECT if chosen == wanted else Verdict.WRONG
+
+
+def numeric_reward(
+    completions: Sequence[Completion],
+    answer: Sequence[str | float | None] | None = None,
+    tolerance: Sequence[float | None] | float | None = None,
+    log_metric: LogMetric | None = None,
+    **columns,
+) -> list[float | None]:
+    """1.0 where the final answer is a numeral equal to the gold number, or within `tolerance` of it, else 0.0.
+
+    `tolerance` is absolute, one for each row (a column) or one for all; without it the numbers must be equal.
+    """
+    golds = _column("answer", answer, completions)
+    limits = tolerance if isinstance(tolerance, Sequence) else [tolerance] * len(golds)
+    rows = zip(completions, golds, limits, strict=True)
+    verdicts = [_numeric_verdict(_text(completion), gold, limit) for completion, gold, limit in rows]
+    return _rewards(verdicts, golds, log_metric)
+
+
+def _numeric_verdict(response: str, gold: str | float | None, tolerance: float | None) -> Verdict:
+    wanted = None if gold is None else exact_number(str(gold))
+    if wanted is None:
+        return Verdict.GOLD_UNPARSEABLE
+    committed = extract_answer(response)
+    if committed is None:
+        return Verdict.NO_ANSWER
+    number = exact_number(committed)
+    if number is None:
+        return Verdict.UNPARSEABLE
+    return Verdict.CORRECT if abs(number - wanted) <= Fraction(str(tolerance or 0)) else Verdict.WRONG
+
+
+def tool_call_reward(
+    completions: Sequence[Completion],
+    answer: Sequence[str | list | dict | None] | None = None,
+    log_metric: LogMetric | None = None,
+    **columns,
+) -> list[float | None]:
+    """1.0 where the response makes exactly the gold tool calls, in any order, else 0.0.
+
+    A call is `{"name": ..., "arguments": {...}}`; the gold column holds one or a list of them, as JSON text or as
+    objects. The response gives them in the message's `tool_calls`, in `<tool_call>` tags, or as a whole that is JSON.
+    Comparison is strict JSON equality: 1, 1.0, "1" and true are four values.
+    """
+    golds = _column("answer", answer, completions)
+    pairs = zip(completions, golds, strict=True)
+    verdicts = [_tool_verdict(completion, gold) for completion, gold in pairs]
+    return _rewards(verdicts, golds, log_metric)
+
+
+def _tool_verdict(completion: Completion, gold: str | list | dict | None) -> Verdict:
+    wanted = _calls(gold)
+    if wanted is None:
+        return Verdict.GOLD_UNPARSEABLE
+    made = _calls(_tool_calls(completion))
+    if made is None:
+        return Verdict.UNPARSEABLE
+    return Verdict.CORRECT if made == wanted else Verdict.WRONG
+
+
+def _tool_calls(completion: Completion) -> str | list:
+    message = {} if isinstance(completion, str) else _last_message(completion)
+    if message.get("tool_calls"):
+        return [call.get("function", call) if isinstance(call, dict) else call for call in message["tool_calls"]]
+    text = _text(completion).rpartition("</think>")[2]
+    tagged = [part.partition("</tool_call>")[0] for part in text.split("<tool_call>")[1:]]
+    return f"[{','.join(tagged)}]" if tagged else text
+
+
+def _calls(source: str | list | dict | None) -> Counter | None:
+    """Calls as canonical JSON texts with their counts; None for what is no list of calls."""
+    try:
+        parsed = _parse_json(source)
+        calls = parsed if isinstance(parsed, list) else [parsed]
+        pairs = [{"name": call["name"], "arguments": _parse_json(call["arguments"])} for call in calls]
+        return Counter(json.dumps(pair, sort_keys=True, allow_nan=False) for pair in pairs)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def _parse_json(source: object) -> object:
+    if not isinstance(source, str):
+        return source
+    if len(source) > _MAX_CALL_CHARS:
+        raise ValueError("tool call too long")
+    return json.loads(source)
+
+
+def format_reward(completions: Sequence[Completion], **columns) -> list[float]:
+    """1.0 where the response commits to an answer and thinks in one closed block or in none, else 0.0."""
+    return [float(_well_formed(_text(completion))) for completion in completions]
+
+
+def _well_formed(response: str) -> bool:
+    opened, closed = response.count("<think>"), response.count("</think>")
+    ordered = closed == 0 or response.find("<think>") < response.find("</think>")
+    # a chat template may have opened the block in the prompt, so that the response only closes it
+    return opened <= closed <= 1 and ordered and extract_answer(response) is not None
+
+
+def length_penalty(
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    max_length: int = 4096,
+    buffer: int = 1024,
+    **columns,
+) -> list[float]:
+    """0.0 up to `max_length - buffer`, then falling in a straight line to -1.0 at `max_length` and beyond.
+
+    Length is in tokens where TRL passes `completion_ids`, else in characters.
+    """
+    if not 0 < buffer <= max_length:
+        raise ValueError(f"buffer must be in (0, max_length], got {buffer} with max_length {max_length}")
+    sizes = [len(ids) for ids in (map(_text, completions) if completion_ids is None else completion_ids)]
+    return [-min(1.0, max(0.0, (size - max_length + buffer) / buffer)) for size in sizes]
+
+
+def _text(completion: Completion) -> str:
+    """The words of a completion; the text parts of a message with several parts."""
+    if isinstance(completion, str):
+        return completion
+    content = _last_message(completion).get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content)
+
+
+def _last_message(messages: list[dict]) -> dict:
+    return next((message for message in reversed(messages) if message.get("role", "assistant") == "assistant"), {})
+
+
+def _column(name: str, values: Sequence | None, completions: Sequence) -> list:
+    if values is None:
+        raise ValueError(
+            f'this reward needs the data set column "{name}" with the gold answers; '
+            f'rename yours, for instance dataset.rename_column("solution", "{name}")'
+        )
+    if len(values) != len(completions):
+        raise ValueError(f'column "{name}" has {len(values)} values for {len(completions)} completions')
+    return list(values)
+
+
+def _rewards(verdicts: list[Verdict], golds: list, log_metric: LogMetric | None) -> list[float | None]:
+    """Rewards of verdicts; rows without a gold answer do not count in the logged shares."""
+    counted = Counter(verdict for verdict, gold in zip(verdicts, golds, strict=True) if gold is not None)
+    if log_metric is not None and counted:
+        for verdict in Verdict:
+            log_metric(f"verdict/{verdict}", counted[verdict] / counted.total())
+    return [None if verdict is Verdict.GOLD_UNPARSEABLE else float(verdict is Verdict.CORRECT) for verdict in verdicts]

@@ -1,0 +1,137 @@
+"""`common.verifiers`: TRL's signature, what each reward accepts, and what a row without a gold answer gets."""
+
+import json
+
+import pytest
+
+from common.verifiers import (
+    choice_reward,
+    format_reward,
+    length_penalty,
+    math_reward,
+    numeric_reward,
+    tool_call_reward,
+)
+
+CALL = {"name": "search", "arguments": {"query": "rain", "limit": 3}}
+GOLD_REWARDS = [math_reward, choice_reward, numeric_reward, tool_call_reward]
+
+
+def talk(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def test_math_reward_on_text_and_conversations():
+    texts = [r"\boxed{\frac{1}{2}}", "the answer is 0.5", "0.5", r"\boxed{5 \text{ or } 7}"]
+    golds = ["0.5", "1/2", "0.5", "5"]
+    assert math_reward(texts, answer=golds) == [1.0, 1.0, 0.0, 0.0]
+    assert math_reward([talk(text) for text in texts], answer=golds) == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_last_assistant_message_counts():
+    turns = [*talk(r"\boxed{1}"), {"role": "tool", "content": r"\boxed{3}"}, *talk(r"\boxed{2}")]
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": r"\boxed{2}"}]}]
+    empty = [{"role": "assistant", "content": None}]
+    assert math_reward([turns, parts, empty, []], answer=["2"] * 4) == [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("reward", GOLD_REWARDS)
+def test_a_row_without_gold_is_none_and_a_missing_column_is_an_error(reward):
+    assert reward(["C", "C"], answer=[None, None], prompts=["p", "p"], trainer_state=object()) == [None, None]
+    with pytest.raises(ValueError, match=r'column "answer".*rename_column'):
+        reward(["C"], solution=["C"])
+    with pytest.raises(ValueError, match="1 values for 2 completions"):
+        reward(["C", "C"], answer=["C"])
+
+
+def test_an_unusable_gold_never_rewards():
+    assert math_reward([r"\boxed{}", r"\boxed{None}"], answer=["", "  "]) == [None, None]
+    assert choice_reward(["A"], answer=["Paris"]) == [None]
+    assert numeric_reward([r"\boxed{x}"], answer=["x"]) == [None]
+    assert tool_call_reward(["{}"], answer=["not json"]) == [None]
+
+
+def test_verdicts_are_logged_as_shares_of_the_rows_with_gold():
+    logged = {}
+    completions = [r"\boxed{1}", r"\boxed{2}", "what?", r"\boxed{1}", r"\boxed{1}"]
+    math_reward(completions, answer=["1", "1", "1", "1", None], log_metric=logged.__setitem__, log_extra=print)
+    assert logged["verdict/correct"] == 0.5
+    assert logged["verdict/wrong"] == logged["verdict/no_answer"] == 0.25
+    assert sum(logged.values()) == 1.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "C", "(C)", "c", "C.", "**C**", "C)", "C: Neon", "C. Neon", "Option C", r"\boxed{C}", r"\boxed{\text{(C)}}",
+        "The answer is C.", "The correct option is (C)", "Answer: C) Neon", "<answer>C</answer>", "**Answer:** C",
+        "A looks right, but no. The answer is C", "The answer is C because A and B are wrong", r"$\boxed{\textbf{C}}$",
+    ],
+)  # fmt: skip
+def test_choice_letters(response):
+    assert choice_reward([response] * 3, answer=["C", "(C) Neon", "A"]) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "A or C", "A, C", "A/C", "AC", "C or A", r"\boxed{C, A}", r"\boxed{A} and \boxed{C}", "Carbon", "", "C and D",
+        "I think it is C", "The answer is C or D", "<answer>A or B or C</answer>", "<answer></answer>", r"\boxed{}",
+    ],
+)  # fmt: skip
+def test_hedges_and_other_words_are_no_choice(response):
+    assert choice_reward([response], answer=["C"]) == [0.0]
+
+
+def test_numeric_reward():
+    texts = [
+        r"\boxed{3.14}",
+        r"\boxed{3.14}",
+        r"\boxed{1{,}000\text{ m}}",
+        r"\boxed{x}",
+        "3.14",
+        r"\boxed{9^{9^{9^9}}}",
+    ]
+    golds = [3.14159, "3.14", "1000", "5", "3.14", "5"]
+    assert numeric_reward(texts, answer=golds) == [0.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert numeric_reward(texts[:2], answer=golds[:2], tolerance=[0.01, None]) == [1.0, 1.0]
+    assert numeric_reward(texts[:1], answer=golds[:1], tolerance=0.001) == [0.0]
+
+
+def test_tool_calls_match_in_every_form():
+    text, other = json.dumps(CALL), json.dumps({"name": "stop", "arguments": {}})
+    tagged = f"<tool_call>\n{text}\n</tool_call>"
+    message = [{"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}]
+    as_text = [
+        {"role": "assistant", "tool_calls": [{"function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}]}
+    ]
+    completions = [text, f"[{text}]", f"Let me see. {tagged}", message, as_text, f"<think>no</think>{tagged}"]
+    for gold in (text, CALL, [CALL], json.dumps([CALL])):
+        assert tool_call_reward(completions, answer=[gold] * len(completions)) == [1.0] * len(completions)
+    both = [f"{tagged}<tool_call>{other}</tool_call>", f"<tool_call>{other}</tool_call>{tagged}"]
+    assert tool_call_reward([*both, text], answer=[[CALL, json.loads(other)]] * 3) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["", "search", "{}", "[]", "[" * 100_000, '{"name": "search"}', '{"name": "search", "arguments": {"limit": 3}}']
+    + [json.dumps(CALL).replace("3", value) for value in ("3.0", '"3"', "true", "NaN", "9" * 5000)]
+    + [json.dumps([CALL, CALL]), json.dumps(CALL) + " or so", f"<tool_call>{json.dumps(CALL)}</tool_call><tool_call>"],
+)
+def test_other_tool_calls_are_wrong(response):
+    assert tool_call_reward([response], answer=[CALL]) == [0.0]
+
+
+def test_format_reward():
+    good = [r"\boxed{5}", r"<think>a</think>\boxed{5}", r"a</think>\boxed{5}", "The answer is 5", talk("Answer: 5")]
+    bad = ["5", r"<think>\boxed{5}", r"</think><think>\boxed{5}", r"<think>a</think><think>b</think>\boxed{5}", ""]
+    assert format_reward(good, answer=["5"] * 5) == [1.0] * 5
+    assert format_reward(bad) == [0.0] * 5
+
+
+def test_length_penalty():
+    ids = [[0] * size for size in (10, 80, 90, 100, 500)]
+    assert length_penalty(["x"] * 5, completion_ids=ids, max_length=100, buffer=20) == [0.0, 0.0, -0.5, -1.0, -1.0]
+    assert length_penalty(["x" * 90, talk("x" * 100)], max_length=100, buffer=20) == [-0.5, -1.0]
+    with pytest.raises(ValueError, match="buffer"):
+        length_penalty(["x"], max_length=100, buffer=0)

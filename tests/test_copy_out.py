@@ -1,0 +1,136 @@
+"""A method's folder works alone: copied out of the project, it trains on the caller's own data with PyPI packages."""
+
+import ast
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = {"common", "va_opd", "srpo", "r_diverse"}
+METHODS = [name for name in ("va_opd", "srpo", "r_diverse") if (ROOT / name / "__init__.py").exists()]
+LIBRARY_MODULES = ("__init__", "config", "objective", "trainer", "doctor", "memory", "skills")
+ENTRY_POINTS = [(m, e) for m in METHODS for e in ("train", "loop") if (ROOT / m / f"{e}.py").exists()]
+
+# The ten lines of a caller, and a model small enough for a test. Nothing of it comes from this project but the method.
+VA_OPD_SCRIPT = """
+import numpy as np, torch
+from datasets import Dataset
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
+    PreTrainedTokenizerFast, Qwen3Config)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+import va_opd
+from va_opd import VAOPDConfig, VAOPDTrainer
+
+print("module", va_opd.__file__)
+special = ["<pad>", "<eos>", "<image>"]
+vocabulary = {t: i for i, t in enumerate(special + [chr(c) for c in range(32, 127)])}
+tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+tokenizer.add_special_tokens(special)
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+template = ("{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+    "{% endfor %}{% endfor %}")
+processor = LlavaProcessor(
+    LlavaImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer, patch_size=8,
+    vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template)
+
+def model(hidden):
+    torch.manual_seed(hidden)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        image_size=32, patch_size=8)
+    text = Qwen3Config(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=2, vision_feature_layer=-1)
+    return LlavaForConditionalGeneration(config)
+
+pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 56, 3), dtype=np.uint8)
+rows = [{"prompt": [{"role": "user", "content": "What is it?"}], "image": Image.fromarray(p)} for p in pixels]
+config = VAOPDConfig("run", max_steps=2, per_device_train_batch_size=8, max_completion_length=6, logging_steps=1,
+    save_strategy="no", report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=1e-3)
+trainer = VAOPDTrainer(model(32), model(64), config, Dataset.from_list(rows), processing_class=processor)
+trainer.train()
+print("final loss", trainer.state.log_history[1]["loss"], "step", trainer.state.global_step)
+"""
+SCRIPTS = {"va_opd": VA_OPD_SCRIPT}
+
+
+def run_alone(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Runs in `folder` with neither PYTHONPATH nor anything else that points at the project."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def copied(request, tmp_path) -> Path:
+    shutil.copytree(ROOT / request.param, tmp_path / request.param, ignore=shutil.ignore_patterns("__pycache__"))
+    assert ROOT not in tmp_path.parents
+    return tmp_path
+
+
+@pytest.mark.parametrize(("copied", "method"), [(m, m) for m in METHODS if m in SCRIPTS], indirect=["copied"])
+def test_a_copied_folder_trains_on_the_callers_data(copied, method):
+    (copied / "caller.py").write_text(SCRIPTS[method])
+    process = run_alone(["caller.py"], copied)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert Path(re.search(r"module (.*)", process.stdout).group(1)).is_relative_to(copied)
+    loss, step = re.search(r"final loss (\S+) step (\d+)", process.stdout).groups()
+    assert math.isfinite(float(loss))
+    assert float(loss) > 0
+    assert step == "2"
+
+
+@pytest.mark.parametrize(("copied", "method", "entry"), [(m, m, e) for m, e in ENTRY_POINTS], indirect=["copied"])
+def test_the_entry_point_of_a_copied_folder_says_what_it_needs(copied, method, entry):
+    command = ["-m", f"{method}.{entry}", "--help"]
+    if run_alone(["-c", "import common"], copied).returncode == 0:  # the project is installed in this environment
+        block = "import runpy, sys; sys.modules['common'] = None; sys.argv[1:] = ['--help']; sys.path.insert(0, '')"
+        command = ["-c", f"{block}; runpy.run_module('{method}.{entry}', run_name='__main__', alter_sys=True)"]
+    process = run_alone(command, copied)
+    said = [line for line in (process.stdout + process.stderr).splitlines() if line.strip()]
+    assert process.returncode != 0
+    assert len(said) == 1, said
+    assert "common" in said[0]
+
+
+def project_imports(path: Path) -> set[str]:
+    """Names of the project's packages that a module imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found & PROJECT
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_library_modules_import_nothing_of_the_project_and_no_method_another(method):
+    for path in (ROOT / method).rglob("*.py"):
+        others = project_imports(path) - {method}
+        assert others <= {"common"}, path
+        if path.stem in LIBRARY_MODULES:
+            assert not others, path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_objective_needs_no_trainer(method):
+    objective = ROOT / method / "objective.py"
+    if objective.exists():
+        names = {
+            (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name or "").split(".")[0]
+            for node in ast.walk(ast.parse(objective.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        }
+        assert not names & {"trl", "transformers", "accelerate"}

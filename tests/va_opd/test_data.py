@@ -1,0 +1,154 @@
+"""Data of the paper from local files of the same columns, and the embedded digits."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Image, Sequence, Value
+from PIL import Image as PILImage
+from PIL import ImageDraw
+from sklearn.datasets import load_digits
+
+from va_opd import data
+
+
+def diagram(shade: int, size: tuple[int, int] = (300, 250), mode: str = "RGB") -> PILImage.Image:
+    image = PILImage.new(mode, size, "white")
+    ImageDraw.Draw(image).polygon([(10, 200), (250, 220), (120, 10 + shade)], outline="black")
+    return image
+
+
+def write_split(folder: Path, split: str, count: int) -> None:
+    features = Features(images=Sequence(Image()), problem=Value("string"), answer=Value("string"), id=Value("int64"))
+    columns = {
+        "images": [[diagram(i, mode="RGBA" if i % 2 else "RGB")] for i in range(count)],
+        "problem": [f"<image>Find x{i}." for i in range(count)],
+        "answer": [str(i) for i in range(count)],
+        "id": list(range(100, 100 + count)),
+    }
+    Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.fixture
+def geometry(tmp_path) -> Path:
+    folder = tmp_path / "geo3k"
+    folder.mkdir()
+    write_split(folder, "train", 4)
+    write_split(folder, "validation", 12)
+    return folder
+
+
+def test_a_parquet_folder_gives_rows_in_the_format_of_trl(geometry):
+    row = data.load_rows(str(geometry), "train")[1]
+    assert row["prompt"] == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Find x1."}]}]
+    assert (row["id"], row["answer"]) == ("101", "1")
+    (image,) = row["images"]
+    assert image.mode == "RGB" and image.size == (560, 467)  # 300 x 250 brought up to 262,144 pixels
+
+
+def test_training_and_validation_come_from_their_own_splits(geometry):
+    splits = data.load_splits("geo3k", str(geometry), validation_size=5)
+    assert len(splits["train"]) == 4 and len(splits["validation"]) == 5
+    assert (
+        splits["validation"]["id"] == data.load_splits("geo3k", str(geometry), validation_size=5)["validation"]["id"]
+    )
+
+
+def test_validation_ids_are_a_seeded_sorted_draw_without_repeats():
+    rows = Dataset.from_dict({"id": list(range(300))})
+    ids = data.validation_ids(rows)
+    assert ids == sorted(set(ids)) and len(ids) == 200 and ids != data.validation_ids(rows, seed=43)
+    with pytest.raises(ValueError, match="200"):
+        data.validation_ids(rows.select(range(199)))
+
+
+def test_jsonl_with_paths_questions_and_text_rows(tmp_path):
+    diagram(0).save(tmp_path / "a.png")
+    lines = [
+        {"question": "Compare <image> and <image>.", "image": ["a.png", "a.png"], "answer": 3},
+        {"question": "What is 1 + 1?", "image": [], "answer": 2},
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    first, second = data.load_rows(str(tmp_path), "train", template="{problem} Answer in a box.")
+    kinds = [part["type"] for part in first["prompt"][0]["content"]]
+    assert kinds == ["text", "image", "text", "image", "text"] and len(first["images"]) == 2
+    assert first["answer"] == "3" and first["prompt"][0]["content"][-1]["text"] == ". Answer in a box."
+    assert second["images"] == [] and [p["type"] for p in second["prompt"][0]["content"]] == ["text"]
+
+
+def test_a_truncated_image_is_found_at_the_start_and_again_after_a_good_run(tmp_path):
+    diagram(0).save(tmp_path / "a.png")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"problem": "Find y.", "images": ["a.png"], "answer": "3"}))
+    data.load_rows(str(tmp_path), "train")
+    with (tmp_path / "a.png").open("r+b") as file:
+        file.truncate(300)
+    with pytest.raises(ValueError, match="unreadable images .*id 0"):
+        data.load_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"problem": "q", "answer": "1"}, "images"),
+        ({"problem": "q", "images": ["missing.png"], "answer": "1"}, "missing.png"),
+        ({"problem": "<image><image>", "images": [], "answer": "1"}, "marks 2 images but has 0"),
+    ],
+)
+def test_faulty_rows_are_named(tmp_path, rows, message):
+    (tmp_path / "train.jsonl").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=message):
+        data.load_rows(str(tmp_path), "train")
+
+
+def test_a_missing_source_is_one_clear_sentence(tmp_path):
+    with pytest.raises(ValueError, match="no local path"):
+        data.load_rows(str(tmp_path / "nowhere"), "train")
+    with pytest.raises(ValueError, match="dataset must be"):
+        data.load_splits("geometry")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((300, 250), (560, 467)), ((512, 512), (512, 512)), ((4000, 2000), (2896, 1448)), ((1, 1), (512, 512))],
+)
+def test_the_budget_keeps_the_aspect(size, expected):
+    assert data.fit_budget(diagram(0, size), data.MIN_PIXELS, data.MAX_PIXELS).size == expected
+
+
+def test_exif_rotation_is_applied():
+    image = PILImage.new("RGB", (600, 500))
+    exif = image.getexif()
+    exif[0x0112] = 6  # rotated by a quarter turn
+    image.info["exif"] = exif.tobytes()
+    assert data.fit_budget(image, 1, data.MAX_PIXELS).size == (500, 600)
+
+
+def test_digit_rows_hold_writers_out_and_say_what_the_image_shows():
+    scans = load_digits()
+    train, test = data.digit_rows("train", 50, seed=0), data.digit_rows("test", 50, seed=0)
+    row = train[0]
+    assert row["images"][0].size == (96, 32) and row["response"] == f"I see {row['answer']}."
+    drawn = train.with_format(None)[0]["scans"]
+    assert [int(d) for d in row["answer"].split(", ")] == [int(scans.target[i]) for i in drawn]
+    cut = data.DIGITS_SPLITS["train"].stop
+    assert cut == data.DIGITS_SPLITS["test"].start and test.with_format(None)[0]["scans"] != drawn
+    assert (
+        data.digit_rows("train", 50, seed=0)["answer"]
+        == train["answer"]
+        != data.digit_rows("train", 50, seed=1)["answer"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("response", "correct"),
+    [
+        ("I see 4, 7, 2.", True),
+        (" I see 4, 7, 2.\n", True),
+        ("I see 4, 7.", False),
+        ("I see 4, 7, 2, 2.", False),
+        ("4, 7, 2", False),
+        ("", False),
+    ],
+)
+def test_a_digit_answer_is_the_whole_sentence(response, correct):
+    assert data.digits_correct(response, {"answer": "4, 7, 2"}) is correct

@@ -1,0 +1,197 @@
+"""Two processes on gloo give the loss and gradients of one. This file is also the program that each of them runs."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+for folder in (HERE, ROOT):  # as a program, and whatever pytest's import mode
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import test_trainer  # noqa: E402
+
+pytestmark = pytest.mark.distributed
+
+# `batch` is the per-device batch of two processes; the single process gets twice of it
+CASES: dict[str, dict[str, Any]] = {
+    "siblings of the only prompt on both ranks": {"rows": 4, "batch": 2},
+    "three prompts, the second on both ranks, three micro-batches": {
+        "rows": 3,
+        "batch": 2,
+        "gradient_accumulation_steps": 3,
+    },
+    "no prompt on both ranks": {"rows": 4, "batch": 4, "weighting": "token"},
+    "Standard OPD": {"rows": 4, "batch": 2, "weighting": "none"},
+    "random ties": {"rows": 4, "batch": 2, "gradient_accumulation_steps": 2, "random_ties": True},
+    "one rank has text only": {"rows": 2, "batch": 2, "num_generations": 2, "mixed": True},
+    "mixed rows in micro-batches of one": {
+        "rows": 4,
+        "batch": 1,
+        "num_generations": 2,
+        "gradient_accumulation_steps": 4,
+        "mixed": True,
+    },
+    "no image_grid_thw": {"rows": 4, "batch": 2, "family": "llava"},
+}
+
+
+class Gradients(test_trainer.trainer_module.DoctorCallback):
+    """Keeps what the optimizer is given."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {
+            name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
+
+
+def run(case: str, output_dir: Path, processes: int) -> dict[str, Any]:
+    """One optimizer step and one evaluation through `Trainer`'s own loops."""
+    settings = dict(CASES[case])
+    rows, batch, mixed = settings.pop("rows"), settings.pop("batch"), settings.pop("mixed", False)
+    callback = Gradients()
+    trainer = test_trainer.build(
+        output_dir,
+        test_trainer.mixed_rows(rows) if mixed else test_trainer.image_rows(rows),
+        callbacks=[callback],
+        eval_rows=test_trainer.image_rows(4),
+        max_steps=1,
+        max_grad_norm=0.0,
+        shuffle_dataset=False,
+        per_device_train_batch_size=batch * 2 // processes,
+        per_device_eval_batch_size=4 // processes,
+        **settings,
+    )
+    trainer.train()
+    (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    return {
+        "loss": log["loss"],
+        "logs": {k: v for k, v in log.items() if k.startswith(("va/", "completions/")) and k != "va/cells"},
+        "gradients": callback.gradients,
+        "width": trainer.last_rollouts["mask"].size(1),
+        "eval_loss": trainer.evaluate()["eval_loss"],
+    }
+
+
+def main(output_dir: str, deepspeed: str = "") -> None:
+    test_trainer.fixed_rollouts(pytest.MonkeyPatch())
+    if deepspeed:
+        results = padded_losses(Path(output_dir) / "run", batch=4)
+    else:
+        results = {case: run(case, Path(output_dir) / "run", processes=2) for case in CASES}
+    torch.save(results, Path(output_dir) / f"rank{os.environ['RANK']}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict[str, Any]]:
+    """Results of both ranks for all cases, run once."""
+    folder = tmp_path_factory.mktemp("distributed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / f"rank{rank}.log").open("w"),
+        )
+        for rank in range(2)
+    ]
+    try:
+        codes = [worker.wait(timeout=150) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
+    assert codes == [0, 0], logs
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(two_processes, tmp_path, monkeypatch, case):
+    test_trainer.fixed_rollouts(monkeypatch)
+    expected = run(case, tmp_path, processes=1)
+    for rank in two_processes:
+        got = rank[case]
+        # gradients that are None in one process may be zeros in the other, where a rank has no image
+        for name in expected["gradients"].keys() | got["gradients"].keys():
+            ours, theirs = (g["gradients"].get(name, torch.zeros(())) for g in (got, expected))
+            torch.testing.assert_close(*torch.broadcast_tensors(ours, theirs), rtol=1e-4, atol=1e-6, msg=name)
+        assert got["eval_loss"] == pytest.approx(expected["eval_loss"], rel=5e-6, abs=1e-6)
+    got = two_processes[0][case]
+    assert got["loss"] == pytest.approx(expected["loss"], rel=5e-6, abs=1e-6)
+    assert got["logs"].keys() == expected["logs"].keys()
+    for name, value in expected["logs"].items():
+        assert got["logs"][name] == pytest.approx(value, abs=1e-5), name
+
+
+def test_some_rollouts_were_longer_on_one_rank(two_processes):
+    widths = [[result["width"] for result in rank.values()] for rank in two_processes]
+    assert widths[0] != widths[1]
+
+
+DEEPSPEED = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+deepspeed_config:
+  zero_stage: {stage}
+  zero3_init_flag: false
+  gradient_accumulation_steps: auto
+  gradient_clipping: 0.0
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+use_cpu: true
+"""
+
+
+def padded_losses(output_dir: str | Path, batch: int) -> list[float]:
+    """Losses of two steps with vocabulary rows that no token uses, as the published Qwen3-VL checkpoints have them."""
+    student, teacher, processor = test_trainer.models()
+    for model in (student, teacher):
+        model.resize_token_embeddings(len(processor.tokenizer) + 9, mean_resizing=False)
+    settings = {"shuffle_dataset": False, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    trainer = test_trainer.build(
+        output_dir, parts=(student, teacher, processor), per_device_train_batch_size=batch, **settings
+    )
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_equals_one_process(tmp_path, monkeypatch, stage):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "deepspeed.yaml").write_text(DEEPSPEED.format(stage=stage))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "deepspeed.yaml")]
+    process = subprocess.run(
+        [sys.executable, *command, "--main_process_port", port, __file__, str(tmp_path), "deepspeed"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    test_trainer.fixed_rollouts(monkeypatch)
+    expected = padded_losses(tmp_path / "single", batch=8)
+    assert torch.load(tmp_path / "rank0.pt") == pytest.approx(expected, abs=1e-5)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

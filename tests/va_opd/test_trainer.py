@@ -1,0 +1,1195 @@
+"""`VAOPDTrainer` on tiny random models: against references written from the definitions, invariances, bad input,
+resuming, learning. CPU, no network. Most tests replace generation by fixed rollouts, so that numbers can be compared.
+"""
+
+import copy
+import functools
+import inspect
+import math
+import operator
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from PIL import Image
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from trl import DistillationTrainer
+from trl.trainer import utils as trl_utils
+
+from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
+from va_opd import VAOPDConfig, VAOPDTrainer, objective
+from va_opd import trainer as trainer_module
+from va_opd.trainer import LMHead, SiblingSampler, check_same_tokens, chunked_reverse_kl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# --- models, data, trainers ----------------------------------------------------------------
+
+
+def _text_config(vocab: int, hidden: int, layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "bos_token_id": None,
+    }
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def tiny_llava(hidden: int = 64, layers: int = 2):
+    """No `image_grid_thw`: one (3, H, W) tensor an image, after a resize of the short side and a centre crop."""
+    tokenizer = tiny_qwen3_vl(hidden=32)[1].tokenizer
+    template = tokenizer.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>")
+    processor = LlavaProcessor(
+        LlavaImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        image_token="<|image_pad|>",
+        num_additional_image_tokens=1,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=Qwen3Config(**_text_config(len(tokenizer), hidden, layers)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+def tiny_gemma3(hidden: int = 64, layers: int = 2):
+    """`token_type_ids` instead of `mm_token_type_ids`, and a processor whose `image_token` is not the placeholder."""
+    base = tiny_qwen3_vl(hidden=32)[1].tokenizer
+    names = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>", "image_token": "<|image_pad|>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base._tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        extra_special_tokens=names,
+    )
+    template = base.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|>")
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
+        tokenizer,
+        chat_template=template,
+        image_seq_length=4,
+    )
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    config = Gemma3Config(
+        text_config=_text_config(len(tokenizer), hidden, layers),
+        vision_config=dict(VISION),
+        mm_tokens_per_image=4,
+        image_token_index=ids["image_token"],
+        boi_token_index=ids["boi_token"],
+        eoi_token_index=ids["eoi_token"],
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    # starts at zero: a random model would not see its image
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.3)
+    return model, processor
+
+
+FAMILIES = {"qwen3_vl": tiny_qwen3_vl, "qwen2_5_vl": tiny_qwen2_5_vl, "llava": tiny_llava, "gemma3": tiny_gemma3}
+
+
+def image(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def prompt(i: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"Q{i}" + "?" * (1 + i % 3)}]
+
+
+def image_rows(n: int) -> list[dict[str, Any]]:
+    return [{"prompt": prompt(i), "image": image(i, (40 + 8 * (i % 2), 40))} for i in range(n)]
+
+
+def mixed_rows(n: int) -> list[dict[str, Any]]:
+    """Every other prompt without an image, the first one too."""
+    return [{**row, "image": row["image"] if i % 2 else None} for i, row in enumerate(image_rows(n))]
+
+
+def models(family: str = "qwen3_vl", sharp: float = 6.0):
+    """A student, a wider teacher with peaked distributions (random ones are all but uniform), the processor."""
+    torch.manual_seed(0)
+    student, processor = FAMILIES[family](hidden=32)
+    torch.manual_seed(1)
+    teacher, _ = FAMILIES[family](hidden=64)
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight.mul_(sharp)
+        student.get_output_embeddings().weight.mul_(sharp / 2)
+    return student, teacher, processor
+
+
+def build(
+    output_dir: str | Path,
+    rows: list[dict[str, Any]] | None = None,
+    family: str = "qwen3_vl",
+    parts: tuple | None = None,
+    callbacks: list | None = None,
+    eval_rows: list[dict[str, Any]] | None = None,
+    **overrides,
+) -> VAOPDTrainer:
+    """A trainer of two prompts times four rollouts a step; `parts` are student, teacher and processor."""
+    student, teacher, processor = parts or models(family)
+    defaults = {
+        "output_dir": str(output_dir),
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "doctor_steps": 0,
+    }
+    return VAOPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=VAOPDConfig(**{**defaults, **overrides}),
+        train_dataset=Dataset.from_list(rows or image_rows(4)),
+        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+
+
+@pytest.fixture
+def make(tmp_path) -> Callable[..., VAOPDTrainer]:
+    return lambda rows=None, **overrides: build(overrides.pop("output_dir", tmp_path / "run"), rows, **overrides)
+
+
+def fixed_rollouts(monkeypatch, length: int | None = None) -> None:
+    """Completions that depend on the prompt and the sibling's number only: 1 to 6 letters and an end of sequence."""
+
+    def generate(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
+        k = self.args.num_generations if self.model.training else 1
+        start = len(prompt_ids) * self.accelerator.process_index
+        rollouts = []
+        for row, ids in enumerate(prompt_ids):
+            rng = np.random.default_rng([sum(ids), (start + row) % k])
+            rollouts.append([*rng.integers(10, 100, length or rng.integers(1, 7)).tolist(), self.eos_token_ids[0]])
+        return rollouts
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", generate)
+
+
+def step(trainer: VAOPDTrainer, inputs=None) -> tuple[float, dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Loss, gradients and micro-batches of one optimizer step, without the update."""
+    accumulation = trainer.args.gradient_accumulation_steps
+    trainer.current_gradient_accumulation_steps = accumulation
+    inputs = next(iter(trainer.get_train_dataloader())) if inputs is None else inputs
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = sum(trainer.training_step(trainer.model, inputs, None).item() for _ in range(accumulation))
+    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss, gradients, trainer._buffered_inputs
+
+
+def assert_same_step(a, b, loss_tolerance: float = 1e-6, gradient_tolerance: float = 1e-6) -> None:
+    # float32: z-scores of nearly equal siblings enlarge the last bits of their log-probabilities
+    assert a[0] == pytest.approx(b[0], rel=5e-6, abs=loss_tolerance)
+    assert a[1].keys() == b[1].keys()
+    for name, gradient in a[1].items():
+        message = (lambda n: lambda text: f"{n}: {text}")(name)
+        torch.testing.assert_close(gradient, b[1][name], rtol=1e-4, atol=gradient_tolerance, msg=message)
+
+
+# --- references ----------------------------------------------------------------
+
+
+def response_logits(model, batch: dict[str, Any], **replaced) -> torch.Tensor:
+    """(B, T, V) float64 logits of the response tokens from the model's public forward."""
+    extra = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "token_type_ids")
+    given = {key: batch[key] for key in extra if key in batch} | replaced
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    length = batch["completion_ids"].size(1)
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits[:, -length - 1 : -1].double()
+
+
+def reference_kl(student, teacher, batch, vocab: int) -> torch.Tensor:
+    """(B, T) reverse KL over the tokenizer's vocabulary, in float64, with gradient to the student."""
+    s = response_logits(student, batch)[..., :vocab].log_softmax(-1)
+    with torch.no_grad():
+        t = response_logits(teacher, batch)[..., :vocab].log_softmax(-1)
+    return (s.exp() * (s - t)).sum(-1)
+
+
+def gradients_of(loss: torch.Tensor, model) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: g for n, g in zip(names, found, strict=True) if g is not None}
+
+
+def pixelated_pixels(processor, batch: dict[str, Any], images: list[Image.Image]) -> torch.Tensor:
+    """Pixelation at the model's size with numpy-free PIL calls, as Section 3.1 and the specification say it."""
+    patch, degraded = processor.image_processor.patch_size, []
+    for picture, (_, rows, columns) in zip(images, batch["image_grid_thw"].tolist(), strict=True):
+        width, height = columns * patch, rows * patch
+        small = max(1, width // 10), max(1, height // 10)
+        picture = picture.resize((width, height), Image.BICUBIC).resize(small, Image.BILINEAR)
+        degraded.append(picture.resize((width, height), Image.NEAREST))
+    return processor.image_processor(images=degraded, return_tensors="pt")["pixel_values"]
+
+
+# --- the contact with TRL ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (DistillationTrainer._get_train_sampler, "self dataset"),
+        (DistillationTrainer._tokenize_prompts, "self prompts"),
+        (DistillationTrainer._generate, "self prompts"),
+        (DistillationTrainer._generate_single_turn, "self prompt_ids images multimodal_fields has_tool_images"),
+        (DistillationTrainer._generate_and_score_completions, "self inputs"),
+        (DistillationTrainer.compute_loss, "self model inputs return_outputs num_items_in_batch"),
+        (DistillationTrainer._compute_loss, "self unwrapped_student inputs num_items_in_batch"),
+        (
+            DistillationTrainer._get_last_hidden_state,
+            "self unwrapped_model input_ids attention_mask logits_to_keep " + " ".join(trainer_module.MULTIMODAL_KEYS),
+        ),
+        (
+            trainer_module.ChunkedDivergenceFunction.forward,
+            "ctx student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta "
+            "temperature student_logit_scale student_final_logit_softcapping "
+            "teacher_logit_scale teacher_final_logit_softcapping",
+        ),
+        (trl_utils.split_pixel_values_by_grid, "batch"),
+        (trl_utils.unsplit_pixel_values_by_grid, "batch"),
+        (trl_utils.split_tensor_dict, "tensor_dict num_chunks"),
+        (trl_utils.shuffle_sequence_dict, "seq_dict"),
+        (trl_utils.maybe_gather_lm_head_ctx, "params"),
+        (trl_utils.RepeatSampler.__init__, "self data_source mini_repeat_count batch_size repeat_count shuffle seed"),
+    ],
+)
+def test_private_names_of_trl_have_the_signature_that_the_trainer_expects(function, parameters):
+    assert list(inspect.signature(inspect.unwrap(function)).parameters) == parameters.split()
+
+
+def test_every_override_has_trls_parameters():
+    for name, function in vars(VAOPDTrainer).items():
+        upstream = getattr(DistillationTrainer, name, None)
+        if not inspect.isfunction(function) or upstream is None or name == "__init__":
+            continue
+        ours, theirs = (inspect.signature(inspect.unwrap(f)).parameters for f in (function, upstream))
+        assert list(ours) == list(theirs), name
+
+
+def test_multimodal_keys_are_those_of_trl():
+    source = inspect.getsource(inspect.unwrap(DistillationTrainer._compute_loss))
+    block = re.search(r"multimodal_keys = \((.*?)\)", source, re.S).group(1)
+    assert tuple(re.findall(r'"(\w+)"', block)) == trainer_module.MULTIMODAL_KEYS
+
+
+def test_trls_names_for_the_logit_scale_are_all_known():
+    source = inspect.getsource(inspect.unwrap(DistillationTrainer._compute_loss))
+    names = set(re.findall(r'getattr\(student_config, "(\w+)"', source))
+    assert names == {
+        "logit_scale",
+        "output_multiplier",
+        "lm_head_multiplier",
+        "logits_scaling",
+        "final_logit_softcapping",
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 1.0),
+        ({"logit_scale": 0.25}, 0.25),
+        ({"logit_scale": None, "output_multiplier": 3.0}, 3.0),
+        ({"lm_head_multiplier": 0.5}, 0.5),
+        ({"logits_scaling": 8.0, "model_type": "granite"}, 0.125),
+        ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0),
+    ],
+)
+def test_logit_scale(fields, expected):
+    assert trainer_module._logit_scale(SimpleNamespace(**fields)) == expected
+
+
+# --- the kernel ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [0, 13])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("biases", [False, True])
+def test_chunked_reverse_kl_against_float64(padded, temperature, biases):
+    """Different widths; padded vocabulary rows, whose weights would win every softmax, must have no effect."""
+    torch.manual_seed(0)
+    n, vocab = 29, 41
+    s_hidden, t_hidden = torch.randn(n, 12, requires_grad=True), torch.randn(n, 20)
+    s_weight, t_weight = torch.randn(vocab + padded, 12), torch.randn(vocab + padded, 20)
+    with torch.no_grad():
+        s_weight[vocab:] *= 10
+        t_weight[vocab:] *= 10
+    s_weight.requires_grad_()
+    bias = torch.randn(2, vocab + padded) if biases else None
+    padding = torch.zeros(vocab + padded)
+    padding[vocab:] = trainer_module.PADDED_ROW_LOGIT
+    heads = [
+        LMHead(w, (padding if bias is None else bias[i] + padding) if padded or biases else None, 1.0, None)
+        for i, w in enumerate((s_weight, t_weight))
+    ]
+    upstream = torch.rand(n)
+    kl, entropy = chunked_reverse_kl(s_hidden, t_hidden, *heads, temperature)
+    got = torch.autograd.grad((kl * upstream).sum(), (s_hidden, s_weight))
+
+    h, w = (x.detach().double().requires_grad_() for x in (s_hidden, s_weight))
+    s = h @ w[:vocab].T + (0 if bias is None else bias[0, :vocab].double())
+    t = t_hidden.double() @ t_weight[:vocab].double().T + (0 if bias is None else bias[1, :vocab].double())
+    s, t = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
+    expected = (s.exp() * (s - t)).sum(-1)
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(s.exp() * s).sum(-1), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(got, torch.autograd.grad((expected * upstream).sum(), (h, w)), strict=True):
+        torch.testing.assert_close(ours[: len(theirs)].double(), theirs, rtol=1e-4, atol=3e-5)
+    assert not got[1][vocab:].any()  # padded rows get no gradient
+
+
+# --- the loss against references ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weighting_none_is_standard_opd(make, monkeypatch, family):
+    """Sequence mean, then mean over rollouts, of the exact reverse KL on the model's full logits."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(family=family, weighting="none")
+    got = step(trainer)
+    (batch,) = got[2]
+    kl = reference_kl(trainer.model, trainer.teacher_model, batch, trainer.vocab_size)
+    lengths = batch["completion_mask"].sum(1)
+    assert lengths.unique().numel() > 1
+    expected = ((kl * batch["completion_mask"]).sum(1) / lengths).mean()
+    assert_same_step(got, (expected.item(), gradients_of(expected, trainer.model), None), 1e-5, 2e-5)
+
+
+def test_weighting_none_equals_trls_own_loss_when_all_rollouts_are_equally_long(make, monkeypatch):
+    """TRL takes the mean over all tokens of the batch, at its one `temperature`; the same for equal lengths at 1."""
+    fixed_rollouts(monkeypatch, length=4)
+    trainer = make(weighting="none", temperature=1.0)
+    got = step(trainer)
+    (batch,) = got[2]
+    tokens = batch["completion_mask"].sum()
+    trl_loss, _, _ = DistillationTrainer._compute_loss(trainer, trainer.model, batch, tokens)
+    assert_same_step(got, (trl_loss.item(), gradients_of(trl_loss, trainer.model), None))
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("weighting", ["va", "rollout", "token"])
+def test_loss_and_gradient_against_an_independent_computation(make, monkeypatch, family, weighting):
+    """The whole method once more in float64, from full logits and images that the test pixelates itself."""
+    fixed_rollouts(monkeypatch)
+    k = 4
+    trainer = make(rows=image_rows(4), family=family, weighting=weighting, num_generations=k)
+    monkeypatch.setattr("trl.trainer.distillation_trainer.shuffle_sequence_dict", lambda batch: batch)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    got = step(trainer, inputs)
+    (batch,) = got[2]
+    student, teacher, mask = trainer.model, trainer.teacher_model, batch["completion_mask"].bool()
+
+    degraded = pixelated_pixels(trainer.processing_class, batch, [row["image"] for row in inputs])
+    with torch.no_grad():
+        true, other = (
+            response_logits(teacher, batch, **extra)
+            .log_softmax(-1)
+            .gather(-1, batch["completion_ids"][..., None])[..., 0]
+            for extra in ({}, {"pixel_values": degraded})
+        )
+    va = ((true - other).clamp(min=0) * mask).numpy()
+    np.testing.assert_allclose(trainer.last_rollouts["va"].numpy(), va, atol=2e-5)
+    assert va.max() > 0.01
+
+    expected = 0
+    kl = reference_kl(student, teacher, batch, trainer.vocab_size)
+    for start in range(0, len(mask), k):
+        means = np.array([va[r][mask[r]].mean() for r in range(start, start + k)])
+        scores = np.exp((means - means.mean()) / (means.std() + 1e-6))
+        for r, weight in zip(range(start, start + k), scores / scores.sum(), strict=True):
+            weight = weight if weighting != "token" else 1 / k
+            valid = mask[r].nonzero()[:, 0].tolist()
+            ranked = sorted(valid, key=lambda t, r=r: -va[r, t])
+            high = ranked[: math.ceil(len(valid) / 5)]
+            low = [t for t in valid if t not in high]
+            if weighting == "rollout" or not low:
+                inner = kl[r, valid].mean()
+            else:
+                inner = 0.5 * kl[r, high].mean() + 0.5 * kl[r, low].mean()
+            expected = expected + weight * inner / (len(mask) // k)
+    assert_same_step(got, (expected.item(), gradients_of(expected, student), None), 2e-5, 5e-5)
+
+
+def test_padded_vocabulary_rows_do_not_change_the_loss(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    plain = step(make())
+    student, teacher, processor = models()
+    tokens = len(processor.tokenizer)
+    for model, size in ((student, tokens + 9), (teacher, tokens + 25)):  # sizes of one family pad differently
+        model.resize_token_embeddings(size, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[tokens:] = 3.0
+    trainer = make(parts=(student, teacher, processor))
+    assert trainer.teacher_model.config.get_text_config().vocab_size == tokens + 9
+    padded = step(trainer)
+    name = "model.language_model.embed_tokens.weight"
+    assert not padded[1][name][tokens:].any()
+    padded[1][name] = padded[1][name][:tokens]
+    assert_same_step(padded, plain, 1e-5, 1e-5)
+
+
+# --- phase 1 ----------------------------------------------------------------
+
+
+def test_exactly_two_teacher_forwards_for_each_rollout(make, monkeypatch):
+    trainer = make(gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    rows, students = [], []
+    trainer.teacher_model.model.register_forward_pre_hook(
+        lambda m, a, kw: rows.append(len(kw["input_ids"])), with_kwargs=True
+    )
+    fixed_rollouts(monkeypatch)
+    trainer.model.model.register_forward_pre_hook(
+        lambda m, a, kw: students.append(len(kw["input_ids"])), with_kwargs=True
+    )
+    step(trainer)
+    assert sum(rows) == 2 * 8
+    assert sum(students) == 8
+
+
+def test_teacher_is_frozen_and_nothing_but_the_student_carries_gradient(make):
+    student, teacher, processor = models()
+    teacher.train()
+    trainer = make(parts=(student, teacher, processor))
+    modes = []
+    trainer.teacher_model.model.register_forward_hook(lambda m, *_: modes.append(m.training))
+    _, gradients, (batch,) = step(trainer)
+    assert modes
+    assert not any(modes)
+    assert not trainer.teacher_model.training
+    assert all(p.grad is None and not p.requires_grad for p in trainer.teacher_model.parameters())
+    assert not any(value.requires_grad for value in batch.values() if isinstance(value, torch.Tensor))
+    assert not trainer.last_rollouts["va"].requires_grad
+    assert not trainer.last_rollouts["weights"].requires_grad
+    assert any(g.abs().max() > 0 for n, g in gradients.items() if "visual" in n)
+
+
+def test_only_pixel_values_differ_in_the_degraded_view(make):
+    trainer = make(gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    views = []
+    trainer.teacher_model.model.register_forward_pre_hook(
+        lambda m, a, kw: views.append({k: v.clone() if torch.is_tensor(v) else v for k, v in kw.items()}),
+        with_kwargs=True,
+    )
+    step(trainer)
+    assert len(views) == 4
+    for true, degraded in zip(views[:2], views[2:], strict=True):
+        assert true.keys() == degraded.keys() >= {"input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids"}
+        for key in true.keys() - {"pixel_values"}:
+            assert torch.equal(*(torch.as_tensor(view[key]) for view in (true, degraded))), key
+        assert true["pixel_values"].shape == degraded["pixel_values"].shape
+        assert not torch.equal(true["pixel_values"], degraded["pixel_values"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_va_is_exactly_zero_when_the_degraded_view_is_the_true_one(make, family, pixelate_at):
+    """Images that are not square: a view of another shape (squashed where the processor crops) would not be equal."""
+    rows = [{**row, "image": image(i, (70, 40))} for i, row in enumerate(image_rows(4))]
+    trainer = make(rows=rows, family=family, degradation_ratio=1.0, pixelate_at=pixelate_at, doctor_steps=1)
+    step(trainer)
+    assert trainer.last_rollouts["va"].shape[0] == 8
+    assert not trainer.last_rollouts["va"].any()
+    assert trainer._metrics["train"]["va/null"] == [0.0]
+    assert trainer.last_rollouts["weights"].tolist() == [0.25] * 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_and_sees_the_image(make, family):
+    trainer = make(family=family, max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    trainer.train()
+    logs = trainer.state.log_history[:2]
+    assert all(math.isfinite(log["loss"]) and log["loss"] > 0 and log["va/mean"] > 0 for log in logs)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "exif", "L", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_degraded_view_of_odd_images_is_the_true_view_at_ratio_one(make, monkeypatch, mode, pixelate_at):
+    """Both views take the same way to RGB, and neither or both are turned by an orientation tag."""
+    fixed_rollouts(monkeypatch)
+    picture = image(0, (72, 40))
+    if mode == "RGBA":
+        picture.putalpha(Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 72), dtype=np.uint8)))
+    elif mode == "P":
+        picture = picture.quantize(32)
+        picture.info["transparency"] = 0
+    elif mode == "exif":
+        exif = Image.Exif()
+        exif[274] = 6  # turned by 90 degrees
+        picture.info["exif"] = exif.tobytes()
+    elif mode == "I;16":
+        picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 72)).astype(np.uint16))
+    else:
+        picture = picture.convert(mode)
+    trainer = make(degradation_ratio=1.0, pixelate_at=pixelate_at)
+    # past the data set, which re-encodes images
+    step(trainer, [{"prompt": prompt(0), "image": picture}] * 8)
+    assert not trainer.last_rollouts["va"].any()
+
+
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_alpha_does_not_darken_the_degraded_view(make, monkeypatch, pixelate_at):
+    """The processor drops alpha, so a transparent white background is white; it must be so in both views."""
+    fixed_rollouts(monkeypatch)
+    picture = Image.new("RGBA", (72, 40), (255, 255, 255, 0))
+    trainer = make(pixelate_at=pixelate_at)
+    step(trainer, [{"prompt": prompt(0), "image": picture}] * 8)
+    assert not trainer.last_rollouts["va"].any()  # a constant image is its own pixelation
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "exif"])
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_odd_images_train(make, monkeypatch, mode, pixelate_at):
+    fixed_rollouts(monkeypatch)
+    picture = image(0, (72, 40))
+    exif = Image.Exif()
+    exif[274] = 6
+    if mode == "exif":
+        picture.info["exif"] = exif.tobytes()
+    else:
+        picture = picture.convert(mode)
+    trainer = make(pixelate_at=pixelate_at)
+    loss, _, _ = step(trainer, [{"prompt": prompt(0), "image": picture}] * 8)
+    assert math.isfinite(loss)
+    assert trainer.last_rollouts["va"].any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (1900, 10), (300, 300)])
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_images_of_odd_sizes_train(make, monkeypatch, size, pixelate_at):
+    """The processor enlarges small images and shrinks large ones; the degraded view must keep their grid."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(pixelate_at=pixelate_at)
+    loss, _, _ = step(trainer, [{"prompt": prompt(0), "image": image(0, size)}] * 8)
+    assert math.isfinite(loss)
+
+
+def test_pixelation_at_the_models_size_and_at_the_raw_size_differ_in_cells(make, monkeypatch):
+    """A 20 x 20 image is enlarged to 32 x 32: 3 x 3 cells at the model's size, 2 x 2 at its own."""
+    fixed_rollouts(monkeypatch)
+    rows = [{**row, "image": image(i, (20, 20))} for i, row in enumerate(image_rows(4))]
+    for pixelate_at, cells in (("model", 9.0), ("raw", 4.0)):
+        trainer = make(rows=rows, pixelate_at=pixelate_at)
+        step(trainer)
+        assert set(trainer._metrics["train"]["va/cells"]) == {cells}
+
+
+def test_siblings_share_a_degraded_image(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    trainer, calls = make(), []
+    degrade = trainer._degrade
+    monkeypatch.setattr(trainer, "_degrade", lambda picture, size: calls.append(size) or degrade(picture, size))
+    step(trainer)
+    assert len(calls) == 2  # 8 rollouts of 2 prompts
+
+
+def test_all_images_of_a_row_are_pixelated(make, monkeypatch):
+    """Three images a row: the views differ in the rows of each of them."""
+    fixed_rollouts(monkeypatch)
+    rows = [{"prompt": prompt(i), "images": [image(10 * i + j, (40, 40)) for j in range(3)]} for i in range(4)]
+    trainer, seen = make(rows=rows), {}
+    pixels = trainer._degraded_pixels
+    monkeypatch.setattr(
+        trainer,
+        "_degraded_pixels",
+        lambda batch, *a: seen.update(true=batch, other=pixels(batch, *a)) or seen["other"],
+    )
+    step(trainer)
+    sizes = seen["true"]["image_grid_thw"].prod(1).tolist()
+    assert len(sizes) == 3 * 8
+    for true, other in zip(seen["true"]["pixel_values"].split(sizes), seen["other"].split(sizes), strict=True):
+        assert (true != other).float().mean() > 0.9
+    assert len({other.sum().item() for other in seen["other"].split(sizes)}) == 3 * 2  # three images, two prompts
+
+
+# --- text-only rows ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["none", "null", "empty"])
+def test_text_only_data_is_standard_opd(make, monkeypatch, column):
+    fixed_rollouts(monkeypatch)
+    extra = {"none": {}, "null": {"image": None}, "empty": {"images": []}}[column]
+    rows = [{"prompt": prompt(i), **extra} for i in range(4)]
+    va, none = (step(make(rows=rows, weighting=weighting)) for weighting in ("va", "none"))
+    assert_same_step(va, none)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("accumulation", [1, 4, 8])
+def test_text_only_rows_of_a_mixed_batch_have_uniform_weights(make, monkeypatch, family, accumulation):
+    """TRL itself cannot (its processor call refuses the missing image); micro-batches may hold no image at all."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(
+        rows=mixed_rows(4),
+        family=family,
+        shuffle_dataset=False,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    loss, gradients, batches = step(trainer)
+    assert math.isfinite(loss)
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+    rollouts = trainer.last_rollouts
+    assert not rollouts["va"][:4].any()
+    assert rollouts["va"][4:].any()
+    assert rollouts["weights"][:4].tolist() == [0.25] * 4
+    seen = 0
+    for batch in batches:
+        for row, count in enumerate(batch["num_images"]):
+            c, valid = batch["coefficients"][row], batch["completion_mask"][row].bool()
+            if not count:
+                seen += 1
+                torch.testing.assert_close(c[valid], torch.full_like(c[valid], 0.25 / valid.sum().item()))
+    assert seen == 4
+
+
+def test_a_mixed_batch_is_the_mean_of_its_prompts(make, monkeypatch):
+    """The loss of an image prompt and a text prompt together = the mean of their losses alone."""
+    fixed_rollouts(monkeypatch)
+    rows = mixed_rows(2)
+    both = step(make(rows=rows, shuffle_dataset=False))
+    alone = [step(make(rows=[row], per_device_train_batch_size=4)) for row in rows]
+    assert both[0] == pytest.approx(sum(a[0] for a in alone) / 2, abs=1e-6)
+
+
+# --- sampling ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_placeholders_and_padded_rows_are_never_sampled(make, family):
+    student, teacher, processor = models(family)
+    tokens = len(processor.tokenizer)
+    for model in (student, teacher):
+        model.resize_token_embeddings(tokens + 9, mean_resizing=False)
+    trainer = make(parts=(student, teacher, processor), family=family, temperature=1.0, top_p=1.0)
+    placeholders = {trainer.model.config.image_token_id}
+    placeholders |= {i for i in [getattr(trainer.model.config, "video_token_id", None)] if i is not None}
+    banned = placeholders | set(range(tokens, tokens + 9))
+    assert banned <= trainer.banned_ids
+    assert processor.tokenizer.eos_token_id not in trainer.banned_ids
+
+    boost = torch.zeros(tokens + 9)
+    boost[sorted(banned)] = 30.0
+    hook = trainer.model.get_output_embeddings().register_forward_hook(lambda m, a, out: out + boost)
+    step(trainer)
+    hook.remove()
+    assert not banned & set(trainer.last_rollouts["completion_ids"][trainer.last_rollouts["mask"].bool()].tolist())
+
+
+def test_bans_add_to_the_callers_generation_settings(make):
+    trainer = make(generation_kwargs={"no_repeat_ngram_size": 3})
+    assert trainer.generation_config.no_repeat_ngram_size == 3
+    assert set(trainer.generation_config.suppress_tokens) == trainer.banned_ids
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        (lambda t: [11, t.model.config.image_token_id, 12], "which stand for images or padding"),
+        (lambda t: [11, t.model.config.video_token_id], "which stand for images or padding"),
+        (lambda t: [], "rollout 3 is empty"),
+    ],
+)
+def test_a_bad_rollout_of_the_engine_is_one_clear_sentence(make, monkeypatch, rollout, message):
+    trainer = make()
+
+    def generate(self, prompt_ids, *args, **kwargs):
+        return [[11, 12] if row != 3 else rollout(trainer) for row in range(len(prompt_ids))]
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", generate)
+    with pytest.raises(ValueError, match=message) as error:
+        step(trainer)
+    assert "rollout 3" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- bad input ----------------------------------------------------------------
+
+
+def other_tokenizer():
+    tokenizer = copy.deepcopy(models()[2].tokenizer)
+    tokenizer.add_tokens(["another"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_generations": 3}, "8 rollouts do not divide into groups of num_generations=3"),
+        ({"num_generations": 1}, "num_generations=1 leaves rollout weights without siblings"),
+        ({"num_generations": 1, "weighting": "rollout"}, "num_generations=1 leaves rollout weights without siblings"),
+        ({"num_generations": 0}, "num_generations must be at least 1"),
+        ({"weighting": "vaopd"}, "weighting must be one of va, rollout, token, none, got 'vaopd'"),
+        ({"pixelate_at": "before"}, "pixelate_at must be model or raw"),
+        ({"degradation_ratio": 0.0}, "degradation_ratio must be in"),
+        ({"top_fraction": 0.0}, "top_fraction must be in"),
+        ({"high_weight": 1.5}, "high_weight must be in"),
+        ({"rollout_temperature": 0.0}, "rollout_temperature must be above 0"),
+        ({"kl_temperature": 0.0}, "kl_temperature must be above 0"),
+        ({"va_eps": 0.0}, "va_eps must be above 0"),
+        ({"beta": 0.5}, "beta must be 1.0"),
+        ({"per_device_train_batch_size": 32}, "train_dataset has 4 prompts, fewer than the 8"),
+    ],
+)
+def test_bad_settings_are_one_clear_sentence(make, overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        make(**overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_one_rollout_a_prompt_is_fine_without_rollout_weights(make):
+    for weighting in ("token", "none"):
+        loss, _, _ = step(make(rows=image_rows(8), num_generations=1, weighting=weighting))
+        assert math.isfinite(loss)
+
+
+def test_an_iterable_data_set_is_one_clear_sentence(make):
+    student, teacher, processor = models()
+    with pytest.raises(ValueError, match="needs a map-style Dataset"):
+        VAOPDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=make().args,
+            train_dataset=IterableDataset.from_generator(lambda: iter(image_rows(2))),
+            processing_class=processor,
+        )
+
+
+def test_a_missing_processor_is_one_clear_sentence(make):
+    student, teacher, _ = models()
+    with pytest.raises(ValueError, match="processing_class is required"):
+        VAOPDTrainer(student, teacher, make().args, Dataset.from_list(image_rows(4)))
+
+
+def test_a_prompt_over_the_limit_is_one_clear_sentence(make):
+    with pytest.raises(ValueError, match=r"a prompt has \d+ tokens, above max_prompt_length=12"):
+        step(make(max_prompt_length=12))
+
+
+def test_another_tokenizer_is_one_clear_sentence(tmp_path, make):
+    student, teacher, processor = models()
+    check_same_tokens(processor.tokenizer, copy.deepcopy(processor.tokenizer))
+    with pytest.raises(ValueError, match=r"different vocabularies .*'another'") as error:
+        check_same_tokens(processor.tokenizer, other_tokenizer())
+    assert "\n" not in str(error.value)
+    teacher.save_pretrained(tmp_path / "teacher")
+    other_tokenizer().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="different vocabularies"):
+        make(parts=(student, str(tmp_path / "teacher"), processor))
+
+
+def test_a_teacher_that_lacks_tokens_is_one_clear_sentence(make):
+    student, teacher, processor = models()
+    teacher.resize_token_embeddings(len(processor.tokenizer) - 2)
+    with pytest.raises(ValueError, match="must be of one tokenizer family"):
+        make(parts=(student, teacher, processor))
+
+
+def test_a_teacher_with_nan_is_one_clear_sentence(make):
+    student, teacher, processor = models()
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight[7] = float("nan")
+    with pytest.raises(ValueError, match="teacher log-probability of rollout 0, token 0 is not finite"):
+        step(make(parts=(student, teacher, processor)))
+
+
+def test_siblings_that_were_reordered_are_noticed(make):
+    trainer = make()
+    inputs = next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(RuntimeError, match="have different prompts or images"):
+        step(trainer, inputs[::2] + inputs[1::2])
+    same_question = [{**row, "prompt": prompt(0)} for row in inputs]  # only the images tell the prompts apart
+    step(trainer, same_question)
+    trainer._step = 0
+    with pytest.raises(RuntimeError, match="have different prompts or images"):
+        step(trainer, same_question[::2] + same_question[1::2])
+
+
+# --- invariances ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", objective.WEIGHTINGS)
+@pytest.mark.parametrize("batch", [2, 1])
+def test_accumulation_does_not_change_the_step(make, monkeypatch, weighting, batch):
+    """8 x 1 = 4 x 2 = 1 x 8: siblings in other micro-batches, padding as wide as the generation batch."""
+    fixed_rollouts(monkeypatch)
+    whole = step(make(weighting=weighting))
+    split = step(make(weighting=weighting, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch))
+    assert_same_step(split, whole)
+
+
+def test_order_of_the_prompts_does_not_change_the_step(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    trainer = make(per_device_train_batch_size=16, rows=image_rows(4), shuffle_dataset=False)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    first = step(trainer, inputs)
+    trainer._step = 0
+    groups = [inputs[i : i + 4] for i in range(0, 16, 4)]
+    assert_same_step(step(trainer, functools.reduce(operator.iadd, (groups[i] for i in (2, 0, 3, 1)), [])), first)
+
+
+@pytest.mark.parametrize("multiple", [16, 64])
+def test_padding_does_not_change_the_step(make, monkeypatch, multiple):
+    fixed_rollouts(monkeypatch)
+    assert_same_step(step(make(pad_to_multiple_of=multiple)), step(make()))
+
+
+def test_coefficients_follow_their_rows_through_trls_shuffle(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    trainer = make(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    _, _, batches = step(trainer)
+    by_rollout = {}
+    for batch in batches:
+        for ids, mask, c in zip(batch["completion_ids"], batch["completion_mask"], batch["coefficients"], strict=True):
+            by_rollout[tuple(ids[mask.bool()].tolist())] = c.sum().item()
+    rollouts, order = trainer.last_rollouts, []
+    for ids, mask, w in zip(rollouts["completion_ids"], rollouts["mask"], rollouts["weights"], strict=True):
+        assert by_rollout[tuple(ids[mask.bool()].tolist())] == pytest.approx(w.item(), abs=1e-6)
+        order.append(w.item())
+    assert sum(order[:4]) == pytest.approx(1)
+    assert sum(order[4:]) == pytest.approx(1)
+    assert len(set(order)) > 4
+
+
+def test_random_ties_are_reproducible(make, monkeypatch):
+    fixed_rollouts(monkeypatch, length=12)
+    first, second = (step(make(random_ties=True, va_floor=None))[2][0]["coefficients"] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("random_ties", [False, True])
+def test_logged_groups_are_those_of_the_loss(make, monkeypatch, random_ties):
+    """`kl/high` must be the KL of the tokens that the loss weighs as high, also when ties are drawn."""
+    fixed_rollouts(monkeypatch, length=19)
+    trainer = make(random_ties=random_ties, rows=[{**row, "image": image(0)} for row in image_rows(4)])
+    monkeypatch.setattr(objective, "visual_advantage", lambda logps, other, mask: torch.zeros_like(logps))
+    (batch,) = step(trainer)[2]
+    for c, high, mask in zip(batch["coefficients"], batch["high_tokens"], batch["completion_mask"], strict=True):
+        valid = mask.bool()
+        assert c[valid & high].min() > c[valid & ~high].max()
+
+
+def test_rollouts_under_the_floor_have_uniform_tokens(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    trainer = make(va_floor=1e9)
+    (batch,) = step(trainer)[2]
+    for c, mask in zip(batch["coefficients"], batch["completion_mask"], strict=True):
+        assert c[mask.bool()].unique().numel() == 1
+
+
+def test_logged_kl_and_va_against_their_definitions(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    trainer = make()
+    _, _, (batch,) = step(trainer)
+    kl = reference_kl(trainer.model, trainer.teacher_model, batch, trainer.vocab_size).detach()
+    mask, high = batch["completion_mask"].bool(), batch["high_tokens"]
+    metrics, rollouts = trainer._metrics["train"], trainer.last_rollouts
+    assert metrics["kl/high"][-1] == pytest.approx(kl[mask & high].mean().item(), rel=1e-4)
+    assert metrics["kl/low"][-1] == pytest.approx(kl[mask & ~high].mean().item(), rel=1e-4)
+    va = rollouts["va"][rollouts["mask"].bool()]
+    assert metrics["va/mean"][-1] == pytest.approx(va.mean().item())
+    assert metrics["va/positive_share"][-1] == pytest.approx((va > 0).double().mean().item())
+    top = va.sort(descending=True).values[: round(0.1 * len(va))].sum() / va.sum()
+    assert metrics["va/top10_mass"][-1] == pytest.approx(top.item(), rel=1e-5)
+    assert metrics["va/weight_max"][-1] == pytest.approx(rollouts["weights"].max().item())
+
+
+# --- precision, evaluation, one line of health ----------------------------------------------------------------
+
+
+def test_bfloat16_step(make):
+    trainer = make(bf16=True)
+    trainer.train()
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history[:2])
+    va = trainer.last_rollouts["va"]
+    assert va.dtype == torch.float32
+    positive = va[va > 0]
+    # bfloat16 log-probabilities near 4.6 are multiples of 2^-6 (their difference too): float32 ones are not
+    assert (positive * 64 % 1 != 0).float().mean() > 0.9
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_bfloat16_teacher_of_a_float32_student(make):
+    student, teacher, processor = models()
+    trainer = make(parts=(student, teacher.to(torch.bfloat16), processor))
+    loss, _, _ = step(trainer)
+    assert math.isfinite(loss)
+    assert trainer.last_rollouts["va"].dtype == torch.float32
+
+
+def test_a_teacher_whose_eval_returns_nothing(make, monkeypatch):
+    """As a DeepSpeed engine's does."""
+    fixed_rollouts(monkeypatch)
+    student, teacher, processor = models()
+    teacher.eval = lambda: type(teacher).train(teacher, False) and None
+    assert_same_step(step(make(parts=(student, teacher, processor))), step(make()))
+
+
+def test_lora_student(make, monkeypatch):
+    """Adapters only get a gradient; at the start they change nothing, so that the loss is the full model's."""
+    fixed_rollouts(monkeypatch)
+    student, teacher, processor = models()
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    trainer = make(parts=(peft.get_peft_model(student, lora), teacher, processor))
+    loss, gradients, _ = step(trainer)
+    assert loss == pytest.approx(step(make())[0], abs=1e-6)
+    assert gradients
+    assert all("lora_" in name for name in gradients)
+
+
+def test_gradient_checkpointing(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    assert_same_step(step(make(gradient_checkpointing=True)), step(make()))
+
+
+def test_evaluation(make, monkeypatch):
+    """K = 1, uniform weights, no update; an eval set that does not divide by its batch size."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(eval_rows=image_rows(5), per_device_eval_batch_size=3)
+    before = copy.deepcopy(trainer.model.state_dict())
+    metrics = trainer.evaluate()
+    assert math.isfinite(metrics["eval_loss"])
+    assert metrics["eval_loss"] > 0
+    assert "eval_va/mean" in trainer.state.log_history[-1]
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] != metrics["eval_loss"]
+
+
+def test_evaluation_loss_against_the_reference(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    trainer = make(eval_rows=image_rows(3), per_device_eval_batch_size=3)
+    seen = []
+    score = trainer._generate_and_score_completions
+    monkeypatch.setattr(trainer, "_generate_and_score_completions", lambda rows: seen.append(score(rows)) or seen[-1])
+    loss = trainer.evaluate()["eval_loss"]
+    (batch,) = seen
+    kl, mask = reference_kl(trainer.model, trainer.teacher_model, batch, trainer.vocab_size), batch["completion_mask"]
+    assert loss == pytest.approx(((kl * mask).sum(1) / mask.sum(1)).mean().item(), rel=1e-4)
+
+
+def test_doctor_line_and_warnings(make, capsys):
+    make(doctor_steps=1, degradation_ratio=1.0, max_steps=1).train()
+    out = capsys.readouterr().out
+    assert "[doctor] step 1: VA mean 0.0000" in out
+    assert "WARNING: VA is 0 on every token" in out
+
+
+# --- order of the prompts and resuming ----------------------------------------------------------------
+
+
+def sampler(n: int, k: int = 3, prompts: int = 2, seed: int = 5) -> SiblingSampler:
+    return SiblingSampler(range(n), mini_repeat_count=k, batch_size=prompts, repeat_count=2, seed=seed)
+
+
+def test_sampler_keeps_siblings_together_and_covers_each_epoch():
+    order = list(sampler(8))
+    assert len(order) == len(sampler(8)) == 8 * 3 * 2
+    for start in range(0, len(order), 3):
+        assert len(set(order[start : start + 3])) == 1
+    for start in range(0, len(order), 12):  # each generation batch twice, for two accumulation steps
+        assert order[start : start + 6] == order[start + 6 : start + 12]
+    assert sorted(order) == sorted(list(range(8)) * 6)
+
+
+def test_sampler_order_depends_on_seed_and_epoch_only():
+    straight = sampler(8)
+    epochs = []
+    for epoch in range(3):
+        straight.set_epoch(epoch)
+        epochs.append(list(straight))
+    assert epochs[0] != epochs[1] != epochs[2]
+    resumed = sampler(8)
+    resumed.set_epoch(2)
+    assert list(resumed) == epochs[2]
+    other = sampler(8, seed=6)
+    other.set_epoch(2)
+    assert list(other) != epochs[2]
+
+
+def weights_of(trainer: VAOPDTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def history_of(trainer: VAOPDTrainer) -> list[tuple]:
+    """What must be the same in a resumed run: all but times, and the null check, which is made once a process."""
+    skipped = ("time", "step_time", "train_", "va/null")
+    return [
+        {k: v for k, v in log.items() if not k.startswith(skipped)}
+        for log in trainer.state.log_history
+        if "loss" in log
+    ]
+
+
+@pytest.mark.parametrize("resume_at", [2, 4])
+def test_a_resumed_run_equals_the_straight_run(make, tmp_path, resume_at):
+    """Six steps of sampled rollouts, three steps an epoch: resumed inside the first and inside the second epoch."""
+    settings = {
+        "rows": image_rows(6),
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4,
+        "output_dir": str(tmp_path / "straight"),
+    }
+    straight = make(**settings)
+    straight.train()
+    torch.manual_seed(123)  # a new process starts elsewhere
+    resumed = make(**{**settings, "output_dir": str(tmp_path / "resumed")})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{resume_at}"))
+    assert history_of(resumed) == history_of(straight)
+    for name, weight in weights_of(straight).items():
+        assert torch.equal(weights_of(resumed)[name], weight), name
+
+
+KILLED_RUN = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+sys.path.insert(0, {here!r})
+from transformers import TrainerCallback
+import test_trainer
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+test_trainer.ten_steps({output!r}, Kill()).train()
+"""
+
+
+def ten_steps(output_dir: str, *callbacks) -> VAOPDTrainer:
+    settings = {"max_steps": 10, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4}
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    return build(output_dir, image_rows(6), callbacks=list(callbacks), **settings, **saving)
+
+
+def test_kill_9_and_resume_gives_the_straight_runs_metrics(tmp_path):
+    script = KILLED_RUN.format(root=str(ROOT), here=str(Path(__file__).parent), output=str(tmp_path / "killed"))
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert process.returncode == -9, process.stderr[-2000:]
+    resumed = ten_steps(str(tmp_path / "killed"))
+    resumed.train(resume_from_checkpoint=True)
+    straight = ten_steps(str(tmp_path / "straight"))
+    straight.train()
+    assert history_of(resumed) == history_of(straight)
+    assert len(history_of(straight)) == 10
+    for name, weight in weights_of(straight).items():
+        assert torch.equal(weights_of(resumed)[name], weight), name
+
+
+# --- learning ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", ["va", "none"])
+def test_the_student_learns_the_teacher(make, weighting):
+    trainer = make(
+        rows=image_rows(8),
+        weighting=weighting,
+        max_steps=30,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        per_device_train_batch_size=16,
+    )
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3]), losses
+
+
+# (loss, grad_norm) with torch 2.13.0 on one CPU thread, transformers 5.17.0, trl 1.16.0, Python 3.11, x86-64 AVX-512
+GOLDEN = [
+    (0.8124734, 0.7006765),
+    (0.7729051, 0.5705851),
+    (0.8069836, 0.4388132),
+    (0.6070980, 0.4145712),
+    (0.5750840, 0.3290441),
+]
+
+
+def set_weights(model: torch.nn.Module, seed: int, scale: float) -> None:
+    """Fixed weights of every matrix, whatever the library's initialization draws."""
+    with torch.no_grad():
+        for i, (_, parameter) in enumerate(sorted(model.named_parameters())):
+            if parameter.ndim > 1:
+                values = np.random.default_rng([seed, i]).standard_normal(tuple(parameter.shape))
+                parameter.copy_(torch.from_numpy(scale * values))
+
+
+def test_golden_trajectory(make, monkeypatch):
+    """Five steps on fixed rollouts. A change here is a change of the method, of TRL or of the tiny model."""
+    fixed_rollouts(monkeypatch)
+    student, teacher, processor = models()
+    set_weights(student, 1, 0.05)
+    set_weights(teacher, 2, 0.15)
+    trainer = make(
+        rows=image_rows(8),
+        parts=(student, teacher, processor),
+        max_steps=5,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        learning_rate=3e-3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    got = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+    assert np.array(got) == pytest.approx(np.array(GOLDEN), rel=1e-3), got
