@@ -6,7 +6,6 @@ Reads what `va_opd.train` and `va_opd.evaluate` wrote and nothing else; a cell w
 `report.md` and `figures/` into the experiment's folder.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,16 +61,22 @@ def report(args: ScriptArguments, seed: int) -> str:
     runs = {name: folder / f"{name}-seed{seed}" for name in NAMES}
     runs = {name: run for name, run in runs.items() if (run / "eval" / "va.json").exists()}
     if not runs:
-        raise ValueError(f"{folder} holds no evaluated run with seed {seed}: run va_opd.train and va_opd.evaluate first")
-    scores = {name: {kind: sample_scores(run, args, kind) for kind in ("true", "pixelated")} for name, run in runs.items()}
+        raise ValueError(
+            f"{folder} holds no evaluated run with seed {seed}: run va_opd.train and va_opd.evaluate first"
+        )
+    scores = {
+        name: {kind: sample_scores(run, args, kind) for kind in ("true", "pixelated")} for name, run in runs.items()
+    }
     rollouts = {name: read_jsonl(run / "eval" / "va_tokens.jsonl") for name, run in runs.items()}
     drawn = figures(folder / "figures", args, runs, scores, rollouts)
+    problems = len(next(iter(scores.values()))["true"])
     parts = [
         f"# VA-OPD, experiment {args.experiment}, seed {seed}",
-        f"Held-out problems: {len(next(iter(scores.values()))['true'])}, {args.eval_samples} samples each at temperature "
-        f"{args.eval_temperature}; intervals are 95 %, clustered by problem.",
+        f"{problems} held-out problems, {args.eval_samples} samples each at temperature {args.eval_temperature}; "
+        "intervals are 95 %, clustered by problem.",
         measured_table(scores, rollouts),
         difference_line(scores),
+        seeds_table(folder, args),
         "## The paper's Table 1 (8B -> 2B, Geometry3K)",
         "An empty cell in a column *ours* was not run.",
         paper_table(),
@@ -95,17 +100,27 @@ def sample_scores(run: Path, args: ScriptArguments, kind: str) -> list[list[floa
 def measured_table(scores: dict[str, dict[str, list]], rollouts: dict[str, list[dict]]) -> str:
     rows = []
     for name in scores:
-        cells = [f"{avg_at_k(scores[name][kind]):.3f} [{', '.join(f'{x:.3f}' for x in interval(scores[name][kind]))}]" for kind in ("true", "pixelated")]
+        cells = [
+            f"{avg_at_k(scores[name][kind]):.3f} [{', '.join(f'{x:.3f}' for x in interval(scores[name][kind]))}]"
+            for kind in ("true", "pixelated")
+        ]
         va = np.concatenate([record["va"] for record in rollouts[name]])
         ranked = np.sort(va)[::-1]
         top = ranked[: max(1, round(0.1 * len(va)))].sum() / max(va.sum(), 1e-12)
         rows.append([NAMES[name], *cells, f"{va.mean():.3f}", f"{top:.0%}", f"{digit_share(rollouts[name]):.0%}"])
-    columns = ["model", "accuracy", "accuracy, pixelated image", "mean VA", "VA in the top 10 % of tokens", "digits among the top 20 % tokens by VA"]
+    columns = [
+        "model",
+        "accuracy",
+        "accuracy, pixelated image",
+        "mean VA",
+        "VA in the top 10 % of tokens",
+        "digits among the top 20 % tokens by VA",
+    ]
     return plots.table_markdown(rows, columns)
 
 
 def digit_share(rollouts: list[dict[str, Any]]) -> float:
-    """Share of digit tokens in the high-VA group V (Eq. 5): where VA works, V is what one must look up in the image."""
+    """Share of digit tokens in the high-VA group V (Eq. 5): where VA works, V is what is looked up in the image."""
     selected = []
     for record in rollouts:
         va = torch.tensor([record["va"]])
@@ -119,13 +134,34 @@ def difference_line(scores: dict[str, dict[str, list]]) -> str:
         return ""
     difference, low, high, p_value = paired_difference(scores["va_opd"]["true"], scores["opd"]["true"])
     return (
-        f"VA-OPD minus Standard OPD, the same problems: {difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {p_value:.2g} "
-        "(one seed: the interval is over problems, not over trainings)."
+        f"VA-OPD minus Standard OPD on the same problems: {difference:+.3f} [{low:+.3f}, {high:+.3f}], "
+        f"p = {p_value:.2g} (one seed: the interval is over problems, not over trainings)."
     )
 
 
+def seeds_table(folder: Path, args: ScriptArguments) -> str:
+    """Accuracy of each trained variant over all seeds that are there, if there are at least two."""
+    rows = []
+    for name in ("opd", "rollout_only", "token_only", "va_opd"):
+        runs = sorted(run for run in folder.glob(f"{name}-seed*") if (run / "eval" / "va.json").exists())
+        accuracy = [avg_at_k(sample_scores(run, args, "true")) for run in runs]
+        if len(accuracy) > 1:
+            each = ", ".join(
+                f"{run.name.split('seed')[1]}: {value:.3f}" for run, value in zip(runs, accuracy, strict=True)
+            )
+            rows.append(
+                [NAMES[name], len(accuracy), f"{np.mean(accuracy):.3f}", f"{np.std(accuracy, ddof=1):.3f}", each]
+            )
+    if not rows:
+        return ""
+    table = plots.table_markdown(rows, ["variant", "seeds", "mean accuracy", "standard deviation", "seed: accuracy"])
+    return "## All seeds\n\n" + table
+
+
 def paper_table() -> str:
-    rows = [[NAMES[name], *(cell for value in values for cell in (f"{value:.1f}", ""))] for name, values in PAPER.items()]
+    rows = [
+        [NAMES[name], *(cell for value in values for cell in (f"{value:.1f}", ""))] for name, values in PAPER.items()
+    ]
     return plots.table_markdown(rows, ["method", *(head for column in COLUMNS for head in (column, "ours"))])
 
 
@@ -133,11 +169,21 @@ def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, 
     """Accuracy bars, curves of the trainings, cumulative VA mass (Fig. 2a), one rollout coloured by VA."""
     folder.mkdir(parents=True, exist_ok=True)
     bars = {
-        NAMES[name]: {kind: (avg_at_k(values), *interval(values)) for kind, values in kinds.items()} for name, kinds in scores.items()
+        NAMES[name]: {kind: (avg_at_k(values), *interval(values)) for kind, values in kinds.items()}
+        for name, kinds in scores.items()
     }
     drawn = [plots.accuracy_bars(bars, folder / "accuracy.png")]
-    trained = {NAMES[name]: read_jsonl(run / "metrics.jsonl") for name, run in runs.items() if (run / "metrics.jsonl").exists()}
-    curves = {"kl/high": "KL, high-VA tokens", "kl/low": "KL, other tokens", "va/mean": "mean VA", "entropy": "student entropy"}
+    trained = {
+        NAMES[name]: read_jsonl(run / "metrics.jsonl")
+        for name, run in runs.items()
+        if (run / "metrics.jsonl").exists()
+    }
+    curves = {
+        "kl/high": "KL, high-VA tokens",
+        "kl/low": "KL, other tokens",
+        "va/mean": "mean VA",
+        "entropy": "student entropy",
+    }
     if trained:
         drawn.append(plots.training_curves(trained, curves, folder / "training.png"))
     values = {NAMES[name]: np.concatenate([r["va"] for r in records]) for name, records in rollouts.items()}

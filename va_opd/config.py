@@ -52,9 +52,7 @@ class VAOPDConfig(DistillationConfig):
             Print the line of health figures at the first log and about every so many steps. `0` turns it off.
     """
 
-    weighting: str = field(
-        default="va", metadata={"help": "Objective.", "choices": list(WEIGHTINGS)}
-    )
+    weighting: str = field(default="va", metadata={"help": "Objective.", "choices": list(WEIGHTINGS)})
     num_generations: int = field(default=4, metadata={"help": "K, rollouts of one prompt."})
     degradation_ratio: float = field(default=0.1, metadata={"help": "Side of the pixelated view, as a share."})
     pixelate_at: str = field(

@@ -51,7 +51,7 @@ def load_rows(
     """Rows of a split of `source`: a hub id, or a local folder or file (parquet, json, jsonl) of the same columns.
 
     Columns read: `problem` (or `question`; `<image>` marks where an image stands), `images` (or `image`; paths are
-    relative to the folder), `answer`, `id` (else the row number). `template` wraps the problem; the paper adds nothing.
+    relative to the folder), `answer`, `id` (else the row number). `template` wraps the problem; the paper has none.
     Raises `ValueError` naming the source, the column or the image that is at fault, and the remedy.
     """
     dataset = _load_split(source, split)
@@ -93,7 +93,10 @@ def _budget_transform(min_pixels: int, max_pixels: int) -> Callable[[dict], dict
             batch["images"] = [[fit_budget(i, min_pixels, max_pixels) for i in images] for images in batch["images"]]
         if "prompt" in batch:  # a column of mixed parts comes back with "text": None on image parts
             batch["prompt"] = [
-                [{**m, "content": [{k: v for k, v in part.items() if v is not None} for part in m["content"]]} for m in prompt]
+                [
+                    {**m, "content": [{k: v for k, v in part.items() if v is not None} for part in m["content"]]}
+                    for m in prompt
+                ]
                 for prompt in batch["prompt"]
             ]
         return batch
@@ -113,7 +116,9 @@ def _load_split(source: str, split: str) -> Dataset:
     except Exception as error:
         where = "local data" if path.exists() else "no local path, and the hub gave no data set of this name"
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"data {source!r}, split {split!r}: {where} ({first_line}); set data to a hub id or a folder") from error
+        raise ValueError(
+            f"data {source!r}, split {split!r}: {where} ({first_line}); set data to a hub id or a folder"
+        ) from error
 
 
 def _standard_columns(dataset: Dataset, source: str) -> Dataset:
@@ -163,7 +168,9 @@ def _check_images(dataset: Dataset, source: str, num_proc: int | None) -> None:
     faults = [(row_id, fault) for row_id, fault in zip(dataset["id"], checked["fault"], strict=True) if fault]
     if faults:
         shown = "; ".join(f"id {row_id}: {fault}" for row_id, fault in faults[:3])
-        raise ValueError(f"data {source!r} has {len(faults)} rows with unreadable images ({shown}): repair or remove them")
+        raise ValueError(
+            f"data {source!r} has {len(faults)} rows with unreadable images ({shown}): repair or remove them"
+        )
 
 
 def _fault(images: list[dict]) -> str:
@@ -261,7 +268,9 @@ def load_splits(
     train = load_rows(source or hub_id, "train", limit, **options)
     expected = SOURCES[dataset].rows["train"]
     if limit is None and (source or hub_id) == hub_id and len(train) != expected:
-        raise ValueError(f"data {hub_id!r} has {len(train)} training rows, the paper's has {expected}: the copy changed")
+        raise ValueError(
+            f"data {hub_id!r} has {len(train)} training rows, the paper's has {expected}: the copy changed"
+        )
     validation = load_rows(validation_source, "validation", **options)
     return DatasetDict(train=train, validation=validation.select(validation_ids(validation, validation_size)))
 
@@ -270,7 +279,7 @@ def load_splits(
 # sudden rise of so small a model comes at a step that depends on the seed.
 @dataclass(frozen=True)
 class Reader:
-    """A tiny Qwen3-VL that is taught to read digits: its width, steps, and the accuracy at which teaching stops early."""
+    """A tiny Qwen3-VL that is taught to read digits: its width, steps, and the accuracy at which teaching stops."""
 
     hidden: int
     max_steps: int
@@ -285,8 +294,9 @@ def train_reader(name: str, out: Path, seed: int = 0) -> float:
 
     Raises `RuntimeError` for one that did not learn to read: less than half of the rows right.
     """
-    from common.tiny import tiny_qwen3_vl
     from trl import SFTConfig, SFTTrainer
+
+    from common.tiny import tiny_qwen3_vl
 
     reader = READERS[name]
     model, processor = tiny_qwen3_vl(hidden=reader.hidden, seed=seed)
@@ -332,8 +342,12 @@ def with_completions(rows: Dataset, responses: list[str]) -> Dataset:
     """Rows for TRL's `SFTTrainer`: `prompt`, images as before, and `completion`, one assistant turn."""
     transform = rows.format["format_kwargs"]["transform"]
     plain = rows.with_format(None)
-    plain = plain.remove_columns([name for name in ("id", "answer", "response", "problem") if name in plain.column_names])
-    return plain.add_column("completion", [[{"role": "assistant", "content": r}] for r in responses]).with_transform(transform)
+    plain = plain.remove_columns(
+        [name for name in ("id", "answer", "response", "problem") if name in plain.column_names]
+    )
+    return plain.add_column("completion", [[{"role": "assistant", "content": r}] for r in responses]).with_transform(
+        transform
+    )
 
 
 class StopAtAccuracy(TrainerCallback):

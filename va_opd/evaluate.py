@@ -9,6 +9,7 @@ model with the VA of each token. Interrupted, it goes on where it stopped; finis
 """
 
 import copy
+import json
 import os
 import sys
 from pathlib import Path
@@ -16,25 +17,25 @@ from typing import Any
 
 import numpy as np
 
+from common.answers import grade
+from common.evaluation import Benchmark, Decoding, evaluate
+from common.runs import append_jsonl, atomic_write_json, read_jsonl
+
 from .config import VAOPDConfig
 from .data import digits_correct
 from .objective import pixelate
 from .train import (
     ScriptArguments,
     build_engine,
+    is_done,
     load_splits_of,
     load_teacher,
     models,
     parse,
     rollout_records,
     run_path,
-    settings,
 )
 from .trainer import VAOPDTrainer
-
-from common.answers import grade
-from common.evaluation import Benchmark, Decoding, evaluate
-from common.runs import append_jsonl, atomic_write_json, read_jsonl
 
 WHAT = ("run", "base", "teacher")
 
@@ -57,11 +58,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> None:
     run = run_path(args, config)
-    model = {"run": str(run / "model"), "base": args.model, "teacher": args.teacher}[what]
-    if what == "run" and not (run / "model").is_dir():
-        raise ValueError(f"{run} holds no trained model: run va_opd.train with the same settings first")
+    if what == "run" and not is_done(run):
+        raise ValueError(f"{run} holds no finished run: run va_opd.train with the same settings first")
     out = (run if what == "run" else run.with_name(f"{what}-seed{config.seed}")) / "eval"
     rows = load_splits_of(args)["validation"]
+    if what == "run":
+        model = str(best_checkpoint(run, args, config, rows) if args.select_checkpoint else run / "model")
+    else:
+        model = args.model if what == "base" else args.teacher
     for benchmark in (benchmark_of(args, rows), benchmark_of(args, rows, config.degradation_ratio)):
         if not (out / f"{benchmark.name}.json").exists():
             engine = build_engine(args, model, config)
@@ -71,12 +75,33 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
         score_visual_advantage(model, args, config, rows, out)
 
 
+def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows) -> Path:
+    """The checkpoint with the highest avg@k on the held-out problems, ties to the earlier one, as in the paper."""
+    steps = sorted(
+        int(path.name.split("-")[1]) for path in run.glob("checkpoint-*") if any(path.glob("*.safetensors"))
+    )
+    accuracy = {}
+    for step in steps:
+        checkpoint, out = run / f"checkpoint-{step}", run / "eval" / f"checkpoint-{step}"
+        benchmark = benchmark_of(args, rows)
+        if (out / f"{benchmark.name}.json").exists():
+            report = json.loads((out / f"{benchmark.name}.json").read_text())
+        else:
+            engine = build_engine(args, str(checkpoint), config)
+            report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
+        accuracy[step] = report["avg@k"]
+    best = max(accuracy, key=lambda step: (accuracy[step], -step))
+    atomic_write_json(run / "eval" / "selection.json", {"accuracy": accuracy, "best": best})
+    print(f"{run.name}: best of {len(steps)} checkpoints is step {best} with {accuracy[best]:.3f}", flush=True)
+    return run / f"checkpoint-{best}"
+
+
 def benchmark_name(args: ScriptArguments, pixelated: bool = False) -> str:
     return ("digits" if args.dataset == "digits" else "geo3k_validation") + ("_pixelated" if pixelated else "")
 
 
 def benchmark_of(args: ScriptArguments, rows, ratio: float | None = None) -> Benchmark:
-    """The held-out problems as a benchmark, the images pixelated when a ratio is given. First committed answer counts."""
+    """The held-out problems as a benchmark, with images pixelated if a ratio is given. The first answer counts."""
 
     def images(row: dict[str, Any]) -> list:
         return row["images"] if ratio is None else [pixelate(image, ratio) for image in row["images"]]
@@ -90,7 +115,9 @@ def benchmark_of(args: ScriptArguments, rows, ratio: float | None = None) -> Ben
         name=benchmark_name(args, ratio is not None),
         rows=[{"id": r["id"], "prompt": r["prompt"], "images": images(r), "answer": r["answer"]} for r in rows],
         score=score,
-        decoding=Decoding(temperature=args.eval_temperature, top_p=1.0, max_new_tokens=24 if args.dataset == "digits" else 4096),
+        decoding=Decoding(
+            temperature=args.eval_temperature, top_p=1.0, max_new_tokens=24 if args.dataset == "digits" else 4096
+        ),
     )
 
 
@@ -106,7 +133,11 @@ def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfi
         processing_class=models.load_processor(args.model),
     )
     trainer.model.eval()
-    path, tokenizer, size = out / "va_tokens.jsonl", trainer.processing_class.tokenizer, config.per_device_eval_batch_size
+    path, tokenizer, size = (
+        out / "va_tokens.jsonl",
+        trainer.processing_class.tokenizer,
+        config.per_device_eval_batch_size,
+    )
     path.unlink(missing_ok=True)
     for start in range(0, len(rows), size):
         part = [rows[i] for i in range(start, min(start + size, len(rows)))]
@@ -114,7 +145,9 @@ def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfi
         for row, record in zip(part, rollout_records(trainer.last_rollouts, tokenizer, size), strict=True):
             append_jsonl(path, {"id": row["id"], **record})
     va = np.concatenate([record["va"] for record in read_jsonl(path)])
-    atomic_write_json(out / "va.json", {"mean": float(va.mean()), "positive_share": float((va > 0).mean()), "tokens": len(va)})
+    atomic_write_json(
+        out / "va.json", {"mean": float(va.mean()), "positive_share": float((va > 0).mean()), "tokens": len(va)}
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Deviations from the paper and expected numbers: va_opd/README.md. The whole expe
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from datasets import DatasetDict
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, TrlParser
 
 from .config import VAOPDConfig
@@ -56,6 +57,10 @@ class ScriptArguments:
     template: str = field(default="{problem}", metadata={"help": "Prompt; the paper adds nothing to the problem."})
     limit: int | None = field(default=None, metadata={"help": "Use only so many training prompts."})
     validation_size: int = field(default=200, metadata={"help": "Held-out problems (paper: 200)."})
+    select_checkpoint: bool = field(
+        default=True,
+        metadata={"help": "Evaluate the checkpoint that is best on the held-out problems (paper), or the last."},
+    )
     min_pixels: int = field(default=MIN_PIXELS, metadata={"help": "Image budget, smallest area."})
     max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Image budget, largest area."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
@@ -63,7 +68,9 @@ class ScriptArguments:
     eval_samples: int = field(default=8, metadata={"help": "Samples a problem in evaluation (paper: avg@8)."})
     eval_temperature: float = field(default=1.0, metadata={"help": "Of evaluation (paper: 1.0)."})
     eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once with transformers."})
-    engine: str = field(default="transformers", metadata={"help": "Of evaluation.", "choices": ["transformers", "vllm"]})
+    engine: str = field(
+        default="transformers", metadata={"help": "Of evaluation.", "choices": ["transformers", "vllm"]}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print settings, memory estimate, command; train nothing."})
 
 
@@ -72,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, config = parse(sys.argv[1:] if argv is None else argv)
         if args.dry_run:
-            print(dry_run(args, config))
+            print(dry_run(args, config, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
         train(args, config)
         return 0
@@ -120,24 +127,35 @@ def settings(args: ScriptArguments, config: VAOPDConfig) -> dict[str, Any]:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if f.init and value != default and isinstance(value, (str, int, float, bool, dict, list)):
+        if f.init and value != default and value != [] and isinstance(value, (str, int, float, bool, dict, list)):
             chosen[f.name] = str(value.value) if hasattr(value, "value") else value
-    chosen.pop("output_dir", None)
+    for name in ("output_dir", "dataloader_pin_memory"):  # follow from other settings
+        chosen.pop(name, None)
     return chosen
 
 
 def train(args: ScriptArguments, config: VAOPDConfig) -> None:
+    """Trains into the run folder, from its last checkpoint if there is one; does nothing if the run is done."""
     set_seed(config.seed)
     splits = load_splits_of(args)
-    folder = open_run(args, config, splits) if PartialState().is_main_process else None
-    if folder is not None and folder.is_done:
+    done = is_done(run_path(args, config))
+    PartialState().wait_for_everyone()  # every rank has looked before the first one touches the folder
+    if not PartialState().is_main_process:
+        if not done:
+            _train_into(None, args, config, splits)
+        return
+    folder = open_run(args, config, splits)  # refuses another run's folder, also if that is done
+    if done:
         print(f"{folder.path}: done already")
         return
-    if folder is None:
-        return _train_into(None, args, config, splits)
     with folder:
         _train_into(folder, args, config, splits)
         folder.finish()
+
+
+def is_done(run: Path) -> bool:
+    manifest = run / "manifest.json"
+    return manifest.exists() and json.loads(manifest.read_text()).get("state") == "done"
 
 
 def load_splits_of(args: ScriptArguments) -> DatasetDict:
@@ -146,12 +164,20 @@ def load_splits_of(args: ScriptArguments) -> DatasetDict:
     if args.dataset == "digits":
         options = {}
     return load_splits(
-        args.dataset, args.data, args.validation_data, limit=args.limit, validation_size=args.validation_size, **options
+        args.dataset,
+        args.data,
+        args.validation_data,
+        limit=args.limit,
+        validation_size=args.validation_size,
+        **options,
     )
 
 
 def open_run(args: ScriptArguments, config: VAOPDConfig, splits) -> RunFolder:
-    prints = {name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])]) for name, rows in splits.items()}
+    prints = {
+        name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
+        for name, rows in splits.items()
+    }
     return RunFolder.open(run_path(args, config), settings(args, config), data=prints, seed=config.seed)
 
 
@@ -162,6 +188,7 @@ def _train_into(folder: RunFolder | None, args: ScriptArguments, config: VAOPDCo
         step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
         folder.truncate_logs(step)
         print(f"{folder.path}: " + (f"resuming at step {step}" if checkpoint else "starting"), flush=True)
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(RecordCallback(folder, trainer))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(Path(config.output_dir) / "model"))
@@ -175,7 +202,11 @@ def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
         check_same_tokens(_tokenizer(processor), _tokenizer(models.load_processor(args.teacher)))
         teacher = load_teacher(args, config)
         return VAOPDTrainer(
-            model=student, teacher_model=teacher, args=config, train_dataset=splits["train"], processing_class=processor
+            model=student,
+            teacher_model=teacher,
+            args=config,
+            train_dataset=splits["train"],
+            processing_class=processor,
         )
     if args.method == "grpo":
         return GRPOTrainer(
@@ -200,7 +231,9 @@ def load_teacher(args: ScriptArguments, config: VAOPDConfig):
 
 def shared_settings(config: VAOPDConfig, target: type) -> dict[str, Any]:
     """What a baseline has in common with VA-OPD: optimizer, schedule, batch, sampling, seed, logging."""
-    names = {f.name for f in dataclasses.fields(target) if f.init} & {f.name for f in dataclasses.fields(config) if f.init}
+    names = {f.name for f in dataclasses.fields(target) if f.init} & {
+        f.name for f in dataclasses.fields(config) if f.init
+    }
     return {name: getattr(config, name) for name in names - {"beta"}}
 
 
@@ -266,17 +299,31 @@ def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig):
 
 
 class RecordCallback(TrainerCallback):
-    """Writes metrics.jsonl at each log, and for VA-OPD two prompts' rollouts with VA and weights to samples.jsonl."""
+    """Writes metrics.jsonl and a short line at each log, and for VA-OPD two prompts' rollouts to samples.jsonl."""
+
+    SHOWN = ("loss", "reward", "kl/high", "kl/low", "va/mean", "entropy", "step_time")
 
     def __init__(self, folder: RunFolder, trainer):
         self.folder, self.trainer = folder, trainer
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.folder.log({"step": state.global_step, **(logs or {})})
+        logs = logs or {}
+        self.folder.log({"step": state.global_step, **logs})
+        shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
+        if shown:
+            print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
         rollouts = getattr(self.trainer, "last_rollouts", None)
         if rollouts:
-            for record in rollout_records(rollouts, _tokenizer(self.trainer.processing_class), 2 * args.num_generations):
+            tokenizer = _tokenizer(self.trainer.processing_class)
+            for record in rollout_records(rollouts, tokenizer, 2 * args.num_generations):
                 self.folder.log_sample({"step": state.global_step, **record})
+
+    def on_save(self, args, state, control, **kwargs):
+        """Only the newest checkpoint can resume; the older ones keep their weights, from which the best is chosen."""
+        for checkpoint in self.folder.path.glob("checkpoint-*"):
+            if checkpoint.name != f"checkpoint-{state.global_step}":
+                for file in [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*/*")]:
+                    file.unlink()
 
 
 def rollout_records(rollouts: dict[str, Any], tokenizer, count: int) -> list[dict[str, Any]]:
@@ -301,14 +348,16 @@ def _tokenizer(processor):
     return getattr(processor, "tokenizer", processor)
 
 
-def dry_run(args: ScriptArguments, config: VAOPDConfig) -> str:
-    """Resolved settings, steps, memory a GPU and the command that would run, as text."""
-    processes = int(os.environ.get("WORLD_SIZE", os.environ.get("GPUS", "1")))
+def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1) -> str:
+    """Resolved settings, size of an update and memory a process, as text."""
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    prompts = rollouts // config.num_generations
-    lines = [f"run folder: {run_path(args, config)}", "settings (every other field at its documented default):"]
-    lines += [f"  {key}: {value}" for key, value in settings(args, config).items()]
-    lines.append(f"one update: {prompts} prompts x {config.num_generations} rollouts on {processes} processes")
+    lines = [f"run folder: {run_path(args, config)}", "settings (every other field is at its default):"]
+    lines += [f"  {key}: {value}" for key, value in settings(args, config).items() if value is not None]
+    lines.append(
+        f"one update: {rollouts // config.num_generations} prompts x {config.num_generations} rollouts, "
+        f"{processes} processes x {config.per_device_train_batch_size} rollouts x "
+        f"{config.gradient_accumulation_steps} micro-batches"
+    )
     return "\n".join(lines + memory_lines(args, config, processes))
 
 

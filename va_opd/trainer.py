@@ -286,9 +286,7 @@ class VAOPDTrainer(DistillationTrainer):
         hidden, logps = [], []
         for part in self._micro_batches(batch):
             with self.compute_loss_context_manager():
-                states = self._forward_redirection(
-                    self.teacher_model, teacher, self._hidden_states, teacher, part
-                )
+                states = self._forward_redirection(self.teacher_model, teacher, self._hidden_states, teacher, part)
             logps.append(self._sampled_logps(teacher, states, part))
             if keep_hidden:
                 hidden.append(states)
@@ -446,7 +444,11 @@ class VAOPDTrainer(DistillationTrainer):
 
 
 def chunked_reverse_kl(
-    student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, student: LMHead, teacher: LMHead, temperature: float = 1.0
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student: LMHead,
+    teacher: LMHead,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(student || teacher) (Eq. 1) and the student's entropy, (N,) each in nats, by TRL's tiled kernel.
 
