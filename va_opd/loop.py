@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     fields = ["--config", known.config, *rest]
     try:
-        args, config = parse(fields)
+        args, config = parse([*fields, "--dry_run"] if known.dry_run else fields)
         variants = [name for name in known.variants.split(",") if name]
         if unknown := set(variants) - set(VARIANT_FLAGS):
             raise ValueError(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANT_FLAGS)}")

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
         if key not in known | {"config", "help"}:
             close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    if "--dry_run" in argv and not torch.cuda.is_available():
+        argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
     args, config = TrlParser((ScriptArguments, VAOPDConfig)).parse_args_and_config(argv)
     if args.method == "opd":
         config.weighting = "none"
@@ -138,19 +141,32 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
     """Trains into the run folder, from its last checkpoint if there is one; does nothing if the run is done."""
     set_seed(config.seed)
     splits = load_splits_of(args)
-    done = is_done(run_path(args, config))
+    main_process, done = PartialState().is_main_process, is_done(run_path(args, config))
     PartialState().wait_for_everyone()  # every rank has looked before the first one touches the folder
-    if not PartialState().is_main_process:
-        if not done:
-            _train_into(None, args, config, splits)
-        return
-    folder = open_run(args, config, splits)  # refuses another run's folder, also if that is done
     if done:
-        print(f"{folder.path}: done already")
+        if main_process:
+            open_run(args, config, splits)  # refuses a run with other settings
+            print(f"{run_path(args, config)}: done already")
         return
-    with folder:
-        _train_into(folder, args, config, splits)
-        folder.finish()
+    trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
+    checkpoint = last_checkpoint(config.output_dir)  # every rank looks for itself on the shared folder
+    folder = open_run(args, config, splits) if main_process else None
+    with folder or nullcontext():
+        if folder is not None:
+            record(folder, trainer, checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_model(str(Path(config.output_dir) / "model"))
+        if folder is not None:
+            folder.finish()
+
+
+def record(folder: RunFolder, trainer, checkpoint: Path | None) -> None:
+    """From here on the trainer's logs go to the folder; lines after the checkpoint will come again."""
+    step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+    folder.truncate_logs(step)
+    print(f"{folder.path}: " + (f"resuming at step {step}" if checkpoint else "starting"), flush=True)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RecordCallback(folder, trainer))
 
 
 def is_done(run: Path) -> bool:
@@ -179,19 +195,6 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits) -> RunFolder:
         for name, rows in splits.items()
     }
     return RunFolder.open(run_path(args, config), settings(args, config), data=prints, seed=config.seed)
-
-
-def _train_into(folder: RunFolder | None, args: ScriptArguments, config: VAOPDConfig, splits) -> None:
-    trainer = build_trainer(args, config, splits)
-    checkpoint = last_checkpoint(config.output_dir)  # every rank looks for itself on the shared folder
-    if folder is not None:
-        step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
-        folder.truncate_logs(step)
-        print(f"{folder.path}: " + (f"resuming at step {step}" if checkpoint else "starting"), flush=True)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(RecordCallback(folder, trainer))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(Path(config.output_dir) / "model"))
 
 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):

@@ -1,0 +1,263 @@
+"""The command lines: settings, bad input, run folders, resuming, the experiment; tiny models, embedded digits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from common.runs import last_checkpoint, read_jsonl
+from common.tiny import tiny_qwen3_vl
+from va_opd import loop, train
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "va_opd" / "configs").glob("*.yaml"))
+SMALL = {
+    "experiment": "small",
+    "dataset": "digits",
+    "limit": 64,
+    "validation_size": 8,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 8,
+    "max_steps": 6,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "max_completion_length": 6,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "eval_samples": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "doctor_steps": 0,
+    "seed": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    for name, hidden, seed in (("student", 32, 0), ("teacher", 64, 1)):
+        model, processor = tiny_qwen3_vl(hidden=hidden, seed=seed)
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("student", "teacher")}
+
+
+@pytest.fixture
+def config(tmp_path, tiny_models) -> Path:
+    settings = {
+        **SMALL,
+        "model": tiny_models["student"],
+        "teacher": tiny_models["teacher"],
+        "out": str(tmp_path / "runs"),
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def fails(capsys, config: Path, *fields: str) -> str:
+    """The one sentence that a mistake gives, after what libraries may have written of progress."""
+    capsys.readouterr()
+    assert train.main(["--config", str(config), *fields]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("va_opd.train: ") and "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_parsed_and_dry_run(path, capsys):
+    assert train.main(["--config", str(path), "--dry_run"]) == 0
+    assert loop.main(["--config", str(path), "--dry_run", "--gpus", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "memory a process" in printed or "memory: unknown" in printed
+    assert "-m va_opd.train --config" in printed and "--num_processes 8" in printed
+
+
+def test_the_paper_config_is_the_papers():
+    args, config = train.parse(["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), "--dry_run"])
+    rollouts = 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert (rollouts, config.num_generations, rollouts // config.num_generations) == (64, 4, 16)
+    assert (config.learning_rate, config.adam_beta1, config.adam_beta2, config.weight_decay) == (1e-6, 0.9, 0.95, 0.1)
+    assert (config.lr_scheduler_type, config.warmup_steps, config.num_train_epochs) == ("cosine", 0.05, 5)
+    assert (config.temperature, config.top_p, config.max_completion_length) == (0.7, 0.95, 4096)
+    assert (config.max_grad_norm, config.seed, config.bf16, config.kl_temperature) == (1.0, 42, True, 1.0)
+    assert (config.degradation_ratio, config.rollout_temperature, config.va_eps) == (0.1, 1.0, 1e-6)
+    assert (config.top_fraction, config.high_weight, config.weighting) == (0.2, 0.5, "va")
+    assert (args.validation_size, args.eval_samples, args.eval_temperature, config.save_steps) == (200, 8, 1.0, 50)
+
+
+def test_the_command_line_wins_over_the_file(config):
+    _, settings = train.parse(["--config", str(config), "--method", "opd", "--seed", "7"])
+    assert (settings.weighting, settings.seed, settings.max_steps) == ("none", 7, 6)
+    assert settings.output_dir.endswith("va_opd/small/opd-seed7")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["--learning_rat", "1e-3"], "did you mean 'learning_rate'"),
+        (["--num_generations", "1"], "num_generations=1"),
+        (["--num_generations", "3"], "do not divide into groups"),
+        (["--model", "nowhere/at/all"], "no such folder"),
+        (["--teacher", "/nowhere"], "no such folder"),
+        (["--dataset", "digit"], "dataset must be"),
+        (["--dataset", "geo3k", "--data", "/nowhere"], "no local path"),
+        (["--limit", "1"], "fewer than the 2 of one optimizer step"),
+        (["--max_prompt_length", "5"], "above max_prompt_length=5"),
+        (["--weighting", "vision"], "weighting"),
+        (["--config_file", "x"], "unknown field"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing_trained(config, capsys, fields, message, tmp_path):
+    if fields[0] == "--weighting":  # argparse's own list of choices
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--config", str(config), *fields])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    else:
+        assert message in fails(capsys, config, *fields)
+    assert not list(tmp_path.glob("runs/**/model"))
+
+
+def test_after_a_mistake_the_folder_is_free(config, capsys):
+    """A wrong teacher must not leave a folder that refuses the right one."""
+    assert "no such folder" in fails(capsys, config, "--teacher", "/nowhere")
+    assert train.main(["--config", str(config), "--max_steps", "1"]) == 0
+
+
+def test_a_missing_and_an_odd_config_file(tmp_path, capsys):
+    assert "does not exist" in fails(capsys, tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    assert "no mapping" in fails(capsys, tmp_path / "list.yaml")
+
+
+def test_a_teacher_with_other_tokens_is_refused(config, capsys, tmp_path, tiny_models):
+    model, processor = tiny_qwen3_vl(hidden=32)
+    processor.tokenizer.add_tokens(["<extra>"])
+    model.save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    assert "different vocabularies" in fails(capsys, config, "--teacher", str(tmp_path / "other"))
+
+
+def test_a_truncated_image_stops_the_run_at_its_start(config, capsys, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        Image.new("RGB", (64, 48), "white").save(folder / f"{split}.png")
+        rows = [{"problem": f"Find x{i}.", "images": [f"{split}.png"], "answer": "1"} for i in range(8)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with (folder / "train.png").open("r+b") as file:
+        file.truncate(60)
+    assert "unreadable images" in fails(capsys, config, "--dataset", "geo3k", "--data", str(folder))
+
+
+def test_a_run_is_recorded_done_once_and_not_overwritten_by_another(config, capsys, tmp_path):
+    assert train.main(["--config", str(config)]) == 0
+    run = tmp_path / "runs/va_opd/small/va_opd-seed0"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["state"] == "done" and set(manifest["data"]) == {"train", "validation"}
+    metrics = read_jsonl(run / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert {"va/mean", "kl/high", "time/teacher_degraded", "entropy"} <= metrics[0].keys()
+    sample = read_jsonl(run / "samples.jsonl")[0]
+    assert len(sample["tokens"]) == len(sample["va"]) and sample["prompt"]
+    assert (run / "model" / "model.safetensors").exists()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+
+    assert train.main(["--config", str(config)]) == 0
+    assert "done already" in capsys.readouterr().out
+    assert "learning_rate" in fails(capsys, config, "--learning_rate", "1e-4")
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_the_saved_settings_are_the_same_run_again(config, tmp_path):
+    args, settings = train.parse(["--config", str(config), "--method", "opd", "--top_fraction", "0.3"])
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(yaml.safe_dump(train.settings(args, settings)))
+    again_args, again = train.parse(["--config", str(saved), "--out", args.out])
+    assert train.settings(again_args, again) == train.settings(args, settings)
+    assert again.output_dir == settings.output_dir
+
+
+def run_until(config: Path, step: int | None, *fields: str) -> int:
+    """`python -m va_opd.train`, killed with SIGKILL once the checkpoint of `step` is complete."""
+    command = [sys.executable, "-m", "va_opd.train", "--config", str(config), *fields]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, cwd=config.parent, stdout=subprocess.DEVNULL)
+    run = train.run_path(*train.parse(["--config", str(config), *fields]))
+    while step is not None and process.poll() is None:
+        found = last_checkpoint(run)
+        if found is not None and int(found.name.split("-")[1]) >= step:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    return process.wait()
+
+
+def test_killed_and_started_again_a_run_ends_as_if_nothing_had_been(config):
+    fields = ["--max_steps", "10"]
+    straight = ["--experiment", "straight", *fields]
+    assert run_until(config, None, *straight) == 0
+    assert run_until(config, 4, *fields) == -signal.SIGKILL
+    assert run_until(config, None, *fields) == 0
+    names = ("loss", "grad_norm", "va/mean", "kl/high", "entropy")
+    curves = []
+    for extra in (straight, fields):
+        run = train.run_path(*train.parse(["--config", str(config), *extra]))
+        lines = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
+        curves.append([[line["step"], *(line[name] for name in names)] for line in lines])
+    assert curves[0] == curves[1] and len(curves[0]) == 10
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "grpo"])
+def test_the_baselines_train_from_the_same_entry_point(config, method, tmp_path, monkeypatch):
+    # Random models never answer right: let every other response count, so that sft has rows and grpo a signal
+    counter = iter(range(10_000))
+    monkeypatch.setattr(train, "digits_correct", lambda response, row: next(counter) % 2 == 0)
+    assert train.main(["--config", str(config), "--method", method, "--max_steps", "2"]) == 0
+    run = tmp_path / f"runs/va_opd/small/{method}-seed0"
+    assert (run / "model" / "model.safetensors").exists()
+    assert any("loss" in line for line in read_jsonl(run / "metrics.jsonl"))
+    if method == "sft":
+        responses = read_jsonl(tmp_path / "runs/va_opd/small/teacher-seed0/responses.jsonl")
+        assert len({record["id"] for record in responses}) == 64
+
+
+def test_sft_without_a_correct_teacher_response_says_so(config, capsys):
+    assert "none of the teacher's 64 responses is correct" in fails(capsys, config, "--method", "sft")
+
+
+def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(
+    config, tmp_path, tiny_models, capsys, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    fields = ["--config", str(config), "--max_steps", "2", "--variants", "va_opd"]
+    assert loop.main(fields) == 0
+    folder = tmp_path / "runs/va_opd/small"
+    report = (folder / "report.md").read_text()
+    for name in ("Base student", "Standard OPD", "VA-OPD", "Teacher", "| CoT-SFT | 39.7 |  |"):
+        assert name in report
+    for name in ("accuracy", "training", "va_mass", "va_tokens"):
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
+    selection = json.loads((folder / "va_opd-seed0/eval/selection.json").read_text())
+    assert selection["best"] == 2 and set(selection["accuracy"]) == {"2"}
+    before = (folder / "va_opd-seed0/eval/digits/samples.jsonl").stat().st_mtime_ns
+    assert loop.main(fields) == 0
+    assert (folder / "va_opd-seed0/eval/digits/samples.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_failing_stage_stops_the_experiment(config, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert loop.main(["--config", str(config), "--max_prompt_length", "5"]) == 2
+    assert "above max_prompt_length=5" in capfd.readouterr().out
+    assert loop.main(["--config", str(config), "--variants", "opdd"]) == 2
