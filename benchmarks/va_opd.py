@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, config = parse(sys.argv[1:] if argv is None else argv)
         print(report(args, config.seed))
+        print(f"Written to {experiment_folder(args)}: report.md, figures/")
         return 0
     except (ValueError, OSError) as error:
         print(f"benchmarks.va_opd: {' '.join(str(error).split())}", file=sys.stderr)
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(args: ScriptArguments, seed: int) -> str:
     """Writes report.md and the figures of `args.experiment`; returns the Markdown."""
-    folder = Path(args.out) / "va_opd" / args.experiment
+    folder = experiment_folder(args)
     runs = {name: folder / f"{name}-seed{seed}" for name in NAMES}
     runs = {name: run for name, run in runs.items() if (run / "eval" / "va.json").exists()}
     if not runs:
@@ -86,6 +87,10 @@ def report(args: ScriptArguments, seed: int) -> str:
     text = "\n\n".join(part for part in parts if part) + "\n"
     atomic_write_text(folder / "report.md", text)
     return text
+
+
+def experiment_folder(args: ScriptArguments) -> Path:
+    return Path(args.out) / "va_opd" / args.experiment
 
 
 def sample_scores(run: Path, args: ScriptArguments, kind: str) -> list[list[float]]:

@@ -66,11 +66,12 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
         model = str(best_checkpoint(run, args, config, rows) if args.select_checkpoint else run / "model")
     else:
         model = args.model if what == "base" else args.teacher
-    for benchmark in (benchmark_of(args, rows), benchmark_of(args, rows, config.degradation_ratio)):
-        if not (out / f"{benchmark.name}.json").exists():
-            engine = build_engine(args, model, config)
-            report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
-            print(f"{out.parent.name}: {benchmark.name} avg@{args.eval_samples} = {report['avg@k']:.3f}", flush=True)
+    benchmarks = (benchmark_of(args, rows), benchmark_of(args, rows, config.degradation_ratio))
+    missing = [benchmark for benchmark in benchmarks if not (out / f"{benchmark.name}.json").exists()]
+    engine = build_engine(args, model, config) if missing else None
+    for benchmark in missing:
+        report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
+        print(f"{out.parent.name}: {benchmark.name} avg@{args.eval_samples} = {report['avg@k']:.3f}", flush=True)
     if not (out / "va.json").exists():
         score_visual_advantage(model, args, config, rows, out)
 
@@ -80,6 +81,8 @@ def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows)
     steps = sorted(
         int(path.name.split("-")[1]) for path in run.glob("checkpoint-*") if any(path.glob("*.safetensors"))
     )
+    if not steps:  # shorter than save_steps
+        return run / "model"
     accuracy = {}
     for step in steps:
         checkpoint, out = run / f"checkpoint-{step}", run / "eval" / f"checkpoint-{step}"
@@ -124,7 +127,7 @@ def benchmark_of(args: ScriptArguments, rows, ratio: float | None = None) -> Ben
 def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfig, rows, out: Path) -> None:
     """One rollout of the model for each held-out problem and the teacher's VA on it (Figs. 2a and 4b)."""
     config = copy.copy(config)
-    config.doctor_steps, config.output_dir = 0, str(out / "trainer")
+    config.doctor_steps, config.use_vllm, config.output_dir = 0, False, str(out / "trainer")
     trainer = VAOPDTrainer(
         model=models.load_model(model),
         teacher_model=load_teacher(args, config),

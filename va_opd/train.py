@@ -355,7 +355,9 @@ def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1) -> s
     """Resolved settings, size of an update and memory a process, as text."""
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     lines = [f"run folder: {run_path(args, config)}", "settings (every other field is at its default):"]
-    lines += [f"  {key}: {value}" for key, value in settings(args, config).items() if value is not None]
+    hidden = {"use_cpu", "disable_tqdm"}  # set by `parse` and by transformers for the look itself
+    chosen = settings(args, config).items()
+    lines += [f"  {key}: {value}" for key, value in chosen if value is not None and key not in hidden]
     lines.append(
         f"one update: {rollouts // config.num_generations} prompts x {config.num_generations} rollouts, "
         f"{processes} processes x {config.per_device_train_batch_size} rollouts x "
