@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
+import torch
 from transformers import TrainerCallback
+
+from .objective import mean_over_tokens
 
 FIGURES = (
     ("va/mean", "VA mean {:.4f}"),
@@ -47,6 +50,26 @@ def diagnose(logs: Mapping[str, float]) -> list[str]:
         ),
     )
     return [message for failed, message in checks if failed]
+
+
+def va_figures(
+    va: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor, high: torch.Tensor, num_generations: int
+) -> dict[str, float]:
+    """The `va/` metrics of an optimizer step from (B, T) VA, mask and high-VA group and (B,) rollout weights."""
+    valid = mask.bool()
+    sorted_va = va[valid].sort(descending=True).values
+    top = sorted_va[: max(1, round(0.1 * len(sorted_va)))].sum() / sorted_va.sum().clamp(min=1e-12)
+    means = mean_over_tokens(va, mask).view(-1, num_generations)
+    figures = {
+        "va/mean": va[valid].mean(),
+        "va/positive_share": (va[valid] > 0).float().mean(),
+        "va/top10_mass": top,
+        "va/group_sigma": means.std(1, correction=0).mean(),
+        "va/weight_min": weights.min(),
+        "va/weight_max": weights.max(),
+        "va/zero_in_high": (va[high] == 0).float().mean(),
+    }
+    return {name: value.item() for name, value in figures.items()}
 
 
 class DoctorCallback(TrainerCallback):

@@ -62,8 +62,8 @@ def visual_advantage(logps: torch.Tensor, logps_degraded: torch.Tensor, mask: to
         row, token = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
             f"teacher log-probability of rollout {row}, token {token} is not finite (true image: "
-            f"{logps[row, token].item()}, degraded: {logps_degraded[row, token].item()}); load the teacher in bfloat16 "
-            "or float32 and check its weights"
+            f"{logps[row, token].item()}, degraded: {logps_degraded[row, token].item()}); load the teacher in "
+            "bfloat16 or float32 and check its weights"
         )
     return torch.where(mask.bool(), difference, 0).clamp(min=0)
 
@@ -231,6 +231,8 @@ def sampled_logps(
 
     Returns (N,) float32, without gradient.
     """
+    if not _wide_product(hidden, weight):
+        weight = weight.float()
     logps = [
         _logits(hidden[i : i + rows], weight, bias, logit_scale, softcap)
         .log_softmax(-1)
@@ -243,11 +245,16 @@ def sampled_logps(
 @torch.no_grad()
 def _logits(hidden, weight, bias, logit_scale, softcap) -> torch.Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32:
+        if _wide_product(hidden, weight):
             logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
         else:
-            logits = hidden.float() @ weight.float().T
+            logits = hidden.float() @ weight.T
         if bias is not None:
             logits += bias.float()
         logits *= logit_scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _wide_product(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the device multiplies these half-precision tensors into float32, without a float32 copy of the head."""
+    return hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32

@@ -26,9 +26,10 @@ from datasets import DatasetDict
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, TrlParser
 
+from .checks import check_same_tokens
 from .config import VAOPDConfig
 from .data import MAX_PIXELS, MIN_PIXELS, digits_correct, load_splits, with_completions
-from .trainer import VAOPDTrainer, check_same_tokens
+from .trainer import VAOPDTrainer
 
 try:
     from common import models, verifiers

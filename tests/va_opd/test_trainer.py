@@ -38,9 +38,9 @@ from trl import DistillationTrainer
 from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
-from va_opd import VAOPDConfig, VAOPDTrainer, objective
-from va_opd import trainer as trainer_module
-from va_opd.trainer import LMHead, SiblingSampler, check_same_tokens, chunked_reverse_kl
+from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, objective
+from va_opd.checks import check_same_tokens
+from va_opd.lm_head import PADDED_ROW_LOGIT, LMHead, chunked_reverse_kl, logit_scale
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -294,10 +294,10 @@ def pixelated_pixels(processor, batch: dict[str, Any], images: list[Image.Image]
         (DistillationTrainer._compute_loss, "self unwrapped_student inputs num_items_in_batch"),
         (
             DistillationTrainer._get_last_hidden_state,
-            "self unwrapped_model input_ids attention_mask logits_to_keep " + " ".join(trainer_module.MULTIMODAL_KEYS),
+            "self unwrapped_model input_ids attention_mask logits_to_keep " + " ".join(_trl.MULTIMODAL_KEYS),
         ),
         (
-            trainer_module.ChunkedDivergenceFunction.forward,
+            _trl.ChunkedDivergenceFunction.forward,
             "ctx student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta "
             "temperature student_logit_scale student_final_logit_softcapping "
             "teacher_logit_scale teacher_final_logit_softcapping",
@@ -326,7 +326,7 @@ def test_every_override_has_trls_parameters():
 def test_multimodal_keys_are_those_of_trl():
     source = inspect.getsource(inspect.unwrap(DistillationTrainer._compute_loss))
     block = re.search(r"multimodal_keys = \((.*?)\)", source, re.S).group(1)
-    assert tuple(re.findall(r'"(\w+)"', block)) == trainer_module.MULTIMODAL_KEYS
+    assert tuple(re.findall(r'"(\w+)"', block)) == _trl.MULTIMODAL_KEYS
 
 
 def test_trls_names_for_the_logit_scale_are_all_known():
@@ -353,7 +353,7 @@ def test_trls_names_for_the_logit_scale_are_all_known():
     ],
 )
 def test_logit_scale(fields, expected):
-    assert trainer_module._logit_scale(SimpleNamespace(**fields)) == expected
+    assert logit_scale(SimpleNamespace(**fields)) == expected
 
 
 # --- the kernel ----------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_chunked_reverse_kl_against_float64(padded, temperature, biases):
     s_weight.requires_grad_()
     bias = torch.randn(2, vocab + padded) if biases else None
     padding = torch.zeros(vocab + padded)
-    padding[vocab:] = trainer_module.PADDED_ROW_LOGIT
+    padding[vocab:] = PADDED_ROW_LOGIT
     heads = [
         LMHead(w, (padding if bias is None else bias[i] + padding) if padded or biases else None, 1.0, None)
         for i, w in enumerate((s_weight, t_weight))
@@ -529,12 +529,12 @@ def test_only_pixel_values_differ_in_the_degraded_view(make):
     )
     step(trainer)
     assert len(views) == 4
-    for true, degraded in zip(views[:2], views[2:], strict=True):
-        assert true.keys() == degraded.keys() >= {"input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids"}
+    for true, blurred in zip(views[:2], views[2:], strict=True):
+        assert true.keys() == blurred.keys() >= {"input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids"}
         for key in true.keys() - {"pixel_values"}:
-            assert torch.equal(*(torch.as_tensor(view[key]) for view in (true, degraded))), key
-        assert true["pixel_values"].shape == degraded["pixel_values"].shape
-        assert not torch.equal(true["pixel_values"], degraded["pixel_values"])
+            assert torch.equal(*(torch.as_tensor(view[key]) for view in (true, blurred))), key
+        assert true["pixel_values"].shape == blurred["pixel_values"].shape
+        assert not torch.equal(true["pixel_values"], blurred["pixel_values"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -633,8 +633,8 @@ def test_pixelation_at_the_models_size_and_at_the_raw_size_differ_in_cells(make,
 def test_siblings_share_a_degraded_image(make, monkeypatch):
     fixed_rollouts(monkeypatch)
     trainer, calls = make(), []
-    degrade = trainer._degrade
-    monkeypatch.setattr(trainer, "_degrade", lambda picture, size: calls.append(size) or degrade(picture, size))
+    degrade = degraded.degrade
+    monkeypatch.setattr(degraded, "degrade", lambda picture, *a: calls.append(a) or degrade(picture, *a))
     step(trainer)
     assert len(calls) == 2  # 8 rollouts of 2 prompts
 
@@ -644,10 +644,10 @@ def test_all_images_of_a_row_are_pixelated(make, monkeypatch):
     fixed_rollouts(monkeypatch)
     rows = [{"prompt": prompt(i), "images": [image(10 * i + j, (40, 40)) for j in range(3)]} for i in range(4)]
     trainer, seen = make(rows=rows), {}
-    pixels = trainer._degraded_pixels
+    pixels = trainer._degraded_pixel_values
     monkeypatch.setattr(
         trainer,
-        "_degraded_pixels",
+        "_degraded_pixel_values",
         lambda batch, *a: seen.update(true=batch, other=pixels(batch, *a)) or seen["other"],
     )
     step(trainer)
@@ -736,6 +736,30 @@ def test_bans_add_to_the_callers_generation_settings(make):
     trainer = make(generation_kwargs={"no_repeat_ngram_size": 3})
     assert trainer.generation_config.no_repeat_ngram_size == 3
     assert set(trainer.generation_config.suppress_tokens) == trainer.banned_ids
+
+
+def test_the_callers_own_bans_stay(make):
+    free = min(set(range(20)) - make().banned_ids)
+    trainer = make(generation_kwargs={"suppress_tokens": [free]})
+    assert set(trainer.generation_config.suppress_tokens) == trainer.banned_ids | {free}
+
+
+def test_a_teacher_by_name_with_other_padding_is_one_clear_sentence(make, tmp_path):
+    student, teacher, processor = models()
+    teacher.resize_token_embeddings(len(processor.tokenizer) + 9, mean_resizing=False)
+    teacher.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pads its vocabulary to .* rows.*pass the model") as error:
+        make(parts=(student, str(tmp_path), processor))
+    assert "\n" not in str(error.value)
+
+
+def test_the_model_card_cites_the_paper(make, tmp_path):
+    trainer = make()
+    trainer.create_model_card(model_name="x")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "2605.21924" in card
+    assert "va-opd" in card
 
 
 @pytest.mark.parametrize(
@@ -1034,8 +1058,8 @@ def test_doctor_line_and_warnings(make, capsys):
 # --- order of the prompts and resuming ----------------------------------------------------------------
 
 
-def sampler(n: int, k: int = 3, prompts: int = 2, seed: int = 5) -> SiblingSampler:
-    return SiblingSampler(range(n), mini_repeat_count=k, batch_size=prompts, repeat_count=2, seed=seed)
+def sampler(n: int, k: int = 3, prompts: int = 2, seed: int = 5) -> _trl.SiblingSampler:
+    return _trl.SiblingSampler(range(n), mini_repeat_count=k, batch_size=prompts, repeat_count=2, seed=seed)
 
 
 def test_sampler_keeps_siblings_together_and_covers_each_epoch():

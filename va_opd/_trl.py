@@ -1,0 +1,53 @@
+"""All that VA-OPD uses of TRL beyond its public API, behind one check of the version.
+
+`tests/va_opd/test_trainer.py` pins the signatures of these names and of the trainer's private methods.
+"""
+
+from importlib.metadata import version
+
+from packaging.specifiers import SpecifierSet
+
+SUPPORTED_TRL = ">=1.16,<1.17"
+if version("trl") not in SpecifierSet(SUPPORTED_TRL):
+    raise ImportError(f"va_opd overrides private methods of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}")
+
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: E402
+from trl.trainer.utils import (  # noqa: E402
+    RepeatSampler,
+    maybe_gather_lm_head_ctx,
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
+
+__all__ = [
+    "MULTIMODAL_KEYS",
+    "SUPPORTED_TRL",
+    "ChunkedDivergenceFunction",
+    "SiblingSampler",
+    "maybe_gather_lm_head_ctx",
+    "split_pixel_values_by_grid",
+    "split_tensor_dict",
+    "unsplit_pixel_values_by_grid",
+]
+
+# What `DistillationTrainer._get_last_hidden_state` accepts beside ids and masks
+MULTIMODAL_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class SiblingSampler(RepeatSampler):
+    """Each prompt K times in a row; the order of an epoch depends on seed and epoch only, so that a resumed run sees
+    the prompts that the uninterrupted one would have seen."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)

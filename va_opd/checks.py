@@ -1,0 +1,141 @@
+"""What can be wrong with the parts of a run, each said in one sentence before it costs GPU hours."""
+
+import copy
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ._trl import split_pixel_values_by_grid
+from .config import VAOPDConfig
+
+
+def check_batch(args: VAOPDConfig, train_dataset) -> None:
+    """Raises `ValueError` unless an optimizer step holds whole groups of siblings and the data set fills it."""
+    if isinstance(train_dataset, IterableDataset):
+        raise ValueError("VAOPDTrainer repeats each prompt num_generations times and needs a map-style Dataset")
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if batch % args.num_generations:
+        raise ValueError(
+            "per_device_train_batch_size * processes * gradient_accumulation_steps = "
+            f"{args.per_device_train_batch_size} * {args.world_size} * {args.gradient_accumulation_steps} = {batch} "
+            f"rollouts do not divide into groups of num_generations={args.num_generations}"
+        )
+    if train_dataset is not None and len(train_dataset) < batch // args.num_generations:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} prompts, fewer than the {batch // args.num_generations} of one "
+            "optimizer step: lower per_device_train_batch_size or gradient_accumulation_steps"
+        )
+
+
+def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises `ValueError` unless both tokenizers give every token the same id."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    differing = next(token for token in [*ours, *theirs] if ours.get(token) != theirs.get(token))
+    raise ValueError(
+        f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} tokens; {differing!r} is id "
+        f"{ours.get(differing)} and {theirs.get(differing)}): on-policy distillation compares their distributions "
+        "token by token, so choose a teacher of the same tokenizer family"
+    )
+
+
+def match_vocabulary_size(model: str | PreTrainedModel, teacher: str | PreTrainedModel, num_tokens: int) -> None:
+    """Sizes of one family pad the same tokens to other multiples: brings the teacher to the student's row count.
+
+    Raises `ValueError` for fewer rows than tokens, and for a teacher given by its name, which cannot be resized here.
+    """
+    size, teacher_size = (_config(m).get_text_config().vocab_size for m in (model, teacher))
+    if min(size, teacher_size) < num_tokens:
+        raise ValueError(
+            f"the tokenizer has {num_tokens} tokens, but the student has {size} vocabulary rows and the teacher "
+            f"{teacher_size}: student, teacher and processing_class must be of one tokenizer family"
+        )
+    if size == teacher_size:
+        return
+    if isinstance(teacher, str):
+        raise ValueError(
+            f"teacher {teacher!r} pads its vocabulary to {teacher_size} rows, the student to {size}: load the teacher "
+            "with from_pretrained and pass the model, which is then resized"
+        )
+    teacher.resize_token_embeddings(size, mean_resizing=False)
+
+
+def _config(model: str | PreTrainedModel) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+
+
+def banned_ids(processing_class, config: PretrainedConfig) -> set[int]:
+    """Ids that a rollout must not hold: image and video placeholders, and rows that pad the vocabulary."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    vocabulary = tokenizer.get_vocab()
+    tokens = (getattr(processing_class, name, None) for name in ("image_token", "video_token", "boi_token"))
+    placeholders = {vocabulary[token] for token in tokens if isinstance(token, str) and token in vocabulary}
+    # Some processors (Gemma 3) call another token image_token than the one that stands for image features
+    ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    placeholders |= {token_id for token_id in ids if token_id is not None}
+    return placeholders | set(range(len(tokenizer), config.get_text_config().vocab_size))
+
+
+def ban_tokens(args: VAOPDConfig, processing_class, model: str | PreTrainedModel) -> VAOPDConfig:
+    """A copy of `args` whose generation settings forbid `banned_ids` on the engine in use, beside what they forbid."""
+    config, options = _config(model), dict(args.generation_kwargs or {})
+    banned = banned_ids(processing_class, config)
+    if args.use_vllm:
+        # A list of ids reaches both the colocated engine and, as JSON, the server; vLLM has no list of banned ids
+        allowed = options.get("allowed_token_ids") or range(config.get_text_config().vocab_size)
+        options["allowed_token_ids"] = sorted(set(allowed) - banned)
+    else:
+        options["suppress_tokens"] = sorted(banned | set(options.get("suppress_tokens") or []))
+    args = copy.copy(args)
+    args.generation_kwargs = options
+    return args
+
+
+def check_prompts(prompt_ids: list[list[int]], max_prompt_length: int) -> None:
+    """Raises `ValueError` for a prompt over the limit."""
+    longest = max(len(ids) for ids in prompt_ids)
+    if longest > max_prompt_length:
+        raise ValueError(
+            f"a prompt has {longest} tokens, above max_prompt_length={max_prompt_length}: raise the limit, lower the "
+            "image budget, or filter the data set (prompts are never cut)"
+        )
+
+
+def check_rollouts(completion_ids: list[list[int]], banned: set[int]) -> None:
+    """Raises `ValueError` for an empty rollout or one that holds a banned id."""
+    for row, ids in enumerate(completion_ids):
+        if not ids:
+            raise ValueError(f"rollout {row} is empty: the engine returned no token, not even an end of sequence")
+        if found := banned.intersection(ids):
+            raise ValueError(
+                f"rollout {row} holds the token ids {sorted(found)}, which stand for images or padding: the "
+                "generation engine ignored the ban on sampling them"
+            )
+
+
+def sibling_fingerprints(batch: dict[str, Any]) -> torch.Tensor:
+    """Two integers a row, (B, 2), that are equal for rows with the same prompt and images."""
+    ids = batch["prompt_ids"] * batch["prompt_mask"]
+    position = torch.arange(ids.size(1), 0, -1, device=ids.device)  # padding is on the left: count from the end
+    pixels = split_pixel_values_by_grid(batch).get("pixel_values")
+    if pixels is None or len(pixels) != len(ids):
+        pixels = torch.zeros(len(ids), 1)
+    # Sums of integers, which the order of summation does not change
+    image_sums = torch.stack([p.float().view(torch.int32).sum() for p in pixels]).to(ids.device)
+    return torch.stack([(ids * position).sum(1), image_sums], dim=1)
+
+
+def check_siblings(fingerprints: torch.Tensor, num_generations: int) -> None:
+    """Raises `RuntimeError` unless siblings are consecutive rows over all ranks.
+
+    A lost order would compare rollouts of different prompts, and nothing else would show it.
+    """
+    groups = fingerprints.view(-1, num_generations, fingerprints.size(-1))
+    if (groups != groups[:, :1]).any():
+        raise RuntimeError(
+            f"rows of a group of num_generations={num_generations} have different prompts or images: the data loader "
+            "re-ordered the batch; leave dispatch_batches and split_batches at their defaults"
+        )

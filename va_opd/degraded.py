@@ -1,0 +1,75 @@
+"""The degraded view of a batch: the same model inputs, only `pixel_values` are those of pixelated images."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.image_utils import load_image
+
+from . import objective
+
+
+def degraded_pixel_values(
+    image_processor,
+    batch: dict[str, Any],
+    images: list[list[Any]],
+    groups: list[int],
+    ratio: float = 0.1,
+    pixelate_at: str = "model",
+) -> tuple[torch.Tensor, list[int]]:
+    """`pixel_values` of the pixelated images in the shape of the batch's, and the cells that each degraded image has.
+
+    Args:
+        image_processor: of the model that made `batch`.
+        batch: holds `pixel_values`, and `image_grid_thw` for models that cut images to a grid.
+        images: the images of each row, PIL images or what `load_image` reads.
+        groups: number of the prompt of each row; rows of one group share their degraded images.
+        ratio: see `objective.pixelate`.
+        pixelate_at: "model" pixelates at the size at which the model sees the image, "raw" at its own size.
+
+    Raises `ValueError` when the processor gives the pixelated images another shape or grid.
+    """
+    grids = iter(batch["image_grid_thw"].tolist()) if "image_grid_thw" in batch else None
+    num_images = sum(len(row) for row in images)
+    cache, flat = {}, []
+    for group, row in zip(groups, images, strict=True):
+        for i, image in enumerate(row):
+            grid = next(grids) if grids else None
+            if (group, i) not in cache:
+                size = model_size(image_processor, batch, grid, num_images) if pixelate_at == "model" else None
+                cache[group, i] = degrade(image, size, ratio, getattr(image_processor, "resample", None))
+            flat.append(cache[group, i])
+    # Images that were brought to the size of their grid stay at it: a second resize may choose another grid
+    options = {"do_resize": False} if grids and pixelate_at == "model" else {}
+    processed = image_processor(images=flat, return_tensors="pt", **options).to(batch["pixel_values"].device)
+    pixels = processed["pixel_values"]
+    if pixels.shape != batch["pixel_values"].shape or (
+        grids and not torch.equal(processed["image_grid_thw"], batch["image_grid_thw"])
+    ):
+        raise ValueError(
+            f"the pixelated images have pixel_values {tuple(pixels.shape)}, the true ones "
+            f"{tuple(batch['pixel_values'].shape)}, or another grid: set pixelate_at='raw' for this processor"
+        )
+    cells = [max(1, int(w * ratio)) * max(1, int(h * ratio)) for w, h in (image.size for image in cache.values())]
+    return pixels.to(batch["pixel_values"].dtype), cells
+
+
+def model_size(
+    image_processor, batch: dict[str, Any], grid: list[int] | None, num_images: int
+) -> tuple[int, int] | None:
+    """(width, height) at which the model sees an image, or None where the processor cuts, crops or pads it."""
+    if grid is not None:
+        return grid[2] * image_processor.patch_size, grid[1] * image_processor.patch_size
+    if getattr(image_processor, "do_center_crop", None) or getattr(image_processor, "do_pad", None):
+        return None
+    pixels = batch["pixel_values"]
+    return (pixels.size(-1), pixels.size(-2)) if pixels.ndim == 4 and len(pixels) == num_images else None
+
+
+def degrade(image: Any, size: tuple[int, int] | None, ratio: float, resample: int | None) -> Image.Image:
+    """One image as RGB, brought to `size` with the processor's filter if there is a size, then pixelated."""
+    # RGB as the processor makes it, before cells are averaged: it drops alpha, which averaging would apply
+    image = (image if isinstance(image, Image.Image) else load_image(image)).convert("RGB")
+    if size is not None:
+        image = image.resize(size, resample if isinstance(resample, int) else Image.Resampling.BICUBIC)
+    return objective.pixelate(image, ratio)
