@@ -46,8 +46,8 @@ class VAOPDTrainer(DistillationTrainer):
         "title": "Visual-Advantage On-Policy Distillation for Vision-Language Models",
         "id": "2605.21924",
         "citation": "@article{liu2026vaopd,\n    title = {Visual-Advantage On-Policy Distillation for Vision-Language "
-        "Models},\n    author = {R. Liu and others},\n    journal = {arXiv preprint arXiv:2605.21924},\n    year = {2026}"
-        "\n}",
+        "Models},\n    author = {R. Liu and others},\n    journal = {arXiv preprint arXiv:2605.21924},\n"
+        "    year = {2026}\n}",
     }
 
     def __init__(
