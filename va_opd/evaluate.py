@@ -10,16 +10,11 @@ model with the VA of each token. Interrupted, it goes on where it stopped; finis
 
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from common.answers import grade
-from common.evaluation import Benchmark, Decoding, evaluate
-from common.runs import append_jsonl, atomic_write_json, read_jsonl
 
 from .config import VAOPDConfig
 from .data import digits_correct
@@ -27,7 +22,6 @@ from .objective import pixelate
 from .train import (
     ScriptArguments,
     build_engine,
-    is_done,
     load_splits_of,
     load_teacher,
     models,
@@ -37,23 +31,24 @@ from .train import (
 )
 from .trainer import VAOPDTrainer
 
+# isort: split
+from common.answers import grade
+from common.cli import is_done, run_main
+from common.evaluation import Benchmark, Decoding, evaluate
+from common.runs import append_jsonl, atomic_write_json, read_jsonl
+
 WHAT = ("run", "base", "teacher")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 for done, 2 with one sentence on stderr for what the user can mend."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        if not argv or argv[0] not in WHAT:
-            raise ValueError(f"first argument must be one of {', '.join(WHAT)}; got {argv[:1]}")
-        args, config = parse(argv[1:])
-        evaluate_model(argv[0], args, config)
-        return 0
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        print(f"va_opd.evaluate: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
+    return run_main("va_opd.evaluate", _main, argv)
+
+
+def _main(argv: list[str]) -> None:
+    if not argv or argv[0] not in WHAT:
+        raise ValueError(f"first argument must be one of {', '.join(WHAT)}; got {argv[:1]}")
+    evaluate_model(argv[0], *parse(argv[1:]))
 
 
 def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> None:

@@ -9,15 +9,13 @@ started again after a kill, the experiment goes on. Other `--field value` pairs 
 """
 
 import argparse
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 
-from .train import dry_run, parse
+from .train import dry_run, parse  # says in one line what is missing without common/
+
+# isort: split
+from common.stages import Command, launcher, run_experiment, shown
 
 # The variants of Table 1 and Fig. 4a as flags of va_opd.train
 VARIANT_FLAGS = {
@@ -29,9 +27,6 @@ VARIANT_FLAGS = {
     "kd": ["--method", "kd"],
     "grpo": ["--method", "grpo"],
 }
-SIGN_OF_LIFE = 20  # seconds between two lines about commands that run side by side
-
-Command = tuple[str, list[str]]  # a name for its log, and the words of it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,23 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             dry_run(args, config, max(1, known.gpus)), *(f"$ {shown(c)}" for stage in stages for c in stage), sep="\n"
         )
         return 0
-    try:
-        return run_stages(stages, Path(args.out) / "va_opd" / args.experiment / "logs")
-    except KeyboardInterrupt:
-        print("\nva_opd.loop: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-
-
-def launcher(gpus: int, sharding: str) -> list[str]:
-    """Start of a training command: plain Python, or accelerate with one of the configs that TRL ships."""
-    if gpus <= 1:
-        return [sys.executable, "-m"]
-    config = files("trl") / "accelerate_configs" / f"{sharding}.yaml"
-    if not config.is_file():
-        names = sorted(path.name.removesuffix(".yaml") for path in (files("trl") / "accelerate_configs").iterdir())
-        raise ValueError(f"sharding {sharding!r} is no accelerate config of TRL; choose among {', '.join(names)}")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return [*launch, "--num_processes", str(gpus), "-m"]
+    return run_experiment("va_opd.loop", stages, Path(args.out) / "va_opd" / args.experiment / "logs")
 
 
 def plan(fields: list[str], args, variants: list[str], launch: list[str]) -> list[list[Command]]:
@@ -94,66 +73,6 @@ def plan(fields: list[str], args, variants: list[str], launch: list[str]) -> lis
         stages.insert(0, [(f"make-{name}", [*python, "va_opd.data", name, path]) for name, path in readers.items()])
         evaluations.append(("evaluate-teacher", [*python, "va_opd.evaluate", "teacher", *fields]))
     return stages
-
-
-def run_stages(stages: list[list[Command]], logs: Path) -> int:
-    """Runs the stages; on a machine without GPU, two commands of a stage side by side, one core and log file each."""
-    import torch
-
-    width = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
-    for stage in stages:
-        for start in range(0, len(stage), width):
-            if code := run_together(stage[start : start + width], logs):
-                return code
-    return 0
-
-
-def run_together(commands: list[Command], logs: Path) -> int:
-    """Exit code of the first command that failed. A single command writes to the terminal, several to log files."""
-    for command in commands:
-        print(f"$ {shown(command)}", flush=True)
-    if len(commands) == 1:
-        return subprocess.run(commands[0][1]).returncode
-    logs.mkdir(parents=True, exist_ok=True)
-    # Two processes with two threads each would spin against each other
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    running = {}
-    try:
-        for name, words in commands:
-            with (logs / f"{name}.log").open("w") as log:
-                running[name] = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        for name in _as_they_end(running, logs):
-            if code := running[name].returncode:
-                tail = (logs / f"{name}.log").read_text(errors="replace").splitlines()[-15:]
-                print(f"{name} failed with exit code {code}. The end of {logs / name}.log:", *tail, sep="\n")
-                return code
-    finally:
-        for process in running.values():
-            process.terminate()
-            process.wait()
-    return 0
-
-
-def _as_they_end(running: dict[str, subprocess.Popen], logs: Path) -> Iterator[str]:
-    """Names of the commands as they end; in between, now and then, the last line of each log."""
-    started = spoken = time.monotonic()
-    waiting = dict(running)
-    while waiting:
-        time.sleep(0.2)
-        for name in [name for name, process in waiting.items() if process.poll() is not None]:
-            print(f"  {time.monotonic() - started:4.0f} s  {name}: ended", flush=True)
-            del waiting[name]
-            yield name
-        if time.monotonic() - spoken > SIGN_OF_LIFE:
-            spoken = time.monotonic()
-            for name in waiting:
-                lines = (logs / f"{name}.log").read_text(errors="replace").splitlines()
-                print(f"  {spoken - started:4.0f} s  {name}: {lines[-1][:100] if lines else 'starting'}", flush=True)
-
-
-def shown(command: Command) -> str:
-    """A command as one would type it."""
-    return " ".join("python" if word == sys.executable else word for word in command[1])
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ Deviations from the paper and expected numbers: va_opd/README.md. The whole expe
 """
 
 import dataclasses
-import difflib
-import json
 import os
 import re
 import sys
@@ -20,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from datasets import DatasetDict
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, TrlParser
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from .checks import check_same_tokens
 from .config import VAOPDConfig
@@ -33,6 +30,7 @@ from .trainer import VAOPDTrainer
 
 try:
     from common import models, verifiers
+    from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
     from common.runs import RunFolder, append_jsonl, fingerprint, last_checkpoint, read_jsonl
 except ModuleNotFoundError as error:
@@ -78,39 +76,20 @@ class ScriptArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 for done, 2 with one sentence on stderr for what the user can mend."""
-    try:
-        args, config = parse(sys.argv[1:] if argv is None else argv)
-        if args.dry_run:
-            print(dry_run(args, config, int(os.environ.get("WORLD_SIZE", "1"))))
-            return 0
+    return run_main("va_opd.train", _main, argv)
+
+
+def _main(argv: list[str]) -> None:
+    args, config = parse(argv)
+    if args.dry_run:
+        print(dry_run(args, config, int(os.environ.get("WORLD_SIZE", "1"))))
+    else:
         train(args, config)
-        return 0
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        print(f"va_opd.train: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
-    known = {f.name for cls in (ScriptArguments, VAOPDConfig) for f in dataclasses.fields(cls)}
-    keys = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
-    if "--config" in argv:
-        path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
-        if not path.is_file():
-            raise ValueError(f"config file {str(path)!r} does not exist; the project's are in va_opd/configs/")
-        content = yaml.safe_load(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"config file {str(path)!r} holds no mapping of fields to values")
-        keys += [key for key in content if key != "env"]
-    for key in keys:
-        if key not in known | {"config", "help"}:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    if "--dry_run" in argv and not torch.cuda.is_available():
-        argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
-    args, config = TrlParser((ScriptArguments, VAOPDConfig)).parse_args_and_config(argv)
+    args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
     if args.method == "opd":
         config.weighting = "none"
     config.output_dir = str(run_path(args, config))
@@ -123,19 +102,6 @@ def variant(args: ScriptArguments, config: VAOPDConfig) -> str:
 
 def run_path(args: ScriptArguments, config: VAOPDConfig) -> Path:
     return Path(args.out) / "va_opd" / args.experiment / f"{variant(args, config)}-seed{config.seed}"
-
-
-def settings(args: ScriptArguments, config: VAOPDConfig) -> dict[str, Any]:
-    """Every field that is not at its default: with `--config` on it, the same run again."""
-    chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in ("out", "dry_run")}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if f.init and value != default and value != [] and isinstance(value, (str, int, float, bool, dict, list)):
-            chosen[f.name] = str(value.value) if hasattr(value, "value") else value
-    for name in ("output_dir", "dataloader_pin_memory"):  # follow from other settings
-        chosen.pop(name, None)
-    return chosen
 
 
 def train(args: ScriptArguments, config: VAOPDConfig) -> None:
@@ -170,11 +136,6 @@ def record(folder: RunFolder, trainer, checkpoint: Path | None) -> None:
     trainer.add_callback(RecordCallback(folder, trainer))
 
 
-def is_done(run: Path) -> bool:
-    manifest = run / "manifest.json"
-    return manifest.exists() and json.loads(manifest.read_text()).get("state") == "done"
-
-
 def load_splits_of(args: ScriptArguments) -> DatasetDict:
     """The data of a run: one seed draws the rows, whatever the seed of the training."""
     options = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "template": args.template}
@@ -195,7 +156,7 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits) -> RunFolder:
         name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
         for name, rows in splits.items()
     }
-    return RunFolder.open(run_path(args, config), settings(args, config), data=prints, seed=config.seed)
+    return RunFolder.open(run_path(args, config), changed_settings(args, config), data=prints, seed=config.seed)
 
 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
@@ -357,7 +318,7 @@ def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1) -> s
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     lines = [f"run folder: {run_path(args, config)}", "settings (every other field is at its default):"]
     hidden = {"use_cpu", "disable_tqdm"}  # set by `parse` and by transformers for the look itself
-    chosen = settings(args, config).items()
+    chosen = changed_settings(args, config).items()
     lines += [f"  {key}: {value}" for key, value in chosen if value is not None and key not in hidden]
     lines.append(
         f"one update: {rollouts // config.num_generations} prompts x {config.num_generations} rollouts, "

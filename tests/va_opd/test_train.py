@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from common.cli import changed_settings
 from common.runs import last_checkpoint, read_jsonl
 from common.tiny import tiny_qwen3_vl
 from va_opd import loop, train
@@ -183,9 +184,9 @@ def test_a_run_is_recorded_done_once_and_not_overwritten_by_another(config, caps
 def test_the_saved_settings_are_the_same_run_again(config, tmp_path):
     args, settings = train.parse(["--config", str(config), "--method", "opd", "--top_fraction", "0.3"])
     saved = tmp_path / "saved.yaml"
-    saved.write_text(yaml.safe_dump(train.settings(args, settings)))
+    saved.write_text(yaml.safe_dump(changed_settings(args, settings)))
     again_args, again = train.parse(["--config", str(saved), "--out", args.out])
-    assert train.settings(again_args, again) == train.settings(args, settings)
+    assert changed_settings(again_args, again) == changed_settings(args, settings)
     assert again.output_dir == settings.output_dir
 
 

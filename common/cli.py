@@ -1,0 +1,75 @@
+"""What the command lines of all methods share: fields from YAML and flags, one sentence for a mistake."""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+
+def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
+    """Runs `command(argv)`; exit code 0, or 2 with one sentence on stderr for what the user can mend.
+
+    With TRACEBACK=1 in the environment the error is raised as it is.
+    """
+    try:
+        command(sys.argv[1:] if argv is None else argv)
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"{name}: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+
+
+def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tuple:
+    """One instance of each dataclass from `--config FILE.yaml` and `--field value`, the latter winning.
+
+    Raises `ValueError` for an unknown key, with the nearest known one, and for a config file that is not there;
+    `configs` says where the project's are.
+    """
+    from trl import TrlParser
+
+    known = {f.name for cls in classes for f in dataclasses.fields(cls)}
+    keys = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
+    if "--config" in argv:
+        path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
+        if not path.is_file():
+            raise ValueError(f"config file {str(path)!r} does not exist; the project's are in {configs}")
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"config file {str(path)!r} holds no mapping of fields to values")
+        keys += [key for key in content if key != "env"]
+    for key in keys:
+        if key not in known | {"config", "help"}:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    if "--dry_run" in argv and not torch.cuda.is_available():
+        argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
+    return TrlParser(classes).parse_args_and_config(argv)
+
+
+def changed_settings(args: Any, config: Any, follow: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every field of `args`, and those of `config` that are not at their default: with `--config` on it, the same run
+    again. `out`, `dry_run`, paths made from other fields and the fields in `follow` are left out."""
+    skipped = {"out", "dry_run", "output_dir", "dataloader_pin_memory", *follow}
+    chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in skipped}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        plain = isinstance(value, (str, int, float, bool, dict, list))
+        if f.init and f.name not in skipped and value != default and value != [] and plain:
+            chosen[f.name] = str(value.value) if hasattr(value, "value") else value
+    return chosen
+
+
+def is_done(run: Path) -> bool:
+    """Whether a run folder holds a finished run."""
+    manifest = run / "manifest.json"
+    return manifest.exists() and json.loads(manifest.read_text()).get("state") == "done"
