@@ -1,0 +1,42 @@
+"""All that SRPO uses of TRL beyond its public API, behind one check of the version.
+
+`tests/srpo/test_trainer.py` pins the signatures of these names and of the trainer's private methods.
+"""
+
+from importlib.metadata import version
+
+from packaging.specifiers import SpecifierSet
+
+SUPPORTED_TRL = ">=1.16,<1.17"
+if version("trl") not in SpecifierSet(SUPPORTED_TRL):
+    raise ImportError(f"srpo overrides private methods of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}")
+
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
+from trl.models import prepare_deepspeed  # noqa: E402
+from trl.models.utils import _ForwardRedirection as ForwardRedirection  # noqa: E402
+from trl.trainer.utils import (  # noqa: E402
+    RepeatSampler,
+    create_model_from_path,
+    maybe_gather_lm_head_ctx,
+    pad,
+)
+
+__all__ = [
+    "SUPPORTED_TRL",
+    "ChunkedLogProbFunction",
+    "ForwardRedirection",
+    "SiblingSampler",
+    "create_model_from_path",
+    "maybe_gather_lm_head_ctx",
+    "pad",
+    "prepare_deepspeed",
+]
+
+
+class SiblingSampler(RepeatSampler):
+    """Each prompt G times in a row; the order of an epoch depends on seed and epoch only, so that a resumed run sees
+    the prompts that the uninterrupted one would have seen."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)

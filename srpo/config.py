@@ -1,0 +1,163 @@
+"""One dataclass on top of TRL's: the fields of SRPO, and TRL's defaults moved to the paper's (arXiv 2604.02288)."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .objective import ROUTINGS
+
+TEACHERS = ("ema", "frozen", "current")
+# Learning rate of each method (Table 3); the masked variants and Advantage Mix are run with SDPO's or SRPO's
+LEARNING_RATES = {"srpo": 5e-6, "grpo": 1e-6, "sdpo": 1e-5, "sdpo_incorrect": 1e-5, "sdpo_correct": 1e-5, "mix": 5e-6}
+# Share alpha of the teacher's term in the generalised Jensen-Shannon divergence
+ALPHAS = {"jsd": 0.5, "reverse_kl": 1.0, "forward_kl": 0.0}
+
+
+@dataclass
+class SRPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`SRPOTrainer`].
+
+    Every other field is TRL's. Defaults are the paper's for Qwen3-8B (Table 3): 32 prompts times 8 rollouts an update,
+    which is `per_device_train_batch_size * gradient_accumulation_steps * processes = 256`.
+
+    Parameters:
+        > Parameters that control routing
+
+        routing (`str`, *optional*, defaults to `"srpo"`):
+            `"srpo"` is the method; `"grpo"` is TRL's `GRPOTrainer`; `"sdpo"` distils every rollout that has a correct
+            sibling; `"sdpo_incorrect"` and `"sdpo_correct"` only the failed or the correct ones of these (Fig. 1b);
+            `"mix"` is Advantage Mix (Table 2), a weighted sum of both losses without routing.
+        reward_threshold (`float`, *optional*, defaults to `0.5`):
+            A rollout is correct from this reward on.
+        mix_weight (`float`, *optional*, defaults to `0.9`):
+            lambda, share of the GRPO loss in Advantage Mix.
+        demonstration (`str`, *optional*, defaults to `"first"`):
+            Which correct sibling the self-teacher sees: the `"first"`, or a `"random"` one.
+
+        > Parameters that control the self-teacher
+
+        teacher (`str`, *optional*, defaults to `"ema"`):
+            `"ema"` is the float32 average of the policy; `"frozen"` its start; `"current"` the policy itself.
+        teacher_update_rate (`float`, *optional*, defaults to `0.05`):
+            Rate of the average, once after each optimizer step.
+        max_reprompt_length (`int`, *optional*, defaults to `10240`):
+            Longest teacher prompt in tokens; the end of the demonstration is left out where it is longer.
+
+        > Parameters that control the distillation loss
+
+        entropy_beta (`float`, *optional*):
+            beta of the entropy weights exp(-beta H) (Section 3.2). By default 1.0 for `routing="srpo"` and 0.0, no
+            weights, for the baselines, which have none.
+        divergence (`str`, *optional*, defaults to `"jsd"`):
+            `"jsd"` with equal shares; `"reverse_kl"` is KL(student || teacher), `"forward_kl"` KL(teacher || student).
+        top_k (`int`, *optional*, defaults to `100`):
+            Support of the divergence, the student's most likely tokens. `None` takes the whole vocabulary.
+        tail (`bool`, *optional*, defaults to `True`):
+            One more category for the mass outside the support; without it the support is renormalised.
+        distillation_is_clip (`float`, *optional*, defaults to `2.0`):
+            Upper bound of the ratio of current to old policy on the distillation loss; 1 on-policy.
+
+        > Parameters that control the GRPO loss
+
+        advantage_scale (`bool`, *optional*, defaults to `False`):
+            Divide advantages by the standard deviation of their group, as in the paper's displayed equation. Its text
+            and configuration do not.
+
+        > Parameters that control prompts and logs
+
+        max_prompt_length (`int`, *optional*, defaults to `2048`):
+            A longer prompt is an error: prompts are never cut.
+        doctor_steps (`int`, *optional*, defaults to `50`):
+            Print the line of health figures at the first log and about every so many steps. `0` turns it off.
+    """
+
+    routing: str = field(default="srpo", metadata={"help": "Which rollout gets what.", "choices": list(ROUTINGS)})
+    reward_threshold: float = field(default=0.5, metadata={"help": "A rollout is correct from this reward on."})
+    mix_weight: float = field(default=0.9, metadata={"help": "lambda, share of GRPO in Advantage Mix."})
+    demonstration: str = field(
+        default="first", metadata={"help": "Which correct sibling is shown.", "choices": ["first", "random"]}
+    )
+    teacher: str = field(default="ema", metadata={"help": "Self-teacher.", "choices": list(TEACHERS)})
+    teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate of the teacher's average."})
+    max_reprompt_length: int = field(default=10240, metadata={"help": "Longest teacher prompt in tokens."})
+    entropy_beta: float | None = field(default=None, metadata={"help": "beta; 1.0 for srpo, 0.0 for the others."})
+    divergence: str = field(
+        default="jsd", metadata={"help": "Of the distillation.", "choices": ["jsd", "reverse_kl", "forward_kl"]}
+    )
+    top_k: int | None = field(default=100, metadata={"help": "Support of the divergence."})
+    tail: bool = field(default=True, metadata={"help": "Keep the mass outside the support."})
+    distillation_is_clip: float = field(default=2.0, metadata={"help": "Bound of the policy ratio on distillation."})
+    advantage_scale: bool = field(default=False, metadata={"help": "Divide advantages by their group's deviation."})
+    max_prompt_length: int = field(default=2048, metadata={"help": "A longer prompt is an error."})
+    doctor_steps: int = field(default=50, metadata={"help": "Steps between health lines; 0 = off."})
+
+    # TRL's and transformers' fields whose default is moved to the paper's value
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "By default the paper's for the routing: srpo 5e-6, grpo 1e-6, sdpo 1e-5."}
+    )
+    num_generations: int | None = field(default=8, metadata={"help": "G, rollouts of one prompt."})
+    max_completion_length: int | None = field(default=8192, metadata={"help": "Longest rollout in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling and of both distributions."})
+    epsilon: float = field(default=0.2, metadata={"help": "Lower clip range."})
+    epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range."})
+    delta: float | None = field(default=3.0, metadata={"help": "Dual clip."})
+    beta: float = field(default=0.0, metadata={"help": "KL weight: none."})
+    scale_rewards: str = field(default="none", metadata={"help": "See advantage_scale."})
+    loss_type: str = field(default="dapo", metadata={"help": "Mean over all tokens of the batch."})
+    vllm_importance_sampling_mode: str = field(default="token_truncate", metadata={"help": "Per token, truncated."})
+    vllm_importance_sampling_clip_max: float = field(default=2.0, metadata={"help": "Rollout importance clip."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=10, metadata={"help": "Warm-up, in steps or as a share below 1."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+
+    def __post_init__(self):
+        if self.advantage_scale:
+            self.scale_rewards = "group"
+        if self.routing in LEARNING_RATES and self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES[self.routing]
+        if self.entropy_beta is None:
+            self.entropy_beta = 1.0 if self.routing == "srpo" else 0.0
+        if self.chat_template_kwargs is None:
+            self.chat_template_kwargs = {"enable_thinking": False}
+        super().__post_init__()
+        for name, valid, rule in (
+            ("routing", self.routing in ROUTINGS, f"must be one of {', '.join(ROUTINGS)}"),
+            ("teacher", self.teacher in TEACHERS, f"must be one of {', '.join(TEACHERS)}"),
+            ("demonstration", self.demonstration in ("first", "random"), "must be first or random"),
+            ("divergence", self.divergence in ALPHAS, f"must be one of {', '.join(ALPHAS)}"),
+            ("mix_weight", 0 <= self.mix_weight <= 1, "must be in [0, 1]"),
+            ("teacher_update_rate", 0 < self.teacher_update_rate <= 1, "must be in (0, 1]"),
+            ("entropy_beta", self.entropy_beta >= 0, "must be at least 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1, or none"),
+            ("distillation_is_clip", self.distillation_is_clip > 0, "must be above 0"),
+            ("num_generations", self.num_generations >= 2, "must be at least 2: a group needs siblings"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
+        if self.routing != "grpo":
+            self._check_loss()
+
+    def _check_loss(self) -> None:
+        """What routing cannot be combined with."""
+        for name, needed in (
+            ("loss_type", "dapo"),
+            ("beta", 0.0),
+            ("num_iterations", 1),
+            ("importance_sampling_level", "token"),
+            ("top_entropy_quantile", 1.0),
+            ("off_policy_mask_threshold", None),
+            ("entropy_coef", 0.0),
+            ("use_adaptive_entropy", False),
+        ):
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"{name} must be {needed!r} with routing={self.routing!r}, got {getattr(self, name)!r}; other "
+                    "values need routing='grpo'"
+                )
+        if self.steps_per_generation != self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation={self.steps_per_generation} must equal gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps} with routing={self.routing!r}: the method takes one optimizer "
+                "step a generation batch"
+            )

@@ -1,0 +1,111 @@
+"""The figures that show a silent failure: routes, teacher entropy, lengths; one line now and then, and in words."""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import TrainerCallback
+
+FIGURES = (
+    ("reward", "reward {:.3f}"),
+    ("route/correct", "correct {:.0%}"),
+    ("route/sdpo", "to SDPO {:.0%}"),
+    ("route/teacher_available", "teacher available {:.0%}"),
+    ("route/all_wrong_groups", "groups all wrong {:.0%}"),
+    ("route/all_correct_groups", "all correct {:.0%}"),
+    ("teacher/entropy", "teacher entropy {:.3f}"),
+    ("teacher/distance", "teacher-policy distance {:.2g}"),
+    ("loss/sdpo", "divergence {:.4f}"),
+    ("entropy", "entropy {:.3f}"),
+    ("completions/mean_length", "length {:.0f}"),
+    ("completions/clipped_ratio", "truncated {:.0%}"),
+    ("sampling/sampling_logp_difference/mean", "train/rollout logps gap {:.2g}"),
+)
+
+
+def routing_figures(routing, distill: torch.Tensor, lengths: torch.Tensor, num_generations: int) -> dict[str, float]:
+    """The `route/` metrics (Fig. 5) of a generation batch over all ranks, from (B,) tensors."""
+    correct = routing.correct
+    solved = correct.view(-1, num_generations).float().mean(1)
+    figures = {
+        "route/correct": correct,
+        "route/sdpo": distill,
+        "route/grpo": ~distill,
+        "route/teacher_available": routing.has_sibling,
+        "route/lone_success": correct & ~routing.has_sibling,
+        "route/all_wrong_groups": solved == 0,
+        "route/all_correct_groups": solved == 1,
+    }
+    figures = {name: value.float().mean().item() for name, value in figures.items()}
+    lengths = lengths.float()
+    for name, rows in (("correct", correct), ("wrong", ~correct)):
+        if rows.any():
+            figures[f"length/{name}"] = lengths[rows].mean().item()
+    return figures
+
+
+def weight_figures(entropy: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """Quantiles of teacher entropy (nats) and entropy weights over the routed tokens; none without such tokens."""
+    mask = mask.bool()
+    if not mask.any():
+        return {}
+    figures = {"teacher/entropy": entropy[mask].mean().item()}
+    for name, values in (("teacher/entropy", entropy[mask]), ("weight", weights[mask])):
+        levels = torch.tensor([0.1, 0.5, 0.9], device=values.device, dtype=values.dtype)
+        for level, value in zip((10, 50, 90), torch.quantile(_at_most(values), levels).tolist(), strict=True):
+            figures[f"{name}_p{level}"] = value
+    return figures
+
+
+def _at_most(values: torch.Tensor, size: int = 1_000_000) -> torch.Tensor:
+    """Every n-th value: `torch.quantile` takes no more than 16 million."""
+    return values[:: max(1, len(values) // size)]
+
+
+def diagnose(logs: Mapping[str, float]) -> list[str]:
+    """Warnings in words for a mapping of logged metrics; empty when nothing looks wrong."""
+    checks = (
+        (
+            logs.get("route/all_wrong_groups", 0.0) > 0.8,
+            "more than 80 % of the groups hold no correct rollout: neither branch gets a signal from them; use easier "
+            "prompts, a stronger policy, or check the reward",
+        ),
+        (
+            logs.get("route/all_correct_groups", 0.0) > 0.9,
+            "more than 90 % of the groups are all correct: the data is solved, nothing is left to learn",
+        ),
+        (
+            logs.get("completions/clipped_ratio", 0.0) > 0.5,
+            "most rollouts are truncated: raise max_completion_length or check the prompt template",
+        ),
+        (
+            0 < logs.get("completions/mean_length", 100.0) < 25 and logs.get("reward", 0.0) > 0.5,
+            "rollouts are shorter than 25 tokens: where the task asks for reasoning, its length has collapsed",
+        ),
+        (logs.get("entropy", 1.0) < 0.01, "the policy's entropy has collapsed: lower learning_rate"),
+        (
+            logs.get("teacher/scored_over_needed", 1.0) > 1.0,
+            "the self-teacher scored tokens that the loss does not use",
+        ),
+        (
+            logs.get("sampling/sampling_logp_difference/mean", 0.0) > 0.1,
+            "trainer and generation engine disagree on the rollouts' log-probabilities: check the weight sync and, on "
+            "a vLLM server, --logprobs-mode processed_logprobs",
+        ),
+    )
+    return [message for failed, message in checks if failed]
+
+
+class DoctorCallback(TrainerCallback):
+    """Prints the doctor line at the first log and then about every `every` steps, with warnings in words."""
+
+    def __init__(self, every: int):
+        self.every, self.next_step = every, 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "route/sdpo" not in (logs or {}) or state.global_step < self.next_step:
+            return
+        self.next_step = state.global_step + self.every
+        figures = [text.format(logs[name]) for name, text in FIGURES if logs.get(name) is not None]
+        print(f"[doctor] step {state.global_step}: " + "; ".join(figures), flush=True)
+        for message in diagnose(logs):
+            print(f"[doctor] WARNING: {message}", flush=True)

@@ -1,0 +1,167 @@
+"""The self-teacher: the policy's own exponential moving average, a frozen start, or the policy itself (Section 3.2)."""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from ._trl import create_model_from_path, prepare_deepspeed
+
+TEACHER_KINDS = ("ema", "frozen", "current")
+
+
+class SelfTeacher:
+    """Scores the policy's rollouts under a longer prompt.
+
+    `kind="ema"` keeps a float32 copy theta' <- (1 - rate) theta' + rate theta (a bfloat16 one would drop most updates:
+    a step of 5 % of a small change is below its resolution). With LoRA the copy is of the merged weights, so that it
+    averages the product B A and not its factors. `"frozen"` is the start, `"current"` the policy itself.
+
+    Under ZeRO-3 the copy is sharded like the policy, each rank averages its own shards, and the float32 average is kept
+    beside the half-precision weights that the forward uses.
+    """
+
+    def __init__(self, policy: nn.Module, accelerator, kind: str = "ema", rate: float = 0.05):
+        self.kind, self.rate, self.accelerator = kind, rate, accelerator
+        self.sharded = is_deepspeed_zero3_enabled()
+        self.model: nn.Module | None = None
+        if kind == "ema" or (kind == "frozen" and not is_peft_model(policy)):
+            self.model = self._copy(policy)
+        self.average = dict(self._teacher_parameters()) if kind == "ema" else {}
+        if self.sharded:
+            self.average = {name: tensor.float().clone() for name, tensor in self.average.items()}
+
+    def _copy(self, policy: nn.Module) -> nn.Module:
+        if getattr(policy, "is_quantized", False) or getattr(policy, "quantization_method", None):
+            raise ValueError(
+                f"teacher={self.kind!r} copies the policy and cannot copy a quantized one: set teacher='current'"
+            )
+        if self.sharded:
+            return self._sharded_copy(policy)
+        teacher = copy.deepcopy(policy)
+        if is_peft_model(teacher):
+            teacher = teacher.merge_and_unload()
+        teacher = teacher.to(self.accelerator.device)
+        return (teacher.float() if self.kind == "ema" else teacher).eval().requires_grad_(False)
+
+    def _sharded_copy(self, policy: nn.Module) -> nn.Module:
+        """Loaded from the policy's name, because a partitioned model cannot be copied."""
+        if is_peft_model(policy):
+            raise ValueError("teacher='ema' with LoRA does not run under ZeRO-3: use ZeRO-2, or teacher='frozen'")
+        name = policy.config._name_or_path
+        if not name:
+            raise ValueError(
+                "under ZeRO-3 the teacher is loaded from the policy's name: pass model as a path or hub id"
+            )
+        teacher = create_model_from_path(name, dtype=policy.dtype).requires_grad_(False)
+        return prepare_deepspeed(teacher, self.accelerator)
+
+    @contextmanager
+    def view(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The model to call, in evaluation mode; for LoRA's frozen teacher the policy without its adapter."""
+        if self.model is not None:
+            self.model.eval()
+            yield self.model
+            return
+        unwrapped = self.accelerator.unwrap_model(policy)
+        without_adapter = unwrapped.disable_adapter() if self.kind == "frozen" else nullcontext()
+        training = policy.training
+        policy.eval()
+        try:
+            with without_adapter:
+                yield policy
+        finally:
+            policy.train(training)
+
+    @torch.no_grad()
+    def update(self, policy: nn.Module) -> float:
+        """One step of the average; returns its relative distance ||theta' - theta|| / ||theta|| before the step."""
+        gap, size = 0.0, 0.0
+        weights = dict(self._teacher_parameters()) if self.sharded else self.average
+        for name, value in self._policy_values(self.accelerator.unwrap_model(policy)):
+            average, value = self.average[name], value.to(torch.float32)
+            gap += (average - value).square().sum()
+            size += value.square().sum()
+            average.lerp_(value, self.rate)
+            if self.sharded:
+                weights[name].copy_(average)
+        return (gap / size).sqrt().item() if size else 0.0
+
+    def _teacher_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        teacher = self.accelerator.unwrap_model(self.model)
+        for name, parameter in teacher.named_parameters():
+            yield name, parameter.ds_tensor if self.sharded else parameter
+
+    def _policy_values(self, policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights that training can change, under the teacher's names, adapters merged."""
+        if not is_peft_model(policy):
+            for name, parameter in policy.named_parameters():
+                if parameter.requires_grad:
+                    yield name, parameter.ds_tensor if self.sharded else parameter
+            return
+        base = policy.get_base_model()
+        for name in self.average:
+            path, leaf = name.rpartition(".")[::2]
+            module = base.get_submodule(path)
+            if isinstance(module, BaseTunerLayer):
+                weight = getattr(module.get_base_layer(), leaf).float()
+                if leaf == "weight":
+                    weight = sum((module.get_delta_weight(a).float() for a in module.active_adapters), start=weight)
+                yield name, weight
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                yield name, getattr(module.modules_to_save[module.active_adapter], leaf)
+
+    def save(self, folder: Path) -> None:
+        """Writes the float32 average to `folder`; every rank its own shards under ZeRO-3, else the main process."""
+        if self.kind != "ema" or not (self.sharded or self.accelerator.is_main_process):
+            return
+        path, draft = self._file(folder), self._file(folder).with_suffix(".tmp")
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self.average.items()}, draft)
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+    def load(self, folder: Path) -> None:
+        """Restores the average of a checkpoint. Raises `ValueError` if the checkpoint has none or another model's."""
+        if self.kind != "ema":
+            return
+        path = self._file(folder)
+        if not path.exists():
+            raise ValueError(f"{folder} holds no {path.name}: it is no checkpoint of SRPO with teacher='ema'")
+        saved = load_file(path)
+        if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in self.average.items()}:
+            raise ValueError(
+                f"{path} belongs to another model: its parameters differ in name or shape from the policy's"
+            )
+        weights = dict(self._teacher_parameters())
+        with torch.no_grad():
+            for name, tensor in saved.items():
+                self.average[name].copy_(tensor)
+                if self.sharded:
+                    weights[name].copy_(tensor)
+
+    def _file(self, folder: Path) -> Path:
+        rank = f"-{self.accelerator.process_index:05d}" if self.sharded else ""
+        return Path(folder) / f"self_teacher{rank}.safetensors"
+
+
+class SelfTeacherCallback(TrainerCallback):
+    """Moves the average after every optimizer step that was not skipped."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            distance = self.trainer.teacher.update(self.trainer.model)
+            self.trainer._metrics["train"]["teacher/distance"].append(distance)

@@ -1,0 +1,351 @@
+"""`SRPOTrainer`: wires routing, self-teacher and the functions of `objective.py` into TRL's `GRPOTrainer`.
+
+One generation batch. Generation, rewards, advantages, importance correction and token count stay TRL's. Then, on the
+rewards of all ranks, each rollout is routed (Section 3.1). Teacher phase (`_self_distillation`, no gradient, routed
+rows only): the self-teacher reads the plain prompt, a correct sibling and the rollout; its last hidden states are
+kept, from which both the entropy weights and the divergence are computed. Loss (`_compute_loss`, micro-batches): one
+forward of the student, clipped surrogate on the rows of the GRPO branch, weighted divergence on the others, and one
+denominator for both. `routing="grpo"` is TRL's trainer untouched.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from trl import GRPOTrainer
+
+from . import objective
+from ._trl import ForwardRedirection, SiblingSampler, pad
+from .config import ALPHAS, SRPOConfig
+from .doctor import DoctorCallback, routing_figures, weight_figures
+from .lm_head import lm_head, sampled_logps
+from .reprompt import teacher_prompt_ids
+from .teacher import SelfTeacher, SelfTeacherCallback
+
+
+class SRPOTrainer(GRPOTrainer):
+    """
+    Trains a policy on its own rollouts: correct ones by GRPO, failed ones with a correct sibling by distillation from
+    the policy's own average, which is shown that sibling (arXiv 2604.02288).
+
+    Arguments are those of [`~trl.GRPOTrainer`]; `args` is an [`SRPOConfig`], whose `routing` also gives GRPO, SDPO and
+    the paper's other baselines. Reward functions must score every rollout with a finite number; a rollout is correct
+    from `args.reward_threshold` on. Text only.
+    """
+
+    _tag_names: ClassVar = ["trl", "srpo"]
+    _name = "SRPO"
+    _paper: ClassVar = {
+        "title": "Unifying Group-Relative and Self-Distillation Policy Optimization via Sample Routing",
+        "id": "2604.02288",
+        "citation": "@article{li2026srpo,\n    title = {Unifying Group-Relative and Self-Distillation Policy "
+        "Optimization via Sample Routing},\n    author = {G. Li and others},\n"
+        "    journal = {arXiv preprint arXiv:2604.02288},\n    year = {2026}\n}",
+    }
+
+    def __init__(self, model, reward_funcs=None, args: SRPOConfig | None = None, **kwargs):
+        args = SRPOConfig() if args is None else args
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
+        self._forward_redirection = ForwardRedirection()
+        self._teacher_hidden: list[torch.Tensor] = []
+        self.last_rollouts: dict[str, Any] = {}
+        self.teacher: SelfTeacher | None = None
+        if args.routing != "grpo":
+            self._check_support()
+            self.teacher = SelfTeacher(self.model, self.accelerator, args.teacher, args.teacher_update_rate)
+            if args.teacher == "ema":
+                self.add_callback(SelfTeacherCallback(self))
+        if args.doctor_steps:
+            self.add_callback(DoctorCallback(args.doctor_steps))
+
+    def _check_support(self) -> None:
+        head = self.model.get_output_embeddings()
+        if isinstance(head, BaseTunerLayer):
+            raise ValueError(
+                "a LoRA adapter on lm_head is never trained: the loss reads its weight; remove it from target_modules"
+            )
+        if self._is_vlm:
+            raise ValueError("SRPOTrainer is for text: the self-teacher's prompt would lose the images")
+        if self.aux_loss_enabled:
+            raise ValueError("SRPOTrainer adds no load-balancing loss: set router_aux_loss_coef=0 for this model")
+        if self.is_fsdp_enabled:
+            raise ValueError("SRPOTrainer's self-teacher does not run under FSDP: use DeepSpeed ZeRO-2 or ZeRO-3")
+
+    # Generation and rewards
+
+    def _get_train_sampler(self, dataset=None) -> SiblingSampler:
+        return SiblingSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        longest = max(len(ids) for ids in prompt_ids)
+        if longest > self.args.max_prompt_length:
+            raise ValueError(
+                f"a prompt has {longest} tokens, above max_prompt_length={self.args.max_prompt_length}: raise the limit "
+                "or filter the data set (prompts are never cut)"
+            )
+        with self._timed("generation"):
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        with self._timed("reward"):
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        weights = self.reward_weights.to(rewards_per_func.device)
+        self._rollouts = {
+            "prompts": prompts,
+            "completion_ids": completion_ids_list,
+            "rewards": (rewards_per_func * weights).nansum(1).masked_fill(rewards_per_func.isnan().all(1), torch.nan),
+        }
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            batch.update(self._route(batch))
+        return batch
+
+    # Routing and teacher phase
+
+    @torch.no_grad()
+    def _route(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Logs the routes; unless `routing="grpo"`, what the loss needs of the distilled rows of this rank."""
+        args, rewards = self.args, self._rollouts["rewards"]
+        routing = objective.route(rewards, self.num_generations, args.reward_threshold)
+        distill = objective.distilled_rows(routing, args.routing)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        start = len(mask) * self.accelerator.process_index
+        here = slice(start, start + len(mask))
+        texts = self._tokenizer.batch_decode(self._rollouts["completion_ids"], skip_special_tokens=True)
+        self.last_rollouts = {
+            "prompts": self._rollouts["prompts"],
+            "texts": texts,
+            "rewards": rewards[here],
+            "distill": distill[here],
+            "donor": routing.donor[here],
+        }
+        lengths = self.accelerator.gather(mask.sum(1))
+        for name, value in routing_figures(routing, distill, lengths, self.num_generations).items():
+            self._record(name, value)
+        if args.routing == "grpo":
+            return {}
+        donors = self._donors(routing)
+        entropy = self._self_distillation(batch, mask, distill[here], donors[here], gather_object(texts))
+        return self._loss_inputs(mask, distill, entropy, here)
+
+    def _donors(self, routing) -> torch.Tensor:
+        if self.args.demonstration == "first":
+            return routing.donor
+        generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
+        return objective.random_donors(routing.correct, self.num_generations, generator)
+
+    def _self_distillation(
+        self, batch: dict[str, Any], mask: torch.Tensor, distill: torch.Tensor, donors: torch.Tensor, texts: list[str]
+    ) -> torch.Tensor:
+        """Keeps the teacher's (T_i, H) hidden states of each distilled row; returns its (B, T) entropy, 0 elsewhere."""
+        rows = distill.nonzero().flatten().tolist()
+        prompt_ids = teacher_prompt_ids(
+            [self._rollouts["prompts"][row] for row in rows],
+            [texts[donors[row]] for row in rows],
+            lambda prompts: self._tokenize_prompts(prompts)[0],
+            self._tokenizer,
+            self.args.max_reprompt_length,
+        )
+        entropy = torch.zeros_like(mask, dtype=torch.float32)
+        self._teacher_hidden = [None] * len(mask)
+        with self._timed("teacher"), self.teacher.view(self.model) as teacher:
+            for part in self._teacher_batches(rows, prompt_ids):
+                hidden = self._teacher_pass(teacher, part, batch, mask)
+                for (row, _), states in zip(part, hidden, strict=True):
+                    self._teacher_hidden[row] = states
+            # Detached, and unchanged until the optimizer steps, when the next batch is scored
+            self._teacher_head = lm_head(self.accelerator.unwrap_model(teacher)).detach()
+        with self._timed("teacher"), self._teacher_head.gathered():
+            for row in rows:
+                states = self._teacher_hidden[row]
+                entropy[row, mask[row].bool()] = objective.chunked_entropy(
+                    states, self._teacher_head.logits, self.temperature
+                )
+        self._count_teacher_tokens(mask, distill)
+        return entropy
+
+    def _teacher_batches(self, rows: list[int], prompt_ids: list[list[int]]) -> list[list[tuple[int, list[int]]]]:
+        """(row, prompt ids) in micro-batches of like length. A sharded teacher's forward is a collective, so every
+        rank gets the same number of them, empty ones at the end."""
+        order = sorted(zip(rows, prompt_ids, strict=True), key=lambda item: len(item[1]))
+        size = self.args.per_device_train_batch_size
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        if self.teacher.sharded:
+            count = torch.tensor([len(parts)], device=self.accelerator.device)
+            parts += [[]] * (int(self.accelerator.gather(count).max()) - len(parts))
+        return parts
+
+    def _teacher_pass(self, teacher, part: list[tuple[int, list[int]]], batch: dict[str, Any], mask: torch.Tensor):
+        """Hidden states (T_i, H) from which the teacher predicts the response tokens of each row of `part`."""
+        rows = [row for row, _ in part] or [0]  # an empty part is one prompt token that only takes part
+        prompts = [torch.tensor(ids) for _, ids in part] or [torch.tensor([self._tokenizer.eos_token_id])]
+        length = int(batch["completion_mask"][rows].sum(1).max()) if part else 1
+        inputs = {
+            "prompt_ids": pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left"),
+            "prompt_mask": pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left"),
+            "completion_ids": batch["completion_ids"][rows, :length],
+            "completion_mask": batch["completion_mask"][rows, :length],
+        }
+        inputs = {name: tensor.to(mask.device) for name, tensor in inputs.items()}
+        unwrapped = self.accelerator.unwrap_model(teacher)
+        if self.teacher.sharded:
+            hidden = self._forward_redirection(teacher, unwrapped, self._hidden_states, unwrapped, inputs)
+        else:  # not through DDP, which would wait for ranks that have no routed row
+            hidden = self._hidden_states(unwrapped, inputs)
+        return [hidden[i, mask[row, :length].bool()] for i, (row, _) in enumerate(part)]
+
+    def _loss_inputs(
+        self, mask: torch.Tensor, distill: torch.Tensor, entropy: torch.Tensor, here: slice
+    ) -> dict[str, Any]:
+        """Entropy weights over the routed tokens of all ranks, and the tokens by which the loss is divided."""
+        mask_all, entropy_all = self._gather(mask), self._gather(entropy)
+        routed = mask_all * distill[:, None]
+        weights = objective.entropy_weights(entropy_all, routed, self.args.entropy_beta)
+        for name, value in weight_figures(entropy_all, weights, routed).items():
+            self._record(name, value)
+        counted = mask_all if self.args.routing in ("srpo", "mix") else routed
+        return {
+            "row": torch.arange(len(mask), device=mask.device),
+            "distill": distill[here],
+            "entropy_weights": weights[here, : mask.size(1)],
+            "num_items_in_batch": counted.sum().clamp(min=1),
+        }
+
+    # The loss
+
+    def _compute_loss(self, model, inputs):
+        if "distill" not in inputs:  # routing="grpo", and evaluation
+            return super()._compute_loss(model, inputs)
+        unwrapped = self.accelerator.unwrap_model(model)
+        loss, sums = self._forward_redirection(model, unwrapped, self._routed_loss, unwrapped, inputs)
+        sums = self.accelerator.gather(sums[None]).sum(0).tolist()
+        for name, total, count in zip(
+            ("entropy", "loss/grpo", "loss/sdpo", "clip_ratio"), sums[::2], sums[1::2], strict=True
+        ):
+            self._record(name, total / count if count else float("nan"))
+        return loss
+
+    def _routed_loss(self, model, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of a micro-batch (Section 3.3), and sums and counts of what is logged."""
+        args, distill = self.args, inputs["distill"]
+        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        hidden = self._hidden_states(model, inputs)
+        logps_N, entropy_N = sampled_logps(
+            lm_head(model), hidden[mask], inputs["completion_ids"][mask], self.temperature
+        )
+        logps = torch.zeros_like(mask, dtype=logps_N.dtype).masked_scatter(mask, logps_N)
+        old_logps = inputs.get("old_per_token_logps", logps.detach())
+        tis = inputs.get("importance_sampling_ratio", torch.ones_like(logps))
+        grpo = tis * objective.grpo_token_loss(
+            logps, old_logps, inputs["advantages"], args.epsilon, args.epsilon_high, args.delta
+        )
+        sdpo = tis * self._divergence(model, hidden, mask, inputs)
+        sdpo = sdpo * (logps - old_logps).detach().exp().clamp(max=args.distillation_is_clip)
+        num_tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes
+        num_tokens = num_tokens * self.current_gradient_accumulation_steps / args.steps_per_generation
+        loss = objective.routed_loss(
+            args.routing, grpo, sdpo, inputs["entropy_weights"], distill, mask, num_tokens, args.mix_weight
+        )
+        branches = mask & ~distill[:, None], mask & distill[:, None]
+        clipped = self._clipped(logps.detach() - old_logps, inputs["advantages"])
+        pairs = [(entropy_N.sum(), mask.sum())]
+        pairs += [(values[rows].sum(), rows.sum()) for values, rows in zip((grpo, sdpo), branches, strict=True)]
+        pairs += [((clipped & branches[0]).sum(), branches[0].sum())]
+        return loss, torch.stack(
+            [torch.stack([total.float(), count.float()]) for total, count in pairs]
+        ).detach().flatten()
+
+    def _divergence(self, model, hidden: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """(B, T) divergence between student and self-teacher on the distilled rows, 0 elsewhere."""
+        args, rows = self.args, inputs["distill"]
+        if not rows.any():
+            return torch.zeros_like(mask, dtype=torch.float32)
+        chosen, head = mask & rows[:, None], lm_head(model)
+        with head.gathered(), self._teacher_head.gathered():
+            per_token = objective.chunked_jsd_topk_tail(
+                hidden[chosen],
+                torch.cat([self._teacher_hidden[row] for row in inputs["row"][rows].tolist()]),
+                head.logits,
+                self._teacher_head.logits,
+                args.top_k,
+                ALPHAS[args.divergence],
+                args.tail,
+                self.temperature,
+            )
+        return torch.zeros_like(mask, dtype=per_token.dtype).masked_scatter(chosen, per_token)
+
+    def _clipped(self, log_ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        """Tokens on which the surrogate's clip cuts the gradient off."""
+        ratio, advantages = log_ratio.exp(), advantages[:, None]
+        return ((ratio < 1 - self.args.epsilon) & (advantages < 0)) | (
+            (ratio > 1 + self.args.epsilon_high) & (advantages > 0)
+        )
+
+    def _hidden_states(self, model, inputs: dict[str, Any]) -> torch.Tensor:
+        """Hidden states (B, T, H) from which the response tokens are predicted."""
+        if is_peft_model(model):
+            model = model.get_base_model()
+        with self.accelerator.autocast():
+            outputs = model.base_model(
+                input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+                use_cache=False,
+            )
+        return outputs.last_hidden_state[:, -inputs["completion_ids"].size(1) - 1 : -1]
+
+    # Checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        # Before trainer_state.json, which makes a checkpoint complete: a kill leaves no checkpoint without its teacher
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.teacher is not None:
+            self.teacher.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.teacher is not None and checkpoint is not None:
+            self.teacher.load(Path(checkpoint))
+
+    # Helpers
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows of all ranks in the sampler's order, padded with zeros to the longest rollout."""
+        return self.accelerator.gather(self.accelerator.pad_across_processes(tensor, dim=1))
+
+    def _count_teacher_tokens(self, mask: torch.Tensor, distill: torch.Tensor) -> None:
+        """Logs response tokens that the teacher scored over those that the loss uses; must be 1."""
+        scored = sum(len(states) for states in self._teacher_hidden if states is not None)
+        counts = torch.tensor([[scored, int((mask * distill[:, None]).sum())]], device=mask.device)
+        scored, needed = self.accelerator.gather(counts).sum(0).tolist()
+        self._record("teacher/scored_over_needed", scored / needed if needed else 1.0)
+
+    def _record(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Logs the seconds of a part of the step as `time/<part>`; waits for the GPU so that they are its own."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._record(f"time/{part}", time.perf_counter() - start)
