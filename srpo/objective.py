@@ -114,7 +114,7 @@ def grpo_token_loss(
 
 
 def teacher_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy of the teacher in nats over the full vocabulary (Section 3.2): logits (..., V) -> (...), float32 or wider."""
+    """Entropy of the teacher in nats over the full vocabulary (Section 3.2): logits (..., V) -> (...), in float32."""
     logps = logits.to(_wide(logits)).log_softmax(-1)
     # A logit of -inf has probability 0 and adds nothing
     return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1)
@@ -155,9 +155,8 @@ def jsd_topk_tail(
             distributions are renormalised over the support.
     """
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ in shape"
-        )
+        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        raise ValueError(f"student and teacher logits must have one shape, got {shapes}")
     student, teacher = student_logits.to(_wide(student_logits)), teacher_logits.to(_wide(teacher_logits))
     student_log_z, teacher_log_z = student.logsumexp(-1, keepdim=True), teacher.logsumexp(-1, keepdim=True)
     whole = top_k is None or top_k >= student.size(-1)

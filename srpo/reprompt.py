@@ -29,8 +29,8 @@ def teacher_prompt_ids(
         while (excess := len(ids[row]) - max_length) > 0:
             if excess >= len(tokens):
                 raise ValueError(
-                    f"a teacher prompt without its demonstration has {len(ids[row]) - len(tokens)} tokens and leaves no "
-                    f"room for one in max_reprompt_length={max_length}: raise the limit or filter long prompts"
+                    f"a teacher prompt without its demonstration has {len(ids[row]) - len(tokens)} tokens and leaves "
+                    f"no room for one in max_reprompt_length={max_length}: raise the limit or filter long prompts"
                 )
             tokens = tokens[:-excess]
             ids[row] = tokenize([objective.teacher_prompt(prompt, tokenizer.decode(tokens))])[0]

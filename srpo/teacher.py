@@ -1,4 +1,4 @@
-"""The self-teacher: the policy's own exponential moving average, a frozen start, or the policy itself (Section 3.2)."""
+"""The self-teacher: the policy's exponential moving average, its frozen start, or the policy itself (Section 3.2)."""
 
 import copy
 import os
@@ -27,8 +27,8 @@ class SelfTeacher:
     a step of 5 % of a small change is below its resolution). With LoRA the copy is of the merged weights, so that it
     averages the product B A and not its factors. `"frozen"` is the start, `"current"` the policy itself.
 
-    Under ZeRO-3 the copy is sharded like the policy, each rank averages its own shards, and the float32 average is kept
-    beside the half-precision weights that the forward uses.
+    Under ZeRO-3 the copy is sharded like the policy, each rank averages its own shards, and the float32 average is
+    kept beside the half-precision weights that the forward uses.
     """
 
     def __init__(self, policy: nn.Module, accelerator, kind: str = "ema", rate: float = 0.05):

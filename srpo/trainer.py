@@ -27,6 +27,9 @@ from .lm_head import lm_head, sampled_logps
 from .reprompt import teacher_prompt_ids
 from .teacher import SelfTeacher, SelfTeacherCallback
 
+# Means over the tokens of a step: of the policy, of each branch's loss, and of tokens whose surrogate is clipped
+LOSS_FIGURES = ("entropy", "loss/grpo", "loss/sdpo", "clip_ratio")
+
 
 class SRPOTrainer(GRPOTrainer):
     """
@@ -92,8 +95,8 @@ class SRPOTrainer(GRPOTrainer):
         longest = max(len(ids) for ids in prompt_ids)
         if longest > self.args.max_prompt_length:
             raise ValueError(
-                f"a prompt has {longest} tokens, above max_prompt_length={self.args.max_prompt_length}: raise the limit "
-                "or filter the data set (prompts are never cut)"
+                f"a prompt has {longest} tokens, above max_prompt_length={self.args.max_prompt_length}: raise the "
+                "limit or filter the data set (prompts are never cut)"
             )
         with self._timed("generation"):
             return super()._generate_single_turn(
@@ -154,7 +157,7 @@ class SRPOTrainer(GRPOTrainer):
     def _self_distillation(
         self, batch: dict[str, Any], mask: torch.Tensor, distill: torch.Tensor, donors: torch.Tensor, texts: list[str]
     ) -> torch.Tensor:
-        """Keeps the teacher's (T_i, H) hidden states of each distilled row; returns its (B, T) entropy, 0 elsewhere."""
+        """Keeps the teacher's (T_i, H) hidden states of each distilled row; returns (B, T) entropy, 0 elsewhere."""
         rows = distill.nonzero().flatten().tolist()
         prompt_ids = teacher_prompt_ids(
             [self._rollouts["prompts"][row] for row in rows],
@@ -236,9 +239,7 @@ class SRPOTrainer(GRPOTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         loss, sums = self._forward_redirection(model, unwrapped, self._routed_loss, unwrapped, inputs)
         sums = self.accelerator.gather(sums[None]).sum(0).tolist()
-        for name, total, count in zip(
-            ("entropy", "loss/grpo", "loss/sdpo", "clip_ratio"), sums[::2], sums[1::2], strict=True
-        ):
+        for name, (total, count) in zip(LOSS_FIGURES, sums, strict=True):
             self._record(name, total / count if count else float("nan"))
         return loss
 
@@ -263,14 +264,10 @@ class SRPOTrainer(GRPOTrainer):
         loss = objective.routed_loss(
             args.routing, grpo, sdpo, inputs["entropy_weights"], distill, mask, num_tokens, args.mix_weight
         )
-        branches = mask & ~distill[:, None], mask & distill[:, None]
+        routed = mask & distill[:, None]
         clipped = self._clipped(logps.detach() - old_logps, inputs["advantages"])
-        pairs = [(entropy_N.sum(), mask.sum())]
-        pairs += [(values[rows].sum(), rows.sum()) for values, rows in zip((grpo, sdpo), branches, strict=True)]
-        pairs += [((clipped & branches[0]).sum(), branches[0].sum())]
-        return loss, torch.stack(
-            [torch.stack([total.float(), count.float()]) for total, count in pairs]
-        ).detach().flatten()
+        sums = [(entropy_N, mask), (grpo[mask & ~routed], mask & ~routed), (sdpo[routed], routed), (clipped, mask)]
+        return loss, torch.stack([torch.stack([x.detach().float().sum(), m.sum()]) for x, m in sums])
 
     def _divergence(self, model, hidden: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """(B, T) divergence between student and self-teacher on the distilled rows, 0 elsewhere."""
