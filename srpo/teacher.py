@@ -51,6 +51,7 @@ class SelfTeacher:
         teacher = copy.deepcopy(policy)
         if is_peft_model(teacher):
             teacher = teacher.merge_and_unload()
+        teacher.__dict__.pop("forward", None)  # TRL's patched forward is bound to the policy
         teacher = teacher.to(self.accelerator.device)
         return (teacher.float() if self.kind == "ema" else teacher).eval().requires_grad_(False)
 

@@ -55,7 +55,8 @@ class SRPOTrainer(GRPOTrainer):
         args = SRPOConfig() if args is None else args
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         self._forward_redirection = ForwardRedirection()
-        self._teacher_hidden: list[torch.Tensor] = []
+        self._teacher_hidden: list[torch.Tensor | None] = []
+        self._loss_sums: torch.Tensor | None = None
         self.last_rollouts: dict[str, Any] = {}
         self.teacher: SelfTeacher | None = None
         if args.routing != "grpo":
@@ -238,9 +239,13 @@ class SRPOTrainer(GRPOTrainer):
             return super()._compute_loss(model, inputs)
         unwrapped = self.accelerator.unwrap_model(model)
         loss, sums = self._forward_redirection(model, unwrapped, self._routed_loss, unwrapped, inputs)
-        sums = self.accelerator.gather(sums[None]).sum(0).tolist()
-        for name, (total, count) in zip(LOSS_FIGURES, sums, strict=True):
-            self._record(name, total / count if count else float("nan"))
+        self._loss_sums = sums if self._loss_sums is None else self._loss_sums + sums
+        if self.accelerator.sync_gradients:  # once a step: means over all its tokens, whatever the micro-batches
+            for name, (total, count) in zip(
+                LOSS_FIGURES, self.accelerator.gather(self._loss_sums[None]).sum(0).tolist(), strict=True
+            ):
+                self._record(name, total / count if count else float("nan"))
+            self._loss_sums = None
         return loss
 
     def _routed_loss(self, model, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,8 +270,9 @@ class SRPOTrainer(GRPOTrainer):
             args.routing, grpo, sdpo, inputs["entropy_weights"], distill, mask, num_tokens, args.mix_weight
         )
         routed = mask & distill[:, None]
+        policy = mask if args.routing == "mix" else mask & ~routed
         clipped = self._clipped(logps.detach() - old_logps, inputs["advantages"])
-        sums = [(entropy_N, mask), (grpo[mask & ~routed], mask & ~routed), (sdpo[routed], routed), (clipped, mask)]
+        sums = [(entropy_N, mask), (grpo[policy], policy), (sdpo[routed], routed), (clipped, mask)]
         return loss, torch.stack([torch.stack([x.detach().float().sum(), m.sum()]) for x, m in sums])
 
     def _divergence(self, model, hidden: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:

@@ -1,0 +1,571 @@
+"""`SRPOTrainer` on a tiny Qwen3: against TRL and float64 references, invariances, teacher, resuming, bad input."""
+
+import copy
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer
+from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer import utils as trl_utils
+
+from common.tiny import tiny_qwen3
+from srpo import SRPOConfig, SRPOTrainer, objective
+from srpo.reprompt import teacher_prompt_ids
+
+ROUTED = ("srpo", "sdpo", "sdpo_incorrect", "sdpo_correct", "mix")
+
+
+# --- models, data, trainers ----------------------------------------------------------------
+
+
+def policy(seed: int = 0, sharp: float = 3.0):
+    model, tokenizer = tiny_qwen3(hidden=32, seed=seed)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(sharp)  # a random model is all but uniform
+    return model, tokenizer
+
+
+def rows(n: int = 4) -> list[dict[str, Any]]:
+    return [{"prompt": [{"role": "user", "content": f"Q{i}" + "?" * (1 + i % 3)}], "answer": i} for i in range(n)]
+
+
+def mixed_reward(completions, **columns) -> list[float]:
+    """Depends on the first letter: about two thirds of the rollouts are correct."""
+    return [float(ord(c[0]["content"][0]) % 3 != 0) for c in completions]
+
+
+def always(value: float):
+    def reward(completions, **columns) -> list[float]:
+        return [value] * len(completions)
+
+    return reward
+
+
+def build(output_dir, data=None, reward=mixed_reward, model=None, cls=SRPOTrainer, config=SRPOConfig, **overrides):
+    """Two prompts times four rollouts a step."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    if config is SRPOConfig:
+        defaults["doctor_steps"] = 0
+    callbacks, peft_config = overrides.pop("callbacks", None), overrides.pop("peft_config", None)
+    model, tokenizer = model or policy()
+    return cls(
+        model,
+        reward,
+        args=config(**{**defaults, **overrides}),
+        train_dataset=Dataset.from_list(data or rows()),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda **overrides: build(overrides.pop("output_dir", tmp_path / "run"), **overrides)
+
+
+def fixed_rollouts(monkeypatch) -> None:
+    """Completions that depend on the prompt and the sibling's number only: 1 to 6 letters and an end of sequence."""
+
+    def generate(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        start = len(prompt_ids) * self.accelerator.process_index
+        rollouts = []
+        for row, ids in enumerate(prompt_ids):
+            rng = np.random.default_rng([sum(ids), (start + row) % num_generations])
+            rollouts.append([*rng.integers(10, 100, rng.integers(1, 7)).tolist(), self._tokenizer.eos_token_id])
+        return rollouts, None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    fixed_rollouts(monkeypatch)
+
+
+def step(trainer, inputs=None) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one optimizer step, without the update."""
+    accumulation = trainer.args.gradient_accumulation_steps
+    trainer.current_gradient_accumulation_steps = accumulation
+    inputs = next(iter(trainer.get_train_dataloader())) if inputs is None else inputs
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = sum(trainer.training_step(trainer.model, inputs, None).item() for _ in range(accumulation))
+    return loss, {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def assert_same_step(a, b, tolerance: float = 1e-6) -> None:
+    assert a[0] == pytest.approx(b[0], rel=1e-5, abs=1e-7)
+    assert a[1].keys() == b[1].keys()
+    for name, gradient in a[1].items():
+        torch.testing.assert_close(gradient, b[1][name], rtol=1e-4, atol=tolerance)
+
+
+# --- the contact with TRL ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (GRPOTrainer._get_train_sampler, "self dataset"),
+        (GRPOTrainer._tokenize_prompts, "self prompts"),
+        (
+            GRPOTrainer._generate_single_turn,
+            "self prompt_ids images multimodal_fields num_generations has_tool_images",
+        ),
+        (GRPOTrainer._calculate_rewards, "self inputs prompts completions completion_ids_list"),
+        (GRPOTrainer._generate_and_score_completions, "self inputs"),
+        (GRPOTrainer._compute_loss, "self model inputs"),
+        (Trainer._save_optimizer_and_scheduler, "self output_dir"),
+        (GRPOTrainer._load_optimizer_and_scheduler, "self checkpoint"),
+        (
+            ChunkedLogProbFunction.forward,
+            "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs",
+        ),
+        (trl_utils.maybe_gather_lm_head_ctx, "params"),
+        (trl_utils.RepeatSampler.__init__, "self data_source mini_repeat_count batch_size repeat_count shuffle seed"),
+    ],
+)
+def test_private_names_of_trl_have_the_signature_that_the_trainer_expects(function, parameters):
+    assert list(inspect.signature(inspect.unwrap(function)).parameters) == parameters.split()
+
+
+def test_every_override_has_trls_parameters():
+    for name, function in vars(SRPOTrainer).items():
+        upstream = getattr(GRPOTrainer, name, None)
+        if not inspect.isfunction(function) or upstream is None or name == "__init__":
+            continue
+        ours, theirs = (inspect.signature(inspect.unwrap(f)).parameters for f in (function, upstream))
+        assert list(ours) == list(theirs), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_routing_grpo_is_trls_trainer_bit_for_bit(make, fixed, accumulation):
+    batch = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    ours = step(make(routing="grpo", **batch))
+    plain = {
+        "loss_type": "dapo",
+        "scale_rewards": "none",
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "delta": 3.0,
+        "beta": 0.0,
+        "temperature": 1.0,
+    }
+    theirs = step(make(cls=GRPOTrainer, config=GRPOConfig, **plain, **batch))
+    assert ours[0] == theirs[0]
+    assert ours[0] != 0
+    assert all(torch.equal(gradient, theirs[1][name]) for name, gradient in ours[1].items())
+
+
+def test_without_a_routed_row_srpo_is_grpo(make, fixed):
+    """Rewards below the threshold differ within groups, so that GRPO has a signal and nothing is routed."""
+
+    def low(completions, **columns):
+        return [0.4 * r for r in mixed_reward(completions)]
+
+    ours, theirs = step(make(reward=low)), step(make(reward=low, routing="grpo"))
+    assert ours[0] != 0
+    assert_same_step(ours, theirs)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_advantages_are_those_of_the_paper_before_routing(make, fixed, scale):
+    trainer = make(advantage_scale=scale)
+    step(trainer)
+    rewards = trainer._rollouts["rewards"]
+    expected = objective.group_advantages(rewards, 4, scale)
+    got = trainer._buffered_inputs[0]["advantages"]
+    # TRL shuffles the rows of a batch and has epsilon 1e-4
+    torch.testing.assert_close(got.sort().values, expected.sort().values, rtol=1e-3, atol=1e-4)
+
+
+# --- the loss against references ----------------------------------------------------------------
+
+
+def response_logits(model, prompt_ids: list[int], response: list[int]) -> torch.Tensor:
+    """(T, V) float64 logits of a response, from the model's public forward on this row alone."""
+    ids = torch.tensor([prompt_ids + response])
+    return model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1].double()
+
+
+def reference_loss(trainer, routing: str, beta: float) -> torch.Tensor:
+    """The equations of the paper row by row, full logits, float64; divergence by TRL's own function."""
+    kept = trainer._rollouts
+    rewards, responses = kept["rewards"].tolist(), kept["completion_ids"]
+    texts = trainer._tokenizer.batch_decode(responses, skip_special_tokens=True)
+    model, teacher, tokenizer = trainer.model, trainer.teacher.model, trainer._tokenizer
+    grpo, sdpo, entropies, distilled = [], [], [], []
+    for i, response in enumerate(responses):
+        group = range(i // 4 * 4, i // 4 * 4 + 4)
+        donors = [j for j in group if j != i and rewards[j] >= 0.5]
+        correct = rewards[i] >= 0.5
+        advantage = rewards[i] - sum(rewards[j] for j in group) / 4
+        prompt = kept["prompts"][i]
+        student = response_logits(
+            model, tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"], response
+        )
+        logps = student.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        grpo.append(-(logps - logps.detach()).exp() * advantage)
+        routed = (
+            bool(donors)
+            and {
+                "srpo": not correct,
+                "sdpo": True,
+                "sdpo_incorrect": not correct,
+                "sdpo_correct": correct,
+                "mix": True,
+            }[routing]
+        )
+        distilled.append(routed)
+        if not routed:
+            sdpo.append(0 * logps)
+            continue
+        question = prompt[0]["content"]
+        text = f"{question}\nCorrect solution:\n\n{texts[donors[0]]}\n\nCorrectly solve the original question."
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)[
+            "input_ids"
+        ]
+        with torch.no_grad():
+            scored = response_logits(teacher, ids, response)
+        p = scored.softmax(-1)
+        entropies.append((i, -(p * p.log()).sum(-1)))
+        sdpo.append(
+            compute_topk_self_distillation_loss(
+                student, scored, distillation_topk=100, distillation_alpha=0.5, distillation_add_tail=True
+            )
+        )
+    raw = {i: (-beta * h).exp() for i, h in entropies}
+    mean = torch.cat(list(raw.values())).mean()
+    total = torch.zeros((), dtype=torch.float64)
+    for i, routed in enumerate(distilled):
+        weighted = raw[i] / mean * sdpo[i] if routed else sdpo[i]
+        if routing == "mix":
+            total = total + (0.9 * grpo[i] + 0.1 * weighted).sum()
+        elif routed:
+            total = total + weighted.sum()
+        elif routing == "srpo":
+            total = total + grpo[i].sum()
+    counted = [len(r) for r, d in zip(responses, distilled, strict=True) if d or routing in ("srpo", "mix")]
+    return total / sum(counted)
+
+
+@pytest.mark.parametrize("routing", ROUTED)
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_loss_and_gradients_against_float64(make, fixed, routing, beta):
+    trainer = make(routing=routing, entropy_beta=beta, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    with torch.no_grad():  # a teacher that differs from the student
+        for p in trainer.teacher.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    loss, gradients = step(trainer)
+    expected = reference_loss(trainer, routing, beta)
+    assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+    names, parameters = zip(*trainer.model.named_parameters(), strict=True)
+    for name, gradient in zip(names, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(gradients[name], gradient.float(), rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("routing", ["srpo", "sdpo", "mix"])
+def test_micro_batches_do_not_matter(make, fixed, routing):
+    steps = [
+        step(make(routing=routing, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size))
+        for size in (8, 2, 1)
+    ]
+    for other in steps[1:]:
+        assert_same_step(other, steps[0])
+
+
+def test_row_order_and_padding_do_not_matter(make, fixed):
+    trainer = make()
+    inputs = next(iter(trainer.get_train_dataloader()))
+    expected = step(trainer, inputs)
+    assert_same_step(step(make(), inputs[4:] + inputs[:4]), expected)
+    assert_same_step(step(make(pad_to_multiple_of=16), inputs), expected)
+
+
+@pytest.mark.parametrize("routing", ROUTED)
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_groups_of_equal_rewards_give_a_finite_attached_zero(make, fixed, routing, value):
+    loss, gradients = step(make(routing=routing, reward=always(value)))
+    assert math.isfinite(loss)
+    if value == 0.0 or routing in ("srpo", "sdpo_incorrect"):
+        assert loss == 0
+        assert gradients
+        assert all(not g.any() for g in gradients.values())
+
+
+def test_a_lone_success_has_no_donor_and_is_trained_by_grpo(make, fixed):
+    def lone(completions, **columns):
+        return [float(i % 4 == 2) for i in range(len(completions))]
+
+    trainer = make(reward=lone)
+    step(trainer)
+    assert trainer.last_rollouts["donor"].tolist() == [2, 2, -1, 2, 6, 6, -1, 6]
+    assert trainer.last_rollouts["distill"].tolist() == [True, True, False, True] * 2
+    assert trainer._metrics["train"]["route/lone_success"] == [0.25]
+
+
+def test_random_demonstrations_are_correct_siblings_and_depend_on_the_seed(make, fixed):
+    def three(completions, **columns):
+        return [float(i % 4 != 0) for i in range(len(completions))]
+
+    seen = set()
+    for seed in range(8):
+        trainer = make(reward=three, demonstration="random", seed=seed, shuffle_dataset=False)
+        routing = objective.route(torch.tensor(three([None] * 8)), 4)
+        donors = trainer._donors(routing).tolist()
+        assert donors == trainer._donors(routing).tolist()
+        assert donors[0] in (1, 2, 3)
+        assert donors[4] in (5, 6, 7)
+        seen.add(donors[0])
+    assert seen == {1, 2, 3}
+
+
+# --- the self-teacher ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("routing", ROUTED)
+def test_the_teacher_scores_the_needed_tokens_and_no_others(make, fixed, routing):
+    trainer = make(routing=routing, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    backbone = []
+    trainer.teacher.model.model.register_forward_hook(lambda m, a, out: backbone.append(len(out.last_hidden_state)))
+    step(trainer)
+    distilled = int(trainer.last_rollouts["distill"].sum())
+    assert sum(backbone) == distilled > 0
+    assert trainer._metrics["train"]["teacher/scored_over_needed"] == [1.0]
+
+
+def test_the_average_follows_the_policy_by_hand(make, fixed):
+    """theta'_2 = 0.95 (0.95 theta_0 + 0.05 theta_1) + 0.05 theta_2, in float32 also for a bfloat16 policy."""
+    history = []
+    trainer = make(max_steps=2)
+
+    start = copy.deepcopy(dict(trainer.model.named_parameters()))
+    update = trainer.teacher.update
+    trainer.teacher.update = lambda model: (
+        history.append({n: p.detach().clone() for n, p in model.named_parameters()}),
+        update(model),
+    )[1]
+    trainer.train()
+    assert len(history) == 2
+    for name, parameter in trainer.teacher.model.named_parameters():
+        expected = 0.95 * (0.95 * start[name] + 0.05 * history[0][name]) + 0.05 * history[1][name]
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-7)
+        assert parameter.dtype == torch.float32
+        assert not parameter.requires_grad
+    assert not torch.equal(history[1]["model.norm.weight"], start["model.norm.weight"])
+
+
+def test_a_bfloat16_policy_has_a_float32_teacher(make, fixed):
+    model, tokenizer = policy()
+    trainer = make(model=(model.bfloat16(), tokenizer), learning_rate=1e-5, max_steps=3)
+    trainer.train()
+    assert {p.dtype for p in trainer.teacher.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["frozen", "current"])
+def test_other_teachers(make, fixed, kind):
+    trainer = make(teacher=kind, max_steps=3)
+    start = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+    if kind == "current":
+        assert trainer.teacher.model is None
+    else:
+        assert all(torch.equal(t, start[n]) for n, t in trainer.teacher.model.state_dict().items())
+    assert trainer.model.training
+
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": False}
+
+
+def test_with_lora_the_average_is_of_the_product(make, fixed):
+    """The teacher's weight is the average of W + scale B A, not W + scale (average of B) (average of A)."""
+    trainer = make(peft_config=peft.LoraConfig(**LORA), max_steps=2)
+    layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
+    merged = [layer.get_base_layer().weight + layer.get_delta_weight("default")]
+    update = trainer.teacher.update
+    trainer.teacher.update = lambda model: (
+        merged.append((layer.get_base_layer().weight + layer.get_delta_weight("default")).detach().clone()),
+        update(model),
+    )[1]
+    trainer.train()
+    got = trainer.teacher.model.model.layers[0].self_attn.q_proj.weight
+    expected = 0.95 * (0.95 * merged[0] + 0.05 * merged[1]) + 0.05 * merged[2]
+    torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(merged[2], merged[0], atol=1e-4)
+
+
+def test_the_frozen_teacher_of_a_lora_run_is_the_base_model_without_a_copy(make, fixed):
+    trainer = make(peft_config=peft.LoraConfig(**LORA), teacher="frozen")
+    assert trainer.teacher.model is None
+    ids = torch.tensor([[20, 30, 40]])
+    with trainer.teacher.view(trainer.model) as teacher, torch.no_grad():
+        got = teacher(input_ids=ids).logits
+    expected = policy()[0](input_ids=ids).logits
+    torch.testing.assert_close(got, expected)
+    assert math.isfinite(step(trainer)[0])
+
+
+def test_lora_on_the_head_is_refused(make):
+    with pytest.raises(ValueError, match="lm_head"):
+        make(peft_config=peft.LoraConfig(target_modules=["lm_head"]))
+
+
+# --- the teacher's prompt ----------------------------------------------------------------
+
+
+def test_the_teacher_prompt_is_the_released_string():
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Question {x}"}]
+    got = objective.teacher_prompt(messages, "A {demonstration} \\ B")
+    assert got[0] == messages[0]
+    assert got[1]["content"] == (
+        "Question {x}\nCorrect solution:\n\nA {demonstration} \\ B\n\nCorrectly solve the original question."
+    )
+    assert messages[1]["content"] == "Question {x}"
+
+
+def test_a_long_demonstration_is_cut_and_the_instruction_stays():
+    _, tokenizer = policy()
+
+    def tokenize(prompts):
+        return [tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in prompts]
+
+    prompt = [{"role": "user", "content": "Question"}]
+    plain = len(tokenize([objective.teacher_prompt(prompt, "")])[0])
+    (ids,) = teacher_prompt_ids([prompt], ["abcdefghij" * 20], tokenize, tokenizer, plain + 13)
+    assert len(ids) == plain + 13
+    text = tokenizer.decode(ids)
+    assert "Correct solution:\n\nabcdefghijabc\n\nCorrectly solve the original question." in text
+    with pytest.raises(ValueError, match="leaves no room.*max_reprompt_length") as error:
+        teacher_prompt_ids([prompt], ["abc"], tokenize, tokenizer, plain)
+    assert "\n" not in str(error.value)
+
+
+def test_thinking_is_left_out_of_the_demonstration():
+    assert objective.strip_thinking("<think>a\nb</think>\n\nThe <b> answer") == "The <b> answer"
+    assert objective.strip_thinking("no thinking") == "no thinking"
+
+
+# --- checkpoints ----------------------------------------------------------------
+
+
+def test_resuming_gives_the_uninterrupted_run_teacher_included(make, tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "temperature": 1.0}
+    straight = make(output_dir=tmp_path / "straight", **settings)
+    straight.train()
+    resumed = make(output_dir=tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    for a, b in ((straight.model, resumed.model), (straight.teacher.model, resumed.teacher.model)):
+        other = dict(b.named_parameters())
+        for name, parameter in a.named_parameters():
+            assert torch.equal(parameter, other[name]), name
+    keys = ("loss", "reward", "route/sdpo", "teacher/distance")
+    assert [straight.state.log_history[5][k] for k in keys] == [resumed.state.log_history[5][k] for k in keys]
+
+
+def test_a_checkpoint_without_its_teacher_is_refused(make, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make(**settings).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (checkpoint / "self_teacher.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no self_teacher.safetensors.*teacher='ema'"):
+        make(**settings).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_the_teacher_is_written_before_the_file_that_makes_a_checkpoint_complete(make, tmp_path, monkeypatch):
+    trainer = make(max_steps=1, save_strategy="steps", save_steps=1)
+    save = type(trainer.state).save_to_json
+
+    def checked(self, path):
+        assert (Path(path).parent / "self_teacher.safetensors").exists()
+        save(self, path)
+
+    monkeypatch.setattr(type(trainer.state), "save_to_json", checked)
+    trainer.train()
+    assert (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").exists()
+
+
+# --- bad input ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_is_one_clear_sentence(make, fixed, value):
+    def reward(completions, **columns):
+        return [value if i == 5 else 1.0 for i in range(len(completions))]
+
+    with pytest.raises(ValueError, match="reward of rollout 5 is") as error:
+        step(make(reward=reward))
+    assert "\n" not in str(error.value)
+
+
+def test_rewards_of_the_wrong_number(make, fixed):
+    with pytest.raises(ValueError, match="returned 1 rewards, but 8 were expected"):
+        step(make(reward=lambda completions, **columns: [1.0]))
+
+
+def test_a_prompt_over_the_limit(make):
+    with pytest.raises(ValueError, match="max_prompt_length=5"):
+        step(make(max_prompt_length=5))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("routing", "spro", "routing must be one of srpo, grpo"),
+        ("teacher", "best", "teacher must be one of ema, frozen, current"),
+        ("demonstration", "last", "demonstration must be first or random"),
+        ("divergence", "kl", "divergence must be one of jsd"),
+        ("mix_weight", 1.5, r"mix_weight must be in \[0, 1\]"),
+        ("teacher_update_rate", 0.0, "teacher_update_rate must be in"),
+        ("entropy_beta", -1.0, "entropy_beta must be at least 0"),
+        ("top_k", 0, "top_k must be at least 1"),
+        ("num_generations", 3, "must be divisible by num_generations"),
+        ("loss_type", "grpo", "loss_type must be 'dapo' with routing='srpo'"),
+        ("num_iterations", 2, "num_iterations must be 1"),
+        ("steps_per_generation", 4, "steps_per_generation=4 must equal gradient_accumulation_steps=1"),
+    ],
+)
+def test_wrong_settings_are_one_clear_sentence(make, field, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(**{field: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("routing", "rate", "beta"), [("srpo", 5e-6, 1.0), ("grpo", 1e-6, 0.0), ("sdpo", 1e-5, 0.0), ("mix", 5e-6, 0.0)]
+)
+def test_defaults_are_the_papers(tmp_path, routing, rate, beta):
+    config = SRPOConfig(str(tmp_path), routing=routing, use_cpu=True, bf16=False, per_device_train_batch_size=8)
+    assert (config.learning_rate, config.entropy_beta) == (rate, beta)
+    assert (config.num_generations, config.max_completion_length, config.max_prompt_length) == (8, 8192, 2048)
+    assert (config.epsilon, config.epsilon_high, config.delta, config.beta) == (0.2, 0.28, 3.0, 0.0)
+    assert (config.scale_rewards, config.loss_type) == ("none", "dapo")
+    assert (config.vllm_importance_sampling_mode, config.vllm_importance_sampling_clip_max) == ("token_truncate", 2.0)
+    assert (config.top_k, config.tail, config.divergence, config.teacher_update_rate) == (100, True, "jsd", 0.05)
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    assert (config.warmup_steps, config.lr_scheduler_type, config.weight_decay) == (10, "constant_with_warmup", 0.01)
