@@ -55,8 +55,6 @@ class SRPOConfig(GRPOConfig):
             Support of the divergence, the student's most likely tokens. `None` takes the whole vocabulary.
         tail (`bool`, *optional*, defaults to `True`):
             One more category for the mass outside the support; without it the support is renormalised.
-        distillation_is_clip (`float`, *optional*, defaults to `2.0`):
-            Upper bound of the ratio of current to old policy on the distillation loss; 1 on-policy.
 
         > Parameters that control the GRPO loss
 
@@ -87,7 +85,6 @@ class SRPOConfig(GRPOConfig):
     )
     top_k: int | None = field(default=100, metadata={"help": "Support of the divergence."})
     tail: bool = field(default=True, metadata={"help": "Keep the mass outside the support."})
-    distillation_is_clip: float = field(default=2.0, metadata={"help": "Bound of the policy ratio on distillation."})
     advantage_scale: bool = field(default=False, metadata={"help": "Divide advantages by their group's deviation."})
     max_prompt_length: int = field(default=2048, metadata={"help": "A longer prompt is an error."})
     doctor_steps: int = field(default=50, metadata={"help": "Steps between health lines; 0 = off."})
@@ -130,7 +127,6 @@ class SRPOConfig(GRPOConfig):
             ("teacher_update_rate", 0 < self.teacher_update_rate <= 1, "must be in (0, 1]"),
             ("entropy_beta", self.entropy_beta >= 0, "must be at least 0"),
             ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1, or none"),
-            ("distillation_is_clip", self.distillation_is_clip > 0, "must be above 0"),
             ("num_generations", self.num_generations >= 2, "must be at least 2: a group needs siblings"),
         ):
             if not valid:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from . import objective
 from ._trl import ChunkedLogProbFunction, maybe_gather_lm_head_ctx
 
 VOCABULARY_TILE = 32768
@@ -18,10 +19,13 @@ class LMHead(NamedTuple):
     scale: float
     softcap: float | None
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(N, V) float32 logits of a chunk of (N, H) hidden states."""
-        logits = torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias).float() * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+    def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """(N, V) float32 logits of (N, H) hidden states, divided by the sampling temperature."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
+        return (logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)) / temperature
+
+    def to(self, dtype: torch.dtype) -> "LMHead":
+        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
     def detach(self) -> "LMHead":
         """Without gradient to the weights."""
@@ -72,3 +76,95 @@ def sampled_logps(
             ("log_probs", "entropy"),
         )
     return logps, entropy
+
+
+@torch.no_grad()
+def chunked_entropy(head: LMHead, hidden: torch.Tensor, temperature: float = 1.0, rows: int = 512) -> torch.Tensor:
+    """`objective.teacher_entropy` from (N, H) hidden states, (N,) float32 in nats."""
+    head = head.to(hidden.dtype)
+    parts = [objective.teacher_entropy(head.logits(part, temperature)) for part in hidden.split(rows)]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def chunked_divergence(
+    student: LMHead,
+    student_hidden: torch.Tensor,
+    teacher: LMHead,
+    teacher_hidden: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = 100,
+    alpha: float = 0.5,
+    tail: bool = True,
+    rows: int = 512,
+) -> torch.Tensor:
+    """`objective.jsd_topk_tail` of each token from hidden states, (N,) in nats, without ever holding (N, V) logits.
+
+    The peak is a small multiple of rows * V * 4 bytes, whatever N. Each token is projected once by the teacher's head
+    and, because the backward pass computes its logits again, twice by the student's.
+
+    Args:
+        student_hidden: (N, H), carries the gradient, as does the student's head.
+        teacher_hidden: (N, H_teacher).
+    """
+    settings = (temperature, top_k, alpha, tail, rows)
+    return _ChunkedDivergence.apply(
+        student_hidden,
+        student.weight,
+        student.bias,
+        student,
+        teacher.to(teacher_hidden.dtype),
+        teacher_hidden,
+        settings,
+    )
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, student, teacher, teacher_hidden, settings):
+        temperature, top_k, alpha, tail, rows = settings
+        divergences, supports, targets = [], [], []
+        with student.gathered(), teacher.gathered():
+            head = student.to(hidden.dtype)
+            for part, teacher_part in zip(hidden.split(rows), teacher_hidden.split(rows), strict=True):
+                logits = head.logits(part, temperature)
+                supports.append(objective.student_support(logits, top_k))
+                targets.append(
+                    objective.topk_tail_logps(teacher.logits(teacher_part, temperature), supports[-1], tail)
+                )
+                logps = objective.topk_tail_logps(logits, supports[-1], tail)
+                divergences.append(objective.jensen_shannon(logps, targets[-1], alpha))
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.student, ctx.supports, ctx.targets, ctx.settings = student, supports, targets, settings
+        return torch.cat(divergences)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, weight, bias = ctx.saved_tensors
+        temperature, _, alpha, tail, rows = ctx.settings
+        wanted = ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]
+        sums = [
+            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if needed else None
+            for tensor, needed in zip((weight, bias), wanted, strict=True)
+        ]
+        hidden_gradients = []
+        with ctx.student.gathered(), torch.enable_grad():
+            head = ctx.student.detach().to(hidden.dtype)
+            leaves = [
+                tensor.detach().requires_grad_() if needed else tensor
+                for tensor, needed in zip((head.weight, head.bias), wanted, strict=True)
+            ]
+            head = head._replace(weight=leaves[0], bias=leaves[1])
+            for part, support, target, scale in zip(
+                hidden.detach().split(rows), ctx.supports, ctx.targets, upstream.split(rows), strict=True
+            ):
+                part.requires_grad_()
+                logps = objective.topk_tail_logps(head.logits(part, temperature), support, tail)
+                value = objective.jensen_shannon(logps, target, alpha)
+                inputs = [part, *(leaf for leaf, needed in zip(leaves, wanted, strict=True) if needed)]
+                gradients = iter(torch.autograd.grad(value, inputs, scale))
+                hidden_gradients.append(next(gradients))
+                for total in sums:
+                    if total is not None:
+                        total += next(gradients)
+        given = [None if s is None else s.to(t.dtype) for s, t in zip(sums, (weight, bias), strict=True)]
+        return torch.cat(hidden_gradients), *given, None, None, None, None

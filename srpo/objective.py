@@ -11,7 +11,6 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 ROUTINGS = ("srpo", "grpo", "sdpo", "sdpo_incorrect", "sdpo_correct", "mix")
 DEMONSTRATION = "\nCorrect solution:\n\n{demonstration}\n\nCorrectly solve the original question."
@@ -133,8 +132,11 @@ def entropy_weights(entropy: torch.Tensor, mask: torch.Tensor, beta: float = 1.0
     mask = mask.bool()
     if not torch.isfinite(entropy[mask]).all():
         raise ValueError("teacher entropy is not finite on a routed token: check the teacher's weights and dtype")
-    raw = torch.where(mask, (-beta * torch.where(mask, entropy, 0)).exp(), 0)
-    return raw * mask.sum() / raw.sum() if mask.any() else raw
+    if not mask.any():
+        return torch.zeros_like(entropy)
+    lowest = entropy[mask].min()  # cancels in the quotient, and keeps a large beta from making every weight 0
+    raw = torch.where(mask, (-beta * torch.where(mask, entropy - lowest, 0)).exp(), 0)
+    return raw * mask.sum() / raw.sum()
 
 
 def jsd_topk_tail(
@@ -153,29 +155,48 @@ def jsd_topk_tail(
         top_k: support, the student's most likely tokens; none or V for the whole vocabulary.
         tail: one more category for the mass outside the support, which carries gradient; without it both
             distributions are renormalised over the support.
+
+    Raises `ValueError` for logits of different shapes, top_k below 1 and alpha outside [0, 1].
     """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, or none for the whole vocabulary; got {top_k}")
     if student_logits.shape != teacher_logits.shape:
         shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         raise ValueError(f"student and teacher logits must have one shape, got {shapes}")
-    student, teacher = student_logits.to(_wide(student_logits)), teacher_logits.to(_wide(teacher_logits))
-    student_log_z, teacher_log_z = student.logsumexp(-1, keepdim=True), teacher.logsumexp(-1, keepdim=True)
-    whole = top_k is None or top_k >= student.size(-1)
-    if not whole:
-        student, support = student.topk(top_k, dim=-1)
-        teacher = teacher.gather(-1, support)
-    student, teacher = student - student_log_z, teacher - teacher_log_z
-    if not whole:
-        student, teacher = (_with_tail(p) if tail else p.log_softmax(-1) for p in (student, teacher))
-    return _jensen_shannon(student, teacher, alpha)
+    support = student_support(student_logits, top_k)
+    student, teacher = (topk_tail_logps(logits, support, tail) for logits in (student_logits, teacher_logits))
+    return jensen_shannon(student, teacher, alpha)
 
 
-def _with_tail(logps: torch.Tensor) -> torch.Tensor:
-    """(..., K) log-probabilities and that of the rest; the clamp keeps a rest of 0 finite."""
-    kept = logps.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+def student_support(student_logits: torch.Tensor, top_k: int | None = 100) -> torch.Tensor | None:
+    """Ids (..., K) of the student's most likely tokens; none where the whole vocabulary is the support."""
+    if top_k is None or top_k >= student_logits.size(-1):
+        return None
+    return student_logits.detach().topk(top_k, dim=-1).indices
+
+
+def topk_tail_logps(logits: torch.Tensor, support: torch.Tensor | None, tail: bool = True) -> torch.Tensor:
+    """Log-probabilities (..., K + 1) of the ids in `support` and of all others together, from (..., V) logits.
+
+    Without `tail` (..., K), renormalised; without a support the (..., V) log-probabilities.
+    """
+    logits = logits.to(_wide(logits))
+    if support is None:
+        return logits.log_softmax(-1)
+    chosen = logits.gather(-1, support)
+    if not tail:
+        return chosen.log_softmax(-1)
+    logps = chosen - logits.logsumexp(-1, keepdim=True)
+    kept = logps.logsumexp(-1, keepdim=True).clamp(max=-1e-7)  # keeps a rest of 0 finite
     return torch.cat([logps, torch.log(-torch.expm1(kept))], dim=-1)
 
 
-def _jensen_shannon(student: torch.Tensor, teacher: torch.Tensor, alpha: float) -> torch.Tensor:
+def jensen_shannon(student: torch.Tensor, teacher: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
+    """(1 - alpha) KL(P || M) + alpha KL(Q || M), log-probabilities (..., K) -> nats (...); see `jsd_topk_tail`."""
+    # A token that one model rules out (-inf) has probability 0; infinity minus infinity would be nan
+    student, teacher = (p.clamp(min=torch.finfo(p.dtype).min) for p in (student, teacher))
     if alpha == 0:
         return _kl(teacher, student)
     if alpha == 1:
@@ -186,48 +207,6 @@ def _jensen_shannon(student: torch.Tensor, teacher: torch.Tensor, alpha: float) 
 
 def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return (first.exp() * (first - second)).sum(-1)
-
-
-def chunked_jsd_topk_tail(
-    student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    student_head,
-    teacher_head,
-    top_k: int | None = 100,
-    alpha: float = 0.5,
-    tail: bool = True,
-    temperature: float = 1.0,
-    rows: int = 512,
-) -> torch.Tensor:
-    """`jsd_topk_tail` from hidden states, (N,), without ever holding (N, V) logits.
-
-    Each chunk of `rows` tokens is computed again in the backward pass, so that the peak is about
-    rows * V * 4 bytes times a small number, whatever N.
-
-    Args:
-        student_hidden: (N, H), carries the gradient.
-        teacher_hidden: (N, H_teacher).
-        student_head, teacher_head: called on a (rows, H) chunk, give its (rows, V) logits.
-        temperature: divides both logits.
-    """
-
-    def divergence(student_chunk: torch.Tensor, teacher_chunk: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher_chunk) / temperature
-        return jsd_topk_tail(student_head(student_chunk) / temperature, teacher_logits, top_k, alpha, tail)
-
-    parts = [
-        checkpoint(divergence, student, teacher, use_reentrant=False)
-        for student, teacher in zip(student_hidden.split(rows), teacher_hidden.split(rows), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def chunked_entropy(hidden: torch.Tensor, head, temperature: float = 1.0, rows: int = 512) -> torch.Tensor:
-    """`teacher_entropy` from (N, H) hidden states, (N,) float32; `head` gives the logits of a chunk of rows."""
-    parts = [teacher_entropy(head(part) / temperature) for part in hidden.split(rows)]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def srpo_loss(
@@ -302,7 +281,9 @@ def strip_thinking(text: str) -> str:
 
 
 def _checked_rewards(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """(P, G) rewards."""
+    """(P, G) rewards in float32 or wider."""
+    if rewards.dim() != 1 or not len(rewards):
+        raise ValueError(f"rewards must be one number for each rollout, (B,), got shape {tuple(rewards.shape)}")
     if num_generations < 1 or len(rewards) % num_generations:
         raise ValueError(f"{len(rewards)} rewards do not divide into groups of num_generations={num_generations}")
     bad = ~torch.isfinite(rewards)
@@ -312,7 +293,7 @@ def _checked_rewards(rewards: torch.Tensor, num_generations: int) -> torch.Tenso
             f"the reward of rollout {row} is {rewards[row].item()}: every rollout needs a finite reward to be routed "
             "(None is read as nan); give failed checks 0.0"
         )
-    return rewards.view(-1, num_generations)
+    return rewards.to(_wide(rewards)).view(-1, num_generations)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

@@ -23,12 +23,12 @@ from . import objective
 from ._trl import ForwardRedirection, SiblingSampler, pad
 from .config import ALPHAS, SRPOConfig
 from .doctor import DoctorCallback, routing_figures, weight_figures
-from .lm_head import lm_head, sampled_logps
+from .lm_head import chunked_divergence, chunked_entropy, lm_head, sampled_logps
 from .reprompt import teacher_prompt_ids
 from .teacher import SelfTeacher, SelfTeacherCallback
 
-# Means over the tokens of a step: of the policy, of each branch's loss, and of tokens whose surrogate is clipped
-LOSS_FIGURES = ("entropy", "loss/grpo", "loss/sdpo", "clip_ratio")
+# Means over the tokens of a step: entropy and loss on tokens of the GRPO branch with an advantage, and divergence
+LOSS_FIGURES = ("entropy", "loss/grpo", "loss/sdpo")
 
 
 class SRPOTrainer(GRPOTrainer):
@@ -179,9 +179,7 @@ class SRPOTrainer(GRPOTrainer):
         with self._timed("teacher"), self._teacher_head.gathered():
             for row in rows:
                 states = self._teacher_hidden[row]
-                entropy[row, mask[row].bool()] = objective.chunked_entropy(
-                    states, self._teacher_head.logits, self.temperature
-                )
+                entropy[row, mask[row].bool()] = chunked_entropy(self._teacher_head, states, self.temperature)
         self._count_teacher_tokens(mask, distill)
         return entropy
 
@@ -249,56 +247,47 @@ class SRPOTrainer(GRPOTrainer):
         return loss
 
     def _routed_loss(self, model, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a micro-batch (Section 3.3), and sums and counts of what is logged."""
-        args, distill = self.args, inputs["distill"]
+        """Loss of a micro-batch (Section 3.3), and sums and counts of what is logged.
+
+        There is one optimizer step a generation batch, so the ratio to the old policy is 1; only its gradient counts.
+        """
+        args, rows, advantages = self.args, inputs["distill"], inputs["advantages"]
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-        hidden = self._hidden_states(model, inputs)
-        logps_N, entropy_N = sampled_logps(
-            lm_head(model), hidden[mask], inputs["completion_ids"][mask], self.temperature
-        )
-        logps = torch.zeros_like(mask, dtype=logps_N.dtype).masked_scatter(mask, logps_N)
-        old_logps = inputs.get("old_per_token_logps", logps.detach())
-        tis = inputs.get("importance_sampling_ratio", torch.ones_like(logps))
-        grpo = tis * objective.grpo_token_loss(
-            logps, old_logps, inputs["advantages"], args.epsilon, args.epsilon_high, args.delta
-        )
-        sdpo = tis * self._divergence(model, hidden, mask, inputs)
-        sdpo = sdpo * (logps - old_logps).detach().exp().clamp(max=args.distillation_is_clip)
+        hidden, head = self._hidden_states(model, inputs), lm_head(model)
+        tis = inputs.get("importance_sampling_ratio", torch.ones_like(mask, dtype=torch.float32))
         num_tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes
         num_tokens = num_tokens * self.current_gradient_accumulation_steps / args.steps_per_generation
-        loss = objective.routed_loss(
-            args.routing, grpo, sdpo, inputs["entropy_weights"], distill, mask, num_tokens, args.mix_weight
+
+        # A row that is distilled, or has no advantage, needs no log-probabilities
+        policy_rows = {"srpo": ~rows, "mix": torch.ones_like(rows)}.get(args.routing, torch.zeros_like(rows))
+        policy, routed = mask & (policy_rows & (advantages != 0))[:, None], mask & rows[:, None]
+        logps_N, entropy_N = sampled_logps(head, hidden[policy], inputs["completion_ids"][policy], self.temperature)
+        logps = torch.zeros_like(mask, dtype=logps_N.dtype).masked_scatter(policy, logps_N)
+        grpo = tis * objective.grpo_token_loss(
+            logps, logps.detach(), advantages, args.epsilon, args.epsilon_high, args.delta
         )
-        routed = mask & distill[:, None]
-        policy = mask if args.routing == "mix" else mask & ~routed
-        clipped = self._clipped(logps.detach() - old_logps, inputs["advantages"])
-        sums = [(entropy_N, mask), (grpo[policy], policy), (sdpo[routed], routed), (clipped, mask)]
+        sdpo_N = self._divergence(head, hidden[routed], inputs["row"][rows].tolist())
+        sdpo = tis * torch.zeros_like(mask, dtype=sdpo_N.dtype).masked_scatter(routed, sdpo_N)
+        loss = objective.routed_loss(
+            args.routing, grpo, sdpo, inputs["entropy_weights"], rows, mask, num_tokens, args.mix_weight
+        )
+        sums = ((entropy_N, policy), (grpo[policy], policy), (sdpo[routed], routed))
         return loss, torch.stack([torch.stack([x.detach().float().sum(), m.sum()]) for x, m in sums])
 
-    def _divergence(self, model, hidden: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """(B, T) divergence between student and self-teacher on the distilled rows, 0 elsewhere."""
-        args, rows = self.args, inputs["distill"]
-        if not rows.any():
-            return torch.zeros_like(mask, dtype=torch.float32)
-        chosen, head = mask & rows[:, None], lm_head(model)
-        with head.gathered(), self._teacher_head.gathered():
-            per_token = objective.chunked_jsd_topk_tail(
-                hidden[chosen],
-                torch.cat([self._teacher_hidden[row] for row in inputs["row"][rows].tolist()]),
-                head.logits,
-                self._teacher_head.logits,
-                args.top_k,
-                ALPHAS[args.divergence],
-                args.tail,
-                self.temperature,
-            )
-        return torch.zeros_like(mask, dtype=per_token.dtype).masked_scatter(chosen, per_token)
-
-    def _clipped(self, log_ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        """Tokens on which the surrogate's clip cuts the gradient off."""
-        ratio, advantages = log_ratio.exp(), advantages[:, None]
-        return ((ratio < 1 - self.args.epsilon) & (advantages < 0)) | (
-            (ratio > 1 + self.args.epsilon_high) & (advantages > 0)
+    def _divergence(self, head, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Divergence (N,) between student and self-teacher on the tokens of the distilled `rows`."""
+        if not rows:
+            return hidden.new_zeros(0, dtype=torch.float32)
+        args, teacher_hidden = self.args, torch.cat([self._teacher_hidden[row] for row in rows])
+        return chunked_divergence(
+            head,
+            hidden,
+            self._teacher_head,
+            teacher_hidden,
+            self.temperature,
+            args.top_k,
+            ALPHAS[args.divergence],
+            args.tail,
         )
 
     def _hidden_states(self, model, inputs: dict[str, Any]) -> torch.Tensor:
