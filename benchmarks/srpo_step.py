@@ -5,7 +5,8 @@
 
 A step here is reward, teacher phase, forward and backward of 32 rollouts; generation and optimizer are the same for
 all and left out. The models have random weights. The rollouts are fixed: groups of 8, about 40 % of them failed with
-a correct sibling. By default the head takes 8 % of a token's work, as in Qwen3-8B. Writes benchmarks/results/srpo_step.json.
+a correct sibling. By default the head takes 8 % of a token's work, as in Qwen3-8B.
+Writes benchmarks/results/srpo_step.json.
 """
 
 import argparse
