@@ -1,6 +1,7 @@
 """Models and processors from a hub id or a local folder, with one clear sentence when they cannot be had."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import torch
@@ -119,3 +120,11 @@ def count_parameters(name: str) -> int:
     auto = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
     with torch.device("meta"):
         return auto.from_config(config).num_parameters()
+
+
+def parameter_count(name: str) -> float | None:
+    """Parameters of a local model, or the size in a hub id such as Qwen3-VL-8B; none if the name holds no size."""
+    if Path(name).exists():
+        return count_parameters(name)
+    size = re.search(r"(\d+(?:\.\d+)?)B(?![a-zA-Z])", name)
+    return float(size.group(1)) * 1e9 if size else None

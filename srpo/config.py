@@ -1,5 +1,6 @@
 """One dataclass on top of TRL's: the fields of SRPO, and TRL's defaults moved to the paper's (arXiv 2604.02288)."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
@@ -110,6 +111,10 @@ class SRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         if self.advantage_scale:
+            if self.scale_rewards == "batch":
+                raise ValueError(
+                    "advantage_scale=True divides by group and scale_rewards='batch' by batch: leave out one"
+                )
             self.scale_rewards = "group"
         if self.routing in LEARNING_RATES and self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.routing]
@@ -125,9 +130,13 @@ class SRPOConfig(GRPOConfig):
             ("divergence", self.divergence in ALPHAS, f"must be one of {', '.join(ALPHAS)}"),
             ("mix_weight", 0 <= self.mix_weight <= 1, "must be in [0, 1]"),
             ("teacher_update_rate", 0 < self.teacher_update_rate <= 1, "must be in (0, 1]"),
-            ("entropy_beta", self.entropy_beta >= 0, "must be at least 0"),
+            ("entropy_beta", 0 <= self.entropy_beta < math.inf, "must be at least 0 and finite"),
+            ("reward_threshold", math.isfinite(self.reward_threshold), "must be finite"),
             ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1, or none"),
             ("num_generations", self.num_generations >= 2, "must be at least 2: a group needs siblings"),
+            ("max_prompt_length", self.max_prompt_length >= 1, "must be at least 1"),
+            ("max_reprompt_length", self.max_reprompt_length >= 1, "must be at least 1"),
+            ("doctor_steps", self.doctor_steps >= 0, "must be at least 0"),
         ):
             if not valid:
                 raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")

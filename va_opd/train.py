@@ -10,7 +10,6 @@ Deviations from the paper and expected numbers: va_opd/README.md. The whole expe
 
 import dataclasses
 import os
-import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -330,7 +329,7 @@ def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1) -> s
 
 def memory_lines(args: ScriptArguments, config: VAOPDConfig, processes: int) -> list[str]:
     """GiB a process by part, from the parameter counts (nominal from the name if the models are not at hand)."""
-    student, teacher = parameter_count(args.model), parameter_count(args.teacher)
+    student, teacher = models.parameter_count(args.model), models.parameter_count(args.teacher)
     if student is None or teacher is None:
         return ["memory: unknown, the models are not at hand and their names hold no size such as 2B"]
     gib, optimizer_shards = 2**30, processes if processes > 1 else 1
@@ -344,14 +343,6 @@ def memory_lines(args: ScriptArguments, config: VAOPDConfig, processes: int) -> 
     }
     lines = ["memory a process, GiB (activations and the generation engine come on top):"]
     return lines + [f"  {value:7.2f}  {name}" for name, value in {**parts, "sum": sum(parts.values())}.items()]
-
-
-def parameter_count(model: str) -> float | None:
-    """Parameters of a local model, counted on the meta device, or the size in a hub id such as Qwen3-VL-8B."""
-    if Path(model).exists():
-        return models.count_parameters(model)
-    size = re.search(r"(\d+(?:\.\d+)?)B(?![a-zA-Z])", model)
-    return float(size.group(1)) * 1e9 if size else None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""Evaluates a model of an experiment on the test problems: avg@k, with the records of every sample.
+
+    python -m srpo.evaluate run  --config srpo/configs/tiny.yaml --routing srpo     # every checkpoint of a training
+    python -m srpo.evaluate base --config srpo/configs/tiny.yaml                    # the policy before training
+
+Writes `eval/<checkpoint>/<benchmark>.json` with the sample records beside it, and `eval/curve.json`: accuracy over
+steps and over hours of training, from which the paper's numbers come (best within 1, 5 and 10 hours; also last and
+mean). Interrupted, it goes on where it stopped; finished, it does nothing.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .config import SRPOConfig
+from .data import reward_of
+from .train import ScriptArguments, load_splits_of, models, parse, run_path, train_seconds
+
+# isort: split
+from common.cli import is_done, run_main
+from common.evaluation import Benchmark, Decoding, TransformersEngine, VLLMEngine, evaluate
+from common.runs import atomic_write_json
+
+WHAT = ("run", "base")
+BUDGETS = (1, 5, 10)  # hours of training, Table 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 for done, 2 with one sentence on stderr for what the user can mend."""
+    return run_main("srpo.evaluate", _main, argv)
+
+
+def _main(argv: list[str]) -> None:
+    if not argv or argv[0] not in WHAT:
+        raise ValueError(f"first argument must be one of {', '.join(WHAT)}; got {argv[:1]}")
+    args, config = parse(argv[1:])
+    if argv[0] == "base":
+        out = run_path(args, config).with_name("base")
+        curve = [{"step": 0, "hours": 0.0, **score(args.model, args, config, out / "eval" / "base")}]
+    else:
+        out = run_path(args, config)
+        curve = evaluate_run(out, args, config)
+    atomic_write_json(out / "eval" / "curve.json", {"curve": curve, **within_budgets(curve)})
+    print(f"{out.name}: " + ", ".join(f"step {point['step']}: {point['accuracy']:.3f}" for point in curve), flush=True)
+
+
+def evaluate_run(run: Path, args: ScriptArguments, config: SRPOConfig) -> list[dict[str, Any]]:
+    """One point of the curve for each checkpoint that has its weights."""
+    if not is_done(run):
+        raise ValueError(f"{run} holds no finished run: run srpo.train with the same settings first")
+    steps = sorted(int(path.parent.name.split("-")[1]) for path in run.glob("checkpoint-*/train_seconds.json"))
+    if not steps:
+        raise ValueError(f"{run} holds no checkpoint: set save_steps to at most max_steps={config.max_steps}")
+    return [
+        {
+            "step": step,
+            "hours": train_seconds(run / f"checkpoint-{step}") / 3600,
+            **score(str(run / f"checkpoint-{step}"), args, config, run / "eval" / f"checkpoint-{step}"),
+        }
+        for step in steps
+    ]
+
+
+def score(model: str, args: ScriptArguments, config: SRPOConfig, out: Path) -> dict[str, Any]:
+    """Accuracy, interval, length and truncation of a model on the test problems."""
+    benchmark = benchmark_of(args, config)
+    path = out / f"{benchmark.name}.json"
+    if path.exists():
+        report = json.loads(path.read_text())
+    else:
+        engine = build_engine(model, args, config)
+        report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
+    return {
+        "accuracy": report["avg@k"],
+        "interval": report["interval"],
+        "mean_tokens": report["mean_tokens"],
+        "truncated": report["truncated"],
+    }
+
+
+def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
+    """The test problems with the reward of the training as their scorer."""
+    reward = reward_of(args.dataset, args.strict)
+
+    def score_response(response: str, row: dict[str, Any]) -> float:
+        return reward([response], answer=[row["answer"]])[0]
+
+    return Benchmark(
+        name=args.dataset,
+        rows=[{"id": r["id"], "prompt": r["prompt"], "answer": r["answer"]} for r in load_splits_of(args)["test"]],
+        score=score_response,
+        decoding=Decoding(
+            temperature=args.eval_temperature, top_p=args.eval_top_p, max_new_tokens=config.max_completion_length
+        ),
+    )
+
+
+def build_engine(model: str, args: ScriptArguments, config: SRPOConfig):
+    if args.engine == "vllm":
+        return VLLMEngine(model, chat_template_kwargs=config.chat_template_kwargs)
+    return TransformersEngine(
+        models.load_model(model, device="cpu" if config.use_cpu else None),
+        models.load_processor(model),
+        args.eval_batch_size,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+
+
+def within_budgets(curve: list[dict[str, Any]]) -> dict[str, Any]:
+    """Best, mean and last accuracy over the whole curve and within each budget of training hours.
+
+    The best is chosen on the test problems, as in the paper; it is optimistic, so the others stand beside it.
+    """
+    table = {}
+    for hours in (*BUDGETS, None):
+        inside = [point["accuracy"] for point in curve if hours is None or point["hours"] <= hours]
+        if inside:
+            name = "all" if hours is None else f"{hours}h"
+            table[name] = {"best": max(inside), "mean": sum(inside) / len(inside), "last": inside[-1]}
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The paper's experiment end to end: data, base, baselines, method, evaluation, table and figures.
+
+    python -m srpo.loop --config srpo/configs/tiny.yaml
+    python -m srpo.loop --config srpo/configs/qwen3_8b.yaml --datasets all --variants grpo,sdpo,srpo --gpus 8
+    python -m srpo.loop --config srpo/configs/qwen3_8b.yaml --dry_run      # settings, memory, commands; runs nothing
+
+Each step is a command of its own that is printed before it runs and does nothing when its result is there already:
+started again after a kill, the experiment goes on. Other `--field value` pairs are passed on to every command.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .train import dry_run, parse  # says in one line what is missing without common/
+
+# isort: split
+from common.stages import Command, launcher, run_experiment, shown
+
+# The paper's GRPO takes four optimizer steps a batch; the number follows from the batch and is set in `plan`
+VARIANT_FLAGS = {
+    "srpo": ["--routing", "srpo"],
+    "grpo": ["--routing", "grpo"],
+    "sdpo": ["--routing", "sdpo"],
+    "srpo_no_dw": ["--routing", "srpo", "--entropy_beta", "0"],
+    "mix": ["--routing", "mix"],
+    "sdpo_incorrect": ["--routing", "sdpo_incorrect"],
+    "sdpo_correct": ["--routing", "sdpo_correct"],
+}
+BENCHMARKS = ("chemistry", "physics", "biology", "materials", "tooluse")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code of the first command that failed, 2 for a mistake in the arguments, 130 for Ctrl-C, else 0."""
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="srpo.loop", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument(
+        "--variants", default="grpo,sdpo,srpo", help=f"comma list of {', '.join(VARIANT_FLAGS)}, or all"
+    )
+    parser.add_argument("--datasets", help=f"comma list of {', '.join(BENCHMARKS)}, or all; by default the config's")
+    parser.add_argument("--seeds", help="comma list; by default the config's seed")
+    parser.add_argument("--gpus", type=int, default=1, help="processes for training; 1 starts no launcher")
+    parser.add_argument("--sharding", default="zero2", help="accelerate config of TRL used for several GPUs")
+    parser.add_argument("--dry_run", action="store_true")
+    known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    fields = ["--config", known.config, *rest]
+    try:
+        args, config = parse([*fields, "--dry_run"] if known.dry_run else fields)
+        variants = list(VARIANT_FLAGS) if known.variants == "all" else known.variants.split(",")
+        if unknown := set(variants) - set(VARIANT_FLAGS):
+            raise ValueError(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANT_FLAGS)}")
+        datasets = BENCHMARKS if known.datasets == "all" else (known.datasets or args.dataset).split(",")
+        seeds = (known.seeds or str(config.seed)).split(",")
+        stages = plan(fields, args, config, variants, datasets, seeds, launcher(known.gpus, known.sharding))
+    except (ValueError, OSError) as error:
+        print(f"srpo.loop: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if known.dry_run:
+        print(
+            dry_run(args, config, max(1, known.gpus)), *(f"$ {shown(c)}" for stage in stages for c in stage), sep="\n"
+        )
+        return 0
+    return run_experiment("srpo.loop", stages, Path(args.out) / "srpo" / args.experiment / "logs")
+
+
+def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[Command]]:
+    """Stages in order; the commands of one stage do not need each other."""
+    python = [sys.executable, "-m"]
+    trainings, evaluations = [], []
+    for dataset in datasets:
+        shared = [*fields, "--dataset", dataset]
+        evaluations.append((f"evaluate-base-{dataset}", [*python, "srpo.evaluate", "base", *shared]))
+        for seed in seeds:
+            for name in variants:
+                flags = [*shared, "--seed", seed, *VARIANT_FLAGS[name], *_steps_of(name, config)]
+                label = f"{name}-{dataset}-seed{seed}"
+                trainings.append((f"train-{label}", [*launch, "srpo.train", *flags]))
+                evaluations.append((f"evaluate-{label}", [*python, "srpo.evaluate", "run", *flags]))
+    stages = [trainings, evaluations, [("report", [*python, "benchmarks.srpo", *fields])]]
+    if args.dataset == "additions":
+        stages.insert(0, [("make-base", [*python, "srpo.data", "base", args.model])])
+    return stages
+
+
+def _steps_of(name: str, config) -> list[str]:
+    """GRPO's four optimizer steps a generation batch (Table 3), where the batch divides; the others take one."""
+    accumulation = config.gradient_accumulation_steps
+    if name != "grpo" or accumulation % 4:
+        return []
+    return [
+        *("--steps_per_generation", str(accumulation), "--gradient_accumulation_steps", str(accumulation // 4)),
+        *("--max_steps", str(4 * config.max_steps), "--save_steps", str(int(4 * config.save_steps))),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

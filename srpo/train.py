@@ -1,0 +1,274 @@
+"""Trains one variant of the SRPO paper (arXiv 2604.02288) into a run folder; resumes where it stopped.
+
+    python -m srpo.train --config srpo/configs/single_gpu.yaml                                             # one GPU
+    accelerate launch --config_file zero2.yaml --num_processes 8 -m srpo.train --config srpo/configs/qwen3_8b.yaml
+    python -m srpo.train --config srpo/configs/qwen3_8b.yaml --dry_run            # resolved settings, memory, command
+
+`--routing`: srpo, grpo, sdpo, sdpo_incorrect, sdpo_correct, mix; `--entropy_beta 0` is SRPO without dynamic weighting.
+Deviations from the paper and expected numbers: srpo/README.md. The whole experiment: `python -m srpo.loop`.
+"""
+
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import DatasetDict
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from .config import SRPOConfig
+from .data import load_splits, reward_of
+from .trainer import SRPOTrainer
+
+try:
+    from common import models
+    from common.cli import changed_settings, is_done, parse_fields, run_main
+    from common.runs import RunFolder, fingerprint, last_checkpoint
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "common":
+        raise
+    sys.exit("srpo.train also needs the folder common/ of the project beside srpo/; the trainer alone does not")
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on what; the settings of the training itself are [`SRPOConfig`]'s."""
+
+    model: str = field(metadata={"help": "Policy: hub id or local folder."})
+    experiment: str = field(default="qwen3_8b", metadata={"help": "Name of the folder that holds the variants' runs."})
+    dataset: str = field(
+        default="chemistry",
+        metadata={"help": "chemistry, physics, biology, materials, tooluse or additions (embedded)."},
+    )
+    data: str | None = field(default=None, metadata={"help": "Hub id or local folder to read instead."})
+    out: str = field(default="runs", metadata={"help": "Folder of all runs."})
+    limit: int | None = field(default=None, metadata={"help": "Use only so many training prompts."})
+    strict: bool = field(default=False, metadata={"help": "Strict scorer in place of the one of the SDPO release."})
+    lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0 trains all weights."})
+    policy_dtype: str = field(default="float32", metadata={"help": "Weights of the policy: float32 or bfloat16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
+    eval_samples: int = field(default=16, metadata={"help": "Samples a problem in evaluation (paper: avg@16)."})
+    eval_temperature: float = field(default=0.6, metadata={"help": "Of evaluation (paper: 0.6)."})
+    eval_top_p: float = field(default=0.95, metadata={"help": "Of evaluation (paper: 0.95)."})
+    eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once with transformers."})
+    engine: str = field(
+        default="transformers", metadata={"help": "Of evaluation.", "choices": ["transformers", "vllm"]}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print settings, memory estimate, command; train nothing."})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 for done, 2 with one sentence on stderr for what the user can mend."""
+    return run_main("srpo.train", _main, argv)
+
+
+def _main(argv: list[str]) -> None:
+    args, config = parse(argv)
+    if args.dry_run:
+        print(dry_run(args, config, int(os.environ.get("WORLD_SIZE", "1"))))
+    else:
+        train(args, config)
+
+
+def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
+    """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
+    args, config = parse_fields(argv, (ScriptArguments, SRPOConfig), "srpo/configs/")
+    if args.policy_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
+    config.output_dir = str(run_path(args, config))
+    return args, config
+
+
+def variant(config: SRPOConfig) -> str:
+    return "srpo_no_dw" if config.routing == "srpo" and config.entropy_beta == 0 else config.routing
+
+
+def run_path(args: ScriptArguments, config: SRPOConfig) -> Path:
+    return experiment_folder(args) / f"{variant(config)}-seed{config.seed}"
+
+
+def experiment_folder(args: ScriptArguments) -> Path:
+    return Path(args.out) / "srpo" / f"{args.experiment}-{args.dataset}"
+
+
+def train(args: ScriptArguments, config: SRPOConfig) -> None:
+    """Trains into the run folder, from its last checkpoint if there is one; does nothing if the run is done."""
+    set_seed(config.seed)
+    splits = load_splits_of(args)
+    main_process, done = PartialState().is_main_process, is_done(run_path(args, config))
+    PartialState().wait_for_everyone()  # every rank has looked before the first one touches the folder
+    if done:
+        if main_process:
+            open_run(args, config, splits)  # refuses a run with other settings
+            print(f"{run_path(args, config)}: done already")
+        return
+    trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
+    checkpoint = last_checkpoint(config.output_dir)  # every rank looks for itself on the shared folder
+    folder = open_run(args, config, splits) if main_process else None
+    with folder or nullcontext():
+        if folder is not None:
+            record(folder, trainer, checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_model(str(Path(config.output_dir) / "model"))
+        if folder is not None:
+            folder.finish()
+
+
+def record(folder: RunFolder, trainer, checkpoint: Path | None) -> None:
+    """From here on the trainer's logs go to the folder; lines after the checkpoint will come again."""
+    step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+    folder.truncate_logs(step)
+    print(f"{folder.path}: " + (f"resuming at step {step}" if checkpoint else "starting"), flush=True)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(RecordCallback(folder, trainer, checkpoint))
+
+
+def load_splits_of(args: ScriptArguments) -> DatasetDict:
+    """The data of a run: the same rows whatever the seed of the training."""
+    return load_splits(args.dataset, args.data, limit=args.limit)
+
+
+def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
+    prints = {
+        name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
+        for name, rows in splits.items()
+    }
+    return RunFolder.open(run_path(args, config), changed_settings(args, config), data=prints, seed=config.seed)
+
+
+def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> SRPOTrainer:
+    """The trainer with policy, reward and rows in place."""
+    tokenizer = models.load_processor(args.model)
+    policy = models.load_model(
+        args.model, dtype=getattr(torch, args.policy_dtype), attn_implementation=args.attn_implementation
+    )
+    lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+    return SRPOTrainer(
+        policy,
+        reward_of(args.dataset, args.strict),
+        config,
+        train_dataset=short_prompts(splits["train"], tokenizer, config),
+        processing_class=tokenizer,
+        peft_config=lora if args.lora_rank else None,
+    )
+
+
+def short_prompts(rows, tokenizer, config: SRPOConfig):
+    """Rows whose prompt fits `max_prompt_length`; the others are counted, in the paper's data there are none."""
+    options = {"add_generation_prompt": True, **config.chat_template_kwargs}
+    lengths = [len(tokenizer.apply_chat_template(prompt, **options)["input_ids"]) for prompt in rows["prompt"]]
+    kept = [i for i, length in enumerate(lengths) if length <= config.max_prompt_length]
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} prompts exceed {config.max_prompt_length} tokens: left out")
+    if not kept:
+        raise ValueError(
+            f"no prompt fits max_prompt_length={config.max_prompt_length}; the shortest has {min(lengths)}"
+        )
+    return rows.select(kept)
+
+
+class RecordCallback(TrainerCallback):
+    """Writes metrics.jsonl, with the seconds of training so far, and two prompts' rollouts to samples.jsonl."""
+
+    SHOWN = ("loss", "reward", "route/sdpo", "teacher/entropy", "completions/mean_length", "step_time")
+
+    def __init__(self, folder: RunFolder, trainer, checkpoint: Path | None):
+        self.folder, self.trainer = folder, trainer
+        self.started = time.monotonic() - (train_seconds(checkpoint) if checkpoint else 0.0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = logs or {}
+        self.folder.log({"step": state.global_step, "train_seconds": time.monotonic() - self.started, **logs})
+        shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
+        if shown:
+            print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
+        for rollout in rollout_records(self.trainer.last_rollouts, 2 * args.num_generations):
+            self.folder.log_sample({"step": state.global_step, **rollout})
+
+    def on_save(self, args, state, control, **kwargs):
+        """Seconds of training up to the checkpoint, by which the paper's budgets of 1, 5 and 10 hours choose.
+
+        Only the newest checkpoint can resume; the older ones keep their weights for evaluation.
+        """
+        newest = self.folder.path / f"checkpoint-{state.global_step}"
+        (newest / "train_seconds.json").write_text(json.dumps(time.monotonic() - self.started))
+        for checkpoint in self.folder.path.glob("checkpoint-*"):
+            if checkpoint != newest:
+                for file in [
+                    *checkpoint.glob("optimizer*"),
+                    *checkpoint.glob("self_teacher*"),
+                    *checkpoint.glob("global_step*/*"),
+                ]:
+                    file.unlink()
+
+
+def train_seconds(checkpoint: Path) -> float:
+    path = checkpoint / "train_seconds.json"
+    return json.loads(path.read_text()) if path.exists() else 0.0
+
+
+def rollout_records(rollouts: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The first `count` rollouts of `SRPOTrainer.last_rollouts` as plain records."""
+    if not rollouts:
+        return []
+    return [
+        {
+            "prompt": rollouts["prompts"][row],
+            "response": rollouts["texts"][row],
+            "reward": round(float(rollouts["rewards"][row]), 5),
+            "route": "sdpo" if rollouts["distill"][row] else "grpo",
+            "donor": int(rollouts["donor"][row]),
+        }
+        for row in range(min(count, len(rollouts["texts"])))
+    ]
+
+
+def dry_run(args: ScriptArguments, config: SRPOConfig, processes: int = 1) -> str:
+    """Resolved settings, size of an update and memory a process, as text."""
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    lines = [f"run folder: {run_path(args, config)}", "settings (every other field is at its default):"]
+    hidden = {"use_cpu", "disable_tqdm"}  # set by `parse` and by transformers for the look itself
+    chosen = changed_settings(args, config).items()
+    lines += [f"  {key}: {value}" for key, value in chosen if value is not None and key not in hidden]
+    lines.append(
+        f"one update: {rollouts // config.num_generations} prompts x {config.num_generations} rollouts, "
+        f"{processes} processes x {config.per_device_train_batch_size} rollouts x "
+        f"{config.gradient_accumulation_steps} micro-batches"
+    )
+    return "\n".join(lines + memory_lines(args, config, processes))
+
+
+def memory_lines(args: ScriptArguments, config: SRPOConfig, processes: int) -> list[str]:
+    """GiB a process by part, from the parameter count (nominal from the name if the model is not at hand)."""
+    parameters = models.parameter_count(args.model)
+    if parameters is None:
+        return ["memory: unknown, the model is not at hand and its name holds no size such as 8B"]
+    gib, shards = 2**30, processes if processes > 1 else 1
+    weight = 4 if args.policy_dtype == "float32" else 2
+    trained = parameters if not args.lora_rank else 0.01 * parameters
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    parts = {
+        f"policy weights, {args.policy_dtype}": weight * parameters / gib,
+        "gradients and AdamW states, fp32 (sharded by ZeRO-2)": 12 * trained / shards / gib,
+        "cached teacher hidden states, 40 % routed, mean length 800": 0.4 * rows * 800 * 4096 * 2 / gib,
+        "one chunk of logits and its gradients": 4 * 512 * 151_936 * 4 / gib,
+    }
+    if config.routing != "grpo" and config.teacher == "ema":
+        parts["self-teacher, fp32"] = 4 * parameters / gib
+    if config.use_vllm and config.vllm_mode == "colocate":
+        parts[f"rollout engine, {config.vllm_gpu_memory_utilization:.0%} of 80 GiB"] = (
+            80 * config.vllm_gpu_memory_utilization
+        )
+    lines = ["memory a process, GiB (activations come on top):"]
+    return lines + [f"  {value:7.2f}  {name}" for name, value in {**parts, "sum": sum(parts.values())}.items()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
