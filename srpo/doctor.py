@@ -61,8 +61,9 @@ def _at_most(values: torch.Tensor, size: int = 1_000_000) -> torch.Tensor:
     return values[:: max(1, len(values) // size)]
 
 
-def diagnose(logs: Mapping[str, float]) -> list[str]:
-    """Warnings in words for a mapping of logged metrics; empty when nothing looks wrong."""
+def diagnose(logs: Mapping[str, float], first_length: float = 0.0) -> list[str]:
+    """Warnings in words for logged metrics, given the mean length at the first log; empty when all looks well."""
+    logs = {name: value for name, value in logs.items() if value is not None}  # TRL's mean of nothing
     checks = (
         (
             logs.get("route/all_wrong_groups", 0.0) > 0.8,
@@ -78,8 +79,8 @@ def diagnose(logs: Mapping[str, float]) -> list[str]:
             "most rollouts are truncated: raise max_completion_length or check the prompt template",
         ),
         (
-            0 < logs.get("completions/mean_length", 100.0) < 25 and logs.get("reward", 0.0) > 0.5,
-            "rollouts are shorter than 25 tokens: where the task asks for reasoning, its length has collapsed",
+            logs.get("completions/mean_length", 1.0) < 0.2 * first_length,
+            "rollouts are five times shorter than at the start: where the task asks for reasoning, it has collapsed",
         ),
         (logs.get("entropy", 1.0) < 0.01, "the policy's entropy has collapsed: lower learning_rate"),
         (
@@ -99,13 +100,14 @@ class DoctorCallback(TrainerCallback):
     """Prints the doctor line at the first log and then about every `every` steps, with warnings in words."""
 
     def __init__(self, every: int):
-        self.every, self.next_step = every, 0
+        self.every, self.next_step, self.first_length = every, 0, 0.0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "route/sdpo" not in (logs or {}) or state.global_step < self.next_step:
             return
         self.next_step = state.global_step + self.every
+        self.first_length = self.first_length or logs.get("completions/mean_length", 0.0)
         figures = [text.format(logs[name]) for name, text in FIGURES if logs.get(name) is not None]
         print(f"[doctor] step {state.global_step}: " + "; ".join(figures), flush=True)
-        for message in diagnose(logs):
+        for message in diagnose(logs, self.first_length):
             print(f"[doctor] WARNING: {message}", flush=True)

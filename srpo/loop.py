@@ -17,7 +17,6 @@ from .train import dry_run, parse  # says in one line what is missing without co
 # isort: split
 from common.stages import Command, launcher, run_experiment, shown
 
-# The paper's GRPO takes four optimizer steps a batch; the number follows from the batch and is set in `plan`
 VARIANT_FLAGS = {
     "srpo": ["--routing", "srpo"],
     "grpo": ["--routing", "grpo"],

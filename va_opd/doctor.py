@@ -26,6 +26,7 @@ FIGURES = (
 
 def diagnose(logs: Mapping[str, float]) -> list[str]:
     """Warnings in words for a mapping of logged metrics; empty when nothing looks wrong."""
+    logs = {name: value for name, value in logs.items() if value is not None}  # TRL's mean of nothing
     checks = (
         (
             logs.get("va/positive_share", 1.0) == 0,

@@ -47,10 +47,12 @@ class TransformersEngine:
     """Generates with `model.generate`, `batch_size` prompts at once, in order of prompt length.
 
     Random numbers are drawn for a whole batch at a time, so the seed of a batch is that of its first prompt: results
-    are the same for the same list of prompts, not for the same prompt in another list.
+    are the same for the same list of prompts, not for the same prompt in another list. `chat_template_kwargs` go to
+    the chat template, such as `enable_thinking`.
     """
 
-    def __init__(self, model, processor, batch_size: int = 16):
+    def __init__(self, model, processor, batch_size: int = 16, chat_template_kwargs: dict[str, Any] | None = None):
+        self.template_options = chat_template_kwargs or {}
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.name = model.name_or_path
@@ -61,7 +63,9 @@ class TransformersEngine:
         done: list[Completion | None] = [None] * len(prompts)
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
-            completions = self._batch([texts[i] for i in part], [prompts[i].images for i in part], decoding, seeds[part[0]])
+            completions = self._batch(
+                [texts[i] for i in part], [prompts[i].images for i in part], decoding, seeds[part[0]]
+            )
             for i, completion in zip(part, completions, strict=True):
                 done[i] = completion
         return done
@@ -70,9 +74,13 @@ class TransformersEngine:
         messages = [dict(message) for message in prompt.messages]
         for message in messages:
             if prompt.images and message["role"] == "user" and isinstance(message["content"], str):
-                message["content"] = [{"type": "image"}] * len(prompt.images) + [{"type": "text", "text": message["content"]}]
+                message["content"] = [{"type": "image"}] * len(prompt.images) + [
+                    {"type": "text", "text": message["content"]}
+                ]
                 break
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.template_options
+        )
 
     @torch.no_grad()
     def _batch(self, texts: list[str], images: list[Sequence[Any]], decoding: Decoding, seed: int) -> list[Completion]:
@@ -118,12 +126,13 @@ class TransformersEngine:
 class VLLMEngine:
     """Generates with vLLM's offline engine; needs the extra `vllm`. Each prompt has its own seed."""
 
-    def __init__(self, model: str, **engine_options: Any):
+    def __init__(self, model: str, chat_template_kwargs: dict[str, Any] | None = None, **engine_options: Any):
         try:
             from vllm import LLM
         except ImportError as error:
             raise ImportError("engine vllm needs vLLM: pip install 'post-training-reference[vllm]'") from error
         self.llm, self.name = LLM(model=model, **engine_options), model
+        self.template_options = chat_template_kwargs or {}
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
         from vllm import SamplingParams
@@ -134,7 +143,12 @@ class VLLMEngine:
             )
             for seed in seeds
         ]
-        outputs = self.llm.chat([_with_images(prompt) for prompt in prompts], parameters, use_tqdm=False)
+        outputs = self.llm.chat(
+            [_with_images(prompt) for prompt in prompts],
+            parameters,
+            use_tqdm=False,
+            chat_template_kwargs=self.template_options,
+        )
         return [
             Completion(out.outputs[0].text, len(out.outputs[0].token_ids), out.outputs[0].finish_reason == "stop")
             for out in outputs

@@ -1,0 +1,241 @@
+"""Tables and figures of an SRPO experiment from its run folders, beside the paper's Table 1.
+
+    python -m benchmarks.srpo --config srpo/configs/tiny.yaml
+
+Reads what `srpo.train` and `srpo.evaluate` wrote for all data sets and seeds, and nothing else; a cell without a run
+stays empty. Writes `report.md` and `figures/` into `runs/srpo/<experiment>/`.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import plots
+from common.estimators import avg_at_k, interval, paired_difference
+from common.runs import atomic_write_text, read_jsonl
+from srpo.train import ScriptArguments, parse
+
+DATASETS = ("chemistry", "physics", "biology", "materials", "tooluse")
+NAMES = {
+    "base": "base",
+    "grpo": "GRPO",
+    "sdpo": "SDPO",
+    "srpo": "SRPO",
+    "srpo_no_dw": "SRPO without dynamic weighting",
+    "mix": "Advantage Mix",
+    "sdpo_incorrect": "SDPO, incorrect only",
+    "sdpo_correct": "SDPO, correct only",
+}
+# Table 1: best avg@16 within 1, 5 and 10 hours, in the order of DATASETS and their average; base has one number
+PAPER = {
+    "qwen3_8b": {
+        "base": ("41.1", "58.7", "30.5", "59.3", "57.9", "49.5"),
+        "grpo": (
+            "62.1 / 75.9 / 78.9", "61.0 / 72.3 / 73.6", "46.9 / 68.1 / 70.6",
+            "74.7 / 77.6 / 77.8", "64.3 / 68.5 / 69.0", "61.8 / 72.5 / 74.0",
+        ),
+        "sdpo": (
+            "71.6 / 80.6 / 80.6", "67.6 / 74.0 / 74.0", "52.1 / 58.5 / 58.5",
+            "68.1 / 76.6 / 76.6", "64.8 / 65.7 / 65.7", "64.8 / 71.1 / 71.1",
+        ),
+        "srpo": (
+            "69.2 / 81.8 / 83.0", "69.5 / 77.1 / 78.4", "55.8 / 68.3 / 72.8",
+            "74.9 / 79.2 / 81.5", "65.2 / 71.2 / 71.2", "66.9 / 75.5 / 77.4",
+        ),
+        "srpo_no_dw": ("", "", "", "", "", "66.5 / 74.8 / 75.6"),
+        "mix": ("", "", "", "", "", "67.2 / 72.3 / 72.3"),
+    },
+    "qwen3_4b": {
+        "base": ("43.6", "59.8", "30.8", "61.2", "58.8", "50.8"),
+        "grpo": (
+            "64.1 / 76.9 / 78.3", "64.8 / 71.9 / 71.9", "39.1 / 51.6 / 55.5",
+            "78.0 / 78.9 / 80.1", "62.9 / 62.9 / 62.9", "61.8 / 68.4 / 69.7",
+        ),
+        "sdpo": (
+            "70.0 / 77.3 / 77.3", "65.4 / 66.7 / 66.7", "54.0 / 54.0 / 54.0",
+            "74.3 / 74.3 / 74.3", "61.1 / 61.1 / 61.1", "65.0 / 66.7 / 66.7",
+        ),
+        "srpo": (
+            "68.8 / 81.0 / 82.7", "69.2 / 74.0 / 74.0", "53.8 / 58.6 / 65.8",
+            "75.7 / 79.1 / 81.3", "61.4 / 63.1 / 67.0", "65.8 / 71.2 / 74.2",
+        ),
+    },
+}  # fmt: skip
+CURVES = {
+    "reward": "reward of rollouts",
+    "route/sdpo": "share routed to SDPO",
+    "teacher/entropy": "teacher entropy, nats",
+    "completions/mean_length": "response length, tokens",
+    "entropy": "policy entropy, nats",
+    "step_time": "seconds per step",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args, _ = parse(sys.argv[1:] if argv is None else argv)
+        print(report(args))
+        print(f"Written to {report_folder(args)}: report.md, figures/")
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.srpo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def report_folder(args: ScriptArguments) -> Path:
+    return Path(args.out) / "srpo" / args.experiment
+
+
+def report(args: ScriptArguments) -> str:
+    """Writes report.md and the figures of `args.experiment`; returns the Markdown."""
+    runs = find_runs(args)
+    if not runs:
+        where = Path(args.out) / "srpo"
+        raise ValueError(
+            f"{where} holds no evaluated run of {args.experiment}: run srpo.train and srpo.evaluate first"
+        )
+    folder = report_folder(args)
+    parts = [f"# SRPO, experiment {args.experiment}"]
+    for dataset in sorted({dataset for dataset, _, _ in runs}):
+        mine = {(name, seed): run for (d, name, seed), run in runs.items() if d == dataset}
+        drawn = figures(folder / "figures", dataset, mine)
+        parts += [
+            f"## {dataset}",
+            f"{args.eval_samples} samples a problem at temperature {args.eval_temperature}, top-p {args.eval_top_p}. "
+            "*Best* is chosen on the test problems, as in the paper, and optimistic; the interval is 95 % over "
+            "problems, of the last checkpoint.",
+            accuracy_table(mine),
+            differences(mine),
+            "\n".join(f"![{path.stem}](figures/{path.name})" for path in drawn),
+        ]
+    parts += ["## The paper's Table 1", paper_table(args.experiment, runs)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    atomic_write_text(folder / "report.md", text)
+    return text
+
+
+def find_runs(args: ScriptArguments) -> dict[tuple[str, str, str], Path]:
+    """(data set, variant, seed) -> folder of each evaluated run."""
+    runs = {}
+    for path in sorted((Path(args.out) / "srpo").glob(f"{args.experiment}-*/*/eval/curve.json")):
+        run = path.parents[1]
+        name, _, seed = run.name.partition("-seed")
+        if name in NAMES:
+            runs[run.parent.name.removeprefix(f"{args.experiment}-"), name, seed or "-"] = run
+    return runs
+
+
+def curve(run: Path) -> dict[str, Any]:
+    return json.loads((run / "eval" / "curve.json").read_text())
+
+
+def last_scores(run: Path, dataset: str) -> list[list[float]]:
+    """Scores by problem and sample of the last checkpoint, problems in the order of their ids."""
+    step = curve(run)["curve"][-1]["step"]
+    name = f"checkpoint-{step}" if (run / "eval" / f"checkpoint-{step}").exists() else "base"
+    by_problem: dict[str, list[float]] = {}
+    for record in read_jsonl(run / "eval" / name / dataset / "samples.jsonl"):
+        by_problem.setdefault(record["id"], []).append(record["score"])
+    return [by_problem[problem] for problem in sorted(by_problem)]
+
+
+def accuracy_table(runs: dict[tuple[str, str], Path]) -> str:
+    rows = []
+    for name in NAMES:
+        seeds = [curve(run) for (other, _), run in runs.items() if other == name]
+        if not seeds:
+            continue
+        cells = [f"{_mean_sd([seed['all'][kind] for seed in seeds])}" for kind in ("best", "mean", "last")]
+        first = next(run for (other, _), run in runs.items() if other == name)
+        low, high = interval(last_scores(first, first.parent.name.rpartition("-")[2]))
+        seconds = [line["step_time"] for line in _metrics(first) if line.get("step_time")]
+        time = f"{np.mean(seconds):.2f}" if seconds else ""
+        rows.append([NAMES[name], len(seeds), *cells, f"[{low:.3f}, {high:.3f}]", time])
+    columns = ["variant", "seeds", "best", "mean", "last", "95 % of last, first seed", "seconds per step"]
+    return plots.table_markdown(rows, columns)
+
+
+def _mean_sd(values: list[float]) -> str:
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return read_jsonl(path) if path.exists() else []
+
+
+def differences(runs: dict[tuple[str, str], Path]) -> str:
+    """SRPO against each baseline on the same problems, last checkpoints, seed by seed."""
+    lines = []
+    for baseline in ("grpo", "sdpo", "srpo_no_dw", "mix"):
+        for (name, seed), run in runs.items():
+            other = runs.get((baseline, seed))
+            if name != "srpo" or other is None:
+                continue
+            dataset = run.parent.name.rpartition("-")[2]
+            difference, low, high, p_value = paired_difference(last_scores(run, dataset), last_scores(other, dataset))
+            lines.append(
+                f"- SRPO minus {NAMES[baseline]}, seed {seed}: "
+                f"{difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {p_value:.2g}"
+            )
+    return (
+        "Last checkpoints on the same problems (intervals over problems, not over trainings):\n\n" + "\n".join(lines)
+        if lines
+        else ""
+    )
+
+
+def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
+    """The paper's numbers with ours beside them: best within 1 / 5 / 10 hours, first seed."""
+    paper = PAPER.get(experiment, PAPER["qwen3_8b"])
+    rows = []
+    for name, values in paper.items():
+        cells = []
+        for dataset, value in zip((*DATASETS, "average"), values, strict=True):
+            run = next((run for (d, n, _), run in runs.items() if (d, n) == (dataset, name)), None)
+            cells += [value, _ours(run)]
+        rows.append([NAMES[name], *cells])
+    return plots.table_markdown(rows, ["method", *(head for d in (*DATASETS, "average") for head in (d, "ours"))])
+
+
+def _ours(run: Path | None) -> str:
+    if run is None:
+        return ""
+    table = curve(run)
+    return " / ".join(f"{100 * table[hours]['best']:.1f}" for hours in ("1h", "5h", "10h") if hours in table)
+
+
+def figures(folder: Path, dataset: str, runs: dict[tuple[str, str], Path]) -> list[Path]:
+    """Accuracy over steps, bars of the last checkpoints, and the logged series of Figs. 1, 4 and 5."""
+    first: dict[str, Path] = {}
+    for (name, _), run in runs.items():
+        first.setdefault(name, run)
+    base = curve(first["base"])["curve"] if "base" in first else []
+    points = {NAMES[name]: [*base, *curve(run)["curve"]] for name, run in first.items() if name != "base"}
+    drawn = []
+    if points:
+        drawn.append(
+            plots.training_curves(
+                points,
+                {"accuracy": "test accuracy", "mean_tokens": "test length"},
+                folder / f"{dataset}_accuracy.png",
+                1,
+            )
+        )
+    logged = {NAMES[name]: lines for name, run in first.items() if (lines := _metrics(run))}
+    if logged:
+        drawn.append(plots.training_curves(logged, CURVES, folder / f"{dataset}_training.png"))
+    bars = {
+        NAMES[name]: {"last checkpoint": (avg_at_k(scores), *interval(scores))}
+        for name, run in first.items()
+        if (scores := last_scores(run, dataset))
+    }
+    drawn.append(plots.accuracy_bars(bars, folder / f"{dataset}_last.png"))
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(main())

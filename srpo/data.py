@@ -1,0 +1,310 @@
+"""Data of the paper and the embedded additions, as rows in TRL's format, with the reward of each.
+
+A row has `prompt` (messages), `answer` and `id`. The paper's five sets come from the hub or from local JSON lines of
+the same columns; the additions are made in code, for a tiny model that is first taught a part of them. Needs
+`common/` for the rewards and the tiny model.
+
+    python -m srpo.data base FOLDER         # trains the policy from which the `tiny` preset starts, once
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+
+from .objective import teacher_prompt
+
+HUB_ID = "hicai-zju/SciKnowEval"
+QUESTION_TYPES = ("mcq-4-choices", "mcq-2-choices")
+SYSTEM = """
+Given a question and four options, please select the right answer. Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+
+For the answer, only output the letter corresponding to the correct option (A, B, C, or D), and nothing else. Do not \
+restate the answer text. For example, if the answer is "A", just output:
+<answer>
+A
+</answer>
+"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A benchmark of the paper: folder of its files, name on the hub, rows of its splits."""
+
+    folder: str
+    domain: str | None
+    train: int
+    test: int
+
+
+SUBJECTS = {
+    "chemistry": Subject("chemistry", "Chemistry", 1890, 210),
+    "physics": Subject("physics", "Physics", 720, 80),
+    "biology": Subject("biology", "Biology", 450, 50),
+    "materials": Subject("material", "Material", 841, 94),
+    "tooluse": Subject("tooluse", None, 4046, 68),
+}
+
+
+def load_splits(dataset: str, source: str | None = None, *, limit: int | None = None) -> DatasetDict:
+    """`train` and `test` rows of a benchmark of the paper or of "additions".
+
+    Args:
+        dataset: chemistry, physics, biology, materials, tooluse or additions.
+        source: hub id, or local folder that holds `train.json` and `test.json` (JSON lines with the columns `prompt`,
+            `system`, `answer`, `idx`), itself or in a folder of the subject's name. By default the hub, from which
+            the split is made by the rule of the SDPO release.
+        limit: use only so many training rows.
+
+    Raises `ValueError` naming the file, column or count that is at fault, and the remedy.
+    """
+    if dataset == "additions":
+        splits = additions()
+    elif dataset in SUBJECTS:
+        folder = None if source is None else _folder(Path(source).expanduser(), SUBJECTS[dataset].folder)
+        splits = _local(folder) if folder else _from_hub(dataset, source or HUB_ID)
+        check_counts(dataset, splits)
+    else:
+        raise ValueError(f"dataset must be additions, {', '.join(SUBJECTS)}; got {dataset!r}")
+    if limit is not None:
+        splits["train"] = splits["train"].select(range(min(limit, len(splits["train"]))))
+    return splits
+
+
+def _folder(source: Path, name: str) -> Path | None:
+    """The folder with the files of a subject, or None where `source` is no local path."""
+    if not source.exists():
+        if len(source.parts) == 2 and not source.is_absolute():
+            return None  # the form of a hub id
+        raise ValueError(f"data {str(source)!r}: there is no such folder; set data to a hub id or a folder")
+    inside = [folder for folder in (source, source / name) if (folder / "test.json").is_file()]
+    if not inside:
+        raise ValueError(f"data {str(source)!r} holds no test.json, nor does a folder {name!r} in it")
+    return inside[0]
+
+
+def _local(folder: Path) -> DatasetDict:
+    if not (folder / "train.json").is_file():
+        raise ValueError(
+            f"{folder} holds test.json but no train.json: training rows of ToolAlpaca are in the SDPO release, "
+            "put its train.json beside test.json"
+        )
+    return DatasetDict({split: Dataset.from_list(read_rows(folder / f"{split}.json")) for split in ("train", "test")})
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of JSON lines; `ValueError` names the line that is broken or the column that is missing."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number} is no JSON ({error}): the file may be cut off, copy it anew"
+            ) from error
+        missing = {"prompt", "answer", "idx"} - row.keys()
+        if missing:
+            raise ValueError(f"{path}, line {number} has no {', '.join(sorted(missing))}: rename the columns")
+        rows.append(_row(str(row["idx"]), row["prompt"], row["answer"], row.get("system")))
+    return rows
+
+
+def _row(row_id: str, prompt: str, answer: str, system: str | None) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return {"id": row_id, "prompt": messages, "answer": answer}
+
+
+def _from_hub(dataset: str, source: str) -> DatasetDict:
+    """The rule of the SDPO release: level L3, multiple choice, 10 % for the test, seed 42."""
+    subject = SUBJECTS[dataset]
+    if subject.domain is None:
+        raise ValueError(
+            "tooluse is on no hub: set data to a folder with the train.json and test.json of the SDPO release"
+        )
+    try:
+        rows = load_dataset(source, split="test")
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"data {source!r}: no local path, and the hub gave no such data set ({line}); set data to a folder"
+        ) from error
+    rows = rows.filter(lambda row: is_question(row, subject.domain), desc=dataset)
+    if not len(rows):
+        raise ValueError(f"data {source!r} has no multiple-choice question of level L3 in {subject.domain}")
+    rows = rows.map(lambda row, i: hub_row(row, i), with_indices=True, remove_columns=rows.column_names)
+    return rows.train_test_split(test_size=0.1, seed=42)
+
+
+def is_question(row: dict[str, Any], domain: str) -> bool:
+    """Whether a row of the hub's data set belongs to a subject of the paper."""
+    level = (row.get("details") or {}).get("level", row.get("level"))
+    return row["domain"] == domain and level == "L3" and row["type"] in QUESTION_TYPES
+
+
+def hub_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+    options = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
+    listed = "\n".join(f"{label}: {text}" for label, text in options)
+    return _row(str(index), f"{row['question']}\n\n{listed}\nPlease reason step by step.", row["answerKey"], SYSTEM)
+
+
+def check_counts(dataset: str, splits: DatasetDict) -> None:
+    """Raises `ValueError` where the splits are not as large as the paper's; reports prompts that are in both."""
+    subject = SUBJECTS[dataset]
+    found, expected = {s: len(splits[s]) for s in splits}, {"train": subject.train, "test": subject.test}
+    if found != expected:
+        raise ValueError(
+            f"{dataset} has {found} rows, the paper's has {expected}: the copy is another one or incomplete"
+        )
+    seen = {row["prompt"][-1]["content"]: row["id"] for row in splits["train"]}
+    for row in splits["test"]:
+        if row["prompt"][-1]["content"] in seen:
+            print(f"{dataset}: test row {row['id']} is also training row {seen[row['prompt'][-1]['content']]}")
+
+
+def reward_of(dataset: str, strict: bool = False) -> Callable[..., list[float | None]]:
+    """The reward of a data set: the scorer of the SDPO release, or the strict one; the exact sum for additions."""
+    from common import verifiers
+
+    if dataset == "additions":
+        return exact_reward
+    reward = verifiers.tool_call_reward if dataset == "tooluse" else verifiers.choice_reward
+
+    def scored(completions, answer=None, **columns) -> list[float | None]:
+        return reward(completions, answer=answer, compatible=not strict, **columns)
+
+    scored.__name__ = reward.__name__
+    return scored
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded task: sums of two numbers below 100, and a policy that knows some of them
+
+HELD_OUT = {"test": 300, "teaching": 200}  # of the 10,000 pairs; the rest is for training
+
+
+def additions() -> DatasetDict:
+    """All pairs of numbers below 100 in a fixed random order: 300 to test, 200 to stop teaching, 9,500 to train."""
+    pairs = [(a, b) for a in range(100) for b in range(100)]
+    random.Random(0).shuffle(pairs)
+    rows = [_row(f"{a}+{b}", f"{a}+{b}=", str(a + b), None) for a, b in pairs]
+    first, second = HELD_OUT["test"], HELD_OUT["test"] + HELD_OUT["teaching"]
+    return DatasetDict(
+        test=Dataset.from_list(rows[:first]),
+        teaching=Dataset.from_list(rows[first:second]),
+        train=Dataset.from_list(rows[second:]),
+    )
+
+
+def exact_reward(completions, answer, **columns) -> list[float]:
+    """1.0 where the whole response is the sum."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(text.strip() == gold) for text, gold in zip(texts, answer, strict=True)]
+
+
+def with_demonstration(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as a self-teacher would see it, with the right sum as the demonstration."""
+    return {**row, "prompt": teacher_prompt(row["prompt"], row["answer"])}
+
+
+def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int = 0) -> dict[str, float]:
+    """Teaches a tiny Qwen3 to answer some sums and to use a demonstration, into `out`; returns both greedy accuracies.
+
+    A self-teacher helps only if it can read its longer prompt, so each step also has rows with a demonstration.
+    Teaching stops once `until` of the held-out sums are right and 80 % of them with a demonstration: after a fixed
+    number of steps so small a model knows anything between a tenth and nine tenths, depending on the seed. Raises
+    `RuntimeError` if it never gets there.
+    """
+    from common.tiny import tiny_qwen3
+
+    model, tokenizer = tiny_qwen3(hidden=128, seed=seed)
+    splits, rng = additions(), random.Random(seed)
+    train, held_out = list(splits["train"]), list(splits["teaching"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
+    for step in range(1, max_steps + 1):
+        # Two batches, so that short rows are not padded to the length of those with a demonstration
+        loss = _answer_loss(model, tokenizer, rng.sample(train, 64))
+        loss = loss + _answer_loss(model, tokenizer, [with_demonstration(row) for row in rng.sample(train, 16)])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        warmup.step()
+        if step % 25 == 0:
+            accuracy = {
+                "plain": greedy_accuracy(model, tokenizer, held_out),
+                "demonstration": greedy_accuracy(model, tokenizer, [with_demonstration(row) for row in held_out]),
+            }
+            print(f"step {step}: loss {loss.item():.2f}, accuracy {accuracy}", flush=True)
+            if accuracy["plain"] >= until and accuracy["demonstration"] >= 0.8:
+                break
+    else:
+        raise RuntimeError(f"the base reaches {accuracy} after {max_steps} steps; try another --seed")
+    temporary = out.with_name(out.name + ".partial")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(out)  # the folder appears whole or not at all
+    return accuracy
+
+
+def _answer_loss(model, tokenizer, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """Mean cross-entropy of the answers and their ends of turn."""
+    prompts = [tokenizer.apply_chat_template(r["prompt"], tokenize=False, add_generation_prompt=True) for r in rows]
+    answers = [row["answer"] + tokenizer.eos_token for row in rows]
+    batch = tokenizer([p + a for p, a in zip(prompts, answers, strict=True)], return_tensors="pt", padding=True)
+    lengths = torch.tensor([len(tokenizer(a)["input_ids"]) for a in answers])
+    width = batch["input_ids"].size(1)
+    labels = batch["input_ids"].masked_fill(torch.arange(width) < width - lengths[:, None], -100)  # padding is left
+    keep = int(lengths.max()) + 1
+    logits = model(**batch, logits_to_keep=keep).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep :].flatten())
+
+
+def greedy_accuracy(model, tokenizer, rows: list[dict[str, Any]]) -> float:
+    """Share of the sums that the model gets right."""
+    from common.evaluation import Decoding, Prompt, TransformersEngine
+
+    was_training = model.training
+    engine = TransformersEngine(model.eval(), tokenizer, batch_size=len(rows))
+    prompts = [Prompt(messages=row["prompt"]) for row in rows]
+    done = engine.generate(prompts, Decoding(temperature=0.0, max_new_tokens=5), seeds=[0] * len(rows))
+    model.train(was_training)
+    return sum(exact_reward([c.text for c in done], [row["answer"] for row in rows])) / len(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="srpo.data", description="Trains the tiny policy for additions, once.")
+    parser.add_argument("what", choices=["base"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    if (options.out / "config.json").exists():
+        print(f"{options.out}: done already")
+        return 0
+    started = time.monotonic()
+    accuracy = train_base(options.out, seed=options.seed)
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in accuracy.items())
+    print(f"{options.out}: accuracy {shown} after {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
