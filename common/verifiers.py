@@ -11,6 +11,7 @@ Where TRL passes `log_metric`, the shares of the verdicts are logged (`verdict/c
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -23,6 +24,9 @@ Completion = str | list[dict]
 LogMetric = Callable[[str, float], None]
 
 _MAX_CALL_CHARS = 100_000
+_NAMES = {"name": ("name", "arguments"), "Action": ("Action", "Action_Input")}
+_ACTION = re.compile(r"Action:\s*(\w+)")
+_FIRST_BRACES = re.compile(r"Action Input:\s*(\{[^}]*\})")
 
 
 def math_reward(
@@ -41,16 +45,27 @@ def choice_reward(
     completions: Sequence[Completion],
     answer: Sequence[str | None] | None = None,
     log_metric: LogMetric | None = None,
+    compatible: bool = False,
     **columns,
 ) -> list[float | None]:
     """1.0 where the response commits to the gold choice letter and to no other ("A or B" is wrong), else 0.0.
 
     The letter may stand in a box, in `<answer>` tags, after "The answer is", or be all of the response: C, (C), c.
+    With `compatible` as in the release of SDPO (arXiv 2601.20802): what stands between the last `<answer>` and the
+    next `</answer>` is the letter itself, or wrong; without the opening tag the whole response is read so.
     """
     golds = _column("answer", answer, completions)
     pairs = zip(completions, golds, strict=True)
-    verdicts = [_choice_verdict(_text(completion), gold) for completion, gold in pairs]
+    verdict = _compatible_choice if compatible else _choice_verdict
+    verdicts = [verdict(_text(completion), gold) for completion, gold in pairs]
     return _rewards(verdicts, golds, log_metric)
+
+
+def _compatible_choice(response: str, gold: str | None) -> Verdict:
+    if gold is None:
+        return Verdict.GOLD_UNPARSEABLE
+    chosen = response.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    return Verdict.CORRECT if chosen == gold else Verdict.WRONG if len(chosen) == 1 else Verdict.UNPARSEABLE
 
 
 def _choice_verdict(response: str, gold: str | None) -> Verdict:
@@ -99,18 +114,47 @@ def tool_call_reward(
     completions: Sequence[Completion],
     answer: Sequence[str | list | dict | None] | None = None,
     log_metric: LogMetric | None = None,
+    compatible: bool = False,
     **columns,
 ) -> list[float | None]:
     """1.0 where the response makes exactly the gold tool calls, in any order, else 0.0.
 
-    A call is `{"name": ..., "arguments": {...}}`; the gold column holds one or a list of them, as JSON text or as
-    objects. The response gives them in the message's `tool_calls`, in `<tool_call>` tags, or as a whole that is JSON.
+    A call is `{"name": ..., "arguments": {...}}`, or ToolAlpaca's `{"Action": ..., "Action_Input": "{...}"}`; the gold
+    column holds one or a list of them, as JSON text or as objects. The response gives them in the message's
+    `tool_calls`, in `<tool_call>` tags, as a whole that is JSON, or as lines `Action: ...` and `Action Input: {...}`.
     Comparison is strict JSON equality: 1, 1.0, "1" and true are four values.
+
+    With `compatible` as in the release of SDPO (arXiv 2601.20802), for ToolAlpaca: the names after `Action:` are the
+    gold ones in any order, and all inputs, each read up to its first closing brace, merge to the merged gold inputs.
+    Nested inputs cannot be right there, and with several calls their order may matter.
     """
     golds = _column("answer", answer, completions)
     pairs = zip(completions, golds, strict=True)
-    verdicts = [_tool_verdict(completion, gold) for completion, gold in pairs]
+    verdict = _compatible_tools if compatible else _tool_verdict
+    verdicts = [verdict(completion, gold) for completion, gold in pairs]
     return _rewards(verdicts, golds, log_metric)
+
+
+def _compatible_tools(completion: Completion, gold: str | list | None) -> Verdict:
+    try:
+        calls = _parse_json(gold)
+        names = Counter(call["Action"] for call in calls)
+        inputs: dict = {}
+        for call in calls:
+            inputs |= _parse_json(call["Action_Input"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return Verdict.GOLD_UNPARSEABLE
+    response = _text(completion)[:_MAX_CALL_CHARS]
+    merged: dict = {}
+    for block in _FIRST_BRACES.findall(response):
+        try:
+            merged |= json.loads(block)
+        except (TypeError, ValueError, RecursionError):
+            continue  # the release skips what it cannot read
+    made = Counter(_ACTION.findall(response))
+    if not made:
+        return Verdict.NO_ANSWER
+    return Verdict.CORRECT if made == names and merged == inputs else Verdict.WRONG
 
 
 def _tool_verdict(completion: Completion, gold: str | list | dict | None) -> Verdict:
@@ -129,7 +173,23 @@ def _tool_calls(completion: Completion) -> str | list:
         return [call.get("function", call) if isinstance(call, dict) else call for call in message["tool_calls"]]
     text = _text(completion).rpartition("</think>")[2]
     tagged = [part.partition("</tool_call>")[0] for part in text.split("<tool_call>")[1:]]
-    return f"[{','.join(tagged)}]" if tagged else text
+    return f"[{','.join(tagged)}]" if tagged else _action_lines(text) or text
+
+
+def _action_lines(text: str) -> list[dict]:
+    """Calls written as `Action: name` with the `Action Input: {...}` that follows; one without an input is no call."""
+    calls = []
+    for part in re.split(r"^[ \t]*Action:", text[:_MAX_CALL_CHARS], flags=re.MULTILINE)[1:]:
+        name, _, rest = part.partition("Action Input:")
+        calls.append({"name": name.strip(), "arguments": _first_object(rest.lstrip())})
+    return calls
+
+
+def _first_object(text: str) -> object:
+    try:
+        return json.JSONDecoder().raw_decode(text)[0]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _calls(source: str | list | dict | None) -> Counter | None:
@@ -137,7 +197,13 @@ def _calls(source: str | list | dict | None) -> Counter | None:
     try:
         parsed = _parse_json(source)
         calls = parsed if isinstance(parsed, list) else [parsed]
-        pairs = [{"name": call["name"], "arguments": _parse_json(call["arguments"])} for call in calls]
+        named = [_NAMES["Action"] if "Action" in call else _NAMES["name"] for call in calls]
+        pairs = [
+            {"name": call[name], "arguments": _parse_json(call[arguments])}
+            for call, (name, arguments) in zip(calls, named, strict=True)
+        ]
+        if not all(isinstance(pair["arguments"], dict) for pair in pairs):
+            return None
         return Counter(json.dumps(pair, sort_keys=True, allow_nan=False) for pair in pairs)
     except (KeyError, TypeError, ValueError, RecursionError):
         return None

@@ -1,0 +1,236 @@
+"""Time of the Challenger's reward for one step of 2,048 questions: R-Diverse against R-Zero's BLEU path.
+
+    python -m benchmarks.r_diverse_reward [--questions N] [--bank-rows N ...] [--no-peer]
+
+R-Diverse: P_rep on embeddings and MAP against a bank on disk. R-Zero: one nltk `sentence_bleu` a pair, then
+scikit-learn's clustering; and the same rule by `bleu_repetition_penalty`, whose penalties must be equal. The work of
+the models is not in it: the Solver's answers are the same for both, and the embeddings that R-Diverse needs come from
+a coder and an encoder. Each bank lives in a process of its own, whose memory is measured. Questions, embeddings and
+bank are synthetic, from a seed.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from common.runs import atomic_write_json
+from r_diverse import MemoryBank, bleu_repetition_penalty, challenger_reward, repetition_penalty
+
+TEMPLATES = (
+    "Let {x} and {y} be positive integers such that {x}^2 + {a} {x} {y} + {b} {y}^2 = {c}. Find the sum of all "
+    "possible values of {x} + {y}, given that {x} is {adjective} and {y} leaves remainder {d} when divided by {e}.",
+    "A fair {a}-sided die is rolled {b} times. Find the probability that the sum of the outcomes is {adjective} and "
+    "at least {c}, and express it as a fraction in lowest terms whose numerator and denominator you then add.",
+    "In triangle ABC, AB = {a}, BC = {b} and the angle at B is {c} degrees. The circle through A and C that is "
+    "tangent to BC meets AB again at the point {x}. Find the length of the segment from {x} to the midpoint of AC.",
+    "Consider the polynomial P({x}) = {x}^4 - {a} {x}^3 + {b} {x}^2 - {c} {x} + {d} with real coefficients. If two of "
+    "its roots are {adjective} numbers whose product is {e}, compute the value of P({y}) at {y} = {a} + {b}.",
+    "How many sequences of length {a} made of the digits 0 to {b} contain no two equal neighbours and an "
+    "{adjective} number of the digit {d}? Give the remainder of the answer when it is divided by {e}.",
+    "Evaluate the integral of {x}^{a} times the logarithm of {x} plus {b} over the interval from {c} to {d}, where "
+    "{x} is a real variable, and write the result as {y} times pi plus a rational number with denominator {e}.",
+    "A train leaves the station at {a} km/h and a second one follows {b} minutes later at {c} km/h. After how many "
+    "minutes is the distance between them {adjective} for the first time and less than {d} km?",
+    "Find the number of functions f from the set of the first {a} positive integers to the set of the first {b} such "
+    "that f(f({x})) = {x} + {c} for every {adjective} {x}, and f takes the value {d} exactly {e} times.",
+)
+ADJECTIVES = (
+    "even",
+    "odd",
+    "prime",
+    "composite",
+    "square-free",
+    "a multiple of three",
+    "a perfect square",
+    "positive",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.r_diverse_reward", description=__doc__.splitlines()[0])
+    parser.add_argument("--questions", type=int, default=2048, help="questions of one step (2048)")
+    parser.add_argument("--bank-rows", type=int, nargs="*", default=[10_000, 1_000_000], help="sizes of the bank")
+    parser.add_argument("--dim", type=int, default=1536, help="dimensions of the embeddings (1536)")
+    parser.add_argument("--no-peer", action="store_true", help="leave R-Zero's pair-by-pair path out: minutes")
+    parser.add_argument(
+        "--folder", type=Path, help="where the banks are made and removed (the system's temporary one)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/r_diverse_reward.json"))
+    args = parser.parse_args(argv)
+    try:
+        result = measure(args)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.r_diverse_reward: {error}", file=sys.stderr)
+        return 2
+    atomic_write_json(args.out, result)
+    print(table(result))
+    print(f"Written to {args.out}")
+    return 0
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    questions, embeddings = make_questions(args.questions), make_embeddings(args.questions, args.dim, seed=1)
+    consistency = np.random.default_rng(2).integers(11, size=args.questions) / 10
+    valid, none = np.ones(args.questions, bool), np.zeros(args.questions)
+    result: dict[str, Any] = {"questions": args.questions, "dim": args.dim, "machine": machine(), "bank": []}
+    ours, seconds = timed(lambda: repetition_penalty(embeddings))
+    result["p_rep"] = {"seconds": seconds, "clusters": clusters(ours)}
+    for rows in args.bank_rows:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            measured = process.submit(measure_bank, rows, args.dim, embeddings, args.folder).result()
+        memory = np.array(measured.pop("penalty"))
+        _, rest = timed(lambda memory=memory: challenger_reward(consistency, ours, memory, valid))
+        measured["reward_seconds"] = seconds + measured["penalty_seconds"] + rest
+        result["bank"].append(measured)
+    bleu, bleu_seconds = timed(lambda: bleu_repetition_penalty(questions))
+    result["r_zero"] = {"seconds": bleu_seconds, "clusters": clusters(bleu)}
+    if not args.no_peer:
+        peer, peer_seconds = timed(lambda: r_zero_penalty(questions))
+        challenger_reward(consistency, peer, none, valid)
+        result["r_zero_pairwise"] = {"seconds": peer_seconds, "equal_to_r_zero": bool(np.array_equal(peer, bleu))}
+    return result
+
+
+def r_zero_penalty(questions: list[str]) -> np.ndarray:
+    """R-Zero's penalty as its release computes it: BLEU of every pair with nltk, one after the other."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    from sklearn.cluster import AgglomerativeClustering
+
+    smoothing = SmoothingFunction().method1
+    distances = np.zeros((len(questions), len(questions)))
+    for i in tqdm(range(len(questions)), desc="R-Zero, pair by pair", disable=None):
+        for j in range(i + 1, len(questions)):
+            bleu = sentence_bleu([questions[j].split()], questions[i].split(), smoothing_function=smoothing)
+            distances[i, j] = distances[j, i] = 1 - bleu
+    labels = AgglomerativeClustering(
+        n_clusters=None, metric="precomputed", linkage="average", distance_threshold=0.5
+    ).fit_predict(distances)
+    return np.bincount(labels)[labels] / len(questions)
+
+
+def measure_bank(rows: int, dim: int, embeddings: np.ndarray, parent: Path | None) -> dict[str, Any]:
+    """Fills a bank in iterations of at most 50,000 rows, opens it anew and takes the penalty of a whole step."""
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix="bank_"))
+    try:
+        need = rows * dim * 4 + rows * 100
+        if shutil.disk_usage(folder).free < 1.2 * need:
+            raise OSError(
+                f"a bank of {rows} rows needs {need / 1e9:.1f} GB in {parent or folder.parent}: choose --folder"
+            )
+        start, bank = time.perf_counter(), MemoryBank(folder, encoder="synthetic")
+        for t, first in enumerate(range(0, rows, 50_000)):
+            number = min(50_000, rows - first)
+            made = make_embeddings(number, dim, seed=10 + t)
+            bank.add([f"question {first + i}" for i in range(number)], made, ["0"] * number, t)
+            del made
+        fill_seconds = time.perf_counter() - start
+        bank, open_seconds = timed(lambda: MemoryBank(folder, encoder="synthetic"))
+        before = own_memory()
+        penalty, penalty_seconds = timed(lambda: bank.penalty(embeddings))
+        searched = own_memory()
+        _, add_seconds = timed(lambda: bank.add(["q"] * len(embeddings), embeddings, ["0"] * len(embeddings), 10**6))
+        return {
+            "rows": rows,
+            "fill_seconds": fill_seconds,  # the making of the synthetic rows included
+            "open_seconds": open_seconds,
+            "penalty_seconds": penalty_seconds,
+            "append_seconds": add_seconds,
+            "disk_bytes": sum(file.stat().st_size for file in folder.rglob("*")),
+            "own_memory_bytes": {"before the search": before, "after it": searched},
+            "penalty": penalty.tolist(),
+        }
+    finally:
+        shutil.rmtree(folder)
+
+
+def own_memory() -> int | None:
+    """Resident memory of this process without pages of mapped files, which the system may drop at any time."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+
+
+def make_questions(number: int) -> list[str]:
+    rng = random.Random(0)
+    fields = ("a", "b", "c", "d", "e")
+    return [
+        rng.choice(TEMPLATES).format(
+            x=rng.choice("xnkmt"),
+            y=rng.choice("yspqr"),
+            adjective=rng.choice(ADJECTIVES),
+            **{field: rng.randint(2, 99) for field in fields},
+        )
+        for _ in range(number)
+    ]
+
+
+def make_embeddings(number: int, dim: int, seed: int) -> np.ndarray:
+    """Unit vectors around 200 centres that are the same for every seed; cosine about 0.6 within a centre."""
+    centres = np.random.default_rng(0).standard_normal((200, dim), np.float32)
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((number, dim), np.float32) * np.float32(0.8)
+    vectors += centres[rng.integers(200, size=number)]
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    value = function()
+    return value, time.perf_counter() - start
+
+
+def clusters(penalty: np.ndarray) -> int:
+    return round(float((1 / (penalty * len(penalty))).sum()))
+
+
+def machine() -> dict[str, Any]:
+    versions = {}
+    for package in ("numpy", "scipy", "scikit-learn", "faiss-cpu", "nltk"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "OMP_NUM_THREADS": threads, "packages": versions}
+
+
+def table(result: dict[str, Any]) -> str:
+    peer = result.get("r_zero_pairwise", {}).get("seconds")
+
+    def line(name: str, seconds: float) -> str:
+        return f"{name:<52}{seconds:>10.2f} s" + (f"{peer / seconds:>10.1f} x" if peer else "")
+
+    lines = [f"Reward of {result['questions']} questions (times as fast as R-Zero pair by pair)"]
+    if peer:
+        lines.append(line("R-Zero, BLEU pair by pair with nltk", peer))
+        same = "equal" if result["r_zero_pairwise"]["equal_to_r_zero"] else "NOT EQUAL"
+        lines.append(line(f"R-Zero, bleu_repetition_penalty ({same})", result["r_zero"]["seconds"]))
+    else:
+        lines.append(line("R-Zero, bleu_repetition_penalty", result["r_zero"]["seconds"]))
+    for bank in result["bank"]:
+        own = ", ".join(f"{when} {size and round(size / 1e6)} MB" for when, size in bank["own_memory_bytes"].items())
+        lines.append(line(f"R-Diverse, P_rep and MAP, bank of {bank['rows']:,} rows", bank["reward_seconds"]))
+        lines.append(
+            f"    append {bank['append_seconds']:.2f} s, open {bank['open_seconds'] * 1e3:.0f} ms, disk "
+            f"{bank['disk_bytes'] / 1e9:.2f} GB, own memory {own}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
