@@ -1,6 +1,6 @@
 # GNU make 3.81 or newer. `make -n TARGET` prints the commands of a target without running them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd
+.PHONY: help setup demo demo-va_opd demo-srpo test lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo
 
 PRESET ?= paper
 WORKERS ?= 2
@@ -36,8 +36,13 @@ setup: $(READY) ## .venv with the locked packages (CPU build of torch where ther
 .venv/.complete: requirements-cpu.lock pyproject.toml scripts/setup.sh scripts/install_torch.py
 	PYTHON='$(PYTHON)' sh scripts/setup.sh
 
-demo: $(READY) ## VA-OPD beside standard OPD on embedded real images, on a CPU, in minutes
+demo: demo-va_opd demo-srpo ## Every method beside its baselines on embedded data, on a CPU, in minutes
+
+demo-va_opd: $(READY) ## VA-OPD beside standard OPD on real handwritten digits
 	$(PY) -m va_opd.loop --config va_opd/configs/tiny.yaml $(OPTIONS)
+
+demo-srpo: $(READY) ## SRPO beside GRPO and SDPO on additions
+	$(PY) -m srpo.loop --config srpo/configs/tiny.yaml $(OPTIONS)
 
 test: $(READY) ## All tests, on a CPU, without network
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
@@ -76,6 +81,22 @@ va_opd-geo3k: $(READY) ## VA-OPD, Table 1: Geometry3K, 8B to 2B; baselines, eval
 va_opd-virl39k: $(READY) ## VA-OPD, Table 2: the same on ViRL39K
 va_opd-geo3k va_opd-virl39k:
 	$(PY) -m va_opd.loop $(call CONFIG,$@) --gpus $(or $(GPUS),$(GPUS_$(PRESET))) $(OPTIONS)
+
+TINY_SEEDS := 0,1,2
+srpo-qwen3-8b-paper := --config srpo/configs/qwen3_8b.yaml --datasets all
+srpo-qwen3-8b-single-gpu := --config srpo/configs/single_gpu.yaml
+srpo-qwen3-8b-tiny := --config srpo/configs/tiny.yaml --seeds $(or $(SEED),$(TINY_SEEDS))
+srpo-qwen3-4b-paper := --config srpo/configs/qwen3_4b.yaml --datasets all
+srpo-qwen3-4b-single-gpu := --config srpo/configs/single_gpu.yaml
+srpo-qwen3-4b-tiny := --config srpo/configs/tiny.yaml --seeds $(or $(SEED),$(TINY_SEEDS))
+
+srpo-qwen3-8b: $(READY) ## SRPO, Tables 1 and 2: GRPO, SDPO, SRPO and ablations on five benchmarks
+srpo-qwen3-4b: $(READY) ## SRPO, Table 1, lower half
+srpo-qwen3-8b srpo-qwen3-4b:
+	$(PY) -m srpo.loop $(call CONFIG,$@) --variants all --gpus $(or $(GPUS),$(GPUS_$(PRESET))) $(OPTIONS)
+
+eval-srpo: $(READY) ## Tables against the paper and figures, from finished runs of EXPERIMENT=qwen3-8b|qwen3-4b
+	$(PY) -m benchmarks.srpo --config $(word 2,$(call CONFIG,srpo-$(or $(filter qwen3-%,$(EXPERIMENT)),qwen3-8b))) $(OPTIONS)
 
 eval-va_opd: $(READY) ## Table against the paper and figures, from finished runs of EXPERIMENT=geo3k|virl39k
 	$(PY) -m benchmarks.va_opd $(call CONFIG,va_opd-$(EXPERIMENT)) $(OPTIONS)

@@ -1,5 +1,6 @@
 """The figures that show a silent failure: routes, teacher entropy, lengths; one line now and then, and in words."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -79,7 +80,7 @@ def diagnose(logs: Mapping[str, float], first_length: float = 0.0) -> list[str]:
             "most rollouts are truncated: raise max_completion_length or check the prompt template",
         ),
         (
-            logs.get("completions/mean_length", 1.0) < 0.2 * first_length,
+            logs.get("completions/mean_length", math.inf) < 0.2 * first_length,
             "rollouts are five times shorter than at the start: where the task asks for reasoning, it has collapsed",
         ),
         (logs.get("entropy", 1.0) < 0.01, "the policy's entropy has collapsed: lower learning_rate"),

@@ -81,14 +81,15 @@ def score(model: str, args: ScriptArguments, config: SRPOConfig, out: Path) -> d
 
 def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
     """The test problems with the reward of the training as their scorer."""
-    reward = reward_of(args.dataset, args.strict)
+    reward, rows = reward_of(args.dataset, args.strict), load_splits_of(args)["test"]
+    rows = rows.select(range(min(args.eval_limit or len(rows), len(rows))))
 
     def score_response(response: str, row: dict[str, Any]) -> float:
         return reward([response], answer=[row["answer"]])[0]
 
     return Benchmark(
         name=args.dataset,
-        rows=[{"id": r["id"], "prompt": r["prompt"], "answer": r["answer"]} for r in load_splits_of(args)["test"]],
+        rows=[{"id": r["id"], "prompt": r["prompt"], "answer": r["answer"]} for r in rows],
         score=score_response,
         decoding=Decoding(
             temperature=args.eval_temperature, top_p=args.eval_top_p, max_new_tokens=config.max_completion_length

@@ -36,6 +36,8 @@ except ModuleNotFoundError as error:
         raise
     sys.exit("srpo.train also needs the folder common/ of the project beside srpo/; the trainer alone does not")
 
+FOLLOW = ("generation_batch_size",)  # TRL sets it from the batch, and refuses both
+
 
 @dataclass
 class ScriptArguments:
@@ -57,6 +59,7 @@ class ScriptArguments:
     eval_samples: int = field(default=16, metadata={"help": "Samples a problem in evaluation (paper: avg@16)."})
     eval_temperature: float = field(default=0.6, metadata={"help": "Of evaluation (paper: 0.6)."})
     eval_top_p: float = field(default=0.95, metadata={"help": "Of evaluation (paper: 0.95)."})
+    eval_limit: int | None = field(default=None, metadata={"help": "Evaluate on so many test problems only."})
     eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once with transformers."})
     engine: str = field(
         default="transformers", metadata={"help": "Of evaluation.", "choices": ["transformers", "vllm"]}
@@ -140,7 +143,9 @@ def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
         name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
         for name, rows in splits.items()
     }
-    return RunFolder.open(run_path(args, config), changed_settings(args, config), data=prints, seed=config.seed)
+    return RunFolder.open(
+        run_path(args, config), changed_settings(args, config, FOLLOW), data=prints, seed=config.seed
+    )
 
 
 def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> SRPOTrainer:
@@ -235,7 +240,7 @@ def dry_run(args: ScriptArguments, config: SRPOConfig, processes: int = 1) -> st
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     lines = [f"run folder: {run_path(args, config)}", "settings (every other field is at its default):"]
     hidden = {"use_cpu", "disable_tqdm"}  # set by `parse` and by transformers for the look itself
-    chosen = changed_settings(args, config).items()
+    chosen = changed_settings(args, config, FOLLOW).items()
     lines += [f"  {key}: {value}" for key, value in chosen if value is not None and key not in hidden]
     lines.append(
         f"one update: {rollouts // config.num_generations} prompts x {config.num_generations} rollouts, "

@@ -1,0 +1,258 @@
+"""SRPO's command lines: settings, bad input, run folders, resuming, the experiment; on embedded additions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.cli import changed_settings
+from common.runs import last_checkpoint, read_jsonl
+from common.tiny import tiny_qwen3
+from srpo import doctor, evaluate, loop, train
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "srpo" / "configs").glob("*.yaml"))
+SMALL = {
+    "experiment": "small",
+    "dataset": "additions",
+    "limit": 64,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "num_generations": 4,
+    "max_steps": 6,
+    "learning_rate": 1.0e-3,
+    "max_completion_length": 4,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "eval_samples": 2,
+    "eval_temperature": 1.0,
+    "eval_batch_size": 100,
+    "eval_limit": 40,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "doctor_steps": 0,
+    "seed": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("policy")
+    model, tokenizer = tiny_qwen3(hidden=32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(tmp_path, policy) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "model": policy, "out": str(tmp_path / "runs")}))
+    return path
+
+
+@pytest.fixture
+def easy(monkeypatch):
+    """A random policy never adds right: let an even length count as correct, so that all routes are taken."""
+
+    def reward(completions, answer, **columns):
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        return [float(len(text) % 2 == 0) for text in texts]
+
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "reward_of", lambda dataset, strict=False: reward)
+
+
+def fails(capsys, config: Path, *fields: str) -> str:
+    capsys.readouterr()
+    assert train.main(["--config", str(config), *fields]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("srpo.train: ")
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_parsed_and_dry_run(path, capsys):
+    assert train.main(["--config", str(path), "--dry_run"]) == 0
+    assert loop.main(["--config", str(path), "--dry_run", "--gpus", "8", "--variants", "all"]) == 0
+    printed = capsys.readouterr().out
+    assert "memory a process" in printed or "memory: unknown" in printed
+    assert "-m srpo.train --config" in printed
+    assert "--num_processes 8" in printed
+    assert "--routing sdpo_correct" in printed
+
+
+@pytest.mark.parametrize("size", ["4b", "8b"])
+def test_the_paper_configs_are_the_papers(size):
+    path = str(ROOT / f"srpo/configs/qwen3_{size}.yaml")
+    args, config = train.parse(["--config", path, "--dry_run"])
+    rollouts = 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert (rollouts, config.num_generations, rollouts // config.num_generations) == (256, 8, 32)
+    assert (args.model, config.learning_rate, config.entropy_beta) == (f"Qwen/Qwen3-{size.upper()}", 5e-6, 1.0)
+    assert (args.eval_samples, args.eval_temperature, args.eval_top_p) == (16, 0.6, 0.95)
+    assert (config.max_completion_length, config.max_prompt_length, config.temperature) == (8192, 2048, 1.0)
+    assert config.max_grad_norm == 1.0
+
+
+def test_the_papers_grpo_takes_four_steps_a_batch(capsys):
+    assert loop.main(["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run", "--variants", "grpo"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "srpo.train" in line]
+    assert "--steps_per_generation 8 --gradient_accumulation_steps 2 --max_steps 1900" in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["--learning_rat", "1e-3"], "did you mean 'learning_rate'"),
+        (["--num_generations", "3"], "divisible by num_generations"),
+        (["--model", "nowhere/at/all"], "no such folder"),
+        (["--dataset", "subtractions"], "dataset must be additions"),
+        (["--dataset", "chemistry", "--data", "/nowhere"], "no such folder"),
+        (["--max_prompt_length", "5"], "no prompt fits max_prompt_length=5"),
+        (["--policy_dtype", "float8"], "policy_dtype must be"),
+        (["--steps_per_generation", "4"], "must equal gradient_accumulation_steps"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(config, capsys, fields, message, tmp_path):
+    assert message in fails(capsys, config, *fields)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_recorded_done_once_and_not_overwritten_by_another(config, capsys, tmp_path, easy):
+    assert train.main(["--config", str(config)]) == 0
+    run = tmp_path / "runs/srpo/small-additions/srpo-seed0"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["state"] == "done"
+    assert set(manifest["data"]) == {"train", "test", "teaching"}
+    metrics = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    names = {"route/sdpo", "route/lone_success", "teacher/entropy", "weight_p90", "time/teacher", "time/generation"}
+    assert names | {"time/reward", "teacher/scored_over_needed", "train_seconds", "step_time"} <= metrics[0].keys()
+    assert {line["teacher/scored_over_needed"] for line in metrics} == {1.0}
+    samples = read_jsonl(run / "samples.jsonl")
+    assert {"prompt", "response", "reward", "route", "donor", "step"} == samples[0].keys()
+    assert {sample["route"] for sample in samples} == {"grpo", "sdpo"}
+    assert not list(run.glob("checkpoint-2/optimizer*")) + list(run.glob("checkpoint-2/self_teacher*"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+
+    assert train.main(["--config", str(config)]) == 0
+    assert "done already" in capsys.readouterr().out
+    assert "learning_rate" in fails(capsys, config, "--learning_rate", "1e-4")
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_the_saved_settings_are_the_same_run_again(config, tmp_path):
+    args, settings = train.parse(["--config", str(config), "--routing", "mix", "--entropy_beta", "0.5"])
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(yaml.safe_dump(changed_settings(args, settings, train.FOLLOW)))
+    again_args, again = train.parse(["--config", str(saved), "--out", args.out])
+    assert changed_settings(again_args, again, train.FOLLOW) == changed_settings(args, settings, train.FOLLOW)
+    assert again.output_dir == settings.output_dir
+
+
+def run_until(config: Path, step: int | None, *fields: str) -> int:
+    """`python -m srpo.train`, killed with SIGKILL once the checkpoint of `step` is complete."""
+    command = [sys.executable, "-m", "srpo.train", "--config", str(config), *fields]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, cwd=config.parent, stdout=subprocess.DEVNULL)
+    run = train.run_path(*train.parse(["--config", str(config), *fields]))
+    while step is not None and process.poll() is None:
+        found = last_checkpoint(run)
+        if found is not None and int(found.name.split("-")[1]) >= step:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    return process.wait()
+
+
+def test_killed_and_started_again_a_run_ends_as_if_nothing_had_been(config, tmp_path):
+    fields = ["--max_steps", "10", "--reward_threshold", "-1"]  # all correct: the average still moves by weight decay
+    straight = ["--experiment", "straight", *fields]
+    assert run_until(config, None, *straight) == 0
+    assert run_until(config, 4, *fields) == -signal.SIGKILL
+    assert run_until(config, None, *fields) == 0
+    curves, names = [], ("loss", "grad_norm", "reward", "completions/mean_length", "teacher/distance")
+    for extra in (straight, fields):
+        run = train.run_path(*train.parse(["--config", str(config), *extra]))
+        lines = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
+        curves.append([[line["step"], *(line[name] for name in names)] for line in lines])
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 10
+
+
+def test_evaluation_of_every_checkpoint_and_the_budgets(config, tmp_path, easy):
+    assert train.main(["--config", str(config)]) == 0
+    assert evaluate.main(["run", "--config", str(config)]) == 0
+    folder = tmp_path / "runs/srpo/small-additions/srpo-seed0/eval"
+    table = json.loads((folder / "curve.json").read_text())
+    assert [point["step"] for point in table["curve"]] == [2, 4, 6]
+    accuracy = [point["accuracy"] for point in table["curve"]]
+    assert table["1h"] == {"best": max(accuracy), "mean": pytest.approx(sum(accuracy) / 3), "last": accuracy[-1]}
+    records = read_jsonl(folder / "checkpoint-6/additions/samples.jsonl")
+    assert len(records) == 40 * 2
+    assert evaluate.main(["nothing"]) == 2
+
+
+def test_budgets_leave_out_what_came_later():
+    curve = [{"hours": hours, "accuracy": value} for hours, value in ((0.5, 0.2), (0.9, 0.6), (4.0, 0.4), (11.0, 0.9))]
+    table = evaluate.within_budgets(curve)
+    assert table["1h"] == {"best": 0.6, "mean": pytest.approx(0.4), "last": 0.6}
+    assert table["5h"]["last"] == table["10h"]["last"] == 0.4
+    assert table["all"]["best"] == 0.9
+    assert "1h" not in evaluate.within_budgets(curve[2:])
+
+
+def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    fields = ["--config", str(config), "--max_steps", "2"]
+    assert loop.main([*fields, "--variants", "grpo,srpo"]) == 0
+    report = (tmp_path / "runs/srpo/small/report.md").read_text()
+    for text in (
+        "| GRPO | 1 |",
+        "| SRPO | 1 |",
+        "SRPO minus GRPO, seed 0",
+        "| base | 41.1 |  |",
+        "66.5 / 74.8 / 75.6",
+    ):
+        assert text in report
+    for name in ("accuracy", "training", "last"):
+        assert (tmp_path / f"runs/srpo/small/figures/additions_{name}.png").stat().st_size > 5000
+    samples = tmp_path / "runs/srpo/small-additions/srpo-seed0/eval/checkpoint-2/additions/samples.jsonl"
+    before = samples.stat().st_mtime_ns
+    assert train.main(fields) == evaluate.main(["run", *fields]) == 0
+    assert "done already" in capsys.readouterr().out
+    assert samples.stat().st_mtime_ns == before
+
+
+def test_unknown_variants_are_one_sentence(config, capsys):
+    assert loop.main(["--config", str(config), "--variants", "ppo"]) == 2
+    assert "choose among srpo, grpo, sdpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("logs", "message"),
+    [
+        ({"route/all_wrong_groups": 0.9}, "no correct rollout"),
+        ({"route/all_correct_groups": 0.95}, "nothing is left to learn"),
+        ({"completions/clipped_ratio": 0.6}, "truncated"),
+        ({"completions/mean_length": 10.0}, "five times shorter"),
+        ({"entropy": 0.001}, "entropy has collapsed"),
+        ({"teacher/scored_over_needed": 1.5}, "does not use"),
+        ({"sampling/sampling_logp_difference/mean": 0.2}, "disagree"),
+    ],
+)
+def test_the_doctor_warns_in_words(logs, message):
+    (warning,) = doctor.diagnose(logs, first_length=100.0)
+    assert message in warning
+    assert doctor.diagnose(dict.fromkeys(logs), first_length=100.0) == []
