@@ -65,7 +65,7 @@ def interval(correct: Table, level: float = 0.95, seed: int = 0) -> tuple[float,
     z = float(stats.t.ppf(0.5 + level / 2, max(n - 1, 1)))
     centre = (p + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z / (1 + z * z / effective) * math.sqrt(p * (1 - p) / effective + z * z / (4 * effective**2))
-    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+    return float(max(0.0, min(p, centre - half))), float(min(1.0, max(p, centre + half)))
 
 
 def paired_difference(a: Table, b: Table, level: float = 0.95, seed: int = 0) -> tuple[float, float, float, float]:
@@ -81,8 +81,9 @@ def paired_difference(a: Table, b: Table, level: float = 0.95, seed: int = 0) ->
     mean, n = float(difference.mean()), len(difference)
     if not difference.any():
         return 0.0, 0.0, 0.0, 1.0
-    error = difference.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    half = float(stats.t.ppf(0.5 + level / 2, max(n - 1, 1))) * error
+    if n == 1:  # one problem says nothing about others
+        return mean, -1.0, 1.0, 1.0
+    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * difference.std(ddof=1) / math.sqrt(n)
     test = stats.permutation_test(
         (means_a, means_b),
         lambda x, y, axis=-1: np.mean(x - y, axis=axis),
@@ -92,7 +93,7 @@ def paired_difference(a: Table, b: Table, level: float = 0.95, seed: int = 0) ->
         batch=1000,
         rng=np.random.default_rng(seed),
     )
-    return mean, max(-1.0, mean - half), min(1.0, mean + half), float(test.pvalue)
+    return mean, float(max(-1.0, mean - half)), float(min(1.0, mean + half)), float(test.pvalue)
 
 
 def _majority_is(row: Sequence[Any], gold: Any, same: Callable[[Any, Any], bool]) -> bool:

@@ -42,7 +42,9 @@ def training_curves(
     for place, metric in enumerate(present, start=1):
         axes = figure.add_subplot(math.ceil(len(present) / wide), wide, place)
         for number, (name, lines) in enumerate(runs.items()):
-            points = np.array([(line["step"], line[metric]) for line in lines if line.get(metric) is not None], dtype=float)
+            points = np.array(
+                [(line["step"], line[metric]) for line in lines if line.get(metric) is not None], dtype=float
+            )
             if len(points):
                 axes.plot(*_smoothed(points, smooth).T, label=name, color=PALETTE[number % len(PALETTE)])
         axes.set(xlabel="step", ylabel=metrics[metric])
@@ -92,7 +94,13 @@ def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path, mark: fl
 
 
 def token_heatmap(
-    tokens: Sequence[str], values: Sequence[float], path: str | Path, title: str, image=None, label: str = "", width: int = 48
+    tokens: Sequence[str],
+    values: Sequence[float],
+    path: str | Path,
+    title: str,
+    image=None,
+    label: str = "nats",
+    width: int = 48,
 ) -> Path:
     """One response as text, each token on a background coloured by its value; a PIL image above, if given.
 
@@ -116,11 +124,21 @@ def token_heatmap(
         place = {"facecolor": colour, "edgecolor": "white", "linewidth": 1.5}
         axes.add_patch(_rectangle(column, line, len(text), place))
         middle = column + len(text) / 2
-        axes.text(middle, -line - 0.5, text, ha="center", va="center", family="monospace", color=ink, fontsize=min(15, 95 * inch))
+        axes.text(
+            middle,
+            -line - 0.5,
+            text,
+            ha="center",
+            va="center",
+            family="monospace",
+            color=ink,
+            fontsize=min(15, 95 * inch),
+            parse_math=False,  # a token may hold a dollar sign
+        )
     used = max(column + len(text) for column, _, text in boxes) if boxes else 1
     axes.set(xlim=(0, max(used, 12)), ylim=(-lines, 0))
     axes.set_axis_off()
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.colorbar(scale, cax=figure.add_subplot(grid[-1]), orientation="horizontal", label=label)
     return _save(figure, path)
 

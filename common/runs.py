@@ -127,17 +127,22 @@ class RunFolder:
             if (path / "manifest.json").exists():
                 manifest = _same_run(path, config, data, seed)
                 manifest["resumed"] = [*manifest["resumed"], _now()]
-            elif any(path.iterdir()):
-                raise RunFolderError(f"{path} holds files but no manifest.json, so it is no run folder: choose another out=")
+            elif any(not file.name.startswith(".") for file in path.iterdir()):  # but a killed writer's draft
+                raise RunFolderError(
+                    f"{path} holds files but no manifest.json, so it is no run folder: choose another out="
+                )
             else:
                 manifest = _new_manifest(config, data, seed)
-                atomic_write_text(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
             folder = cls(path, manifest)
             if not folder.is_done:
-                folder._write(state="running")
+                folder._write(state="running")  # first, for it says whose folder this is
+            if not (path / "config.yaml").exists():
+                atomic_write_text(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
             return folder
         except OSError as error:
-            raise RunFolderError(f"{path} cannot be written ({error.strerror or error}): choose another out=") from error
+            raise RunFolderError(
+                f"{path} cannot be written ({error.strerror or error}): choose another out="
+            ) from error
 
     @property
     def is_done(self) -> bool:
@@ -177,9 +182,15 @@ class RunFolder:
 def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        theirs = {**manifest["config"], "seed": manifest["seed"], **{f"data {k}": v for k, v in manifest["data"].items()}}
+        theirs = {
+            **manifest["config"],
+            "seed": manifest["seed"],
+            **{f"data {k}": v for k, v in manifest["data"].items()},
+        }
     except (ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{path}/manifest.json cannot be read ({error}): choose another out= or delete the folder") from error
+        raise RunFolderError(
+            f"{path}/manifest.json cannot be read ({error}): choose another out= or delete the folder"
+        ) from error
     ours = {**config, "seed": seed, **{f"data {k}": v for k, v in data.items()}}
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
@@ -188,6 +199,10 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict
                 "another out= or delete the folder"
             )
     return manifest
+
+
+def _identity(config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
+    return {**config, "seed": seed, **{f"data {name}": print_ for name, print_ in data.items()}}
 
 
 def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
@@ -237,7 +252,7 @@ def _now() -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in JSON types: numpy scalars and arrays as numbers and lists, paths as text, non-finite floats as None."""
+    """`value` in JSON types: numpy values as numbers and lists, paths as text, non-finite floats as None."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,0 +1,141 @@
+"""Estimators against exact values: enumeration, simulation, invariants."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from common.estimators import avg_at_k, interval, maj_at_k, paired_difference, pass_at_k
+
+
+def test_avg_at_k_weighs_problems_the_same():
+    assert avg_at_k([[1, 0], [1, 1]]) == 0.75
+    assert avg_at_k([[1], [0, 0, 0, 0]]) == 0.5
+    assert avg_at_k(np.array([[0.25, 0.75]])) == 0.5
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_mean_over_all_subsets(n):
+    for correct in range(n + 1):
+        row = [1] * correct + [0] * (n - correct)
+        for k in range(1, n + 1):
+            subsets = [max(subset) for subset in itertools.combinations(row, k)]
+            assert pass_at_k([row], k) == pytest.approx(sum(subsets) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_of_rows_of_unequal_length():
+    assert pass_at_k([[1, 0], [0, 0, 1, 1]], 2) == pytest.approx((1 + 5 / 6) / 2)
+    assert pass_at_k([[1, 0, 1]], 1) == pytest.approx(avg_at_k([[1, 0, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("answers", "gold", "expected"),
+    [
+        (["1", "2", "2"], "2", 1),
+        (["1", "2"], "1", 1),  # a tie goes to the first
+        (["2", "1"], "1", 0),
+        ([None, None, "1"], "1", 1),
+        ([None, None], None, 0),
+        ([None], "1", 0),
+        (["3", "1", "1", "3"], "1", 0),
+    ],
+)
+def test_maj_at_k(answers, gold, expected):
+    assert maj_at_k([answers], [gold]) == expected
+
+
+def test_maj_at_k_with_the_callers_equality():
+    same = lambda a, b: float(a) == float(b)  # noqa: E731
+    assert maj_at_k([["0.5", "1", ".50"], ["1", "2", "2"]], ["0.5", "1"], same) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: avg_at_k([]), "no problems"),
+        (lambda: avg_at_k([[1], []]), "problem 1 has no samples"),
+        (lambda: avg_at_k([[1.5]]), r"outside \[0, 1\]"),
+        (lambda: avg_at_k([[float("nan")]]), r"outside \[0, 1\]"),
+        (lambda: pass_at_k([[1, 0], [1]], 2), "k must be between 1 and the 1 samples"),
+        (lambda: pass_at_k([[1, 0]], 0), "k must be between"),
+        (lambda: pass_at_k([[0.5]], 1), "0 or 1"),
+        (lambda: maj_at_k([], []), "one gold for each problem"),
+        (lambda: maj_at_k([["1"]], []), "one gold for each problem"),
+        (lambda: interval([]), "no problems"),
+        (lambda: paired_difference([[1]], [[1], [0]]), "same problems"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("problems", [1, 2, 30])
+@pytest.mark.parametrize("samples", [1, 16])
+def test_the_interval_is_never_empty_at_the_ends(value, problems, samples):
+    low, high = interval([[value] * samples] * problems)
+    assert 0 <= low <= value <= high <= 1
+    assert high - low > 0.05
+    assert (low, high) == interval([[value]] * problems)  # more samples of the same problems are no new problems
+
+
+def test_the_interval_holds_the_estimate_and_widens_with_the_level():
+    table = np.random.default_rng(0).integers(0, 2, (40, 4))
+    widths = []
+    for level in (0.5, 0.8, 0.95, 0.99):
+        low, high = interval(table, level)
+        assert low <= avg_at_k(table) <= high
+        widths.append(high - low)
+    assert widths == sorted(widths)
+
+
+def test_repeating_every_sample_changes_nothing():
+    table = np.random.default_rng(1).random((40, 4)) < np.linspace(0, 1, 40)[:, None]  # problems differ
+    assert interval(np.repeat(table, 4, axis=1)) == pytest.approx(interval(table))
+
+
+@pytest.mark.parametrize("mean", [0.05, 0.3, 0.7])
+@pytest.mark.parametrize("spread", ["none", "wide"])
+def test_the_interval_covers_the_truth_as_often_as_it_says(mean, spread):
+    rng, hits, trials = np.random.default_rng(0), 0, 400
+    for _ in range(trials):
+        if spread == "none":
+            chances = np.full(50, mean)
+        else:
+            chances = rng.beta(0.5 * mean / 0.5, 0.5 * (1 - mean) / 0.5, 50)
+        low, high = interval(rng.random((50, 4)) < chances[:, None])
+        hits += low <= mean <= high
+    assert 0.91 <= hits / trials <= 0.995
+
+
+def test_the_p_value_is_that_of_all_sign_flips():
+    a, b = [[1, 1], [1, 0], [1, 1], [0, 1], [1, 1], [1, 0]], [[0, 1], [1, 0], [0, 0], [0, 0], [1, 0], [1, 1]]
+    difference = np.mean(a, axis=1) - np.mean(b, axis=1)
+    flips = [abs(np.mean(difference * signs)) for signs in itertools.product([1, -1], repeat=6)]
+    exact = np.mean(np.array(flips) >= abs(difference.mean()) - 1e-12)
+    got = paired_difference(a, b)
+    assert got[0] == pytest.approx(difference.mean())
+    assert got[3] == pytest.approx(exact)
+
+
+def test_the_difference_is_antisymmetric_and_seeded():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((60, 4)) < 0.6, rng.random((60, 4)) < 0.4
+    difference, low, high, p_value = paired_difference(a, b)
+    assert low < difference < high
+    assert 0 < p_value < 0.01
+    back = paired_difference(b, a)
+    assert back[:3] == pytest.approx((-difference, -high, -low))
+    assert back[3] == pytest.approx(p_value, abs=2e-3)
+    assert paired_difference(a, b) == (difference, low, high, p_value)
+
+
+def test_equal_runs_differ_by_nothing():
+    table = [[1, 0], [0, 0], [1, 1]]
+    assert paired_difference(table, table) == (0.0, 0.0, 0.0, 1.0)
+    difference, low, high, _ = paired_difference([[1]], [[0]])
+    assert (difference, low, high) == (1.0, -1.0, 1.0)  # one problem says nothing
+    assert math.isfinite(difference)

@@ -1,0 +1,73 @@
+"""Figures of odd input: written whole, of bounded size, with tokens drawn as they are."""
+
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import plots
+
+
+def drawn(path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert max(image.size) < 6000
+        return np.asarray(image.convert("RGB"))
+
+
+def test_a_table_is_markdown():
+    table = plots.table_markdown([["a", 1], ["b", 2.5]], ["name", "value"])
+    assert table.splitlines() == ["| name | value |", "| --- | --: |", "| a | 1 |", "| b | 2.5 |"]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ["a"],
+        [],
+        ["$", "\\frac{", "_", "^", "%", "$x^2$", "\\", "{", "}$"],
+        ["\u4f60\u597d", "\U0001f600", "\x00", "\ufffd", "\n", "\t", ""],
+        ["word "] * 400,
+        ["x" * 300],
+    ],
+    ids=["one", "none", "mathtext", "odd characters", "long", "wide"],
+)
+def test_token_heat_maps_of_odd_tokens(tmp_path, tokens):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the font may lack a character
+        path = plots.token_heatmap(tokens, [0.1 * i for i in range(len(tokens))], tmp_path / "a.png", "t $x_1$ \\")
+    assert drawn(path).std() > 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_dollar_sign_is_drawn_and_not_read_as_mathematics(tmp_path):
+    one = drawn(plots.token_heatmap(["$a$"], [1.0], tmp_path / "a.png", "x"))
+    two = drawn(plots.token_heatmap(["aaa"], [1.0], tmp_path / "b.png", "x"))
+    assert one.shape == two.shape
+    assert not np.array_equal(one, two)
+
+
+def test_curves_skip_what_a_run_has_not_logged(tmp_path):
+    runs = {
+        "a": [{"step": i, "loss": 1 / i, "only_a": None if i % 2 else float(i)} for i in range(1, 20)],
+        "b": [{"step": 1, "loss": 2.0}],
+        "empty": [],
+    }
+    path = plots.training_curves(runs, {"loss": "loss", "only_a": "only a", "none": "none"}, tmp_path / "c.png")
+    assert drawn(path).std() > 1
+    with pytest.raises(ValueError, match="no run has logged any of none"):
+        plots.training_curves(runs, {"none": "none"}, tmp_path / "d.png")
+    assert not (tmp_path / "d.png").exists()
+
+
+def test_bars_with_a_missing_condition_and_values_at_the_ends(tmp_path):
+    table = {
+        "a very long name of a variant": {"true": (1.0, 0.95, 1.0), "other": (0.0, 0.0, 0.05)},
+        "b": {"true": (0.5, 0.4, 0.6)},
+    }
+    assert drawn(plots.accuracy_bars(table, tmp_path / "a.png")).std() > 1
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1.0], [3.0, 2.0, 0.0, 0.0]])
+def test_cumulative_mass(tmp_path, values):
+    assert drawn(plots.cumulative_mass({"x": np.array(values)}, tmp_path / "a.png")).std() > 1

@@ -1,0 +1,203 @@
+"""Run folders: every kill leaves a folder that can go on, and nothing of another run is overwritten."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from common import runs
+from common.runs import RunFolder, RunFolderError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG, DATA = {"learning_rate": 1e-3, "name": "a"}, {"train": "abc"}
+
+
+def opened(path: Path, **changes) -> RunFolder:
+    return RunFolder.open(path, {**CONFIG, **changes}, data=DATA, seed=0)
+
+
+def test_a_new_run_and_the_same_run_again(tmp_path):
+    with opened(tmp_path / "run") as folder:
+        folder.log({"step": 1, "loss": float("nan"), "mean": np.float32(0.5)})
+        assert not folder.is_done
+        folder.finish(note="x")
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert (manifest["state"], manifest["seed"], manifest["data"], manifest["note"]) == ("done", 0, DATA, "x")
+    assert {"torch", "trl"} <= manifest["packages"].keys()
+    assert manifest["started"] <= manifest["ended"]
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == CONFIG
+    assert runs.read_jsonl(tmp_path / "run/metrics.jsonl") == [{"step": 1, "loss": None, "mean": 0.5}]
+    again = opened(tmp_path / "run")
+    assert again.is_done
+    assert len(again.manifest["resumed"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(ValueError("boom"), "failed"), (KeyboardInterrupt(), "interrupted"), (SystemExit(), "interrupted")],
+)
+def test_how_a_run_ended_is_recorded(tmp_path, error, state):
+    with pytest.raises(type(error)), opened(tmp_path):
+        raise error
+    assert json.loads((tmp_path / "manifest.json").read_text())["state"] == state
+    assert not opened(tmp_path).is_done
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-4}, "learning_rate=0.001, this one has 0.0001"),
+        ({"extra": 1}, "extra=None, this one has 1"),
+    ],
+)
+def test_another_runs_folder_is_refused_and_untouched(tmp_path, changes, message):
+    opened(tmp_path).log({"step": 1})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunFolderError, match=message) as error:
+        opened(tmp_path, **changes)
+    assert "\n" not in str(error.value)
+    with pytest.raises(RunFolderError, match="data train='abc'"):
+        RunFolder.open(tmp_path, CONFIG, data={"train": "other"}, seed=0)
+    with pytest.raises(RunFolderError, match="seed=0, this one has 1"):
+        RunFolder.open(tmp_path, CONFIG, data=DATA, seed=1)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="no run folder"):
+        opened(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_broken_manifest_and_a_file_in_the_way_are_one_sentence(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"config": ')
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        opened(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        opened(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunFolderError, match=r"cannot be written \(No space left on device\)"):
+        opened(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_a_kill_before_any_file_operation_of_open_leaves_a_folder_that_goes_on(tmp_path, step):
+    """The process ends at the n-th fsync or rename of `RunFolder.open`; opened again, the run starts or goes on."""
+    program = f"""
+import os, sys
+from pathlib import Path
+from common.runs import RunFolder
+count = 0
+def counted(function):
+    def call(*args, **kwargs):
+        global count
+        if count == {step}:
+            os._exit(9)
+        count += 1
+        return function(*args, **kwargs)
+    return call
+os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+RunFolder.open({str(tmp_path / "run")!r}, {CONFIG!r}, data={DATA!r}, seed=0)
+"""
+    code = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
+    assert code == (9 if step < 6 else 0)  # two files, each two fsyncs and a rename
+    folder = opened(tmp_path / "run")
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == CONFIG
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["state"] == "running"
+    folder.finish()
+    assert opened(tmp_path / "run").is_done
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path = tmp_path / "value.json"
+    program = f"""
+from common.runs import atomic_write_json
+for n in range(10**9):
+    atomic_write_json({str(path)!r}, {{"n": n, "padding": "x" * 100_000}})
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        while not path.exists():
+            time.sleep(0.01)
+        for _ in range(200):
+            assert len(json.loads(path.read_text())["padding"]) == 100_000
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert len(json.loads(path.read_text())["padding"]) == 100_000
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    runs.atomic_write_json(path, {"a": 1})
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        runs.atomic_write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_half_written_last_line_is_dropped_and_written_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    runs.append_jsonl(path, {"step": 1})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert runs.read_jsonl(path) == [{"step": 1}]
+    runs.append_jsonl(path, {"step": 2})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        runs.read_jsonl(path)
+
+
+def test_logs_after_a_checkpoint_are_dropped(tmp_path):
+    folder = opened(tmp_path)
+    for step in (1, 2, 3):
+        folder.log({"step": step})
+        folder.log_sample({"step": step, "text": "\u2028 kept"})
+    folder.truncate_logs(2)
+    assert [record["step"] for record in runs.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [record["text"] for record in runs.read_jsonl(tmp_path / "samples.jsonl")] == ["\u2028 kept"] * 2
+
+
+def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path):
+    assert runs.last_checkpoint(tmp_path) is None
+    for step, state in (("2", "{}"), ("5", '{"global_step": 5}'), ("10", '{"global_step": 10}'), ("20", '{"glo')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-30").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert runs.last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_fingerprints_tell_values_files_and_folders_apart(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x").write_text("1")
+    first = runs.fingerprint(tmp_path / "a")
+    assert first == runs.fingerprint(tmp_path / "a")
+    (tmp_path / "a/x").write_text("2")
+    assert runs.fingerprint(tmp_path / "a") != first
+    (tmp_path / "a/x").rename(tmp_path / "a/y")
+    assert len({first, runs.fingerprint(tmp_path / "a"), runs.fingerprint(tmp_path / "a/y")}) == 3
+    assert runs.fingerprint({"a": 1, "b": 2}) == runs.fingerprint({"b": 2, "a": 1})
+    assert runs.fingerprint([1, 2]) != runs.fingerprint([2, 1])
