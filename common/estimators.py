@@ -1,7 +1,7 @@
 """Accuracy over repeated samples, with intervals that know which samples belong to one question.
 
-`correct` is a table (problems, samples) of 0/1 or of scores in [0, 1]; rows may have unequal lengths, problems weigh the
-same. What is uncertain is the choice of questions: 16 samples of 30 questions are 30 observations, not 480.
+`correct` is a table (problems, samples) of 0/1 or of scores in [0, 1]; rows may have unequal lengths, problems weigh
+the same. What is uncertain is the choice of questions: 16 samples of 30 questions are 30 observations, not 480.
 """
 
 import math

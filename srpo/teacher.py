@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
@@ -110,6 +108,9 @@ class SelfTeacher:
                 if parameter.requires_grad:
                     yield name, parameter.ds_tensor if self.sharded else parameter
             return
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
         base = policy.get_base_model()
         for name in self.average:
             path, leaf = name.rpartition(".")[::2]

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import GRPOTrainer
 
 from . import objective
@@ -68,8 +67,7 @@ class SRPOTrainer(GRPOTrainer):
             self.add_callback(DoctorCallback(args.doctor_steps))
 
     def _check_support(self) -> None:
-        head = self.model.get_output_embeddings()
-        if isinstance(head, BaseTunerLayer):
+        if is_peft_model(self.model) and hasattr(self.model.get_output_embeddings(), "base_layer"):
             raise ValueError(
                 "a LoRA adapter on lm_head is never trained: the loss reads its weight; remove it from target_modules"
             )
