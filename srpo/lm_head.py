@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import PretrainedConfig, PreTrainedModel
 
 from . import objective
@@ -35,6 +36,21 @@ class LMHead(NamedTuple):
     def gathered(self):
         """Context in which the weights are whole under ZeRO-3."""
         return maybe_gather_lm_head_ctx(self.weight, self.bias)
+
+
+def response_hidden_states(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Last hidden states (B, T, H) from which the response tokens are predicted.
+
+    `inputs`: `prompt_ids` and `prompt_mask` (B, P), padded on the left; `completion_ids` and `completion_mask` (B, T).
+    """
+    if is_peft_model(model):
+        model = model.get_base_model()
+    outputs = model.base_model(
+        input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        use_cache=False,
+    )
+    return outputs.last_hidden_state[:, -inputs["completion_ids"].size(1) - 1 : -1]
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:

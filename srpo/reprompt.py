@@ -1,9 +1,12 @@
-"""The self-teacher's prompt as token ids: the plain prompt, a correct sibling, and the closing instruction."""
+"""The self-teacher's inputs: the plain prompt, a correct sibling and the closing instruction, then the response."""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from . import objective
+from ._trl import pad
 
 Prompt = str | list[dict[str, Any]]
 
@@ -35,3 +38,27 @@ def teacher_prompt_ids(
             tokens = tokens[:-excess]
             ids[row] = tokenize([objective.teacher_prompt(prompt, tokenizer.decode(tokens))])[0]
     return ids
+
+
+def batches(rows: list[int], prompt_ids: list[list[int]], size: int) -> list[list[tuple[int, list[int]]]]:
+    """(row, prompt ids) in micro-batches of prompts of like length."""
+    order = sorted(zip(rows, prompt_ids, strict=True), key=lambda item: len(item[1]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def teacher_inputs(
+    part: list[tuple[int, list[int]]], batch: dict[str, Any], pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """Ids and masks of teacher prompts and responses, the latter cut to the longest of `part`.
+
+    An empty part gives one prompt and one response token, for a forward whose result nobody reads.
+    """
+    device, rows = batch["completion_ids"].device, [row for row, _ in part] or [0]
+    prompts = [torch.tensor(ids, device=device) for _, ids in part] or [batch["prompt_ids"][0, -1:]]
+    length = int(batch["completion_mask"][rows].sum(1).max()) if part else 1
+    return {
+        "prompt_ids": pad(prompts, padding_value=pad_token_id, padding_side="left"),
+        "prompt_mask": pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left"),
+        "completion_ids": batch["completion_ids"][rows, :length],
+        "completion_mask": batch["completion_mask"][rows, :length],
+    }

@@ -19,11 +19,11 @@ from accelerate.utils import gather_object, is_peft_model
 from trl import GRPOTrainer
 
 from . import objective
-from ._trl import ForwardRedirection, SiblingSampler, pad
+from ._trl import ForwardRedirection, SiblingSampler
 from .config import ALPHAS, SRPOConfig
 from .doctor import DoctorCallback, routing_figures, weight_figures
-from .lm_head import chunked_divergence, chunked_entropy, lm_head, sampled_logps
-from .reprompt import teacher_prompt_ids
+from .lm_head import chunked_divergence, chunked_entropy, lm_head, response_hidden_states, sampled_logps
+from .reprompt import batches, teacher_inputs, teacher_prompt_ids
 from .teacher import SelfTeacher, SelfTeacherCallback
 
 # Means over the tokens of a step: entropy and loss on tokens of the GRPO branch with an advantage, and divergence
@@ -126,8 +126,9 @@ class SRPOTrainer(GRPOTrainer):
         """Logs the routes; unless `routing="grpo"`, what the loss needs of the distilled rows of this rank."""
         args, rewards = self.args, self._rollouts["rewards"]
         routing = objective.route(rewards, self.num_generations, args.reward_threshold)
-        distill = objective.distilled_rows(routing, args.routing)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        lengths = self.accelerator.gather(mask.sum(1))
+        distill = objective.distilled_rows(routing, args.routing) & (lengths > 0)  # masked truncated rows have none
         start = len(mask) * self.accelerator.process_index
         here = slice(start, start + len(mask))
         texts = self._tokenizer.batch_decode(self._rollouts["completion_ids"], skip_special_tokens=True)
@@ -138,7 +139,6 @@ class SRPOTrainer(GRPOTrainer):
             "distill": distill[here],
             "donor": routing.donor[here],
         }
-        lengths = self.accelerator.gather(mask.sum(1))
         for name, value in routing_figures(routing, distill, lengths, self.num_generations).items():
             self._record(name, value)
         if args.routing == "grpo":
@@ -157,18 +157,18 @@ class SRPOTrainer(GRPOTrainer):
         self, batch: dict[str, Any], mask: torch.Tensor, distill: torch.Tensor, donors: torch.Tensor, texts: list[str]
     ) -> torch.Tensor:
         """Keeps the teacher's (T_i, H) hidden states of each distilled row; returns (B, T) entropy, 0 elsewhere."""
-        rows = distill.nonzero().flatten().tolist()
+        args, rows = self.args, distill.nonzero().flatten().tolist()
         prompt_ids = teacher_prompt_ids(
             [self._rollouts["prompts"][row] for row in rows],
             [texts[donors[row]] for row in rows],
             lambda prompts: self._tokenize_prompts(prompts)[0],
             self._tokenizer,
-            self.args.max_reprompt_length,
+            args.max_reprompt_length,
         )
         entropy = torch.zeros_like(mask, dtype=torch.float32)
         self._teacher_hidden = [None] * len(mask)
         with self._timed("teacher"), self.teacher.view(self.model) as teacher:
-            for part in self._teacher_batches(rows, prompt_ids):
+            for part in self._same_number_on_all_ranks(batches(rows, prompt_ids, args.per_device_train_batch_size)):
                 hidden = self._teacher_pass(teacher, part, batch, mask)
                 for (row, _), states in zip(part, hidden, strict=True):
                     self._teacher_hidden[row] = states
@@ -181,35 +181,18 @@ class SRPOTrainer(GRPOTrainer):
         self._count_teacher_tokens(mask, distill)
         return entropy
 
-    def _teacher_batches(self, rows: list[int], prompt_ids: list[list[int]]) -> list[list[tuple[int, list[int]]]]:
-        """(row, prompt ids) in micro-batches of like length. A sharded teacher's forward is a collective, so every
-        rank gets the same number of them, empty ones at the end."""
-        order = sorted(zip(rows, prompt_ids, strict=True), key=lambda item: len(item[1]))
-        size = self.args.per_device_train_batch_size
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
-        if self.teacher.sharded:
-            count = torch.tensor([len(parts)], device=self.accelerator.device)
-            parts += [[]] * (int(self.accelerator.gather(count).max()) - len(parts))
-        return parts
-
-    def _teacher_pass(self, teacher, part: list[tuple[int, list[int]]], batch: dict[str, Any], mask: torch.Tensor):
+    def _teacher_pass(
+        self, teacher, part: list[tuple[int, list[int]]], batch: dict[str, Any], mask: torch.Tensor
+    ) -> list[torch.Tensor]:
         """Hidden states (T_i, H) from which the teacher predicts the response tokens of each row of `part`."""
-        rows = [row for row, _ in part] or [0]  # an empty part is one prompt token that only takes part
-        prompts = [torch.tensor(ids) for _, ids in part] or [torch.tensor([self._tokenizer.eos_token_id])]
-        length = int(batch["completion_mask"][rows].sum(1).max()) if part else 1
-        inputs = {
-            "prompt_ids": pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left"),
-            "prompt_mask": pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left"),
-            "completion_ids": batch["completion_ids"][rows, :length],
-            "completion_mask": batch["completion_mask"][rows, :length],
-        }
-        inputs = {name: tensor.to(mask.device) for name, tensor in inputs.items()}
+        inputs = teacher_inputs(part, batch, self._tokenizer.pad_token_id)
         unwrapped = self.accelerator.unwrap_model(teacher)
-        if self.teacher.sharded:
-            hidden = self._forward_redirection(teacher, unwrapped, self._hidden_states, unwrapped, inputs)
-        else:  # not through DDP, which would wait for ranks that have no routed row
-            hidden = self._hidden_states(unwrapped, inputs)
-        return [hidden[i, mask[row, :length].bool()] for i, (row, _) in enumerate(part)]
+        with self.accelerator.autocast():
+            if self.teacher.sharded:
+                hidden = self._forward_redirection(teacher, unwrapped, response_hidden_states, unwrapped, inputs)
+            else:  # not through DDP, which would wait for ranks that have no routed row
+                hidden = response_hidden_states(unwrapped, inputs)
+        return [hidden[i, mask[row, : hidden.size(1)].bool()] for i, (row, _) in enumerate(part)]
 
     def _loss_inputs(
         self, mask: torch.Tensor, distill: torch.Tensor, entropy: torch.Tensor, here: slice
@@ -251,7 +234,8 @@ class SRPOTrainer(GRPOTrainer):
         """
         args, rows, advantages = self.args, inputs["distill"], inputs["advantages"]
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-        hidden, head = self._hidden_states(model, inputs), lm_head(model)
+        with self.accelerator.autocast():
+            hidden, head = response_hidden_states(model, inputs), lm_head(model)
         tis = inputs.get("importance_sampling_ratio", torch.ones_like(mask, dtype=torch.float32))
         num_tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes
         num_tokens = num_tokens * self.current_gradient_accumulation_steps / args.steps_per_generation
@@ -288,18 +272,6 @@ class SRPOTrainer(GRPOTrainer):
             args.tail,
         )
 
-    def _hidden_states(self, model, inputs: dict[str, Any]) -> torch.Tensor:
-        """Hidden states (B, T, H) from which the response tokens are predicted."""
-        if is_peft_model(model):
-            model = model.get_base_model()
-        with self.accelerator.autocast():
-            outputs = model.base_model(
-                input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-                use_cache=False,
-            )
-        return outputs.last_hidden_state[:, -inputs["completion_ids"].size(1) - 1 : -1]
-
     # Checkpoints
 
     def _save_optimizer_and_scheduler(self, output_dir):
@@ -314,6 +286,13 @@ class SRPOTrainer(GRPOTrainer):
             self.teacher.load(Path(checkpoint))
 
     # Helpers
+
+    def _same_number_on_all_ranks(self, parts: list) -> list:
+        """With empty parts at the end: the forward of a sharded teacher is a collective."""
+        if self.teacher.sharded:
+            count = torch.tensor([len(parts)], device=self.accelerator.device)
+            parts = parts + [[]] * (int(self.accelerator.gather(count).max()) - len(parts))
+        return parts
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rows of all ranks in the sampler's order, padded with zeros to the longest rollout."""

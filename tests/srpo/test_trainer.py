@@ -318,6 +318,23 @@ def test_groups_of_equal_rewards_give_a_finite_attached_zero(make, fixed, routin
         assert all(not g.any() for g in gradients.values())
 
 
+def test_masked_truncated_rollouts_are_neither_scored_nor_trained(make, fixed, monkeypatch):
+    """Every other rollout has no end of sequence; with `mask_truncated_completions` nothing of it counts."""
+    whole = GRPOTrainer._generate_single_turn
+
+    def cut(self, *args, **kwargs):
+        rollouts, logps = whole(self, *args, **kwargs)
+        return [ids[:-1] + [20] if i % 2 else ids for i, ids in enumerate(rollouts)], logps
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", cut)
+    trainer = make(mask_truncated_completions=True, reward=lambda completions, **columns: [1.0, 0.0, 0.0, 0.0] * 2)
+    loss, gradients = step(trainer)
+    assert math.isfinite(loss)
+    assert any(g.any() for g in gradients.values())
+    assert trainer.last_rollouts["distill"].tolist() == [False, False, True, False] * 2
+    assert trainer._metrics["train"]["teacher/scored_over_needed"] == [1.0]
+
+
 def test_a_lone_success_has_no_donor_and_is_trained_by_grpo(make, fixed):
     def lone(completions, **columns):
         return [float(i % 4 == 2) for i in range(len(completions))]
