@@ -210,9 +210,7 @@ def _ours(run: Path | None) -> str:
 
 def figures(folder: Path, dataset: str, runs: dict[tuple[str, str], Path]) -> list[Path]:
     """Accuracy over steps, bars of the last checkpoints, and the logged series of Figs. 1, 4 and 5."""
-    first: dict[str, Path] = {}
-    for (name, _), run in runs.items():
-        first.setdefault(name, run)
+    first = {name: run for name in NAMES for run in [r for (other, _), r in runs.items() if other == name][:1]}
     base = curve(first["base"])["curve"] if "base" in first else []
     points = {NAMES[name]: [*base, *curve(run)["curve"]] for name, run in first.items() if name != "base"}
     drawn = []

@@ -50,7 +50,8 @@ def training_curves(
         axes.set(xlabel="step", ylabel=metrics[metric])
         _light(axes)
         if place == 1:
-            axes.legend(frameon=False)
+            names = axes.get_legend_handles_labels()
+            figure.legend(*names, loc="outside upper center", ncols=min(4, max(1, len(names[1]))), frameon=False)
     return _save(figure, path)
 
 
