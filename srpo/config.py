@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from .objective import ROUTINGS
+from .objective import ROUTINGS, TEMPLATE, check_template
 
 TEACHERS = ("ema", "frozen", "current")
 # Learning rate of each method (Table 3); the masked variants and Advantage Mix are run with SDPO's or SRPO's
@@ -42,6 +42,8 @@ class SRPOConfig(GRPOConfig):
             `"ema"` is the float32 average of the policy; `"frozen"` its start; `"current"` the policy itself.
         teacher_update_rate (`float`, *optional*, defaults to `0.05`):
             Rate of the average, once after each optimizer step.
+        reprompt_template (`str`, *optional*, defaults to `"{prompt}\nCorrect solution:\n\n{demonstration}\n\nCorrectly solve the original question."`):
+            The teacher's user message, with `{prompt}` and `{demonstration}`; the string of the SDPO release's runs.
         max_reprompt_length (`int`, *optional*, defaults to `10240`):
             Longest teacher prompt in tokens; the end of the demonstration is left out where it is longer.
 
@@ -69,7 +71,7 @@ class SRPOConfig(GRPOConfig):
             A longer prompt is an error: prompts are never cut.
         doctor_steps (`int`, *optional*, defaults to `50`):
             Print the line of health figures at the first log and about every so many steps. `0` turns it off.
-    """
+    """  # noqa: E501
 
     routing: str = field(default="srpo", metadata={"help": "Which rollout gets what.", "choices": list(ROUTINGS)})
     reward_threshold: float = field(default=0.5, metadata={"help": "A rollout is correct from this reward on."})
@@ -79,6 +81,7 @@ class SRPOConfig(GRPOConfig):
     )
     teacher: str = field(default="ema", metadata={"help": "Self-teacher.", "choices": list(TEACHERS)})
     teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate of the teacher's average."})
+    reprompt_template: str = field(default=TEMPLATE, metadata={"help": "The teacher's user message."})
     max_reprompt_length: int = field(default=10240, metadata={"help": "Longest teacher prompt in tokens."})
     entropy_beta: float | None = field(default=None, metadata={"help": "beta; 1.0 for srpo, 0.0 for the others."})
     divergence: str = field(
@@ -140,6 +143,7 @@ class SRPOConfig(GRPOConfig):
         ):
             if not valid:
                 raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
+        check_template(self.reprompt_template)
         if self.routing != "grpo":
             self._check_loss()
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 ROUTINGS = ("srpo", "grpo", "sdpo", "sdpo_incorrect", "sdpo_correct", "mix")
-DEMONSTRATION = "\nCorrect solution:\n\n{demonstration}\n\nCorrectly solve the original question."
+TEMPLATE = "{prompt}\nCorrect solution:\n\n{demonstration}\n\nCorrectly solve the original question."
 
 
 class Routing(NamedTuple):
@@ -259,20 +259,37 @@ def _masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask.bool(), values, 0).sum()
 
 
-def teacher_prompt(prompt: str | list[dict[str, Any]], demonstration: str) -> str | list[dict[str, Any]]:
+def teacher_prompt(
+    prompt: str | list[dict[str, Any]], demonstration: str, template: str = TEMPLATE
+) -> str | list[dict[str, Any]]:
     """The self-teacher's prompt (SDPO's release): the last user message followed by a correct solution.
 
     `prompt` is text or messages that end with a user turn; what comes before, such as a system message, stays.
-    Raises `ValueError` for messages without one.
+    Raises `ValueError` for messages without one, and for a template without `{prompt}` and `{demonstration}`.
     """
-    addition = DEMONSTRATION.replace("{demonstration}", demonstration)
+    check_template(template)
+    before, after = (part.replace("{demonstration}", demonstration) for part in template.split("{prompt}"))
     if isinstance(prompt, str):
-        return prompt + addition
+        return before + prompt + after
     if not prompt or prompt[-1].get("role") != "user":
         raise ValueError("the prompt does not end with a user message, to which the demonstration could be added")
     content = prompt[-1]["content"]
-    content = content + addition if isinstance(content, str) else [*content, {"type": "text", "text": addition}]
+    if isinstance(content, str):
+        content = before + content + after
+    else:
+        content = [*_text_parts(before), *content, *_text_parts(after)]
     return [*prompt[:-1], {**prompt[-1], "content": content}]
+
+
+def check_template(template: str) -> None:
+    """Raises `ValueError` unless a template of the teacher's prompt has each of its fields once."""
+    for name in ("{prompt}", "{demonstration}"):
+        if template.count(name) != 1:
+            raise ValueError(f"reprompt_template must hold {name} once, got {template!r}")
+
+
+def _text_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}] if text else []
 
 
 def strip_thinking(text: str) -> str:

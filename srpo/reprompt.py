@@ -17,6 +17,7 @@ def teacher_prompt_ids(
     tokenize: Callable[[list[Prompt]], list[list[int]]],
     tokenizer,
     max_length: int,
+    template: str = objective.TEMPLATE,
 ) -> list[list[int]]:
     """Token ids of each teacher prompt, at most `max_length` long.
 
@@ -26,7 +27,7 @@ def teacher_prompt_ids(
     if not prompts:
         return []
     demonstrations = [objective.strip_thinking(text) for text in demonstrations]
-    ids = tokenize([objective.teacher_prompt(p, d) for p, d in zip(prompts, demonstrations, strict=True)])
+    ids = tokenize([objective.teacher_prompt(p, d, template) for p, d in zip(prompts, demonstrations, strict=True)])
     for row, prompt in enumerate(prompts):
         tokens = tokenizer(demonstrations[row], add_special_tokens=False)["input_ids"]
         while (excess := len(ids[row]) - max_length) > 0:
@@ -36,7 +37,7 @@ def teacher_prompt_ids(
                     f"no room for one in max_reprompt_length={max_length}: raise the limit or filter long prompts"
                 )
             tokens = tokens[:-excess]
-            ids[row] = tokenize([objective.teacher_prompt(prompt, tokenizer.decode(tokens))])[0]
+            ids[row] = tokenize([objective.teacher_prompt(prompt, tokenizer.decode(tokens), template)])[0]
     return ids
 
 

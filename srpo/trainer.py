@@ -164,6 +164,7 @@ class SRPOTrainer(GRPOTrainer):
             lambda prompts: self._tokenize_prompts(prompts)[0],
             self._tokenizer,
             args.max_reprompt_length,
+            args.reprompt_template,
         )
         entropy = torch.zeros_like(mask, dtype=torch.float32)
         self._teacher_hidden = [None] * len(mask)

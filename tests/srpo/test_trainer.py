@@ -324,7 +324,7 @@ def test_masked_truncated_rollouts_are_neither_scored_nor_trained(make, fixed, m
 
     def cut(self, *args, **kwargs):
         rollouts, logps = whole(self, *args, **kwargs)
-        return [ids[:-1] + [20] if i % 2 else ids for i, ids in enumerate(rollouts)], logps
+        return [[*ids[:-1], 20] if i % 2 else ids for i, ids in enumerate(rollouts)], logps
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", cut)
     trainer = make(mask_truncated_completions=True, reward=lambda completions, **columns: [1.0, 0.0, 0.0, 0.0] * 2)
@@ -483,6 +483,18 @@ def test_a_long_demonstration_is_cut_and_the_instruction_stays():
     assert "\n" not in str(error.value)
 
 
+def test_a_template_of_ones_own_and_content_in_parts():
+    template = "Here is one:\n{demonstration}\n{prompt}"
+    assert (
+        objective.teacher_prompt("Q {demonstration}", "{prompt} A", template)
+        == "Here is one:\n{prompt} A\nQ {demonstration}"
+    )
+    parts = [{"type": "text", "text": "Q"}]
+    got = objective.teacher_prompt([{"role": "user", "content": parts}], "A", template)
+    assert [part["text"] for part in got[0]["content"]] == ["Here is one:\nA\n", "Q"]
+    assert parts == [{"type": "text", "text": "Q"}]
+
+
 def test_thinking_is_left_out_of_the_demonstration():
     assert objective.strip_thinking("<think>a\nb</think>\n\nThe <b> answer") == "The <b> answer"
     assert objective.strip_thinking("no thinking") == "no thinking"
@@ -561,6 +573,8 @@ def test_a_prompt_over_the_limit(make):
         ("teacher_update_rate", 0.0, "teacher_update_rate must be in"),
         ("entropy_beta", -1.0, "entropy_beta must be at least 0"),
         ("top_k", 0, "top_k must be at least 1"),
+        ("reprompt_template", "{prompt} solve it", "reprompt_template must hold {demonstration} once"),
+        ("reprompt_template", "{prompt}{prompt}{demonstration}", "reprompt_template must hold {prompt} once"),
         ("num_generations", 3, "must be divisible by num_generations"),
         ("loss_type", "grpo", "loss_type must be 'dapo' with routing='srpo'"),
         ("num_iterations", 2, "num_iterations must be 1"),
