@@ -1,0 +1,87 @@
+"""Loading by path or name: what cannot be had is one clear sentence; the tiny models load back as they were."""
+
+import json
+
+import pytest
+import torch
+
+from common import models
+from common.tiny import char_tokenizer, tiny_qwen2_5_vl, tiny_qwen3, tiny_qwen3_vl
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/at/all", "there is no such folder"),
+        ("./nowhere", "there is no such folder"),
+        ("someone/no-such-model-8B", "no local folder, and the hub cannot be reached"),
+        ("", "no local folder|no model"),
+    ],
+)
+@pytest.mark.parametrize(
+    "load", [models.load_config, models.load_model, models.load_processor, models.count_parameters]
+)
+def test_a_missing_model_is_one_clear_sentence(name, message, load):
+    with pytest.raises(models.ModelNotFound, match=message) as error:
+        load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_model_or_with_a_broken_one(tmp_path):
+    with pytest.raises(models.ModelNotFound, match="no usable config.json"):
+        models.load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "not-a-family"}))
+    with pytest.raises(models.ModelNotFound, match="no usable config.json"):
+        models.load_model(str(tmp_path))
+    tiny_qwen3(hidden=32)[0].config.save_pretrained(tmp_path)
+    with pytest.raises(models.ModelNotFound) as error:  # a config without weights
+        models.load_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("build", [tiny_qwen3, tiny_qwen3_vl, tiny_qwen2_5_vl])
+def test_a_tiny_model_comes_back_from_its_folder(tmp_path, build):
+    model, processor = build(hidden=32)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = models.load_model(str(tmp_path))
+    assert type(again) is type(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    loaded = models.load_processor(str(tmp_path))
+    assert type(loaded) is type(processor)
+    messages = [{"role": "user", "content": "What is 1+2?"}]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    assert loaded.apply_chat_template(messages, **options) == processor.apply_chat_template(messages, **options)
+    assert models.count_parameters(str(tmp_path)) == model.num_parameters()
+    assert models.parameter_count(str(tmp_path)) == model.num_parameters()
+    assert models.is_vlm(model.config) == (build is not tiny_qwen3)
+    assert models.load_model(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_equal_seeds_give_equal_weights_and_the_global_state_stays():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, other = tiny_qwen3(hidden=32, seed=1)[0], tiny_qwen3(hidden=32, seed=2)[0]
+    assert torch.equal(torch.rand(3), expected)
+    again = tiny_qwen3(hidden=32, seed=1)[0]
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(next(one.parameters()), next(other.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("Qwen/Qwen3-VL-8B-Instruct", 8e9), ("Qwen/Qwen3-1.7B", 1.7e9), ("someone/model", None), ("x/Bert-12Bx", None)],
+)
+def test_the_size_in_a_name(name, size):
+    assert models.parameter_count(name) == size
+
+
+def test_the_character_tokenizer_gives_back_every_printable_text():
+    tokenizer = char_tokenizer()
+    text = "".join(map(chr, range(32, 127))) + "\n  two blanks"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer("<|im_end|>")["input_ids"] == [tokenizer.eos_token_id]
