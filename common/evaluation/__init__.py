@@ -1,9 +1,9 @@
 """Evaluation: what (benchmarks), who generates (engines), how answers count (scoring), and the harness (run)."""
 
-from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
+from .benchmarks import BENCHMARKS, Benchmark, Source, load_benchmark
 from .engines import Completion, Decoding, Engine, Prompt, TransformersEngine, VLLMEngine
-from .run import evaluate
-from .scoring import summarize
+from .run import evaluate, score_responses
+from .scoring import judge_row, summarize
 
 __all__ = [
     "BENCHMARKS",
@@ -12,9 +12,12 @@ __all__ = [
     "Decoding",
     "Engine",
     "Prompt",
+    "Source",
     "TransformersEngine",
     "VLLMEngine",
     "evaluate",
+    "judge_row",
     "load_benchmark",
+    "score_responses",
     "summarize",
 ]

@@ -8,7 +8,9 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 for done, 2 with one sentence on stderr for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m common.evaluation", description="Accuracy of a model on a benchmark.")
+    parser = argparse.ArgumentParser(
+        prog="python -m common.evaluation", description="Accuracy of a model on a benchmark."
+    )
     parser.add_argument("--model", required=True, help="hub id or local folder")
     parser.add_argument("--benchmark", required=True, help="such as math500; an unknown name lists them")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
@@ -20,7 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_new_tokens", type=int, help="default: the benchmark's")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at once with transformers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rescore", action="store_true", help="score the records that are there anew; generate nothing")
+    parser.add_argument(
+        "--rescore", action="store_true", help="score the records that are there anew; generate nothing"
+    )
     parser.add_argument("--out", required=True, help="folder of records and metrics")
     args = parser.parse_args(argv)
     try:
@@ -52,17 +56,14 @@ def _run(args: argparse.Namespace) -> dict:
         engine = TransformersEngine(model, load_processor(args.model), args.batch_size)
     changes = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
     decoding = dataclasses.replace(benchmark.decoding, **{k: v for k, v in changes.items() if v is not None})
-    samples = args.samples or benchmark.samples
-    if samples > 1 and decoding.temperature == 0:
-        raise ValueError(f"--samples {samples} at temperature 0 would repeat one answer: give --temperature")
-    return evaluate(engine, benchmark, args.out, samples=samples, decoding=decoding, seed=args.seed)
+    return evaluate(engine, benchmark, args.out, samples=args.samples, decoding=decoding, seed=args.seed)
 
 
 def _report(metrics: dict) -> str:
     low, high = metrics["interval"]
     return (
-        f"avg@{metrics['samples']} = {metrics['avg@k']:.4f} [{low:.4f}, {high:.4f}] over {metrics['questions']} questions; "
-        f"truncated {metrics['truncated']:.1%}; verdicts {metrics['verdicts']}"
+        f"avg@{metrics['samples']} = {metrics['avg@k']:.4f} [{low:.4f}, {high:.4f}] "
+        f"over {metrics['questions']} questions; truncated {metrics['truncated']:.1%}; verdicts {metrics['verdicts']}"
     )
 
 

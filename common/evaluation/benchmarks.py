@@ -5,16 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.answers import Verdict, extract_answer, judge
+from common.answers import extract_answer
+from common.verifiers import choice_reward, tool_call_reward
 
 from .engines import Decoding
+from .scoring import Scorer, bbeh_row, judge_row, reward_scorer
 
-MATH_PROMPT = "{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
+Row = dict[str, Any]
+Messages = list[dict[str, Any]]
 
-
-def judge_row(response: str, row: dict[str, Any]) -> Verdict:
-    """Verdict of `common.answers` on the last committed answer."""
-    return judge(response, row["answer"])
+MATH_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+GENERAL_REQUEST = "Please reason step by step, and put your final answer within \\boxed{}."
+CHOICE_REQUEST = "Please reason step by step, and put the letter of the right option within \\boxed{}."
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Benchmark:
     """
 
     name: str
-    rows: Sequence[dict[str, Any]]
-    score: Callable[[str, dict[str, Any]], Verdict | float] = judge_row
+    rows: Sequence[Row]
+    score: Scorer = judge_row
     decoding: Decoding = field(default_factory=Decoding)
     samples: int = 1
 
@@ -45,84 +47,171 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Source:
-    """A question set on the hub: where, which columns, how many rows, how the gold answer is read off."""
+    """Where the questions of a benchmark are, how many, how one is put, and the paper's way to decode and score.
 
-    hub_id: str
+    `hub_id` None: the rows are in a release's files only, and the caller names one. `prompt` and `answer` read a row
+    of the source.
+    """
+
     rows: int
+    hub_id: str | None
+    prompt: Callable[[Row], Messages]
+    answer: Callable[[Row], str]
+    score: Scorer
+    decoding: Decoding
     split: str = "test"
     config: str | None = None
-    problem: str = "problem"
-    answer: Callable[[dict[str, Any]], str] = lambda row: str(row["answer"])
     samples: int = 1
 
 
-def _after_hashes(row: dict[str, Any]) -> str:
-    return row["answer"].rsplit("####", 1)[-1].strip().replace(",", "")
+def math_prompt(row: Row) -> Messages:
+    """R-Zero's solver prompt (arXiv 2508.05004), with which R-Diverse evaluates."""
+    problem = row["problem"] if "problem" in row else row["question"]  # copies differ in the name
+    return [{"role": "system", "content": MATH_SYSTEM}, {"role": "user", "content": problem}]
 
 
-def _number(row: dict[str, Any]) -> str:
-    """27.0 and 27 are the same whole number."""
+def choice_prompt(row: Row) -> Messages:
+    """Question, options A, B, C, ... one a line, and the request for the letter in a box."""
+    options = "\n".join(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(row["options"]))
+    return [{"role": "user", "content": f"{row['question']}\n\n{options}\n\n{CHOICE_REQUEST}"}]
+
+
+def general_prompt(row: Row) -> Messages:
+    return [{"role": "user", "content": f"{row['question']}\n\n{GENERAL_REQUEST}"}]
+
+
+def ready_prompt(row: Row) -> Messages:
+    """Rows of the SDPO release: the user message, and a system message or null."""
+    system = [{"role": "system", "content": row["system"]}] if row["system"] else []
+    return [*system, {"role": "user", "content": row["prompt"]}]
+
+
+def _answer(row: Row) -> str:
+    """Of a number column too, where 27.0 and 27 are the same whole number."""
     value = row["answer"]
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _first_of_list(row: dict[str, Any]) -> str:
-    return str(row["final_answer"][0])
+def _answer_or_boxed(row: Row) -> str:
+    """Copies differ: some have the answer as a column, the others have it boxed in the solution."""
+    return _answer(row) if "answer" in row else extract_answer(row["solution"]) or ""
 
 
-def _boxed_solution(row: dict[str, Any]) -> str:
-    """Copies of Minerva differ: some have the answer as a column, all have it boxed in the solution."""
-    return str(row["answer"]) if "answer" in row else extract_answer(row["solution"]) or ""
+def _after_hashes(row: Row) -> str:
+    return row["answer"].rsplit("####", 1)[-1].strip().replace(",", "")
+
+
+def _math(rows: int, hub_id: str, answer=_answer, sampled: bool = False, **where: str) -> Source:
+    """R-Diverse (arXiv 2602.13103): greedy, or the mean of 32 samples; its paper gives no temperature for these."""
+    decoding = Decoding(0.6, 0.95, 4096) if sampled else Decoding(0.0, 1.0, 4096)
+    return Source(rows, hub_id, math_prompt, answer, judge_row, decoding, samples=32 if sampled else 1, **where)
+
+
+def _general(rows: int, hub_id: str, prompt, answer, score: Scorer, split: str) -> Source:
+    """R-Diverse: greedy, full sets. Without a letter the authors' release scores a random one; here it is wrong."""
+    return Source(rows, hub_id, prompt, answer, score, Decoding(0.0, 1.0, 8192), split)
+
+
+def _srpo(rows: int, reward) -> Source:
+    """SRPO (arXiv 2604.02288): avg@16 with the scorer of the SDPO release (arXiv 2601.20802), from its test.json."""
+    score = reward_scorer(reward, compatible=True)
+    return Source(rows, None, ready_prompt, _answer, score, Decoding(0.6, 0.95, 8192), samples=16)
 
 
 BENCHMARKS = {
-    "math500": Source("HuggingFaceH4/MATH-500", 500),
-    "gsm8k": Source("openai/gsm8k", 1319, config="main", problem="question", answer=_after_hashes),
-    "minerva_math": Source("math-ai/minervamath", 272, answer=_boxed_solution),
-    "olympiadbench": Source(
-        "Hothan/OlympiadBench", 675, "train", "OE_TO_maths_en_COMP", problem="question", answer=_first_of_list
+    "math500": _math(500, "HuggingFaceH4/MATH-500"),
+    "gsm8k": _math(1319, "openai/gsm8k", _after_hashes, config="main"),
+    "minerva_math": _math(272, "math-ai/minervamath", _answer_or_boxed),
+    "olympiadbench": _math(
+        675,
+        "Hothan/OlympiadBench",
+        lambda row: str(row["final_answer"][0]),
+        split="train",
+        config="OE_TO_maths_en_COMP",
     ),
-    "amc23": Source("math-ai/amc23", 40, answer=_number, samples=16),
-    "aime24": Source("math-ai/aime24", 30, samples=16),
-    "aime25": Source("math-ai/aime25", 30, samples=16),
+    "amc23": _math(40, "math-ai/amc23", sampled=True),
+    "aime24": _math(30, "math-ai/aime24", _answer_or_boxed, sampled=True),
+    "aime25": _math(30, "math-ai/aime25", sampled=True),
+    "mmlu_pro": _general(
+        12032, "TIGER-Lab/MMLU-Pro", choice_prompt, _answer, reward_scorer(choice_reward), split="test"
+    ),
+    "supergpqa": _general(
+        26529,
+        "m-a-p/SuperGPQA",
+        choice_prompt,
+        lambda row: row["answer_letter"],
+        reward_scorer(choice_reward),
+        split="train",
+    ),
+    "bbeh": _general(4520, "MrLight/bbeh-eval", general_prompt, _answer, bbeh_row, split="train"),
+    "sciknoweval_chemistry": _srpo(210, choice_reward),
+    "sciknoweval_physics": _srpo(80, choice_reward),
+    "sciknoweval_biology": _srpo(50, choice_reward),
+    "sciknoweval_materials": _srpo(94, choice_reward),
+    "tooluse": _srpo(68, tool_call_reward),
 }
 
 
-def load_benchmark(name: str, data: str | None = None, limit: int | None = None) -> Benchmark:
-    """A registered benchmark, from the hub or from `data`, a local file or folder of the same columns.
+def load_benchmark(name: str, data: str | Path | None = None, limit: int | None = None) -> Benchmark:
+    """A registered benchmark, from the hub or from `data`.
 
-    Raises `ValueError` for an unknown name, missing columns, or another number of rows than registered.
+    Args:
+        name: a key of `BENCHMARKS`.
+        data: a .json, .jsonl or .parquet file of the same columns; or a folder with such a file named after the
+            benchmark, or with a copy of the hub's repository.
+        limit: only so many questions from the start.
+
+    A row's `id` is its number in the source, from 0. Raises `ValueError` for an unknown name, missing columns, or
+    another number of rows than registered.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}; choose among {', '.join(BENCHMARKS)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
     source = BENCHMARKS[name]
     table = _read(name, source, data)
-    if source.problem not in table.column_names:
-        raise ValueError(f"benchmark {name}: no column {source.problem!r} in {table.column_names}; rename the column")
     if len(table) != source.rows:
-        raise ValueError(f"benchmark {name}: {len(table)} rows where {source.rows} are expected; the source has changed")
-    rows = [
-        {
-            "id": str(number),
-            "prompt": [{"role": "user", "content": MATH_PROMPT.format(problem=row[source.problem])}],
-            "answer": source.answer(row),
-        }
-        for number, row in enumerate(table)
-    ]
-    return Benchmark(name=name, rows=rows[:limit], samples=source.samples)
+        raise ValueError(
+            f"benchmark {name}: {data or source.hub_id} has {len(table)} rows where {source.rows} are expected: it is "
+            "another version or incomplete; pass --data the full set, and --limit for a part of it"
+        )
+    rows = []
+    for number, row in enumerate(table):
+        if number == limit:
+            break
+        try:
+            rows.append({"id": str(number), "prompt": source.prompt(row), "answer": source.answer(row)})
+        except KeyError as error:
+            raise ValueError(f"benchmark {name}: no column {error} among {', '.join(row)}; rename yours") from error
+    return Benchmark(name, rows, source.score, source.decoding, source.samples)
 
 
-def _read(name: str, source: Source, data: str | None):
+def _read(name: str, source: Source, data: str | Path | None):
     from datasets import load_dataset
 
+    if data is None and source.hub_id is None:
+        raise ValueError(f"benchmark {name} is on no hub: pass --data the test.json of the SDPO release")
     try:
         if data is None:
             return load_dataset(source.hub_id, source.config, split=source.split)
-        path = Path(data).expanduser()
+        path = _file(Path(data).expanduser(), name)
         if path.is_dir():
-            return load_dataset(str(path), split=source.split)
-        builder = "parquet" if path.suffix == ".parquet" else "json"
-        return load_dataset(builder, data_files=str(path), split="train")
+            return load_dataset(str(path), source.config, split=source.split)
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        return load_dataset(_builder(path), data_files=str(path), split="train")
     except Exception as error:  # datasets raises many kinds; the user needs one sentence
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"benchmark {name}: cannot read {data or source.hub_id} ({first}); pass --data a local copy") from error
+        raise ValueError(
+            f"benchmark {name}: cannot read {data or source.hub_id} ({first}); pass --data a local copy"
+        ) from error
+
+
+def _file(path: Path, name: str) -> Path:
+    """The file of this benchmark in a folder of several, else the path itself."""
+    inside = [path / f"{name}{suffix}" for suffix in (".jsonl", ".json", ".parquet")]
+    return next((file for file in inside if file.is_file()), path)
+
+
+def _builder(path: Path) -> str:
+    return "parquet" if path.suffix == ".parquet" else "json"

@@ -18,7 +18,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages in TRL's format, and the PIL images for their image parts in order (before the text if none is marked)."""
+    """Messages in TRL's format, and the PIL images of their image parts in order (before the text if none is named)."""
 
     messages: Sequence[dict[str, Any]]
     images: Sequence[Any] = ()

@@ -32,6 +32,8 @@ def evaluate(
     decoding.
     """
     samples, decoding = samples or benchmark.samples, decoding or benchmark.decoding
+    if samples > 1 and decoding.temperature == 0:
+        raise ValueError(f"{samples} samples at temperature 0 would repeat one answer: set a temperature above 0")
     out = Path(out)
     path = out / benchmark.name / "samples.jsonl"
     identity = {

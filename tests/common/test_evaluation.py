@@ -1,0 +1,271 @@
+"""The harness: benchmarks, engines, records that survive a kill, metrics that follow from records."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.answers import Verdict
+from common.evaluation import (
+    BENCHMARKS,
+    Benchmark,
+    Completion,
+    Decoding,
+    Prompt,
+    TransformersEngine,
+    evaluate,
+    load_benchmark,
+    summarize,
+)
+from common.evaluation import __main__ as command
+from common.evaluation.run import rescore
+from common.runs import read_jsonl
+from common.tiny import tiny_qwen3
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLED = Decoding(temperature=1.0, max_new_tokens=6)
+
+
+class Echo:
+    """Answers a question i with i, except that every third sample is wrong; counts what it is asked."""
+
+    name = "echo"
+
+    def __init__(self, fail_after: int | None = None):
+        self.asked, self.fail_after = [], fail_after
+
+    def generate(self, prompts, decoding, seeds):
+        if self.fail_after is not None and len(self.asked) >= self.fail_after:
+            raise KeyboardInterrupt
+        self.asked += [(prompt.messages[-1]["content"], seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        texts = [p.messages[-1]["content"] if seed % 3 else "no" for p, seed in zip(prompts, seeds, strict=True)]
+        return [Completion(f"The answer is \\boxed{{{text}}}.", 7, True) for text in texts]
+
+
+def numbers(count: int = 10, **fields) -> Benchmark:
+    rows = [{"id": str(i), "prompt": [{"role": "user", "content": str(i)}], "answer": str(i)} for i in range(count)]
+    return Benchmark(name="numbers", rows=rows, **fields)
+
+
+def test_metrics_follow_from_the_records(tmp_path):
+    engine = Echo()
+    report = evaluate(engine, numbers(), tmp_path, samples=4, decoding=SAMPLED)
+    records = read_jsonl(tmp_path / "numbers" / "samples.jsonl")
+    assert len(records) == len(engine.asked) == 40
+    assert len({seed for _, seed in engine.asked}) == 40  # a seed of its own for every sample
+    right = [record["score"] for record in records]
+    assert report["avg@k"] == pytest.approx(sum(right) / 40)
+    assert report["verdicts"] == {"correct": int(sum(right)), "wrong": 40 - int(sum(right))}
+    assert report["pass@k"][1] == pytest.approx(report["avg@k"])
+    low, high = report["interval"]
+    assert low < report["avg@k"] < high
+    assert json.loads((tmp_path / "numbers.json").read_text())["avg@k"] == report["avg@k"]
+    assert (report["questions"], report["samples"], report["truncated"]) == (10, 4, 0.0)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
+    straight = evaluate(Echo(), numbers(), tmp_path / "a", samples=4, decoding=SAMPLED, batch=6)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Echo(fail_after=18), numbers(), tmp_path / "b", samples=4, decoding=SAMPLED, batch=6)
+    again = Echo()
+    resumed = evaluate(again, numbers(), tmp_path / "b", samples=4, decoding=SAMPLED, batch=6)
+    assert len(again.asked) == 40 - 18
+    assert resumed == straight
+    assert (tmp_path / "a/numbers/samples.jsonl").read_bytes() == (tmp_path / "b/numbers/samples.jsonl").read_bytes()
+    nothing = Echo()
+    assert evaluate(nothing, numbers(), tmp_path / "b", samples=4, decoding=SAMPLED, batch=6) == straight
+    assert nothing.asked == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"seed": 1}, "seed"), ({"samples": 2}, "samples"), ({"decoding": Decoding(0.5)}, "decoding")],
+)
+def test_records_of_another_evaluation_are_refused_and_kept(tmp_path, changes, name):
+    settings = {"samples": 4, "decoding": SAMPLED}
+    evaluate(Echo(), numbers(), tmp_path, **settings)
+    before = (tmp_path / "numbers/samples.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=f"holds records with {name}=") as error:
+        evaluate(Echo(), numbers(), tmp_path, **{**settings, **changes})
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "numbers/samples.jsonl").read_bytes() == before
+
+
+def test_another_scorer_needs_no_new_answers(tmp_path):
+    evaluate(Echo(), numbers(), tmp_path, samples=2, decoding=SAMPLED)
+    report = rescore(numbers(score=lambda response, row: 0.5), tmp_path)
+    assert report["avg@k"] == 0.5
+    assert {record["score"] for record in read_jsonl(tmp_path / "numbers/samples.jsonl")} == {0.5}
+
+
+def test_several_samples_at_temperature_zero_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 samples at temperature 0"):
+        evaluate(Echo(), numbers(), tmp_path, samples=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_incomplete_table_is_no_result():
+    record = {"sample": 0, "score": 1.0, "finished": True, "num_tokens": 1}
+    with pytest.raises(ValueError, match="different numbers of samples"):
+        summarize([{**record, "id": "a"}, {**record, "id": "b"}, {**record, "id": "b", "sample": 1}])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([], "has no rows"), ([{"id": "a"}, {"id": "a"}], "rows with the same id, such as 'a'")]
+)
+def test_a_benchmark_with_no_or_equal_ids_is_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        Benchmark(name="x", rows=rows)
+
+
+# --- the engine ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model, tokenizer = tiny_qwen3(hidden=32)
+    return TransformersEngine(model, tokenizer, batch_size=3)
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt([{"role": "user", "content": "?" * (1 + 3 * i % 7)}]) for i in range(count)]
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(engine):
+    together = engine.generate(prompts(7), Decoding(max_new_tokens=5), [0] * 7)
+    for prompt, completion in zip(prompts(7), together, strict=True):
+        assert engine.generate([prompt], Decoding(max_new_tokens=5), [0]) == [completion]
+
+
+def test_sampling_is_seeded_and_leaves_the_global_state(engine):
+    import torch
+
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first = engine.generate(prompts(5), SAMPLED, range(5))
+    assert torch.equal(torch.rand(2), expected)
+    assert engine.generate(prompts(5), SAMPLED, range(5)) == first
+    assert engine.generate(prompts(5), SAMPLED, range(9, 14)) != first
+
+
+def test_length_and_truncation(engine):
+    (completion,) = engine.generate(prompts(1), Decoding(max_new_tokens=3), [0])
+    assert (completion.num_tokens, completion.finished) == (3, False)
+
+
+def test_the_chat_template_gets_its_options(engine):
+    model, tokenizer = engine.model, engine.tokenizer
+    kept = tokenizer.chat_template
+    tokenizer.chat_template = "{{ 'off' if enable_thinking is false else 'on' }}"
+    try:
+        plain = TransformersEngine(model, tokenizer)
+        off = TransformersEngine(model, tokenizer, chat_template_kwargs={"enable_thinking": False})
+        assert [e._render(prompts(1)[0]) for e in (plain, off)] == ["on", "off"]
+    finally:
+        tokenizer.chat_template = kept
+
+
+def test_vllm_without_its_package_names_the_extra():
+    from common.evaluation import VLLMEngine
+
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match=r"post-training-reference\[vllm\]"):
+            VLLMEngine("x")
+
+
+# --- the registered benchmarks and the command ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_math_files_have_the_registered_rows(shared_data, name):
+    benchmark = load_benchmark(name, str(shared_data / "math" / f"{name}.jsonl"))
+    assert len(benchmark.rows) == BENCHMARKS[name].rows
+    assert all(row["answer"] for row in benchmark.rows)
+    assert benchmark.samples == 1 or benchmark.decoding.temperature > 0
+    assert "\\boxed{}" in benchmark.rows[0]["prompt"][0]["content"]
+
+
+@pytest.mark.parametrize("name", ["math500", "aime24", "amc23", "minerva_math"])
+def test_gold_answers_in_a_box_are_correct(shared_data, name):
+    benchmark = load_benchmark(name, str(shared_data / "math" / f"{name}.jsonl"))
+    verdicts = [benchmark.score(f"So it is \\boxed{{{row['answer']}}}.", row) for row in benchmark.rows]
+    assert verdicts.count(Verdict.CORRECT) >= 0.99 * len(verdicts)
+
+
+def model_folder(path: Path) -> str:
+    model, tokenizer = tiny_qwen3(hidden=32)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def questions(path: Path, count: int = 30) -> str:
+    path.write_text("".join(json.dumps({"problem": f"{i}?", "answer": i}) + "\n" for i in range(count)))
+    return str(path)
+
+
+def arguments(tmp_path: Path, out: str, *more: str) -> list[str]:
+    data = questions(tmp_path / "aime24.jsonl")
+    shared = [
+        "--model",
+        str(tmp_path / "model"),
+        "--benchmark",
+        "aime24",
+        "--data",
+        data,
+        "--out",
+        str(tmp_path / out),
+    ]
+    return [*shared, "--samples", "3", "--max_new_tokens", "8", "--batch_size", "10", *more]
+
+
+def test_the_command_prints_value_interval_and_rates(tmp_path, capsys):
+    model_folder(tmp_path / "model")
+    assert command.main(arguments(tmp_path, "out")) == 0
+    printed = capsys.readouterr().out
+    assert "avg@3 = 0." in printed
+    assert "over 30 questions" in printed
+    assert "truncated" in printed
+    assert "no_answer" in printed
+    assert command.main(arguments(tmp_path, "out", "--rescore")) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--benchmark", "math5000"], "unknown benchmark"),
+        (["--model", "/nowhere"], "no such folder"),
+        (["--data", "/nowhere.jsonl"], "cannot read /nowhere.jsonl"),
+        (["--temperature", "0"], "3 samples at temperature 0"),
+        (["--benchmark", "math500"], "30 rows where 500 are expected"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, capsys, more, message):
+    model_folder(tmp_path / "model")
+    assert command.main(arguments(tmp_path, "out", *more)) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_evaluation_ends_with_the_same_records(tmp_path):
+    model_folder(tmp_path / "model")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run = [sys.executable, "-m", "common.evaluation"]
+    assert command.main(arguments(tmp_path, "straight")) == 0
+    process = subprocess.Popen([*run, *arguments(tmp_path, "killed")], env=environment, stderr=subprocess.DEVNULL)
+    records = tmp_path / "killed/aime24/samples.jsonl"
+    while process.poll() is None and not records.exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert command.main(arguments(tmp_path, "killed")) == 0
+    assert records.read_bytes() == (tmp_path / "straight/aime24/samples.jsonl").read_bytes()
