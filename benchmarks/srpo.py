@@ -15,6 +15,7 @@ import numpy as np
 
 from common import plots
 from common.estimators import avg_at_k, interval, paired_difference
+from common.evaluation import scores_by_question
 from common.runs import atomic_write_text, read_jsonl
 from srpo.train import ScriptArguments, parse
 
@@ -136,10 +137,7 @@ def last_scores(run: Path, dataset: str) -> list[list[float]]:
     """Scores by problem and sample of the last checkpoint, problems in the order of their ids."""
     step = curve(run)["curve"][-1]["step"]
     name = f"checkpoint-{step}" if (run / "eval" / f"checkpoint-{step}").exists() else "base"
-    by_problem: dict[str, list[float]] = {}
-    for record in read_jsonl(run / "eval" / name / dataset / "samples.jsonl"):
-        by_problem.setdefault(record["id"], []).append(record["score"])
-    return [by_problem[problem] for problem in sorted(by_problem)]
+    return scores_by_question(run / "eval" / name, dataset)
 
 
 def accuracy_table(runs: dict[tuple[str, str], Path]) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from common import plots
 from common.estimators import avg_at_k, interval, paired_difference
+from common.evaluation import scores_by_question
 from common.runs import atomic_write_text, read_jsonl
 from va_opd.evaluate import benchmark_name
 from va_opd.objective import high_tokens
@@ -95,11 +96,7 @@ def experiment_folder(args: ScriptArguments) -> Path:
 
 def sample_scores(run: Path, args: ScriptArguments, kind: str) -> list[list[float]]:
     """Scores by problem and sample, problems in the order of their ids."""
-    records = read_jsonl(run / "eval" / benchmark_name(args, kind == "pixelated") / "samples.jsonl")
-    by_problem: dict[str, list[float]] = {}
-    for record in records:
-        by_problem.setdefault(record["id"], []).append(record["score"])
-    return [by_problem[problem] for problem in sorted(by_problem)]
+    return scores_by_question(run / "eval", benchmark_name(args, kind == "pixelated"))
 
 
 def measured_table(scores: dict[str, dict[str, list]], rollouts: dict[str, list[dict]]) -> str:

@@ -2,7 +2,7 @@
 
 from .benchmarks import BENCHMARKS, Benchmark, Source, load_benchmark
 from .engines import Completion, Decoding, Engine, Prompt, TransformersEngine, VLLMEngine
-from .run import evaluate, score_responses
+from .run import evaluate, rescore, score_responses, scores_by_question
 from .scoring import judge_row, summarize
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "evaluate",
     "judge_row",
     "load_benchmark",
+    "rescore",
     "score_responses",
+    "scores_by_question",
     "summarize",
 ]

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 
@@ -11,7 +12,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m common.evaluation", description="Accuracy of a model on a benchmark."
     )
-    parser.add_argument("--model", required=True, help="hub id or local folder")
+    parser.add_argument("--model", help="hub id or local folder")
+    parser.add_argument("--responses", help="instead: score this file of JSON lines with `id` and `response`")
+    parser.add_argument("--rescore", action="store_true", help="instead: score the records in --out anew")
     parser.add_argument("--benchmark", required=True, help="such as math500; an unknown name lists them")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--samples", type=int, help="a question; default: the benchmark's")
@@ -21,10 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top_p", type=float, help="default: the benchmark's")
     parser.add_argument("--max_new_tokens", type=int, help="default: the benchmark's")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at once with transformers")
+    parser.add_argument("--chat_template_kwargs", default="{}", help="JSON, such as '{\"enable_thinking\": false}'")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--rescore", action="store_true", help="score the records that are there anew; generate nothing"
-    )
     parser.add_argument("--out", required=True, help="folder of records and metrics")
     args = parser.parse_args(argv)
     try:
@@ -38,32 +39,53 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> dict:
-    from . import TransformersEngine, VLLMEngine, load_benchmark
-    from .run import evaluate, rescore
+    from . import VLLMEngine, load_benchmark
+    from .run import evaluate, rescore, score_responses
 
     benchmark = load_benchmark(args.benchmark, args.data, args.limit)
     if args.rescore:
         return rescore(benchmark, args.out)
-    if args.engine == "vllm":
-        engine = VLLMEngine(args.model, seed=args.seed)
-    else:
-        import torch
-
-        from common.models import load_model, load_processor
-
-        cuda = torch.cuda.is_available()
-        model = load_model(args.model, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
-        engine = TransformersEngine(model, load_processor(args.model), args.batch_size)
+    if args.responses:
+        return score_responses(benchmark, args.responses, args.out)
+    if not args.model:
+        raise ValueError("there is no --model to ask, no file of --responses, and no --rescore: pass one of them")
+    options = _template_options(args.chat_template_kwargs)
+    engine = VLLMEngine(args.model, options, seed=args.seed) if args.engine == "vllm" else _transformers(args, options)
     changes = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
     decoding = dataclasses.replace(benchmark.decoding, **{k: v for k, v in changes.items() if v is not None})
     return evaluate(engine, benchmark, args.out, samples=args.samples, decoding=decoding, seed=args.seed)
 
 
+def _transformers(args: argparse.Namespace, options: dict):
+    import torch
+
+    from common.models import load_model, load_processor
+
+    from . import TransformersEngine
+
+    cuda = torch.cuda.is_available()
+    model = load_model(args.model, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
+    return TransformersEngine(model, load_processor(args.model), args.batch_size, options)
+
+
+def _template_options(text: str) -> dict:
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f'chat_template_kwargs must be JSON such as {{"enable_thinking": false}}, got {text}')
+    return options
+
+
 def _report(metrics: dict) -> str:
     low, high = metrics["interval"]
+    rates = {"parsed": metrics["parsed"], "truncated": metrics["truncated"]}
+    known = "".join(f"; {name} {rate:.1%}" for name, rate in rates.items() if rate is not None)
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(metrics["verdicts"].items()))
     return (
         f"avg@{metrics['samples']} = {metrics['avg@k']:.4f} [{low:.4f}, {high:.4f}] "
-        f"over {metrics['questions']} questions; truncated {metrics['truncated']:.1%}; verdicts {metrics['verdicts']}"
+        f"over {metrics['questions']} questions{known}{'; ' if counts else ''}{counts}"
     )
 
 

@@ -18,7 +18,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages in TRL's format, and the PIL images of their image parts in order (before the text if none is named)."""
+    """Messages in TRL's format, and the PIL images of their image parts in order (first, if no part is there)."""
 
     messages: Sequence[dict[str, Any]]
     images: Sequence[Any] = ()
@@ -26,11 +26,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """`finished` is False for a response that was cut at the token limit."""
+    """`finish_reason` as vLLM names it: "stop", or "length" for a response that was cut at the token limit."""
 
     text: str
     num_tokens: int
-    finished: bool
+    finish_reason: str
 
 
 class Engine(Protocol):
@@ -107,7 +107,7 @@ class TransformersEngine:
         length = next((i + 1 for i, token in enumerate(ids) if token in stops), None)
         kept = ids if length is None else ids[:length]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Completion(text=text, num_tokens=len(kept), finished=length is not None)
+        return Completion(text=text, num_tokens=len(kept), finish_reason="length" if length is None else "stop")
 
     def _stop_ids(self) -> list[int]:
         """Every end-of-turn id that the model declares, and the tokenizer's."""
@@ -150,7 +150,7 @@ class VLLMEngine:
             chat_template_kwargs=self.template_options,
         )
         return [
-            Completion(out.outputs[0].text, len(out.outputs[0].token_ids), out.outputs[0].finish_reason == "stop")
+            Completion(out.outputs[0].text, len(out.outputs[0].token_ids), out.outputs[0].finish_reason)
             for out in outputs
         ]
 

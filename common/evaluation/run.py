@@ -1,4 +1,10 @@
-"""The harness: generate what is missing, append sample records, then compute the metrics from them."""
+"""The harness: generate what is missing, append sample records, then score them and compute the metrics.
+
+<out>/<benchmark>/identity.json   whose samples these are
+<out>/<benchmark>/samples.jsonl   responses, only ever appended to
+<out>/<benchmark>/scored.jsonl    the same records with their scores: rewritten by each scoring
+<out>/<benchmark>.json            metrics
+"""
 
 import dataclasses
 import json
@@ -12,7 +18,7 @@ from common.runs import append_jsonl, atomic_write_json, atomic_write_text, fing
 
 from .benchmarks import Benchmark
 from .engines import Decoding, Engine, Prompt
-from .scoring import score_record, summarize
+from .scoring import score_records, summarize
 
 
 def evaluate(
@@ -39,7 +45,7 @@ def evaluate(
     identity = {
         "model": engine.name,
         "benchmark": benchmark.name,
-        "rows": fingerprint([[row["id"], row["prompt"], row["answer"]] for row in benchmark.rows]),
+        "rows": _question_fingerprint(benchmark),
         "decoding": dataclasses.asdict(decoding),
         "samples": samples,
         "seed": seed,
@@ -54,19 +60,72 @@ def evaluate(
             if not done.issuperset(part):  # whole batches, so that a resumed run draws the same random numbers
                 _generate(engine, part, rows, decoding, seed, path, done)
             progress.update(len(part))
-    return rescore(benchmark, out, identity)
+    return rescore(benchmark, out)
 
 
-def rescore(benchmark: Benchmark, out: str | Path, identity: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Metrics of the records that are there, scored anew."""
-    out = Path(out)
-    path = out / benchmark.name / "samples.jsonl"
+def rescore(benchmark: Benchmark, out: str | Path) -> dict[str, Any]:
+    """Metrics of the records that are there, scored anew.
+
+    Raises `ValueError` where there are none, or where the questions are not those of the records.
+    """
+    folder = Path(out) / benchmark.name
+    if not (folder / "identity.json").exists():
+        raise ValueError(f"{folder} holds no records of {benchmark.name}: run the evaluation first")
+    identity = json.loads((folder / "identity.json").read_text())
+    if identity["rows"] != _question_fingerprint(benchmark):
+        raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
+    return _score(benchmark, read_jsonl(folder / "samples.jsonl"), Path(out), identity)
+
+
+def score_responses(benchmark: Benchmark, responses: str | Path, out: str | Path) -> dict[str, Any]:
+    """Metrics of responses that someone else generated.
+
+    `responses`: JSON lines with `id` (the question's number in the data, from 0) and `response`; `sample`,
+    `num_tokens` and `finish_reason` ("stop" or "length") where they are known. Raises `ValueError` for a line without
+    the first two, an unknown question, or a question without a response.
+    """
+    path = Path(responses)
+    if not path.is_file():
+        raise ValueError(f"there is no file of responses {path}")
+    records = [_foreign(record, number, path) for number, record in enumerate(read_jsonl(path), 1)]
+    identity = {"responses": str(path), "benchmark": benchmark.name, "rows": _question_fingerprint(benchmark)}
+    _claim(Path(out) / benchmark.name / "identity.json", identity)
+    return _score(benchmark, records, Path(out), identity)
+
+
+def scores_by_question(out: str | Path, benchmark: str) -> list[list[float]]:
+    """Scores of a finished evaluation by question and sample, questions in the order of their ids."""
+    scores: dict[str, list[float]] = {}
+    for record in read_jsonl(Path(out) / benchmark / "scored.jsonl"):
+        scores.setdefault(record["id"], []).append(record["score"])
+    return [scores[key] for key in sorted(scores)]
+
+
+def _foreign(record: Any, number: int, path: Path) -> dict[str, Any]:
+    if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("response"), str):
+        raise ValueError(f"{path}, line {number}: a record needs `id` and `response`, a string")
+    return {**record, "id": str(record["id"])}
+
+
+def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     rows = {str(row["id"]): row for row in benchmark.rows}
-    records = [score_record(benchmark, record, rows) for record in read_jsonl(path)]
-    metrics = {**(identity or {}), **summarize(records)}
-    _write_records(path, records)
+    unknown = {record["id"] for record in records} - rows.keys()
+    missing = rows.keys() - {record["id"] for record in records}
+    if unknown or missing:
+        what = f"no question {min(unknown)!r}" if unknown else f"no response to question {min(missing)!r}"
+        raise ValueError(
+            f"benchmark {benchmark.name}: there is {what} ({len(unknown)} unknown questions, {len(missing)} without a "
+            "response): the records and the data must be of the same questions"
+        )
+    scored = score_records(benchmark, records, rows)
+    metrics = {**identity, **summarize(scored)}
+    atomic_write_text(out / benchmark.name / "scored.jsonl", "".join(json.dumps(record) + "\n" for record in scored))
     atomic_write_json(out / f"{benchmark.name}.json", metrics)
     return metrics
+
+
+def _question_fingerprint(benchmark: Benchmark) -> str:
+    return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in benchmark.rows])
 
 
 def _generate(
@@ -83,7 +142,8 @@ def _generate(
     for (key, sample), completion in zip(part, engine.generate(prompts, decoding, seeds), strict=True):
         if (key, sample) not in done:
             record = {"id": key, "sample": sample, "response": completion.text}
-            append_jsonl(path, {**record, "num_tokens": completion.num_tokens, "finished": completion.finished})
+            counts = {"num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason}
+            append_jsonl(path, {**record, **counts})
 
 
 def _sample_seed(seed: int, key: str, sample: int) -> int:
@@ -103,7 +163,3 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
                 f"{path.parent} holds records with {name}={theirs.get(name)!r}, this evaluation has {value!r}: choose "
                 "another --out or delete the folder"
             )
-
-
-def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -93,9 +93,9 @@ def _outcome(result: Verdict | float) -> dict[str, Any]:
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Metrics of scored records.
 
-    `avg@k` with its question-clustered 95 % `interval`; `pass@k` where scores are 0 or 1; `verdicts`, and `parsed`, the
-    share of responses with an answer that could be read, where the scorer gives verdicts; `truncated`, the share cut
-    at the token limit, and `mean_tokens`, where the records say so. What the records do not tell is None.
+    `avg@k` with its question-clustered 95 % `interval`; `pass@k` where scores are 0 or 1; where the scorer gives
+    verdicts, their counts and `parsed`, the share of responses with an answer that could be read; where the records
+    say so, `truncated`, the share cut at the token limit, and `mean_tokens`. What the records do not tell is None.
 
     Raises `ValueError` for questions with unequal numbers of samples: the run is not complete.
     """

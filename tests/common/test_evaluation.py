@@ -20,10 +20,12 @@ from common.evaluation import (
     TransformersEngine,
     evaluate,
     load_benchmark,
+    score_responses,
     summarize,
 )
 from common.evaluation import __main__ as command
 from common.evaluation.run import rescore
+from common.evaluation.scoring import score_records
 from common.runs import read_jsonl
 from common.tiny import tiny_qwen3
 
@@ -44,7 +46,7 @@ class Echo:
             raise KeyboardInterrupt
         self.asked += [(prompt.messages[-1]["content"], seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         texts = [p.messages[-1]["content"] if seed % 3 else "no" for p, seed in zip(prompts, seeds, strict=True)]
-        return [Completion(f"The answer is \\boxed{{{text}}}.", 7, True) for text in texts]
+        return [Completion(f"The answer is \\boxed{{{text}}}.", 7, "stop") for text in texts]
 
 
 def numbers(count: int = 10, **fields) -> Benchmark:
@@ -55,7 +57,7 @@ def numbers(count: int = 10, **fields) -> Benchmark:
 def test_metrics_follow_from_the_records(tmp_path):
     engine = Echo()
     report = evaluate(engine, numbers(), tmp_path, samples=4, decoding=SAMPLED)
-    records = read_jsonl(tmp_path / "numbers" / "samples.jsonl")
+    records = read_jsonl(tmp_path / "numbers" / "scored.jsonl")
     assert len(records) == len(engine.asked) == 40
     assert len({seed for _, seed in engine.asked}) == 40  # a seed of its own for every sample
     right = [record["score"] for record in records]
@@ -98,9 +100,47 @@ def test_records_of_another_evaluation_are_refused_and_kept(tmp_path, changes, n
 
 def test_another_scorer_needs_no_new_answers(tmp_path):
     evaluate(Echo(), numbers(), tmp_path, samples=2, decoding=SAMPLED)
+    samples = (tmp_path / "numbers/samples.jsonl").read_bytes()
     report = rescore(numbers(score=lambda response, row: 0.5), tmp_path)
     assert report["avg@k"] == 0.5
-    assert {record["score"] for record in read_jsonl(tmp_path / "numbers/samples.jsonl")} == {0.5}
+    assert {record["score"] for record in read_jsonl(tmp_path / "numbers/scored.jsonl")} == {0.5}
+    assert (tmp_path / "numbers/samples.jsonl").read_bytes() == samples
+
+
+def test_scoring_needs_records_of_the_same_questions(tmp_path):
+    with pytest.raises(ValueError, match="holds no records of numbers: run the evaluation first"):
+        rescore(numbers(), tmp_path)
+    evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
+    with pytest.raises(ValueError, match="holds records of other questions"):
+        rescore(numbers(9), tmp_path)
+
+
+def responses(path: Path, records: list) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_responses_of_others_are_scored_into_the_same_table(tmp_path):
+    records = [{"id": i, "response": rf"\boxed{{{i % 5}}}", "sample": 0} for i in range(10)]
+    report = score_responses(numbers(), responses(tmp_path / "theirs.jsonl", records), tmp_path / "out")
+    assert (report["avg@k"], report["parsed"], report["truncated"], report["mean_tokens"]) == (0.5, 1.0, None, None)
+    assert json.loads((tmp_path / "out/numbers.json").read_text()) == json.loads(json.dumps(report))
+    assert len(read_jsonl(tmp_path / "out/numbers/scored.jsonl")) == 10
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"id": 0}], "line 1: a record needs `id` and `response`"),
+        ([{"id": 0, "response": None}], "line 1: a record needs"),
+        ([{"id": 99, "response": "5"}], "there is no question '99'"),
+        ([{"id": i, "response": "5"} for i in range(9)], "there is no response to question '9'"),
+    ],
+)
+def test_incomplete_responses_are_refused(tmp_path, records, message):
+    with pytest.raises(ValueError, match=message):
+        score_responses(numbers(), responses(tmp_path / "theirs.jsonl", records), tmp_path / "out")
+    assert not (tmp_path / "out/numbers.json").exists()
 
 
 def test_several_samples_at_temperature_zero_are_refused(tmp_path):
@@ -110,7 +150,7 @@ def test_several_samples_at_temperature_zero_are_refused(tmp_path):
 
 
 def test_an_incomplete_table_is_no_result():
-    record = {"sample": 0, "score": 1.0, "finished": True, "num_tokens": 1}
+    record = {"sample": 0, "score": 1.0}
     with pytest.raises(ValueError, match="different numbers of samples"):
         summarize([{**record, "id": "a"}, {**record, "id": "b"}, {**record, "id": "b", "sample": 1}])
 
@@ -156,7 +196,7 @@ def test_sampling_is_seeded_and_leaves_the_global_state(engine):
 
 def test_length_and_truncation(engine):
     (completion,) = engine.generate(prompts(1), Decoding(max_new_tokens=3), [0])
-    assert (completion.num_tokens, completion.finished) == (3, False)
+    assert (completion.num_tokens, completion.finish_reason) == (3, "length")
 
 
 def test_the_chat_template_gets_its_options(engine):
@@ -184,7 +224,17 @@ def test_vllm_without_its_package_names_the_extra():
 # --- the registered benchmarks and the command ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+MATH = ["math500", "gsm8k", "minerva_math", "olympiadbench", "amc23", "aime24", "aime25"]
+SRPO = {
+    "sciknoweval_biology": "sciknoweval/biology/test.json",
+    "sciknoweval_chemistry": "sciknoweval/chemistry/test.json",
+    "sciknoweval_materials": "sciknoweval/material/test.json",
+    "sciknoweval_physics": "sciknoweval/physics/test.json",
+    "tooluse": "tooluse/test.json",
+}
+
+
+@pytest.mark.parametrize("name", MATH)
 def test_the_math_files_have_the_registered_rows(shared_data, name):
     benchmark = load_benchmark(name, str(shared_data / "math" / f"{name}.jsonl"))
     assert len(benchmark.rows) == BENCHMARKS[name].rows
@@ -193,11 +243,24 @@ def test_the_math_files_have_the_registered_rows(shared_data, name):
     assert "\\boxed{}" in benchmark.rows[0]["prompt"][0]["content"]
 
 
-@pytest.mark.parametrize("name", ["math500", "aime24", "amc23", "minerva_math"])
+@pytest.mark.parametrize("name", SRPO)
+def test_the_srpo_files_have_the_registered_rows_and_score_their_gold(shared_data, name):
+    benchmark = load_benchmark(name, str(shared_data / SRPO[name]))
+    assert len(benchmark.rows) == BENCHMARKS[name].rows
+    assert (benchmark.samples, benchmark.decoding.temperature, benchmark.decoding.top_p) == (16, 0.6, 0.95)
+    if name != "tooluse":
+        rows = benchmark.rows
+        verdicts = [benchmark.score(f"<answer>{row['answer']}</answer>", row) for row in rows]
+        assert verdicts == [Verdict.CORRECT] * len(rows)
+
+
+# Rows whose own gold answer in a box is not graded as correct: none of these files' answers may be lost unseen.
+@pytest.mark.parametrize("name", MATH)
 def test_gold_answers_in_a_box_are_correct(shared_data, name):
     benchmark = load_benchmark(name, str(shared_data / "math" / f"{name}.jsonl"))
-    verdicts = [benchmark.score(f"So it is \\boxed{{{row['answer']}}}.", row) for row in benchmark.rows]
-    assert verdicts.count(Verdict.CORRECT) >= 0.99 * len(verdicts)
+    records = [{"id": r["id"], "response": f"So it is \\boxed{{{r['answer']}}}."} for r in benchmark.rows]
+    scored = score_records(benchmark, records, {row["id"]: row for row in benchmark.rows})
+    assert {r["id"]: r["verdict"] for r in scored if r["verdict"] != Verdict.CORRECT} == {}
 
 
 def model_folder(path: Path) -> str:
