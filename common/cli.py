@@ -5,7 +5,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ def changed_settings(args: Any, config: Any, follow: tuple[str, ...] = ()) -> di
     again. `out`, `dry_run`, paths made from other fields and the fields in `follow` are left out."""
     skipped = {"out", "dry_run", "output_dir", "dataloader_pin_memory", *follow}
     chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in skipped}
+    return chosen | changed_fields(config, skipped)
+
+
+def changed_fields(config: Any, skipped: Collection[str] = ()) -> dict[str, Any]:
+    """Fields of a trainer's configuration that are not at their default, as plain values."""
+    chosen = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()

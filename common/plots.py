@@ -25,7 +25,11 @@ def table_markdown(rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> str
 
 
 def training_curves(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, str], path: str | Path, smooth: int = 3
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    metrics: Mapping[str, str],
+    path: str | Path,
+    smooth: int = 3,
+    unit: str = "step",
 ) -> Path:
     """Small multiples, one for each metric that a run has logged, one line for each run.
 
@@ -33,6 +37,7 @@ def training_curves(
         runs: name of a run -> its logged lines with `step`.
         metrics: name of a metric -> label of its axis.
         smooth: lines show the mean over so many logged points.
+        unit: what `step` counts.
     """
     present = [name for name in metrics if any(name in line for lines in runs.values() for line in lines)]
     if not present:
@@ -47,12 +52,12 @@ def training_curves(
             )
             if len(points):
                 axes.plot(*_smoothed(points, smooth).T, label=name, color=PALETTE[number % len(PALETTE)])
-        axes.set(xlabel="step", ylabel=metrics[metric])
+        axes.set(xlabel=unit, ylabel=metrics[metric])
         _light(axes)
         if place == 1:
             names = axes.get_legend_handles_labels()
             figure.legend(*names, loc="outside upper center", ncols=min(4, max(1, len(names[1]))), frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def accuracy_bars(table: Mapping[str, Mapping[str, tuple[float, float, float]]], path: str | Path) -> Path:
@@ -73,7 +78,7 @@ def accuracy_bars(table: Mapping[str, Mapping[str, tuple[float, float, float]]],
     axes.set(ylabel="accuracy", ylim=(0, 1.08))
     axes.legend(frameon=False, ncols=len(conditions), loc="upper left")
     _light(axes)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path, mark: float = 0.1) -> Path:
@@ -91,7 +96,7 @@ def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path, mark: fl
     axes.set(xlabel="share of tokens, largest first", ylabel="share of the total", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(frameon=False, loc="lower right")
     _light(axes)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def token_heatmap(
@@ -141,7 +146,7 @@ def token_heatmap(
     axes.set_axis_off()
     figure.suptitle(title, fontsize=11, parse_math=False)
     figure.colorbar(scale, cax=figure.add_subplot(grid[-1]), orientation="horizontal", label=label)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _rectangle(column: int, line: int, length: int, style: dict):
@@ -178,7 +183,8 @@ def _light(axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes a PNG whole or not at all, and returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")

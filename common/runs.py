@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -78,12 +79,26 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """The whole file or nothing, one record a line."""
+    atomic_write_text(path, "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records))
+
+
+def truncate_jsonl(path: str | Path, step: int) -> None:
+    """Drops records after `step` from a log, if there is one: a run that resumes there will write them again."""
+    if Path(path).exists():
+        write_jsonl(path, (record for record in read_jsonl(path) if record.get("step", 0) <= step))
+
+
 def fingerprint(value: Any) -> str:
     """SHA-256 of a file or folder (a `Path`) or of any JSON value: tells whether data are the same."""
     digest = hashlib.sha256()
     if isinstance(value, Path):
         for file in sorted(p for p in ([value] if value.is_file() else value.rglob("*")) if p.is_file()):
-            digest.update(str(file.relative_to(value)).encode() + b"\0" + file.read_bytes())
+            digest.update(str(file.relative_to(value)).encode() + b"\0")
+            with file.open("rb") as content:
+                while block := content.read(1 << 24):
+                    digest.update(block)
     else:
         digest.update(json.dumps(_plain(value), sort_keys=True).encode())
     return digest.hexdigest()
@@ -159,9 +174,11 @@ class RunFolder:
     def truncate_logs(self, step: int) -> None:
         """Drops lines logged after `step`: a run that resumes there will log them again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            if (self.path / name).exists():
-                kept = [record for record in read_jsonl(self.path / name) if record.get("step", 0) <= step]
-                atomic_write_text(self.path / name, "".join(json.dumps(record) + "\n" for record in kept))
+            truncate_jsonl(self.path / name, step)
+
+    def restart(self) -> None:
+        """A finished run has more to do."""
+        self._write(state="running", ended=None)
 
     def finish(self, state: str = "done", **extra: Any) -> None:
         self._write(state=state, ended=_now(), **extra)
@@ -199,10 +216,6 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict
                 "another out= or delete the folder"
             )
     return manifest
-
-
-def _identity(config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
-    return {**config, "seed": seed, **{f"data {name}": print_ for name, print_ in data.items()}}
 
 
 def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:

@@ -4,6 +4,8 @@ For demos and tests. The tokenizer has one token for each printable ASCII charac
 on `seed` only.
 """
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -110,6 +112,19 @@ def tiny_qwen2_5_vl(
         tie_word_embeddings=True,
     )
     return _build(Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed), processor
+
+
+def answer_loss(model, tokenizer, rows: Sequence[tuple[list[dict[str, str]], str]]) -> torch.Tensor:
+    """Mean cross-entropy of the answers in (prompt, answer) rows and of their ends of turn, for teaching a model."""
+    prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p, _ in rows]
+    answers = [answer + tokenizer.eos_token for _, answer in rows]
+    batch = tokenizer([p + a for p, a in zip(prompts, answers, strict=True)], return_tensors="pt", padding=True)
+    lengths = torch.tensor([len(tokenizer(a)["input_ids"]) for a in answers])
+    width = batch["input_ids"].size(1)
+    labels = batch["input_ids"].masked_fill(torch.arange(width) < width - lengths[:, None], -100)  # padding is left
+    keep = int(lengths.max()) + 1
+    logits = model(**batch, logits_to_keep=keep).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep :].flatten())
 
 
 def _build(model_class, config, tokenizer: PreTrainedTokenizerFast, seed: int):

@@ -4,9 +4,11 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "config": ("ChallengerConfig", "RDiverseConfig", "SolverConfig"),
     "memory": ("MemoryBank",),
     "objective": (
         "bleu_repetition_penalty",
+        "bleu_similarity",
         "challenger_reward",
         "drop_reason",
         "lowest_valid_reward",
@@ -17,7 +19,9 @@ _MODULES = {
         "self_consistency",
         "uncertainty",
     ),
+    "questions": ("challenger_prompt", "read_challenge", "solver_prompt"),
     "skills": ("SkillEncoder",),
+    "trainer": ("ChallengerReward", "PhaseTrainer"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605

@@ -117,7 +117,8 @@ class MemoryBank:
     def fingerprint(self) -> str:
         """Digest of all rows that tells whether two banks are the same; costs nothing."""
         content = {str(t): segment.sha256 for t, segment in self._segments.items()}
-        return hashlib.sha256(json.dumps([self._manifest["encoder"], content]).encode()).hexdigest()
+        encoder = self._manifest["encoder"] if content else None  # nothing is nothing, whatever would encode it
+        return hashlib.sha256(json.dumps([encoder, content]).encode()).hexdigest()
 
     # --- writing ---
 

@@ -111,7 +111,8 @@ def bleu_distances(questions: Sequence[str]) -> np.ndarray:
     """1 - BLEU of each pair of texts, (B, B), symmetric: of two texts the earlier is scored against the later."""
     words = [question.split() for question in questions]
     lengths = [len(text) for text in words]
-    matches = [_common_ngrams(words, order) for order in range(1, MAX_ORDER + 1)]
+    rows = [_ngram_rows(words, order) for order in range(1, MAX_ORDER + 1)]
+    matches = [(ngrams @ ngrams.T).toarray() for ngrams in rows]
     distances = np.zeros((len(words), len(words)))
     for i, length in enumerate(lengths):
         columns = (m[i, i + 1 :].tolist() for m in matches)
@@ -137,8 +138,20 @@ def _bleu(length: int, reference_length: int, *matches: int) -> float:
     return brevity * math.exp(math.fsum(log / MAX_ORDER for log in logs))
 
 
-def _common_ngrams(words: list[list[str]], order: int) -> np.ndarray:
-    """Number of n-grams that two texts have in common, repeated ones as often as both have them: (B, B) integers."""
+def bleu_similarity(questions: Sequence[str], memory: Sequence[str]) -> np.ndarray:
+    """BLEU of each question against each text of a memory, (B, M): the cosine's place in the ablation without SAM."""
+    words = [text.split() for text in (*questions, *memory)]
+    lengths, number = [len(text) for text in words], len(questions)
+    rows = [_ngram_rows(words, order) for order in range(1, MAX_ORDER + 1)]
+    similarity = np.zeros((number, len(memory)))
+    for i in range(number):
+        columns = ((ngrams[i] @ ngrams[number:].T).toarray()[0].tolist() for ngrams in rows)
+        similarity[i] = [_bleu(lengths[i], *pair) for pair in zip(lengths[number:], *columns, strict=True)]
+    return similarity
+
+
+def _ngram_rows(words: list[list[str]], order: int) -> csr_matrix:
+    """0/1 rows whose products count the n-grams that two texts have in common, repeated ones as often as both do."""
     columns: dict[tuple, int] = {}
     indices, ends = [], [0]
     for text in words:
@@ -148,8 +161,7 @@ def _common_ngrams(words: list[list[str]], order: int) -> np.ndarray:
             indices.append(columns.setdefault((ngram, seen[ngram]), len(columns)))
         ends.append(len(indices))
     ones = np.ones(len(indices), np.int32)
-    rows = csr_matrix((ones, indices, ends), shape=(len(words), len(columns)), dtype=np.int32)
-    return (rows @ rows.T).toarray()
+    return csr_matrix((ones, indices, ends), shape=(len(words), len(columns)), dtype=np.int32)
 
 
 def _cluster_share(distances: np.ndarray, threshold: float, batch_size: int | None = None) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Evaluation: what (benchmarks), who generates (engines), how answers count (scoring), and the harness (run)."""
 
 from .benchmarks import BENCHMARKS, Benchmark, Source, load_benchmark
-from .engines import Completion, Decoding, Engine, Prompt, TransformersEngine, VLLMEngine
-from .run import evaluate, rescore, score_responses, scores_by_question
+from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, TransformersEngine, VLLMEngine
+from .run import evaluate, generate_samples, rescore, score_responses, scores_by_question
 from .scoring import judge_row, summarize
 
 __all__ = [
@@ -12,10 +12,12 @@ __all__ = [
     "Decoding",
     "Engine",
     "Prompt",
+    "ServerEngine",
     "Source",
     "TransformersEngine",
     "VLLMEngine",
     "evaluate",
+    "generate_samples",
     "judge_row",
     "load_benchmark",
     "rescore",

@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rescore", action="store_true", help="instead: score the records in --out anew")
     parser.add_argument("--benchmark", required=True, help="such as math500; an unknown name lists them")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument("--server", help="instead of --engine: address of a server, such as http://localhost:8000/v1")
     parser.add_argument("--samples", type=int, help="a question; default: the benchmark's")
     parser.add_argument("--data", help="local file or folder instead of the hub")
     parser.add_argument("--limit", type=int, help="only the first questions")
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> dict:
-    from . import VLLMEngine, load_benchmark
+    from . import load_benchmark
     from .run import evaluate, rescore, score_responses
 
     benchmark = load_benchmark(args.benchmark, args.data, args.limit)
@@ -50,18 +51,22 @@ def _run(args: argparse.Namespace) -> dict:
     if not args.model:
         raise ValueError("there is no --model to ask, no file of --responses, and no --rescore: pass one of them")
     options = _template_options(args.chat_template_kwargs)
-    engine = VLLMEngine(args.model, options, seed=args.seed) if args.engine == "vllm" else _transformers(args, options)
+    engine = _engine(args, options)
     changes = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
     decoding = dataclasses.replace(benchmark.decoding, **{k: v for k, v in changes.items() if v is not None})
     return evaluate(engine, benchmark, args.out, samples=args.samples, decoding=decoding, seed=args.seed)
 
 
-def _transformers(args: argparse.Namespace, options: dict):
+def _engine(args: argparse.Namespace, options: dict):
+    from . import ServerEngine, TransformersEngine, VLLMEngine
+
+    if args.server:
+        return ServerEngine(args.server, args.model, options)
+    if args.engine == "vllm":
+        return VLLMEngine(args.model, options, seed=args.seed)
     import torch
 
     from common.models import load_model, load_processor
-
-    from . import TransformersEngine
 
     cuda = torch.cuda.is_available()
     model = load_model(args.model, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")

@@ -1,6 +1,9 @@
-"""Who generates: transformers, or vLLM's offline engine, behind one small interface."""
+"""Who generates: transformers, vLLM's offline engine or a server, behind one small interface."""
 
-from collections.abc import Sequence
+import base64
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,11 +12,12 @@ import torch
 
 @dataclass(frozen=True)
 class Decoding:
-    """Temperature 0 is greedy; `top_p` and `max_new_tokens` as everywhere."""
+    """Temperature 0 is greedy; `top_k` 0 is off; the rest as everywhere."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 2048
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ class TransformersEngine:
         inputs = inputs.to(self.model.device)
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if decoding.temperature > 0:
-            sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+            sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
+            sampling["top_k"] = decoding.top_k
         with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             output = self.model.generate(
@@ -139,12 +144,16 @@ class VLLMEngine:
 
         parameters = [
             SamplingParams(
-                temperature=decoding.temperature, top_p=decoding.top_p, max_tokens=decoding.max_new_tokens, seed=seed
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                top_k=decoding.top_k,
+                max_tokens=decoding.max_new_tokens,
+                seed=seed,
             )
             for seed in seeds
         ]
         outputs = self.llm.chat(
-            [_with_images(prompt) for prompt in prompts],
+            [_with_images(prompt, _as_pil) for prompt in prompts],
             parameters,
             use_tqdm=False,
             chat_template_kwargs=self.template_options,
@@ -155,10 +164,87 @@ class VLLMEngine:
         ]
 
 
-def _with_images(prompt: Prompt) -> list[dict[str, Any]]:
-    """Messages with PIL images in place of the placeholders, as vLLM's chat takes them."""
+class ServerEngine:
+    """Generates on a server that speaks OpenAI's chat API, such as `vllm serve`; needs the package openai.
+
+    Each prompt is a request with a seed of its own. One that still fails after its retries gives None in its place.
+
+    Args:
+        base_url: such as "http://localhost:8000/v1".
+        model: its name on the server.
+        api_key: never taken from the environment: a key for another service must not go to this one.
+        workers: requests at the same time.
+        timeout: seconds for one request.
+        retries: of one request, with growing pauses.
+
+    `generate` raises `ConnectionError` if no request of a call succeeds.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        api_key: str = "EMPTY",
+        workers: int = 128,
+        timeout: float = 1200.0,
+        retries: int = 4,
+    ):
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError("engine server needs openai: pip install openai") from error
+        self._error = openai.OpenAIError
+        self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
+        self.base_url, self.name, self.workers = base_url, model, workers
+        self.template_options = chat_template_kwargs or {}
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion | None]:
+        with ThreadPoolExecutor(self.workers) as pool:
+            results = list(
+                pool.map(lambda pair: self._one(pair[0], decoding, pair[1]), zip(prompts, seeds, strict=True))
+            )
+        errors = [result for result in results if isinstance(result, Exception)]
+        if results and len(errors) == len(results):
+            raise ConnectionError(
+                f"no request of {len(results)} to {self.name} at {self.base_url} succeeded ({errors[0]}): check that "
+                "the server runs and serves this model"
+            ) from errors[0]
+        return [None if isinstance(result, Exception) else result for result in results]
+
+    def _one(self, prompt: Prompt, decoding: Decoding, seed: int) -> Completion | Exception:
+        extra = {"top_k": decoding.top_k or -1, "chat_template_kwargs": self.template_options}
+        try:
+            reply = self.client.chat.completions.create(
+                model=self.name,
+                messages=_with_images(prompt, _data_url) if prompt.images else list(prompt.messages),
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                max_tokens=decoding.max_new_tokens,
+                seed=seed,
+                extra_body=extra,
+            )
+            choice = reply.choices[0]
+            return Completion(choice.message.content or "", reply.usage.completion_tokens, choice.finish_reason)
+        except (self._error, IndexError, TypeError, AttributeError) as error:  # the last three: another form of reply
+            return error
+
+
+def _with_images(prompt: Prompt, image_part: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with the images in place of their placeholders, each as `image_part` gives it."""
     from trl.data_utils import prepare_multimodal_messages
 
     messages = prepare_multimodal_messages(list(prompt.messages), images=list(prompt.images))
-    parts = {"image": lambda part: {"type": "image_pil", "image_pil": part["image"]}, "text": lambda part: part}
+    parts = {"image": lambda part: image_part(part["image"]), "text": lambda part: part}
     return [{**m, "content": [parts[part["type"]](part) for part in m["content"]]} for m in messages]
+
+
+def _as_pil(image: Any) -> dict[str, Any]:
+    return {"type": "image_pil", "image_pil": image}
+
+
+def _data_url(image: Any) -> dict[str, Any]:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}

@@ -9,12 +9,13 @@
 import dataclasses
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from common.runs import append_jsonl, atomic_write_json, atomic_write_text, fingerprint, read_jsonl
+from common.runs import append_jsonl, atomic_write_json, fingerprint, read_jsonl, write_jsonl
 
 from .benchmarks import Benchmark
 from .engines import Decoding, Engine, Prompt
@@ -51,16 +52,33 @@ def evaluate(
         "seed": seed,
     }
     _claim(path.with_name("identity.json"), identity)
+    generate_samples(engine, benchmark.rows, path, samples, decoding, seed, batch)
+    return rescore(benchmark, out)
+
+
+def generate_samples(
+    engine: Engine,
+    rows: Sequence[dict[str, Any]],
+    path: Path,
+    samples: int,
+    decoding: Decoding,
+    seed: int = 0,
+    batch: int = 256,
+) -> None:
+    """Appends what is missing to the records at `path`: `samples` responses to the `prompt` of each row.
+
+    A record has `id`, `sample`, `response`, `num_tokens` and `finish_reason`. After a kill a second call ends with the
+    same file as an undisturbed one.
+    """
     done = {(record["id"], record["sample"]) for record in read_jsonl(path)} if path.exists() else set()
-    rows = {str(row["id"]): row for row in benchmark.rows}
-    wanted = [(key, sample) for sample in range(samples) for key in rows]
-    with tqdm(total=len(wanted), desc=benchmark.name, unit="sample", disable=None) as progress:
+    by_id = {str(row["id"]): row for row in rows}
+    wanted = [(key, sample) for sample in range(samples) for key in by_id]
+    with tqdm(total=len(wanted), desc=path.parent.name, unit="sample", disable=None) as progress:
         for start in range(0, len(wanted), batch):
             part = wanted[start : start + batch]
             if not done.issuperset(part):  # whole batches, so that a resumed run draws the same random numbers
-                _generate(engine, part, rows, decoding, seed, path, done)
+                _generate(engine, part, by_id, decoding, seed, path, done)
             progress.update(len(part))
-    return rescore(benchmark, out)
 
 
 def rescore(benchmark: Benchmark, out: str | Path) -> dict[str, Any]:
@@ -119,7 +137,7 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
         )
     scored = score_records(benchmark, records, rows)
     metrics = {**identity, **summarize(scored)}
-    atomic_write_text(out / benchmark.name / "scored.jsonl", "".join(json.dumps(record) + "\n" for record in scored))
+    write_jsonl(out / benchmark.name / "scored.jsonl", scored)
     atomic_write_json(out / f"{benchmark.name}.json", metrics)
     return metrics
 
@@ -139,7 +157,10 @@ def _generate(
 ) -> None:
     prompts = [Prompt(rows[key]["prompt"], rows[key].get("images") or ()) for key, _ in part]
     seeds = [_sample_seed(seed, key, sample) for key, sample in part]
-    for (key, sample), completion in zip(part, engine.generate(prompts, decoding, seeds), strict=True):
+    completions = engine.generate(prompts, decoding, seeds)
+    if lost := sum(completion is None for completion in completions):
+        raise ConnectionError(f"{lost} of {len(part)} requests to {engine.name} failed; the same command goes on here")
+    for (key, sample), completion in zip(part, completions, strict=True):
         if (key, sample) not in done:
             record = {"id": key, "sample": sample, "response": completion.text}
             counts = {"num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason}

@@ -1,0 +1,27 @@
+"""All that R-Diverse uses of TRL beyond its public API, behind one check of the version.
+
+`tests/r_diverse/test_trainer.py` pins the signatures.
+"""
+
+from importlib.metadata import version
+
+from packaging.specifiers import SpecifierSet
+
+SUPPORTED_TRL = ">=1.16,<1.17"
+if version("trl") not in SpecifierSet(SUPPORTED_TRL):
+    raise ImportError(
+        f"r_diverse overrides a private method of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}"
+    )
+
+from trl.trainer.utils import RepeatSampler  # noqa: E402
+
+__all__ = ["SUPPORTED_TRL", "EpochSampler"]
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, with an order of each epoch that depends on seed and epoch only: a resumed run sees the prompts
+    that the uninterrupted one would have seen."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + epoch)

@@ -1,0 +1,230 @@
+"""Settings of a self-play run, and of its two phases on top of TRL's, with the values of R-Diverse (arXiv 2602.13103)
+and, where it is silent, of R-Zero (arXiv 2508.05004) and its release."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .objective import lowest_valid_reward
+from .questions import CHALLENGER_SYSTEM, CHALLENGER_USER, SOLVER_SYSTEM
+from .skills import CODER, ENCODER
+
+PENALTIES = ("r_diverse", "r_zero", "none")
+MEASURES = ("sam", "question", "program_text", "question_text")
+ALARMS = ("off", "warn", "stop")
+UPDATES = 4  # optimizer steps on one generation batch: 512 prompts in four batches of 128
+MATH = "math500,gsm8k,minerva_math,olympiadbench,amc23,aime24,aime25"
+
+
+@dataclass
+class PhaseConfig(GRPOConfig):
+    """TRL's configuration with the values that both phases share. The KL reference is the model at the phase's start.
+
+    A generation batch is used for four optimizer steps. So an optimizer step has
+    `per_device_train_batch_size * gradient_accumulation_steps * processes` rollouts, 512 or 640 in the papers, and a
+    generation batch four times as many. `save_steps` counts optimizer steps and must be a multiple of four: a resumed
+    phase starts with a generation batch.
+    """
+
+    beta: float = field(default=0.01, metadata={"help": "Weight of the KL term (k3)."})
+    epsilon: float = field(default=0.2, metadata={"help": "Lower clip range."})
+    epsilon_high: float | None = field(default=0.3, metadata={"help": "Upper clip range."})
+    delta: float | None = field(default=3.0, metadata={"help": "Dual clip."})
+    loss_type: str = field(default="grpo", metadata={"help": "Mean over the tokens of a rollout, then over rollouts."})
+    scale_rewards: str = field(default="group", metadata={"help": "Advantages over their group's deviation."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the rollouts."})
+    top_p: float = field(default=0.99, metadata={"help": "Of the rollouts."})
+    max_completion_length: int | None = field(default=4096, metadata={"help": "Longest rollout in tokens."})
+    vllm_importance_sampling_correction: bool = field(
+        default=False, metadata={"help": "None in R-Zero; it is biased where top_p is below 1."}
+    )
+    learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "No warm-up and no decay."})
+    warmup_steps: float = field(default=0, metadata={"help": "None."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    save_steps: float = field(default=UPDATES, metadata={"help": "Optimizer steps between two checkpoints."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+
+    def __post_init__(self):
+        if self.generation_batch_size is None and self.steps_per_generation is None:
+            self.steps_per_generation = UPDATES * self.gradient_accumulation_steps
+        super().__post_init__()
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}: a phase has a fixed length")
+        if self.save_strategy == "steps" and self.save_steps * self.gradient_accumulation_steps % (
+            self.steps_per_generation
+        ):
+            raise ValueError(
+                f"save_steps={self.save_steps} must be a multiple of the "
+                f"{self.steps_per_generation / self.gradient_accumulation_steps:g} optimizer steps that share a "
+                "generation batch: a phase that resumes in between would draw other rollouts"
+            )
+
+
+@dataclass
+class ChallengerConfig(PhaseConfig):
+    """Phase A: 5 generation batches of 512 identical prompts x 4 rollouts."""
+
+    num_generations: int | None = field(default=4, metadata={"help": "Rollouts whose rewards form a group."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rollouts of a micro-batch."})
+    max_steps: int = field(default=5 * UPDATES, metadata={"help": "Optimizer steps of a phase."})
+
+
+@dataclass
+class SolverConfig(PhaseConfig):
+    """Phase F: 15 generation batches of 512 questions x 5 rollouts."""
+
+    num_generations: int | None = field(default=5, metadata={"help": "Rollouts of one question."})
+    per_device_train_batch_size: int = field(default=5, metadata={"help": "Rollouts of a micro-batch."})
+    max_steps: int = field(default=15 * UPDATES, metadata={"help": "Optimizer steps of a phase."})
+
+
+@dataclass
+class RDiverseConfig:
+    r"""
+    Settings of one self-play run. The settings of its phases are [`ChallengerConfig`] and [`SolverConfig`].
+
+    Parameters:
+        > Parameters of the run
+
+        model (`str`):
+            Base of both roles: hub id or local folder.
+        experiment, out, seed:
+            Runs are in `<out>/r_diverse/<experiment>/<variant>-seed<seed>`.
+        iterations (`int`, *optional*, defaults to `5`):
+            T. May be raised later: a finished run goes on from where it stands.
+
+        > Parameters of the Challenger's reward
+
+        penalty (`str`, *optional*, defaults to `"r_diverse"`):
+            `"r_diverse"` is Eq. 11; `"r_zero"` is R-Zero's reward, without memory and replay; `"none"` only R_unc.
+        measure (`str`, *optional*, defaults to `"sam"`):
+            Of similarity, in both penalties. `"sam"` embeds the solver program; `"question"` the question itself
+            (Table 2, without abstraction); `"program_text"` takes BLEU of programs (without embeddings);
+            `"question_text"` BLEU of questions (without SAM).
+        alpha, beta (`float`, *optional*, default to `1.0`):
+            Weights of P_rep and P_MAP. `beta=0` is Table 2's "without similarity penalties".
+        gamma, tau_max, tau_mean (`float`, *optional*, default to `0.5`, `0.5`, `0.25`):
+            Of P_MAP.
+        distance_threshold (`float`, *optional*, defaults to `0.5`):
+            Of the clusters; R-Zero's, the paper's is not disclosed.
+        m_reward (`int`, *optional*, defaults to `10`):
+            Answers of the Solver to each question of the Challenger's training.
+
+        > Parameters of the Solver's questions
+
+        candidates (`int`, *optional*, defaults to `8000`):
+            Outputs of the Challenger in a round.
+        min_questions (`int`, *optional*, defaults to `512`):
+            Usable questions an iteration needs. With fewer there is another round, up to `max_rounds`.
+        max_rounds (`int`, *optional*, defaults to `4`):
+            After so many rounds with too few questions the run ends with a message.
+        m_label (`int`, *optional*, defaults to `10`):
+            Answers of the Solver whose majority is the label.
+        low, high (`float`, *optional*, default to `0.3`, `0.8`):
+            Kept are questions with self-consistency in [low, high].
+        r_zero_words (`bool`, *optional*, defaults to `True`):
+            R-Zero's word rules, see [`~r_diverse.objective.drop_reason`].
+        replay_fraction (`float`, *optional*):
+            rho, share of past questions in the Solver's data. By default 0.3 with `penalty="r_diverse"`, else 0.
+
+        > Parameters beyond the paper, off by default
+
+        gate_samples (`int`, *optional*, defaults to `0`):
+            Validity gate: the base model, which no phase has trained, answers each usable question so often, and its
+            majority must be the label.
+        alarm (`str`, *optional*, defaults to `"off"`):
+            `"warn"` prints, `"stop"` ends the run when an iteration collapses: more than `alarm_duplicates` of its
+            questions repeat one of the batch or of the past, or fewer than `alarm_yield` of the candidates are usable.
+    """
+
+    model: str = field(metadata={"help": "Base of both roles: hub id or local folder."})
+    experiment: str = field(default="qwen3_4b", metadata={"help": "Name of the folder that holds the runs."})
+    out: str = field(default="runs", metadata={"help": "Folder of all runs."})
+    seed: int = field(default=0, metadata={"help": "Of everything that is random."})
+    iterations: int = field(default=5, metadata={"help": "T, how far the run goes."})
+
+    penalty: str = field(default="r_diverse", metadata={"help": f"One of {', '.join(PENALTIES)}."})
+    measure: str = field(default="sam", metadata={"help": f"Of similarity: one of {', '.join(MEASURES)}."})
+    alpha: float = field(default=1.0, metadata={"help": "Weight of P_rep."})
+    beta: float = field(default=1.0, metadata={"help": "Weight of P_MAP."})
+    gamma: float = field(default=0.5, metadata={"help": "Share of the highest similarity in P_MAP."})
+    tau_max: float = field(default=0.5, metadata={"help": "Highest similarity that is free."})
+    tau_mean: float = field(default=0.25, metadata={"help": "Mean similarity that is free."})
+    distance_threshold: float = field(default=0.5, metadata={"help": "Between clusters."})
+    m_reward: int = field(default=10, metadata={"help": "Answers a question in the reward."})
+
+    candidates: int = field(default=8000, metadata={"help": "Outputs of the Challenger in a round."})
+    min_questions: int = field(default=512, metadata={"help": "Usable questions that an iteration needs."})
+    max_rounds: int = field(default=4, metadata={"help": "Rounds of candidates before giving up."})
+    m_label: int = field(default=10, metadata={"help": "Answers a question for its label."})
+    low: float = field(default=0.3, metadata={"help": "Lowest self-consistency kept."})
+    high: float = field(default=0.8, metadata={"help": "Highest self-consistency kept."})
+    r_zero_words: bool = field(default=True, metadata={"help": "R-Zero's word rules."})
+    replay_fraction: float | None = field(default=None, metadata={"help": "rho; 0.3 with r_diverse, else 0."})
+
+    gate_samples: int = field(default=0, metadata={"help": "Answers of the base in the validity gate; 0 = no gate."})
+    alarm: str = field(default="off", metadata={"help": f"At a collapse: one of {', '.join(ALARMS)}."})
+    alarm_duplicates: float = field(default=0.9, metadata={"help": "Share of repeated questions."})
+    alarm_yield: float = field(default=0.02, metadata={"help": "Share of usable candidates."})
+
+    question_temperature: float = field(default=1.0, metadata={"help": "Of the frozen Challenger."})
+    question_top_p: float = field(default=0.95, metadata={"help": "Of the frozen Challenger."})
+    question_tokens: int = field(default=4096, metadata={"help": "Longest output of the frozen Challenger."})
+    answer_temperature: float = field(default=1.0, metadata={"help": "Of the Solver's answers."})
+    answer_top_p: float = field(default=1.0, metadata={"help": "Of the Solver's answers."})
+    answer_top_k: int = field(default=40, metadata={"help": "Of the Solver's answers."})
+    answer_tokens: int = field(default=4096, metadata={"help": "Longest answer of the Solver."})
+    challenger_system: str = field(default=CHALLENGER_SYSTEM, metadata={"help": "System message of the Challenger."})
+    challenger_user: str = field(default=CHALLENGER_USER, metadata={"help": "User message of the Challenger."})
+    solver_system: str = field(default=SOLVER_SYSTEM, metadata={"help": "System message of the Solver."})
+
+    coder: str = field(default=CODER, metadata={"help": "Hub id or folder; rules: arithmetic without a model."})
+    coder_chat: bool = field(default=True, metadata={"help": "False: completion, for base models."})
+    encoder: str = field(default=ENCODER, metadata={"help": "Hub id or folder; minilm: the model in its package."})
+
+    engine: str = field(
+        default="transformers", metadata={"help": "Who generates outside of training: transformers or vllm."}
+    )
+    engine_memory: float = field(default=0.85, metadata={"help": "Share of GPU memory of a vLLM engine on its own."})
+    reward_memory: float = field(default=0.3, metadata={"help": "The same beside the Challenger's trainer."})
+    engine_batch: int = field(default=64, metadata={"help": "Prompts at once with transformers."})
+    policy_dtype: str = field(default="float32", metadata={"help": "Weights in training: float32 or bfloat16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
+    gpus: int = field(default=0, metadata={"help": "Processes of the training phases; 0 runs all in one process."})
+    sharding: str = field(default="zero2", metadata={"help": "accelerate config of TRL for several GPUs."})
+    benchmarks: str = field(default=MATH, metadata={"help": "Evaluated after each iteration, comma list; none."})
+    data: str | None = field(default=None, metadata={"help": "Folder of local copies of the benchmarks."})
+    eval_samples: int = field(default=4, metadata={"help": "Samples a question of the embedded test."})
+    eval_limit: int | None = field(default=None, metadata={"help": "Only the first questions of each benchmark."})
+    dry_run: bool = field(default=False, metadata={"help": "Print settings, memory and stages; run nothing."})
+
+    def __post_init__(self):
+        if self.replay_fraction is None:
+            self.replay_fraction = 0.3 if self.penalty == "r_diverse" else 0.0
+        for name, valid, rule in (
+            ("penalty", self.penalty in PENALTIES, f"must be one of {', '.join(PENALTIES)}"),
+            ("measure", self.measure in MEASURES, f"must be one of {', '.join(MEASURES)}"),
+            ("alarm", self.alarm in ALARMS, f"must be one of {', '.join(ALARMS)}"),
+            ("engine", self.engine in ("transformers", "vllm"), "must be transformers or vllm"),
+            ("policy_dtype", self.policy_dtype in ("float32", "bfloat16"), "must be float32 or bfloat16"),
+            ("iterations", self.iterations >= 1, "must be at least 1"),
+            ("m_reward", self.m_reward >= 2, "must be at least 2: one answer always agrees with itself"),
+            ("m_label", self.m_label >= 2, "must be at least 2: one answer always agrees with itself"),
+            ("candidates", self.candidates >= 1, "must be at least 1"),
+            ("min_questions", self.min_questions >= 1, "must be at least 1"),
+            ("max_rounds", self.max_rounds >= 1, "must be at least 1"),
+            ("low", 0 <= self.low <= self.high, "must be in [0, high]"),
+            ("high", self.high <= 1, "must be at most 1"),
+            ("replay_fraction", 0 <= self.replay_fraction < 1, "must be in [0, 1)"),
+            ("gate_samples", self.gate_samples >= 0, "must be at least 0"),
+            ("alpha", self.alpha >= 0, "must be at least 0: it weighs a penalty"),
+            ("beta", self.beta >= 0, "must be at least 0: it weighs a penalty"),
+            ("distance_threshold", 0 < self.distance_threshold <= 2, "must be in (0, 2], the range of 1 - cosine"),
+            ("gpus", self.gpus >= 0, "must be at least 0"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
+        if self.penalty != "r_diverse" and self.measure != "sam":
+            raise ValueError(f"measure={self.measure!r} needs penalty='r_diverse', got penalty={self.penalty!r}")
+        lowest_valid_reward(self.alpha, self.beta, self.gamma, self.tau_max, self.tau_mean)  # checks the last three

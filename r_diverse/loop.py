@@ -1,0 +1,415 @@
+"""A self-play run: iterations of {challenger, generate, label, embed, filter, solver, evaluate}; resumable anywhere.
+
+    python -m r_diverse.loop --config r_diverse/configs/tiny.yaml                          # one run
+    python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --penalty r_zero     # the baseline
+    python -m r_diverse.loop --config r_diverse/configs/tiny.yaml --more 1                 # one iteration more
+    python -m r_diverse.loop --config r_diverse/configs/tiny.yaml --variants r_diverse,r_zero --seeds 0,1,2
+    python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --dry_run            # settings, memory, stages
+
+With --variants or --seeds, each run is a command of its own and a report of all of them comes last. Started again after
+a kill, a run goes on in the stage where it was. `--challenger.field value` and `--solver.field value` set the phases.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from . import stages
+from .config import RDiverseConfig
+from .servers import free_port, serving, vllm_command
+from .train import PHASES, Settings, challenger, local_engine, parse, skill_encoder, solver
+
+# isort: split
+from common import models
+from common.evaluation import ServerEngine
+from common.runs import RunFolder, fingerprint
+from common.stages import launcher, run_experiment, shown
+
+VARIANT_FLAGS = {
+    "r_diverse": [],
+    "r_zero": ["--penalty", "r_zero"],
+    "no_penalty": ["--penalty", "none"],
+    "no_map": ["--beta", "0", "--replay_fraction", "0"],
+    "no_map_penalty": ["--beta", "0"],
+    "no_replay": ["--replay_fraction", "0"],
+    "no_sam": ["--measure", "question_text"],
+    "no_code": ["--measure", "question"],
+    "no_embedding": ["--measure", "program_text"],
+}
+
+
+class Sources(NamedTuple):
+    """Models and questions that an iteration starts from."""
+
+    challenger: str
+    solver: str
+    questions: Path
+
+
+def variant(run: RDiverseConfig) -> str:
+    """Name of the run's folder: the method or baseline, and what differs from the paper's."""
+    if run.penalty != "r_diverse":
+        return {"r_zero": "r_zero", "none": "no_penalty"}[run.penalty]
+    parts = [
+        {"sam": "", "question": "no_code", "program_text": "no_embedding", "question_text": "no_sam"}[run.measure]
+    ]
+    without = (run.beta == 0, run.replay_fraction == 0)
+    parts.append(
+        {(True, True): "no_map", (True, False): "no_map_penalty", (False, True): "no_replay"}.get(without, "")
+    )
+    parts.append("gate" if run.gate_samples else "")
+    return "-".join(filter(None, parts)) or "r_diverse"
+
+
+def run_path(run: RDiverseConfig) -> Path:
+    return Path(run.out) / "r_diverse" / run.experiment / f"{variant(run)}-seed{run.seed}"
+
+
+def sources_of(run: RDiverseConfig, iteration: int) -> Sources:
+    root = run_path(run)
+    before, now = root / f"iteration_{iteration - 1}", root / f"iteration_{iteration}"
+    first = iteration == 1
+    return Sources(
+        run.model if first else str(before / "challenger" / "model"),
+        run.model if first else str(before / "solver" / "model"),
+        now / "filter" / "solver_data.jsonl",
+    )
+
+
+def finished_iterations(root: Path) -> int:
+    """How many iterations are complete, from the first on."""
+    count = 0
+    while (root / f"iteration_{count + 1}" / "evaluate" / "DONE.json").exists():
+        count += 1
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def play(settings: Settings) -> None:
+    """Runs the iterations that are missing. `ValueError` for what the user can mend."""
+    run, root = settings.run, run_path(settings.run)
+    base = fingerprint(Path(run.model)) if Path(run.model).is_dir() else run.model
+    logging.disable_progress_bar()  # of loading and saving weights, several times in each stage
+    models.load_config(run.model)  # a mistyped model must not leave a folder behind
+    folder = RunFolder.open(root, settings.plain(), data={"model": base}, seed=run.seed)
+    try:
+        with FileLock(root / ".lock", timeout=0), folder:
+            if finished_iterations(root) < run.iterations:
+                folder.restart()
+            SelfPlay(settings, root, base).run()
+            folder.finish()
+    except Timeout as error:
+        raise ValueError(f"{root} is in use by another process: wait for it, or choose another --out") from error
+
+
+class SelfPlay:
+    """The stages of a run in order. Each one is skipped if its folder says that it is done."""
+
+    def __init__(self, settings: Settings, root: Path, base: str):
+        self.settings, self.run_config, self.root, self.base = settings, settings.run, root, base
+        self._models = {"challenger": base, "solver": base}  # digests of the newest models
+
+    def run(self) -> None:
+        self._evaluate(0, self.run_config.model)
+        for iteration in range(1, self.run_config.iterations + 1):
+            self._iteration(iteration)
+
+    def _iteration(self, t: int) -> None:
+        run, sources = self.run_config, sources_of(self.run_config, t)
+        opponent = self._models["solver"]
+        bank = stages.MemoryBank(self.root / "bank").before(t).fingerprint()
+        inputs = {"challenger": self._models["challenger"], "solver": opponent, "bank": bank}
+        done = self._stage(t, "challenger", inputs, lambda folder: self._train_challenger(folder, sources, t))
+        self._models["challenger"] = stages.digest(done)
+        files, labels = self._questions(t, sources.solver, opponent)
+        rows = stages.usable(files)
+        done = self._stage(t, "embed", {"labels": labels}, lambda folder: self._embed(folder, rows))
+        embedded = self._folder(t, "embed")
+        inputs = {"embeddings": stages.digest(done), "labels": labels, "bank": bank}
+        done = self._stage(
+            t, "filter", inputs, lambda folder: stages.select(folder, run, t, rows, embedded, self.root / "bank")
+        )
+        self._alarm(t, len(files))
+        inputs = {"solver": opponent, "questions": stages.digest(done)}
+        done = self._stage(t, "solver", inputs, lambda folder: self._train_solver(folder, sources, t))
+        self._models["solver"] = stages.digest(done)
+        self._evaluate(t, str(self._folder(t, "solver") / "model"))
+
+    def _folder(self, t: int, name: str) -> Path:
+        return self.root / f"iteration_{t}" / name
+
+    def _stage(self, t: int, name: str, inputs: dict[str, Any], work) -> dict[str, Any]:
+        folder = self._folder(t, name)
+        fresh = not (folder / "DONE.json").exists()
+        done = stages.once(folder, inputs, work)
+        if fresh:
+            counts = {key: value for key, value in done["counts"].items() if not isinstance(value, list)}
+            print(
+                f"iteration {t}, {name}: " + (", ".join(f"{k} {_shown(v)}" for k, v in counts.items()) or "done"),
+                flush=True,
+            )
+        return done
+
+    def _questions(self, t: int, solver_model: str, opponent: str) -> tuple[list[Path], list[str]]:
+        """Labelled files and their digests: rounds of candidates until there are enough usable questions."""
+        run, files, digests = self.run_config, [], []
+        author = str(self._folder(t, "challenger") / "model")
+        for k in range(1, run.max_rounds + 1):
+            done = self._stage(
+                t, f"generate_{k}", {"challenger": self._models["challenger"]},
+                lambda folder, k=k: self._with_engine(author, folder, stages.generate, f"iteration {t}, round {k}"),
+            )  # fmt: skip
+            raw = self._folder(t, f"generate_{k}") / "samples.jsonl"
+            inputs = {"outputs": stages.digest(done), "solver": opponent}
+            done = self._stage(
+                t, f"label_{k}", inputs,
+                lambda folder, raw=raw: self._with_engine(solver_model, folder, stages.label, raw),
+            )  # fmt: skip
+            file = self._folder(t, f"label_{k}") / "labelled.jsonl"
+            if run.gate_samples:
+                done = self._stage(
+                    t, f"gate_{k}", {"labels": stages.digest(done), "base": self.base},
+                    lambda folder, file=file: self._with_engine(run.model, folder, stages.gate, file),
+                )  # fmt: skip
+                file = self._folder(t, f"gate_{k}") / "labelled.jsonl"
+            files.append(file)
+            digests.append(stages.digest(done))
+            if (found := len(stages.usable(files))) >= self._needed():
+                return files, digests
+        raise stages.StageError(
+            f"iteration {t} has {found} usable questions after {run.max_rounds} rounds of {run.candidates}, "
+            f"{self._needed()} are needed: look at the drop reasons in {file.parent}/DONE.json; raise max_rounds or "
+            "candidates, or lower min_questions and the Solver's batch"
+        )
+
+    def _needed(self) -> int:
+        """At least one generation batch of the Solver: with fewer prompts it would not train at all."""
+        config, processes = self.settings.solver, max(1, self.run_config.gpus)
+        rollouts = config.per_device_train_batch_size * config.steps_per_generation * processes
+        return max(self.run_config.min_questions, rollouts // config.num_generations)
+
+    def _train_challenger(self, folder: Path, sources: Sources, t: int) -> dict[str, Any]:
+        if not self.run_config.gpus:
+            challenger(self.settings, folder, sources.challenger, sources.solver, t)
+            return {}
+        with contextlib.ExitStack() as stack:
+            urls = self._reward_servers(stack, sources.solver, folder)
+            self._launch("challenger", t, urls, self._trainer_gpus())
+        return {}
+
+    def _train_solver(self, folder: Path, sources: Sources, t: int) -> dict[str, Any]:
+        if self.run_config.gpus:
+            self._launch("solver", t, [], list(range(self.run_config.gpus)))
+        else:
+            solver(self.settings, folder, sources.solver, sources.questions, t)
+        return {}
+
+    def _embed(self, folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        run = self.run_config
+        with contextlib.ExitStack() as stack:
+            url = None
+            if run.engine == "vllm" and run.coder != "rules" and run.measure != "question":
+                url = stack.enter_context(self._server(run.coder, folder, run.engine_memory / 2, None))
+            return stages.embed(folder, skill_encoder(run, self.root / "programs", url), rows)
+
+    def _alarm(self, t: int, rounds: int) -> None:
+        run = self.run_config
+        if run.alarm == "off":
+            return
+        embeddings = [np.load(self._folder(i, "embed") / "embeddings.npy") for i in range(1, t + 1)]
+        embeddings = [rows[np.isfinite(rows).all(1)] for rows in embeddings]
+        if problem := stages.check_alarm(run, t, embeddings, rounds * run.candidates):
+            if run.alarm == "stop":
+                raise stages.StageError(f"collapse alarm: {problem}; --alarm warn goes on")
+            print(f"collapse alarm: {problem}", flush=True)
+
+    def _evaluate(self, t: int, model: str) -> None:
+        inputs = {"solver": self._models["solver"]}
+        if self.run_config.benchmarks in ("", "none"):
+            self._stage(t, "evaluate", inputs, lambda folder: {})
+        else:
+            self._stage(t, "evaluate", inputs, lambda folder: self._with_engine(model, folder, stages.score))
+
+    # Engines and child processes
+
+    def _with_engine(self, model: str, folder: Path, work, *arguments) -> dict[str, Any]:
+        """`work(folder, engine, run, ...)` with an engine of the model, called by its place in the run."""
+        run = self.run_config
+        if run.engine == "transformers":
+            engine = local_engine(model, run)
+            engine.name = _place(model, self.root)
+            return work(folder, engine, run, *arguments)
+        with self._server(model, folder, run.engine_memory, None) as url:
+            engine = ServerEngine(url, model)
+            engine.name = _place(model, self.root)
+            return work(folder, engine, run, *arguments)
+
+    @contextlib.contextmanager
+    def _server(self, model: str, folder: Path, memory: float, gpus: list[int] | None) -> Iterator[str]:
+        port, replicas = free_port(), len(gpus) if gpus else max(1, self.run_config.gpus)
+        visible = ",".join(map(str, gpus)) if gpus else None
+        log = folder / "logs" / f"server-{port}.log"
+        with serving(vllm_command(model, port, memory, replicas), port, log, visible) as url:
+            yield url
+
+    def _reward_servers(self, stack: contextlib.ExitStack, opponent: str, folder: Path) -> list[str]:
+        """Flags with the addresses of the Solver and the coder, on the GPUs that do not train."""
+        run = self.run_config
+        if run.engine != "vllm":
+            return []
+        gpus = list(range(len(self._trainer_gpus()), run.gpus)) or [0]
+        flags = ["--solver_url", stack.enter_context(self._server(opponent, folder, run.reward_memory, gpus))]
+        if run.penalty == "r_diverse" and run.coder != "rules" and run.measure in ("sam", "program_text"):
+            flags += ["--coder_url", stack.enter_context(self._server(run.coder, folder, run.reward_memory, gpus))]
+        return flags
+
+    def _trainer_gpus(self) -> list[int]:
+        """All, or with servers the first half, as in R-Zero; a single GPU is shared."""
+        gpus = self.run_config.gpus
+        return list(range(gpus if self.run_config.engine != "vllm" else max(1, gpus // 2)))
+
+    def _launch(self, phase: str, t: int, flags: list[str], gpus: list[int]) -> None:
+        words = [*launcher(len(gpus), self.run_config.sharding), "r_diverse.train", phase, "--iteration", str(t)]
+        words += [*flags, *self.settings.argv]
+        print(f"$ {shown((phase, words))}", flush=True)
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        if code := subprocess.run(words, env=environment).returncode:
+            raise stages.StageError(f"iteration {t}, {phase}: its command ended with exit code {code}")
+
+
+def _place(model: str, root: Path) -> str:
+    """A model's name in records: the same wherever the run folder is."""
+    path = Path(model)
+    return str(path.relative_to(root)) if path.is_relative_to(root) else model
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, dict):
+        return (
+            f"{value['avg@k']:.3f}" if "avg@k" in value else ", ".join(f"{k}: {_shown(v)}" for k, v in value.items())
+        )
+    return str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 for done, 2 with one sentence for what the user can mend, 130 for Ctrl-C."""
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="r_diverse.loop", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--more", type=int, help="iterations beyond those that are finished, instead of --iterations")
+    parser.add_argument("--variants", help=f"comma list of {', '.join(VARIANT_FLAGS)}, or all")
+    parser.add_argument("--seeds", help="comma list; by default the config's seed")
+    parser.add_argument("--dry_run", action="store_true")
+    known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    fields = ["--config", known.config, *rest]
+    try:
+        settings = parse(fields)
+        variants = list(VARIANT_FLAGS) if known.variants == "all" else (known.variants or "").split(",")
+        if unknown := set(variants) - {*VARIANT_FLAGS, ""}:
+            raise ValueError(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANT_FLAGS)}")
+        if known.dry_run:
+            print(dry_run(settings))
+        elif known.variants or known.seeds:
+            seeds = (known.seeds or str(settings.run.seed)).split(",")
+            return experiment(settings, fields, variants, seeds, known.more)
+        else:
+            play(with_more(settings, known.more))
+    except KeyboardInterrupt:
+        print("\nr_diverse.loop: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"r_diverse.loop: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+    return 0
+
+
+def with_more(settings: Settings, more: int | None) -> Settings:
+    """Settings that end `more` iterations after the finished ones; an unfinished one counts as the first of them."""
+    if more is None:
+        return settings
+    if more < 1:
+        raise ValueError(f"more must be at least 1, got {more}")
+    target = finished_iterations(run_path(settings.run)) + more
+    return settings._replace(run=dataclasses.replace(settings.run, iterations=target))
+
+
+def experiment(settings: Settings, fields: list[str], variants: list[str], seeds: list[str], more: int | None) -> int:
+    """All runs, then the report; on a machine without GPU two runs side by side."""
+    python, run = [sys.executable, "-m"], settings.run
+    runs = [
+        (
+            f"{name or variant(run)}-seed{seed}",
+            [*python, "r_diverse.loop", *fields, *VARIANT_FLAGS.get(name, []), "--seed", seed]
+            + (["--more", str(more)] if more else []),
+        )
+        for seed in seeds
+        for name in variants
+    ]
+    plan = [runs, [("report", [*python, "benchmarks.r_diverse", *fields])]]
+    if "arithmetic" in run.benchmarks:
+        plan.insert(0, [("make-base", [*python, "r_diverse.data", "base", run.model])])
+    return run_experiment("r_diverse.loop", plan, Path(run.out) / "r_diverse" / run.experiment / "logs")
+
+
+def dry_run(settings: Settings) -> str:
+    """Resolved settings, sizes of both phases and memory a process, as text."""
+    run = settings.run
+    lines = [f"run folder: {run_path(run)}", "settings:"]
+    for name, value in settings.plain().items():
+        text = " ".join(str(value).split())
+        lines.append(f"  {name}: {text if len(text) < 100 else text[:97] + '...'}")
+    trainers = {"challenger": max(1, run.gpus // 2 if run.engine == "vllm" else run.gpus), "solver": max(1, run.gpus)}
+    for phase in PHASES:
+        config, processes = getattr(settings, phase), trainers[phase]
+        update = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+        batch = config.per_device_train_batch_size * config.steps_per_generation * processes
+        lines.append(
+            f"{phase}: {config.max_steps} optimizer steps of {update} rollouts on {processes} processes; a generation "
+            f"batch has {batch // config.num_generations} prompts x {config.num_generations} rollouts"
+        )
+    return "\n".join(lines + _memory_lines(run, trainers))
+
+
+def _memory_lines(run: RDiverseConfig, trainers: dict[str, int]) -> list[str]:
+    parameters = models.parameter_count(run.model)
+    if parameters is None:
+        return ["memory: unknown, the model is not at hand and its name holds no size such as 8B"]
+    gib, weight = 2**30, 4 if run.policy_dtype == "float32" else 2
+    lines = ["memory a training process, GiB (activations and the rollout engine come on top):"]
+    for phase, processes in trainers.items():
+        shards = processes if run.sharding in ("zero3", "fsdp2") else 1
+        parts = {
+            f"weights, {run.policy_dtype}": weight * parameters / shards / gib,
+            "KL reference": weight * parameters / shards / gib,
+            "gradients and AdamW states, fp32, sharded": 12 * parameters / processes / gib,
+        }
+        listed = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
+        lines.append(f"  {phase}: {sum(parts.values()):.2f} = {listed}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Child processes that serve a model with vLLM: started, polled until they answer, ended by their own process group."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+READY_SECONDS = 1800  # loading 8B weights from a cold network disk and compiling
+POLL_SECONDS = 0.5
+
+
+def vllm_command(
+    model: str, port: int, memory: float, replicas: int = 1, max_model_len: int | None = None
+) -> list[str]:
+    """`vllm serve` for one model, on each of `replicas` GPUs with a share `memory` of it."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--gpu-memory-utilization", str(memory), "--served-model-name", model]
+    if replicas > 1:
+        command += ["--data-parallel-size", str(replicas)]
+    return command + (["--max-model-len", str(max_model_len)] if max_model_len else [])
+
+
+@contextlib.contextmanager
+def serving(
+    command: Sequence[str], port: int, log: Path, gpus: str | None = None, ready_seconds: float = READY_SECONDS
+) -> Iterator[str]:
+    """Address of the server, such as http://127.0.0.1:8000/v1, while it runs; its group is ended afterwards.
+
+    `gpus` is its CUDA_VISIBLE_DEVICES. Raises `ConnectionError` where it ends or does not answer in time; the message
+    has the end of its log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ) if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        _wait_until_ready(process, port, log, ready_seconds)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        _end(process)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def _wait_until_ready(process: subprocess.Popen, port: int, log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ConnectionError(f"the server ended with exit code {process.returncode}; {_end_of(log)}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(POLL_SECONDS)
+    raise ConnectionError(f"the server did not answer within {seconds:.0f} s; {_end_of(log)}")
+
+
+def _end_of(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-5:]
+    return f"the end of {log}: {' | '.join(lines)}"
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Its own session, so its workers end with it and no other process can be hit."""
+    for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return

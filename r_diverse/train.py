@@ -1,0 +1,296 @@
+"""Trains one phase of a self-play iteration: the Challenger, or the Solver on its questions. `r_diverse.loop` runs it.
+
+    python -m r_diverse.train challenger --iteration 2 --config r_diverse/configs/tiny.yaml
+    accelerate launch ... -m r_diverse.train solver --iteration 2 --config r_diverse/configs/qwen3_4b.yaml
+
+A phase resumes from its last checkpoint and does nothing when it is done. The settings of a phase are the sections
+`challenger:` and `solver:` of the config, `--challenger.field value` on the command line.
+"""
+
+import argparse
+import dataclasses
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from .config import ChallengerConfig, RDiverseConfig, SolverConfig
+from .data import challenger_rows, solver_rows
+from .memory import MemoryBank
+from .questions import solver_prompt
+from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
+from .trainer import ChallengerReward, PhaseTrainer
+
+try:
+    from common import models, verifiers
+    from common.answers import extract_answer, same_answer
+    from common.cli import changed_fields, parse_fields, run_main
+    from common.evaluation import Decoding, Engine, Prompt, ServerEngine, TransformersEngine
+    from common.runs import append_jsonl, last_checkpoint, read_jsonl, truncate_jsonl
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "common":
+        raise
+    sys.exit("r_diverse.train also needs the folder common/ of the project beside r_diverse/; the rest does not")
+
+PHASES = ("challenger", "solver")
+SAME_SECONDS = 1.0  # for one comparison of two answers of the Solver
+
+
+class Settings(NamedTuple):
+    """A run's settings and those of its phases."""
+
+    run: RDiverseConfig
+    challenger: ChallengerConfig
+    solver: SolverConfig
+    argv: list[str]
+
+    def plain(self) -> dict[str, Any]:
+        """What defines the run, as plain values: every field of the run, and the changed ones of its phases."""
+        run = {name: value for name, value in dataclasses.asdict(self.run).items() if name not in FREE}
+        return run | {name: changed_fields(getattr(self, name), FOLLOWING) for name in PHASES}
+
+
+# Not part of what a run is: how far it goes, where it is, and the machine
+FREE = ("iterations", "out", "data", "dry_run", "gpus", "sharding", "engine_memory", "reward_memory")
+FOLLOWING = ("generation_batch_size", "steps_per_generation", "use_cpu", "output_dir", "dataloader_pin_memory")
+
+
+def parse(argv: list[str]) -> Settings:
+    """Settings from `--config FILE.yaml` and flags, the latter winning. `ValueError` for unknown keys."""
+    words: dict[str, list[str]] = {name: [] for name in ("run", *PHASES)}
+    content = _read_config(argv)
+    for name in PHASES:
+        section = content.pop(name, None) or {}
+        if not isinstance(section, dict):
+            raise ValueError(f"section {name!r} of the config must map fields to values, got {section!r}")
+        words[name] += _flags(section)
+    words["run"] += _flags(content)
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is no flag: write --field value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        section, dot, field = key.partition(".")
+        if key == "config":
+            continue
+        if dot and section not in PHASES:
+            raise ValueError(f"unknown section {section!r} in --{key}; choose among {', '.join(PHASES)}")
+        words[section if dot else "run"].append(f"--{field if dot else key}={value}")
+    parsed = []
+    for name, cls in (("run", RDiverseConfig), ("challenger", ChallengerConfig), ("solver", SolverConfig)):
+        if name != "run":
+            words[name] += [] if torch.cuda.is_available() else ["--use_cpu=true"]  # bf16 settings can be looked at
+        try:
+            parsed += parse_fields(words[name], (cls,), "r_diverse/configs/")
+        except ValueError as error:
+            raise ValueError(f"{error}" if name == "run" else f"{name}: {error}") from error
+    return Settings(*parsed, argv)
+
+
+def _read_config(argv: list[str]) -> dict[str, Any]:
+    given = [w.partition("=")[2] for w in argv if w.startswith("--config=")]
+    given += [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
+    if not given:
+        return {}
+    path = Path(given[-1])
+    if not path.is_file():
+        raise ValueError(f"config file {given[-1]!r} does not exist; the project's are in r_diverse/configs/")
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"config file {given[-1]!r} holds no mapping of fields to values")
+    return content
+
+
+def _flags(section: dict[str, Any]) -> list[str]:
+    return [f"--{key}={value}" for key, value in section.items() if value is not None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who answers, and what measures skills
+
+
+class EngineSolver:
+    """`trainer.Solver`: m answers of an engine to each question, by seeds that depend on question and step only."""
+
+    def __init__(self, engine: Engine, run: RDiverseConfig, salt: int):
+        self.engine, self.run, self.salt = engine, run, salt
+
+    def __call__(self, questions: Sequence[str], seed: int) -> list[list[str | None] | None]:
+        m = self.run.m_reward
+        prompts = [Prompt(solver_prompt(q, self.run.solver_system)) for q in questions for _ in range(m)]
+        seeds = [zlib.crc32(f"{self.salt}/{seed}/{q}/{i}".encode()) for q in questions for i in range(m)]
+        answers = self.engine.generate(prompts, answer_decoding(self.run), seeds)
+        rows = [answers[i : i + m] for i in range(0, len(answers), m)]
+        return [None if None in row else [extract_answer(answer.text) for answer in row] for row in rows]
+
+
+def answer_decoding(run: RDiverseConfig) -> Decoding:
+    return Decoding(run.answer_temperature, run.answer_top_p, run.answer_tokens, run.answer_top_k)
+
+
+def same(first: str, second: str) -> bool:
+    """Whether two answers of the Solver mean the same, within a second."""
+    return same_answer(first, second, timeout=SAME_SECONDS)
+
+
+def local_engine(model: str, run: RDiverseConfig) -> TransformersEngine:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return TransformersEngine(models.load_model(model, dtype, device), models.load_processor(model), run.engine_batch)
+
+
+def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None) -> SkillEncoder:
+    """SAM by the settings; `coder_url` is a server of `run.coder`."""
+    from .arithmetic import ArithmeticCoder, arithmetic_programs
+    from .skills import ServerEngine as CoderServer
+    from .skills import TransformersEngine as LocalCoder
+
+    rules = run.coder == "rules"
+    if run.measure == "question":
+        coder = None
+    elif rules:
+        coder = ArithmeticCoder()
+    else:
+        tokenizer = models.load_processor(run.coder)
+        if coder_url:
+            engine = CoderServer(coder_url, run.coder)
+        else:
+            engine = LocalCoder(local_engine(run.coder, run).model, tokenizer, run.engine_batch)
+        coder = ModelCoder(engine, tokenizer, chat=run.coder_chat)
+    centre = arithmetic_programs() if rules and coder is not None else ()
+    encoder = minilm(centre=centre) if run.encoder == "minilm" else SentenceEncoder(run.encoder)
+    return SkillEncoder(coder, encoder, cache)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The phases
+
+
+def challenger(
+    settings: Settings,
+    folder: Path,
+    model: str,
+    solver: str,
+    iteration: int,
+    solver_url: str | None = None,
+    coder_url: str | None = None,
+) -> None:
+    """Phase A: trains the Challenger at `model` against the frozen Solver `solver`, into `folder`."""
+    run = settings.run
+    engine = ServerEngine(solver_url, solver) if solver_url else local_engine(solver, run)
+    needs_skills = run.penalty == "r_diverse" and run.measure != "question_text"
+    needs_bank = run.penalty == "r_diverse" and run.beta > 0
+    root = folder.parent.parent
+    reward = ChallengerReward(
+        run,
+        EngineSolver(engine, run, salt=1000 * run.seed + iteration),
+        same,
+        skill_encoder(run, root / "programs", coder_url) if needs_skills else None,
+        MemoryBank(root / "bank").before(iteration) if needs_bank else None,
+    )
+    config = _phase(settings, "challenger", folder, iteration)
+    rows = challenger_rows(config.generation_batch_size, run.challenger_system, run.challenger_user)
+    train_phase(config, model, reward, rows, run, lambda: _challenger_samples(reward))
+
+
+def solver(settings: Settings, folder: Path, model: str, data: Path, iteration: int) -> None:
+    """Phase F: trains the Solver at `model` on the labelled questions in `data`, into `folder`."""
+    run = settings.run
+    config = _phase(settings, "solver", folder, iteration)
+    rows = solver_rows(read_jsonl(data), run.solver_system)
+    train_phase(config, model, verifiers.math_reward, rows, run)
+
+
+def _phase(settings: Settings, name: str, folder: Path, iteration: int):
+    config = getattr(settings, name)
+    seed = zlib.crc32(f"{settings.run.seed}/{iteration}/{name}".encode()) % 2**31
+    changes = {"output_dir": str(folder), "seed": seed, "generation_batch_size": None}  # TRL refuses both batch fields
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    return type(config)(**{**fields, **changes})
+
+
+def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: Callable[[], list] = list) -> None:
+    """Trains from `model`, or goes on from the last checkpoint, and saves the model last."""
+    set_seed(config.seed)
+    folder, main = Path(config.output_dir), PartialState().is_main_process
+    policy = models.load_model(model, getattr(torch, run.policy_dtype), attn_implementation=run.attn_implementation)
+    tokenizer = models.load_processor(model)
+    trainer = PhaseTrainer(policy, reward, config, train_dataset=rows, processing_class=tokenizer)
+    checkpoint = last_checkpoint(folder)
+    trainer.remove_callback(PrinterCallback)
+    if main:
+        trainer.add_callback(PhaseLog(folder, checkpoint, samples))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(folder / "model"))
+    if main:
+        tokenizer.save_pretrained(folder / "model")
+        (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
+
+
+class PhaseLog(TrainerCallback):
+    """Writes metrics.jsonl and, where a phase has them, some rollouts to samples.jsonl."""
+
+    SHOWN = ("reward", "challenger/uncertainty", "challenger/repetition", "challenger/memory", "entropy", "step_time")
+
+    def __init__(self, folder: Path, checkpoint: Path | None, samples: Callable[[], list[dict[str, Any]]]):
+        self.folder, self.samples = folder, samples
+        step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            truncate_jsonl(folder / name, step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = logs or {}
+        append_jsonl(self.folder / "metrics.jsonl", {"step": state.global_step, **logs})
+        shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
+        if shown:
+            print(f"{self.folder.name} {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
+        for record in self.samples():
+            append_jsonl(self.folder / "samples.jsonl", {"step": state.global_step, **record})
+
+
+def _challenger_samples(reward: ChallengerReward, count: int = 8) -> list[dict[str, Any]]:
+    parts, names = reward.last_batch, ("consistency", "repetition", "memory", "reward")
+    return [
+        {"question": question, "failure": parts["failures"][i], **{name: float(parts[name][i]) for name in names}}
+        for i, question in enumerate(parts.get("questions", [])[:count])
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 for done, 2 with one sentence on stderr for what the user can mend."""
+    return run_main("r_diverse.train", _main, argv)
+
+
+def _main(argv: list[str]) -> None:
+    from .loop import run_path, sources_of  # it knows where the inputs of a phase are
+
+    parser = argparse.ArgumentParser(prog="r_diverse.train", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("phase", choices=PHASES)
+    parser.add_argument("--iteration", type=int, required=True)
+    parser.add_argument("--solver_url", help="server of the frozen Solver")
+    parser.add_argument("--coder_url", help="server of the coder")
+    known, rest = parser.parse_known_args(argv)
+    settings = parse(rest)
+    folder = run_path(settings.run) / f"iteration_{known.iteration}" / known.phase
+    sources = sources_of(settings.run, known.iteration)
+    if known.phase == "solver":
+        solver(settings, folder, sources.solver, sources.questions, known.iteration)
+    else:
+        urls = known.solver_url, known.coder_url
+        challenger(settings, folder, sources.challenger, sources.solver, known.iteration, *urls)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""The two phases of a self-play iteration: TRL's `GRPOTrainer` with the Challenger's reward, or a Solver's.
+
+The Challenger's penalties are shares of a whole generation batch, but TRL calls a reward function on each process with
+its own slice. `ChallengerReward` therefore lets each process question the Solver about its slice, gathers everything,
+computes the penalties once on the main process, and hands back to each its part.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from trl import GRPOTrainer
+
+from . import objective
+from ._trl import EpochSampler
+from .config import RDiverseConfig
+from .memory import MemoryBank
+from .questions import Challenge, read_challenge
+from .skills import SkillEncoder
+
+# m extracted answers to each question (None: no answer); None in place of a list where the engine failed
+Solver = Callable[[Sequence[str], int], Sequence[Sequence[str | None] | None]]
+
+
+class PhaseTrainer(GRPOTrainer):
+    """TRL's trainer for one phase of self-play; `args` is a [`ChallengerConfig`] or [`SolverConfig`].
+
+    A phase that was killed and resumed gives the result of the undisturbed one.
+    """
+
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
+        return EpochSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+
+class ChallengerReward:
+    """Reward of the Challenger's outputs (Eq. 11, or R-Zero's), a reward function for `GRPOTrainer`.
+
+    Args:
+        config: which reward.
+        solver: the frozen Solver, called on each process with the valid questions of its slice and a seed.
+        same: whether two answers mean the same. It must bound its own time.
+        skills: SAM. Not needed with `penalty` "r_zero" or "none".
+        bank: M_t; it is read and not written. Not needed with `beta=0`.
+
+    After each call `last_batch` on the main process holds the parts of all rewards by name, each with B rows. A row
+    gets None, no gradient, where the engine could not answer its question.
+    """
+
+    __name__ = "challenger_reward"
+
+    def __init__(
+        self,
+        config: RDiverseConfig,
+        solver: Solver,
+        same: Callable[[str, str], bool],
+        skills: SkillEncoder | None = None,
+        bank: MemoryBank | None = None,
+    ):
+        if config.penalty == "r_diverse" and skills is None and config.measure != "question_text":
+            raise ValueError(f"penalty='r_diverse' with measure={config.measure!r} needs skills, a SkillEncoder")
+        if config.penalty == "r_diverse" and config.beta > 0 and bank is None:
+            raise ValueError(
+                f"beta={config.beta} weighs similarity to a memory: pass bank, a MemoryBank, or set beta=0"
+            )
+        self.config, self.solver, self.same, self.skills, self.bank = config, solver, same, skills, bank
+        self.last_batch: dict[str, Any] = {}
+
+    def __call__(self, completions, trainer_state=None, log_metric=None, **columns) -> list[float | None]:
+        step = 0 if trainer_state is None else trainer_state.global_step
+        slice_ = _together(lambda: self._questioned([_text(c) for c in completions], step))
+        rows = gather_object(slice_)
+        parts = _on_main(lambda: self.score([row[0] for row in rows], [row[1] for row in rows]))
+        if PartialState().is_main_process:
+            self.last_batch = parts
+        if log_metric is not None:
+            for name, value in batch_figures(parts).items():
+                log_metric(name, value)
+        start = len(slice_) * PartialState().process_index
+        rewards = parts["reward"][start : start + len(slice_)].tolist()
+        return [None if np.isnan(reward) else reward for reward in rewards]
+
+    def _questioned(self, outputs: list[str], step: int) -> list[tuple[Challenge, float]]:
+        """Each output's question and the Solver's self-consistency on it (NaN: none measured)."""
+        challenges = [read_challenge(output) for output in outputs]
+        questions = sorted({challenge.question for challenge in challenges if challenge.valid})
+        answers = self.solver(questions, step) if questions else []
+        consistency = {
+            question: np.nan if row is None else objective.self_consistency(row, self.same)[1]
+            for question, row in zip(questions, answers, strict=True)
+        }
+        return [(c, consistency[c.question] if c.valid else np.nan) for c in challenges]
+
+    def score(self, challenges: Sequence[Challenge], consistency: Sequence[float]) -> dict[str, Any]:
+        """Parts of the reward of a whole batch, without any process group: arrays (B,) and lists by name."""
+        config = self.config
+        valid = np.array([challenge.valid for challenge in challenges], bool)
+        repetition, memory, extra = self._penalties(challenges, valid)
+        reward = objective.challenger_reward(consistency, repetition, memory, valid, config.alpha, config.beta)
+        if config.penalty == "r_zero":  # its release: every output without the form gets -1 - P_rep
+            reward[~valid] = -1 - repetition[~valid]
+        return {
+            "questions": [challenge.question for challenge in challenges],
+            "failures": [challenge.failure for challenge in challenges],
+            "valid": valid,
+            "consistency": np.asarray(consistency, float),
+            "repetition": repetition,
+            "memory": memory,
+            "reward": reward,
+            **extra,
+        }
+
+    def _penalties(self, challenges, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        nothing, size = np.zeros(len(challenges)), len(challenges)
+        if self.config.penalty == "none":
+            return nothing, nothing, {}
+        if self.config.penalty == "r_zero":  # an output without the form is the empty text, as in its release
+            texts = [challenge.question if challenge.valid else "" for challenge in challenges]
+            return objective.bleu_repetition_penalty(texts, self.config.distance_threshold), nothing, {}
+        questions = [challenge.question for challenge in challenges if challenge.valid]
+        text = self.config.measure in ("program_text", "question_text")
+        rows, ok = self._texts(questions) if text else self.skills.encode(questions)
+        rows = [row for row, good in zip(rows, ok, strict=True) if good] if text else rows[ok]
+        repetition, memory = nothing.copy(), nothing.copy()
+        repetition[valid] = objective.scatter_penalty(self._repetition(rows, text, size), ok, 1.0)
+        p_max, p_mean = self._similarity(rows, text)
+        limits = (self.config.gamma, self.config.tau_max, self.config.tau_mean)
+        worst = objective.memory_penalty(1.0, 1.0, *limits) if self._remembers() else 0.0
+        penalties = objective.memory_penalty(p_max, p_mean, *limits) if self._remembers() else np.zeros(len(rows))
+        memory[valid] = objective.scatter_penalty(penalties, ok, worst)
+        return repetition, memory, {"p_max": p_max, "p_mean": p_mean, "encoded": int(ok.sum())}
+
+    def _remembers(self) -> bool:
+        return self.config.beta > 0 and len(self.bank) > 0
+
+    def _texts(self, questions: list[str]) -> tuple[list[str | None], np.ndarray]:
+        if self.config.measure == "question_text":
+            return questions, np.ones(len(questions), bool)
+        programs = self.skills.programs(questions)
+        return [program.code for program in programs], np.array([program.ok for program in programs], bool)
+
+    def _repetition(self, rows, text: bool, size: int) -> np.ndarray:
+        if not len(rows):
+            return np.zeros(0)
+        if text:
+            return objective.bleu_repetition_penalty(rows, self.config.distance_threshold) * len(rows) / size
+        return objective.repetition_penalty(rows, self.config.distance_threshold, batch_size=size)
+
+    def _similarity(self, rows, text: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Highest and mean similarity of each encoded question to the memory; zeros without one."""
+        if not (self._remembers() and len(rows)):
+            return np.zeros(len(rows)), np.zeros(len(rows))
+        if not text:
+            return self.bank.similarity(rows)
+        past, ok = self._texts([row["question"] for row in self.bank.records(np.arange(len(self.bank)))])
+        past = [row for row, good in zip(past, ok, strict=True) if good]
+        similarity = objective.bleu_similarity(rows, past)
+        return similarity.max(1), similarity.mean(1)
+
+
+def batch_figures(parts: dict[str, Any]) -> dict[str, float]:
+    """Means of a reward batch for the log; what no row has is left out."""
+    valid, failures = parts["valid"], Counter(failure for failure in parts["failures"] if failure)
+    consistency, size = parts["consistency"][valid], len(parts["valid"])
+    figures = {"challenger/valid": valid.mean()}
+    figures |= {f"challenger/failure/{name}": count / size for name, count in sorted(failures.items())}
+    if valid.any():
+        figures["challenger/unanswered"] = np.isnan(consistency).mean()
+        for name in ("repetition", "memory"):
+            figures[f"challenger/{name}"] = parts[name][valid].mean()
+        if (measured := consistency[~np.isnan(consistency)]).size:
+            figures["challenger/consistency"] = measured.mean()
+            figures["challenger/uncertainty"] = objective.uncertainty(measured).mean()
+        questions = [q for q, good in zip(parts["questions"], valid, strict=True) if good]
+        figures["challenger/distinct"] = len(set(questions)) / len(questions)
+    if "encoded" in parts:
+        figures["challenger/encoded"] = parts["encoded"] / max(valid.sum(), 1)
+        if parts["encoded"]:
+            figures |= {f"challenger/{name}": parts[name].mean() for name in ("p_max", "p_mean")}
+    return {name: float(value) for name, value in figures.items()}
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _together(compute: Callable[[], list]) -> list:
+    """The result of every process, or an error on all of them: one that fails alone would leave the others waiting."""
+    result, error = None, None
+    try:
+        result = compute()
+    except Exception as caught:  # whatever it is, it is raised again below
+        error = caught
+    errors = [text for text in gather_object([None if error is None else f"{type(error).__name__}: {error}"]) if text]
+    if error is not None:
+        raise error
+    if errors:
+        raise RuntimeError(f"the reward failed on another process: {errors[0]}")
+    return result
+
+
+def _on_main(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The main process's result on every process, or its error on all of them."""
+    message: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            message[0] = compute()
+        except Exception as caught:  # raised again below, on all processes
+            message[1] = caught
+    if PartialState().num_processes > 1:
+        broadcast_object_list(message)
+    if message[1] is not None:
+        raise message[1]
+    return message[0]

