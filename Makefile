@@ -1,6 +1,6 @@
 # GNU make 3.81 or newer. `make -n TARGET` prints the commands of a target without running them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-va_opd demo-srpo test lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo
+.PHONY: help setup demo demo-va_opd demo-srpo demo-r_diverse test lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse
 
 PRESET ?= paper
 WORKERS ?= 2
@@ -36,13 +36,16 @@ setup: $(READY) ## .venv with the locked packages (CPU build of torch where ther
 .venv/.complete: requirements-cpu.lock pyproject.toml scripts/setup.sh scripts/install_torch.py
 	PYTHON='$(PYTHON)' sh scripts/setup.sh
 
-demo: demo-va_opd demo-srpo ## Every method beside its baselines on embedded data, on a CPU, in minutes
+demo: demo-va_opd demo-srpo demo-r_diverse ## Every method beside its baselines on embedded data, on a CPU, in minutes
 
 demo-va_opd: $(READY) ## VA-OPD beside standard OPD on real handwritten digits
 	$(PY) -m va_opd.loop --config va_opd/configs/tiny.yaml $(OPTIONS)
 
 demo-srpo: $(READY) ## SRPO beside GRPO and SDPO on additions
 	$(PY) -m srpo.loop --config srpo/configs/tiny.yaml $(OPTIONS)
+
+demo-r_diverse: $(READY) ## R-Diverse beside R-Zero: three iterations of self-play on arithmetic
+	$(PY) -m r_diverse.loop --config r_diverse/configs/tiny.yaml --variants r_diverse,r_zero $(OPTIONS)
 
 test: $(READY) ## All tests, on a CPU, without network
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
@@ -94,6 +97,25 @@ srpo-qwen3-8b: $(READY) ## SRPO, Tables 1 and 2: GRPO, SDPO, SRPO and ablations 
 srpo-qwen3-4b: $(READY) ## SRPO, Table 1, lower half
 srpo-qwen3-8b srpo-qwen3-4b:
 	$(PY) -m srpo.loop $(call CONFIG,$@) --variants all --gpus $(or $(GPUS),$(GPUS_$(PRESET))) $(OPTIONS)
+
+rdiverse-qwen3-4b-paper := --config r_diverse/configs/qwen3_4b.yaml
+rdiverse-qwen3-4b-single-gpu := --config r_diverse/configs/single_gpu.yaml
+rdiverse-qwen3-4b-tiny := --config r_diverse/configs/tiny.yaml
+rdiverse-qwen3-8b-paper := --config r_diverse/configs/qwen3_8b.yaml
+rdiverse-qwen3-8b-single-gpu := --config r_diverse/configs/single_gpu.yaml
+rdiverse-qwen3-8b-tiny := --config r_diverse/configs/tiny.yaml
+RDIVERSE_GPUS = $(if $(GPUS),--gpus $(GPUS))
+
+rdiverse-iter: $(READY) ## R-Diverse: one iteration more from where the run folder stands
+	$(PY) -m r_diverse.loop $(call CONFIG,rdiverse-qwen3-4b) --variants r_diverse --more 1 $(RDIVERSE_GPUS) $(OPTIONS)
+
+rdiverse-qwen3-4b: $(READY) ## R-Diverse, Table 1: five iterations beside R-Zero, ten benchmarks
+rdiverse-qwen3-8b: $(READY) ## R-Diverse, Table 1, lower half
+rdiverse-qwen3-4b rdiverse-qwen3-8b:
+	$(PY) -m r_diverse.loop $(call CONFIG,$@) --variants r_diverse,r_zero $(RDIVERSE_GPUS) $(OPTIONS)
+
+eval-r_diverse: $(READY) ## Tables against the paper and figures, from finished runs of EXPERIMENT=qwen3-4b|qwen3-8b
+	$(PY) -m benchmarks.r_diverse --config $(word 2,$(call CONFIG,rdiverse-$(or $(filter qwen3-%,$(EXPERIMENT)),qwen3-4b))) $(OPTIONS)
 
 eval-srpo: $(READY) ## Tables against the paper and figures, from finished runs of EXPERIMENT=qwen3-8b|qwen3-4b
 	$(PY) -m benchmarks.srpo --config $(word 2,$(call CONFIG,srpo-$(or $(filter qwen3-%,$(EXPERIMENT)),qwen3-8b))) $(OPTIONS)

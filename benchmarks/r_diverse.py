@@ -2,8 +2,8 @@
 
     python -m benchmarks.r_diverse --config r_diverse/configs/tiny.yaml
 
-Reads what `r_diverse.loop` wrote for all variants and seeds, and nothing else; a cell without a run stays empty. Writes
-`report.md` and `figures/` into `runs/r_diverse/<experiment>/`.
+Reads what `r_diverse.loop` wrote for all variants and seeds, and nothing else; a cell without a run stays empty.
+Writes `report.md` and `figures/` into `runs/r_diverse/<experiment>/`.
 """
 
 import json
@@ -100,8 +100,7 @@ SERIES = {
     "accuracy": "Solver's accuracy",
     "intra_repetition": "repeated within the iteration",
     "cross_repetition": "repeated from earlier ones",
-    "duplicate_ratio": "same wording as a near question",
-    "clusters": "clusters of skills",
+    "effective_clusters": "effective number of skill clusters",
     "label_accuracy": "right labels",
     "usable": "usable questions",
     "bank": "questions in memory",
@@ -191,7 +190,7 @@ def _mean(values: Sequence[float]) -> float | None:
 def iteration_table(histories: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     """Mean over the seeds, with their standard deviation where there are several."""
     columns = ("accuracy", "label_accuracy", "usable", "bank", "intra_repetition", "cross_repetition")
-    columns += ("duplicate_ratio", "clusters", *REWARD)
+    columns += ("effective_clusters", *REWARD)
     rows = []
     for name in dict.fromkeys(name for name, _ in histories):
         seeds = [rows for (other, _), rows in histories.items() if other == name]

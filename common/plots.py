@@ -53,6 +53,7 @@ def training_curves(
             if len(points):
                 axes.plot(*_smoothed(points, smooth).T, label=name, color=PALETTE[number % len(PALETTE)])
         axes.set(xlabel=unit, ylabel=metrics[metric])
+        axes.xaxis.get_major_locator().set_params(integer=True)
         _light(axes)
         if place == 1:
             names = axes.get_legend_handles_labels()

@@ -206,8 +206,8 @@ def diversity(
         iterations: (N,) integers.
 
     Keys: iteration, questions, intra_repetition, cross_repetition and duplicate_ratio (against all iterations before;
-    NaN in the first, which has none), clusters, largest_cluster (share of the questions), mean_repetition_penalty,
-    median_cosine.
+    NaN in the first, which has none), clusters, effective_clusters (exp of the entropy of their shares),
+    largest_cluster (share of the questions), mean_repetition_penalty, median_cosine.
     """
     rows, iterations = _unit(embeddings), np.asarray(iterations)
     if not len(questions) == len(rows) == len(iterations):
@@ -232,12 +232,19 @@ def diversity(
                 "cross_repetition": cross,
                 "duplicate_ratio": duplicates,
                 "clusters": len(sizes),
+                "effective_clusters": _effective(sizes),
                 "largest_cluster": float(sizes[0] / len(now)),
                 "mean_repetition_penalty": float((sizes.astype(float) ** 2).sum() / len(now) ** 2),
                 "median_cosine": float(np.median(cosines)) if len(cosines) else float("nan"),
             }
         )
     return table
+
+
+def _effective(sizes: np.ndarray) -> float:
+    """How many clusters of equal size have the same entropy."""
+    share = sizes / sizes.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def _unit(embeddings: ArrayLike) -> np.ndarray:

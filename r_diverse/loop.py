@@ -6,8 +6,9 @@
     python -m r_diverse.loop --config r_diverse/configs/tiny.yaml --variants r_diverse,r_zero --seeds 0,1,2
     python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --dry_run            # settings, memory, stages
 
-With --variants or --seeds, each run is a command of its own and a report of all of them comes last. Started again after
-a kill, a run goes on in the stage where it was. `--challenger.field value` and `--solver.field value` set the phases.
+With --variants or --seeds, each run is a command of its own and a report of all of them comes last. Started again
+after a kill, a run goes on in the stage where it was. `--challenger.field value` and `--solver.field value` set the
+phases.
 """
 
 import argparse

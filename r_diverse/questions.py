@@ -11,10 +11,10 @@ from .skills import MAX_QUESTION, clean, neutralise
 
 Messages = list[dict[str, Any]]
 
-CHALLENGER_SYSTEM = """You set problems for mathematics competitions. Think in private first, and invent one new problem \
-that needs real reasoning. It may come from algebra, geometry, number theory, combinatorics, prealgebra, probability, \
-statistics or calculus. Fewer than three in ten advanced high-school students should solve it. Do not take a famous \
-problem, and do not vary one. Then write exactly two blocks and nothing after them:
+CHALLENGER_SYSTEM = """You set problems for mathematics competitions. Think in private first, and invent one new \
+problem that needs real reasoning. It may come from algebra, geometry, number theory, combinatorics, prealgebra, \
+probability, statistics or calculus. Fewer than three in ten advanced high-school students should solve it. Do not \
+take a famous problem, and do not vary one. Then write exactly two blocks and nothing after them:
 
 <question>
 The whole problem, with a single answer that can be checked.

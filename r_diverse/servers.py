@@ -1,4 +1,4 @@
-"""Child processes that serve a model with vLLM: started, polled until they answer, ended by their own process group."""
+"""Child processes that serve a model with vLLM: started, polled until they answer, ended by their process group."""
 
 import contextlib
 import os

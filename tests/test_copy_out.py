@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = {"common", "va_opd", "srpo", "r_diverse"}
 METHODS = [name for name in ("va_opd", "srpo", "r_diverse") if (ROOT / name / "__init__.py").exists()]
-NEED_COMMON = ("data", "train", "evaluate", "loop")  # all other modules are the library
+NEED_COMMON = ("data", "train", "evaluate", "loop", "stages")  # all other modules are the library
 ENTRY_POINTS = [(m, e) for m in METHODS for e in ("train", "loop") if (ROOT / m / f"{e}.py").exists()]
 
 # The ten lines of a caller, and a model small enough for a test. Nothing of it comes from this project but the method.
@@ -93,7 +93,73 @@ trainer.train()
 assert trainer.state.log_history[1]["route/sdpo"] > 0
 print("final loss", trainer.state.log_history[1]["loss"], "step", trainer.state.global_step)
 """
-SCRIPTS = {"va_opd": VA_OPD_SCRIPT, "srpo": SRPO_SCRIPT}
+R_DIVERSE_SCRIPT = """
+import numpy as np, torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+import r_diverse
+from r_diverse import (ChallengerConfig, ChallengerReward, MemoryBank, PhaseTrainer, RDiverseConfig, SkillEncoder,
+    SolverConfig, challenger_prompt, replay_count, self_consistency, solver_prompt)
+
+print("module", r_diverse.__file__)
+special = ["<pad>", "<eos>", "<user>"]
+vocabulary = {t: i for i, t in enumerate([*special, "\\n", *map(chr, range(32, 127))])}
+tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex(r"[\\s\\S]"), "isolated"), decoders.Fuse()
+tokenizer.add_special_tokens(special)
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+tokenizer.chat_template = "{% for m in messages %}<user>{{ m['content'] }}<user>{% endfor %}"
+
+def model(seed):
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16, pad_token_id=0, eos_token_id=1))
+
+class Letters:  # the caller's own encoder: how often each letter is there
+    name, dim = "letters", 26
+    def encode(self, texts):
+        return np.array([[1 + t.lower().count(chr(97 + i)) for i in range(26)] for t in texts], float)
+
+rng = np.random.default_rng(0)
+def ask(questions, seed):  # the caller's own Solver
+    return [[str(rng.integers(2)) for _ in range(4)] for _ in questions]
+
+def same(a, b):  # and the caller's own comparison of answers
+    return a.lower() == b.lower()
+
+def written(completions, **columns):  # random letters have no form: give them one
+    outputs = [f"<question>{c[0]['content']} ?</question>\\\\boxed{{1}}" for c in completions]
+    return reward(outputs)
+
+shared = dict(report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1, beta=0.0,
+    save_strategy="no", learning_rate=1e-3, disable_tqdm=True, max_steps=4)
+bank, skills = MemoryBank("bank", "letters"), SkillEncoder(None, Letters())
+challenger, solver = model(0), model(1)
+for t in (1, 2):
+    reward = ChallengerReward(RDiverseConfig("mine", measure="question"), ask, same, skills, bank.before(t))
+    rows = Dataset.from_list([{"prompt": challenger_prompt("", "new")}] * 8)
+    trainer = PhaseTrainer(challenger, written, ChallengerConfig("challenger", max_completion_length=8, **shared),
+        train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    questions = sorted({q for q in reward.last_batch["questions"]})
+    labels = [self_consistency(answers, same)[0] for answers in ask(questions, 0)]
+    embeddings, ok = skills.encode(questions)
+    assert ok.all()
+    bank.add(questions, embeddings, labels, iteration=t)
+    past = bank.before(t).sample(replay_count(len(questions)), seed=t)
+    data = [*zip(questions, labels), *((row["question"], row["answer"]) for row in past)]
+    rows = Dataset.from_list([{"prompt": solver_prompt(q, ""), "answer": a} for q, a in data] * 4)
+    trainer = PhaseTrainer(solver, lambda completions, answer, **c: [float(a in x[0]["content"]) for x, a in
+        zip(completions, answer)], SolverConfig("solver", max_completion_length=8, **shared),
+        train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+assert list(bank.iterations) == [1, 2]
+assert trainer.state.global_step == 4
+print("final loss", np.abs([line.get("loss", 0) for line in trainer.state.log_history]).max(), "step 2")
+"""
+SCRIPTS = {"va_opd": VA_OPD_SCRIPT, "srpo": SRPO_SCRIPT, "r_diverse": R_DIVERSE_SCRIPT}
 
 
 def run_alone(command: list[str], folder: Path) -> subprocess.CompletedProcess:

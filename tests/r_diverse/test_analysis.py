@@ -195,6 +195,7 @@ def test_diversity_table():
     assert math.isnan(first["cross_repetition"]) and math.isnan(first["duplicate_ratio"])
     assert first["intra_repetition"] == pytest.approx(2 / 3)
     assert (first["clusters"], first["largest_cluster"]) == (2, pytest.approx(2 / 3))
+    assert first["effective_clusters"] == pytest.approx(3 / 2 ** (2 / 3))  # exp of the entropy of 2/3 and 1/3
     assert first["mean_repetition_penalty"] == pytest.approx(objective.repetition_penalty(rows[:3]).mean())
     assert second["cross_repetition"] == second["duplicate_ratio"] == 0.5
     assert second["intra_repetition"] == 0.0

@@ -355,34 +355,37 @@ def forked(arguments: list[str]) -> int:
     return child
 
 
-def killed_run(arguments: list[str], seed: int) -> tuple[int, list[str]]:
-    """Starts the command and kills it after a random time, until it ends by itself: exit code, and where it was hit."""
-    rng, places = random.Random(seed), []
-    root = Path(arguments[-1].partition("=")[2])
-    while True:
-        child, limit = forked(arguments), time.monotonic() + rng.uniform(0.2, 1.2) * 1.15 ** len(places)
-        while time.monotonic() < limit:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status), places
-            time.sleep(0.01)
+STAGES = ("challenger", "generate_1", "label_1", "embed", "filter", "solver", "evaluate")
+
+
+def killed_run(arguments: list[str], root: Path, seed: int) -> tuple[int, list[str]]:
+    """Starts the command once for each stage and kills it at a random instant in it: final exit code, stages hit."""
+    rng, hit = random.Random(seed), []
+    for folder in (root / f"iteration_{t}" / name for t in (1, 2) for name in STAGES):
+        child = forked(arguments)
+        while not (folder / "STARTED.json").exists():
+            done, _ = os.waitpid(child, os.WNOHANG)
+            assert not done, f"ended before {folder}"
+            time.sleep(0.001)
+        time.sleep(rng.choice((0, 0.01, 0.1, 0.5)) * rng.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        started = sorted(root.glob("*/*/*/iteration_*/*/STARTED.json"), key=lambda path: path.stat().st_mtime)
-        open_stages = [path.parent.name for path in started if not path.with_name("DONE.json").exists()]
-        places.append(open_stages[-1] if open_stages else "between")
+        if not (folder / "DONE.json").exists():
+            hit.append(folder.name)
+    _, status = os.waitpid(forked(arguments), 0)
+    return os.waitstatus_to_exitcode(status), hit
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_files(base, tmp_path):
+def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_files(base, tmp_path):
     process = subprocess.run(
-        [sys.executable, __file__, str(base), str(tmp_path)], capture_output=True, text=True, timeout=400
+        [sys.executable, __file__, str(base), str(tmp_path)], capture_output=True, text=True, timeout=500
     )
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:]
     report = json.loads(process.stdout.splitlines()[-1])
     assert report["codes"] == [0, 0]
-    assert len(report["places"]) >= 5
-    assert {"challenger", "solver"} <= set(report["places"])
-    straight, killed = (digests(tmp_path / name) for name in ("straight", "killed"))
+    assert len(report["hit"]) >= 7
+    assert {"challenger", "solver"} <= set(report["hit"])
+    straight, killed = (digests(tmp_path / name / "r_diverse") for name in ("straight", "killed"))
     assert len(straight) > 40
     assert killed == straight
 
@@ -392,10 +395,8 @@ if __name__ == "__main__":
     import sentence_transformers  # noqa: F401
 
     config = _empty_config(folder)
-    commands = [
-        ["--config", config, *small(model, folder / name, iterations=2), f"--out={folder / name}"]
-        for name in ("straight", "killed")
-    ]
+    runs = [folder / name for name in ("straight", "killed")]
+    commands = [["--config", config, *small(model, out, iterations=2)] for out in runs]
     _, status = os.waitpid(forked(commands[0]), 0)
-    code, where = killed_run(commands[1], seed=0)
-    print(json.dumps({"codes": [os.waitstatus_to_exitcode(status), code], "places": where}))
+    code, hit = killed_run(commands[1], runs[1] / "r_diverse/small/r_diverse-seed0", seed=0)
+    print(json.dumps({"codes": [os.waitstatus_to_exitcode(status), code], "hit": hit}))

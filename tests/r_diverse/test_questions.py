@@ -69,7 +69,9 @@ def test_last_box(text, content):
     assert last_box(text) == content
 
 
-@pytest.mark.parametrize("text", ["\\boxed{" * 200_000, "{" * 1_000_000, "}" * 1_000_000, "\\boxed{" + "}" * 1_000_000])
+@pytest.mark.parametrize(
+    "text", ["\\boxed{" * 200_000, "{" * 1_000_000, "}" * 1_000_000, "\\boxed{" + "}" * 1_000_000]
+)
 def test_a_hostile_output_costs_one_pass(text):
     started = time.perf_counter()
     read_challenge(f"<question>q</question>{text}")

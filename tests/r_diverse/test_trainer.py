@@ -166,7 +166,9 @@ def test_equal_questions_are_asked_once_and_by_step():
         global_step = 7
 
     asked = solver(0.5)
-    reward_of(RDiverseConfig("m", beta=0.0), [output("b"), output("a"), output("b")], solver=asked, trainer_state=State())
+    reward_of(
+        RDiverseConfig("m", beta=0.0), [output("b"), output("a"), output("b")], solver=asked, trainer_state=State()
+    )
     assert asked.calls == [(["a", "b"], 7)]
 
 
