@@ -23,6 +23,7 @@ __all__ = ["choice_reward", "format_reward", "length_penalty", "math_reward", "n
 Completion = str | list[dict]
 LogMetric = Callable[[str, float], None]
 
+LETTERS = "ABCD"  # whose shares are logged: a policy that stops reading the options prefers one
 _MAX_CALL_CHARS = 100_000
 _NAMES = {"name": ("name", "arguments"), "Action": ("Action", "Action_Input")}
 _ACTION = re.compile(r"Action:\s*(\w+)")
@@ -53,30 +54,33 @@ def choice_reward(
     The letter may stand in a box, in `<answer>` tags, after "The answer is", or be all of the response: C, (C), c.
     With `compatible` as in the release of SDPO (arXiv 2601.20802): what stands between the last `<answer>` and the
     next `</answer>` is the letter itself, or wrong; without the opening tag the whole response is read so.
+    Logged beside the verdicts: `letter/A` ... `letter/D`, shares of the letters among the responses that have one.
     """
     golds = _column("answer", answer, completions)
-    pairs = zip(completions, golds, strict=True)
-    verdict = _compatible_choice if compatible else _choice_verdict
-    verdicts = [verdict(_text(completion), gold) for completion, gold in pairs]
-    return _rewards(verdicts, golds, log_metric)
+    judge_one = _compatible_choice if compatible else _choice_verdict
+    results = [judge_one(_text(completion), gold) for completion, gold in zip(completions, golds, strict=True)]
+    if log_metric is not None and (chosen := Counter(letter for letter, _ in results if letter)):
+        for letter in LETTERS:
+            log_metric(f"letter/{letter}", chosen[letter] / chosen.total())
+    return _rewards([verdict for _, verdict in results], golds, log_metric)
 
 
-def _compatible_choice(response: str, gold: str | None) -> Verdict:
-    if gold is None:
-        return Verdict.GOLD_UNPARSEABLE
+def _compatible_choice(response: str, gold: str | None) -> tuple[str | None, Verdict]:
     chosen = response.rpartition("<answer>")[2].partition("</answer>")[0].strip()
-    return Verdict.CORRECT if chosen == gold else Verdict.WRONG if len(chosen) == 1 else Verdict.UNPARSEABLE
+    letter = chosen if len(chosen) == 1 else None
+    if gold is None:
+        return letter, Verdict.GOLD_UNPARSEABLE
+    return letter, Verdict.CORRECT if chosen == gold else Verdict.WRONG if letter else Verdict.UNPARSEABLE
 
 
-def _choice_verdict(response: str, gold: str | None) -> Verdict:
-    wanted = gold_letter(gold or "")
-    if wanted is None:
-        return Verdict.GOLD_UNPARSEABLE
-    committed = extract_answer(response)
+def _choice_verdict(response: str, gold: str | None) -> tuple[str | None, Verdict]:
+    wanted, committed = gold_letter(gold or ""), extract_answer(response)
     chosen = chosen_letter(response if committed is None else committed)
+    if wanted is None:
+        return chosen, Verdict.GOLD_UNPARSEABLE
     if chosen is None:
-        return Verdict.NO_ANSWER if committed is None else Verdict.UNPARSEABLE
-    return Verdict.CORRECT if chosen == wanted else Verdict.WRONG
+        return None, Verdict.NO_ANSWER if committed is None else Verdict.UNPARSEABLE
+    return chosen, Verdict.CORRECT if chosen == wanted else Verdict.WRONG
 
 
 def numeric_reward(
@@ -271,7 +275,7 @@ def _column(name: str, values: Sequence | None, completions: Sequence) -> list:
     return list(values)
 
 
-def _rewards(verdicts: list[Verdict], golds: list, log_metric: LogMetric | None) -> list[float | None]:
+def _rewards(verdicts: Sequence[Verdict], golds: list, log_metric: LogMetric | None) -> list[float | None]:
     """Rewards of verdicts; rows without a gold answer do not count in the logged shares."""
     counted = Counter(verdict for verdict, gold in zip(verdicts, golds, strict=True) if gold is not None)
     if log_metric is not None and counted:

