@@ -1,6 +1,6 @@
 # GNU make 3.81 or newer. `make -n TARGET` prints the commands of a target without running them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-va_opd demo-srpo demo-r_diverse test lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse
+.PHONY: help setup fuzz demo demo-va_opd demo-srpo demo-r_diverse test lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse
 
 PRESET ?= paper
 WORKERS ?= 2
@@ -49,6 +49,9 @@ demo-r_diverse: $(READY) ## R-Diverse beside R-Zero: three iterations of self-pl
 
 test: $(READY) ## All tests, on a CPU, without network
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+fuzz: $(READY) ## Long property tests of the answer checker: minutes; FUZZ_EXAMPLES=N for more
+	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest tests/common/test_answers_properties.py --timeout 0 $(ARGS)
 
 lint: $(READY) ## Style and format checks, changing nothing
 	$(PY) -m ruff check .

@@ -63,6 +63,8 @@ def once(folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, 
         atomic_write_json(folder / "STARTED.json", {"inputs": inputs})
         started = time.monotonic()
         counts = work(folder)
+        for draft in (path for path in folder.rglob(".*") if path.is_file()):
+            draft.unlink()  # of a writer that was killed
         outputs = {str(path.relative_to(folder)): _entry(path) for path in _outputs(folder)}
         versions = {package: version(package) for package in PACKAGES}
         done = {"inputs": inputs, "outputs": outputs, "counts": counts, "versions": versions}

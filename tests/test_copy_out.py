@@ -115,7 +115,8 @@ tokenizer.chat_template = "{% for m in messages %}<user>{{ m['content'] }}<user>
 def model(seed):
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16, pad_token_id=0, eos_token_id=1))
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16, pad_token_id=0,
+        eos_token_id=1))
 
 class Letters:  # the caller's own encoder: how often each letter is there
     name, dim = "letters", 26

@@ -1,9 +1,10 @@
-"""`common.answers`: what counts as the answer, what counts as equal, and that no input hangs, raises or runs."""
+"""`common.answers`: what counts as the answer, what counts as equal, and where the time limit holds."""
 
+import ast
 import asyncio
 import json
+import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,18 +16,27 @@ from pathlib import Path
 import pytest
 
 from common import _worker
-from common.answers import Verdict, extract_answer, grade, grade_many, judge, same_answer
+from common.answers import Policy, Verdict, check, extract_answer, grade, grade_many, judge, same_answer
 
 ROOT = Path(__file__).parents[2]
 CASES = ROOT.parent / "shared" / "data" / "answers" / "cases.jsonl"
-LIMIT = 1.0  # seconds allowed to one hostile check
-SLACK = 1.0  # seconds of overhead on a loaded machine
+PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text("utf-8").splitlines()]
+
+
+def needs_algebra(i):
+    """(prediction, gold): equal, and decided in a worker process."""
+    return rf"\frac{{n(n+1)}}{{2}}+{i}", rf"\sum_{{k=1}}^{{n}} k+{i}"
+
+
+def has_no_end(i):
+    """A text on which the computer algebra system works for minutes."""
+    return rf"\sum_{{n=1}}^{{\infty}} \frac{{1}}{{n^{i}+\sin n}}"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def ready_worker():
     """Start one worker before any test that measures time."""
-    assert grade_many([r"\boxed{x+1}"], ["1+x"]) == [Verdict.CORRECT]
+    assert same_answer(*needs_algebra(0), timeout=60)
 
 
 def workers():
@@ -62,6 +72,10 @@ EXTRACTION = [
     (r"\boxed{}", None, None),
     (r"\boxed{{{", None, None),
     (r"\boxed{1} then \boxed{2", "1", "1"),
+    (r"\boxed{185\}.", "185", "185"),
+    ("**Final Answer**\n\n5", "5", "5"),
+    ("The answer would be 5.", "5", "5"),
+    (r"\boxed{(3, 3)} for part (a) and \boxed{(1, 1)}", "(3, 3), (1, 1)", "(3, 3), (1, 1)"),
     ("so it is 42", None, None),
     ("The answer is", None, None),
     ("", None, None),
@@ -130,6 +144,75 @@ def test_not_same(gold, prediction):
     assert not same_answer(prediction, gold)
 
 
+@pytest.mark.parametrize("row", PAIRS, ids=lambda row: ascii(row["gold"][:32]))
+def test_table_of_pairs(row):
+    wrong = [answer for answer in row["same"] if not same_answer(answer, row["gold"])]
+    accepted = [answer for answer in row["different"] if same_answer(answer, row["gold"])]
+    assert (wrong, accepted) == ([], [])
+
+
+POLICIES = [  # policy, gold, prediction, right by default, right with the policy
+    (Policy(percent="value"), "0.5", r"50\%", False, True),
+    (Policy(percent="value"), "50", r"50\%", True, False),
+    (Policy(percent="value"), r"50\%", r"50\%", True, True),
+    (Policy(percent="value"), r"50\%", r"\frac{1}{2}", False, True),
+    (Policy(units="ignored"), "5 cm", "5 km", False, True),
+    (Policy(units="required"), "5 cm", "5", True, False),
+    (Policy(units="required"), "5 cm", "0.05 m", True, True),
+    (Policy(units="required"), "5", "5 cm", True, True),
+    (Policy(rounding=True), "3.14", r"\pi", False, True),
+    (Policy(rounding=True), "3.15", r"\pi", False, False),
+    (Policy(rounding=True), "0.33", "1/3", False, True),
+    (Policy(rounding=True), "0.33", "0.3351", False, False),
+    (Policy(rounding=True), "4.123", r"\sqrt{17}", False, True),
+    (Policy(rounding=True), "1/3", "0.33", False, False),
+    (Policy(lowest_terms=True), "1/2", r"\frac{2}{4}", True, False),
+    (Policy(lowest_terms=True), "1/2", "0.5", True, True),
+    (Policy(lowest_terms=True), r"(\frac{1}{2}, 3)", r"(\frac{2}{4}, 3)", True, False),
+]
+
+
+@pytest.mark.parametrize(("policy", "gold", "prediction", "default", "chosen"), POLICIES)
+def test_policy(policy, gold, prediction, default, chosen):
+    assert same_answer(prediction, gold) is default
+    assert same_answer(prediction, gold, policy=policy) is chosen
+    assert grade_many([rf"\boxed{{{prediction}}}"], [gold], policy=policy)[0] == (
+        Verdict.CORRECT if chosen else Verdict.WRONG
+    )
+
+
+def test_policy_reaches_the_workers():
+    assert not same_answer(r"\sum_{k=1}^{3} \frac{1}{k}", "1.83")
+    assert same_answer(r"\sum_{k=1}^{3} \frac{1}{k}", r"\frac{11}{6}", policy=Policy(percent="value"))
+
+
+def test_policy_refuses_an_unknown_choice():
+    with pytest.raises(ValueError, match="percent must be one of unit, value, got 'both'"):
+        Policy(percent="both")
+    with pytest.raises(ValueError, match="units"):
+        Policy(units="yes")
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "expected"),
+    [
+        (r"\boxed{5}", "5", (Verdict.CORRECT, "5", "text", "text")),
+        (r"\boxed{0.5}", "1/2", (Verdict.CORRECT, "0.5", "number", "number")),
+        (r"\boxed{5 km}", "5 cm", (Verdict.WRONG, "5 km", "unit", "unit")),
+        (r"\boxed{5 km}", "6", (Verdict.WRONG, "5 km", "unit", "number")),
+        (r"\boxed{(1, 3)}", "(1, 2)", (Verdict.WRONG, "(1, 3)", "brackets", "number")),
+        (r"\boxed{2x}", "x+x", (Verdict.CORRECT, "2x", "value", "value")),
+        (r"\boxed{B}", "(B)", (Verdict.CORRECT, "B", "choice", "choice")),
+        (r"\boxed{2}", r"\sum_{k=1}^{2} 1", (Verdict.CORRECT, "2", "value", "algebra")),
+        (r"\boxed{[1,2] \cup [2,3]}", "[1,3]", (Verdict.CORRECT, r"[1,2] \cup [2,3]", "union", "set")),
+        ("five", "5", (Verdict.NO_ANSWER, None, "", "")),
+        (r"\boxed{9^{9^{9^9}}}", "5", (Verdict.UNPARSEABLE, "9^{9^{9^9}}", "value", "size")),
+    ],
+)  # fmt: skip
+def test_a_verdict_has_reasons(response, gold, expected):
+    assert check(response, gold) == expected
+
+
 @pytest.mark.parametrize(
     ("response", "gold", "verdict"),
     [
@@ -153,53 +236,36 @@ def test_verdicts(response, gold, verdict):
     assert str(verdict) == verdict.value
 
 
-HOSTILE = [
-    "9^{9^{9^{9}}}", "9**9**9", "2^{2^{2^{2^{2^2}}}}", "10^{10^{10}}", "x^{x^{x}}", "(9!)!!", "((10!)!)!",
-    "1000000000!",
-    "(12!)!", r"\binom{10^9}{5\cdot10^8}", "9" * 5000, "9" * 1_000_000, "1e999999999", "2^{99999}", "(x+y)^{3000}",
-    r"\prod_{n=1}^{1000000} n", r"\sum_{n=1}^{\infty} \frac{1}{n^3+\sin n}", r"\int_0^{\infty} e^{-x^2}\sin(x^3) dx",
-    r"\begin{pmatrix}" + r"\\".join("&".join(["x+1"] * 50) for _ in range(50)) + r"\end{pmatrix}",
-    "(" * 3000 + ")" * 3000,
-    "{" * 10_000 + "}" * 10_000, r"\boxed{{{", r"\frac{" * 500 + "1" + "}{2}" * 500, r"\sqrt{" * 30 + "2" + "}" * 30,
-    "nan", "inf", r"-\infty", "zoo", "1/0", "", " ", "null", "N/A", "\ud800\udfff", "\x00", "\u202e5", "a" * 1_000_000,
-    r"\boxed{" * 140_000, r"\boxed{" * 70_000 + "}" * 70_000, "<answer>" * 120_000, "answer is " * 100_000,
-    "}" * 1_000_000,
-    "(1," * 39 + "1" + ")" * 39, ", ".join(rf"\sqrt{{{i}}}" for i in range(60)), "-" * 3000 + "5", "a_" * 1500,
-    "(a)" * 1300, "a'" * 1500, "a-'" * 1300, "1=" * 1500 + "1", "|" * 900, ":" * 3000, "\\" * 3999, ". " * 1999 + "x",
-    "A or " * 500 + "B", r"\sin(10^{99999})", r"\exp(\exp(\exp(\exp(9))))", "\ufdfa" * 3999, "½" * 3000,
-]  # fmt: skip
+EVALUATING = {"eval", "exec", "compile", "sympify", "S", "parse_expr", "__import__"}
+UNPICKLING = {"pickle", "dill", "marshal", "shelve", "numexpr"}
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:24]))
-def test_hostile_input_returns_in_time_and_is_never_right(text):
-    for check in (
-        lambda: same_answer(text, r"\sqrt{2}+x", timeout=LIMIT),
-        lambda: same_answer(r"\sqrt{2}+x", text, timeout=LIMIT),
-        lambda: grade(text, "5", timeout=LIMIT),
-        lambda: grade(rf"The answer is \boxed{{{text}}}", "5", which="first", timeout=LIMIT),
-    ):
-        start = time.monotonic()
-        assert check() is False
-        assert time.monotonic() - start < LIMIT + SLACK
-
-
-def test_model_text_is_never_run(tmp_path):
-    sentinel = tmp_path / "sentinel"
-    touch = f"__import__('pathlib').Path({str(sentinel)!r}).touch()"
-    for text in (touch, f"[{touch}]", f"[exec({touch!r})]", f"lambda: {touch}", f"f'{{{touch}}}'", f"({touch})+x"):
-        for gold in ("5", r"\begin{pmatrix}1\\2\end{pmatrix}", "x+1"):
-            assert not same_answer(text, gold, timeout=LIMIT)
-            assert not same_answer(gold, text, timeout=LIMIT)
-    assert not sentinel.exists()
+def evaluations(source):
+    """Calls that run text as code, and imports of what unpickles it; `model.eval()` takes no argument."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = node.func
+            name = (
+                called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
+            )
+            of_module = isinstance(called, ast.Attribute) and ast.unparse(called.value) in ("re", "torch")
+            found += (
+                [ast.unparse(node)] if name in EVALUATING and (node.args or node.keywords) and not of_module else []
+            )
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [ast.unparse(node)] if UNPICKLING & {name.split(".")[0] for name in names} else []
+    return found
 
 
 def test_no_source_evaluates_text():
-    banned = re.compile(
-        r"(?<![\w.])(?:eval|exec)\(|\b(?:sympify|parse_expr)\(|\bpickle\.loads?\("
-    )  # model.eval() is fine
+    assert sorted(evaluations("eval('1'); sympy.sympify(text); import pickle; torch.compile(f)")) == [
+        "eval('1')", "import pickle", "sympy.sympify(text)",
+    ]  # fmt: skip
     folders = [ROOT / name for name in ("common", "va_opd", "srpo", "r_diverse")]
-    found = [path for folder in folders for path in folder.rglob("*.py") if banned.search(path.read_text("utf-8"))]
-    assert found == []
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    assert {path.name: found for path in files if (found := evaluations(path.read_text("utf-8")))} == {}
 
 
 def test_import_is_light():
@@ -210,24 +276,46 @@ def test_import_is_light():
 
 def test_workers_are_reused_and_replaced_after_a_kill():
     before = workers()
-    assert same_answer("y+x+0", "x+y")
-    assert same_answer("y+x+00", "x+y")
+    assert same_answer(*needs_algebra(1))
+    assert same_answer(*needs_algebra(2))
     assert workers() == before
-    assert judge(r"\boxed{\sum_{n=1}^{\infty} \frac{1}{n^4+\sin n}}", "5", timeout=0.3) is Verdict.TIMEOUT
+    assert judge(rf"\boxed{{{has_no_end(4)}}}", "5", timeout=0.3) is Verdict.TIMEOUT
     assert len(workers()) == len(before)
     assert workers() != before
-    assert grade_many([r"\boxed{y+x+1}"], ["x+y+1"]) == [Verdict.CORRECT]
+    assert grade_many(*zip(needs_algebra(3), strict=True), timeout=30) == [Verdict.NO_ANSWER]
+    assert boxed_many(3) == [Verdict.CORRECT]
+
+
+def boxed_many(i):
+    prediction, gold = needs_algebra(i)
+    return grade_many([rf"\boxed{{{prediction}}}"], [gold], timeout=30)
 
 
 def test_a_worker_killed_from_outside_costs_no_verdict():
-    for pid in workers():
-        os.kill(pid, signal.SIGKILL)
-    assert grade_many([r"\boxed{y+x+2}"], ["x+y+2"]) == [Verdict.CORRECT]
+    for _ in range(2):  # the second is killed while it starts
+        for pid in workers():
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    assert boxed_many(4) == [Verdict.CORRECT]
+
+
+def test_code_in_c_is_ended_too():
+    """An integer power runs in C for minutes and looks at no signal; the worker dies all the same."""
+    worker = _worker._Worker()
+    worker.wait_ready(time.monotonic() + 60)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from common import _worker; "
+    code += "with_limits = _worker._limits(1.0); with_limits.__enter__(); len(str(7 ** (10**8)))"
+    start = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code, str(ROOT)], stdin=subprocess.PIPE, timeout=60).returncode
+    worker.kill()
+    assert ended in (-signal.SIGALRM, -signal.SIGXCPU)
+    assert time.monotonic() - start < 10
 
 
 def test_grade_many_keeps_order_among_hostile_rows():
     rows = [(rf"\boxed{{{i}+x}}", f"x+{i}") for i in range(20)]
-    rows[7] = (r"\boxed{\sum_{n=1}^{\infty} \frac{1}{n^5+\sin n}}", "5")
+    rows[3] = (rf"\boxed{{{needs_algebra(5)[0]}}}", needs_algebra(5)[1])
+    rows[7] = (rf"\boxed{{{has_no_end(5)}}}", "5")
     rows[9] = ("no idea", "5")
     expected = [Verdict.CORRECT] * 20
     expected[7], expected[9] = Verdict.TIMEOUT, Verdict.NO_ANSWER
@@ -236,17 +324,44 @@ def test_grade_many_keeps_order_among_hostile_rows():
         grade_many(["5"], ["5", "6"])
 
 
+def test_grade_many_of_a_training_step_is_fast():
+    """2,048 responses of usual kinds, none seen before."""
+    kinds = [
+        "{i}",
+        r"\frac{{{i}}}{{7}}",
+        "x^2+{i}x",
+        "({i}, 2)",
+        r"{i}\sqrt{{2}}",
+        r"\$1,{i:03d}.50",
+        "[0, {i})",
+        "x={i}",
+    ]
+    answers = [kinds[i % 8].format(i=i % 1000) for i in range(2048)]
+    responses = [
+        f"Let me see. So $x = 3$ gives the result.\n\nThe answer is \\boxed{{{answer}}}." for answer in answers
+    ]
+    golds = [answer.replace("x^2+", "x*x + ").replace("2)", "2.0)") for answer in answers]
+    start = time.process_time()
+    assert set(grade_many(responses, golds)) == {Verdict.CORRECT}
+    assert time.process_time() - start < 2  # half a second on a quiet machine
+
+
 def test_threads():
+    pairs = [needs_algebra(i % 10) for i in range(40)] + [(f"z+{i}", f"{i}+z") for i in range(160)]
     with ThreadPoolExecutor(50) as executor:
-        assert all(executor.map(lambda i: same_answer(f"z+{i % 40}", f"{i % 40}+z", timeout=30), range(200)))
+        assert all(executor.map(lambda pair: same_answer(*pair, timeout=30), pairs))
+        late = list(executor.map(lambda i: same_answer(has_no_end(6 + i % 2), "5", timeout=0.5), range(4)))
+    assert late == [False] * 4
 
 
 def test_asyncio():
-    async def check():
-        direct = same_answer("b+a+0", "a+b")
-        return direct, await asyncio.to_thread(same_answer, "b+a+00", "a+b")
+    async def both():
+        direct = same_answer(*needs_algebra(11), timeout=30)
+        start = time.monotonic()
+        late = await asyncio.to_thread(same_answer, has_no_end(8), "5", timeout=0.5)
+        return direct, late, time.monotonic() - start < 3
 
-    assert asyncio.run(check()) == (True, True)
+    assert asyncio.run(both()) == (True, False, True)
 
 
 def test_alarm_of_the_caller_is_untouched():
@@ -255,7 +370,7 @@ def test_alarm_of_the_caller_is_untouched():
     try:
         handler = signal.getsignal(signal.SIGALRM)
         signal.setitimer(signal.ITIMER_REAL, 0.2)
-        assert not same_answer(r"\sum_{n=1}^{\infty} \frac{1}{n^6+\sin n}", "5", timeout=0.5)
+        assert not same_answer(has_no_end(9), "5", timeout=0.5)
         assert rang == [True]
         assert signal.getsignal(signal.SIGALRM) is handler
     finally:
@@ -265,27 +380,42 @@ def test_alarm_of_the_caller_is_untouched():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_process_makes_its_own_workers():
-    held = threading.Thread(target=lambda: same_answer(r"\sum_{n=1}^{\infty} \frac{1}{n^7+\sin n}", "5", timeout=0.5))
+    held = threading.Thread(target=lambda: same_answer(has_no_end(10), "5", timeout=0.5))
     held.start()  # a thread is inside the pool while the process forks
     parents = set(workers())
     child = os.fork()
     if child == 0:
-        right = same_answer("c+a+0", "a+c", timeout=20) and not set(workers()) & parents
+        right = same_answer(*needs_algebra(12), timeout=30) and not set(workers()) & parents
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     held.join()
-    assert grade_many([r"\boxed{c+a+1}"], ["a+c+1"]) == [Verdict.CORRECT]
+    assert boxed_many(13) == [Verdict.CORRECT]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_started_processes(method):
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(same_answer, needs_algebra(14), {"timeout": 30})
+        start = time.monotonic()
+        assert not pool.apply(same_answer, (has_no_end(11), "5"), {"timeout": 0.5})
+        assert time.monotonic() - start < 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_workers_end_with_the_process():
-    code = (
-        "from common import _worker, answers; answers.grade_many([r'\\boxed{x+1}'], ['1+x']);"
-        "print(*[worker.process.pid for worker in _worker._pool.workers], flush=True);"
-        "import os; os.kill(os.getpid(), 9)"
-    )
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_with_the_process(busy):
+    code = f"""
+import os, threading, time
+from common import _worker, answers
+assert answers.same_answer({needs_algebra(15)[0]!r}, {needs_algebra(15)[1]!r}, timeout=60)
+if {busy}:
+    threading.Thread(target=answers.same_answer, args=({has_no_end(12)!r}, "5"), kwargs={{"timeout": 60}}).start()
+    time.sleep(0.5)
+print(*[worker.process.pid for worker in _worker._pool.workers], flush=True)
+os.kill(os.getpid(), 9)
+"""
     pids = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout.split()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 5
     while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert pids
@@ -305,13 +435,27 @@ def scored_cases():
     return [row for row in rows if row["form"] != "nomarker" and row["kind"] != "arguable"]
 
 
+def verdict_of(row, in_box=False):
+    if row["form"] == "answer" and not in_box:
+        return same_answer(row["prediction"], row["gold"], timeout=10)
+    response = rf"So \boxed{{{row['prediction']}}}." if in_box else row["prediction"]
+    return grade(response, row["gold"], timeout=10)
+
+
 @pytest.mark.skipif(not CASES.exists(), reason="the shared answer pairs are not beside the repository")
 def test_public_answer_pairs():
-    false_positives, false_negatives, rows = [], [], scored_cases()
-    for row in rows:
-        check = same_answer if row["form"] == "answer" else grade
-        right = check(row["prediction"], row["gold"], timeout=10)
-        if right != row["expected"]:
-            (false_positives if right else false_negatives).append(row["id"])
+    rows = scored_cases()
+    got = [verdict_of(row) for row in rows]
+    false_positives = [row["id"] for row, right in zip(rows, got, strict=True) if right and not row["expected"]]
+    false_negatives = [row["id"] for row, right in zip(rows, got, strict=True) if not right and row["expected"]]
     assert false_positives == []
-    assert 1 - len(false_negatives) / len(rows) >= 0.985, false_negatives
+    assert 1 - len(false_negatives) / len(rows) >= 0.99, false_negatives
+    assert [verdict_of(row) for row in rows] == got
+    with ThreadPoolExecutor(4) as executor:
+        assert list(executor.map(verdict_of, rows)) == got
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="the shared answer pairs are not beside the repository")
+def test_a_box_changes_no_verdict():
+    rows = [row for row in scored_cases() if row["form"] == "answer" and "</think>" not in row["prediction"]]
+    assert [row["id"] for row in rows if verdict_of(row) != verdict_of(row, in_box=True)] == []

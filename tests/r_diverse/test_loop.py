@@ -91,6 +91,7 @@ def again(base: Path, finished: Path, *more: str, **changes) -> int:
 def digests(root: Path) -> dict[str, str]:
     """All files of a run but logs with times."""
     skipped = {"manifest.json", "stages.jsonl", "metrics.jsonl", ".lock"}
+    skipped |= {path.name for path in root.rglob(".*")}  # a killed writer's drafts
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.name not in skipped]
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

@@ -1,0 +1,148 @@
+"""The committed final answer of a response."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["boxes_of", "extract_answer", "own_words"]
+
+_MAX_CHARS = 4000  # of the sentence after a marker
+
+_TURN_END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>")
+_TURN_START = re.compile(r"\s*<\|im_start\|>\s*assistant\s*")
+_BOX_TOKEN = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)(?:\s+|(?=\d))(?P<bare>[^\s{}$\\,;]+)|\\.|[{}]", re.DOTALL
+)
+_ESCAPED_END = re.compile(r"\\boxed ?\{([^{}\\]*)\\\}")  # a box whose last brace is escaped by mistake
+_BOX_JOIN = re.compile(
+    r"(?:[\s$,;}]|\\[,;:!()\[\]]|\\q?quad|\\text\w*\s*\{|\b(?:and|or|for\spart\s\(\w\))(?!\w)|[,、和或])*",
+    re.IGNORECASE,
+)
+_TAG = re.compile(r"</?(?:final_)?answer>", re.IGNORECASE)
+_MAX_MARKS = 20  # markers tried before giving up, when the nearest ones are followed by nothing
+_MARKER = re.compile(
+    r"""(?ix) (?:^|(?<=\n))\#{4}\s+ |
+    (?:^|(?<=\n)) [\#\s*_]* (?:final\s+)?answer [\s*_]* \n+ |
+    \b(?:answers? | (?:correct|right|best)\s+(?:option|choice))\b [\s*_]*
+        (?:['’]s\b|\b(?:is|are|(?:would|should|must|will)\s+be|becomes|equals)\b|[:=：]) [\s*_:：]* |
+    \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)\b [\s*_]* (?:\b(?:est|es|é|è|ist)\b|[:：]) [\s*_:：]* |
+    (?:答案|答え|答|정답|답)\s*\**\s*(?:应该是|应为|就是|是|为|は|은|[:：])[\s*:：]*"""
+)
+_FILLER = re.compile(
+    r"(?i)(?:for sure|definitely|clearly|simply|just|therefore|thus|indeed|certainly|probably|likely|exactly)\b[\s,:]*"
+)
+_SENTENCE_END = re.compile(r"\.(?=\s|$|\*)|。|\n|</?\w+>")
+_REASON = re.compile(
+    r"(?i)(?:,\s*(?:it|i|we|you|that|this)\b|,?\s+(?:because|since|which|as(?! well)|so)\b).*", re.DOTALL
+)
+_COPULA = re.compile(r"(?i)(?:the|this|that|there|its|our)\b.*\b(?:is|are|equals|equal to)\b\s*(.+)", re.DOTALL)
+_COPULA_ZH = re.compile(r"[\u4e00-\u9fff].*(?:是|为|等于)\s*(.+)", re.DOTALL)
+
+
+def extract_answer(response: str, which: str = "last") -> str | None:
+    r"""Return the committed final answer of a response, or None when it commits to none.
+
+    `which="last"`: the last balanced `\boxed{}`, else the last explicit marker. `which="first"`: whichever of them
+    comes earliest (VA-OPD's evaluation rule; a later correction does not override). An empty box is no answer.
+    """
+    if which not in ("last", "first"):
+        raise ValueError(f'which must be "last" or "first", not {which!r}')
+    text = own_words(response)
+    boxes = boxes_of(text)
+    marked = None if boxes and which == "last" else _marked(text, which)
+    if marked and (not boxes or marked[0] < boxes[0][0]):
+        return marked[1]
+    if boxes:
+        return boxes[-1 if which == "last" else 0][2] or None
+    unclosed = _ESCAPED_END.findall(text)
+    return unclosed[-1 if which == "last" else 0].strip() or None if unclosed else None
+
+
+def own_words(response: str) -> str:
+    """The part of a response that speaks to the reader: after the thinking, before any end-of-turn token."""
+    text = _TURN_START.sub("", response, count=1) if response.lstrip().startswith("<|im_start|>") else response
+    end = _TURN_END.search(text)
+    text = text[: end.start()] if end else text
+    _, closed, after = text.rpartition("</think>")
+    if closed:
+        return after
+    return "" if text.lstrip().startswith("<think>") else text
+
+
+def boxes_of(text: str) -> list[tuple[int, int, str]]:
+    """Outermost balanced boxes as (start, end, content); boxes joined by "and" or commas are one. Linear time."""
+    found: list[tuple[int, int, int, int]] = []  # start, end, start and end of the content
+    stack: list[tuple[int, int] | None] = []
+    for token in _BOX_TOKEN.finditer(text):
+        if token["box"]:
+            stack.append(token.span())
+        elif token["bare"]:
+            found.append((*token.span(), *token.span("bare")))
+        elif token[0] == "{":
+            stack.append(None)
+        elif token[0] == "}" and stack and (opened := stack.pop()):
+            while found and found[-1][0] > opened[0]:
+                found.pop()
+            found.append((opened[0], token.end(), opened[1], token.start()))
+    return _join_boxes(text, [(start, end, text[first:last].strip()) for start, end, first, last in found])
+
+
+def _join_boxes(text: str, boxes: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    joined: list[tuple[int, int, str]] = []
+    for start, end, content in boxes:
+        between = text[joined[-1][1] : start] if joined else ""
+        is_list = 0 < len(between) <= 60 and re.search(r"(?i),|;|\band\b|\bor\b|[、和或]", between)
+        if is_list and _BOX_JOIN.fullmatch(between):
+            start, content = joined[-1][0], f"{joined.pop()[2]}, {content}"
+        joined.append((start, end, content))
+    return joined
+
+
+def _marks(text: str) -> list[tuple[int, int, int]]:
+    """(start, start of the content, its end or -1 where the sentence decides) of every answer marker, in order."""
+    marks = [(m.start(), m.end(), -1) for m in _MARKER.finditer(text)]
+    opened = None
+    for tag in _TAG.finditer(text):
+        if opened and tag[0][1] == "/":
+            marks.append((opened.start(), opened.end(), tag.start()))
+        opened = tag if tag[0][1] != "/" else None
+    return sorted(marks)
+
+
+def _marked(text: str, which: str) -> tuple[int, str] | None:
+    """(position, answer) of the last or first marker that an answer follows."""
+    marks = _marks(text)
+    for start, content, end in marks[: -_MAX_MARKS - 1 : -1] if which == "last" else marks[:_MAX_MARKS]:
+        clause = text[content:end] if end >= 0 else _clause(text[content : content + _MAX_CHARS])
+        if answer := _clean_clause(clause, is_sentence=end < 0):
+            return start, answer
+    return None
+
+
+def _clean_clause(clause: str, is_sentence: bool) -> str | None:
+    if boxes := boxes_of(clause):
+        return boxes[0][2] or None
+    while inner := _MARKER.search(clause):  # "Final Answer: The final answer is 5"
+        clause = clause[inner.end() :]
+    clause = clause.strip().removeprefix("}").strip().strip("*_`").strip()
+    while filler := _FILLER.match(clause):
+        clause = clause[filler.end() :]
+    if is_sentence:
+        clause = _REASON.sub("", clause, count=1)
+        copula = _COPULA.match(clause) or _COPULA_ZH.match(clause)
+        clause = copula[1] if copula else clause
+    return clause.strip(" \t\n*_`") or None
+
+
+def _clause(rest: str) -> str:
+    """The sentence that follows a marker; a formula between delimiters is never cut."""
+    rest = rest.lstrip(" \t\n*_:：")
+    opening = re.match(r"\$\$|\$|\\\(|\\\[|\\begin\{", rest)
+    inside = 0
+    if opening:
+        closing = {"\\(": "\\)", "\\[": "\\]", "\\begin{": "\\end{"}.get(opening[0], opening[0])
+        inside = max(rest.find(closing, opening.end()), 0)
+        if inside and opening[0] in ("$$", "\\["):
+            return rest[: inside + 2]
+    end = _SENTENCE_END.search(rest, inside)
+    return rest[: end.start()] if end else rest

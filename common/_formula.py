@@ -1,0 +1,356 @@
+r"""Formulas of answers: a parser for LaTeX and plain text.
+
+It knows what an answer may hold: numbers, names, + - * / ^ !, roots, absolute values, elementary functions. Whatever
+else a text holds makes it `Unreadable`; nothing is skipped, so "5 or 7" can never be read as 5.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+__all__ = ["Node", "Unreadable", "names", "operators", "parse", "whole"]
+
+_MAX_TOKENS = 400
+_MAX_DEPTH = 60
+
+
+class Unreadable(ValueError):
+    """The text is no formula of the kind that this module reads."""
+
+
+class Node(NamedTuple):
+    """A formula: an operator and its operands; the only operand of `number`, `name` and `constant` is their value."""
+
+    op: str
+    args: tuple
+
+
+_CIRCULAR, _HYPERBOLIC = ("sin", "cos", "tan", "cot", "sec", "csc"), ("sinh", "cosh", "tanh", "coth", "sech", "csch")
+_INVERSE = {f"{prefix}{name}": f"a{name}" for name in _CIRCULAR + _HYPERBOLIC[:3] for prefix in ("arc", "ar", "a")}
+_OTHER = ("ln", "log", "exp", "cis", "sqrt", "abs", "floor", "ceil")
+_FUNCTIONS = {name: name for name in _CIRCULAR + _HYPERBOLIC + _OTHER} | _INVERSE
+_FUNCTIONS |= {"cosec": "csc", "lg": "log", "ceiling": "ceil", "Re": "re", "Im": "im"}
+_GREEK = re.findall(
+    r"\w+",
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau"
+    " upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar",
+)
+_CONSTANTS = ("pi", "e", "i")
+_BEFORE_NUMBER = (")", "}", "|", "]", "!", "i", "pi")
+_UNKNOWN_FUNCTIONS = "fgh"  # f(x+1) is no product
+_WORDS = sorted([*_FUNCTIONS, "pi", *(name for name in _GREEK[:-2] if len(name) > 2)], key=len, reverse=True)
+_TOKEN = re.compile(
+    r"(?P<repeating>\d*\.\d*\\(?:overline|bar|dot)\s*\{?\s*\d+\s*\}?)"
+    r"|(?P<number>(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
+    r"|\\operatorname\*?\s*\{(?P<operator>[A-Za-z]+)\}"
+    r"|\\text\{\s*(?P<letter>[A-Za-z])\s*\}|(?P<degrees>\\text\{degrees\})"
+    r"|\\(?P<command>[A-Za-z]+)"
+    rf"|(?P<word>(?:{'|'.join(_WORDS)})(?![A-Za-z]{{2}}))"
+    r"|(?P<name>[A-Za-z])"
+    r"|(?P<symbol>[-+*/^_!(){}\[\]|'])"
+    r"|\s+"
+)
+_ABOVE = ("overline", "vec", "hat", "bar", "overrightarrow")  # a decorated name is one name
+
+
+def _tokens(text: str) -> list[tuple[str, str]]:
+    tokens, position = [], 0
+    while position < len(text):
+        found = _TOKEN.match(text, position)
+        if not found:
+            raise Unreadable(text[position])
+        if found.lastgroup:
+            tokens.append((found.lastgroup, found[found.lastgroup]))
+        position = found.end()
+    if len(tokens) > _MAX_TOKENS:
+        raise Unreadable("too long")
+    return [*tokens, ("end", "")]
+
+
+class _Parser:
+    """Recursive descent. An implicit product binds like an explicit one: 1/2x is (1/2)x."""
+
+    def __init__(self, text: str) -> None:
+        self.tokens = _tokens(text)
+        self.at = 0
+        self.bars = 0  # open absolute values
+        self.depth = 0
+
+    @property
+    def next(self) -> str:
+        """The next symbol or command, "" where it is neither."""
+        kind, text = self.tokens[self.at]
+        return text if kind in ("symbol", "command", "end") else ""
+
+    def take(self, *wanted: str) -> bool:
+        if self.tokens[self.at][0] in ("symbol", "command") and self.tokens[self.at][1] in wanted:
+            self.at += 1
+            return True
+        return False
+
+    def need(self, wanted: str) -> None:
+        if not self.take(wanted):
+            raise Unreadable(f"{wanted} expected")
+
+    def all(self) -> Node:
+        node = self.sum()
+        if self.tokens[self.at][0] != "end":
+            raise Unreadable(self.tokens[self.at][1])
+        return node
+
+    def sum(self) -> Node:
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise Unreadable("too deep")
+        terms = [self.product()]
+        while self.next in ("+", "-"):
+            terms.append(self.product())  # a product takes its own sign
+        node = terms[0] if len(terms) == 1 else Node("+", tuple(terms))
+        if self.take("over"):
+            node = Node("/", (node, self.sum()))
+        self.depth -= 1
+        return node
+
+    def product(self) -> Node:
+        node = self.signed()
+        while True:
+            if self.take("*", "cdot"):
+                node = Node("*", (node, self.signed()))
+            elif self.take("/"):
+                node = Node("/", (node, self.signed()))
+            elif self.starts_factor():
+                node = Node("*", (node, self.implicit()))
+            else:
+                return node
+
+    def implicit(self) -> Node:
+        """The next factor of a product without a sign; a number stands there only after what plainly ends."""
+        if self.tokens[self.at][0] in ("number", "repeating") and self.tokens[self.at - 1][1] not in _BEFORE_NUMBER:
+            raise Unreadable("two numbers side by side")
+        return self.power()
+
+    def signed(self) -> Node:
+        negative = False
+        while self.next in ("+", "-"):
+            negative ^= self.next == "-"
+            self.at += 1
+        node = self.power()
+        return Node("neg", (node,)) if negative else node
+
+    def starts_factor(self) -> bool:
+        kind, text = self.tokens[self.at]
+        if kind == "symbol":
+            return text in ("(", "{", "[") or (text == "|" and not self.bars)
+        if kind == "command":
+            return text not in ("cdot", "over", "rfloor", "rceil")
+        return kind not in ("end", "degrees")
+
+    def power(self) -> Node:
+        node = self.postfix()
+        if not self.take("^"):
+            return node
+        exponent = self.exponent()
+        if self.next in ("^", "'"):
+            raise Unreadable("two exponents")
+        return Node("^", (node, exponent))
+
+    def exponent(self) -> Node:
+        negative = self.take("-")
+        self.take("+")
+        node = self.primary()
+        return Node("neg", (node,)) if negative else node
+
+    def postfix(self) -> Node:
+        node = self.primary()
+        while True:
+            if self.take("!"):
+                node = Node("!", (node,))
+            elif self.tokens[self.at][0] == "degrees":
+                self.at += 1
+                node = Node("*", (node, Node("/", (Node("constant", ("pi",)), whole(180)))))
+            else:
+                return node
+
+    def primary(self) -> Node:
+        kind, text = self.tokens[self.at]
+        self.at += 1
+        if kind == "number":
+            return self.mixed(Fraction(text.replace(",", "").rstrip(".")))
+        if kind == "repeating":
+            return Node("number", (_repeating(text),))
+        if kind in ("name", "letter"):
+            return self.name(text)
+        if kind in ("word", "operator", "command"):
+            return self.word(text)
+        if kind == "symbol" and text in ("(", "{", "["):
+            return self.enclosed({"(": ")", "{": "}", "[": "]"}[text])
+        if kind == "symbol" and text == "|":
+            return self.absolute()
+        raise Unreadable(text or "the end")
+
+    def enclosed(self, closing: str) -> Node:
+        bars, self.bars = self.bars, 0
+        node = self.sum()
+        self.need(closing)
+        self.bars = bars
+        return node
+
+    def absolute(self) -> Node:
+        self.bars += 1
+        node = self.sum()
+        self.need("|")
+        self.bars -= 1
+        return Node("abs", (node,))
+
+    def mixed(self, value: Fraction) -> Node:
+        r"""`3\frac{1}{2}` is three and a half, `2\frac{x}{3}` a product."""
+        start = self.at
+        if value.denominator == 1 and self.take("frac"):
+            top, bottom = self.group(), self.group()
+            if _is_whole(top) and _is_whole(bottom) and 0 < top.args[0] < bottom.args[0]:
+                return Node("number", (value + top.args[0] / bottom.args[0],))
+            self.at = start
+        return Node("number", (value,))
+
+    def group(self) -> Node:
+        """The argument of a command: braces, or one token."""
+        if self.take("{"):
+            return self.enclosed("}")
+        if self.tokens[self.at][0] not in ("number", "name", "letter", "command", "word"):
+            raise Unreadable("an argument is missing")
+        return self.primary()
+
+    def name(self, letter: str) -> Node:
+        if letter in _CONSTANTS and self.next not in ("_", "'"):
+            return Node("constant", (letter,))
+        if letter in _UNKNOWN_FUNCTIONS and self.next == "(":
+            raise Unreadable("an unknown function")
+        suffix = f"_{self.raw_group()}" if self.take("_") else ""
+        if not suffix and self.tokens[self.at][0] == "number":  # x2 means x_2
+            suffix = f"_{self.tokens[self.at][1]}"
+            self.at += 1
+        while self.take("'"):
+            suffix += "'"
+        return Node("name", (letter + suffix,))
+
+    def raw_group(self) -> str:
+        """The text of a subscript."""
+        if not self.take("{"):
+            kind, text = self.tokens[self.at]
+            if kind not in ("number", "name", "letter"):
+                raise Unreadable("a subscript is missing")
+            self.at += 1
+            return text
+        start = self.at
+        while self.next not in ("}", "{", "^") and self.tokens[self.at][0] != "end":
+            self.at += 1
+        self.need("}")
+        return "".join(text for _, text in self.tokens[start : self.at - 1])
+
+    def word(self, text: str) -> Node:
+        if text in _FUNCTIONS:
+            return self.function(_FUNCTIONS[text])
+        if text == "pi":
+            return Node("constant", ("pi",))
+        if text in _GREEK:
+            return self.name(f"\\{text.removeprefix('var')}")
+        if text in ("frac", "binom"):
+            top, bottom = self.group(), self.group()
+            return Node("/" if text == "frac" else "binom", (top, bottom))
+        if text in ("lfloor", "lceil"):
+            return Node(text[1:], (self.enclosed("r" + text[1:]),))
+        if text in _ABOVE:
+            return self.name(f"\\{text} {self.decorated()}")
+        raise Unreadable(text)
+
+    def decorated(self) -> str:
+        self.need("{")
+        start = self.at
+        while self.tokens[self.at][0] == "name":
+            self.at += 1
+        if start == self.at:
+            raise Unreadable("no name")
+        self.need("}")
+        return "".join(text for _, text in self.tokens[start : self.at - 1])
+
+    def function(self, name: str) -> Node:
+        if name == "sqrt":
+            return self.root()
+        base, power = None, None
+        while self.next in ("_", "^"):
+            if self.take("_"):
+                base = self.group()
+            elif self.take("^"):
+                power = self.exponent()
+        if base and name != "log":
+            raise Unreadable("subscript of a function")
+        if power == Node("neg", (whole(1),)) and f"a{name}" in _FUNCTIONS.values():
+            name, power = f"a{name}", None
+        node = Node(name, (self.argument(),))
+        if name == "cis":
+            sine = Node("*", (Node("constant", ("i",)), Node("sin", node.args)))
+            node = Node("+", (Node("cos", node.args), sine))
+        if name == "log":
+            node = Node("/", (Node("ln", node.args), Node("ln", (base or whole(10),))))
+        return node if power is None else Node("^", (node, power))
+
+    def root(self) -> Node:
+        degree = self.enclosed("]") if self.take("[") else whole(2)
+        return Node("root", (self.primary() if self.next == "(" else self.group(), degree))
+
+    def argument(self) -> Node:
+        r"""`(x)` ends an argument; without parentheses it is the implicit product: `\sin 2x \cos x`."""
+        if self.next in ("(", "{", "[", "|", "lfloor"):
+            return self.primary()
+        if self.next in ("+", "-"):
+            return self.signed()
+        node = self.power()
+        while self.starts_factor() and not self.starts_function() and self.next not in ("(", "["):
+            node = Node("*", (node, self.implicit()))
+        constant = not names(node)
+        while constant and self.next == "/" and self.tokens[self.at + 1][0] == "number":
+            self.at += 1
+            node = Node("/", (node, self.power()))
+        return node
+
+    def starts_function(self) -> bool:
+        kind, text = self.tokens[self.at]
+        return kind in ("word", "operator", "command") and text in _FUNCTIONS and text != "sqrt"
+
+
+def _is_whole(node: Node) -> bool:
+    return node.op == "number" and node.args[0].denominator == 1
+
+
+def whole(value: int) -> Node:
+    return Node("number", (Fraction(value),))
+
+
+def _repeating(text: str) -> Fraction:
+    r"""`0.1\overline{6}` is 1/6."""
+    whole, fixed, period = re.match(r"(\d*)\.(\d*)\D+(\d+)", text).groups()
+    tail = Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(fixed)
+    return Fraction(f"{whole or 0}.{fixed or 0}") + tail
+
+
+def names(node: Node) -> frozenset[str]:
+    if node.op == "name":
+        return frozenset(node.args)
+    return frozenset().union(*(names(arg) for arg in node.args if isinstance(arg, Node)))
+
+
+def operators(node: Node) -> frozenset[str]:
+    inner = (operators(arg) for arg in node.args if isinstance(arg, Node))
+    return frozenset([node.args[0] if node.op == "constant" else node.op]).union(*inner)
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Node:
+    """The formula that a normalised text holds. Raises `Unreadable`."""
+    try:
+        return _Parser(text).all()
+    except RecursionError as error:
+        raise Unreadable("too deep") from error

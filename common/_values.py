@@ -1,0 +1,396 @@
+r"""Whether two formulas are equal, by their values.
+
+Two formulas are equal when their values agree wherever both are defined: as exact fractions where every step is
+rational, else to more digits than the two texts could differ in. The points are fixed, so a verdict never changes.
+Every step is bounded (`TooLarge`) and looks at the deadline, so that this can run in any thread.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import lru_cache
+
+from common._formula import Node, Unreadable, names, operators, parse, whole
+
+__all__ = ["TooLarge", "equal", "order", "proportional", "scattered_points", "within"]
+
+_MAX_DIGITS = 8000  # of an exact number on the way
+_MAX_PRECISION = 2000  # of an inexact one
+_MAX_FACTORIAL = 2500
+
+
+class TooLarge(ArithmeticError):
+    """A value with no end of digits: a power tower, a huge factorial."""
+
+
+class _Undefined(ArithmeticError):
+    """No value at this point: a division by zero, the logarithm of zero."""
+
+
+class _Irrational(Exception):
+    """The value is no fraction, or not seen to be one."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _digits(value: Fraction) -> float:
+    """Decimal digits of numerator and denominator together."""
+    return 0.302 * (value.numerator.bit_length() + value.denominator.bit_length())
+
+
+def _quotient(a: Fraction, b: Fraction) -> Fraction:
+    if not b:
+        raise _Undefined
+    return a / b
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1:
+        return _rational_root(base, exponent)
+    if not base and exponent <= 0:
+        raise _Undefined
+    if abs(base) in (0, 1):
+        return base ** (2 - int(exponent) % 2)
+    if _digits(base) * abs(exponent) > 2 * _MAX_DIGITS:
+        raise TooLarge
+    return base ** int(exponent)
+
+
+def _rational_root(base: Fraction, exponent: Fraction) -> Fraction:
+    """`8^{2/3}` is 4; an odd root of a negative number is the real one, as in school."""
+    degree = exponent.denominator
+    if degree > 64 or (base < 0 and degree % 2 == 0):
+        raise _Irrational
+    top, bottom = _integer_root(abs(base.numerator), degree), _integer_root(base.denominator, degree)
+    if top is None or bottom is None:
+        raise _Irrational
+    return _power(Fraction(top, bottom) * (-1 if base < 0 else 1), Fraction(exponent.numerator))
+
+
+def _integer_root(value: int, degree: int) -> int | None:
+    if degree == 2:
+        root = math.isqrt(value)
+    elif value.bit_length() < 1000:
+        root = round(value ** (1 / degree))
+    else:
+        return None
+    return next((near for near in (root - 1, root, root + 1) if near >= 0 and near**degree == value), None)
+
+
+def _factorial(value: Fraction) -> Fraction:
+    if value.denominator != 1:
+        raise _Irrational
+    if value < 0:
+        raise _Undefined
+    if value > _MAX_FACTORIAL:
+        raise TooLarge
+    return Fraction(math.factorial(int(value)))
+
+
+def _binomial(n: Fraction, k: Fraction) -> Fraction:
+    if n.denominator != 1 or k.denominator != 1 or n < 0 or k < 0:
+        raise _Irrational
+    if n > _MAX_FACTORIAL:
+        raise TooLarge
+    return Fraction(math.comb(int(n), int(k)))
+
+
+_EXACT = {
+    "+": lambda *terms: sum(terms),
+    "*": lambda a, b: a * b,
+    "/": _quotient,
+    "neg": lambda a: -a,
+    "^": _power,
+    "root": lambda a, degree: _power(a, _quotient(Fraction(1), degree)),
+    "!": _factorial,
+    "binom": _binomial,
+    "abs": abs,
+    "re": lambda a: a,
+    "floor": lambda a: Fraction(math.floor(a)),
+    "ceil": lambda a: Fraction(math.ceil(a)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values at a point
+# ---------------------------------------------------------------------------------------------------------------------
+
+_local = threading.local()
+
+
+def _context():
+    """mpmath keeps the precision in a context, so each thread has its own."""
+    if not hasattr(_local, "context"):
+        import mpmath
+
+        _local.context = mpmath.MPContext()
+    return _local.context
+
+
+class _Point:
+    """Values of formulas where the names have the values `at`, each step bounded, all of them before `deadline`."""
+
+    def __init__(self, at: dict[str, Fraction], deadline: float) -> None:
+        self.at = at
+        self.deadline = deadline  # time.monotonic()
+        self.mp = None
+        self.spread = 0.0  # digits of the largest or smallest number met
+
+    def exact(self, node: Node) -> Fraction:
+        """The value as a fraction. Raises `_Irrational`, `_Undefined` or `TooLarge`."""
+        if node.op == "number":
+            return node.args[0]
+        if node.op == "name":
+            return self.at[node.args[0]]
+        if node.op not in _EXACT:
+            raise _Irrational
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
+        value = _EXACT[node.op](*map(self.exact, node.args))
+        if _digits(value) > _MAX_DIGITS:
+            raise TooLarge
+        return value
+
+    def set_digits(self, digits: int) -> None:
+        if digits > _MAX_PRECISION:
+            raise TooLarge
+        self.mp = _context()
+        self.mp.dps = digits
+
+    def value(self, node: Node):
+        """The value to the digits set, real or complex. Raises `_Undefined` or `TooLarge`."""
+        try:
+            return self._real(self.exact(node))
+        except _Irrational:
+            pass
+        if node.op == "constant":
+            return {"pi": +self.mp.pi, "e": +self.mp.e, "i": self.mp.j}[node.args[0]]
+        try:
+            value = self._apply(node)
+        except (ValueError, ZeroDivisionError) as error:  # mpmath at a pole
+            raise _Undefined from error
+        if not self.mp.isfinite(value):
+            raise _Undefined
+        return value
+
+    def _real(self, value: Fraction):
+        self.spread = max(self.spread, _digits(value))
+        return self.number(value)
+
+    def number(self, value):
+        """A fraction as a number of mpmath; a number of mpmath as it is."""
+        return self.mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+
+    def _apply(self, node: Node):
+        if node.op == "^":
+            return self._power(*node.args)
+        if node.op == "root":
+            return self._power(node.args[0], Node("/", (whole(1), node.args[1])))
+        values = [self.value(arg) for arg in node.args]
+        if node.op in _ARITHMETIC:
+            return _ARITHMETIC[node.op](self.mp, *values)
+        if node.op == "exp":
+            return self._bounded_power(+self.mp.e, values[0])
+        if max(map(abs, values)) > (1e3 if node.op in ("!", "binom") else 1e6) and node.op != "ln":
+            raise TooLarge  # reducing a large angle takes as many digits as it has
+        if node.op in ("!", "binom") and self.mp.dps > 400:
+            raise TooLarge
+        return getattr(self.mp, {"ln": "log", "!": "factorial", "binom": "binomial"}.get(node.op, node.op))(*values)
+
+    def _power(self, base_node: Node, exponent_node: Node):
+        base = self.value(base_node)
+        try:
+            exact = self.exact(exponent_node)
+        except _Irrational:
+            return self._bounded_power(base, self.value(exponent_node))
+        exponent = self._real(exact)
+        if self.mp.im(base) == 0 and self.mp.re(base) < 0 and exact.denominator % 2 and exact.denominator > 1:
+            return (-1) ** exact.numerator * self._bounded_power(-base, exponent)  # the real root
+        return self._bounded_power(base, exponent)
+
+    def _bounded_power(self, base, exponent):
+        if not base:
+            if self.mp.re(exponent) <= 0:
+                raise _Undefined
+            return base
+        size = abs(exponent * self.mp.log(base)) / 2.302585
+        if size > _MAX_PRECISION:
+            raise TooLarge
+        self.spread = max(self.spread, float(size))
+        return self.mp.power(base, exponent)
+
+
+_ARITHMETIC = {
+    "+": lambda mp, *terms: mp.fsum(terms),
+    "*": lambda mp, a, b: a * b,
+    "/": lambda mp, a, b: a / b,
+    "neg": lambda mp, a: -a,
+    "abs": lambda mp, a: abs(a),
+    "re": lambda mp, a: mp.re(a),
+    "im": lambda mp, a: mp.im(a),
+    "floor": lambda mp, a: mp.floor(a),
+    "ceil": lambda mp, a: mp.ceil(a),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equality
+# ---------------------------------------------------------------------------------------------------------------------
+
+_MARGIN = 40  # digits beyond those in which two texts of their length can differ
+_WHOLE = frozenset("nkmN")  # where every name is one of these, whole numbers are points too
+_MAX_NAMES = 16
+_NEEDED = 3  # points at which both formulas have values
+
+
+@lru_cache(maxsize=1)
+def scattered_points() -> list[list[Fraction]]:
+    """Ten points with 16 coordinates each, of sizes below 1 to above 10, of one sign and of mixed signs.
+
+    The denominators are even, so that (-1)^x is not taken for an odd root.
+    """
+    rng = random.Random(2605)
+    sizes = [(1, "+"), (3, "+"), (1, "-"), (11, "+-"), (3, "+-"), (1, "+-"), (3, "-"), (41, "+"), (1, "+"), (5, "+-")]
+    signs = {"+": (1,), "-": (-1,), "+-": (1, -1)}
+    return [
+        [rng.choice(signs[sign]) * size * Fraction(2 * rng.randint(3, 45) + 1, 94) for _ in range(_MAX_NAMES)]
+        for size, sign in sizes
+    ]
+
+
+class _Pair:
+    """Two formulas and the points at which to compare them."""
+
+    def __init__(self, p: str, g: str, deadline: float) -> None:
+        self.texts = p, g
+        self.nodes = parse(p), parse(g)
+        self.deadline = deadline
+        self.names = sorted(names(self.nodes[0]) | names(self.nodes[1]))
+        self.operators = operators(self.nodes[0]) | operators(self.nodes[1])
+        if len(self.names) > _MAX_NAMES:
+            raise Unreadable("too many names")
+
+    def points(self) -> Iterator[_Point]:
+        coordinates = scattered_points() if self.names else [[]]
+        if self.names and _WHOLE.issuperset(self.names):
+            coordinates = coordinates + [[Fraction(i + j) for j in range(len(self.names))] for i in range(1, 5)]
+        for values in coordinates:
+            yield _Point(dict(zip(self.names, values, strict=False)), self.deadline)
+
+    def values(self, point: _Point) -> tuple:
+        """Both values at a point: two fractions, or two numbers to enough digits to tell them apart."""
+        try:
+            return tuple(map(point.exact, self.nodes))
+        except _Irrational:
+            pass
+        own = _MARGIN + sum(char.isdigit() for text in self.texts for char in text)
+        point.set_digits(own + 20)
+        values = tuple(map(point.value, self.nodes))
+        if point.spread > 10:
+            point.set_digits(int(own + 2 * point.spread))
+            values = tuple(map(point.value, self.nodes))
+        return values
+
+    def compared(self, test: Callable) -> int:
+        """Points at which `test(point, a, b)` is True; 0 when it is False anywhere. None leaves a point out."""
+        agreed, too_large = 0, None
+        for point in self.points():
+            try:
+                result = test(point, *self.values(point))
+            except _Undefined:
+                continue
+            except TooLarge as error:
+                too_large = error
+                continue
+            if result is False:
+                return 0
+            agreed += result is True
+        if too_large and agreed < _NEEDED:
+            raise too_large
+        return agreed if not self.names or agreed >= _NEEDED else 0
+
+    def same(self, point: _Point, a, b) -> bool | None:
+        if _close(point, a, b):
+            return True
+        if isinstance(a, Fraction) or "i" in self.operators:
+            return False
+        real = _is_real(point, a), _is_real(point, b)
+        if all(real) or not self.names or (any(real) and "abs" in self.operators):
+            return False
+        return None  # another branch of a root or logarithm: outside the domain that is meant
+
+
+def _close(point: _Point, a, b) -> bool:
+    if isinstance(a, Fraction):
+        return a == b
+    zero = point.mp.mpf(10) ** int(point.spread + 15 - point.mp.dps)
+    small, large = sorted((abs(a), abs(b)))
+    if small <= zero:
+        return large <= zero
+    return abs(a - b) <= large * zero
+
+
+def _is_real(point: _Point, value) -> bool:
+    return abs(point.mp.im(value)) <= abs(value) * point.mp.mpf(10) ** int(point.spread + 15 - point.mp.dps)
+
+
+def equal(p: str, g: str, deadline: float) -> bool:
+    """Whether two formulas have the same value wherever both are defined.
+
+    Raises `Unreadable` where a text is no formula, `TooLarge` where a value has too many digits, `TimeoutError`.
+    """
+    pair = _Pair(p, g, deadline)
+    return pair.compared(pair.same) > 0
+
+
+def proportional(p: str, g: str, deadline: float) -> int:
+    """1 or -1, the sign of the constant by which p is g everywhere; 0 if there is none. Raises as `equal` does."""
+    pair, ratios = _Pair(p, g, deadline), []
+
+    def same_ratio(point: _Point, a, b) -> bool | None:
+        if not a or not b:
+            return None if not a and not b else False
+        ratios.append(a / b)
+        if not isinstance(a, Fraction):
+            if not _is_real(point, a / b):  # outside the domain, unless one side alone is
+                return None if "i" not in pair.operators and not _is_real(point, a) else False
+            ratios[0] = point.number(ratios[0])
+        return _close(point, ratios[-1], ratios[0])
+
+    agreed = pair.compared(same_ratio)
+    return 0 if not agreed else 1 if ratios[0] > 0 else -1
+
+
+def within(p: str, g: str, tolerance: Fraction, deadline: float) -> bool:
+    """Whether two constants differ by at most `tolerance`. Raises as `equal` does."""
+    pair = _Pair(p, g, deadline)
+
+    def near(point: _Point, a, b) -> bool:
+        return bool(abs(a - b) <= (tolerance if isinstance(a, Fraction) else point.number(tolerance)))
+
+    return not pair.names and pair.compared(near) > 0
+
+
+def order(p: str, g: str, deadline: float) -> int:
+    """-1, 0 or 1 as the real constant p is less than, equal to or greater than g. Raises as `equal` does."""
+    pair = _Pair(p, g, deadline)
+    if pair.names:
+        raise Unreadable("no constant")
+    point = next(pair.points())
+    try:
+        a, b = pair.values(point)
+    except _Undefined as error:
+        raise Unreadable("no value") from error
+    if not isinstance(a, Fraction):
+        if not _is_real(point, a) or not _is_real(point, b):
+            raise Unreadable("not real")
+        a, b = point.mp.re(a), point.mp.re(b)
+    return 0 if _close(point, a, b) else -1 if a < b else 1
