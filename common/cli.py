@@ -1,10 +1,12 @@
 """What the command lines of all methods share: fields from YAML and flags, one sentence for a mistake."""
 
+import argparse
 import dataclasses
 import difflib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,42 @@ import yaml
 
 
 def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
-    """Runs `command(argv)`; exit code 0, or 2 with one sentence on stderr for what the user can mend.
+    """Runs `command(argv)`; its exit code or 0, 2 with one sentence for what the user can mend, 130 for Ctrl-C.
 
     With TRACEBACK=1 in the environment the error is raised as it is.
     """
     try:
-        command(sys.argv[1:] if argv is None else argv)
-        return 0
+        return command(sys.argv[1:] if argv is None else argv) or 0
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         print(f"{name}: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+
+
+def make_model_main(name: str, makers: dict[str, Callable[[Path, int], str]], argv: list[str] | None = None) -> int:
+    """The command `python -m NAME WHAT FOLDER [--seed K]`, which makes a model of the embedded experiments once.
+
+    A maker writes the model into the folder and returns what there is to say of it.
+    """
+    parser = argparse.ArgumentParser(prog=name, description="Makes the model of an embedded experiment, once.")
+    parser.add_argument("what", choices=list(makers))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+
+    def make(_: list[str]) -> None:
+        if (options.out / "config.json").exists():
+            print(f"{options.out}: done already")
+            return
+        started = time.monotonic()
+        said = makers[options.what](options.out, options.seed)
+        print(f"{options.out}: {said} after {time.monotonic() - started:.0f} s")
+
+    return run_main(name, make, [])
 
 
 def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tuple:

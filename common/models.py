@@ -114,6 +114,14 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     return processor
 
 
+def save_whole(out: Path, model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
+    """Writes model and processor so that the folder `out` appears whole or not at all."""
+    temporary = out.with_name(out.name + ".partial")
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    temporary.rename(out)
+
+
 def count_parameters(name: str) -> int:
     """Number of parameters, from the config alone: no weight is loaded."""
     config = load_config(name)

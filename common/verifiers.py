@@ -13,12 +13,21 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 from common.answers import Verdict, chosen_letter, exact_number, extract_answer, gold_letter, grade_many
 
-__all__ = ["choice_reward", "format_reward", "length_penalty", "math_reward", "numeric_reward", "tool_call_reward"]
+__all__ = [
+    "check_gold",
+    "choice_reward",
+    "format_reward",
+    "length_penalty",
+    "math_reward",
+    "numeric_reward",
+    "tool_call_reward",
+]
 
 Completion = str | list[dict]
 LogMetric = Callable[[str, float], None]
@@ -273,6 +282,27 @@ def _column(name: str, values: Sequence | None, completions: Sequence) -> list:
     if len(values) != len(completions):
         raise ValueError(f'column "{name}" has {len(values)} values for {len(completions)} completions')
     return list(values)
+
+
+def check_gold(reward: Callable[..., list[float | None]], rows: Sequence[Mapping[str, Any]], **options: Any) -> None:
+    """Raises `ValueError` at loading for the first row whose gold answer a reward function cannot use.
+
+    Args:
+        reward: one of this module's.
+        rows: of a data set, with `answer` and, where there is one, `id`. None is left alone: the reward gives None
+            there, which says on purpose that it does not apply.
+        options: of the reward function, such as `compatible`.
+    """
+    probe = r"\boxed{x+1}"  # any answer: without one the gold answer would not be looked at
+    for number, row in enumerate(rows):
+        if "answer" not in row:
+            raise ValueError(f"row {number} has no column 'answer' among {', '.join(row)}: rename your gold column")
+        gold = row["answer"]
+        if gold is not None and (gold == "" or reward([probe], answer=[gold], **options) == [None]):
+            raise ValueError(
+                f"row {row.get('id', number)} has answer={str(gold)[:80]!r}, which {reward.__name__} cannot use: mend "
+                "it or leave the row out, because it would train on nothing"
+            )
 
 
 def _rewards(verdicts: Sequence[Verdict], golds: list, log_metric: LogMetric | None) -> list[float | None]:

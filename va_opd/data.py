@@ -7,11 +7,9 @@ A row has `prompt` (messages), `images` (list of PIL images, empty for text), `a
     python -m va_opd.data base FOLDER         # the same for its student before distillation
 """
 
-import argparse
 import io
 import random
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,6 +294,7 @@ def train_reader(name: str, out: Path, seed: int = 0) -> float:
     """
     from trl import SFTConfig, SFTTrainer
 
+    from common.models import save_whole
     from common.tiny import tiny_qwen3_vl
 
     reader = READERS[name]
@@ -331,10 +330,7 @@ def train_reader(name: str, out: Path, seed: int = 0) -> float:
     trainer.train()
     if stop.accuracy < 0.5:
         raise RuntimeError(f"the {name} reads {stop.accuracy:.0%} after {reader.max_steps} steps; try another --seed")
-    temporary = out.with_name(out.name + ".partial")
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    temporary.rename(out)  # the folder appears whole or not at all
+    save_whole(out, model, processor)
     return stop.accuracy
 
 
@@ -376,18 +372,11 @@ def greedy_accuracy(model, processor, rows: Dataset) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="va_opd.data", description="Trains a tiny model that reads digits, once.")
-    parser.add_argument("reader", choices=list(READERS))
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    if (options.out / "config.json").exists():
-        print(f"{options.out}: done already")
-        return 0
-    started = time.monotonic()
-    accuracy = train_reader(options.reader, options.out, options.seed)
-    print(f"{options.out}: accuracy {accuracy:.2f} after {time.monotonic() - started:.0f} s")
-    return 0
+    """Exit code of the commands at the top of this file."""
+    from common.cli import make_model_main
+
+    makers = {name: lambda out, seed, name=name: f"accuracy {train_reader(name, out, seed):.2f}" for name in READERS}
+    return make_model_main("va_opd.data", makers, argv)
 
 
 if __name__ == "__main__":

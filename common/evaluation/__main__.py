@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 
 
@@ -29,14 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder of records and metrics")
     args = parser.parse_args(argv)
-    try:
-        print(_report(_run(args)))
-        return 0
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        print(f"common.evaluation: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
+    from common.cli import run_main  # torch: `--help` need not wait for it
+
+    return run_main("common.evaluation", lambda _: print(_report(_run(args))), [])
 
 
 def _run(args: argparse.Namespace) -> dict:

@@ -196,7 +196,8 @@ class ServerEngine:
             raise ImportError("engine server needs openai: pip install openai") from error
         self._error = openai.OpenAIError
         self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
-        self.base_url, self.name, self.workers = base_url, model, workers
+        self.base_url, self.model, self.workers = base_url, model, workers
+        self.name = model
         self.template_options = chat_template_kwargs or {}
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion | None]:
@@ -216,7 +217,7 @@ class ServerEngine:
         extra = {"top_k": decoding.top_k or -1, "chat_template_kwargs": self.template_options}
         try:
             reply = self.client.chat.completions.create(
-                model=self.name,
+                model=self.model,
                 messages=_with_images(prompt, _data_url) if prompt.images else list(prompt.messages),
                 temperature=decoding.temperature,
                 top_p=decoding.top_p,

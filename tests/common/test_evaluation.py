@@ -17,6 +17,7 @@ from common.evaluation import (
     Completion,
     Decoding,
     Prompt,
+    ServerEngine,
     TransformersEngine,
     evaluate,
     load_benchmark,
@@ -332,3 +333,81 @@ def test_a_killed_evaluation_ends_with_the_same_records(tmp_path):
     process.wait()
     assert command.main(arguments(tmp_path, "killed")) == 0
     assert records.read_bytes() == (tmp_path / "straight/aime24/samples.jsonl").read_bytes()
+
+
+# --- a server ----------------------------------------------------------------
+
+
+@pytest.fixture
+def chat_server():
+    """Answers chat requests with the last message and what was asked for; "fail" gives an error."""
+    import http.server
+    import threading
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            content = asked["messages"][-1]["content"]
+            status = 500 if content == "fail" else 200
+            choice = {
+                "index": 0,
+                "finish_reason": "length",
+                "message": {"role": "assistant", "content": f"<{content}>"},
+            }
+            usage = {"completion_tokens": asked["seed"], "prompt_tokens": 1, "total_tokens": 1}
+            reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+            body = json.dumps({**reply, "usage": usage}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body if status == 200 else b"{}")
+            server.asked.append(asked)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def server_engine(server, **options) -> ServerEngine:
+    pytest.importorskip("openai")
+    return ServerEngine(f"http://127.0.0.1:{server.server_port}/v1", "m", workers=4, retries=0, **options)
+
+
+def asked(*contents: str) -> list[Prompt]:
+    return [Prompt([{"role": "user", "content": content}]) for content in contents]
+
+
+def test_a_server_is_asked_once_a_prompt_with_its_seed(chat_server):
+    engine = server_engine(chat_server, chat_template_kwargs={"enable_thinking": False})
+    done = engine.generate(asked("a", "b", "c"), Decoding(0.7, 0.9, 11, 40), [5, 6, 7])
+    assert done == [Completion("<a>", 5, "length"), Completion("<b>", 6, "length"), Completion("<c>", 7, "length")]
+    request = chat_server.asked[0]
+    assert (request["temperature"], request["top_p"], request["max_tokens"], request["top_k"]) == (0.7, 0.9, 11, 40)
+    assert request["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_a_lost_request_is_none_and_a_lost_server_an_error(chat_server, tmp_path):
+    engine = server_engine(chat_server)
+    done = engine.generate(asked("a", "fail", "c"), Decoding(), [1, 2, 3])
+    assert [c and c.text for c in done] == ["<a>", None, "<c>"]
+    with pytest.raises(ConnectionError, match="no request of 2 to m at http"):
+        engine.generate(asked("fail", "fail"), Decoding(), [1, 2])
+    rows = [{"id": str(i), "prompt": p.messages, "answer": "1"} for i, p in enumerate(asked("a", "fail"))]
+    with pytest.raises(ConnectionError, match="1 of 2 requests to m failed"):
+        evaluate(engine, Benchmark("lost", rows), tmp_path)
+    assert not (tmp_path / "lost/samples.jsonl").exists()  # a batch is recorded whole or not at all
+
+
+def test_a_server_gets_images_as_data(chat_server):
+    from PIL import Image
+
+    prompt = Prompt([{"role": "user", "content": "What?"}], [Image.new("RGB", (4, 4))])
+    server_engine(chat_server).generate([prompt], Decoding(), [1])
+    image, text = chat_server.asked[0]["messages"][-1]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+    assert text == {"type": "text", "text": "What?"}

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from common.verifiers import (
+    check_gold,
     choice_reward,
     format_reward,
     length_penalty,
@@ -144,3 +145,38 @@ def test_shares_of_the_letters_are_logged(compatible):
     choice_reward(responses, answer=["A"] * 5, log_metric=logged.__setitem__, compatible=compatible)
     letters = {name: value for name, value in logged.items() if name.startswith("letter/")}
     assert letters == {"letter/A": 0.5, "letter/B": 0.25, "letter/C": 0.25, "letter/D": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("reward", "answers"),
+    [
+        (math_reward, ["5", "\\frac{1}{2}", None]),
+        (choice_reward, ["A", "(c)"]),
+        (numeric_reward, ["1.5", 3]),
+        (tool_call_reward, ['{"name": "f", "arguments": {}}']),
+    ],
+)
+def test_usable_gold_answers_pass_at_loading(reward, answers):
+    check_gold(reward, [{"answer": answer} for answer in answers])
+
+
+@pytest.mark.parametrize(
+    ("reward", "row", "message"),
+    [
+        (math_reward, {"gold": "5"}, "row 1 has no column 'answer' among gold"),
+        (math_reward, {"answer": ""}, "row 1 has answer='', which math_reward cannot use"),
+        (math_reward, {"answer": "\\frac{1}{}+", "id": "q7"}, "row q7 has answer="),
+        (choice_reward, {"answer": "maybe"}, "which choice_reward cannot use"),
+        (numeric_reward, {"answer": "five"}, "which numeric_reward cannot use"),
+        (tool_call_reward, {"answer": "{broken"}, "which tool_call_reward cannot use"),
+    ],
+)
+def test_unusable_gold_answers_are_named_at_loading(reward, row, message):
+    good = {
+        math_reward: "1",
+        choice_reward: "A",
+        numeric_reward: "1",
+        tool_call_reward: '{"name": "f", "arguments": {}}',
+    }
+    with pytest.raises(ValueError, match=message):
+        check_gold(reward, [{"answer": good[reward]}, row])

@@ -217,6 +217,17 @@ def test_an_iteration_without_the_one_before_is_refused(base, finished, capsys):
     assert not aside.exists()
 
 
+def test_another_base_model_is_refused(base, finished, capsys):
+    weights = base / "model.safetensors"
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert again(base, finished) == 2
+        assert "belongs to a run with data model=" in capsys.readouterr().err
+    finally:
+        weights.write_bytes(content)
+
+
 def test_two_processes_cannot_share_a_run(base, finished, capsys):
     from filelock import FileLock
 
