@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -35,36 +34,60 @@ def run_experiment(name: str, stages: list[list[Command]], logs: Path) -> int:
 
 
 def run_stages(stages: list[list[Command]], logs: Path) -> int:
-    """Runs the stages; on a machine without GPU, two commands of a stage side by side, one core and log file each."""
+    """Runs the stages; on a machine without GPU, two commands of a stage at a time, one core and one log file each.
+
+    Exit code of the first command that failed, else 0.
+    """
     import torch
 
-    width = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+    cpu = not torch.cuda.is_available()
+    width = min(2, os.cpu_count() or 1) if cpu else 1
+    # One thread each: two processes with two threads spin against each other, and a sum would depend on the company
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if cpu else {})}
     for stage in stages:
-        for start in range(0, len(stage), width):
-            if code := run_together(stage[start : start + width], logs):
-                return code
+        side_by_side = min(width, len(stage)) > 1
+        code = _pool(stage, width, logs, environment) if side_by_side else _in_turn(stage, environment)
+        if code:
+            return code
     return 0
 
 
-def run_together(commands: list[Command], logs: Path) -> int:
-    """Exit code of the first command that failed. A single command writes to the terminal, several to log files."""
+def _in_turn(commands: list[Command], environment: dict[str, str]) -> int:
+    """One after the other, writing to the terminal."""
     for command in commands:
         print(f"$ {shown(command)}", flush=True)
-    if len(commands) == 1:
-        return subprocess.run(commands[0][1]).returncode
+        if code := subprocess.run(command[1], env=environment).returncode:
+            return code
+    return 0
+
+
+def _pool(commands: list[Command], width: int, logs: Path, environment: dict[str, str]) -> int:
+    """`width` at a time, each writing to its log; when one fails the others are stopped."""
     logs.mkdir(parents=True, exist_ok=True)
-    # Two processes with two threads each would spin against each other
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    running = {}
+    waiting, running = list(commands), {}
+    started = spoken = time.monotonic()
     try:
-        for name, words in commands:
-            with (logs / f"{name}.log").open("w") as log:
-                running[name] = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        for name in _as_they_end(running, logs):
-            if code := running[name].returncode:
-                tail = (logs / f"{name}.log").read_text(errors="replace").splitlines()[-15:]
-                print(f"{name} failed with exit code {code}. The end of {logs / name}.log:", *tail, sep="\n")
-                return code
+        while waiting or running:
+            while waiting and len(running) < width:
+                name, words = waiting.pop(0)
+                print(f"$ {shown((name, words))}", flush=True)
+                with (logs / f"{name}.log").open("w") as log:
+                    running[name] = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            time.sleep(0.2)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                print(f"  {time.monotonic() - started:4.0f} s  {name}: ended", flush=True)
+                if code := running.pop(name).returncode:
+                    print(
+                        f"{name} failed with exit code {code}. The end of {logs / name}.log:",
+                        *_end(logs, name, 15),
+                        sep="\n",
+                    )
+                    return code
+            if time.monotonic() - spoken > SIGN_OF_LIFE:
+                spoken = time.monotonic()
+                for name in running:
+                    line = (_end(logs, name, 1) or ["starting"])[0]
+                    print(f"  {spoken - started:4.0f} s  {name}: {line[:100]}", flush=True)
     finally:
         for process in running.values():
             process.terminate()
@@ -72,21 +95,8 @@ def run_together(commands: list[Command], logs: Path) -> int:
     return 0
 
 
-def _as_they_end(running: dict[str, subprocess.Popen], logs: Path) -> Iterator[str]:
-    """Names of the commands as they end; in between, now and then, the last line of each log."""
-    started = spoken = time.monotonic()
-    waiting = dict(running)
-    while waiting:
-        time.sleep(0.2)
-        for name in [name for name, process in waiting.items() if process.poll() is not None]:
-            print(f"  {time.monotonic() - started:4.0f} s  {name}: ended", flush=True)
-            del waiting[name]
-            yield name
-        if time.monotonic() - spoken > SIGN_OF_LIFE:
-            spoken = time.monotonic()
-            for name in waiting:
-                lines = (logs / f"{name}.log").read_text(errors="replace").splitlines()
-                print(f"  {spoken - started:4.0f} s  {name}: {lines[-1][:100] if lines else 'starting'}", flush=True)
+def _end(logs: Path, name: str, lines: int) -> list[str]:
+    return (logs / f"{name}.log").read_text(errors="replace").splitlines()[-lines:]
 
 
 def shown(command: Command) -> str:

@@ -1,0 +1,80 @@
+"""Experiments as stages of commands: order, side by side, failures, Ctrl-C."""
+
+import sys
+import time
+
+import pytest
+
+from common import stages
+
+
+def python(name: str, code: str) -> stages.Command:
+    return name, [sys.executable, "-c", code]
+
+
+def sleeper(name: str, seconds: float, code: int = 0) -> stages.Command:
+    return python(name, f"import sys, time; print('{name} here', flush=True); time.sleep({seconds}); sys.exit({code})")
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 2)
+
+
+def test_stages_run_in_order(tmp_path, two_cores, capfd):
+    log = tmp_path / "order"
+    write = "open({!r}, 'a').write({!r})"
+    plan = [
+        [python("a", write.format(str(log), "a"))],
+        [python("b", write.format(str(log), "b")), python("b2", write.format(str(log), "b"))],
+        [python("c", write.format(str(log), "c"))],
+    ]
+    assert stages.run_experiment("x", plan, tmp_path / "logs") == 0
+    assert log.read_text() == "abbc"
+    assert "$ python -c open(" in capfd.readouterr().out
+
+
+def test_a_free_place_is_taken_at_once(tmp_path, two_cores, capfd):
+    """Three commands on two cores: the third starts when the short one ends, not when both have."""
+    plan = [[sleeper("long", 3), sleeper("short", 0), sleeper("third", 0)]]
+    assert stages.run_stages(plan, tmp_path) == 0
+    ends = [line.split()[2] for line in capfd.readouterr().out.splitlines() if line.endswith("ended")]
+    assert ends == ["short:", "third:", "long:"]
+    assert (tmp_path / "third.log").read_text() == "third here\n"
+
+
+def test_each_command_has_one_thread_on_a_cpu(tmp_path, two_cores):
+    look = python("look", "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] != '1')")
+    assert stages.run_stages([[look], [look, ("again", look[1])]], tmp_path) == 0
+
+
+def test_a_failure_stops_the_others_and_shows_its_log(tmp_path, two_cores, capfd):
+    started = time.monotonic()
+    plan = [[sleeper("other", 60), sleeper("bad", 0.2, code=3), sleeper("never", 0)], [sleeper("later", 0)]]
+    assert stages.run_experiment("x", plan, tmp_path) == 3
+    assert time.monotonic() - started < 50
+    printed = capfd.readouterr().out
+    assert "bad failed with exit code 3" in printed
+    assert "bad here" in printed
+    assert not (tmp_path / "never.log").exists()
+    assert not (tmp_path / "later.log").exists()
+
+
+def test_a_failed_command_alone_ends_the_experiment(tmp_path):
+    assert stages.run_stages([[sleeper("bad", 0, code=4)], [sleeper("later", 0)]], tmp_path) == 4
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "run_stages", interrupted)
+    assert stages.run_experiment("va_opd.loop", [], tmp_path) == 130
+    assert "va_opd.loop: stopped; the same command goes on from here" in capsys.readouterr().err
+
+
+def test_launchers():
+    assert stages.launcher(1, "zero2") == [sys.executable, "-m"]
+    assert stages.launcher(8, "zero2")[-3:] == ["--num_processes", "8", "-m"]
+    with pytest.raises(ValueError, match=r"sharding 'zero9' is no accelerate config of TRL; choose among .*zero3"):
+        stages.launcher(8, "zero9")
