@@ -1,6 +1,6 @@
 # GNU make 3.81 or newer. `make -n TARGET` prints the commands of a target without running them.
 .DEFAULT_GOAL := help
-.PHONY: help setup fuzz demo demo-va_opd demo-srpo demo-r_diverse demo-models test lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse
+.PHONY: help setup fuzz demo demo-va_opd demo-srpo demo-r_diverse test lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse
 
 PRESET ?= paper
 WORKERS ?= 2
