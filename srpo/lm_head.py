@@ -26,12 +26,9 @@ class LMHead(NamedTuple):
         return (logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)) / temperature
 
     def to(self, dtype: torch.dtype) -> "LMHead":
-        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
-
-    def detach(self) -> "LMHead":
-        """Without gradient to the weights."""
-        bias = None if self.bias is None else self.bias.detach()
-        return self._replace(weight=self.weight.detach(), bias=bias)
+        """Detached copy in `dtype`; under ZeRO-3 only inside `gathered`."""
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        return self._replace(weight=self.weight.detach().to(dtype), bias=bias)
 
     def gathered(self):
         """Context in which the weights are whole under ZeRO-3."""
@@ -97,8 +94,9 @@ def sampled_logps(
 @torch.no_grad()
 def chunked_entropy(head: LMHead, hidden: torch.Tensor, temperature: float = 1.0, rows: int = 512) -> torch.Tensor:
     """`objective.teacher_entropy` from (N, H) hidden states, (N,) float32 in nats."""
-    head = head.to(hidden.dtype)
-    parts = [objective.teacher_entropy(head.logits(part, temperature)) for part in hidden.split(rows)]
+    with head.gathered():
+        whole = head.to(hidden.dtype)
+        parts = [objective.teacher_entropy(whole.logits(part, temperature)) for part in hidden.split(rows)]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
@@ -128,7 +126,7 @@ def chunked_divergence(
         student.weight,
         student.bias,
         student,
-        teacher.to(teacher_hidden.dtype),
+        teacher,
         teacher_hidden,
         settings,
     )
@@ -140,47 +138,41 @@ class _ChunkedDivergence(torch.autograd.Function):
         temperature, top_k, alpha, tail, rows = settings
         divergences, supports, targets = [], [], []
         with student.gathered(), teacher.gathered():
-            head = student.to(hidden.dtype)
+            head, teacher_head = student.to(hidden.dtype), teacher.to(teacher_hidden.dtype)
             for part, teacher_part in zip(hidden.split(rows), teacher_hidden.split(rows), strict=True):
                 logits = head.logits(part, temperature)
                 supports.append(objective.student_support(logits, top_k))
                 targets.append(
-                    objective.topk_tail_logps(teacher.logits(teacher_part, temperature), supports[-1], tail)
+                    objective.topk_tail_logps(teacher_head.logits(teacher_part, temperature), supports[-1], tail)
                 )
                 logps = objective.topk_tail_logps(logits, supports[-1], tail)
                 divergences.append(objective.jensen_shannon(logps, targets[-1], alpha))
-        ctx.save_for_backward(hidden, weight, bias)
+        ctx.save_for_backward(hidden)
         ctx.student, ctx.supports, ctx.targets, ctx.settings = student, supports, targets, settings
         return torch.cat(divergences)
 
     @staticmethod
     def backward(ctx, upstream):
-        hidden, weight, bias = ctx.saved_tensors
+        (hidden,) = ctx.saved_tensors
         temperature, _, alpha, tail, rows = ctx.settings
-        wanted = ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]
-        sums = [
-            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if needed else None
-            for tensor, needed in zip((weight, bias), wanted, strict=True)
-        ]
-        hidden_gradients = []
-        with ctx.student.gathered(), torch.enable_grad():
-            head = ctx.student.detach().to(hidden.dtype)
-            leaves = [
-                tensor.detach().requires_grad_() if needed else tensor
-                for tensor, needed in zip((head.weight, head.bias), wanted, strict=True)
-            ]
-            head = head._replace(weight=leaves[0], bias=leaves[1])
+        student, hidden_gradients = ctx.student, []
+        with student.gathered(), torch.enable_grad():
+            head = student.to(hidden.dtype)
+            # The head's weights that want a gradient, and sums of theirs in float32
+            leaves = [t.requires_grad_() for t, n in zip(head[:2], ctx.needs_input_grad[1:3], strict=True) if n]
+            sums = [torch.zeros_like(leaf, dtype=torch.float32) for leaf in leaves]
             for part, support, target, scale in zip(
                 hidden.detach().split(rows), ctx.supports, ctx.targets, upstream.split(rows), strict=True
             ):
                 part.requires_grad_()
                 logps = objective.topk_tail_logps(head.logits(part, temperature), support, tail)
                 value = objective.jensen_shannon(logps, target, alpha)
-                inputs = [part, *(leaf for leaf, needed in zip(leaves, wanted, strict=True) if needed)]
-                gradients = iter(torch.autograd.grad(value, inputs, scale))
-                hidden_gradients.append(next(gradients))
-                for total in sums:
-                    if total is not None:
-                        total += next(gradients)
-        given = [None if s is None else s.to(t.dtype) for s, t in zip(sums, (weight, bias), strict=True)]
-        return torch.cat(hidden_gradients), *given, None, None, None, None
+                gradient, *others = torch.autograd.grad(value, [part, *leaves], scale)
+                hidden_gradients.append(gradient)
+                for total, other in zip(sums, others, strict=True):
+                    total += other
+        given = iter(sums)
+        weights = [
+            next(given).to(t.dtype) if n else None for t, n in zip(student[:2], ctx.needs_input_grad[1:3], strict=True)
+        ]
+        return torch.cat(hidden_gradients), *weights, None, None, None, None

@@ -41,9 +41,9 @@ def teacher_prompt_ids(
     return ids
 
 
-def batches(rows: list[int], prompt_ids: list[list[int]], size: int) -> list[list[tuple[int, list[int]]]]:
+def batches(prompts: dict[int, list[int]], size: int) -> list[list[tuple[int, list[int]]]]:
     """(row, prompt ids) in micro-batches of prompts of like length."""
-    order = sorted(zip(rows, prompt_ids, strict=True), key=lambda item: len(item[1]))
+    order = sorted(prompts.items(), key=lambda item: len(item[1]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

@@ -1,10 +1,12 @@
 """The self-teacher: the policy's exponential moving average, its frozen start, or the policy itself (Section 3.2)."""
 
 import copy
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -13,7 +15,9 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ._trl import create_model_from_path, prepare_deepspeed
+from ._trl import ForwardRedirection, create_model_from_path, prepare_deepspeed
+from .lm_head import LMHead, lm_head, response_hidden_states
+from .reprompt import batches, teacher_inputs
 
 TEACHER_KINDS = ("ema", "frozen", "current")
 
@@ -83,18 +87,62 @@ class SelfTeacher:
             policy.train(training)
 
     @torch.no_grad()
+    def hidden_states(
+        self,
+        policy: nn.Module,
+        prompts: dict[int, list[int]],
+        batch: dict[str, Any],
+        mask: torch.Tensor,
+        batch_size: int,
+        pad_token_id: int,
+    ) -> tuple[dict[int, torch.Tensor], LMHead]:
+        """Scores some rows of a batch under prompts of their own.
+
+        Args:
+            prompts: row of `batch` -> token ids of the teacher's prompt.
+            mask: (B, T), 1 on the response tokens that are wanted.
+
+        Returns the last hidden states (T_i, H) from which the teacher predicts the response tokens of each row, and
+        its head, which stays as it is until the optimizer steps, when the next batch is scored.
+        """
+        states = {}
+        with self.view(policy) as teacher:
+            unwrapped = self.accelerator.unwrap_model(teacher)
+            for part in self._same_number_on_all_ranks(batches(prompts, batch_size)):
+                hidden = self._forward(teacher, unwrapped, teacher_inputs(part, batch, pad_token_id))
+                for (row, _), hidden_TH in zip(part, hidden, strict=False):  # an empty part has one row in `hidden`
+                    states[row] = hidden_TH[mask[row, : len(hidden_TH)].bool()]
+            return states, lm_head(unwrapped)
+
+    def _forward(self, teacher: nn.Module, unwrapped: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with self.accelerator.autocast():
+            if self.sharded:
+                return ForwardRedirection()(teacher, unwrapped, response_hidden_states, unwrapped, inputs)
+            return response_hidden_states(unwrapped, inputs)  # past DDP, which would wait for ranks without such rows
+
+    def _same_number_on_all_ranks(self, parts: list) -> list:
+        """With empty parts at the end: the forward of a sharded teacher is a collective."""
+        if self.sharded:
+            count = torch.tensor([len(parts)], device=self.accelerator.device)
+            parts = parts + [[]] * (int(self.accelerator.gather(count).max()) - len(parts))
+        return parts
+
+    @torch.no_grad()
     def update(self, policy: nn.Module) -> float:
         """One step of the average; returns its relative distance ||theta' - theta|| / ||theta|| before the step."""
-        gap, size = 0.0, 0.0
+        sums = torch.zeros(2, device=self.accelerator.device)
         weights = dict(self._teacher_parameters()) if self.sharded else self.average
         for name, value in self._policy_values(self.accelerator.unwrap_model(policy)):
             average, value = self.average[name], value.to(torch.float32)
-            gap += (average - value).square().sum()
-            size += value.square().sum()
+            sums += torch.stack([(average - value).square().sum(), value.square().sum()])
             average.lerp_(value, self.rate)
             if self.sharded:
                 weights[name].copy_(average)
-        return (gap / size).sqrt().item() if size else 0.0
+        if self.sharded:
+            self.model.empty_partition_cache()  # DeepSpeed keeps small weights whole; they are gathered anew
+            sums = self.accelerator.reduce(sums)
+        gap, size = sums.tolist()
+        return math.sqrt(gap / size) if size else 0.0
 
     def _teacher_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         teacher = self.accelerator.unwrap_model(self.model)
@@ -151,6 +199,8 @@ class SelfTeacher:
                 self.average[name].copy_(tensor)
                 if self.sharded:
                     weights[name].copy_(tensor)
+        if self.sharded:
+            self.model.empty_partition_cache()
 
     def _file(self, folder: Path) -> Path:
         rank = f"-{self.accelerator.process_index:05d}" if self.sharded else ""

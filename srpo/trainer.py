@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from . import objective
 from ._trl import ForwardRedirection, SiblingSampler
+from .checks import check_prompt_lengths, check_support
 from .config import ALPHAS, SRPOConfig
 from .doctor import DoctorCallback, routing_figures, weight_figures
 from .lm_head import chunked_divergence, chunked_entropy, lm_head, response_hidden_states, sampled_logps
-from .reprompt import batches, teacher_inputs, teacher_prompt_ids
+from .reprompt import teacher_prompt_ids
 from .teacher import SelfTeacher, SelfTeacherCallback
 
 # Means over the tokens of a step: entropy and loss on tokens of the GRPO branch with an advantage, and divergence
@@ -54,29 +55,17 @@ class SRPOTrainer(GRPOTrainer):
         args = SRPOConfig() if args is None else args
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         self._forward_redirection = ForwardRedirection()
-        self._teacher_hidden: list[torch.Tensor | None] = []
+        self._teacher_hidden: dict[int, torch.Tensor] = {}
         self._loss_sums: torch.Tensor | None = None
         self.last_rollouts: dict[str, Any] = {}
         self.teacher: SelfTeacher | None = None
         if args.routing != "grpo":
-            self._check_support()
+            check_support(self)
             self.teacher = SelfTeacher(self.model, self.accelerator, args.teacher, args.teacher_update_rate)
             if args.teacher == "ema":
                 self.add_callback(SelfTeacherCallback(self))
         if args.doctor_steps:
             self.add_callback(DoctorCallback(args.doctor_steps))
-
-    def _check_support(self) -> None:
-        if is_peft_model(self.model) and hasattr(self.model.get_output_embeddings(), "base_layer"):
-            raise ValueError(
-                "a LoRA adapter on lm_head is never trained: the loss reads its weight; remove it from target_modules"
-            )
-        if self._is_vlm:
-            raise ValueError("SRPOTrainer is for text: the self-teacher's prompt would lose the images")
-        if self.aux_loss_enabled:
-            raise ValueError("SRPOTrainer adds no load-balancing loss: set router_aux_loss_coef=0 for this model")
-        if self.is_fsdp_enabled:
-            raise ValueError("SRPOTrainer's self-teacher does not run under FSDP: use DeepSpeed ZeRO-2 or ZeRO-3")
 
     # Generation and rewards
 
@@ -91,12 +80,7 @@ class SRPOTrainer(GRPOTrainer):
         )
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        longest = max(len(ids) for ids in prompt_ids)
-        if longest > self.args.max_prompt_length:
-            raise ValueError(
-                f"a prompt has {longest} tokens, above max_prompt_length={self.args.max_prompt_length}: raise the "
-                "limit or filter the data set (prompts are never cut)"
-            )
+        check_prompt_lengths(prompt_ids, self.args.max_prompt_length)
         with self._timed("generation"):
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
@@ -167,33 +151,19 @@ class SRPOTrainer(GRPOTrainer):
             args.reprompt_template,
         )
         entropy = torch.zeros_like(mask, dtype=torch.float32)
-        self._teacher_hidden = [None] * len(mask)
-        with self._timed("teacher"), self.teacher.view(self.model) as teacher:
-            for part in self._same_number_on_all_ranks(batches(rows, prompt_ids, args.per_device_train_batch_size)):
-                hidden = self._teacher_pass(teacher, part, batch, mask)
-                for (row, _), states in zip(part, hidden, strict=True):
-                    self._teacher_hidden[row] = states
-            # Detached, and unchanged until the optimizer steps, when the next batch is scored
-            self._teacher_head = lm_head(self.accelerator.unwrap_model(teacher)).detach()
-        with self._timed("teacher"), self._teacher_head.gathered():
-            for row in rows:
-                states = self._teacher_hidden[row]
-                entropy[row, mask[row].bool()] = chunked_entropy(self._teacher_head, states, self.temperature)
-        self._count_teacher_tokens(mask, distill)
+        with self._timed("teacher"):
+            self._teacher_hidden, self._teacher_head = self.teacher.hidden_states(
+                self.model,
+                dict(zip(rows, prompt_ids, strict=True)),
+                batch,
+                mask,
+                args.per_device_train_batch_size,
+                self._tokenizer.pad_token_id,
+            )
+            with self._teacher_head.gathered():  # once on every rank, however many rows it has
+                for row, hidden in self._teacher_hidden.items():
+                    entropy[row, mask[row].bool()] = chunked_entropy(self._teacher_head, hidden, self.temperature)
         return entropy
-
-    def _teacher_pass(
-        self, teacher, part: list[tuple[int, list[int]]], batch: dict[str, Any], mask: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Hidden states (T_i, H) from which the teacher predicts the response tokens of each row of `part`."""
-        inputs = teacher_inputs(part, batch, self._tokenizer.pad_token_id)
-        unwrapped = self.accelerator.unwrap_model(teacher)
-        with self.accelerator.autocast():
-            if self.teacher.sharded:
-                hidden = self._forward_redirection(teacher, unwrapped, response_hidden_states, unwrapped, inputs)
-            else:  # not through DDP, which would wait for ranks that have no routed row
-                hidden = response_hidden_states(unwrapped, inputs)
-        return [hidden[i, mask[row, : hidden.size(1)].bool()] for i, (row, _) in enumerate(part)]
 
     def _loss_inputs(
         self, mask: torch.Tensor, distill: torch.Tensor, entropy: torch.Tensor, here: slice
@@ -204,6 +174,9 @@ class SRPOTrainer(GRPOTrainer):
         weights = objective.entropy_weights(entropy_all, routed, self.args.entropy_beta)
         for name, value in weight_figures(entropy_all, weights, routed).items():
             self._record(name, value)
+        scored = torch.tensor([sum(map(len, self._teacher_hidden.values()))], device=mask.device)
+        scored, needed = self.accelerator.gather(scored).sum().item(), routed.sum().item()
+        self._record("teacher/scored_over_needed", scored / needed if needed else 1.0)
         counted = mask_all if self.args.routing in ("srpo", "mix") else routed
         return {
             "row": torch.arange(len(mask), device=mask.device),
@@ -259,19 +232,12 @@ class SRPOTrainer(GRPOTrainer):
 
     def _divergence(self, head, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """Divergence (N,) between student and self-teacher on the tokens of the distilled `rows`."""
-        if not rows:
+        if not rows and not self.teacher.sharded:  # a sharded head is gathered by all ranks or by none
             return hidden.new_zeros(0, dtype=torch.float32)
-        args, teacher_hidden = self.args, torch.cat([self._teacher_hidden[row] for row in rows])
-        return chunked_divergence(
-            head,
-            hidden,
-            self._teacher_head,
-            teacher_hidden,
-            self.temperature,
-            args.top_k,
-            ALPHAS[args.divergence],
-            args.tail,
-        )
+        args, teacher_hidden = self.args, [self._teacher_hidden[row] for row in rows]
+        teacher_hidden = torch.cat(teacher_hidden or [hidden.detach()])
+        settings = (self.temperature, args.top_k, ALPHAS[args.divergence], args.tail)
+        return chunked_divergence(head, hidden, self._teacher_head, teacher_hidden, *settings)
 
     # Checkpoints
 
@@ -288,23 +254,9 @@ class SRPOTrainer(GRPOTrainer):
 
     # Helpers
 
-    def _same_number_on_all_ranks(self, parts: list) -> list:
-        """With empty parts at the end: the forward of a sharded teacher is a collective."""
-        if self.teacher.sharded:
-            count = torch.tensor([len(parts)], device=self.accelerator.device)
-            parts = parts + [[]] * (int(self.accelerator.gather(count).max()) - len(parts))
-        return parts
-
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rows of all ranks in the sampler's order, padded with zeros to the longest rollout."""
         return self.accelerator.gather(self.accelerator.pad_across_processes(tensor, dim=1))
-
-    def _count_teacher_tokens(self, mask: torch.Tensor, distill: torch.Tensor) -> None:
-        """Logs response tokens that the teacher scored over those that the loss uses; must be 1."""
-        scored = sum(len(states) for states in self._teacher_hidden if states is not None)
-        counts = torch.tensor([[scored, int((mask * distill[:, None]).sum())]], device=mask.device)
-        scored, needed = self.accelerator.gather(counts).sum(0).tolist()
-        self._record("teacher/scored_over_needed", scored / needed if needed else 1.0)
 
     def _record(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
