@@ -135,7 +135,9 @@ class RDiverseConfig:
             majority must be the label.
         alarm (`str`, *optional*, defaults to `"off"`):
             `"warn"` prints, `"stop"` ends the run when an iteration collapses: more than `alarm_duplicates` of its
-            questions repeat one of the batch or of the past, or fewer than `alarm_yield` of the candidates are usable.
+            questions repeat one of the batch or of the past, fewer than `alarm_yield` of the candidates are usable,
+            less than `alarm_labels` of the labels are right (known for arithmetic), or the Challenger's token entropy
+            is below `alarm_entropy`.
     """
 
     model: str = field(metadata={"help": "Base of both roles: hub id or local folder."})
@@ -167,6 +169,8 @@ class RDiverseConfig:
     alarm: str = field(default="off", metadata={"help": f"At a collapse: one of {', '.join(ALARMS)}."})
     alarm_duplicates: float = field(default=0.9, metadata={"help": "Share of repeated questions."})
     alarm_yield: float = field(default=0.02, metadata={"help": "Share of usable candidates."})
+    alarm_labels: float = field(default=0.0, metadata={"help": "Share of right labels, where it can be known."})
+    alarm_entropy: float = field(default=0.0, metadata={"help": "Nats a token of the Challenger's rollouts."})
 
     question_temperature: float = field(default=1.0, metadata={"help": "Of the frozen Challenger."})
     question_top_p: float = field(default=0.95, metadata={"help": "Of the frozen Challenger."})

@@ -34,7 +34,7 @@ from .train import PHASES, Settings, challenger, local_engine, parse, skill_enco
 from common import models
 from common.cli import run_main
 from common.evaluation import ServerEngine
-from common.runs import RunFolder, fingerprint
+from common.runs import RunFolder, fingerprint, read_jsonl
 from common.stages import launcher, run_experiment, shown
 
 VARIANT_FLAGS = {
@@ -233,7 +233,14 @@ class SelfPlay:
             return
         embeddings = [np.load(self._folder(i, "embed") / "embeddings.npy") for i in range(1, t + 1)]
         embeddings = [rows[np.isfinite(rows).all(1)] for rows in embeddings]
-        if problem := stages.check_alarm(run, t, embeddings, rounds * run.candidates):
+        labels = stages.read_counts(self._folder(t, "filter"))["label_accuracy"]
+        logged = [
+            line["entropy"]
+            for line in read_jsonl(self._folder(t, "challenger") / "metrics.jsonl")
+            if "entropy" in line
+        ]
+        entropy = logged[-1] if logged else None
+        if problem := stages.check_alarm(run, t, embeddings, rounds * run.candidates, labels, entropy):
             if run.alarm == "stop":
                 raise stages.StageError(f"collapse alarm: {problem}; --alarm warn goes on")
             print(f"collapse alarm: {problem}", flush=True)

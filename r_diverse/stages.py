@@ -19,7 +19,7 @@ import numpy as np
 
 from . import analysis, objective
 from .config import RDiverseConfig
-from .data import label_accuracy, test_questions
+from .data import exact_value, label_accuracy, test_questions
 from .memory import MemoryBank
 from .questions import challenger_prompt, read_challenge, solver_prompt
 from .skills import SkillEncoder
@@ -81,6 +81,11 @@ def once(folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, 
 def digest(done: dict[str, Any]) -> str:
     """What a later stage calls the result of this one."""
     return fingerprint({name: entry["sha256"] for name, entry in done["outputs"].items()})
+
+
+def read_counts(folder: Path) -> dict[str, Any]:
+    """What a finished stage has counted."""
+    return _read_json(folder / "DONE.json")["counts"]
 
 
 def _outputs(folder: Path) -> list[Path]:
@@ -214,7 +219,7 @@ def select(
 ) -> dict[str, Any]:
     """Filter, memory update and replay: the Solver's questions, a share of them from the past with their labels."""
     embeddings = np.load(embedded / "embeddings.npy")
-    encoder = _read_json(embedded / "DONE.json")["counts"]["encoder"]
+    encoder = read_counts(embedded)["encoder"]
     remembers = run.penalty == "r_diverse"
     ok = np.isfinite(embeddings).all(1) if len(rows) else np.zeros(0, bool)
     kept = [i for i in range(len(rows)) if ok[i] or not remembers]
@@ -229,6 +234,7 @@ def select(
     mixed += [{k: row[k] for k in ("question", "answer", "iteration")} for row in replayed]
     order = np.random.default_rng([run.seed, iteration]).permutation(len(mixed))
     write_jsonl(folder / "solver_data.jsonl", (mixed[i] for i in order))
+    write_jsonl(folder / "audit.jsonl", _audit(rows, kept, [run.seed, iteration, 1]))
     sources = Counter(row["iteration"] for row in replayed)
     return {
         "current": len(current),
@@ -237,6 +243,14 @@ def select(
         "bank": len(bank.before(iteration + 1)) if remembers else 0,
         "label_accuracy": label_accuracy(current),
     }
+
+
+def _audit(rows: Sequence[dict[str, Any]], kept: Sequence[int], seed: list[int], count: int = 50) -> list[dict]:
+    """Some new questions of the Solver, to be read by a person: label, votes, and the exact value where it is known."""
+    chosen = sorted(np.random.default_rng(seed).permutation(len(kept))[:count].tolist())
+    names = ("question", "answer", "consistency", "own_answer", "answers")
+    found = ({name: rows[kept[i]][name] for name in names} for i in chosen)
+    return [{**row, "exact": exact_value(row["question"])} for row in found]
 
 
 def score(folder: Path, engine: Engine, run: RDiverseConfig) -> dict[str, Any]:
@@ -262,11 +276,29 @@ def arithmetic_benchmark(run: RDiverseConfig) -> Benchmark:
     )
 
 
-def check_alarm(run: RDiverseConfig, iteration: int, embeddings: Sequence[np.ndarray], candidates: int) -> str | None:
-    """What has collapsed in this iteration, if anything has; `embeddings` of the usable questions by iteration."""
+def check_alarm(
+    run: RDiverseConfig,
+    iteration: int,
+    embeddings: Sequence[np.ndarray],
+    candidates: int,
+    labels: float | None = None,
+    entropy: float | None = None,
+) -> str | None:
+    """What has collapsed in this iteration, if anything has.
+
+    Args:
+        embeddings: of the usable questions, by iteration.
+        candidates: outputs of the Challenger in this iteration.
+        labels: share of right labels, None if it cannot be known.
+        entropy: of the Challenger's tokens at the end of its phase, in nats.
+    """
     now = embeddings[-1]
     if len(now) < run.alarm_yield * candidates:
         return f"only {len(now)} of {candidates} candidates are usable"
+    if labels is not None and labels < run.alarm_labels:
+        return f"only {labels:.0%} of the labels of iteration {iteration} are right"
+    if entropy is not None and entropy < run.alarm_entropy:
+        return f"the Challenger's entropy has fallen to {entropy:.3f} nats a token in iteration {iteration}"
     inside = analysis.intra_repetition(now)
     past = np.concatenate(embeddings[:-1]) if len(embeddings) > 1 else now[:0]
     across = analysis.cross_repetition(now, past) if len(past) else 0.0

@@ -304,6 +304,19 @@ def test_the_alarm_knows_repeats_and_yields():
     assert "of the questions of iteration 1 repeat another" in stages.check_alarm(run, 1, [repeated], 8)
     assert "repeat one of an earlier" in stages.check_alarm(run, 2, [distinct, distinct], 8)
     assert "only 8 of 8000" in stages.check_alarm(run, 1, [distinct], 8000)
+    assert stages.check_alarm(run, 1, [distinct], 8, labels=0.0, entropy=0.0) is None  # off by default
+    strict = parse(["--model=m", "--alarm=warn", "--alarm_labels=0.5", "--alarm_entropy=0.1"]).run
+    assert "only 40% of the labels" in stages.check_alarm(strict, 1, [distinct], 8, labels=0.4, entropy=1.0)
+    assert "entropy has fallen to 0.050" in stages.check_alarm(strict, 1, [distinct], 8, labels=0.6, entropy=0.05)
+    assert stages.check_alarm(strict, 1, [distinct], 8, labels=None, entropy=None) is None
+
+
+def test_some_questions_are_there_to_be_read(finished):
+    rows = read_jsonl(finished / "iteration_1/filter/audit.jsonl")
+    kept = {row["question"] for row in read_jsonl(finished / "iteration_1/filter/solver_data.jsonl")}
+    assert rows
+    assert {row["question"] for row in rows} <= kept
+    assert all(len(row["answers"]) == 3 and isinstance(row["exact"], int) for row in rows)
 
 
 # --- settings and commands ---
