@@ -246,7 +246,7 @@ def select(
 
 
 def _audit(rows: Sequence[dict[str, Any]], kept: Sequence[int], seed: list[int], count: int = 50) -> list[dict]:
-    """Some new questions of the Solver, to be read by a person: label, votes, and the exact value where it is known."""
+    """Some new questions of the Solver for a person to read: label, votes, and the exact value where it is known."""
     chosen = sorted(np.random.default_rng(seed).permutation(len(kept))[:count].tolist())
     names = ("question", "answer", "consistency", "own_answer", "answers")
     found = ({name: rows[kept[i]][name] for name in names} for i in chosen)
