@@ -17,6 +17,7 @@ from common import plots
 from common.estimators import avg_at_k, interval, paired_difference
 from common.evaluation import scores_by_question
 from common.runs import atomic_write_text, read_jsonl
+from common.verifiers import LETTERS
 from srpo.train import ScriptArguments, parse
 
 DATASETS = ("chemistry", "physics", "biology", "materials", "tooluse")
@@ -110,6 +111,7 @@ def report(args: ScriptArguments) -> str:
             "problems, of the last checkpoint.",
             accuracy_table(mine),
             differences(mine),
+            letter_table(mine),
             "\n".join(f"![{path.stem}](figures/{path.name})" for path in drawn),
         ]
     parts += ["## The paper's Table 1", paper_table(args.experiment, runs)]
@@ -131,6 +133,10 @@ def find_runs(args: ScriptArguments) -> dict[tuple[str, str, str], Path]:
 
 def curve(run: Path) -> dict[str, Any]:
     return json.loads((run / "eval" / "curve.json").read_text())
+
+
+def _curve_points(run: Path) -> list[dict[str, Any]]:
+    return [{**point, "step": point["step"] / _steps_per_batch(run)} for point in curve(run)["curve"]]
 
 
 def last_scores(run: Path, dataset: str) -> list[list[float]]:
@@ -161,8 +167,42 @@ def _mean_sd(values: list[float]) -> str:
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    return read_jsonl(path) if path.exists() else []
+    """Logged lines, with the steps and seconds of whole generation batches."""
+    path, parts = run / "metrics.jsonl", _steps_per_batch(run)
+    lines = read_jsonl(path) if path.exists() else []
+    for line in lines:
+        line["step"] /= parts
+        if line.get("step_time"):
+            line["step_time"] *= parts
+    return lines
+
+
+def _steps_per_batch(run: Path) -> int:
+    """Optimizer steps that a run takes on one generation batch: four for the paper's GRPO."""
+    path = run / "manifest.json"
+    config = json.loads(path.read_text())["config"] if path.exists() else {}
+    return config.get("steps_per_generation", 1) // config.get("gradient_accumulation_steps", 1) or 1
+
+
+def letter_table(runs: dict[tuple[str, str], Path]) -> str:
+    """Which letters the rollouts of a multiple-choice set chose in the first and the last tenth of training."""
+    rows = []
+    for name, run in _first_seeds(runs).items():
+        lines = [line for line in _metrics(run) if f"letter/{LETTERS[0]}" in line]
+        tenth = max(1, len(lines) // 10)
+        if lines:
+            shares = np.array([[line[f"letter/{letter}"] for letter in LETTERS] for line in lines])
+            ends = zip(shares[:tenth].mean(0), shares[-tenth:].mean(0), strict=True)
+            rows.append([NAMES[name], *(f"{first:.2f}, {last:.2f}" for first, last in ends)])
+    if not rows:
+        return ""
+    heading = "Shares of the letters among the choices made, first and last tenth of training, first seed:"
+    return f"{heading}\n\n{plots.table_markdown(rows, ['variant', *LETTERS])}"
+
+
+def _first_seeds(runs: dict[tuple[str, str], Path]) -> dict[str, Path]:
+    """Variant -> run of its first seed, in the order of `NAMES`."""
+    return {name: run for name in NAMES for run in [r for (other, _), r in runs.items() if other == name][:1]}
 
 
 def differences(runs: dict[tuple[str, str], Path]) -> str:
@@ -208,9 +248,9 @@ def _ours(run: Path | None) -> str:
 
 def figures(folder: Path, dataset: str, runs: dict[tuple[str, str], Path]) -> list[Path]:
     """Accuracy over steps, bars of the last checkpoints, and the logged series of Figs. 1, 4 and 5."""
-    first = {name: run for name in NAMES for run in [r for (other, _), r in runs.items() if other == name][:1]}
+    first = _first_seeds(runs)
     base = curve(first["base"])["curve"] if "base" in first else []
-    points = {NAMES[name]: [*base, *curve(run)["curve"]] for name, run in first.items() if name != "base"}
+    points = {NAMES[name]: [*base, *_curve_points(run)] for name, run in first.items() if name != "base"}
     drawn = []
     if points:
         drawn.append(

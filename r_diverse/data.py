@@ -1,21 +1,35 @@
-"""Rows of both phases in TRL's format, and the embedded task: arithmetic that a tiny model writes and solves.
+"""Rows of both phases in TRL's format, the stages that make the Solver's questions, and the embedded task: arithmetic.
 
     python -m r_diverse.data base FOLDER         # trains the model from which the `tiny` preset starts, once
 
-Needs `common/` for the tiny model. The paper's method has no data: the Challenger writes the questions.
+The paper's method has no data: the Challenger writes the questions. Needs `common/`.
 """
 
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 
-from .questions import challenger_prompt, solver_prompt
+from common.answers import extract_answer, same_answer
+from common.evaluation import Decoding, Engine, Prompt, TransformersEngine, generate_samples
+from common.once import read_counts
+from common.runs import read_jsonl, write_jsonl
+
+from . import analysis, objective
+from .config import RDiverseConfig
+from .memory import MemoryBank
+from .questions import challenger_prompt, last_box, read_challenge, solver_prompt
+from .skills import SkillEncoder
+
+BATCH = 512  # responses between two writes
+SAME_SECONDS = 1.0  # for one comparison of two answers of the Solver
 
 # How often a kind of question is taught; in the test all are equally frequent
 KINDS = {"a+b": 10, "a-b": 5, "a*b": 3, "a+b+c": 2, "a*b+c": 1, "a-b*c": 1}
@@ -34,6 +48,143 @@ def solver_rows(questions: Sequence[dict[str, Any]], system: str) -> Dataset:
     return Dataset.from_list(
         [{"prompt": solver_prompt(row["question"], system), "answer": row["answer"]} for row in questions]
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Solver's questions: each function is a stage of `r_diverse.loop`, writes into its folder and returns counts
+
+
+def answer_decoding(run: RDiverseConfig) -> Decoding:
+    return Decoding(run.answer_temperature, run.answer_top_p, run.answer_tokens, run.answer_top_k)
+
+
+def same(first: str, second: str) -> bool:
+    """Whether two answers of the Solver mean the same, within a second."""
+    return same_answer(first, second, timeout=SAME_SECONDS)
+
+
+def generate(folder: Path, engine: Engine, run: RDiverseConfig, key: str) -> dict[str, Any]:
+    """Outputs of the frozen Challenger. `key` names iteration and round: no two draw the same random numbers."""
+    decoding = Decoding(run.question_temperature, run.question_top_p, run.question_tokens)
+    rows = [{"id": key, "prompt": challenger_prompt(run.challenger_system, run.challenger_user)}]
+    path = folder / "samples.jsonl"
+    generate_samples(engine, rows, path, run.candidates, decoding, run.seed, BATCH)
+    failures = Counter(read_challenge(record["response"]).failure or "valid" for record in read_jsonl(path))
+    return {"outputs": run.candidates, **dict(sorted(failures.items()))}
+
+
+def label(folder: Path, engine: Engine, run: RDiverseConfig, raw: Path) -> dict[str, Any]:
+    """Majority answer and self-consistency of the questions in `raw`, with the reason of each that is dropped."""
+    challenges = [(record["sample"], read_challenge(record["response"])) for record in read_jsonl(raw)]
+    rows = [
+        {"id": str(sample), "prompt": solver_prompt(challenge.question, run.solver_system), "question": challenge}
+        for sample, challenge in challenges
+        if challenge.valid
+    ]
+    path = folder / "samples.jsonl"
+    generate_samples(engine, rows, path, run.m_label, answer_decoding(run), run.seed, BATCH)
+    answers = _answers(path) if rows else {}
+    labelled = [_labelled(row["id"], row["question"], answers[row["id"]], run) for row in rows]
+    write_jsonl(folder / "labelled.jsonl", labelled)
+    dropped = Counter(row["drop"] or "usable" for row in labelled)
+    shares = [row["consistency"] for row in labelled]
+    histogram = np.histogram(shares, bins=np.arange(12) / 10 - 0.05)[0].tolist()  # s = 0, 0.1, ..., 1
+    return {"questions": len(rows), **dict(sorted(dropped.items())), "consistency": histogram}
+
+
+def gate(folder: Path, engine: Engine, run: RDiverseConfig, labelled: Path) -> dict[str, Any]:
+    """Validity gate, not in the paper: usable questions whose label the base model's majority shares."""
+    rows = [row for row in read_jsonl(labelled) if row["drop"] is None]
+    asked = [{"id": row["id"], "prompt": solver_prompt(row["question"], run.solver_system)} for row in rows]
+    path = folder / "samples.jsonl"
+    generate_samples(engine, asked, path, run.gate_samples, answer_decoding(run), run.seed + 1, BATCH)
+    answers = _answers(path) if rows else {}
+    for row in rows:
+        majority, row["gate_consistency"] = objective.self_consistency(answers[row["id"]], same)
+        agrees = majority is not None and (same(majority, row["answer"]) or same(row["answer"], majority))
+        row["drop"] = None if agrees else "gate"
+    write_jsonl(folder / "labelled.jsonl", rows)
+    return {"questions": len(rows), "usable": sum(row["drop"] is None for row in rows)}
+
+
+def _answers(path: Path) -> dict[str, list[str | None]]:
+    answers: dict[str, list[str | None]] = {}
+    for record in read_jsonl(path):
+        answers.setdefault(record["id"], []).append(extract_answer(record["response"]))
+    return answers
+
+
+def _labelled(key: str, challenge, answers: list[str | None], run: RDiverseConfig) -> dict[str, Any]:
+    majority, consistency = objective.self_consistency(answers, same)
+    return {
+        "id": key,
+        "question": challenge.question,
+        "answer": majority,
+        "consistency": consistency,
+        "drop": objective.drop_reason(challenge.question, majority, consistency, run.low, run.high, run.r_zero_words),
+        "answers": answers,
+        "own_answer": challenge.answer,
+    }
+
+
+def usable(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Questions of several rounds that were not dropped, in order."""
+    return [row for file in files for row in read_jsonl(file) if row["drop"] is None]
+
+
+def embed(folder: Path, skills: SkillEncoder, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Skill vectors of the usable questions; a row without one is NaN."""
+    questions = [row["question"] for row in rows]
+    programs = skills.programs(questions)
+    embeddings, ok = skills.embed(programs)
+    temporary = folder / ".embeddings.npy"
+    np.save(temporary, embeddings)
+    temporary.rename(folder / "embeddings.npy")
+    records = [{"question": q, "code": p.code, "failure": p.failure} for q, p in zip(questions, programs, strict=True)]
+    write_jsonl(folder / "programs.jsonl", records)
+    failures = Counter(program.failure for program in programs if program.failure)
+    cosines = analysis.batch_cosines(embeddings[ok]) if ok.sum() > 1 else np.zeros(0)
+    median = float(np.median(cosines)) if len(cosines) else None
+    return {"encoder": skills.name, "ok": int(ok.sum()), **dict(sorted(failures.items())), "median_cosine": median}
+
+
+def select(
+    folder: Path, run: RDiverseConfig, iteration: int, rows: Sequence[dict[str, Any]], embedded: Path, bank_path: Path
+) -> dict[str, Any]:
+    """Filter, memory update and replay: the Solver's questions, a share of them from the past with their labels."""
+    embeddings = np.load(embedded / "embeddings.npy")
+    encoder = read_counts(embedded)["encoder"]
+    remembers = run.penalty == "r_diverse"
+    ok = np.isfinite(embeddings).all(1) if len(rows) else np.zeros(0, bool)
+    kept = [i for i in range(len(rows)) if ok[i] or not remembers]
+    current = [{k: rows[i][k] for k in ("question", "answer")} for i in kept]
+    bank, replayed = MemoryBank(bank_path, encoder), []
+    if remembers:
+        columns = [row["question"] for row in current], embeddings[kept], [row["answer"] for row in current]
+        bank.add(*columns, iteration)
+        number = objective.replay_count(len(current), run.replay_fraction)
+        replayed = bank.before(iteration).sample(number, seed=1000 * run.seed + iteration)
+    mixed = [{**row, "iteration": iteration} for row in current]
+    mixed += [{k: row[k] for k in ("question", "answer", "iteration")} for row in replayed]
+    order = np.random.default_rng([run.seed, iteration]).permutation(len(mixed))
+    write_jsonl(folder / "solver_data.jsonl", (mixed[i] for i in order))
+    write_jsonl(folder / "audit.jsonl", _audit(rows, kept, [run.seed, iteration, 1]))
+    sources = Counter(row["iteration"] for row in replayed)
+    return {
+        "current": len(current),
+        "replayed": len(replayed),
+        "replayed_from": {str(t): sources[t] for t in sorted(sources)},
+        "bank": len(bank.before(iteration + 1)) if remembers else 0,
+        "label_accuracy": label_accuracy(current),
+    }
+
+
+def _audit(rows: Sequence[dict[str, Any]], kept: Sequence[int], seed: list[int], count: int = 50) -> list[dict]:
+    """Some new questions of the Solver for a person to read: label, votes, and the exact value where it is known."""
+    chosen = sorted(np.random.default_rng(seed).permutation(len(kept))[:count].tolist())
+    names = ("question", "answer", "consistency", "own_answer", "answers")
+    found = ({name: rows[kept[i]][name] for name in names} for i in chosen)
+    return [{**row, "exact": exact_value(row["question"])} for row in found]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,10 +268,6 @@ def train_base(out: Path, until: float = 0.3, max_steps: int = 2000, seed: int =
 
 def base_shares(model, tokenizer, rows: Sequence[dict[str, str]]) -> dict[str, float]:
     """Greedy accuracy on the rows, and the share of 64 sampled outputs in the Challenger's form."""
-    from common.evaluation import Decoding, Prompt, TransformersEngine
-
-    from .questions import last_box, read_challenge
-
     was_training = model.training
     engine = TransformersEngine(model.eval(), tokenizer, batch_size=len(rows))
     asked = [Prompt(solver_prompt(row["question"], "")) for row in rows]

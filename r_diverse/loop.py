@@ -17,7 +17,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,17 +25,21 @@ import numpy as np
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from . import stages
 from .config import RDiverseConfig
+from .memory import MemoryBank
 from .servers import free_port, serving, vllm_command
 from .train import PHASES, Settings, challenger, local_engine, parse, skill_encoder, solver
 
 # isort: split
+# after .train, which says in one line that common/ is missing
 from common import models
 from common.cli import run_main
 from common.evaluation import ServerEngine
+from common.once import StageError, digest, once, read_counts
 from common.runs import RunFolder, fingerprint, read_jsonl
 from common.stages import launcher, run_experiment, shown
+
+from . import analysis, data, evaluate
 
 VARIANT_FLAGS = {
     "r_diverse": [],
@@ -132,22 +136,22 @@ class SelfPlay:
     def _iteration(self, t: int) -> None:
         run, sources = self.run_config, sources_of(self.run_config, t)
         opponent = self._models["solver"]
-        bank = stages.MemoryBank(self.root / "bank").before(t).fingerprint()
+        bank = MemoryBank(self.root / "bank").before(t).fingerprint()
         inputs = {"challenger": self._models["challenger"], "solver": opponent, "bank": bank}
         done = self._stage(t, "challenger", inputs, lambda folder: self._train_challenger(folder, sources, t))
-        self._models["challenger"] = stages.digest(done)
+        self._models["challenger"] = digest(done)
         files, labels = self._questions(t, sources.solver, opponent)
-        rows = stages.usable(files)
+        rows = data.usable(files)
         done = self._stage(t, "embed", {"labels": labels}, lambda folder: self._embed(folder, rows))
         embedded = self._folder(t, "embed")
-        inputs = {"embeddings": stages.digest(done), "labels": labels, "bank": bank}
+        inputs = {"embeddings": digest(done), "labels": labels, "bank": bank}
         done = self._stage(
-            t, "filter", inputs, lambda folder: stages.select(folder, run, t, rows, embedded, self.root / "bank")
+            t, "filter", inputs, lambda folder: data.select(folder, run, t, rows, embedded, self.root / "bank")
         )
         self._alarm(t, len(files))
-        inputs = {"solver": opponent, "questions": stages.digest(done)}
+        inputs = {"solver": opponent, "questions": digest(done)}
         done = self._stage(t, "solver", inputs, lambda folder: self._train_solver(folder, sources, t))
-        self._models["solver"] = stages.digest(done)
+        self._models["solver"] = digest(done)
         self._evaluate(t, str(self._folder(t, "solver") / "model"))
 
     def _folder(self, t: int, name: str) -> Path:
@@ -156,7 +160,7 @@ class SelfPlay:
     def _stage(self, t: int, name: str, inputs: dict[str, Any], work) -> dict[str, Any]:
         folder = self._folder(t, name)
         fresh = not (folder / "DONE.json").exists()
-        done = stages.once(folder, inputs, work)
+        done = once(folder, inputs, work)
         if fresh:
             counts = {key: value for key, value in done["counts"].items() if not isinstance(value, list)}
             print(
@@ -172,26 +176,26 @@ class SelfPlay:
         for k in range(1, run.max_rounds + 1):
             done = self._stage(
                 t, f"generate_{k}", {"challenger": self._models["challenger"]},
-                lambda folder, k=k: self._with_engine(author, folder, stages.generate, f"iteration {t}, round {k}"),
+                lambda folder, k=k: self._with_engine(author, folder, data.generate, f"iteration {t}, round {k}"),
             )  # fmt: skip
             raw = self._folder(t, f"generate_{k}") / "samples.jsonl"
-            inputs = {"outputs": stages.digest(done), "solver": opponent}
+            inputs = {"outputs": digest(done), "solver": opponent}
             done = self._stage(
                 t, f"label_{k}", inputs,
-                lambda folder, raw=raw: self._with_engine(solver_model, folder, stages.label, raw),
+                lambda folder, raw=raw: self._with_engine(solver_model, folder, data.label, raw),
             )  # fmt: skip
             file = self._folder(t, f"label_{k}") / "labelled.jsonl"
             if run.gate_samples:
                 done = self._stage(
-                    t, f"gate_{k}", {"labels": stages.digest(done), "base": self.base},
-                    lambda folder, file=file: self._with_engine(run.model, folder, stages.gate, file),
+                    t, f"gate_{k}", {"labels": digest(done), "base": self.base},
+                    lambda folder, file=file: self._with_engine(run.model, folder, data.gate, file),
                 )  # fmt: skip
                 file = self._folder(t, f"gate_{k}") / "labelled.jsonl"
             files.append(file)
-            digests.append(stages.digest(done))
-            if (found := len(stages.usable(files))) >= self._needed():
+            digests.append(digest(done))
+            if (found := len(data.usable(files))) >= self._needed():
                 return files, digests
-        raise stages.StageError(
+        raise StageError(
             f"iteration {t} has {found} usable questions after {run.max_rounds} rounds of {run.candidates}, "
             f"{self._needed()} are needed: look at the drop reasons in {file.parent}/DONE.json; raise max_rounds or "
             "candidates, or lower min_questions and the Solver's batch"
@@ -225,7 +229,7 @@ class SelfPlay:
             url = None
             if run.engine == "vllm" and run.coder != "rules" and run.measure != "question":
                 url = stack.enter_context(self._server(run.coder, folder, run.engine_memory / 2, None))
-            return stages.embed(folder, skill_encoder(run, self.root / "programs", url), rows)
+            return data.embed(folder, skill_encoder(run, self.root / "programs", url), rows)
 
     def _alarm(self, t: int, rounds: int) -> None:
         run = self.run_config
@@ -233,16 +237,16 @@ class SelfPlay:
             return
         embeddings = [np.load(self._folder(i, "embed") / "embeddings.npy") for i in range(1, t + 1)]
         embeddings = [rows[np.isfinite(rows).all(1)] for rows in embeddings]
-        labels = stages.read_counts(self._folder(t, "filter"))["label_accuracy"]
+        labels = read_counts(self._folder(t, "filter"))["label_accuracy"]
         logged = [
             line["entropy"]
             for line in read_jsonl(self._folder(t, "challenger") / "metrics.jsonl")
             if "entropy" in line
         ]
         entropy = logged[-1] if logged else None
-        if problem := stages.check_alarm(run, t, embeddings, rounds * run.candidates, labels, entropy):
+        if problem := check_alarm(run, t, embeddings, rounds * run.candidates, labels, entropy):
             if run.alarm == "stop":
-                raise stages.StageError(f"collapse alarm: {problem}; --alarm warn goes on")
+                raise StageError(f"collapse alarm: {problem}; --alarm warn goes on")
             print(f"collapse alarm: {problem}", flush=True)
 
     def _evaluate(self, t: int, model: str) -> None:
@@ -250,7 +254,7 @@ class SelfPlay:
         if self.run_config.benchmarks in ("", "none"):
             self._stage(t, "evaluate", inputs, lambda folder: {})
         else:
-            self._stage(t, "evaluate", inputs, lambda folder: self._with_engine(model, folder, stages.score))
+            self._stage(t, "evaluate", inputs, lambda folder: self._with_engine(model, folder, evaluate.score))
 
     # Engines and child processes
 
@@ -296,7 +300,7 @@ class SelfPlay:
         print(f"$ {shown((phase, words))}", flush=True)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
         if code := subprocess.run(words, env=environment).returncode:
-            raise stages.StageError(f"iteration {t}, {phase}: its command ended with exit code {code}")
+            raise StageError(f"iteration {t}, {phase}: its command ended with exit code {code}")
 
 
 def _place(model: str, root: Path) -> str:
@@ -313,6 +317,38 @@ def _shown(value: Any) -> str:
             f"{value['avg@k']:.3f}" if "avg@k" in value else ", ".join(f"{k}: {_shown(v)}" for k, v in value.items())
         )
     return str(value)
+
+
+def check_alarm(
+    run: RDiverseConfig,
+    iteration: int,
+    embeddings: Sequence[np.ndarray],
+    candidates: int,
+    labels: float | None = None,
+    entropy: float | None = None,
+) -> str | None:
+    """What has collapsed in this iteration, if anything has.
+
+    Args:
+        embeddings: of the usable questions, by iteration.
+        candidates: outputs of the Challenger in this iteration.
+        labels: share of right labels, None if it cannot be known.
+        entropy: of the Challenger's tokens at the end of its phase, in nats.
+    """
+    now = embeddings[-1]
+    if len(now) < run.alarm_yield * candidates:
+        return f"only {len(now)} of {candidates} candidates are usable"
+    if labels is not None and labels < run.alarm_labels:
+        return f"only {labels:.0%} of the labels of iteration {iteration} are right"
+    if entropy is not None and entropy < run.alarm_entropy:
+        return f"the Challenger's entropy has fallen to {entropy:.3f} nats a token in iteration {iteration}"
+    inside = analysis.intra_repetition(now)
+    past = np.concatenate(embeddings[:-1]) if len(embeddings) > 1 else now[:0]
+    across = analysis.cross_repetition(now, past) if len(past) else 0.0
+    for share, where in ((inside, "another one of this iteration"), (across, "one of an earlier iteration")):
+        if share > run.alarm_duplicates:
+            return f"{share:.0%} of the questions of iteration {iteration} repeat {where}"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

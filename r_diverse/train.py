@@ -21,7 +21,6 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .config import ChallengerConfig, RDiverseConfig, SolverConfig
-from .data import challenger_rows, solver_rows
 from .memory import MemoryBank
 from .questions import solver_prompt
 from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
@@ -29,17 +28,18 @@ from .trainer import ChallengerReward, PhaseTrainer
 
 try:
     from common import models, verifiers
-    from common.answers import extract_answer, same_answer
+    from common.answers import extract_answer
     from common.cli import changed_fields, parse_fields, run_main
-    from common.evaluation import Decoding, Engine, Prompt, ServerEngine, TransformersEngine
+    from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
     from common.runs import append_jsonl, last_checkpoint, read_jsonl, truncate_jsonl
+
+    from .data import answer_decoding, challenger_rows, same, solver_rows
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
     sys.exit("r_diverse.train also needs the folder common/ of the project beside r_diverse/; the rest does not")
 
 PHASES = ("challenger", "solver")
-SAME_SECONDS = 1.0  # for one comparison of two answers of the Solver
 
 
 class Settings(NamedTuple):
@@ -131,15 +131,6 @@ class EngineSolver:
         answers = self.engine.generate(prompts, answer_decoding(self.run), seeds)
         rows = [answers[i : i + m] for i in range(0, len(answers), m)]
         return [None if None in row else [extract_answer(answer.text) for answer in row] for row in rows]
-
-
-def answer_decoding(run: RDiverseConfig) -> Decoding:
-    return Decoding(run.answer_temperature, run.answer_top_p, run.answer_tokens, run.answer_top_k)
-
-
-def same(first: str, second: str) -> bool:
-    """Whether two answers of the Solver mean the same, within a second."""
-    return same_answer(first, second, timeout=SAME_SECONDS)
 
 
 def local_engine(model: str, run: RDiverseConfig) -> TransformersEngine:

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--datasets", help=f"comma list of {', '.join(BENCHMARKS)}, or all; by default the config's")
     parser.add_argument("--seeds", help="comma list; by default the config's seed")
     parser.add_argument("--gpus", type=int, default=1, help="processes for training; 1 starts no launcher")
-    parser.add_argument("--sharding", default="zero2", help="accelerate config of TRL used for several GPUs")
+    parser.add_argument("--sharding", default="zero3", help="accelerate config of TRL used for several GPUs")
     parser.add_argument("--dry_run", action="store_true")
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     fields = ["--config", known.config, *rest]
@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if known.dry_run:
         print(
-            dry_run(args, config, max(1, known.gpus)), *(f"$ {shown(c)}" for stage in stages for c in stage), sep="\n"
+            dry_run(args, config, max(1, known.gpus), known.sharding),
+            *(f"$ {shown(c)}" for stage in stages for c in stage),
+            sep="\n",
         )
         return 0
     return run_experiment("srpo.loop", stages, Path(args.out) / "srpo" / args.experiment / "logs")
@@ -83,14 +85,18 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
 
 
 def _steps_of(name: str, config) -> list[str]:
-    """GRPO's four optimizer steps a generation batch (Table 3), where the batch divides; the others take one."""
+    """GRPO's four optimizer steps a generation batch (Table 3), where the batch divides; the others take one.
+
+    The paper's steps, of warm-up too, are batches; TRL's are optimizer steps.
+    """
     accumulation = config.gradient_accumulation_steps
     if name != "grpo" or accumulation % 4:
         return []
-    return [
-        *("--steps_per_generation", str(accumulation), "--gradient_accumulation_steps", str(accumulation // 4)),
-        *("--max_steps", str(4 * config.max_steps), "--save_steps", str(int(4 * config.save_steps))),
-    ]
+    flags = ["--steps_per_generation", str(accumulation), "--gradient_accumulation_steps", str(accumulation // 4)]
+    for field in ("max_steps", "save_steps", "warmup_steps"):
+        if getattr(config, field) >= 1:  # below, it is a share of all steps
+            flags += [f"--{field}", str(int(4 * getattr(config, field)))]
+    return flags
 
 
 if __name__ == "__main__":

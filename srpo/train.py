@@ -1,7 +1,7 @@
 """Trains one variant of the SRPO paper (arXiv 2604.02288) into a run folder; resumes where it stopped.
 
     python -m srpo.train --config srpo/configs/single_gpu.yaml                                             # one GPU
-    accelerate launch --config_file zero2.yaml --num_processes 8 -m srpo.train --config srpo/configs/qwen3_8b.yaml
+    accelerate launch --config_file zero3.yaml --num_processes 8 -m srpo.train --config srpo/configs/qwen3_8b.yaml
     python -m srpo.train --config srpo/configs/qwen3_8b.yaml --dry_run            # resolved settings, memory, command
 
 `--routing`: srpo, grpo, sdpo, sdpo_incorrect, sdpo_correct, mix; `--entropy_beta 0` is SRPO without dynamic weighting.
@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> None:
     args, config = parse(argv)
     if args.dry_run:
-        print(dry_run(args, config, int(os.environ.get("WORLD_SIZE", "1"))))
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
+        print(dry_run(args, config, int(os.environ.get("WORLD_SIZE", "1")), f"zero{stage}"))
     else:
         train(args, config)
 
@@ -235,8 +236,8 @@ def rollout_records(rollouts: dict[str, Any], count: int) -> list[dict[str, Any]
     ]
 
 
-def dry_run(args: ScriptArguments, config: SRPOConfig, processes: int = 1) -> str:
-    """Resolved settings, size of an update and memory a process, as text."""
+def dry_run(args: ScriptArguments, config: SRPOConfig, processes: int = 1, sharding: str = "") -> str:
+    """Resolved settings, size of an update, memory a process and disk space, as text."""
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     lines = [f"run folder: {run_path(args, config)}", "settings (every other field is at its default):"]
     hidden = {"use_cpu", "disable_tqdm"}  # set by `parse` and by transformers for the look itself
@@ -247,32 +248,68 @@ def dry_run(args: ScriptArguments, config: SRPOConfig, processes: int = 1) -> st
         f"{processes} processes x {config.per_device_train_batch_size} rollouts x "
         f"{config.gradient_accumulation_steps} micro-batches"
     )
-    return "\n".join(lines + memory_lines(args, config, processes))
-
-
-def memory_lines(args: ScriptArguments, config: SRPOConfig, processes: int) -> list[str]:
-    """GiB a process by part, from the parameter count (nominal from the name if the model is not at hand)."""
     parameters = models.parameter_count(args.model)
     if parameters is None:
-        return ["memory: unknown, the model is not at hand and its name holds no size such as 8B"]
-    gib, shards = 2**30, processes if processes > 1 else 1
-    weight = 4 if args.policy_dtype == "float32" else 2
-    trained = parameters if not args.lora_rank else 0.01 * parameters
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return "\n".join([*lines, "memory: unknown, the model is not at hand and its name holds no size such as 8B"])
+    stage = int(sharding[-1]) if processes > 1 and sharding in ("zero1", "zero2", "zero3") else 0
+    parts = memory_parts(args, config, parameters, processes, stage)
+    lines.append(f"memory a process, GiB ({f'ZeRO-{stage}' if stage else 'not sharded'}; activations come on top):")
+    lines += [f"  {value:7.2f}  {name}" for name, value in {**parts, "sum": sum(parts.values())}.items()]
+    return "\n".join([*lines, disk_line(args, config, parameters, stage)])
+
+
+def memory_parts(
+    args: ScriptArguments, config: SRPOConfig, parameters: float, processes: int, stage: int
+) -> dict[str, float]:
+    """GiB by part of one process under ZeRO of `stage`, 0 for a whole copy of everything in each process."""
+    gib, lora = 2**30, bool(args.lora_rank)
+    trained = 0.01 * parameters if lora else parameters
+    weight = bytes_of_a_weight(args, config, stage)
+    optimizer, gradients, weights = (processes if stage >= least else 1 for least in (1, 2, 3))
+    own = {"ema": 4 + (weight if stage == 3 else 0), "frozen": 0 if lora else weight, "current": 0}[config.teacher]
+    width, vocabulary = _shape(args.model)
+    tokens = 0.4 * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    tokens *= min(800, config.max_completion_length)
     parts = {
-        f"policy weights, {args.policy_dtype}": weight * parameters / gib,
-        "gradients and AdamW states, fp32 (sharded by ZeRO-2)": 12 * trained / shards / gib,
-        "cached teacher hidden states, 40 % routed, mean length 800": 0.4 * rows * 800 * 4096 * 2 / gib,
-        "one chunk of logits and its gradients": 4 * 512 * 151_936 * 4 / gib,
+        f"policy weights, {weight} bytes each": weight * parameters / weights,
+        "gradients": weight * trained / gradients,
+        "optimizer": bytes_of_states(args, config, stage) * trained / optimizer,
+        f"self-teacher, {config.teacher}": 0 if config.routing == "grpo" else own * parameters / weights,
+        "cached teacher hidden states, 40 % routed, mean length up to 800": tokens * width * (2 if config.bf16 else 4),
+        "one chunk of logits and its gradients": 4 * 512 * vocabulary * 4,
     }
-    if config.routing != "grpo" and config.teacher == "ema":
-        parts["self-teacher, fp32"] = 4 * parameters / gib
     if config.use_vllm and config.vllm_mode == "colocate":
-        parts[f"rollout engine, {config.vllm_gpu_memory_utilization:.0%} of 80 GiB"] = (
-            80 * config.vllm_gpu_memory_utilization
-        )
-    lines = ["memory a process, GiB (activations come on top):"]
-    return lines + [f"  {value:7.2f}  {name}" for name, value in {**parts, "sum": sum(parts.values())}.items()]
+        share = config.vllm_gpu_memory_utilization
+        parts[f"rollout engine, {share:.0%} of 80 GiB, asleep while training"] = share * 80 * gib
+    return {name: value / gib for name, value in parts.items()}
+
+
+def disk_line(args: ScriptArguments, config: SRPOConfig, parameters: float, stage: int) -> str:
+    """GiB of a run's checkpoints: all keep their weights for evaluation, the newest also what resuming needs."""
+    gib, trained = 2**30, (0.01 if args.lora_rank else 1) * parameters
+    average = 4 * parameters if config.routing != "grpo" and config.teacher == "ema" else 0
+    each = bytes_of_a_weight(args, config, stage) * trained / gib
+    resume = (bytes_of_states(args, config, stage) * trained + average) / gib
+    count = int(config.max_steps // config.save_steps)
+    return f"disk a run, GiB: {count} checkpoints x {each:.2f} (save_steps), and {resume:.2f} to resume"
+
+
+def bytes_of_a_weight(args: ScriptArguments, config: SRPOConfig, stage: int) -> int:
+    """Of the policy in memory and in checkpoints: DeepSpeed trains a bfloat16 copy."""
+    return 2 if args.policy_dtype == "bfloat16" or (stage and config.bf16) else 4
+
+
+def bytes_of_states(args: ScriptArguments, config: SRPOConfig, stage: int) -> int:
+    """Of the optimizer for each weight; under DeepSpeed with a float32 copy of bfloat16 weights."""
+    return 12 if stage and config.bf16 else 2 * bytes_of_a_weight(args, config, stage)
+
+
+def _shape(model: str) -> tuple[int, int]:
+    """Width and vocabulary of a local model; of Qwen3-8B for a name on the hub."""
+    if not Path(model).exists():
+        return 4096, 151_936
+    config = models.load_config(model).get_text_config()
+    return config.hidden_size, config.vocab_size
 
 
 if __name__ == "__main__":

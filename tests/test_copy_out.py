@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = {"common", "va_opd", "srpo", "r_diverse"}
 METHODS = [name for name in ("va_opd", "srpo", "r_diverse") if (ROOT / name / "__init__.py").exists()]
-NEED_COMMON = ("data", "train", "evaluate", "loop", "stages")  # all other modules are the library
+NEED_COMMON = ("data", "train", "evaluate", "loop")  # all other modules are the library
 ENTRY_POINTS = [(m, e) for m in METHODS for e in ("train", "loop") if (ROOT / m / f"{e}.py").exists()]
 
 # The ten lines of a caller, and a model small enough for a test. Nothing of it comes from this project but the method.

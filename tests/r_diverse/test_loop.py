@@ -16,8 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
+from common.once import StageError, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
-from r_diverse import MemoryBank, loop, stages  # noqa: E402
+from r_diverse import MemoryBank, loop  # noqa: E402
 from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, finished_iterations, main, run_path, variant  # noqa: E402
 from r_diverse.train import parse  # noqa: E402
 
@@ -277,12 +278,12 @@ def test_once_runs_a_stage_once(tmp_path):
         return {"n": 1}
 
     folder = tmp_path / "iteration_1" / "stage"
-    first = stages.once(folder, {"a": "1"}, work)
-    assert stages.once(folder, {"a": "1"}, work) == first
+    first = once(folder, {"a": "1"}, work)
+    assert once(folder, {"a": "1"}, work) == first
     assert calls == [1]
     assert first["outputs"]["out.txt"]["bytes"] == 1
-    with pytest.raises(stages.StageError, match="was made with a='1', now it is '2'"):
-        stages.once(folder, {"a": "2"}, work)
+    with pytest.raises(StageError, match="was made with a='1', now it is '2'"):
+        once(folder, {"a": "2"}, work)
 
 
 def test_a_stage_that_failed_starts_again_from_the_same_inputs_only(tmp_path):
@@ -291,24 +292,24 @@ def test_a_stage_that_failed_starts_again_from_the_same_inputs_only(tmp_path):
 
     folder = tmp_path / "iteration_1" / "stage"
     with pytest.raises(OSError, match="disk full"):
-        stages.once(folder, {"a": "1"}, fail)
-    with pytest.raises(stages.StageError, match="was made with"):
-        stages.once(folder, {"a": "2"}, lambda folder: {})
-    assert stages.once(folder, {"a": "1"}, lambda folder: {"n": 2})["counts"] == {"n": 2}
+        once(folder, {"a": "1"}, fail)
+    with pytest.raises(StageError, match="was made with"):
+        once(folder, {"a": "2"}, lambda folder: {})
+    assert once(folder, {"a": "1"}, lambda folder: {"n": 2})["counts"] == {"n": 2}
 
 
 def test_the_alarm_knows_repeats_and_yields():
     run = parse(["--model=m", "--alarm=warn"]).run
     distinct, repeated = np.eye(8), np.ones((8, 8)) / 8**0.5
-    assert stages.check_alarm(run, 1, [distinct], 8) is None
-    assert "of the questions of iteration 1 repeat another" in stages.check_alarm(run, 1, [repeated], 8)
-    assert "repeat one of an earlier" in stages.check_alarm(run, 2, [distinct, distinct], 8)
-    assert "only 8 of 8000" in stages.check_alarm(run, 1, [distinct], 8000)
-    assert stages.check_alarm(run, 1, [distinct], 8, labels=0.0, entropy=0.0) is None  # off by default
+    assert loop.check_alarm(run, 1, [distinct], 8) is None
+    assert "of the questions of iteration 1 repeat another" in loop.check_alarm(run, 1, [repeated], 8)
+    assert "repeat one of an earlier" in loop.check_alarm(run, 2, [distinct, distinct], 8)
+    assert "only 8 of 8000" in loop.check_alarm(run, 1, [distinct], 8000)
+    assert loop.check_alarm(run, 1, [distinct], 8, labels=0.0, entropy=0.0) is None  # off by default
     strict = parse(["--model=m", "--alarm=warn", "--alarm_labels=0.5", "--alarm_entropy=0.1"]).run
-    assert "only 40% of the labels" in stages.check_alarm(strict, 1, [distinct], 8, labels=0.4, entropy=1.0)
-    assert "entropy has fallen to 0.050" in stages.check_alarm(strict, 1, [distinct], 8, labels=0.6, entropy=0.05)
-    assert stages.check_alarm(strict, 1, [distinct], 8, labels=None, entropy=None) is None
+    assert "only 40% of the labels" in loop.check_alarm(strict, 1, [distinct], 8, labels=0.4, entropy=1.0)
+    assert "entropy has fallen to 0.050" in loop.check_alarm(strict, 1, [distinct], 8, labels=0.6, entropy=0.05)
+    assert loop.check_alarm(strict, 1, [distinct], 8, labels=None, entropy=None) is None
 
 
 def test_some_questions_are_there_to_be_read(finished):

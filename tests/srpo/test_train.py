@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks import srpo as report
 from common.cli import changed_settings
 from common.runs import last_checkpoint, read_jsonl
 from common.tiny import tiny_qwen3
@@ -107,7 +108,63 @@ def test_the_paper_configs_are_the_papers(size):
 def test_the_papers_grpo_takes_four_steps_a_batch(capsys):
     assert loop.main(["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run", "--variants", "grpo"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "srpo.train" in line]
-    assert "--steps_per_generation 8 --gradient_accumulation_steps 2 --max_steps 1900" in line
+    flags = (
+        "--steps_per_generation 8 --gradient_accumulation_steps 2 --max_steps 1900 --save_steps 20 --warmup_steps 40"
+    )
+    assert flags in line
+
+
+def test_the_memory_estimate_by_hand(capsys):
+    """Qwen3-8B on 8 GPUs, in GiB: 2 + 2 + 12 + 6 bytes a parameter over 8 shards; 2 + 2/8 + 12/8 + 4 under ZeRO-2."""
+    for sharding, weights, teacher in (("zero3", 2 / 8, 6 / 8), ("zero2", 2, 4)):
+        fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--gpus", "8", "--sharding", sharding]
+        assert loop.main([*fields, "--dry_run"]) == 0
+        printed = capsys.readouterr().out
+        for name, per_parameter in (
+            ("policy weights", weights),
+            ("gradients", 2 / 8),
+            ("optimizer", 12 / 8),
+            ("self-teacher, ema", teacher),
+        ):
+            (line,) = [line for line in printed.splitlines() if line[10:].strip().startswith(name)]
+            assert float(line.split()[0]) == pytest.approx(8e9 * per_parameter / 2**30, abs=0.005)
+        total = float(next(line for line in printed.splitlines() if line.endswith("  sum")).split()[0])
+        assert (total < 80) == (sharding == "zero3")  # the default fits the 80 GB that the preset names
+        assert "95 checkpoints x 14.90" in printed
+
+
+def choices(folder: Path) -> Path:
+    """Questions in the form and number of the biology set."""
+    for split, count in (("train", 450), ("test", 50)):
+        lines = [
+            json.dumps({"prompt": f"{split} {i}?\nA: x\nB: y", "system": None, "answer": "AB"[i % 2], "idx": i})
+            for i in range(count)
+        ]
+        (folder / f"{split}.json").write_text("\n".join(lines))
+    return folder
+
+
+def test_the_shares_of_the_answer_letters_are_logged_and_reported(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields = ["--config", str(config), "--dataset", "biology", "--data", str(choices(tmp_path)), "--max_steps", "2"]
+    assert train.main([*fields, "--max_completion_length", "1"]) == 0  # one character is a whole answer
+    run = tmp_path / "runs/srpo/small-biology/srpo-seed0"
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
+    for line in lines:
+        shares = [line[f"letter/{letter}"] for letter in "ABCD"]
+        assert all(0 <= share <= 1 for share in shares)
+        assert sum(shares) <= 1 + 1e-9
+    table = report.letter_table({("srpo", "0"): run})
+    expected = " | ".join(f"{lines[0][f'letter/{x}']:.2f}, {lines[-1][f'letter/{x}']:.2f}" for x in "ABCD")
+    assert f"| SRPO | {expected} |" in table
+
+
+def test_steps_are_counted_in_generation_batches(tmp_path):
+    """A run of four optimizer steps a batch stands beside the others by batches, and so do its seconds."""
+    manifest = {"config": {"steps_per_generation": 8, "gradient_accumulation_steps": 2}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 20, "step_time": 3.0, "reward": 0.5}) + "\n")
+    assert report._metrics(tmp_path) == [{"step": 5, "step_time": 12.0, "reward": 0.5}]
 
 
 @pytest.mark.parametrize(
