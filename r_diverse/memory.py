@@ -4,6 +4,7 @@
       manifest.json                    encoder, dimension, normalisation, and the one folder of each iteration
       iteration_00003_<digest>/
         embeddings.npy                 (rows, D) float32 unit vectors, memory-mapped
+        codes.npy  blocks.npy          the same in 8 bits, and scale and error of each CHUNK rows
         records.jsonl  offsets.npy     question and answer of each row; where each line starts
         sum.npy                        (D,) float64, sum of the rows
 
@@ -30,9 +31,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import ArrayLike
 
+from . import _scan
 from .objective import memory_penalty
 
-_EMPTY = {"format": 1, "encoder": None, "dim": None, "normalized": True, "iterations": {}}
+_EMPTY = {"format": 2, "encoder": None, "dim": None, "normalized": True, "iterations": {}}
 CHUNK = 8192  # rows read, written or searched at a time
 UNIT_TOLERANCE = 0.01  # a unit vector in bfloat16 is off by up to 0.004
 LOCK_SECONDS = 300
@@ -45,6 +47,8 @@ class _Segment:
     folder: str
     sha256: str
     embeddings: np.ndarray
+    codes: np.ndarray
+    blocks: np.ndarray
     offsets: np.ndarray
     records: np.ndarray
     total: np.ndarray
@@ -191,7 +195,10 @@ class MemoryBank:
         queries = self._queries(embeddings)
         if len(self) == 0:
             return np.full(len(queries), np.nan), np.full(len(queries), np.nan)
-        cosines, _ = self.nearest(queries)
+        if _scan.is_fast():
+            cosines, _ = self._exact(queries, _scan.nearest_rows(queries, self._blocks())[:, None])
+        else:
+            cosines, _ = self.nearest(queries)
         # From the sum of each iteration, never by subtraction: replacing rows leaves no trace in the mean
         mean = np.sum([segment.total for segment in self._segments.values()], axis=0) / len(self)
         return cosines[:, 0], queries @ mean
@@ -230,6 +237,12 @@ class MemoryBank:
             for i in range(0, len(segment.embeddings), CHUNK):
                 yield start + i, segment.embeddings[i : i + CHUNK]
             start += len(segment.embeddings)
+
+    def _blocks(self) -> Iterator[_scan.Block]:
+        for segment in self._segments.values():
+            for i, (scale, error) in enumerate(segment.blocks):
+                part = slice(i * CHUNK, (i + 1) * CHUNK)
+                yield _scan.Block(segment.embeddings[part], segment.codes[part], scale, error)
 
     def _queries(self, embeddings: ArrayLike) -> np.ndarray:
         queries = _unit_queries(embeddings)
@@ -285,13 +298,16 @@ class MemoryBank:
     def verify(self) -> None:
         """Reads every byte; `ValueError` where a row is not what was added."""
         for segment in self._segments.values():
-            digest, total = hashlib.sha256(), np.zeros(self.dim)
-            for i in range(0, len(segment.embeddings), CHUNK):
-                digest.update(segment.embeddings[i : i + CHUNK].tobytes())
-                total += segment.embeddings[i : i + CHUNK].sum(0, dtype=np.float64)
+            digest, total, whole = hashlib.sha256(), np.zeros(self.dim), True
+            for i, block in enumerate(segment.blocks):
+                part = slice(i * CHUNK, (i + 1) * CHUNK)
+                digest.update(segment.embeddings[part].tobytes())
+                total += segment.embeddings[part].sum(0, dtype=np.float64)
+                codes, expected = _scan.encode(segment.embeddings[part])
+                whole &= np.array_equal(codes, segment.codes[part]) and np.allclose(block, expected, rtol=1e-9, atol=0)
             digest.update(segment.records.tobytes())
             ends = np.flatnonzero(segment.records == ord("\n")) + 1
-            whole = np.array_equal(segment.offsets, [0, *ends]) and np.array_equal(segment.total, total)
+            whole &= np.array_equal(segment.offsets, [0, *ends]) and np.array_equal(segment.total, total)
             if digest.hexdigest() != segment.sha256 or not whole:
                 raise ValueError(f"{self.path / segment.folder} changed after it was written: restore it from a copy")
 
@@ -344,18 +360,22 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 def _open_segment(path: Path, entry: dict[str, Any], dim: int) -> _Segment:
     folder = path / entry["folder"]
     try:
-        embeddings, offsets, total = (
-            np.load(folder / name, mmap_mode=mode)
-            for name, mode in (("embeddings.npy", "r"), ("offsets.npy", "r"), ("sum.npy", None))
+        embeddings, codes, offsets = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("embeddings", "codes", "offsets")
         )
+        blocks, total = (np.load(folder / f"{name}.npy") for name in ("blocks", "sum"))
         records = np.memmap(folder / "records.jsonl", np.uint8, "r")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} cannot be read ({error}): restore it from a copy") from error
-    expected = ((entry["rows"], dim), np.float32), ((entry["rows"] + 1,), np.int64), ((dim,), np.float64)
-    found = tuple((array.shape, array.dtype) for array in (embeddings, offsets, total))
+    rows = entry["rows"]
+    expected = (
+        *(((rows, dim), np.float32), ((rows, dim), np.int8), ((rows + 1,), np.int64)),
+        *(((math.ceil(rows / CHUNK), 2), np.float64), ((dim,), np.float64)),
+    )
+    found = tuple((array.shape, array.dtype) for array in (embeddings, codes, offsets, blocks, total))
     if found != expected or offsets[-1] != len(records):
         raise ValueError(f"{folder} holds {found}, not {expected}: restore it from a copy")
-    return _Segment(entry["folder"], entry["sha256"], embeddings, offsets, records, total)
+    return _Segment(entry["folder"], entry["sha256"], embeddings, codes, blocks, offsets, records, total)
 
 
 def _write_segment(path: Path, questions, embeddings: np.ndarray, answers, iteration: int) -> dict[str, Any]:
@@ -378,16 +398,22 @@ def _write_segment(path: Path, questions, embeddings: np.ndarray, answers, itera
 
 
 def _write_embeddings(folder: Path, embeddings: np.ndarray, digest) -> None:
-    total = np.zeros(embeddings.shape[1])
-    with (folder / "embeddings.npy").open("wb") as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": embeddings.shape}
-        np.lib.format.write_array_header_1_0(file, header)
+    total, blocks = np.zeros(embeddings.shape[1]), []
+    with (folder / "embeddings.npy").open("wb") as file, (folder / "codes.npy").open("wb") as codes_file:
+        for kind, target in (("<f4", file), ("|i1", codes_file)):
+            header = {"descr": kind, "fortran_order": False, "shape": embeddings.shape}
+            np.lib.format.write_array_header_1_0(target, header)
         for start in range(0, len(embeddings), CHUNK):
             rows = _unit_rows(embeddings[start : start + CHUNK], start).astype("<f4")
             total += rows.sum(0, dtype=np.float64)
             digest.update(rows.tobytes())
             file.write(rows.tobytes())
+            codes, block = _scan.encode(rows)
+            codes_file.write(codes.tobytes())
+            blocks.append(block)
         _sync(file)
+        _sync(codes_file)
+    _save(folder / "blocks.npy", np.array(blocks))
     _save(folder / "sum.npy", total)
 
 

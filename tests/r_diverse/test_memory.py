@@ -73,11 +73,12 @@ def test_the_toy_bank_of_the_specification(toy):
     assert toy.records(rows[0])[0] == {"question": "q1", "answer": "1", "iteration": 1, "row": 1}
 
 
-@pytest.mark.parametrize("engine", ["faiss", "numpy"])
+@pytest.mark.parametrize("engine", ["8 bits", "faiss", "numpy"])
 def test_similarity_is_exact_over_iterations_and_chunks(tmp_path, monkeypatch, engine):
+    monkeypatch.setattr(memory._scan, "is_fast", lambda: engine == "8 bits")
     if engine == "faiss":
         pytest.importorskip("faiss", reason="faiss-cpu is not installed")
-    else:
+    if engine == "numpy":
         monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(memory, "CHUNK", 64)
     bank = fill(MemoryBank(tmp_path), {1: 200, 2: 1, 3: 129, 7: 64})
@@ -181,7 +182,7 @@ def test_the_same_rows_again_change_no_byte(tmp_path):
 def test_adding_touches_no_earlier_row(tmp_path):
     bank = fill(MemoryBank(tmp_path), {1: 5, 2: 7})
     before = {f: (f.stat().st_mtime_ns, f.stat().st_ino) for f in tmp_path.glob("iteration_*/*")}
-    assert len(before) == 8
+    assert len(before) == 12
     fill(bank, {3: 100})
     after = {f: (f.stat().st_mtime_ns, f.stat().st_ino) for f in tmp_path.glob("iteration_*/*")}
     assert before.items() <= after.items()
@@ -405,7 +406,7 @@ def damage_array(name: str, change):
     ("damage", "message"),
     [
         (damage_manifest(normalized=False), "normalized=False"),
-        (damage_manifest(format=2), "format=2"),
+        (damage_manifest(format=1), "format=1"),
         (damage_manifest(dim=8), "holds .* not"),
         (damage_manifest(iterations=[]), "is no manifest"),
         (lambda path: (path / "manifest.json").write_text("{"), "is no manifest"),
@@ -417,6 +418,8 @@ def damage_array(name: str, change):
         (lambda path: os.truncate(next(path.glob("iteration_00001_*/embeddings.npy")), 200), "cannot be read"),
         (damage_array("embeddings.npy", lambda a: a.astype(np.float16)), "holds .* not"),
         (damage_array("embeddings.npy", lambda a: a[:-1]), "holds .* not"),
+        (damage_array("codes.npy", lambda a: a[:-1]), "holds .* not"),
+        (damage_array("blocks.npy", lambda a: a[:, :1]), "holds .* not"),
         (damage_array("offsets.npy", lambda a: a[:-1]), "holds .* not"),
         (damage_array("sum.npy", lambda a: a[:-1]), "holds .* not"),
     ],

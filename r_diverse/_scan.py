@@ -1,0 +1,77 @@
+"""The closest row of millions by 8-bit products. Exact: a product only rules out rows that cannot be the closest."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+LEVELS = 127
+ROUNDING = 1e-6  # more than float32 rows and float64 sums can be off
+DENSE = 32  # gathering one row costs as much as multiplying so many
+
+
+class Block(NamedTuple):
+    """Rows that share one scale.
+
+    rows: (n, D) float32 unit vectors; codes: (n, D) int8; scale: codes * scale are nearly the rows; error: length of
+    the largest difference between a row and its codes.
+    """
+
+    rows: np.ndarray
+    codes: np.ndarray
+    scale: float
+    error: float
+
+
+def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """codes (n, D) int8 and [scale, error] of rows (n, D) that form one block."""
+    scale = float(np.abs(rows).max()) / LEVELS
+    codes = np.rint(rows / scale).astype(np.int8)
+    return codes, np.array([scale, np.linalg.norm(rows - codes * scale, axis=1).max()])
+
+
+def is_fast() -> bool:
+    """Whether this processor multiplies 8-bit numbers in one instruction; without it float32 is faster."""
+    return torch.cpu._is_vnni_supported()
+
+
+def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:
+    """Number of the row with the highest inner product with each query, (B,) int64.
+
+    For codes q', x' of a query q and a row x, |q.x - q'.x'| <= |q - q'| |x| + |q'| |x - x'|, and the lengths of both
+    differences are known. What may still be the highest is computed in float64.
+
+    Args:
+        queries: (B, D) float64 unit vectors.
+        blocks: all rows, numbered in order.
+    """
+    scales = np.abs(queries).max(1) / LEVELS
+    codes = np.rint(queries / scales[:, None]).astype(np.int8)
+    errors = np.linalg.norm(queries - codes * scales[:, None], axis=1)
+    codes = torch.from_numpy(codes)
+    best, where, start = np.full(len(queries), -np.inf), np.zeros(len(queries), np.int64), 0
+    for block in blocks:
+        products = torch._int_mm(codes, torch.from_numpy(np.array(block.codes)).T)
+        unit, slack = scales * block.scale, errors + (1 + errors) * block.error + ROUNDING
+        highest = products.amax(1).numpy() * unit
+        open_ = np.flatnonzero(highest + slack > best)
+        least = np.maximum(best, highest - slack)[open_] - slack[open_]
+        candidates = products[open_] >= torch.from_numpy(np.ceil(least / unit[open_]).astype(np.int32))[:, None]
+        values, rows = _highest(queries[open_], block.rows, candidates)
+        better = values > best[open_]
+        best[open_[better]], where[open_[better]] = values[better], rows[better] + start
+        start += len(block.rows)
+    return where
+
+
+def _highest(queries: np.ndarray, rows: np.ndarray, candidates: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Highest inner product of each query with its candidates among the rows, and the row."""
+    which, row = (index.numpy() for index in candidates.nonzero(as_tuple=True))
+    if len(row) * DENSE > candidates.numel():
+        products = queries @ rows.T.astype(np.float64)
+        return products.max(1, initial=-np.inf), products.argmax(1)
+    values = np.einsum("bd,bd->b", queries[which], rows[row], dtype=np.float64)
+    order = np.lexsort((row, -values, which))  # the first of each query is its highest
+    first = order[np.searchsorted(which[order], np.arange(len(queries)))]
+    return values[first], row[first]

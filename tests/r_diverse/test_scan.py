@@ -1,0 +1,87 @@
+"""The 8-bit scan: the row that a search in float64 finds, and few rows looked at closely."""
+
+import numpy as np
+import pytest
+import torch
+
+from r_diverse import _scan
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def blocks(rows: np.ndarray, size: int) -> list[_scan.Block]:
+    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [_scan.Block(part, codes, *entry) for part in parts for codes, entry in [_scan.encode(part)]]
+
+
+def gaussian(rng, number, dim):
+    return unit(rng.standard_normal((number, dim)))
+
+
+def one_large_coordinate(rng, number, dim):
+    """As of encoders with outlier dimensions: most codes are 0."""
+    rows = rng.standard_normal((number, dim))
+    rows[:, 3] += 30
+    return unit(rows)
+
+
+def nearly_equal(rng, number, dim):
+    return unit(np.ones(dim) + 1e-4 * rng.standard_normal((number, dim)))
+
+
+def sparse(rng, number, dim):
+    return np.eye(dim, dtype=np.float32)[rng.integers(dim, size=number)]
+
+
+@pytest.mark.parametrize("size", [7, 64, 1000])
+@pytest.mark.parametrize("kind", [gaussian, one_large_coordinate, nearly_equal, sparse])
+def test_the_nearest_row_is_the_one_of_float64(kind, size):
+    rng = np.random.default_rng(0)
+    rows, queries = kind(rng, 500, 96), kind(rng, 40, 96).astype(np.float64)
+    queries[5] = rows[321]
+    queries[6] = -rows[3]
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    found = _scan.nearest_rows(queries, blocks(rows, size))
+    products = queries @ rows.T.astype(np.float64)
+    assert np.take_along_axis(products, found[:, None], 1)[:, 0] == pytest.approx(products.max(1), abs=1e-15)
+
+
+def test_the_error_bounds_every_product():
+    """The difference of two products is never above the bound: rows that are off by half a level in one direction."""
+    rng = np.random.default_rng(1)
+    scale = 0.1 / _scan.LEVELS
+    codes = rng.integers(-60, 60, (200, 128))
+    rows = scale * (codes + 0.499)
+    rows[:, 0] = 0.1  # so that the scale of the block is this one
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    found, (found_scale, error) = _scan.encode(rows.astype(np.float32))
+    assert found_scale == pytest.approx(scale)
+    differences = np.linalg.norm(rows - found * found_scale, axis=1)
+    assert differences.max() == pytest.approx(error, rel=1e-4)
+    assert (np.abs(rows @ (rows - found * found_scale).T) <= length * error * (1 + 1e-6)).all()
+
+
+def test_few_rows_are_looked_at_closely(monkeypatch):
+    """Counted work: of 400,000 pairs, the products in float64."""
+    rng, counted, highest = np.random.default_rng(2), [], _scan._highest
+
+    def count(queries, rows, candidates):
+        counted.append(int(candidates.sum()))
+        return highest(queries, rows, candidates)
+
+    monkeypatch.setattr(_scan, "_highest", count)
+    rows, queries = gaussian(rng, 4000, 768), gaussian(rng, 100, 768).astype(np.float64)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    _scan.nearest_rows(queries, blocks(rows, 1000))
+    assert 100 <= sum(counted) < 100 * 4000 // 50
+
+
+def test_what_is_used_of_torch():
+    """A private kernel: int8 times int8 is int32, without overflow at the largest codes."""
+    ones = torch.full((2, 8192), 127, dtype=torch.int8)
+    product = torch._int_mm(torch.cat([ones] * 16), ones.repeat(16, 1).T)
+    assert product.dtype == torch.int32
+    assert (product == 127 * 127 * 8192).all()
+    assert _scan.is_fast() in (True, False)
