@@ -8,6 +8,7 @@ import torch
 
 LEVELS = 127
 ROUNDING = 1e-6  # more than float32 rows and float64 sums can be off
+PIECE = 256  # rows that are gathered at a time
 DENSE = 32  # gathering one row costs as much as multiplying so many
 
 
@@ -54,24 +55,31 @@ def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:
     for block in blocks:
         products = torch._int_mm(codes, torch.from_numpy(np.array(block.codes)).T)
         unit, slack = scales * block.scale, errors + (1 + errors) * block.error + ROUNDING
-        highest = products.amax(1).numpy() * unit
-        open_ = np.flatnonzero(highest + slack > best)
-        least = np.maximum(best, highest - slack)[open_] - slack[open_]
-        candidates = products[open_] >= torch.from_numpy(np.ceil(least / unit[open_]).astype(np.int32))[:, None]
-        values, rows = _highest(queries[open_], block.rows, candidates)
-        better = values > best[open_]
-        best[open_[better]], where[open_[better]] = values[better], rows[better] + start
+        likely = products.argmax(1).numpy()
+        likely_products = _products(queries, block.rows, np.arange(len(queries)), likely)
+        least = np.ceil((np.maximum(best, likely_products) - slack) / unit).astype(np.int32)
+        values, rows = _highest(queries, block.rows, products >= torch.from_numpy(least)[:, None])
+        better = values > best
+        best[better], where[better] = values[better], rows[better] + start
         start += len(block.rows)
     return where
 
 
 def _highest(queries: np.ndarray, rows: np.ndarray, candidates: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Highest inner product of each query with its candidates among the rows, and the row."""
+    """Highest inner product of each query with its candidates among the rows, and the row; -inf without candidates."""
     which, row = (index.numpy() for index in candidates.nonzero(as_tuple=True))
     if len(row) * DENSE > candidates.numel():
         products = queries @ rows.T.astype(np.float64)
         return products.max(1, initial=-np.inf), products.argmax(1)
-    values = np.einsum("bd,bd->b", queries[which], rows[row], dtype=np.float64)
-    order = np.lexsort((row, -values, which))  # the first of each query is its highest
-    first = order[np.searchsorted(which[order], np.arange(len(queries)))]
-    return values[first], row[first]
+    highest, best = np.full(len(queries), -np.inf), np.zeros(len(queries), np.int64)
+    values = _products(queries, rows, which, row)
+    order = np.lexsort((-row, values))  # so that the highest, and of equal ones the first row, is written last
+    highest[which[order]], best[which[order]] = values[order], row[order]
+    return highest, best
+
+
+def _products(queries: np.ndarray, rows: np.ndarray, which: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """queries[which] . rows[row] in float64, in pieces that stay in the processor's cache."""
+    pieces = [slice(i, i + PIECE) for i in range(0, len(row), PIECE)]
+    found = [np.einsum("bd,bd->b", queries[which[piece]], rows[row[piece]].astype(np.float64)) for piece in pieces]
+    return np.concatenate([np.zeros(0), *found])
