@@ -1,10 +1,15 @@
 """The closest row of millions by 8-bit products. Exact: a product only rules out rows that cannot be the closest."""
 
+from __future__ import annotations
+
+import importlib.util
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch  # imported where used: without it a bank still works
 
 LEVELS = 127
 ROUNDING = 1e-6  # more than float32 rows and float64 sums can be off
@@ -33,7 +38,11 @@ def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_fast() -> bool:
-    """Whether this processor multiplies 8-bit numbers in one instruction; without it float32 is faster."""
+    """Whether torch is there, and the processor has an instruction for 8-bit products; else float32 is faster."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
     return torch.cpu._is_vnni_supported()
 
 
@@ -47,6 +56,8 @@ def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:
         queries: (B, D) float64 unit vectors.
         blocks: all rows, numbered in order.
     """
+    import torch
+
     scales = np.abs(queries).max(1) / LEVELS
     codes = np.rint(queries / scales[:, None]).astype(np.int8)
     errors = np.linalg.norm(queries - codes * scales[:, None], axis=1)

@@ -1,6 +1,7 @@
 """What the project declares about itself: packages, Makefile, environment, rules of dependence."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -194,6 +195,30 @@ def test_method_stands_alone(method):
             assert "common" not in imports(path), path
     if (objective := ROOT / method / "objective.py").exists():
         assert not imports(objective) & {"trl", "transformers"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equations_are_imported_without_trl(method):
+    """Also what the folder itself exports: it imports the trainer when that is asked for, not before."""
+    script = f"""
+import sys
+for name in ("trl", "transformers", "accelerate", "datasets", "peft"):
+    sys.modules[name] = None  # the import of it fails
+import {method}
+for name in {method}._MODULES["objective"]:
+    getattr({method}, name)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_exported_names_exist(method):
+    package = importlib.import_module(method)
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        package.other  # noqa: B018
 
 
 def test_imports_are_declared():
