@@ -1,4 +1,4 @@
-"""Table and figures of a VA-OPD experiment from its run folders, beside the paper's Table 1.
+"""Tables and figures of a VA-OPD experiment from its run folders, beside the paper's Tables 1 and 2.
 
     python -m benchmarks.va_opd --config va_opd/configs/tiny.yaml
 
@@ -6,6 +6,8 @@ Reads what `va_opd.train` and `va_opd.evaluate` wrote and nothing else; a cell w
 `report.md` and `figures/` into the experiment's folder.
 """
 
+import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,26 @@ import torch
 
 from common import plots
 from common.estimators import avg_at_k, interval, paired_difference
-from common.evaluation import scores_by_question
+from common.evaluation import BENCHMARKS, headline, scores_by_question
 from common.runs import atomic_write_text, read_jsonl
 from va_opd.evaluate import benchmark_name
 from va_opd.objective import high_tokens
 from va_opd.train import ScriptArguments, load_splits_of, parse
 
-# Paper, Table 1 (8B -> 2B, Geometry3K, best checkpoint); the averages are over the first three and the last five
-COLUMNS = ("WeMath", "MathVista", "MathVerse", "Math", "HallusB", "AI2D", "MMMU", "MMStar", "OCRB", "Visual")
+# Paper, Table 1 (8B -> 2B, Geometry3K, best checkpoint): each column with the benchmarks that it is the mean of
+MATH, VISUAL = ("wemath", "mathvista", "mathverse"), ("hallusionbench", "ai2d", "mmmu", "mmstar", "ocrbench")
+COLUMNS = {
+    "WeMath": MATH[:1],
+    "MathVista": MATH[1:2],
+    "MathVerse": MATH[2:],
+    "Math": MATH,
+    "HallusB": VISUAL[:1],
+    "AI2D": VISUAL[1:2],
+    "MMMU": VISUAL[2:3],
+    "MMStar": VISUAL[3:4],
+    "OCRB": VISUAL[4:],
+    "Visual": VISUAL,
+}
 PAPER = {
     "base": (36.8, 63.9, 19.6, 40.1, 52.6, 77.8, 49.1, 56.1, 85.9, 64.3),
     "sft": (39.7, 64.4, 23.9, 42.7, 51.0, 75.7, 48.7, 57.1, 86.2, 63.7),
@@ -31,6 +45,13 @@ PAPER = {
     "papo": (44.8, 64.5, 25.8, 45.0, 54.0, 77.8, 52.7, 58.0, 84.7, 65.4),
     "opd": (43.3, 63.7, 29.1, 45.4, 52.0, 75.8, 50.9, 59.7, 84.7, 64.6),
     "va_opd": (46.6, 66.4, 31.9, 48.3, 54.5, 78.2, 51.5, 59.9, 86.4, 66.1),
+}
+# Paper, Table 2, by the name of the experiment here: (OPD, VA-OPD) on the math and on the visual benchmarks
+SCALING = {
+    "geo3k_teacher_4b": ("4B -> 2B, Geometry3K", (45.3, 47.4), (64.4, 65.2)),
+    "geo3k": ("8B -> 2B, Geometry3K", (45.4, 48.3), (64.6, 66.1)),
+    "geo3k_teacher_32b": ("32B -> 2B, Geometry3K", (51.1, 54.8), (65.3, 67.3)),
+    "virl39k": ("8B -> 2B, ViRL39K", (46.4, 50.2), (65.5, 68.0)),
 }
 NAMES = {
     "base": "Base student",
@@ -72,6 +93,7 @@ def report(args: ScriptArguments, seed: int) -> str:
     rollouts = {name: read_jsonl(run / "eval" / "va_tokens.jsonl") for name, run in runs.items()}
     drawn = figures(folder / "figures", args, runs, scores, rollouts)
     problems = len(next(iter(scores.values()))["true"])
+    results = vision_results(folder, seed)
     parts = [
         f"# VA-OPD, experiment {args.experiment}, seed {seed}",
         f"{problems} held-out problems, {args.eval_samples} samples each at temperature {args.eval_temperature}; "
@@ -80,8 +102,12 @@ def report(args: ScriptArguments, seed: int) -> str:
         difference_line(scores),
         seeds_table(folder, args),
         "## The paper's Table 1 (8B -> 2B, Geometry3K)",
-        "An empty cell in a column *ours* was not run.",
-        paper_table(),
+        "*Ours*: the rule-based score in percent, its difference from the paper's, its 95 % interval; n is the number "
+        "of questions where it is not the full set. An empty cell was not run.",
+        paper_table(results),
+        vision_differences(folder, seed, results),
+        "## The paper's Table 2",
+        scaling_table(folder.parent, seed),
         "## Figures",
         "\n".join(f"![{path.stem}](figures/{path.name})" for path in drawn),
     ]
@@ -160,11 +186,81 @@ def seeds_table(folder: Path, args: ScriptArguments) -> str:
     return "## All seeds\n\n" + table
 
 
-def paper_table() -> str:
-    rows = [
-        [NAMES[name], *(cell for value in values for cell in (f"{value:.1f}", ""))] for name, values in PAPER.items()
-    ]
+def vision_results(folder: Path, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Metrics by run and benchmark, of those of the paper's eight that were evaluated."""
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in NAMES:
+        for benchmark in MATH + VISUAL:
+            path = folder / f"{name}-seed{seed}" / "eval" / f"{benchmark}.json"
+            if path.exists() and headline(metrics := json.loads(path.read_text()))[0] is not None:
+                results.setdefault(name, {})[benchmark] = metrics
+    return results
+
+
+def mean_score(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...]) -> tuple[float, float, float] | None:
+    """Mean over benchmarks in percent and its interval, their errors independent; None where one is missing."""
+    if not all(benchmark in metrics for benchmark in benchmarks):
+        return None
+    found = [headline(metrics[benchmark]) for benchmark in benchmarks]
+    value, count = sum(score for score, _ in found) / len(found), len(found)
+    below, above = (math.hypot(*(score - ends[i] for score, ends in found)) / count for i in (0, 1))
+    return 100 * value, 100 * (value - below), 100 * (value + above)
+
+
+def paper_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    rows = []
+    for name in [*PAPER, *(name for name in results if name not in PAPER)]:
+        cells = []
+        for i, benchmarks in enumerate(COLUMNS.values()):
+            paper = PAPER[name][i] if name in PAPER else None
+            cells += ["" if paper is None else f"{paper:.1f}", our_cell(results.get(name, {}), benchmarks, paper)]
+        rows.append([NAMES[name], *cells])
     return plots.table_markdown(rows, ["method", *(head for column in COLUMNS for head in (column, "ours"))])
+
+
+def our_cell(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...], paper: float | None) -> str:
+    found = mean_score(metrics, benchmarks)
+    if found is None:
+        return ""
+    value, low, high = found
+    difference = "" if paper is None else f" ({value - paper:+.1f})"
+    partial = [metrics[name]["questions"] for name in benchmarks if metrics[name]["questions"] < BENCHMARKS[name].rows]
+    return f"{value:.1f}{difference} [{low:.1f}, {high:.1f}]" + (f" n={sum(partial)}" if partial else "")
+
+
+def vision_differences(folder: Path, seed: int, results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """VA-OPD minus Standard OPD, question by question, on the benchmarks that both were evaluated on."""
+    rows = []
+    for i, (column, benchmarks) in enumerate(COLUMNS.items()):
+        runs = [folder / f"{name}-seed{seed}" / "eval" for name in ("va_opd", "opd")]
+        cells = ["", "", ""]
+        if len(benchmarks) == 1 and all(benchmarks[0] in results.get(name, {}) for name in ("va_opd", "opd")):
+            difference, low, high, p_value = vision_difference(*runs, benchmarks[0])
+            cells = [f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p_value:.2g}"]
+        elif all(means := [mean_score(results.get(name, {}), benchmarks) for name in ("va_opd", "opd")]):
+            cells[0] = f"{means[0][0] - means[1][0]:+.1f}"
+        rows.append([column, f"{PAPER['va_opd'][i] - PAPER['opd'][i]:+.1f}", *cells])
+    columns = ["VA-OPD minus Standard OPD", "paper", "ours", "95 % over questions", "p"]
+    return plots.table_markdown(rows, columns)
+
+
+def vision_difference(a: Path, b: Path, benchmark: str) -> tuple[float, float, float, float]:
+    """(difference, low, high, p-value) of the benchmark's headline between two evaluations."""
+    if metric := BENCHMARKS[benchmark].metric:
+        return metric.difference(*(read_jsonl(out / benchmark / "scored.jsonl") for out in (a, b)))
+    return paired_difference(scores_by_question(a, benchmark), scores_by_question(b, benchmark))
+
+
+def scaling_table(experiments: Path, seed: int) -> str:
+    rows = []
+    for experiment, (label, *paper) in SCALING.items():
+        results, cells = vision_results(experiments / experiment, seed), []
+        for benchmarks, (opd, va_opd) in zip((MATH, VISUAL), paper, strict=True):
+            ours = [mean_score(results.get(name, {}), benchmarks) for name in ("opd", "va_opd")]
+            cells += [f"{opd:.1f} -> {va_opd:.1f} ({va_opd - opd:+.1f})"]
+            cells += [f"{ours[0][0]:.1f} -> {ours[1][0]:.1f} ({ours[1][0] - ours[0][0]:+.1f})" if all(ours) else ""]
+        rows.append([label, *cells])
+    return plots.table_markdown(rows, ["Standard OPD -> VA-OPD", "Math", "ours", "Visual", "ours"])
 
 
 def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, rollouts) -> list[Path]:

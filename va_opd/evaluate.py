@@ -1,4 +1,5 @@
-"""Evaluates a model of an experiment: accuracy on the held-out problems, with true and with pixelated images, and VA.
+"""Evaluates a model of an experiment: on the held-out problems, with true and with pixelated images, and its VA; then
+on `--benchmarks`, such as wemath,mathvista (the paper's eight: common/evaluation/vision.py).
 
     python -m va_opd.evaluate run  --config va_opd/configs/tiny.yaml --method va_opd     # what va_opd.train trained
     python -m va_opd.evaluate base --config va_opd/configs/tiny.yaml                     # the student before training
@@ -9,6 +10,7 @@ model with the VA of each token. Interrupted, it goes on where it stopped; finis
 """
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -34,7 +36,7 @@ from .trainer import VAOPDTrainer
 # isort: split
 from common.answers import grade
 from common.cli import is_done, run_main
-from common.evaluation import Benchmark, Decoding, evaluate
+from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
 from common.runs import append_jsonl, atomic_write_json, read_jsonl
 
 WHAT = ("run", "base", "teacher")
@@ -61,14 +63,39 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
         model = str(best_checkpoint(run, args, config, rows) if args.select_checkpoint else run / "model")
     else:
         model = args.model if what == "base" else args.teacher
-    benchmarks = (benchmark_of(args, rows), benchmark_of(args, rows, config.degradation_ratio))
-    missing = [benchmark for benchmark in benchmarks if not (out / f"{benchmark.name}.json").exists()]
-    engine = build_engine(args, model, config) if missing else None
-    for benchmark in missing:
+    held_out = (benchmark_of(args, rows), benchmark_of(args, rows, config.degradation_ratio))
+    missing = [benchmark for benchmark in held_out if not (out / f"{benchmark.name}.json").exists()]
+    names = [name for name in benchmark_names(args) if not is_evaluated(out, name, args.eval_limit)]
+    engine = build_engine(args, model, config) if missing or names else None
+    for benchmark in (*missing, *(paper_benchmark(args, name) for name in names)):  # one at a time in memory
         report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
-        print(f"{out.parent.name}: {benchmark.name} avg@{args.eval_samples} = {report['avg@k']:.3f}", flush=True)
-    if not (out / "va.json").exists():
-        score_visual_advantage(model, args, config, rows, out)
+        print(f"{out.parent.name}: {benchmark.name} = {shown(headline(report)[0])}", flush=True)
+    if not (out / "va.json").exists() and (what != "teacher" or args.dataset == "digits"):
+        score_visual_advantage(model, args, config, rows, out)  # a paper's teacher is too large to be both models
+
+
+def is_evaluated(out: Path, name: str, limit: int | None) -> bool:
+    """Whether there is a result on so many questions; with another limit `evaluate` says what is in the way."""
+    path, rows = out / f"{name}.json", BENCHMARKS[name].rows
+    return path.exists() and json.loads(path.read_text())["questions"] == min(limit or rows, rows)
+
+
+def shown(score: float | None) -> str:
+    return "not defined on so few questions" if score is None else f"{score:.3f}"
+
+
+def benchmark_names(args: ScriptArguments) -> list[str]:
+    """Names in `args.benchmarks`; `ValueError` for one that is not registered."""
+    names = [name for name in args.benchmarks.split(",") if name]
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise ValueError(f"unknown benchmarks {', '.join(unknown)}; choose among {', '.join(BENCHMARKS)}")
+    return names
+
+
+def paper_benchmark(args: ScriptArguments, name: str) -> Benchmark:
+    benchmark = load_benchmark(name, args.benchmark_data, args.eval_limit)
+    decoding = dataclasses.replace(benchmark.decoding, temperature=args.eval_temperature)
+    return dataclasses.replace(benchmark, decoding=decoding)
 
 
 def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows) -> Path:

@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from .evaluate import benchmark_names
 from .train import dry_run, parse  # says in one line what is missing without common/
 
 # isort: split
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     fields = ["--config", known.config, *rest]
     try:
         args, config = parse([*fields, "--dry_run"] if known.dry_run else fields)
+        benchmark_names(args)  # a name that is not there would show only after the training
         variants = [name for name in known.variants.split(",") if name]
         if unknown := set(variants) - set(VARIANT_FLAGS):
             raise ValueError(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANT_FLAGS)}")
@@ -71,6 +73,7 @@ def plan(fields: list[str], args, variants: list[str], launch: list[str]) -> lis
     if args.dataset == "digits":
         readers = {"teacher": args.teacher, "base": args.model}
         stages.insert(0, [(f"make-{name}", [*python, "va_opd.data", name, path]) for name, path in readers.items()])
+    if args.dataset == "digits" or args.benchmarks:
         evaluations.append(("evaluate-teacher", [*python, "va_opd.evaluate", "teacher", *fields]))
     return stages
 

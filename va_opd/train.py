@@ -9,7 +9,6 @@ Deviations from the paper and expected numbers: va_opd/README.md. The whole expe
 """
 
 import dataclasses
-import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,11 +23,11 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from .checks import check_same_tokens
 from .config import VAOPDConfig
-from .data import MAX_PIXELS, MIN_PIXELS, digits_correct, load_splits, with_completions
+from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, digits_correct, load_splits, with_completions
 from .trainer import VAOPDTrainer
 
 try:
-    from common import models, verifiers
+    from common import models, plan, verifiers
     from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
     from common.runs import RunFolder, append_jsonl, fingerprint, last_checkpoint, read_jsonl
@@ -38,6 +37,7 @@ except ModuleNotFoundError as error:
     sys.exit("va_opd.train also needs the folder common/ of the project beside va_opd/; the trainer alone does not")
 
 METHODS = ("va_opd", "opd", "sft", "kd", "grpo")
+AFTER_TRAINING = ("benchmarks", "benchmark_data", "eval_limit")  # may change without another training
 VARIANTS = {"va": "va_opd", "none": "opd", "rollout": "rollout_only", "token": "token_only"}
 
 
@@ -67,6 +67,13 @@ class ScriptArguments:
     eval_samples: int = field(default=8, metadata={"help": "Samples a problem in evaluation (paper: avg@8)."})
     eval_temperature: float = field(default=1.0, metadata={"help": "Of evaluation (paper: 1.0)."})
     eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once with transformers."})
+    benchmarks: str = field(
+        default="", metadata={"help": "Comma list of benchmarks to evaluate on besides the held-out problems."}
+    )
+    benchmark_data: str | None = field(
+        default=None, metadata={"help": "Folder with a file such as wemath.parquet of each, instead of the hub."}
+    )
+    eval_limit: int | None = field(default=None, metadata={"help": "Only so many questions of each benchmark."})
     engine: str = field(
         default="transformers", metadata={"help": "Of evaluation.", "choices": ["transformers", "vllm"]}
     )
@@ -81,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> None:
     args, config = parse(argv)
     if args.dry_run:
-        print(dry_run(args, config, int(os.environ.get("WORLD_SIZE", "1"))))
+        print(dry_run(args, config, *plan.launched()))
     else:
         train(args, config)
 
@@ -155,7 +162,8 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits) -> RunFolder:
         name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
         for name, rows in splits.items()
     }
-    return RunFolder.open(run_path(args, config), changed_settings(args, config), data=prints, seed=config.seed)
+    settings = changed_settings(args, config, AFTER_TRAINING)
+    return RunFolder.open(run_path(args, config), settings, data=prints, seed=config.seed)
 
 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
@@ -312,37 +320,48 @@ def _tokenizer(processor):
     return getattr(processor, "tokenizer", processor)
 
 
-def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1) -> str:
-    """Resolved settings, size of an update and memory a process, as text."""
-    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    lines = [f"run folder: {run_path(args, config)}", "settings (every other field is at its default):"]
-    hidden = {"use_cpu", "disable_tqdm"}  # set by `parse` and by transformers for the look itself
-    chosen = changed_settings(args, config).items()
-    lines += [f"  {key}: {value}" for key, value in chosen if value is not None and key not in hidden]
-    lines.append(
-        f"one update: {rollouts // config.num_generations} prompts x {config.num_generations} rollouts, "
-        f"{processes} processes x {config.per_device_train_batch_size} rollouts x "
-        f"{config.gradient_accumulation_steps} micro-batches"
-    )
-    return "\n".join(lines + memory_lines(args, config, processes))
-
-
-def memory_lines(args: ScriptArguments, config: VAOPDConfig, processes: int) -> list[str]:
-    """GiB a process by part, from the parameter counts (nominal from the name if the models are not at hand)."""
-    student, teacher = models.parameter_count(args.model), models.parameter_count(args.teacher)
+def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1, sharding: str = "zero2") -> str:
+    """Resolved settings, size of an update, memory a process and disk space, as text."""
+    lines = plan.settings_lines(run_path(args, config), changed_settings(args, config))
+    lines.append(plan.update_line(config, processes))
+    student, sharding = models.parameter_count(args.model), sharding if processes > 1 else "none"
+    teacher = models.parameter_count(args.teacher)
     if student is None or teacher is None:
-        return ["memory: unknown, the models are not at hand and their names hold no size such as 2B"]
-    gib, optimizer_shards = 2**30, processes if processes > 1 else 1
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    parts = {
-        "student weights, fp32": 4 * student / gib,
-        "gradients and AdamW states, fp32 (sharded by ZeRO-2)": 12 * student / optimizer_shards / gib,
-        f"teacher weights, {'bf16' if config.bf16 else 'fp32'}": (2 if config.bf16 else 4) * teacher / gib,
-        "cached teacher hidden states": rows * config.max_completion_length * 4096 * 2 / gib,
-        "KL tiles": 2 * 4096 * 32768 * 4 / gib,
-    }
-    lines = ["memory a process, GiB (activations and the generation engine come on top):"]
-    return lines + [f"  {value:7.2f}  {name}" for name, value in {**parts, "sum": sum(parts.values())}.items()]
+        return "\n".join([*lines, plan.unknown_line([args.model, args.teacher])])
+    parts = memory_parts(args, config, student, teacher, processes, sharding)
+    each = plan.bytes_each(sharding, config.bf16)
+    count = plan.checkpoint_count(steps_of(args, config, processes), config.save_steps)
+    disk = plan.disk_line(count, "checkpoints", each.weight * student, each.states * student)
+    return "\n".join([*lines, *plan.memory_lines(parts, sharding, processes), disk])
+
+
+def memory_parts(
+    args: ScriptArguments, config: VAOPDConfig, student: float, teacher: float, processes: int, sharding: str
+) -> dict[str, float]:
+    """Bytes by part in one process."""
+    pieces, each = plan.split(sharding, processes), plan.bytes_each(sharding, config.bf16)
+    rows, number = config.per_device_train_batch_size * config.gradient_accumulation_steps, 2 if config.bf16 else 4
+    parts = plan.model_bytes("student", student, student, each, pieces)
+    if args.method in ("va_opd", "opd"):
+        cache = rows * config.max_completion_length * plan.shape_of(args.teacher, teacher).width
+        parts |= {
+            f"teacher weights, {number} bytes each": number * teacher / pieces.weights,
+            "cached teacher hidden states": number * cache,
+            "KL tiles": 2 * 4096 * 32768 * 4,
+        }
+    elif args.method == "grpo" and args.grpo_beta:
+        parts["KL reference"] = each.weight * student / pieces.weights
+    return {**parts, **plan.engine_bytes(config)}
+
+
+def steps_of(args: ScriptArguments, config: VAOPDConfig, processes: int) -> int | None:
+    """Updates of a run; None where the number of rows is known only when they are loaded."""
+    if config.max_steps > 0:
+        return config.max_steps
+    published = SOURCES[args.dataset].rows["train"] if args.dataset in SOURCES and not args.data else None
+    rows = args.limit or published
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    return rows and int(config.num_train_epochs * (rows // max(1, rollouts // config.num_generations)))
 
 
 if __name__ == "__main__":

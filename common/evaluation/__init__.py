@@ -3,7 +3,10 @@
 from .benchmarks import BENCHMARKS, Benchmark, Source, load_benchmark
 from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, TransformersEngine, VLLMEngine
 from .run import evaluate, generate_samples, rescore, score_responses, scores_by_question
-from .scoring import judge_row, summarize
+from .scoring import headline, judge_row, summarize
+from .vision import VISION
+
+BENCHMARKS.update(VISION)
 
 __all__ = [
     "BENCHMARKS",
@@ -18,6 +21,7 @@ __all__ = [
     "VLLMEngine",
     "evaluate",
     "generate_samples",
+    "headline",
     "judge_row",
     "load_benchmark",
     "rescore",

@@ -25,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_new_tokens", type=int, help="default: the benchmark's")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at once with transformers")
     parser.add_argument("--chat_template_kwargs", default="{}", help="JSON, such as '{\"enable_thinking\": false}'")
+    parser.add_argument(
+        "--engine_options", default="{}", help="JSON, of vllm.LLM, such as '{\"max_model_len\": 8192}'"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder of records and metrics")
     args = parser.parse_args(argv)
@@ -44,7 +47,7 @@ def _run(args: argparse.Namespace) -> dict:
         return score_responses(benchmark, args.responses, args.out)
     if not args.model:
         raise ValueError("there is no --model to ask, no file of --responses, and no --rescore: pass one of them")
-    options = _template_options(args.chat_template_kwargs)
+    options = _json_options("chat_template_kwargs", args.chat_template_kwargs, '{"enable_thinking": false}')
     engine = _engine(args, options)
     changes = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
     decoding = dataclasses.replace(benchmark.decoding, **{k: v for k, v in changes.items() if v is not None})
@@ -57,7 +60,8 @@ def _engine(args: argparse.Namespace, options: dict):
     if args.server:
         return ServerEngine(args.server, args.model, options)
     if args.engine == "vllm":
-        return VLLMEngine(args.model, options, seed=args.seed)
+        engine_options = _json_options("engine_options", args.engine_options, '{"max_model_len": 8192}')
+        return VLLMEngine(args.model, options, **{"seed": args.seed, **engine_options})
     import torch
 
     from common.models import load_model, load_processor
@@ -67,13 +71,13 @@ def _engine(args: argparse.Namespace, options: dict):
     return TransformersEngine(model, load_processor(args.model), args.batch_size, options)
 
 
-def _template_options(text: str) -> dict:
+def _json_options(name: str, text: str, example: str) -> dict:
     try:
         options = json.loads(text)
     except ValueError:
         options = None
     if not isinstance(options, dict):
-        raise ValueError(f'chat_template_kwargs must be JSON such as {{"enable_thinking": false}}, got {text}')
+        raise ValueError(f"{name} must be JSON such as {example}, got {text}")
     return options
 
 
@@ -84,8 +88,19 @@ def _report(metrics: dict) -> str:
     counts = ", ".join(f"{name} {count}" for name, count in sorted(metrics["verdicts"].items()))
     return (
         f"avg@{metrics['samples']} = {metrics['avg@k']:.4f} [{low:.4f}, {high:.4f}] "
-        f"over {metrics['questions']} questions{known}{'; ' if counts else ''}{counts}"
+        f"over {metrics['questions']} questions{known}{'; ' if counts else ''}{counts}{_own(metrics.get('metric'))}"
     )
+
+
+def _own(metric: dict | None) -> str:
+    """The line of a benchmark's own metric."""
+    if metric is None:
+        return ""
+    if metric["score"] is None:
+        return "\nscore: none, the limit cuts every unit of the metric"
+    low, high = metric["interval"]
+    parts = ", ".join(f"{name} {metric[name]:.4f}" for name in metric if name not in ("score", "interval"))
+    return f"\nscore = {metric['score']:.4f} [{low:.4f}, {high:.4f}] ({parts})"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from common.answers import extract_answer
 from common.verifiers import choice_reward, tool_call_reward
 
 from .engines import Decoding
-from .scoring import Scorer, bbeh_row, judge_row, reward_scorer
+from .scoring import Metric, Scorer, bbeh_row, judge_row, reward_scorer
 
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
@@ -25,10 +25,14 @@ class Benchmark:
 
     Attributes:
         name: of the result files.
-        rows: `id` (unique), `prompt` (messages), `answer`, and `images` where there are some.
+        rows: `id` (unique), `prompt` (messages), `answer`, and `images` where there are some: PIL images, or files as
+            the package datasets gives them undecoded.
         score: (response, row) -> a `Verdict`, or a number in [0, 1].
         decoding: unless the caller chooses another.
         samples: a question, unless the caller chooses another number.
+        metric: of all scored records, where it is not their mean: {"score": the headline in [0, 1] or None,
+            "interval": its 95 % interval, ...}.
+        columns: of the rows, which the metric needs in the records.
     """
 
     name: str
@@ -36,6 +40,8 @@ class Benchmark:
     score: Scorer = judge_row
     decoding: Decoding = field(default_factory=Decoding)
     samples: int = 1
+    metric: Metric | None = None
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self):
         ids = [str(row["id"]) for row in self.rows]
@@ -49,19 +55,22 @@ class Benchmark:
 class Source:
     """Where the questions of a benchmark are, how many, how one is put, and the paper's way to decode and score.
 
-    `hub_id` None: the rows are in a release's files only, and the caller names one. `prompt` and `answer` read a row
-    of the source.
+    `hub_id` None: the rows are in a release's files only, and the caller names one. `prompt`, `answer` and `images`
+    read a row of the source; `columns` of it are kept for the scorer and the metric.
     """
 
     rows: int
     hub_id: str | None
     prompt: Callable[[Row], Messages]
-    answer: Callable[[Row], str]
+    answer: Callable[[Row], Any]
     score: Scorer
     decoding: Decoding
     split: str = "test"
     config: str | None = None
     samples: int = 1
+    images: Callable[[Row], list] | None = None
+    columns: tuple[str, ...] = ()
+    metric: Metric | None = None
 
 
 def math_prompt(row: Row) -> Messages:
@@ -169,7 +178,7 @@ def load_benchmark(name: str, data: str | Path | None = None, limit: int | None 
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     source = BENCHMARKS[name]
-    table = _read(name, source, data)
+    table = _undecoded(_read(name, source, data))
     if len(table) != source.rows:
         raise ValueError(
             f"benchmark {name}: {data or source.hub_id} has {len(table)} rows where {source.rows} are expected: it is "
@@ -180,10 +189,36 @@ def load_benchmark(name: str, data: str | Path | None = None, limit: int | None 
         if number == limit:
             break
         try:
-            rows.append({"id": str(number), "prompt": source.prompt(row), "answer": source.answer(row)})
+            rows.append({"id": str(number), **_question(source, row, data)})
+            if None in rows[-1].get("images", ()):
+                raise ValueError(f"benchmark {name}: row {number} has no image where its prompt names one")
         except KeyError as error:
             raise ValueError(f"benchmark {name}: no column {error} among {', '.join(row)}; rename yours") from error
-    return Benchmark(name, rows, source.score, source.decoding, source.samples)
+    columns = source.columns if source.metric else ()
+    return Benchmark(name, rows, source.score, source.decoding, source.samples, source.metric, columns)
+
+
+def _question(source: Source, row: Row, data: str | Path | None) -> Row:
+    question = {name: row[name] for name in source.columns}
+    question |= {"prompt": source.prompt(row), "answer": source.answer(row)}
+    if source.images is not None:
+        question["images"] = [_file_of(image, data) for image in source.images(row)]
+    return question
+
+
+def _file_of(image: Any, data: str | Path | None) -> Any:
+    """An image that is a path is beside the file that names it."""
+    return {"path": str(Path(data).expanduser().parent / image), "bytes": None} if isinstance(image, str) else image
+
+
+def _undecoded(table):
+    """Images stay files until they are asked for: thousands of decoded ones need more memory than a machine has."""
+    from datasets import Image
+
+    for name, feature in table.features.items():
+        if isinstance(feature, Image):
+            table = table.cast_column(name, Image(decode=False))
+    return table
 
 
 def _read(name: str, source: Source, data: str | Path | None):

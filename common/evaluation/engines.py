@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ class TransformersEngine:
                 max_new_tokens=decoding.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self._stop_ids(),
-                suppress_tokens=self._never_sampled() or None,
+                suppress_tokens=never_sampled(self.processor, self.model.config) or None,
+                repetition_penalty=1.0,  # some models declare another one, which vLLM's offline engine leaves out
                 **sampling,
             )
         return [self._completion(row) for row in output[:, inputs["input_ids"].size(1) :].tolist()]
@@ -115,29 +117,30 @@ class TransformersEngine:
         return Completion(text=text, num_tokens=len(kept), finish_reason="length" if length is None else "stop")
 
     def _stop_ids(self) -> list[int]:
-        """Every end-of-turn id that the model declares, and the tokenizer's."""
-        declared = self.model.generation_config.eos_token_id
-        declared = [] if declared is None else declared if isinstance(declared, list) else [declared]
-        return sorted({*declared, self.tokenizer.eos_token_id})
-
-    def _never_sampled(self) -> list[int]:
-        """Image and video placeholders, and rows that pad the vocabulary."""
-        names = ("image_token", "video_token")
-        tokens = [t for t in (getattr(self.processor, name, None) for name in names) if isinstance(t, str)]
-        rows = self.model.config.get_text_config().vocab_size
-        return [*self.tokenizer.convert_tokens_to_ids(tokens), *range(len(self.tokenizer), rows)]
+        return stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
 
 
 class VLLMEngine:
-    """Generates with vLLM's offline engine; needs the extra `vllm`. Each prompt has its own seed."""
+    """Generates with vLLM's offline engine; needs the extra `vllm`. Each prompt has its own seed.
+
+    The engine runs in this process: scheduling is then deterministic, and a killed run leaves no process that holds
+    GPU memory. `engine_options` are those of `vllm.LLM`, such as `max_model_len`, `dtype` and `tensor_parallel_size`.
+    """
 
     def __init__(self, model: str, chat_template_kwargs: dict[str, Any] | None = None, **engine_options: Any):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             from vllm import LLM
         except ImportError as error:
             raise ImportError("engine vllm needs vLLM: pip install 'post-training-reference[vllm]'") from error
+        from common.models import load_processor
+
         self.llm, self.name = LLM(model=model, **engine_options), model
         self.template_options = chat_template_kwargs or {}
+        config, processor = self.llm.model_config, load_processor(model)
+        self.stops = stop_ids(config.try_get_generation_config().get("eos_token_id"), self.llm.get_tokenizer())
+        # The lowest bias that vLLM takes; a list of all other tokens would go with every request
+        self.bias = dict.fromkeys(never_sampled(processor, config.hf_config), -100.0)
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
         from vllm import SamplingParams
@@ -148,6 +151,8 @@ class VLLMEngine:
                 top_p=decoding.top_p,
                 top_k=decoding.top_k,
                 max_tokens=decoding.max_new_tokens,
+                stop_token_ids=self.stops,
+                logit_bias=self.bias,
                 seed=seed,
             )
             for seed in seeds
@@ -162,6 +167,21 @@ class VLLMEngine:
             Completion(out.outputs[0].text, len(out.outputs[0].token_ids), out.outputs[0].finish_reason)
             for out in outputs
         ]
+
+
+def stop_ids(declared: int | list[int] | None, tokenizer) -> list[int]:
+    """Every end-of-turn id that the model's generation config declares, and the tokenizer's."""
+    declared = [] if declared is None else declared if isinstance(declared, list) else [declared]
+    return sorted({*declared, tokenizer.eos_token_id} - {None})
+
+
+def never_sampled(processor, config) -> list[int]:
+    """Ids of image and video placeholders, and of rows that pad the vocabulary."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    names = ("image_token", "video_token")
+    tokens = [token for token in (getattr(processor, name, None) for name in names) if isinstance(token, str)]
+    rows = config.get_text_config().vocab_size
+    return [*tokenizer.convert_tokens_to_ids(tokens), *range(len(tokenizer), rows)]
 
 
 class ServerEngine:
@@ -215,6 +235,7 @@ class ServerEngine:
 
     def _one(self, prompt: Prompt, decoding: Decoding, seed: int) -> Completion | Exception:
         extra = {"top_k": decoding.top_k or -1, "chat_template_kwargs": self.template_options}
+        extra |= {"repetition_penalty": 1.0, "min_p": 0.0}  # else `vllm serve` takes what the model's config declares
         try:
             reply = self.client.chat.completions.create(
                 model=self.model,

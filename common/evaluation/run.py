@@ -137,6 +137,8 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
         )
     scored = score_records(benchmark, records, rows)
     metrics = {**identity, **summarize(scored)}
+    if benchmark.metric:
+        metrics["metric"] = benchmark.metric(scored)
     write_jsonl(out / benchmark.name / "scored.jsonl", scored)
     atomic_write_json(out / f"{benchmark.name}.json", metrics)
     return metrics
@@ -155,7 +157,7 @@ def _generate(
     path: Path,
     done: set[tuple[str, int]],
 ) -> None:
-    prompts = [Prompt(rows[key]["prompt"], rows[key].get("images") or ()) for key, _ in part]
+    prompts = [Prompt(rows[key]["prompt"], _opened(rows[key].get("images") or ())) for key, _ in part]
     seeds = [_sample_seed(seed, key, sample) for key, sample in part]
     completions = engine.generate(prompts, decoding, seeds)
     if lost := sum(completion is None for completion in completions):
@@ -165,6 +167,12 @@ def _generate(
             record = {"id": key, "sample": sample, "response": completion.text}
             counts = {"num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason}
             append_jsonl(path, {**record, **counts})
+
+
+def _opened(images: Sequence[Any]) -> list[Any]:
+    from datasets import Image
+
+    return [Image().decode_example(image) if isinstance(image, dict) else image for image in images]
 
 
 def _sample_seed(seed: int, key: str, sample: int) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .benchmarks import Benchmark
 
 Scorer = Callable[[str, dict[str, Any]], Verdict | float]
+Metric = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 UNREAD = (Verdict.NO_ANSWER, Verdict.UNPARSEABLE)
 
 
@@ -76,12 +77,18 @@ def _bbeh_same(answer: str, gold: str) -> bool:
 def score_records(
     benchmark: Benchmark, records: Sequence[dict[str, Any]], rows: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The records with `score` in [0, 1] and, where the scorer gives one, `verdict`. `rows` by id."""
+    """The records with `score` in [0, 1], `verdict` where the scorer gives one, and the columns that a metric needs.
+
+    `rows` by id.
+    """
     if benchmark.score is judge_row:  # many at once, in parallel processes
         results = grade_many([r["response"] for r in records], [rows[r["id"]]["answer"] for r in records])
     else:
         results = [benchmark.score(record["response"], rows[record["id"]]) for record in records]
-    return [{**record, **_outcome(result)} for record, result in zip(records, results, strict=True)]
+    return [
+        {**record, **{name: rows[record["id"]][name] for name in benchmark.columns}, **_outcome(result)}
+        for record, result in zip(records, results, strict=True)
+    ]
 
 
 def _outcome(result: Verdict | float) -> dict[str, Any]:
@@ -123,6 +130,12 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "mean_tokens": _mean(record.get("num_tokens") for record in records),
         "verdicts": dict(verdicts),
     }
+
+
+def headline(metrics: dict[str, Any]) -> tuple[float | None, list[float] | None]:
+    """The number that is reported, in [0, 1], and its interval: the benchmark's own metric, else avg@k."""
+    own = metrics.get("metric")
+    return (own["score"], own["interval"]) if own else (metrics["avg@k"], metrics["interval"])
 
 
 def _mean(values) -> float | None:

@@ -1,5 +1,6 @@
 """The command lines: settings, bad input, run folders, resuming, the experiment; tiny models, embedded digits."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,12 +11,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageColumn
 from PIL import Image
 
+from benchmarks import va_opd as report
 from common.cli import changed_settings
+from common.evaluation import BENCHMARKS, Decoding, load_benchmark, score_responses
 from common.runs import last_checkpoint, read_jsonl
 from common.tiny import tiny_qwen3_vl
-from va_opd import loop, train
+from va_opd import evaluate, loop, train
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "va_opd" / "configs").glob("*.yaml"))
@@ -262,3 +267,96 @@ def test_a_failing_stage_stops_the_experiment(config, capfd, monkeypatch):
     assert loop.main(["--config", str(config), "--max_prompt_length", "5"]) == 2
     assert "above max_prompt_length=5" in capfd.readouterr().out
     assert loop.main(["--config", str(config), "--variants", "opdd"]) == 2
+
+
+# --- the paper's benchmarks ----------------------------------------------------------------
+
+
+@pytest.fixture
+def vision_data(tmp_path, monkeypatch) -> str:
+    """A folder with eight questions each of HallusionBench and MMStar, registered with so many rows."""
+    image = Image.new("RGB", (40, 32), "red")
+    shared = {"question": "Is it red?", "image": image, "answer": "A", "category": "VS", "subcategory": "map"}
+    rows = [
+        {**shared, "set_id": str(i // 4), "figure_id": str(i // 2), "question_id": str(i % 2), "gt_answer": str(i % 2)}
+        for i in range(8)
+    ]
+    features = Features({name: ImageColumn() if name == "image" else Value("string") for name in rows[0]})
+    for name in ("hallusionbench", "mmstar"):
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / "vision" / f"{name}.parquet")
+        small = dataclasses.replace(BENCHMARKS[name], rows=8, decoding=Decoding(1.0, 1.0, 4))
+        monkeypatch.setitem(BENCHMARKS, name, small)
+    return str(tmp_path / "vision")
+
+
+def test_a_model_is_evaluated_on_the_benchmarks_of_the_config(config, vision_data, tmp_path, capsys):
+    fields = ["--config", str(config), "--benchmarks", "mmstar,hallusionbench", "--benchmark_data", vision_data]
+    assert evaluate.main(["base", *fields, "--eval_limit", "4"]) == 0
+    folder = tmp_path / "runs/va_opd/small/base-seed0/eval"
+    metrics = json.loads((folder / "hallusionbench.json").read_text())
+    assert metrics["questions"] == 4 and {"aAcc", "fAcc", "qAcc", "score"} <= metrics["metric"].keys()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert evaluate.main(["base", *fields, "--eval_limit", "4"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    capsys.readouterr()
+    assert evaluate.main(["base", *fields]) == 2  # the records of four questions are not those of all
+    assert "holds records with rows=" in capsys.readouterr().err
+    text = report.report(*_seeded(fields))
+    assert "n=4 |" in text and "| CoT-SFT | 39.7 |  | 64.4 |  |" in text
+
+
+def _seeded(fields: list[str]):
+    args, config = train.parse(fields)
+    return args, config.seed
+
+
+def test_an_unknown_benchmark_stops_the_experiment_at_its_start(config, capsys, tmp_path):
+    assert loop.main(["--config", str(config), "--benchmarks", "mmstar,mathvista2"]) == 2
+    assert "unknown benchmarks mathvista2; choose among" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_benchmarks_may_be_added_to_a_finished_run(config, tmp_path, capsys):
+    assert train.main(["--config", str(config), "--max_steps", "1"]) == 0
+    capsys.readouterr()
+    assert train.main(["--config", str(config), "--max_steps", "1", "--benchmarks", "mmstar"]) == 0
+    assert "done already" in capsys.readouterr().out
+
+
+def test_the_paper_presets_evaluate_student_and_teacher_on_the_eight(capsys):
+    for path in CONFIGS:
+        args, _ = train.parse(["--config", str(path), "--dry_run"])
+        names = evaluate.benchmark_names(args)
+        assert names == ([] if path.stem == "tiny" else [*report.MATH, *report.VISUAL])
+    assert loop.main(["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    for what in ("run", "base", "teacher"):
+        assert f"va_opd.evaluate {what} --config" in printed
+
+
+def test_tables_of_the_benchmarks_stand_beside_the_papers(vision_data, tmp_path):
+    """Scores by hand: of 8 questions OPD has 4 right and VA-OPD 6 on MMStar; HallusionBench 1/3 and 1."""
+    folder = tmp_path / "geo3k"
+    right = {"opd": ([1, 1, 1, 1, 0, 0, 0, 0], ["yes"] * 8), "va_opd": ([1, 1, 1, 1, 1, 1, 0, 0], ["no", "yes"] * 4)}
+    for name, (letters, words) in right.items():
+        texts = {"mmstar": ["A" if one else "B" for one in letters], "hallusionbench": words}
+        for benchmark, answers in texts.items():
+            lines = [json.dumps({"id": i, "sample": 0, "response": text}) + "\n" for i, text in enumerate(answers)]
+            path = tmp_path / f"{name}-{benchmark}.jsonl"
+            path.write_text("".join(lines))
+            score_responses(load_benchmark(benchmark, vision_data), path, folder / f"{name}-seed0" / "eval")
+    results = report.vision_results(folder, 0)
+    assert results["va_opd"].keys() == {"mmstar", "hallusionbench"}
+    value, low, high = report.mean_score(results["va_opd"], ("mmstar",))
+    assert (value, 100 * results["va_opd"]["mmstar"]["interval"][0]) == (75.0, pytest.approx(low)) and high > 75
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in report.paper_table(results).splitlines()}
+    assert len(lines["VA-OPD"]) == 21 and lines["VA-OPD"][16].startswith("75.0 (+15.1) [")
+    assert lines["Standard OPD"][10].startswith("33.3 (-18.7) [") and lines["GRPO"][16] == ""
+    table = report.vision_differences(folder, 0, results)
+    assert "| MMStar | +0.2 | +25.0 | [" in table and "| HallusB | +2.5 | +66.7 | [" in table
+    assert "| MMMU | +0.6 |  |  |  |" in table and "| Visual | +1.5 |  |  |  |" in table
+    value, low, high = report.mean_score(results["va_opd"], ("hallusionbench", "mmstar"))
+    assert value == pytest.approx((75 + 100) / 2) and low < value <= high
+    assert "| 8B -> 2B, Geometry3K | 45.4 -> 48.3 (+2.9) |  | 64.6 -> 66.1 (+1.5) |  |" in report.scaling_table(
+        tmp_path, 0
+    )
