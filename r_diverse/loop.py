@@ -32,7 +32,7 @@ from .train import PHASES, Settings, challenger, local_engine, parse, skill_enco
 
 # isort: split
 # after .train, which says in one line that common/ is missing
-from common import models
+from common import models, plan
 from common.cli import run_main
 from common.evaluation import ServerEngine
 from common.once import StageError, digest, once, read_counts
@@ -430,25 +430,28 @@ def dry_run(settings: Settings) -> str:
             f"{phase}: {config.max_steps} optimizer steps of {update} rollouts on {processes} processes; a generation "
             f"batch has {batch // config.num_generations} prompts x {config.num_generations} rollouts"
         )
-    return "\n".join(lines + _memory_lines(run, trainers))
-
-
-def _memory_lines(run: RDiverseConfig, trainers: dict[str, int]) -> list[str]:
     parameters = models.parameter_count(run.model)
     if parameters is None:
-        return ["memory: unknown, the model is not at hand and its name holds no size such as 8B"]
-    gib, weight = 2**30, 4 if run.policy_dtype == "float32" else 2
-    lines = ["memory a training process, GiB (activations and the rollout engine come on top):"]
+        return "\n".join([*lines, plan.unknown_line([run.model])])
     for phase, processes in trainers.items():
-        shards = processes if run.sharding in ("zero3", "fsdp2") else 1
-        parts = {
-            f"weights, {run.policy_dtype}": weight * parameters / shards / gib,
-            "KL reference": weight * parameters / shards / gib,
-            "gradients and AdamW states, fp32, sharded": 12 * parameters / processes / gib,
-        }
-        listed = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-        lines.append(f"  {phase}: {sum(parts.values()):.2f} = {listed}")
-    return lines
+        sharding = run.sharding if processes > 1 else "none"
+        parts = memory_parts(settings, phase, parameters, processes, sharding)
+        lines += plan.memory_lines(parts, sharding, processes, f"training process of the {phase}")
+    each = plan.bytes_each(sharding, settings.solver.bf16, run.policy_dtype)
+    return "\n".join(
+        [*lines, plan.disk_line(2 * run.iterations, "models", *(parameters * n for n in (each.weight, each.states)))]
+    )
+
+
+def memory_parts(settings: Settings, phase: str, parameters: float, processes: int, sharding: str) -> dict[str, float]:
+    """Bytes by part in one training process."""
+    config, pieces = getattr(settings, phase), plan.split(sharding, processes)
+    each = plan.bytes_each(sharding, config.bf16, settings.run.policy_dtype)
+    return {
+        **plan.model_bytes(phase, parameters, parameters, each, pieces),
+        "KL reference": (config.beta != 0) * each.weight * parameters / pieces.weights,
+        **plan.engine_bytes(config),
+    }
 
 
 if __name__ == "__main__":

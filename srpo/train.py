@@ -9,7 +9,6 @@ Deviations from the paper and expected numbers: srpo/README.md. The whole experi
 """
 
 import json
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ from .data import load_splits, reward_of
 from .trainer import SRPOTrainer
 
 try:
-    from common import models
+    from common import models, plan
     from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.runs import RunFolder, fingerprint, last_checkpoint
 except ModuleNotFoundError as error:
@@ -75,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> None:
     args, config = parse(argv)
     if args.dry_run:
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
-        print(dry_run(args, config, int(os.environ.get("WORLD_SIZE", "1")), f"zero{stage}"))
+        print(dry_run(args, config, *plan.launched()))
     else:
         train(args, config)
 
@@ -236,80 +234,52 @@ def rollout_records(rollouts: dict[str, Any], count: int) -> list[dict[str, Any]
     ]
 
 
-def dry_run(args: ScriptArguments, config: SRPOConfig, processes: int = 1, sharding: str = "") -> str:
+def dry_run(args: ScriptArguments, config: SRPOConfig, processes: int = 1, sharding: str = "none") -> str:
     """Resolved settings, size of an update, memory a process and disk space, as text."""
-    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    lines = [f"run folder: {run_path(args, config)}", "settings (every other field is at its default):"]
-    hidden = {"use_cpu", "disable_tqdm"}  # set by `parse` and by transformers for the look itself
-    chosen = changed_settings(args, config, FOLLOW).items()
-    lines += [f"  {key}: {value}" for key, value in chosen if value is not None and key not in hidden]
-    lines.append(
-        f"one update: {rollouts // config.num_generations} prompts x {config.num_generations} rollouts, "
-        f"{processes} processes x {config.per_device_train_batch_size} rollouts x "
-        f"{config.gradient_accumulation_steps} micro-batches"
-    )
-    parameters = models.parameter_count(args.model)
+    lines = plan.settings_lines(run_path(args, config), changed_settings(args, config, FOLLOW))
+    lines.append(plan.update_line(config, processes))
+    parameters, sharding = models.parameter_count(args.model), sharding if processes > 1 else "none"
     if parameters is None:
-        return "\n".join([*lines, "memory: unknown, the model is not at hand and its name holds no size such as 8B"])
-    stage = int(sharding[-1]) if processes > 1 and sharding in ("zero1", "zero2", "zero3") else 0
-    parts = memory_parts(args, config, parameters, processes, stage)
-    lines.append(f"memory a process, GiB ({f'ZeRO-{stage}' if stage else 'not sharded'}; activations come on top):")
-    lines += [f"  {value:7.2f}  {name}" for name, value in {**parts, "sum": sum(parts.values())}.items()]
-    return "\n".join([*lines, disk_line(args, config, parameters, stage)])
+        return "\n".join([*lines, plan.unknown_line([args.model])])
+    parts = memory_parts(args, config, parameters, processes, sharding)
+    return "\n".join(
+        [*lines, *plan.memory_lines(parts, sharding, processes), disk_line(args, config, parameters, sharding)]
+    )
 
 
 def memory_parts(
-    args: ScriptArguments, config: SRPOConfig, parameters: float, processes: int, stage: int
+    args: ScriptArguments, config: SRPOConfig, parameters: float, processes: int, sharding: str
 ) -> dict[str, float]:
-    """GiB by part of one process under ZeRO of `stage`, 0 for a whole copy of everything in each process."""
-    gib, lora = 2**30, bool(args.lora_rank)
-    trained = 0.01 * parameters if lora else parameters
-    weight = bytes_of_a_weight(args, config, stage)
-    optimizer, gradients, weights = (processes if stage >= least else 1 for least in (1, 2, 3))
-    own = {"ema": 4 + (weight if stage == 3 else 0), "frozen": 0 if lora else weight, "current": 0}[config.teacher]
-    width, vocabulary = _shape(args.model)
-    tokens = 0.4 * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    tokens *= min(800, config.max_completion_length)
-    parts = {
-        f"policy weights, {weight} bytes each": weight * parameters / weights,
-        "gradients": weight * trained / gradients,
-        "optimizer": bytes_of_states(args, config, stage) * trained / optimizer,
-        f"self-teacher, {config.teacher}": 0 if config.routing == "grpo" else own * parameters / weights,
-        "cached teacher hidden states, 40 % routed, mean length up to 800": tokens * width * (2 if config.bf16 else 4),
-        "one chunk of logits and its gradients": 4 * 512 * vocabulary * 4,
+    """Bytes by part in one process."""
+    shape, pieces = plan.shape_of(args.model, parameters), plan.split(sharding, processes)
+    each = plan.bytes_each(sharding, config.bf16, args.policy_dtype)
+    zero3 = sharding == "zero3"  # the float32 average is then beside a copy in the policy's dtype; both are cut
+    average = 4 + (each.weight if zero3 else 0)
+    teacher = {"ema": average, "frozen": 0 if args.lora_rank else each.weight, "current": 0}[config.teacher]
+    teacher = 0 if config.routing == "grpo" else teacher / (processes if zero3 else 1)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    routed, hidden = 0.4 * rows * min(800, config.max_completion_length), shape.width * (2 if config.bf16 else 4)
+    return {
+        **plan.model_bytes("policy", parameters, trained_parameters(args, parameters), each, pieces),
+        f"self-teacher, {config.teacher}": teacher * parameters,
+        "cached teacher hidden states, 40 % routed, mean length up to 800": hidden * routed,
+        "one chunk of logits and its gradients": 4 * 512 * shape.vocabulary * 4,
+        **plan.engine_bytes(config),
     }
-    if config.use_vllm and config.vllm_mode == "colocate":
-        share = config.vllm_gpu_memory_utilization
-        parts[f"rollout engine, {share:.0%} of 80 GiB, asleep while training"] = share * 80 * gib
-    return {name: value / gib for name, value in parts.items()}
 
 
-def disk_line(args: ScriptArguments, config: SRPOConfig, parameters: float, stage: int) -> str:
-    """GiB of a run's checkpoints: all keep their weights for evaluation, the newest also what resuming needs."""
-    gib, trained = 2**30, (0.01 if args.lora_rank else 1) * parameters
+def trained_parameters(args: ScriptArguments, parameters: float) -> float:
+    if not args.lora_rank:
+        return parameters
+    return plan.lora_parameters(plan.shape_of(args.model, parameters), args.lora_rank)
+
+
+def disk_line(args: ScriptArguments, config: SRPOConfig, parameters: float, sharding: str) -> str:
+    """All checkpoints keep their weights for evaluation, the newest also what resuming needs."""
+    each, trained = plan.bytes_each(sharding, config.bf16, args.policy_dtype), trained_parameters(args, parameters)
     average = 4 * parameters if config.routing != "grpo" and config.teacher == "ema" else 0
-    each = bytes_of_a_weight(args, config, stage) * trained / gib
-    resume = (bytes_of_states(args, config, stage) * trained + average) / gib
-    count = int(config.max_steps // config.save_steps)
-    return f"disk a run, GiB: {count} checkpoints x {each:.2f} (save_steps), and {resume:.2f} to resume"
-
-
-def bytes_of_a_weight(args: ScriptArguments, config: SRPOConfig, stage: int) -> int:
-    """Of the policy in memory and in checkpoints: DeepSpeed trains a bfloat16 copy."""
-    return 2 if args.policy_dtype == "bfloat16" or (stage and config.bf16) else 4
-
-
-def bytes_of_states(args: ScriptArguments, config: SRPOConfig, stage: int) -> int:
-    """Of the optimizer for each weight; under DeepSpeed with a float32 copy of bfloat16 weights."""
-    return 12 if stage and config.bf16 else 2 * bytes_of_a_weight(args, config, stage)
-
-
-def _shape(model: str) -> tuple[int, int]:
-    """Width and vocabulary of a local model; of Qwen3-8B for a name on the hub."""
-    if not Path(model).exists():
-        return 4096, 151_936
-    config = models.load_config(model).get_text_config()
-    return config.hidden_size, config.vocab_size
+    count = plan.checkpoint_count(config.max_steps, config.save_steps)
+    return plan.disk_line(count, "checkpoints", each.weight * trained, each.states * trained + average)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if known.dry_run:
         print(
-            dry_run(args, config, max(1, known.gpus)), *(f"$ {shown(c)}" for stage in stages for c in stage), sep="\n"
+            dry_run(args, config, max(1, known.gpus), known.sharding),
+            *(f"$ {shown(c)}" for stage in stages for c in stage),
+            sep="\n",
         )
         return 0
     return run_experiment("va_opd.loop", stages, Path(args.out) / "va_opd" / args.experiment / "logs")

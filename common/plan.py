@@ -1,0 +1,175 @@
+"""Memory and disk of a run from its sizes alone: the table that every dry run prints.
+
+Estimates. On top of the parts come activations (`benchmarks/plan.py` has a formula), buffers of communication and
+fragmentation.
+"""
+
+import os
+from collections.abc import Iterable
+from math import ceil, log
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import models
+
+GIB = 2**30
+GPU_GIB = 80  # of the GPUs that the presets are made for
+STAGES = {"none": 0, "single_gpu": 0, "multi_gpu": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp1": 3, "fsdp2": 3}
+
+
+class Shape(NamedTuple):
+    """Of a decoder; `query` and `key` are the widths of all query heads and of all key heads together."""
+
+    layers: int
+    width: int
+    query: int
+    key: int
+    mlp: int
+    vocabulary: int
+
+
+# Published configurations of Qwen3 by nominal size; Qwen3-VL has the same text models, 2B that of Qwen3-1.7B
+QWEN3 = {
+    0.6e9: Shape(28, 1024, 2048, 1024, 3072, 151_936),
+    1.7e9: Shape(28, 2048, 2048, 1024, 6144, 151_936),
+    4e9: Shape(36, 2560, 4096, 1024, 9728, 151_936),
+    8e9: Shape(36, 4096, 4096, 1024, 12288, 151_936),
+    14e9: Shape(40, 5120, 5120, 1024, 17408, 151_936),
+    32e9: Shape(64, 5120, 8192, 1024, 25600, 151_936),
+}
+
+
+def shape_of(name: str, parameters: float) -> Shape:
+    """Of a local model; of the Qwen3 that is nearest in size for a name on the hub."""
+    if not Path(name).exists():
+        return QWEN3[min(QWEN3, key=lambda size: abs(log(size / parameters)))]
+    config = models.load_config(name).get_text_config()
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    return Shape(
+        config.num_hidden_layers,
+        config.hidden_size,
+        heads * head,
+        keys * head,
+        config.intermediate_size,
+        config.vocab_size,
+    )
+
+
+def lora_parameters(shape: Shape, rank: int) -> int:
+    """Of adapters on all linear layers but the head: rank * (in + out) a matrix (arXiv 2106.09685, Section 4)."""
+    attention = 2 * (shape.width + shape.query) + 2 * (shape.width + shape.key)
+    return rank * shape.layers * (attention + 3 * (shape.width + shape.mlp))
+
+
+class Split(NamedTuple):
+    """Number of pieces into which weights, gradients and optimizer states are cut; each process holds one of each."""
+
+    weights: int
+    gradients: int
+    states: int
+
+
+def launched() -> tuple[int, str]:
+    """Number of processes and sharding with which `accelerate launch` has started this process."""
+    environment, processes = os.environ, int(os.environ.get("WORLD_SIZE", "1"))
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        return processes, f"fsdp{environment.get('FSDP_VERSION', '1')}"
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
+    return processes, "none" if stage == "0" else f"zero{stage}"
+
+
+def split(sharding: str, processes: int) -> Split:
+    """ZeRO-1 cuts the states, 2 the gradients too, 3 the weights too (arXiv 1910.02054, Section 5); FSDP is as ZeRO-3.
+
+    `ValueError` for an unknown name.
+    """
+    if sharding not in STAGES:
+        raise ValueError(f"sharding {sharding!r} is unknown; choose among {', '.join(STAGES)}")
+    return Split(*(processes if STAGES[sharding] >= least else 1 for least in (3, 2, 1)))
+
+
+class Bytes(NamedTuple):
+    """Bytes for one trained parameter."""
+
+    weight: int
+    gradient: int
+    states: int
+
+
+def bytes_each(sharding: str, bf16: bool, dtype: str = "float32") -> Bytes:
+    """Weight, gradient and AdamW's states of a parameter.
+
+    DeepSpeed in bfloat16 trains a copy of 2 bytes; its states are a float32 weight and two moments, 12 bytes
+    (arXiv 1910.02054, Section 3.1). PyTorch has all of them in the weight's dtype; FSDP with bf16 makes that float32.
+    """
+    if sharding.startswith("zero") and bf16:
+        return Bytes(2, 2, 12)
+    size = 2 if dtype == "bfloat16" and not (sharding.startswith("fsdp") and bf16) else 4
+    return Bytes(size, size, 2 * size)
+
+
+def model_bytes(who: str, parameters: float, trained: float, each: Bytes, pieces: Split) -> dict[str, float]:
+    """Bytes a process of a model of which `trained` parameters are trained: all of them, or those of the adapters."""
+    return {
+        f"{who} weights, {each.weight} bytes each": each.weight * parameters / pieces.weights,
+        "gradients": each.gradient * trained / pieces.gradients,
+        "optimizer": each.states * trained / pieces.states,
+    }
+
+
+def engine_bytes(config: Any, gpu_gib: float = GPU_GIB) -> dict[str, float]:
+    """What vLLM takes of each training GPU: its share of the whole memory, weights and cache in it."""
+    if not config.use_vllm or config.vllm_mode != "colocate":
+        return {}
+    share = config.vllm_gpu_memory_utilization
+    asleep = ", asleep while training" if config.vllm_enable_sleep_mode else ""
+    return {f"rollout engine, {share:.0%} of {gpu_gib:g} GiB{asleep}": share * gpu_gib * GIB}
+
+
+def checkpoint_count(steps: int | None, save_steps: float) -> int | None:
+    """How many checkpoints a run writes: every `save_steps` steps, below 1 a share of all, and one at the end."""
+    if steps is None or steps < 1:
+        return None
+    return ceil(steps / (save_steps if save_steps >= 1 else ceil(save_steps * steps)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Printed
+
+
+def settings_lines(run: Path, chosen: dict[str, Any]) -> list[str]:
+    """Where the run goes, and its settings."""
+    hidden = {"use_cpu", "disable_tqdm"}  # set for the look itself
+    lines = [f"run folder: {run}", "settings (every other field is at its default):"]
+    return lines + [f"  {key}: {value}" for key, value in chosen.items() if value is not None and key not in hidden]
+
+
+def update_line(config: Any, processes: int) -> str:
+    """Rollouts of an optimizer step, and how they are made up."""
+    rows, micro_batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    return (
+        f"one update: {rows * micro_batches * processes // config.num_generations} prompts x {config.num_generations} "
+        f"rollouts, {processes} processes x {rows} rollouts x {micro_batches} micro-batches"
+    )
+
+
+def memory_lines(parts: dict[str, float], sharding: str, processes: int, who: str = "process") -> list[str]:
+    """GiB by part and their sum, which is more than is held at one time where an engine sleeps while training."""
+    how = f"{sharding} over {processes} processes" if STAGES[sharding] else "not sharded"
+    rows = {**parts, "sum": sum(parts.values())}
+    return [f"memory a {who}, GiB ({how}; activations come on top):"] + [
+        f"  {value / GIB:7.2f}  {name}" for name, value in rows.items()
+    ]
+
+
+def unknown_line(names: Iterable[str]) -> str:
+    """In place of the memory table."""
+    return f"memory: unknown, {' and '.join(names)}: not at hand, and no size such as 8B in the name"
+
+
+def disk_line(count: int | None, kept: str, each: float, resume: float) -> str:
+    """GiB of a run: `count` times the weights that stay, and once what only resuming needs."""
+    number = "number of" if count is None else count
+    return f"disk a run, GiB: {number} {kept} x {each / GIB:.2f}, and {resume / GIB:.2f} to resume"
