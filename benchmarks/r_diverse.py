@@ -6,19 +6,23 @@ Reads what `r_diverse.loop` wrote for all variants and seeds, and nothing else; 
 Writes `report.md` and `figures/` into `runs/r_diverse/<experiment>/`.
 """
 
+import itertools
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from common import plots
 from common.cli import run_main
-from common.estimators import paired_difference
-from common.evaluation import scores_by_question
+from common.estimators import over_seeds, paired_difference
+from common.evaluation import BENCHMARKS, headline, scores_by_question
+from common.evaluation.judge import PROTOCOLS
 from common.runs import atomic_write_text, read_jsonl
 from r_diverse import analysis
 from r_diverse.loop import VARIANT_FLAGS, finished_iterations
@@ -37,67 +41,47 @@ NAMES = {
 }
 MATH = ("amc23", "minerva_math", "math500", "gsm8k", "olympiadbench", "aime25", "aime24")
 GENERAL = ("supergpqa", "mmlu_pro", "bbeh")
-# Table 1, in the order of MATH and GENERAL, after Math AVG and Overall AVG
+COLUMNS = ("Math AVG", "Overall AVG", *MATH, *GENERAL)
+# By experiment and (variant, iterations): Math AVG, Overall AVG, then the benchmarks in the order of MATH and GENERAL.
+# Full rows are Table 1. Rows of two are read off Fig. 3, within 0.03; rows of one are Table 2, after five iterations.
 PAPER = {
     "qwen3_4b": {
-        "base": (42.58, 27.10, 45.70, 38.24, 68.20, 87.79, 41.04, 6.15, 10.94, 20.88, 37.38, 7.57),
-        "R-Zero, 3 iterations": (49.07, 34.64, 57.27, 52.94, 79.60, 92.12, 44.59, 4.27, 12.71, 27.55, 51.53, 10.42),
-        "R-Diverse, 3 iterations": (50.68, 36.30, 59.06, 56.62, 79.00, 92.27, 45.19, 6.25, 16.35, 28.84, 54.91, 10.77),
-        "R-Diverse, 5 iterations": (
-            52.59,
-            36.68,
-            60.23,
-            59.56,
-            78.80,
-            92.34,
-            46.96,
-            11.04,
-            19.17,
-            28.54,
-            55.24,
-            10.35,
-        ),
+        ("base", 0): (42.58, 27.10, 45.70, 38.24, 68.20, 87.79, 41.04, 6.15, 10.94, 20.88, 37.38, 7.57),
+        ("r_diverse", 1): (48.98, 35.73),
+        ("r_diverse", 2): (50.07, 36.10),
+        ("r_diverse", 3): (50.68, 36.30, 59.06, 56.62, 79.00, 92.27, 45.19, 6.25, 16.35, 28.84, 54.91, 10.77),
+        ("r_diverse", 4): (51.63, 36.59),
+        ("r_diverse", 5): (52.59, 36.68, 60.23, 59.56, 78.80, 92.34, 46.96, 11.04, 19.17, 28.54, 55.24, 10.35),
+        ("r_zero", 1): (48.06, 34.27),
+        ("r_zero", 2): (48.44, 34.92),
+        ("r_zero", 3): (49.07, 34.64, 57.27, 52.94, 79.60, 92.12, 44.59, 4.27, 12.71, 27.55, 51.53, 10.42),
+        ("r_zero", 4): (46.52, 34.81),
+        ("r_zero", 5): (42.91, 33.97),
+        ("no_map", 5): (49.62,),
+        ("no_map_penalty", 5): (49.88,),
+        ("no_replay", 5): (51.18,),
+        ("no_sam", 5): (50.50,),
+        ("no_code", 5): (50.79,),
+        ("no_embedding", 5): (51.05,),
     },
     "qwen3_8b": {
-        "base": (49.18, 34.49, 51.95, 50.00, 78.00, 89.08, 44.74, 16.67, 13.85, 28.33, 51.80, 8.63),
-        "R-Zero, 3 iterations": (54.69, 38.73, 61.67, 60.66, 82.00, 94.09, 48.89, 19.17, 16.35, 31.38, 58.23, 10.60),
-        "R-Diverse, 3 iterations": (
-            55.40,
-            40.34,
-            59.30,
-            63.24,
-            80.60,
-            94.31,
-            49.19,
-            17.71,
-            23.44,
-            32.56,
-            61.49,
-            11.92,
-        ),
-        "R-Diverse, 5 iterations": (
-            56.46,
-            40.75,
-            66.02,
-            66.18,
-            82.20,
-            94.39,
-            49.78,
-            12.19,
-            24.48,
-            32.52,
-            61.79,
-            12.23,
-        ),
+        ("base", 0): (49.18, 34.49, 51.95, 50.00, 78.00, 89.08, 44.74, 16.67, 13.85, 28.33, 51.80, 8.63),
+        ("r_diverse", 1): (54.18, 39.49),
+        ("r_diverse", 2): (54.70, 39.98),
+        ("r_diverse", 3): (55.40, 40.34, 59.30, 63.24, 80.60, 94.31, 49.19, 17.71, 23.44, 32.56, 61.49, 11.92),
+        ("r_diverse", 4): (55.95, 40.55),
+        ("r_diverse", 5): (56.46, 40.75, 66.02, 66.18, 82.20, 94.39, 49.78, 12.19, 24.48, 32.52, 61.79, 12.23),
+        ("r_zero", 1): (53.39, 37.93),
+        ("r_zero", 2): (53.84, 38.45),
+        ("r_zero", 3): (54.69, 38.73, 61.67, 60.66, 82.00, 94.09, 48.89, 19.17, 16.35, 31.38, 58.23, 10.60),
+        ("r_zero", 4): (53.52, 39.57),
+        ("r_zero", 5): (53.05, 39.19),
     },
-}
-# Fig. 3, read off the figure, within 0.03: Math AVG after each iteration
-PAPER_CURVES = {
-    "qwen3_4b": {"r_diverse": (48.98, 50.07, 50.68, 51.63, 52.59), "r_zero": (48.06, 48.44, 49.07, 46.52, 42.91)},
-    "qwen3_8b": {"r_diverse": (54.18, 54.70, 55.40, 55.95, 56.46), "r_zero": (53.39, 53.84, 54.69, 53.52, 53.05)},
 }
 SERIES = {
     "accuracy": "Solver's accuracy",
+    "math_avg": "Math AVG, percent",
+    "overall_avg": "Overall AVG, percent",
     "intra_repetition": "repeated within the iteration",
     "cross_repetition": "repeated from earlier ones",
     "effective_clusters": "effective number of skill clusters",
@@ -131,9 +115,11 @@ def report(argv: list[str]) -> str:
         f"# {run.experiment}: self-play by iteration",
         iteration_table(histories),
         differences(runs),
-        "## Beside the paper's Table 1",
-        paper_table(run.experiment, histories),
-        paper_curves(run.experiment, histories),
+        "## Beside the paper's Tables 1 and 2 and Fig. 3",
+        "In percent. *Ours*: the first seed by rules, its difference from the paper's, its 95 % interval over "
+        "questions; n is the number of questions where it is not the full set. *Judge*: by a model's verdicts, never "
+        "mixed with the rules'; the paper's numbers have R-Zero's re-check by GPT-4o. An empty cell was not run.",
+        paper_table(run.experiment, runs),
         "\n".join(f"![{path.stem}](figures/{path.name})" for path in drawn),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -167,7 +153,9 @@ def history(run: Path) -> list[dict[str, Any]]:
     rows = []
     for t, stage in counts.items():
         scores = {name: value["avg@k"] for name, value in stage["evaluate"].items()}
-        row = {"step": t, "scores": scores, "accuracy": float(np.mean(list(scores.values()))) if scores else None}
+        row = {"step": t, "accuracy": _mean(list(scores.values()))}
+        math_avg, overall_avg, *_ = estimates(run / f"iteration_{t}" / "evaluate")
+        row |= {"math_avg": math_avg and math_avg.value, "overall_avg": overall_avg and overall_avg.value}
         if t:
             usable = [c.get("usable", 0) for name, c in stage.items() if name.startswith("label_")]
             row |= {"usable": sum(usable), **{k: stage["filter"][k] for k in ("label_accuracy", "bank", "replayed")}}
@@ -202,17 +190,16 @@ def iteration_table(histories: dict[tuple[str, str], list[dict[str, Any]]]) -> s
 
 
 def _mean_sd(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
+    if None in values:
         return ""
-    digits = 0 if isinstance(known[0], int) else 3
-    deviation = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.{digits}f}{deviation}"
+    digits = 0 if isinstance(values[0], int) else 3
+    mean, deviation, *_ = over_seeds(values)
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 def differences(runs: dict[tuple[str, str], Path]) -> str:
     """R-Diverse against each baseline after the last iteration that both have, on the same questions."""
-    lines = []
+    lines, found = [], defaultdict(list)
     for (name, seed), other in runs.items():
         ours = runs.get(("r_diverse", seed))
         if name == "r_diverse" or ours is None:
@@ -224,40 +211,129 @@ def differences(runs: dict[tuple[str, str], Path]) -> str:
                 continue
             scores = [scores_by_question(folder, path.parent.name) for folder in folders]
             difference, low, high, p_value = paired_difference(*scores)
+            found[name, t, path.parent.name].append(difference)
             lines.append(
                 f"- R-Diverse minus {NAMES.get(name, name)}, seed {seed}, iteration {t}, {path.parent.name}: "
                 f"{difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {p_value:.2g}"
             )
-    head = "On the same questions (intervals over questions, not over trainings):\n\n"
-    return head + "\n".join(lines) if lines else ""
+    if not lines:
+        return ""
+    text = "On the same questions (intervals over questions, not over trainings):\n\n" + "\n".join(lines)
+    repeated = {key: values for key, values in found.items() if len(values) > 1}
+    return text + ("\n\n" + _over_seeds_lines(repeated) if repeated else "")
 
 
-def paper_table(experiment: str, histories: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
-    """The paper's rows, and ours of the first seed below them, in percent."""
-    rows = [[f"paper: {name}", *values] for name, values in PAPER.get(experiment, PAPER["qwen3_4b"]).items()]
-    for name in dict.fromkeys(name for name, _ in histories):
-        history_ = next(rows for (other, _), rows in histories.items() if other == name)
-        rows.append([f"ours: {NAMES.get(name, name)}, {len(history_) - 1} iterations", *ours(history_[-1]["scores"])])
-    return plots.table_markdown(rows, ["run", "Math AVG", "Overall AVG", *MATH, *GENERAL])
+def _over_seeds_lines(found: dict[tuple[str, int, str], list[float]]) -> str:
+    lines = ["Mean of the differences over seeds (standard deviation and interval over trainings):", ""]
+    for (name, t, benchmark), values in found.items():
+        mean, deviation, low, high = over_seeds(values)
+        lines.append(
+            f"- R-Diverse minus {NAMES.get(name, name)}, {len(values)} seeds, iteration {t}, {benchmark}: "
+            f"{mean:+.3f} ± {deviation:.3f} [{low:+.3f}, {high:+.3f}]"
+        )
+    return "\n".join(lines)
 
 
-def paper_curves(experiment: str, histories: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
-    """Math AVG after each iteration: the paper's Fig. 3, and ours of the first seed."""
-    curves = PAPER_CURVES.get(experiment, PAPER_CURVES["qwen3_4b"])
-    rows = [[f"paper: {NAMES[name]}", *values] for name, values in curves.items()]
-    for name in curves:
-        history_ = next((rows for (other, _), rows in histories.items() if other == name), [])
-        values = [ours(row["scores"])[0] for row in history_[1:6]]
-        rows.append([f"ours: {NAMES[name]}", *values, *[""] * (5 - len(values))])
-    return plots.table_markdown(rows, ["Math AVG", *(f"iteration {t}" for t in range(1, 6))])
+class Estimate(NamedTuple):
+    """In percent, with the ends of its 95 % interval; `questions` where it is of a part of the set, else None."""
+
+    value: float
+    low: float
+    high: float
+    questions: int | None = None
 
 
-def ours(scores: dict[str, float]) -> list[str]:
-    """Math AVG, Overall AVG (mean of Math AVG and the three general benchmarks) and each benchmark, in percent."""
-    math = np.mean([scores[name] for name in MATH]) if scores.keys() >= set(MATH) else None
-    overall = np.mean([math, *(scores[name] for name in GENERAL)]) if scores.keys() >= {*MATH, *GENERAL} else None
-    values = [math, overall, *(scores.get(name) for name in (*MATH, *GENERAL))]
-    return ["" if value is None else f"{100 * value:.2f}" for value in values]
+def mean_of(parts: Sequence[Estimate | None]) -> Estimate | None:
+    """Mean of benchmarks, their errors independent; None where one is missing."""
+    if None in parts:
+        return None
+    value, count = sum(part.value for part in parts) / len(parts), len(parts)
+    below = math.hypot(*(part.value - part.low for part in parts)) / count
+    above = math.hypot(*(part.high - part.value for part in parts)) / count
+    return Estimate(value, value - below, value + above, sum(part.questions or 0 for part in parts) or None)
+
+
+def estimates(evaluation: Path, suffix: str = "") -> list[Estimate | None]:
+    """Math AVG (the seven), Overall AVG (Math AVG and the three general ones, each a fourth), then each benchmark."""
+    found: dict[str, Estimate] = {}
+    for name, metrics in _metrics(evaluation, suffix).items():
+        value, ends = headline(metrics)
+        if value is not None:
+            part = metrics["questions"] if metrics["questions"] < BENCHMARKS[name].rows else None
+            found[name] = Estimate(100 * value, *(100 * end for end in ends), part)
+    math_avg = mean_of([found.get(name) for name in MATH])
+    overall = mean_of([math_avg, *(found.get(name) for name in GENERAL)])
+    return [math_avg, overall, *(found.get(name) for name in (*MATH, *GENERAL))]
+
+
+def _metrics(evaluation: Path, suffix: str) -> dict[str, dict[str, Any]]:
+    paths = {name: evaluation / f"{name}{suffix}.json" for name in (*MATH, *GENERAL)}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
+    """The paper's rows, each with ours below it: by variant and iteration, then by a judge, then over all seeds.
+
+    Of an experiment that the paper does not have, its full rows for Qwen3-4B are there without a difference.
+    """
+    paper = PAPER.get(experiment) or {key: row for key, row in PAPER["qwen3_4b"].items() if len(row) > 2}
+    evaluations = evaluation_folders(runs)
+    order = ["base", *NAMES, *(name for name, _ in runs)]
+    rows = []
+    for name, t in sorted({*paper, *evaluations}, key=lambda key: (order.index(key[0]), key[1])):
+        label = f"{NAMES.get(name, name)}, {t} iteration{'s' * (t > 1)}" if t else "base"
+        numbers = [f"{value:.2f}" for value in paper.get((name, t), ())]
+        if numbers:
+            rows.append([f"paper: {label}", *numbers, *[""] * (len(COLUMNS) - len(numbers))])
+        known = paper.get((name, t), ()) if experiment in PAPER else ()
+        folders = evaluations.get((name, t), [])
+        if folders or experiment in PAPER:
+            found = estimates(folders[0]) if folders else [None] * len(COLUMNS)
+            rows.append([f"ours: {label}", *_cells(found, known)])
+        rows += [[f"{who}: {label}", *_cells(found, known)] for who, found in judged(folders[:1])]
+        if len(folders) > 1:
+            seeds = zip(*(estimates(folder) for folder in folders), strict=True)
+            rows.append([f"ours, {len(folders)} seeds: {label}", *(_seeds_cell(values) for values in seeds)])
+    return plots.table_markdown(rows, ["run", *COLUMNS])
+
+
+def evaluation_folders(runs: dict[tuple[str, str], Path]) -> dict[tuple[str, int], list[Path]]:
+    """(variant, iteration) -> the evaluation of each seed; the base is evaluated once, in the first run."""
+    found: dict[tuple[str, int], list[Path]] = defaultdict(list)
+    for (name, _), run in runs.items():
+        for t in range(0 if not found else 1, finished_iterations(run) + 1):
+            found[name if t else "base", t].append(run / f"iteration_{t}" / "evaluate")
+    return found
+
+
+def judged(folders: Sequence[Path]) -> Iterator[tuple[str, list[Estimate | None]]]:
+    """(who judged and how, estimates) of each kind of verdicts that there are."""
+    for folder in folders:
+        for suffix, protocol, _ in PROTOCOLS.values():
+            if reports := _metrics(folder, f".{suffix}").values():
+                names = ", ".join(sorted({report["judge"] for report in reports}))
+                failures = sum(sum(report["failures"].values()) for report in reports)
+                how = f"{protocol.split(':')[0]}, {failures} failures"
+                yield f"ours, judge {names} ({how})", estimates(folder, f".{suffix}")
+
+
+def _cells(found: Sequence[Estimate | None], paper: Sequence[float]) -> list[str]:
+    return [_cell(estimate, number) for estimate, number in itertools.zip_longest(found, paper)]
+
+
+def _cell(estimate: Estimate | None, paper: float | None) -> str:
+    if estimate is None:
+        return ""
+    difference = "" if paper is None else f" ({estimate.value - paper:+.2f})"
+    part = "" if estimate.questions is None else f" n={estimate.questions}"
+    return f"{estimate.value:.2f}{difference} [{estimate.low:.1f}, {estimate.high:.1f}]{part}"
+
+
+def _seeds_cell(values: Sequence[Estimate | None]) -> str:
+    if None in values:
+        return ""
+    mean, deviation, *_ = over_seeds([estimate.value for estimate in values])
+    return f"{mean:.2f} ± {deviation:.2f}"
 
 
 def figures(folder: Path, runs: dict[tuple[str, str], Path], histories) -> list[Path]:

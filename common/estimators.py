@@ -96,6 +96,23 @@ def paired_difference(a: Table, b: Table, level: float = 0.95, seed: int = 0) ->
     return mean, float(max(-1.0, mean - half)), float(min(1.0, mean + half)), float(test.pvalue)
 
 
+def over_seeds(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float, float]:
+    """One number of several trainings that differ in their seed alone: (mean, standard deviation, low, high).
+
+    The standard deviation has n - 1 in its denominator; low and high are Student's interval of the mean. What is
+    uncertain here is the training, not the choice of questions. One value says nothing of its spread: the last three
+    are then NaN. The values may be of any scale, also differences between two methods with the same seeds.
+    """
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"values must be one finite number or more, one for each seed, got {list(values)}")
+    n, mean = len(values), float(np.mean(values))
+    if n == 1:
+        return mean, math.nan, math.nan, math.nan
+    deviation = float(np.std(values, ddof=1))
+    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * deviation / math.sqrt(n)
+    return mean, deviation, mean - half, mean + half
+
+
 def _majority_is(row: Sequence[Any], gold: Any, same: Callable[[Any, Any], bool]) -> bool:
     classes: list[tuple[Any, int]] = []
     for answer in row:

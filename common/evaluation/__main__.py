@@ -84,7 +84,8 @@ def _json_options(name: str, text: str, example: str) -> dict:
 def _report(metrics: dict) -> str:
     low, high = metrics["interval"]
     rates = {"parsed": metrics["parsed"], "truncated": metrics["truncated"]}
-    known = "".join(f"; {name} {rate:.1%}" for name, rate in rates.items() if rate is not None)
+    majority = f"; maj@{metrics['samples']} = {metrics['maj@k']:.4f}" if "maj@k" in metrics else ""
+    known = majority + "".join(f"; {name} {rate:.1%}" for name, rate in rates.items() if rate is not None)
     counts = ", ".join(f"{name} {count}" for name, count in sorted(metrics["verdicts"].items()))
     return (
         f"avg@{metrics['samples']} = {metrics['avg@k']:.4f} [{low:.4f}, {high:.4f}] "

@@ -19,7 +19,7 @@ from common.runs import append_jsonl, atomic_write_json, fingerprint, read_jsonl
 
 from .benchmarks import Benchmark
 from .engines import Decoding, Engine, Prompt
-from .scoring import score_records, summarize
+from .scoring import judge_row, majority, score_records, summarize
 
 
 def evaluate(
@@ -46,7 +46,7 @@ def evaluate(
     identity = {
         "model": engine.name,
         "benchmark": benchmark.name,
-        "rows": _question_fingerprint(benchmark),
+        "rows": question_fingerprint(benchmark),
         "decoding": dataclasses.asdict(decoding),
         "samples": samples,
         "seed": seed,
@@ -90,7 +90,7 @@ def rescore(benchmark: Benchmark, out: str | Path) -> dict[str, Any]:
     if not (folder / "identity.json").exists():
         raise ValueError(f"{folder} holds no records of {benchmark.name}: run the evaluation first")
     identity = json.loads((folder / "identity.json").read_text())
-    if identity["rows"] != _question_fingerprint(benchmark):
+    if identity["rows"] != question_fingerprint(benchmark):
         raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
     return _score(benchmark, read_jsonl(folder / "samples.jsonl"), Path(out), identity)
 
@@ -106,7 +106,7 @@ def score_responses(benchmark: Benchmark, responses: str | Path, out: str | Path
     if not path.is_file():
         raise ValueError(f"there is no file of responses {path}")
     records = [_foreign(record, number, path) for number, record in enumerate(read_jsonl(path), 1)]
-    identity = {"responses": str(path), "benchmark": benchmark.name, "rows": _question_fingerprint(benchmark)}
+    identity = {"responses": str(path), "benchmark": benchmark.name, "rows": question_fingerprint(benchmark)}
     _claim(Path(out) / benchmark.name / "identity.json", identity)
     return _score(benchmark, records, Path(out), identity)
 
@@ -137,6 +137,8 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
         )
     scored = score_records(benchmark, records, rows)
     metrics = {**identity, **summarize(scored)}
+    if benchmark.score is judge_row and metrics["samples"] > 1:
+        metrics["maj@k"] = majority(scored, rows)
     if benchmark.metric:
         metrics["metric"] = benchmark.metric(scored)
     write_jsonl(out / benchmark.name / "scored.jsonl", scored)
@@ -144,7 +146,8 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
     return metrics
 
 
-def _question_fingerprint(benchmark: Benchmark) -> str:
+def question_fingerprint(benchmark: Benchmark) -> str:
+    """Digest of ids, prompts and gold answers: whose records these are."""
     return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in benchmark.rows])
 
 

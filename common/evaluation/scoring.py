@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.answers import Verdict, extract_answer, grade_many, judge
+from common.answers import Verdict, extract_answer, grade_many, judge, same_answer
 
 if TYPE_CHECKING:
     from .benchmarks import Benchmark
@@ -130,6 +130,16 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "mean_tokens": _mean(record.get("num_tokens") for record in records),
         "verdicts": dict(verdicts),
     }
+
+
+def majority(records: Sequence[dict[str, Any]], rows: dict[str, dict[str, Any]]) -> float:
+    """maj@k: share of questions whose most frequent last committed answer is right. `rows` by id."""
+    from common.estimators import maj_at_k
+
+    answers = defaultdict(list)
+    for record in records:
+        answers[record["id"]].append(extract_answer(record["response"]))
+    return maj_at_k(list(answers.values()), [rows[key]["answer"] for key in answers], same=same_answer)
 
 
 def headline(metrics: dict[str, Any]) -> tuple[float | None, list[float] | None]:

@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import optimize, stats
 
-from common.estimators import avg_at_k, interval, maj_at_k, paired_difference, pass_at_k
+from common.estimators import avg_at_k, interval, maj_at_k, over_seeds, paired_difference, pass_at_k
 
 
 def test_avg_at_k_weighs_problems_the_same():
@@ -50,6 +51,15 @@ def test_maj_at_k_with_the_callers_equality():
     assert maj_at_k([["0.5", "1", ".50"], ["1", "2", "2"]], ["0.5", "1"], same) == 0.5
 
 
+@pytest.mark.parametrize("n", range(1, 6))
+def test_maj_at_k_of_every_order_is_that_of_a_plain_count(n):
+    for row in itertools.product(["a", "b", None], repeat=n):
+        votes = {answer: row.count(answer) for answer in "ab"}
+        first = next((answer for answer in row if answer), None)
+        best = max("ab", key=votes.get) if votes["a"] != votes["b"] else first
+        assert maj_at_k([row], ["a"]) == float(best == "a")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -64,6 +74,8 @@ def test_maj_at_k_with_the_callers_equality():
         (lambda: maj_at_k([["1"]], []), "one gold for each problem"),
         (lambda: interval([]), "no problems"),
         (lambda: paired_difference([[1]], [[1], [0]]), "same problems"),
+        (lambda: over_seeds([]), "one for each seed"),
+        (lambda: over_seeds([0.5, float("nan")]), "one for each seed"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(call, message):
@@ -97,6 +109,45 @@ def test_repeating_every_sample_changes_nothing():
     assert interval(np.repeat(table, 4, axis=1)) == pytest.approx(interval(table))
 
 
+def bootstrap(values) -> np.ndarray:
+    """Means of all n^n resamples of n values: the bootstrap without its random part."""
+    return np.array(list(itertools.product(values, repeat=len(values)))).mean(1)
+
+
+TINY = [
+    [[1], [0], [1], [1], [0], [1]],
+    [[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [1, 1, 0]],
+    [[0.25, 0.5], [0.75, 0.5], [0.9, 1.0], [0.0, 0.1]],
+    [[1, 1, 1, 1], [0], [1, 0]],
+]
+
+
+@pytest.mark.parametrize("table", TINY)
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_the_interval_is_the_score_interval_with_the_enumerated_bootstraps_variance(table, level):
+    means = [np.mean(row) for row in table]
+    n, p, resampled = len(means), float(np.mean(means)), bootstrap(means)
+    assert resampled.mean() == pytest.approx(p)
+    variance = resampled.var() * n / (n - 1)  # the bootstrap's is that of n drawn from n, too small by this factor
+    observations = min(p * (1 - p) / variance, sum(map(len, table)))
+    t = stats.t.ppf(0.5 + level / 2, n - 1)
+
+    def score(truth):  # Wilson: the ends are the truths at which the estimate is t standard errors away
+        return (p - truth) ** 2 - t**2 * truth * (1 - truth) / observations
+
+    low, high = interval(table, level)
+    assert low == pytest.approx(optimize.brentq(score, 0, p), abs=1e-9)
+    assert high == pytest.approx(optimize.brentq(score, p, 1), abs=1e-9)
+
+
+@pytest.mark.parametrize(("right", "n"), [(1, 40), (300, 1000), (9990, 10_000)])
+def test_one_sample_each_gives_scipys_wilson_interval(right, n):
+    wilson = stats.binomtest(right, n).proportion_ci(method="wilson")
+    # Ours has Student's quantile, and n - 1 where Wilson has n: at this level the two differences cancel
+    level = 1 - 2 * stats.t.sf(stats.norm.ppf(0.975) * math.sqrt((n - 1) / n), n - 1)
+    assert interval([[1]] * right + [[0]] * (n - right), level) == pytest.approx(tuple(wilson), abs=1e-12)
+
+
 @pytest.mark.parametrize("mean", [0.05, 0.3, 0.7])
 @pytest.mark.parametrize("spread", ["none", "wide"])
 def test_the_interval_covers_the_truth_as_often_as_it_says(mean, spread):
@@ -121,6 +172,23 @@ def test_the_p_value_is_that_of_all_sign_flips():
     assert got[3] == pytest.approx(exact)
 
 
+@pytest.mark.parametrize("level", [0.5, 0.95])
+def test_the_interval_of_a_difference_is_scipys_and_the_enumerated_bootstraps(level):
+    rng = np.random.default_rng(2)
+    a, b = rng.random((6, 4)), rng.random((6, 4)) * 0.8
+    found, low, high, _ = paired_difference(a, b, level)
+    scipys = stats.ttest_rel(a.mean(1), b.mean(1)).confidence_interval(level)
+    assert (low, high) == pytest.approx((scipys.low, scipys.high))
+    deviation = bootstrap(a.mean(1) - b.mean(1)).std() * math.sqrt(6 / 5)
+    assert high - found == pytest.approx(stats.t.ppf(0.5 + level / 2, 5) * deviation)
+
+
+def test_the_p_value_of_many_problems_is_near_students():
+    rng = np.random.default_rng(3)
+    a, b = rng.random((400, 2)), rng.random((400, 2)) * 0.92
+    assert paired_difference(a, b)[3] == pytest.approx(stats.ttest_rel(a.mean(1), b.mean(1)).pvalue, abs=0.02)
+
+
 def test_the_difference_is_antisymmetric_and_seeded():
     rng = np.random.default_rng(0)
     a, b = rng.random((60, 4)) < 0.6, rng.random((60, 4)) < 0.4
@@ -139,3 +207,18 @@ def test_equal_runs_differ_by_nothing():
     difference, low, high, _ = paired_difference([[1]], [[0]])
     assert (difference, low, high) == (1.0, -1.0, 1.0)  # one problem says nothing
     assert math.isfinite(difference)
+
+
+def test_seeds_are_combined_as_scipy_does():
+    values = [0.52, 0.49, 0.55, 0.5]
+    mean, deviation, low, high = over_seeds(values)
+    scipys = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean, deviation) == pytest.approx((0.515, np.sqrt(np.sum((np.array(values) - 0.515) ** 2) / 3)))
+    assert (low, high) == pytest.approx((scipys.low, scipys.high))
+    assert over_seeds([0.3, 0.3]) == (0.3, 0.0, 0.3, 0.3)
+
+
+def test_one_seed_says_nothing_of_the_spread():
+    mean, *rest = over_seeds([0.4])
+    assert mean == 0.4
+    assert np.isnan(rest).all()

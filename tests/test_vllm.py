@@ -1,0 +1,170 @@
+"""All that goes through vLLM, on its CPU build: evaluation, colocated rollouts, a server. `make test-vllm` runs it."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+import torch
+from datasets import Dataset
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+import vllm_on_cpu
+
+from common.evaluation import Decoding, Prompt, ServerEngine, TransformersEngine, VLLMEngine
+from common.tiny import char_tokenizer
+from r_diverse.config import SolverConfig
+from r_diverse.servers import free_port, serving
+from r_diverse.trainer import LARGE_GAP, PhaseTrainer
+from srpo import SRPOConfig, SRPOTrainer
+from srpo import doctor as srpo_doctor
+from va_opd import VAOPDConfig, VAOPDTrainer
+from va_opd import doctor as va_opd_doctor
+
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(torch.cuda.is_available(), reason="is for vLLM's CPU build")]
+PADDED, SECOND_STOP = 128, 9
+FLOAT32 = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
+QUIET = {
+    "max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-3, "max_completion_length": 8,
+    "use_vllm": True, "vllm_max_model_length": 256,
+}  # fmt: skip
+GAPS = {SRPOTrainer: "sampling/sampling_logp_difference/mean"}  # TRL's own; the other two log theirs
+
+
+def save_model(path: Path, seed: int, vocabulary: int | None = None) -> Path:
+    """A tiny Qwen3 with heads that vLLM's CPU attention knows. Rows that pad the vocabulary are likely tokens."""
+    tokenizer = char_tokenizer()
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocabulary or len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.lm_head.weight.data[len(tokenizer) :] *= 20
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, SECOND_STOP]
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("models") / "model", seed=0))
+
+
+def chats(count: int) -> list[Prompt]:
+    return [Prompt([{"role": "user", "content": f"{i}+{3 * i}="}]) for i in range(count)]
+
+
+def transformers_engine(path: str) -> TransformersEngine:
+    return TransformersEngine(Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32), char_tokenizer())
+
+
+def test_answers_are_those_of_transformers(tmp_path):
+    path = str(save_model(tmp_path / "padded", seed=0, vocabulary=PADDED))
+    engine, greedy = VLLMEngine(path, **FLOAT32), Decoding(max_new_tokens=48)
+    answers = engine.generate(chats(60), greedy, range(60))
+    assert answers == transformers_engine(path).generate(chats(60), greedy, range(60))
+    sampled = Decoding(temperature=1.0, max_new_tokens=48)
+    rows = engine.generate(chats(60), sampled, range(60))
+    assert {row.finish_reason for row in rows} == {"stop", "length"}
+    assert engine.generate(chats(60), sampled, range(60)) == rows  # its own seed for each
+    assert engine.stops == [2, SECOND_STOP]
+    engine.bias = None  # the ban is needed: without it rows without a text are drawn
+    assert engine.generate(chats(60), greedy, range(60)) != answers
+
+
+# --- training ---
+
+
+def digits(completions, **columns) -> list[float]:
+    return [float(sum(c.isdigit() for c in row[0]["content"]) > 0) for row in completions]
+
+
+def make_trainer(kind: type, path: str, out: Path, **changes):
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i}+{i}="}]} for i in range(32)])
+    shared = {**QUIET, "output_dir": str(out), "num_generations": 4, "per_device_train_batch_size": 8, **changes}
+    data = {"train_dataset": rows, "processing_class": char_tokenizer()}
+    if kind is VAOPDTrainer:
+        teacher = Qwen3ForCausalLM.from_pretrained(save_model(out / "teacher", seed=1), dtype=torch.float32)
+        return kind(model=path, teacher_model=teacher, args=VAOPDConfig(**shared, doctor_steps=1), **data)
+    if kind is SRPOTrainer:
+        return kind(path, digits, SRPOConfig(**shared, doctor_steps=1), **data)
+    return kind(path, digits, SolverConfig(**shared, beta=0.0), **data)
+
+
+def gaps(trainer) -> list[float]:
+    name = GAPS.get(type(trainer), "sampling/logps_gap")
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+# The server comes first: a colocated engine leaves its process group behind in this process
+
+
+@pytest.fixture
+def server(model_path, tmp_path, monkeypatch):
+    """Address of `vllm serve`, with the flags of TRL's trainers, and the number of its process group."""
+    from trl.scripts.vllm_serve import ScriptArguments, build_command
+
+    monkeypatch.setenv("PYTHONPATH", vllm_on_cpu.plugin_folder(tmp_path / "plugin"))
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    vllm_on_cpu.weights_by_file(monkeypatch, tmp_path / "weights.safetensors")
+    port = free_port()
+    arguments = ScriptArguments(model_path, host="127.0.0.1", port=port, max_model_len=256, enforce_eager=True)
+    extra = ["--weight-transfer-config", '{"backend": "file"}', "--served-model-name", "model"]
+    log = tmp_path / "server.log"
+    with serving(build_command(arguments, extra), port, log, ready_seconds=400) as url:
+        yield url
+
+
+@pytest.mark.slow
+def test_a_server_of_rollouts(server, model_path, tmp_path):
+    greedy = Decoding(max_new_tokens=12)
+    served = ServerEngine(server, "model").generate(chats(20), greedy, range(20))
+    local = transformers_engine(model_path).generate(chats(20), greedy, range(20))
+    assert sum(a == b for a, b in zip(served, local, strict=True)) > 10  # bfloat16 beside float32
+    options = {"vllm_mode": "server", "vllm_server_base_url": server.removesuffix("/v1"), "max_steps": 4}
+    trainer = make_trainer(SRPOTrainer, model_path, tmp_path, **options)
+    trainer.train()
+    print(f"server: gap {gaps(trainer)}")
+    assert max(gaps(trainer)) < 0.05
+
+
+def test_a_cpu_trainer_has_no_nccl(model_path, tmp_path):
+    """What the tests above stand in for: TRL names the reason."""
+    from trl.generation.vllm_client import VLLMClient
+
+    client = VLLMClient.__new__(VLLMClient)
+    client.base_url, client.group_port = "http://127.0.0.1:1", 1
+    client.get_server_info = lambda: {"weight_transfer_config": {"backend": "nccl"}}
+    client.get_world_size = lambda: 1
+    with pytest.raises(NotImplementedError, match="needs a CUDA device"):
+        client.init_communicator(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", [VAOPDTrainer, SRPOTrainer, PhaseTrainer])
+def test_a_lost_weight_sync_shows_in_the_log(kind, model_path, tmp_path, capfd, caplog):
+    vllm_on_cpu.register()
+    trainer = make_trainer(kind, model_path, tmp_path)
+    trainer.train()
+    print(f"{kind.__name__}: gap {gaps(trainer)}")
+    assert gaps(trainer)
+    assert max(gaps(trainer)) < 0.05  # the engine runs in bfloat16
+    assert "weight sync" not in capfd.readouterr().out + caplog.text
+
+    trainer.vllm_generation.sync_weights = lambda: None
+    trainer.args.max_steps, trainer.args.learning_rate, trainer.optimizer = 6, 3e-2, None
+    trainer.train()
+    assert max(gaps(trainer)) > LARGE_GAP
+    assert "weight sync" in capfd.readouterr().out + caplog.text
+    doctors = {VAOPDTrainer: va_opd_doctor, SRPOTrainer: srpo_doctor}
+    if kind in doctors:
+        name = GAPS.get(kind, "sampling/logps_gap")
+        assert any("weight sync" in text for text in doctors[kind].diagnose({name: max(gaps(trainer))}))
