@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from common import plots
-from common.estimators import avg_at_k, interval, paired_difference
+from common.estimators import avg_at_k, interval, over_seeds, paired_difference
 from common.evaluation import scores_by_question
 from common.runs import atomic_write_text, read_jsonl
 from common.verifiers import LETTERS
@@ -172,7 +172,8 @@ def accuracy_table(runs: dict[tuple[str, str], Path]) -> str:
 
 
 def _mean_sd(values: list[float]) -> str:
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+    mean, deviation, _, _ = over_seeds(values)
+    return f"{mean:.3f}" + (f" ± {deviation:.3f}" if len(values) > 1 else "")
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common import plots
-from common.estimators import avg_at_k, interval, paired_difference
+from common.estimators import avg_at_k, interval, over_seeds, paired_difference
 from common.evaluation import BENCHMARKS, headline, scores_by_question
 from common.runs import atomic_write_text, read_jsonl
 from va_opd.evaluate import benchmark_name
@@ -177,12 +177,14 @@ def seeds_table(folder: Path, args: ScriptArguments) -> str:
             each = ", ".join(
                 f"{run.name.split('seed')[1]}: {value:.3f}" for run, value in zip(runs, accuracy, strict=True)
             )
+            mean, deviation, low, high = over_seeds(accuracy)
             rows.append(
-                [NAMES[name], len(accuracy), f"{np.mean(accuracy):.3f}", f"{np.std(accuracy, ddof=1):.3f}", each]
+                [NAMES[name], len(accuracy), f"{mean:.3f}", f"{deviation:.3f}", f"[{low:.3f}, {high:.3f}]", each]
             )
     if not rows:
         return ""
-    table = plots.table_markdown(rows, ["variant", "seeds", "mean accuracy", "standard deviation", "seed: accuracy"])
+    columns = ["variant", "seeds", "mean accuracy", "standard deviation", "95 % of the mean", "seed: accuracy"]
+    table = plots.table_markdown(rows, columns)
     return "## All seeds\n\n" + table
 
 
