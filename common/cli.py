@@ -14,6 +14,14 @@ from typing import Any
 import torch
 import yaml
 
+SERVER_FIELDS = (
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
+)
+
 
 def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
     """Runs `command(argv)`; its exit code or 0, 2 with one sentence for what the user can mend, 130 for Ctrl-C.
@@ -28,8 +36,15 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"{name}: {' '.join(str(error).split())} (TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"{name}: {_sentence(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if any(cls.__module__ == "requests.exceptions" for cls in type(error).__mro__):  # TRL's client of a vLLM server
+        return f"the rollout server does not answer; start it, then the same command goes on from here ({text})"
+    return text
 
 
 def make_model_main(name: str, makers: dict[str, Callable[[Path, int], str]], argv: list[str] | None = None) -> int:
@@ -90,8 +105,8 @@ def changed_settings(args: Any, config: Any, follow: tuple[str, ...] = ()) -> di
 
 
 def changed_fields(config: Any, skipped: Collection[str] = ()) -> dict[str, Any]:
-    """Fields of a trainer's configuration that are not at their default, as plain values."""
-    chosen = {}
+    """Fields of a trainer's configuration that are not at their default, as plain values; not where its server is."""
+    chosen, skipped = {}, {*skipped, *SERVER_FIELDS}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()

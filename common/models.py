@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -51,7 +53,8 @@ IMAGE_ONLY = {"qwen3_vl": ImageOnlyQwen3VLProcessor, "qwen2_5_vl": ImageOnlyQwen
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """The config of a hub id or local folder; `ModelNotFound` otherwise."""
+    """The config of a hub id or local folder, of an adapter's base; `ModelNotFound` otherwise."""
+    name = adapter_base(name) or name
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -64,6 +67,41 @@ def load_config(name: str) -> PretrainedConfig:
         raise ModelNotFound(f"model {name!r}: {problem}; pass a hub id or a folder made by save_pretrained") from error
 
 
+def adapter_base(name: str) -> str | None:
+    """The model that a folder with a LoRA adapter belongs to; None for any other name."""
+    if not (Path(name) / "adapter_config.json").is_file():
+        return None
+    return PeftConfig.from_pretrained(name).base_model_name_or_path
+
+
+def lora_config(rank: int) -> LoraConfig | None:
+    """LoRA on all linear layers but the head, with alpha twice the rank; None for rank 0, where all weights train.
+
+    Never on `lm_head`: the losses read its weight, so an adapter there would not be trained. Trainers refuse one.
+    """
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None
+
+
+def four_bit() -> BitsAndBytesConfig:
+    """NF4 with double quantization, computing in bfloat16 (QLoRA). `ValueError` where it cannot run."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit needs a CUDA GPU and the package bitsandbytes: leave it out here")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def check_lora(rank: int, load_in_4bit: bool) -> None:
+    """Raises `ValueError` for settings of LoRA that mean nothing."""
+    if rank < 0:
+        raise ValueError(f"lora_rank must be at least 0, got {rank}")
+    if load_in_4bit and not rank:
+        raise ValueError("load_in_4bit trains an adapter on frozen weights: set lora_rank too, such as 16")
+
+
 def is_vlm(config: PretrainedConfig) -> bool:
     """Whether the model reads images."""
     return getattr(config, "vision_config", None) is not None
@@ -74,11 +112,20 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
     attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
 ) -> PreTrainedModel:
-    """A causal or image-text model in `dtype`, on `device` (left on the CPU for a trainer to place, if None)."""
+    """A causal or image-text model in `dtype`, on `device` (left on the CPU for a trainer to place, if None).
+
+    From a folder with a LoRA adapter: its base with the adapter merged in.
+    """
+    if base := adapter_base(name):
+        model = load_model(base, dtype, device, attn_implementation)
+        return PeftModel.from_pretrained(model, name).merge_and_unload()
     config = load_config(name)
     auto = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if load_in_4bit:
+        options["quantization_config"] = four_bit()
     try:
         model = auto.from_pretrained(name, dtype=dtype, **options)
     except OSError as error:

@@ -21,6 +21,8 @@ def launcher(gpus: int, sharding: str) -> list[str]:
         names = sorted(path.name.removesuffix(".yaml") for path in (files("trl") / "accelerate_configs").iterdir())
         raise ValueError(f"sharding {sharding!r} is no accelerate config of TRL; choose among {', '.join(names)}")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    if sharding.startswith("fsdp"):  # else every rank but the first starts with zeros for a teacher or reference
+        launch += ["--fsdp_cpu_ram_efficient_loading", "false"]
     return [*launch, "--num_processes", str(gpus), "-m"]
 
 

@@ -194,6 +194,10 @@ class RDiverseConfig:
     reward_memory: float = field(default=0.3, metadata={"help": "The same beside the Challenger's trainer."})
     engine_batch: int = field(default=64, metadata={"help": "Prompts at once with transformers."})
     policy_dtype: str = field(default="float32", metadata={"help": "Weights in training: float32 or bfloat16."})
+    lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0 trains all weights."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the frozen weights in 4 bits; with lora_rank."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
     gpus: int = field(default=0, metadata={"help": "Processes of the training phases; 0 runs all in one process."})
     sharding: str = field(default="zero2", metadata={"help": "accelerate config of TRL for several GPUs."})

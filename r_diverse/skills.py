@@ -518,6 +518,7 @@ class TransformersEngine:
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                repetition_penalty=1.0,  # some models declare another one
                 stop_strings=[stop],
                 tokenizer=self.tokenizer,
                 eos_token_id=self._stops,
@@ -603,7 +604,12 @@ class ServerEngine:
     def _one(self, ids: list[int], max_new_tokens: int, stop: str) -> Generation | Exception:
         try:
             reply = self._client.completions.create(
-                model=self.name, prompt=ids, temperature=0.0, max_tokens=max_new_tokens, stop=[stop]
+                model=self.name,
+                prompt=ids,
+                temperature=0.0,
+                max_tokens=max_new_tokens,
+                stop=[stop],
+                extra_body={"repetition_penalty": 1.0},  # else `vllm serve` takes what the model's config declares
             )
             text = reply.choices[0].text
             if not isinstance(text, str):

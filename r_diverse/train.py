@@ -19,6 +19,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import ChallengerConfig, RDiverseConfig, SolverConfig
 from .memory import MemoryBank
@@ -213,16 +214,26 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
     """Trains from `model`, or goes on from the last checkpoint, and saves the model last."""
     set_seed(config.seed)
     folder, main = Path(config.output_dir), PartialState().is_main_process
-    policy = models.load_model(model, getattr(torch, run.policy_dtype), attn_implementation=run.attn_implementation)
-    tokenizer = models.load_processor(model)
-    trainer = PhaseTrainer(policy, reward, config, train_dataset=rows, processing_class=tokenizer)
+    models.check_lora(run.lora_rank, run.load_in_4bit)
+    if run.lora_rank and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "lora_rank does not run under zero3, where the adapter could not be merged: use sharding zero2"
+        )
+    dtype = getattr(torch, run.policy_dtype)
+    policy = models.load_model(
+        model, dtype, attn_implementation=run.attn_implementation, load_in_4bit=run.load_in_4bit
+    )
+    tokenizer, lora = models.load_processor(model), models.lora_config(run.lora_rank)
+    trainer = PhaseTrainer(policy, reward, config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     checkpoint = last_checkpoint(folder)
     trainer.remove_callback(PrinterCallback)
     if main:
         trainer.add_callback(PhaseLog(folder, checkpoint, samples))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(folder / "model"))
+    trainer.save_model(str(folder / ("adapter" if lora else "model")))
     if main:
+        if lora:  # the next phases start from whole weights
+            models.load_model(str(folder / "adapter"), dtype).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
 

@@ -5,11 +5,14 @@ its own slice. `ChallengerReward` therefore lets each process question the Solve
 computes the penalties once on the main process, and hands back to each its part.
 """
 
+import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from trl import GRPOTrainer
@@ -21,6 +24,10 @@ from .memory import MemoryBank
 from .questions import Challenge, read_challenge
 from .skills import SkillEncoder
 
+logger = logging.getLogger(__name__)
+
+LARGE_GAP = 0.1  # nats a token between trainer and rollout engine; rounding to bfloat16 makes about 0.01
+
 # m extracted answers to each question (None: no answer); None in place of a list where the engine failed
 Solver = Callable[[Sequence[str], int], Sequence[Sequence[str | None] | None]]
 
@@ -31,6 +38,15 @@ class PhaseTrainer(GRPOTrainer):
     A phase that was killed and resumed gives the result of the undisturbed one.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if self.ref_model is not None and fsdp is not None and fsdp.cpu_ram_efficient_loading:
+            raise ValueError(
+                "under FSDP every rank must load the KL reference, which else is zeros on all but the first: add "
+                "--fsdp_cpu_ram_efficient_loading false to accelerate launch"
+            )
+
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
@@ -40,6 +56,31 @@ class PhaseTrainer(GRPOTrainer):
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's, which leaves out the check of the rollout engine's weights where it does not correct for them."""
+        batch = super()._generate_and_score_completions(inputs)
+        if "sampling_per_token_logps" in batch and "old_per_token_logps" in batch:
+            logps = (batch["old_per_token_logps"], batch["sampling_per_token_logps"])
+            gap = self.accelerator.gather(logps_gap(*logps, batch["completion_mask"], self.top_p)).mean().item()
+            self._metrics["train" if self.model.training else "eval"]["sampling/logps_gap"].append(gap)
+            if gap > LARGE_GAP and self.accelerator.is_main_process:
+                logger.warning(
+                    "trainer and rollout engine differ by %.2g nats on a sampled token: check the weight sync and, on "
+                    "a vLLM server, --logprobs-mode processed_logprobs",
+                    gap,
+                )
+        return batch
+
+
+def logps_gap(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor, top_p: float) -> torch.Tensor:
+    """How far apart two engines see sampled tokens: mean over `mask` in nats, all (B, T); NaN counts for no token.
+
+    The second one's log-probabilities are within the nucleus: higher by 0 to -log(top_p), which is no gap.
+    """
+    difference = engine - trainer
+    gap = (difference - difference.clamp(0, -math.log(top_p))).abs()
+    return gap[mask.bool() & ~gap.isnan()].mean()
 
 
 class ChallengerReward:

@@ -54,7 +54,7 @@ class SRPOConfig(GRPOConfig):
             weights, for the baselines, which have none.
         divergence (`str`, *optional*, defaults to `"jsd"`):
             `"jsd"` with equal shares; `"reverse_kl"` is KL(student || teacher), `"forward_kl"` KL(teacher || student).
-        top_k (`int`, *optional*, defaults to `100`):
+        distillation_topk (`int`, *optional*, defaults to `100`):
             Support of the divergence, the student's most likely tokens. `None` takes the whole vocabulary.
         tail (`bool`, *optional*, defaults to `True`):
             One more category for the mass outside the support; without it the support is renormalised.
@@ -87,7 +87,7 @@ class SRPOConfig(GRPOConfig):
     divergence: str = field(
         default="jsd", metadata={"help": "Of the distillation.", "choices": ["jsd", "reverse_kl", "forward_kl"]}
     )
-    top_k: int | None = field(default=100, metadata={"help": "Support of the divergence."})
+    distillation_topk: int | None = field(default=100, metadata={"help": "Support of the divergence."})
     tail: bool = field(default=True, metadata={"help": "Keep the mass outside the support."})
     advantage_scale: bool = field(default=False, metadata={"help": "Divide advantages by their group's deviation."})
     max_prompt_length: int = field(default=2048, metadata={"help": "A longer prompt is an error."})
@@ -135,7 +135,11 @@ class SRPOConfig(GRPOConfig):
             ("teacher_update_rate", 0 < self.teacher_update_rate <= 1, "must be in (0, 1]"),
             ("entropy_beta", 0 <= self.entropy_beta < math.inf, "must be at least 0 and finite"),
             ("reward_threshold", math.isfinite(self.reward_threshold), "must be finite"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1, or none"),
+            (
+                "distillation_topk",
+                self.distillation_topk is None or self.distillation_topk >= 1,
+                "must be at least 1, or none",
+            ),
             ("num_generations", self.num_generations >= 2, "must be at least 2: a group needs siblings"),
             ("max_prompt_length", self.max_prompt_length >= 1, "must be at least 1"),
             ("max_reprompt_length", self.max_reprompt_length >= 1, "must be at least 1"),

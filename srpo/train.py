@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import DatasetDict
-from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .config import SRPOConfig
@@ -53,6 +52,9 @@ class ScriptArguments:
     limit: int | None = field(default=None, metadata={"help": "Use only so many training prompts."})
     strict: bool = field(default=False, metadata={"help": "Strict scorer in place of the one of the SDPO release."})
     lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0 trains all weights."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the frozen weights in 4 bits; with lora_rank."}
+    )
     policy_dtype: str = field(default="float32", metadata={"help": "Weights of the policy: float32 or bfloat16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
     eval_samples: int = field(default=16, metadata={"help": "Samples a problem in evaluation (paper: avg@16)."})
@@ -84,6 +86,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     args, config = parse_fields(argv, (ScriptArguments, SRPOConfig), "srpo/configs/")
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
+    models.check_lora(args.lora_rank, args.load_in_4bit)
     config.output_dir = str(run_path(args, config))
     return args, config
 
@@ -151,16 +154,18 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> SRPOTrai
     """The trainer with policy, reward and rows in place."""
     tokenizer = models.load_processor(args.model)
     policy = models.load_model(
-        args.model, dtype=getattr(torch, args.policy_dtype), attn_implementation=args.attn_implementation
+        args.model,
+        dtype=getattr(torch, args.policy_dtype),
+        attn_implementation=args.attn_implementation,
+        load_in_4bit=args.load_in_4bit,
     )
-    lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
     return SRPOTrainer(
         policy,
         reward_of(args.dataset, args.strict),
         config,
         train_dataset=short_prompts(splits["train"], tokenizer, config),
         processing_class=tokenizer,
-        peft_config=lora if args.lora_rank else None,
+        peft_config=models.lora_config(args.lora_rank),
     )
 
 

@@ -236,7 +236,7 @@ class SRPOTrainer(GRPOTrainer):
             return hidden.new_zeros(0, dtype=torch.float32)
         args, teacher_hidden = self.args, [self._teacher_hidden[row] for row in rows]
         teacher_hidden = torch.cat(teacher_hidden or [hidden.detach()])
-        settings = (self.temperature, args.top_k, ALPHAS[args.divergence], args.tail)
+        settings = (self.temperature, args.distillation_topk, ALPHAS[args.divergence], args.tail)
         return chunked_divergence(head, hidden, self._teacher_head, teacher_hidden, *settings)
 
     # Checkpoints

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -219,6 +220,24 @@ def test_all_exported_names_exist(method):
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         package.other  # noqa: B018
+
+
+SAMPLING = {"temperature", "max_completion_length"}
+SCHEDULE = {"lr_scheduler_type", "warmup_steps", "weight_decay"}
+REDEFINED = {
+    "va_opd.VAOPDConfig": SAMPLING | SCHEDULE | {"top_p", "num_train_epochs", "adam_beta2", "lr_scheduler_kwargs"},
+    "srpo.SRPOConfig": SAMPLING | SCHEDULE | {"num_generations", "learning_rate", "epsilon", "epsilon_high", "delta"}
+    | {"beta", "scale_rewards", "loss_type"} | {f"vllm_importance_sampling_{x}" for x in ("mode", "clip_max")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REDEFINED)
+def test_a_field_of_trl_keeps_its_meaning(name):
+    """A field named as one of TRL's has its meaning with the paper's default; another meaning needs another name."""
+    package, _, attribute = name.partition(".")
+    config = getattr(importlib.import_module(package), attribute)
+    inherited = {field for base in config.__mro__[1:] for field in inspect.get_annotations(base)}
+    assert set(inspect.get_annotations(config)) & inherited == REDEFINED[name]
 
 
 def test_imports_are_declared():

@@ -67,6 +67,15 @@ def _config(model: str | PreTrainedModel) -> PretrainedConfig:
     return AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
 
 
+def check_fsdp(plugin) -> None:
+    """Raises `ValueError` where FSDP loads weights on one rank only: the others would have zeros for a teacher."""
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "under FSDP every rank must load the teacher: add --fsdp_cpu_ram_efficient_loading false to "
+            "accelerate launch"
+        )
+
+
 def banned_ids(processing_class, config: PretrainedConfig) -> set[int]:
     """Ids that a rollout must not hold: image and video placeholders, and rows that pad the vocabulary."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -114,6 +123,19 @@ def check_rollouts(completion_ids: list[list[int]], banned: set[int]) -> None:
                 f"rollout {row} holds the token ids {sorted(found)}, which stand for images or padding: the "
                 "generation engine ignored the ban on sampling them"
             )
+
+
+def check_images(has_image: torch.Tensor) -> None:
+    """Raises `ValueError` if some rows of a batch, over all ranks, have an image and others have none; for shards.
+
+    A rank without images has no gradients of the vision tower. DeepSpeed sums gradients in the order in which they
+    come, so they would be added to other weights' on the other ranks; under ZeRO-3 and FSDP all ranks would hang.
+    """
+    if has_image.any() and not has_image.all():
+        raise ValueError(
+            f"{has_image.sum()} of the {len(has_image)} rollouts of a step have images: rows with and without images "
+            "train together with the accelerate config multi_gpu, not with DeepSpeed or FSDP"
+        )
 
 
 def sibling_fingerprints(batch: dict[str, Any]) -> torch.Tensor:

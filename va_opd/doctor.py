@@ -21,6 +21,7 @@ FIGURES = (
     ("completions/clipped_ratio", "truncated {:.0%}"),
     ("va/null", "VA between equal images {:.2g}"),
     ("va/cells", "cells of the degraded image {:.0f}"),
+    ("sampling/logps_gap", "student/vLLM logps gap {:.2g}"),
 )
 
 
@@ -48,6 +49,11 @@ def diagnose(logs: Mapping[str, float]) -> list[str]:
         (
             0 < logs.get("va/cells", 4.0) < 4,
             "the degraded image has fewer than 4 cells: images are too small for degradation_ratio",
+        ),
+        (
+            logs.get("sampling/logps_gap", 0.0) > 0.1,  # rounding to bfloat16 makes about 0.01
+            "student and vLLM disagree on the rollouts' log-probabilities: check the weight sync and, on a vLLM "
+            "server, --logprobs-mode processed_logprobs",
         ),
     )
     return [message for failed, message in checks if failed]

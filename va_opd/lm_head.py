@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -24,12 +25,13 @@ class LMHead(NamedTuple):
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
-    """The (V, H) head of a model; under FSDP2 gathered once instead of once a tile."""
+    """The (V, H) head of a model; gathered under FSDP2, which would do so in a forward of the head only."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if isinstance(weight, torch.distributed.tensor.DTensor):
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    return LMHead(weight, bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    if isinstance(head, FSDPModule):
+        head.unshard()
+    return LMHead(
+        head.weight, getattr(head, "bias", None), logit_scale(config), getattr(config, "final_logit_softcapping", None)
+    )
 
 
 def without_padding(head: LMHead, num_rows: int, vocab_size: int) -> LMHead:

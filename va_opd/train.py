@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from .checks import check_same_tokens
 from .config import VAOPDConfig
 from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, digits_correct, load_splits, with_completions
+from .engine import VLLMRollouts
 from .trainer import VAOPDTrainer
 
 try:
@@ -62,6 +63,10 @@ class ScriptArguments:
     )
     min_pixels: int = field(default=MIN_PIXELS, metadata={"help": "Image budget, smallest area."})
     max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Image budget, largest area."})
+    lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0 trains all weights."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the frozen weights in 4 bits; with lora_rank."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
     grpo_beta: float = field(default=0.01, metadata={"help": "KL weight of the GRPO baseline (EasyR1's)."})
     eval_samples: int = field(default=8, metadata={"help": "Samples a problem in evaluation (paper: avg@8)."})
@@ -96,6 +101,7 @@ def _main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
     args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
+    models.check_lora(args.lora_rank, args.load_in_4bit)
     if args.method == "opd":
         config.weighting = "none"
     config.output_dir = str(run_path(args, config))
@@ -169,7 +175,10 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits) -> RunFolder:
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
     """The TRL trainer of `args.method` with student, teacher and rows in place."""
     processor = models.load_processor(args.model)
-    student = models.load_model(args.model, attn_implementation=args.attn_implementation)
+    student = models.load_model(
+        args.model, attn_implementation=args.attn_implementation, load_in_4bit=args.load_in_4bit
+    )
+    lora = models.lora_config(args.lora_rank)
     if args.method in ("va_opd", "opd"):
         check_same_tokens(_tokenizer(processor), _tokenizer(models.load_processor(args.teacher)))
         teacher = load_teacher(args, config)
@@ -179,20 +188,27 @@ def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
             args=config,
             train_dataset=splits["train"],
             processing_class=processor,
+            peft_config=lora,
         )
     if args.method == "grpo":
-        return GRPOTrainer(
-            model=args.model if args.grpo_beta else student,  # with a KL term TRL loads the reference by its name
+        trainer = GRPOTrainer(
+            # With a KL term TRL loads the reference by its name; with LoRA it is the student without its adapter
+            model=args.model if args.grpo_beta and not lora else student,
             args=GRPOConfig(**shared_settings(config, GRPOConfig), beta=args.grpo_beta, epsilon=0.2, loss_type="grpo"),
             reward_funcs=[reward_of(args)],
             train_dataset=splits["train"],
             processing_class=processor,
+            peft_config=lora,
         )
+        if config.use_vllm:
+            VLLMRollouts(trainer.vllm_generation)
+        return trainer
     return SFTTrainer(
         model=student,
         args=SFTConfig(**shared_settings(config, SFTConfig), max_length=None),
         train_dataset=teacher_rows(args, config, splits["train"]),
         processing_class=processor,
+        peft_config=lora,
     )
 
 

@@ -1,10 +1,11 @@
 """`VAOPDTrainer`: wires rollouts, teacher and the functions of `objective.py` into TRL's `DistillationTrainer`.
 
 One optimizer step. Generation stays TRL's. Phase 1 (`_score`, no gradient, the whole generation batch): the frozen
-teacher reads each rollout twice, once with the true and once with the pixelated image; the first pass also leaves the
-hidden states from which the loss is computed later, so there is no third pass. VA is gathered over all ranks, and the
-coefficients come out for all siblings at once. Phase 2 (`_compute_loss`, micro-batches): per-token reverse KL of
-student and cached teacher hidden states, times the coefficients.
+teacher reads each rollout twice, once with the true and once with the pixelated image, and in both views a prompt once
+for its rollouts. The first pass also leaves the hidden states from which the loss is computed later, so there is no
+third pass. VA is gathered over all ranks, and the coefficients come out for all siblings at once. Phase 2
+(`_compute_loss`, micro-batches of like length): per-token reverse KL of student and cached teacher hidden states,
+times the coefficients.
 """
 
 import time
@@ -16,18 +17,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from trl import DistillationTrainer
 
-from . import checks, objective
-from ._trl import (
-    MULTIMODAL_KEYS,
-    SiblingSampler,
-    split_pixel_values_by_grid,
-    split_tensor_dict,
-    unsplit_pixel_values_by_grid,
-)
+from . import checks, objective, siblings
+from ._trl import SiblingSampler
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
 from .doctor import DoctorCallback, va_figures
+from .engine import VLLMRollouts
 from .lm_head import chunked_reverse_kl, lm_head, sampled_logps, without_padding
+from .teacher import Teacher
 
 
 class VAOPDTrainer(DistillationTrainer):
@@ -78,9 +75,14 @@ class VAOPDTrainer(DistillationTrainer):
         )
         self.teacher_model.eval()  # not chained: a DeepSpeed engine's eval() returns None
         self.teacher_model.requires_grad_(False)
+        if self.is_fsdp_enabled:
+            checks.check_fsdp(self.accelerator.state.fsdp_plugin)
+            self.teacher_model.to(self.accelerator.device)  # whole on every rank; TRL leaves it where it was loaded
         self.vocab_size = len(tokenizer)
         self.banned_ids = checks.banned_ids(processing_class, self.model.config)
         self.last_rollouts: dict[str, Any] = {}
+        self.teacher = Teacher(self)
+        self.engine = VLLMRollouts(self.vllm_generation) if self.use_vllm else None
         if args.doctor_steps:
             self.add_callback(DoctorCallback(args.doctor_steps))
 
@@ -112,18 +114,45 @@ class VAOPDTrainer(DistillationTrainer):
         return prompt_ids, completion_ids, tool_mask, self._rollout_images, tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.accelerator.num_processes > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            has_image = [bool(row.get("images") or row.get("image")) for row in inputs]
+            checks.check_images(self._gather(torch.tensor(has_image, device=self.accelerator.device)))
         batch = super()._generate_and_score_completions(inputs)
         batch.update(self._score(batch))
+        if self.engine and self.model.training and not self.tools:  # tools: several generations make a rollout
+            self._record("sampling/logps_gap", self._engine_gap(batch))
         return batch
+
+    @torch.no_grad()
+    def _engine_gap(self, batch: dict[str, Any]) -> float:
+        """`VLLMRollouts.gap` of the student on a micro-batch of each rank, mean over ranks."""
+        count = self.args.per_device_train_batch_size
+        part, student = siblings.take_rows(batch, list(range(count))), self.accelerator.unwrap_model(self.model)
+        with self.compute_loss_context_manager():
+            hidden = self._forward_redirection(self.model_wrapped, student, self._hidden_states, student, part)
+        head, tokens = lm_head(student), part["completion_ids"][siblings.loss_mask(part)]
+        head = head._replace(scale=head.scale / self.temperature)
+        logps = sampled_logps(head, hidden, tokens, torch.ones_like(tokens), self.vocab_size)
+        return self.accelerator.gather(self.engine.gap(logps, count, self.top_p)).mean().item()
+
+    def _prepare_inputs(self, generation_batch):
+        """TRL's, but micro-batches are of like length instead of drawn: the same sum with less padding."""
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        parts = self.args.gradient_accumulation_steps
+        if self._step % parts == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = siblings.length_sorted(batch, parts)
+        return self._buffered_inputs[self._step % parts]
 
     # Phase 1: two teacher views, visual advantage, coefficients
 
     @torch.no_grad()
     def _score(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """(B, T, H) teacher hidden states, (B, T) coefficients and high-VA mask, P in `num_items_in_batch`."""
+        """B times (T_i, H) teacher hidden states, (B, T) coefficients and high-VA mask, P in `num_items_in_batch`."""
         args, train = self.args, self.model.training
         num_generations, weighting = (args.num_generations, args.weighting) if train else (1, "none")
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        mask = siblings.loss_mask(batch).long()
         images = self._rollout_images or [[]] * len(mask)
         has_image = torch.tensor([bool(row) for row in images], device=mask.device)
         checks.check_siblings(self._gather(checks.sibling_fingerprints(batch)), num_generations)
@@ -167,12 +196,15 @@ class VAOPDTrainer(DistillationTrainer):
 
     def _visual_advantage(
         self, batch: dict[str, Any], mask: torch.Tensor, images: list, has_image: torch.Tensor, num_generations: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's (B, T, H) hidden states on the true images, and (B, T) VA from exactly two passes."""
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The teacher's hidden states of each rollout on the true images, (T_i, H), and (B, T) VA from two passes."""
+        shared = self.teacher.shares_prompts(batch, has_image, num_generations)
+        parts = self.teacher.parts(len(mask), num_generations, shared)
+        self._record("teacher/shared_prompts", float(shared))
         with self._timed("teacher"):
-            hidden, logps = self._teacher_pass(self._micro_batches(batch))
+            hidden, logps = self.teacher.score(batch, parts, shared)
         if self.args.doctor_steps and not self.last_rollouts:  # equal images must give VA 0, else it measures noise
-            again = self._teacher_pass([next(self._micro_batches(batch))])[1]
+            again = self.teacher.score(batch, parts[:1], shared, keep_hidden=False)[1]
             self._record("va/null", (again - logps[: len(again)]).abs().max().item())
         logps_degraded = logps
         if self._gather(has_image).any():  # on all ranks or on none: the forward of a sharded teacher is a collective
@@ -180,7 +212,10 @@ class VAOPDTrainer(DistillationTrainer):
             if has_image.any():
                 degraded["pixel_values"] = self._degraded_pixel_values(batch, images, num_generations)
             with self._timed("teacher_degraded"):
-                logps_degraded = self._teacher_pass(self._micro_batches(degraded), keep_hidden=False)[1]
+                logps_degraded = self.teacher.score(degraded, parts, shared, keep_hidden=False)[1]
+        logps, logps_degraded = (
+            torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask.bool(), x) for x in (logps, logps_degraded)
+        )
         return hidden, objective.visual_advantage(logps, logps_degraded, mask * has_image[:, None])
 
     def _degraded_pixel_values(self, batch: dict[str, Any], images: list, num_generations: int) -> torch.Tensor:
@@ -198,52 +233,20 @@ class VAOPDTrainer(DistillationTrainer):
         self._record("va/cells", sum(cells) / len(cells))
         return pixels
 
-    def _teacher_pass(
-        self, micro_batches: Iterator[dict[str, Any]], keep_hidden: bool = True
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The teacher's (B, T, H) hidden states, if kept, and (B, T) float32 log-probabilities of the rollouts.
-
-        Both views go through here in the same micro-batches, so that equal images give exactly equal numbers.
-        """
-        self.teacher_model.eval()
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        hidden, logps = [], []
-        for part in micro_batches:
-            with self.compute_loss_context_manager():
-                states = self._forward_redirection(self.teacher_model, teacher, self._hidden_states, teacher, part)
-            head, tokens = lm_head(teacher), part["completion_ids"]
-            logps.append(sampled_logps(head, states, tokens, part["completion_mask"], self.vocab_size))
-            if keep_hidden:
-                hidden.append(states)
-        return torch.cat(hidden) if keep_hidden else None, torch.cat(logps)
-
-    def _micro_batches(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        parts = self.args.gradient_accumulation_steps if self.model.training else 1
-        for part in split_tensor_dict(split_pixel_values_by_grid(batch), parts):
-            yield unsplit_pixel_values_by_grid(part)
-
     def _hidden_states(self, model, batch: dict[str, Any]) -> torch.Tensor:
-        """Hidden states (B, T, H) from which the response tokens of `batch` are predicted."""
-        keys = [key for key in MULTIMODAL_KEYS if key in batch]
-        if "pixel_values" in batch and not batch["pixel_values"].numel():  # no row of this micro-batch has an image
-            keys = [key for key in keys if key.endswith("token_type_ids")]
-        return self._get_last_hidden_state(
-            model,
-            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            batch["completion_ids"].size(1),
-            **{key: batch[key] for key in keys},
-        )
+        """Hidden states (N, H) from which the tokens of `loss_mask` are predicted, row by row."""
+        inputs, mask = siblings.trimmed_inputs(batch, self.pad_to_multiple_of)
+        hidden = self._get_last_hidden_state(model, logits_to_keep=mask.size(1) - 1, **inputs)
+        return hidden[mask[:, 1:]]
 
     # Phase 2: the loss
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         """Sum of coefficient * KL over the rows of a micro-batch, divided by the prompts of the step."""
-        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-        student_hidden = self._hidden_states(unwrapped_student, inputs)
+        mask = siblings.loss_mask(inputs)
         kl_N, entropy_N = chunked_reverse_kl(
-            student_hidden[mask],
-            inputs["teacher_hidden_states"][mask],
+            self._hidden_states(unwrapped_student, inputs),
+            torch.cat(inputs["teacher_hidden_states"]),
             self._head(unwrapped_student),
             self._head(self.accelerator.unwrap_model(self.teacher_model)),
             self.args.kl_temperature,

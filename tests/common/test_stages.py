@@ -76,5 +76,28 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 def test_launchers():
     assert stages.launcher(1, "zero2") == [sys.executable, "-m"]
     assert stages.launcher(8, "zero2")[-3:] == ["--num_processes", "8", "-m"]
+    fsdp = stages.launcher(8, "fsdp2")
+    assert fsdp[fsdp.index("--fsdp_cpu_ram_efficient_loading") + 1] == "false"
     with pytest.raises(ValueError, match=r"sharding 'zero9' is no accelerate config of TRL; choose among .*zero3"):
         stages.launcher(8, "zero9")
+
+
+@pytest.mark.parametrize(
+    ("sharding", "kind", "settings"),
+    [
+        ("single_gpu", "NO", {}),
+        ("multi_gpu", "MULTI_GPU", {}),
+        # No gradient_accumulation_steps: it follows the training arguments
+        ("zero2", "DEEPSPEED", {"zero_stage": 2, "gradient_accumulation_steps": None}),
+        ("zero3", "DEEPSPEED", {"zero_stage": 3, "gradient_accumulation_steps": None, "zero3_save_16bit_model": True}),
+        ("fsdp2", "FSDP", {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}),
+    ],
+)
+def test_accelerate_reads_the_configs_as_the_methods_need_them(sharding, kind, settings):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    words = stages.launcher(2, sharding)
+    config = load_config_from_file(words[words.index("--config_file") + 1])
+    assert config.distributed_type == kind
+    section = config.deepspeed_config if kind == "DEEPSPEED" else getattr(config, "fsdp_config", {})
+    assert {name: section.get(name) for name in settings} == settings

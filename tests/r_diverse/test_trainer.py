@@ -1,17 +1,18 @@
-"""The Challenger's reward over a whole batch, and the one override of TRL's trainer."""
+"""The Challenger's reward over a whole batch, and the overrides of TRL's trainer."""
 
 import inspect
 import math
 
 import numpy as np
 import pytest
+import torch
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from r_diverse import ChallengerReward, MemoryBank, PhaseTrainer, RDiverseConfig, SkillEncoder, objective
 from r_diverse.questions import Challenge
 from r_diverse.skills import Program
-from r_diverse.trainer import batch_figures
+from r_diverse.trainer import batch_figures, logps_gap
 
 VECTORS = {"alike": (0.8, 0.6), "same": (0.8, 0.6), "far": (-1.0, 0.0)}
 
@@ -253,4 +254,17 @@ def test_what_is_overridden_in_trl():
     parameters = ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"]
     assert list(inspect.signature(RepeatSampler.__init__).parameters)[1:] == parameters
     own = {name for name, value in vars(PhaseTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)}
-    assert own == {"_get_train_sampler"}
+    assert own == {"__init__", "_get_train_sampler", "_generate_and_score_completions"}
+    assert list(inspect.signature(GRPOTrainer._generate_and_score_completions).parameters) == ["self", "inputs"]
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    for name in ("old_per_token_logps", "sampling_per_token_logps"):
+        assert f'output["{name}"]' in source
+
+
+def test_the_gap_of_two_engines_leaves_out_the_nucleus():
+    trainer = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    assert logps_gap(trainer, trainer.masked_fill(mask == 0, 0.0), mask, 0.99) == 0
+    assert logps_gap(trainer, trainer - math.log(0.9), mask, 0.9) == pytest.approx(0, abs=1e-6)
+    assert logps_gap(trainer, trainer - 0.2, mask, 0.9) == pytest.approx(0.2)
+    assert logps_gap(trainer, trainer + torch.tensor([[0.3, math.nan], [0.0, 0.0]]), mask, 1.0) == pytest.approx(0.15)

@@ -572,7 +572,7 @@ def test_a_prompt_over_the_limit(make):
         ("mix_weight", 1.5, r"mix_weight must be in \[0, 1\]"),
         ("teacher_update_rate", 0.0, "teacher_update_rate must be in"),
         ("entropy_beta", -1.0, "entropy_beta must be at least 0"),
-        ("top_k", 0, "top_k must be at least 1"),
+        ("distillation_topk", 0, "distillation_topk must be at least 1"),
         ("reprompt_template", "{prompt} solve it", "reprompt_template must hold {demonstration} once"),
         ("reprompt_template", "{prompt}{prompt}{demonstration}", "reprompt_template must hold {prompt} once"),
         ("num_generations", 3, "must be divisible by num_generations"),
@@ -597,6 +597,8 @@ def test_defaults_are_the_papers(tmp_path, routing, rate, beta):
     assert (config.epsilon, config.epsilon_high, config.delta, config.beta) == (0.2, 0.28, 3.0, 0.0)
     assert (config.scale_rewards, config.loss_type) == ("none", "dapo")
     assert (config.vllm_importance_sampling_mode, config.vllm_importance_sampling_clip_max) == ("token_truncate", 2.0)
-    assert (config.top_k, config.tail, config.divergence, config.teacher_update_rate) == (100, True, "jsd", 0.05)
+    assert (config.distillation_topk, config.tail, config.divergence) == (100, True, "jsd")
+    assert config.teacher_update_rate == 0.05
+    assert (config.temperature, config.top_p, config.top_k) == (1.0, 1.0, 0)  # of the rollouts
     assert config.chat_template_kwargs == {"enable_thinking": False}
     assert (config.warmup_steps, config.lr_scheduler_type, config.weight_decay) == (10, "constant_with_warmup", 0.01)

@@ -38,7 +38,7 @@ from trl import DistillationTrainer
 from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
-from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, objective
+from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, objective, siblings
 from va_opd.checks import check_same_tokens
 from va_opd.lm_head import PADDED_ROW_LOGIT, LMHead, chunked_reverse_kl, logit_scale
 
@@ -286,6 +286,7 @@ def pixelated_pixels(processor, batch: dict[str, Any], images: list[Image.Image]
     ("function", "parameters"),
     [
         (DistillationTrainer._get_train_sampler, "self dataset"),
+        (DistillationTrainer._prepare_inputs, "self generation_batch"),
         (DistillationTrainer._tokenize_prompts, "self prompts"),
         (DistillationTrainer._generate, "self prompts"),
         (DistillationTrainer._generate_single_turn, "self prompt_ids images multimodal_fields has_tool_images"),
@@ -304,8 +305,6 @@ def pixelated_pixels(processor, batch: dict[str, Any], images: list[Image.Image]
         ),
         (trl_utils.split_pixel_values_by_grid, "batch"),
         (trl_utils.unsplit_pixel_values_by_grid, "batch"),
-        (trl_utils.split_tensor_dict, "tensor_dict num_chunks"),
-        (trl_utils.shuffle_sequence_dict, "seq_dict"),
         (trl_utils.maybe_gather_lm_head_ctx, "params"),
         (trl_utils.RepeatSampler.__init__, "self data_source mini_repeat_count batch_size repeat_count shuffle seed"),
     ],
@@ -430,7 +429,7 @@ def test_loss_and_gradient_against_an_independent_computation(make, monkeypatch,
     fixed_rollouts(monkeypatch)
     k = 4
     trainer = make(rows=image_rows(4), family=family, weighting=weighting, num_generations=k)
-    monkeypatch.setattr("trl.trainer.distillation_trainer.shuffle_sequence_dict", lambda batch: batch)
+    monkeypatch.setattr(siblings, "length_sorted", lambda batch, parts: [batch])
     inputs = next(iter(trainer.get_train_dataloader()))
     got = step(trainer, inputs)
     (batch,) = got[2]
@@ -488,21 +487,6 @@ def test_padded_vocabulary_rows_do_not_change_the_loss(make, monkeypatch):
 # --- phase 1 ----------------------------------------------------------------
 
 
-def test_exactly_two_teacher_forwards_for_each_rollout(make, monkeypatch):
-    trainer = make(gradient_accumulation_steps=2, per_device_train_batch_size=4)
-    rows, students = [], []
-    trainer.teacher_model.model.register_forward_pre_hook(
-        lambda m, a, kw: rows.append(len(kw["input_ids"])), with_kwargs=True
-    )
-    fixed_rollouts(monkeypatch)
-    trainer.model.model.register_forward_pre_hook(
-        lambda m, a, kw: students.append(len(kw["input_ids"])), with_kwargs=True
-    )
-    step(trainer)
-    assert sum(rows) == 2 * 8
-    assert sum(students) == 8
-
-
 def test_teacher_is_frozen_and_nothing_but_the_student_carries_gradient(make):
     student, teacher, processor = models()
     teacher.train()
@@ -520,17 +504,22 @@ def test_teacher_is_frozen_and_nothing_but_the_student_carries_gradient(make):
     assert any(g.abs().max() > 0 for n, g in gradients.items() if "visual" in n)
 
 
-def test_only_pixel_values_differ_in_the_degraded_view(make):
+@pytest.mark.parametrize("shared", [True, False])
+def test_only_pixel_values_differ_in_the_degraded_view(make, shared):
     trainer = make(gradient_accumulation_steps=2, per_device_train_batch_size=4)
     views = []
     trainer.teacher_model.model.register_forward_pre_hook(
         lambda m, a, kw: views.append({k: v.clone() if torch.is_tensor(v) else v for k, v in kw.items()}),
         with_kwargs=True,
     )
+    trainer.teacher.shares = {True: shared}
     step(trainer)
-    assert len(views) == 4
-    for true, blurred in zip(views[:2], views[2:], strict=True):
-        assert true.keys() == blurred.keys() >= {"input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids"}
+    assert len(views) % 2 == 0
+    half = len(views) // 2
+    prompts = [(true, blurred) for true, blurred in zip(views[:half], views[half:], strict=True) if len(true) > 4]
+    assert len(prompts) == 2  # prompts, or micro-batches
+    for true, blurred in prompts:
+        assert true.keys() == blurred.keys() >= {"input_ids", "image_grid_thw", "mm_token_type_ids"}
         for key in true.keys() - {"pixel_values"}:
             assert torch.equal(*(torch.as_tensor(view[key]) for view in (true, blurred))), key
         assert true["pixel_values"].shape == blurred["pixel_values"].shape
@@ -914,7 +903,7 @@ def test_padding_does_not_change_the_step(make, monkeypatch, multiple):
     assert_same_step(step(make(pad_to_multiple_of=multiple)), step(make()))
 
 
-def test_coefficients_follow_their_rows_through_trls_shuffle(make, monkeypatch):
+def test_coefficients_follow_their_rows_through_sorting(make, monkeypatch):
     fixed_rollouts(monkeypatch)
     trainer = make(per_device_train_batch_size=2, gradient_accumulation_steps=4)
     _, _, batches = step(trainer)

@@ -1,0 +1,408 @@
+"""VA-OPD's teacher scoring and student pass beside TRL's way, on the same rollouts in one run.
+
+    python -m benchmarks.va_opd_scoring                        # CPU, about 15 minutes
+    python -m benchmarks.va_opd_scoring --hidden 4096 --layers 36 --vision_hidden 1152 --vision_layers 27     # a GPU
+
+Three works. Teacher scoring of the siblings of a prompt in both views: one pass over image and prompt a view, then one
+over the rollouts, beside one whole pass a rollout and view. Student forward and backward of uneven rollouts:
+micro-batches sorted by length and cut to their own tokens, beside TRL's, padded to the longest rollout of the step. A
+whole step with generation: the share of visual advantage. Random weights; at the full size the vision tower takes
+about 0.4 of the text tower's FLOPs for an image token, as in Qwen3-VL-8B. On a CPU, times are those of the thread and
+not of the clock, which other work on the machine would change. `predicted` holds FLOPs of the published sizes.
+Writes benchmarks/results/va_opd_scoring.json.
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from trl import DistillationTrainer
+
+from benchmarks.machine import machine
+from common import plots
+from common.runs import atomic_write_json
+from common.tiny import tiny_qwen3_vl
+from va_opd import VAOPDConfig, VAOPDTrainer, siblings
+from va_opd._trl import MULTIMODAL_KEYS
+from va_opd.lm_head import lm_head, sampled_logps
+
+K, VOCABULARY, PATCH = 4, 2048, 8
+UNEVEN = (1.0, 0.75, 0.45, 0.2)  # lengths of four siblings, as shares of the longest: mean 0.6
+
+
+def build_model(processor, options: argparse.Namespace, scale: float = 1.0) -> Qwen3VLForConditionalGeneration:
+    """A Qwen3-VL with random weights, `scale` times as wide as the options say."""
+    hidden, vision = int(options.hidden * scale), int(options.vision_hidden * scale)
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10], "mrope_interleaved": True}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokenizer = processor.tokenizer
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": hidden,
+            "intermediate_size": 3 * hidden,
+            "num_hidden_layers": options.layers,
+            "num_attention_heads": max(2, hidden // 64),
+            "num_key_value_heads": max(1, hidden // 256),
+            "head_dim": 64,
+            "max_position_embeddings": 32768,
+            "rope_parameters": rope,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        },
+        vision_config={
+            "depth": options.vision_layers,
+            "hidden_size": vision,
+            "intermediate_size": int(3.75 * vision),
+            "num_heads": max(1, vision // 64),
+            "patch_size": PATCH,
+            "out_hidden_size": hidden,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [0],
+        },
+        **{name: getattr(processor, name) for name in names},
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def build(folder: str, options: argparse.Namespace, prompt: int, lengths: list[int] | None, micro_batch: int = K):
+    """A trainer on images that make prompts of about `prompt` tokens; `lengths` are those of the fixed rollouts."""
+    side = 2 * PATCH * round(math.sqrt(0.94 * prompt))
+    processor = tiny_qwen3_vl(patch=PATCH, max_pixels=side * side)[1]
+    rng = np.random.default_rng(0)
+    text = "".join(chr(97 + i % 26) for i in range(max(1, prompt - (side // (2 * PATCH)) ** 2 - 14)))
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{i}{text}"}],
+            "image": Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)),
+        }
+        for i in range(2)
+    ]
+    count = len(lengths) if lengths else 2 * K
+    torch.manual_seed(0)
+    args = VAOPDConfig(
+        output_dir=folder,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=count // micro_batch,
+        num_generations=K,
+        max_completion_length=options.response,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+        gradient_checkpointing=torch.cuda.is_available(),
+        save_strategy="no",
+        shuffle_dataset=False,
+        learning_rate=1e-6,
+        doctor_steps=0,
+    )
+    parts = {"train_dataset": Dataset.from_list(rows[: count // K]), "processing_class": processor}
+    student, teacher = build_model(processor, options, 0.5), build_model(processor, options)
+    if torch.cuda.is_available():
+        teacher.bfloat16()
+    trainer = VAOPDTrainer(model=student, teacher_model=teacher, args=args, **parts)
+    trainer.vocab_size = VOCABULARY
+    trainer.teacher.shares = {True: True}  # the check at a run's start is not timed
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    trainer.model.train()
+    if lengths is not None:
+        ids = [[*rng.integers(10, 100, n - 1).tolist(), processor.tokenizer.eos_token_id] for n in lengths]
+        trainer._generate_single_turn = lambda *args, **kwargs: ids
+    return trainer
+
+
+# TRL's way
+
+
+def padded_inputs(batch: dict[str, Any], multiple: int | None = None) -> tuple[dict[str, Any], torch.Tensor]:
+    """In the place of `siblings.trimmed_inputs`: what `DistillationTrainer._compute_loss` gives to a model."""
+    inputs = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
+    if "pixel_values" in inputs and not len(inputs["pixel_values"]):  # TRL itself has no rows without an image
+        inputs = {key: value for key, value in inputs.items() if key.endswith("token_type_ids")}
+    inputs["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    inputs["attention_mask"] = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    return inputs, torch.cat([torch.zeros_like(batch["prompt_mask"]).bool(), siblings.loss_mask(batch)], dim=1)
+
+
+def trl_micro_batches(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """In the place of `siblings.length_sorted`: rows in the order of generation, as wide as the longest of all."""
+    size = len(batch["prompt_ids"]) // parts
+    return [siblings.take_rows(batch, list(range(i, i + size))) for i in range(0, parts * size, size)]
+
+
+@torch.no_grad()
+def full_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """(N,) log-probabilities a view from whole forwards, one a rollout and view."""
+    teacher, results = trainer.teacher_model, []
+    for view in views:
+        logps = []
+        for row in range(len(view["prompt_ids"])):
+            part = siblings.take_rows(view, [row])
+            inputs, _ = padded_inputs(part)
+            length = part["completion_ids"].size(1)
+            with trainer.compute_loss_context_manager():
+                hidden = trainer._get_last_hidden_state(teacher, logits_to_keep=length, **inputs)
+            ids, mask = part["completion_ids"], part["completion_mask"]
+            logps.append(sampled_logps(lm_head(teacher), hidden, ids, mask, VOCABULARY)[mask.bool()])
+        results.append(torch.cat(logps))
+    return results
+
+
+@torch.no_grad()
+def shared_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[torch.Tensor]:
+    parts = trainer.teacher.parts(len(views[0]["prompt_ids"]), K, True)
+    return [trainer.teacher.score(view, parts, True, keep_hidden=i == 0)[1] for i, view in enumerate(views)]
+
+
+# Measuring
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Of this process's thread on a CPU, of the clock on a GPU; and what the work returns."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    synchronize()
+    started = clock()
+    result = work()
+    synchronize()
+    return clock() - started, result
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Counter:
+    """Forwards and tokens of the text tower and patches of the vision tower, while it is entered."""
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration):
+        self.model, self.counts = model.model, {"forwards": 0, "tokens": 0, "patches": 0}
+
+    def __enter__(self) -> dict[str, int]:
+        self.hooks = [
+            self.model.language_model.register_forward_pre_hook(self._text, with_kwargs=True),
+            self.model.visual.register_forward_pre_hook(self._vision, with_kwargs=True),
+        ]
+        return self.counts
+
+    def __exit__(self, *error) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _text(self, module, args, given) -> None:
+        self.counts["forwards"] += 1
+        self.counts["tokens"] += math.prod(given["inputs_embeds"].shape[:2])
+
+    def _vision(self, module, args, given) -> None:
+        self.counts["patches"] += len(args[0] if args else given["hidden_states"])
+
+
+def compare(works: dict[str, Callable[[], Any]], model, repeats: int) -> dict[str, Any]:
+    """Each work `repeats` times in turn: seconds, counted work, ratio of the second to the first, last results."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    counted, results = {}, {}
+    for repeat in range(repeats + 1):  # the first warms up and counts
+        for name, work in works.items():
+            with Counter(model) as counts:
+                time_, results[name] = seconds(work)
+            counted[name] = counts
+            if repeat:
+                taken[name].append(time_)
+    ours, theirs = taken.values()
+    return {
+        "seconds": taken,
+        "counted": counted,
+        "ratio": spread(b / a for a, b in zip(ours, theirs, strict=True)),
+    }, results
+
+
+def spread(values) -> dict[str, float]:
+    values = list(values)
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def scoring(options: argparse.Namespace, folder: str, prompt: int, shares: tuple[float, ...], response: int):
+    """Teacher scoring of one prompt's siblings, whose lengths are `shares` of `response`."""
+    trainer = build(folder, options, prompt, [max(2, round(share * response)) for share in shares])
+    batch = DistillationTrainer._generate_and_score_completions(trainer, trainer_inputs(trainer))
+    views = [batch, batch | {"pixel_values": batch["pixel_values"].flip(0)}]
+    works = {"shared": lambda: shared_scoring(trainer, views), "full": lambda: full_scoring(trainer, views)}
+    found, results = compare(works, trainer.teacher_model, options.repeats)
+    gaps = [(a - b).abs() for a, b in zip(results["shared"], results["full"], strict=True)]
+    return found | {
+        "prompt": int(batch["prompt_mask"][0].sum()),
+        "responses": batch["completion_mask"].sum(1).tolist(),
+        "largest_difference_in_logps": max(gap.max().item() for gap in gaps),
+        "difference_of_the_views": (results["full"][0] - results["full"][1]).abs().max().item(),
+    }
+
+
+def trainer_inputs(trainer: VAOPDTrainer) -> list[dict[str, Any]]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def student(options: argparse.Namespace, folder: str, prompt: int, response: int) -> dict[str, Any]:
+    """Forward and backward of eight uneven rollouts in micro-batches of two."""
+    lengths = [max(2, round(share * response)) for share in (*UNEVEN, *reversed(UNEVEN))]
+    trainer = build(folder, options, prompt, lengths, micro_batch=2)
+    batch = trainer._generate_and_score_completions(trainer_inputs(trainer))
+    trimmed = siblings.trimmed_inputs
+
+    def step(prepare, inputs):
+        siblings.trimmed_inputs = inputs
+        trainer.model.zero_grad()
+        total = 0.0
+        for part in prepare(batch, len(lengths) // 2):
+            loss = trainer.compute_loss(trainer.model, part)
+            loss.backward()
+            total += loss.item()
+        siblings.trimmed_inputs = trimmed
+        return total, math.sqrt(
+            sum(p.grad.square().sum().item() for p in trainer.model.parameters() if p.grad is not None)
+        )
+
+    works = {
+        "trimmed": lambda: step(siblings.length_sorted, trimmed),
+        "padded": lambda: step(trl_micro_batches, padded_inputs),
+    }
+    found, results = compare(works, trainer.model, options.repeats)
+    real = sum(siblings.sequence_lengths(batch))
+    return found | {"real_tokens": real, "responses": lengths, "loss_and_gradient_norm": results}
+
+
+def whole_step(options: argparse.Namespace, folder: str, prompt: int) -> dict[str, Any]:
+    """Two prompts times four rollouts that the student really samples: what visual advantage adds to plain OPD."""
+    trainer = build(folder, options, prompt, None)
+    parts = ("time/generation", "time/teacher", "time/degraded_images", "time/teacher_degraded")
+    added, found = [], []
+    for repeat in range(options.repeats + 1):
+        trainer._step = 0
+        trainer._metrics["train"].clear()
+        inputs = trainer_inputs(trainer)
+        started = time.perf_counter()
+        for _ in range(trainer.args.gradient_accumulation_steps):
+            trainer.training_step(trainer.model, inputs, None)
+        synchronize()
+        total = time.perf_counter() - started
+        times = {part: sum(trainer._metrics["train"][part]) for part in parts}
+        extra = times["time/degraded_images"] + times["time/teacher_degraded"]
+        if repeat:
+            added.append(extra / (total - extra))
+            found.append(times | {"step": total, "rollout_tokens": int(trainer.last_rollouts["mask"].sum())})
+    return {"va_over_opd": spread(added), "steps": found}
+
+
+# Prediction from FLOPs
+
+
+def flops(size: str, image: int, text: int, response: int) -> dict[str, float]:
+    """Of Qwen3-VL: the vision tower on an image of `image` tokens, the text tower on the prompt and on a response."""
+    layers, hidden, inner, depth, vision, vision_inner = {
+        "2B": (28, 2048, 6144, 24, 1024, 4096),
+        "8B": (36, 4096, 12288, 27, 1152, 4304),
+    }[size]
+    heads, weights = hidden, 2 * hidden * hidden + 2 * hidden * 1024 + 3 * hidden * inner
+    patches, prompt = 4 * image, image + text
+    merger = 4 * (16 * vision * vision + 4 * vision * hidden)  # one and three for deepstack
+    tower = (
+        patches * depth * (2 * (4 * vision**2 + 2 * vision * vision_inner) + 4 * patches * vision) + 2 * image * merger
+    )
+
+    def tokens(count: int, before: int) -> float:
+        return count * layers * (2 * weights + 4 * heads * (before + count / 2))
+
+    head = 2 * 151936 * hidden * response
+    return {"vision": tower, "prompt": tokens(prompt, 0), "response": tokens(response, prompt), "head": head}
+
+
+def predicted(image: int = 960, text: int = 64, response: int = 512, mean: float = 0.6) -> dict[str, Any]:
+    """Ratios of FLOPs for the 8B teacher, and the share of VA in a step of the paper's size on eight A100."""
+    work, found = flops("8B", image, text, response), {}
+    for name, share in (("equal", 1.0), ("uneven", mean)):
+        once, each = work["vision"] + work["prompt"], work["response"]
+        ours = once + K * share * (each + work["head"])
+        found[f"teacher scoring, {name} lengths"] = K * (once + each + share * work["head"]) / ours
+    # 64 rollouts on 8 GPUs at half of 312 TFLOP/s; the paper's step takes about 105 s, most of it generation
+    for length in (512, 1500, 4096):
+        one = flops("8B", image, text, length)
+        extra = 2 * (one["vision"] + one["prompt"] + K * (one["response"] + one["head"])) / (0.5 * 312e12)
+        found[f"seconds of the degraded pass, {length} tokens"] = extra
+        found[f"VA over OPD at the paper's 105 s a step, {length} tokens"] = extra / (105 - extra)
+    # The other end: an engine at the floor, 56 to 110 microseconds a generated token on an H100, student at 40 %
+    one, small = flops("8B", image, text, 1000), flops("2B", image, text, 1000)
+    extra = ((one["vision"] + one["prompt"]) / K + one["response"] + one["head"]) / (0.5 * 989e12)
+    update = 4 * sum(small.values()) / (0.4 * 989e12)
+    for decode in (56e-6, 110e-6):
+        found[f"VA over OPD on an H100, decoding at {decode * 1e6:.0f} us a token"] = extra / (
+            1000 * decode + extra + update
+        )
+    return found
+
+
+def exponent(sizes: list[float], values: list[float]) -> float:
+    """Slope of log value over log size."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vision_hidden", type=int, default=96)
+    parser.add_argument("--vision_layers", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt, 94 %% of them of its image")
+    parser.add_argument("--response", type=int, default=512, help="tokens of the longest rollout")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "va_opd_scoring.json")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
+    results: dict[str, Any] = {"settings": vars(options) | {"out": options.out.name}, **machine("transformers", "trl")}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shares in (("equal", (1.0,) * K), ("uneven", UNEVEN)):
+            for part in (1, 2, 4):
+                size = f"{name} lengths, size 1/{part}"
+                arguments = (options.prompt // part, shares, options.response // part)
+                results[size] = scoring(options, folder, *arguments)
+                print(size, results[size]["ratio"], results[size]["largest_difference_in_logps"], flush=True)
+        results["student"] = student(options, folder, options.prompt // 4, options.response)
+        print("student", results["student"]["ratio"], results["student"]["loss_and_gradient_norm"], flush=True)
+        results["whole step"] = whole_step(options, folder, options.prompt // 4)
+    results["exponents"] = {
+        way: exponent(
+            [results[f"equal lengths, size 1/{part}"]["counted"]["full"]["tokens"] for part in (1, 2, 4)],
+            [statistics.median(results[f"equal lengths, size 1/{part}"]["seconds"][way]) for part in (1, 2, 4)],
+        )
+        for way in ("shared", "full")
+    }
+    results["predicted"] = predicted()
+    print(table(results))
+    atomic_write_json(options.out, results)
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = []
+    for name, found in results.items():
+        if isinstance(found, dict) and "counted" in found:
+            ours, theirs = (statistics.median(values) for values in found["seconds"].values())
+            ratio = "{median:.2f} [{low:.2f}, {high:.2f}]".format(**found["ratio"])
+            counts = [f"{c['tokens']:,} / {c['patches']:,}" for c in found["counted"].values()]
+            rows.append([name, f"{ours:.2f}", f"{theirs:.2f}", ratio, *counts])
+    columns = ["work", "ours, s", "TRL's way, s", "ratio", "ours, tokens / patches", "TRL's, tokens / patches"]
+    added = "{median:.1%} [{low:.1%}, {high:.1%}]".format(**results["whole step"]["va_over_opd"])
+    lines = [f"{name}: {value:.3g}" for name, value in results["predicted"].items()]
+    figures = [f"VA over plain OPD, whole step: {added}", f"exponents: {results['exponents']}", *lines]
+    return "\n".join([plots.table_markdown(rows, columns), "", *figures])
+
+
+if __name__ == "__main__":
+    main()

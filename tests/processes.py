@@ -1,0 +1,106 @@
+"""For test files that are also a program: two processes of it on a CPU, sharded by the accelerate configs of users."""
+
+import importlib
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import DistributedType, PartialState
+
+from common.models import load_model
+from common.stages import launcher
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # of which this is one
+ZERO = [
+    pytest.param(
+        name,
+        marks=[
+            pytest.mark.deepspeed,
+            pytest.mark.skipif(
+                importlib.util.find_spec("deepspeed") is None,
+                reason="needs the deepspeed extra: make test-distributed",
+            ),
+        ],
+    )
+    for name in ("zero2", "zero3")
+]
+
+
+def trainer_tests(file: str) -> ModuleType:
+    """`test_trainer.py` beside a test file, by its path: another folder has a file of the same name."""
+    path = Path(file).with_name("test_trainer.py")
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_test_trainer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def two_processes(program: str, folder: Path, sharding: str = "", timeout: float = 560) -> list[Any]:
+    """What `run` saves on each rank of two processes of `program`: plain on gloo, or under an accelerate config."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    if sharding:
+        words = launcher(2, sharding)[:-1]
+        config = words.index("--config_file") + 1
+        settings = yaml.safe_load(Path(words[config]).read_text()) | {"use_cpu": True, "mixed_precision": "no"}
+        words[config] = str(folder / "accelerate.yaml")
+        Path(words[config]).write_text(yaml.safe_dump(settings))
+        words += ["--main_process_port", port]
+    else:
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        done = subprocess.run(
+            [*words, program, str(folder)], env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=timeout
+        )
+    assert done.returncode == 0, log.read_text()[-6000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def assert_same_run(got: dict[str, Any], expected: dict[str, Any], case: str) -> None:
+    """Two runs `{"logs": one dict a step, "model": folder}` agree in the logs of `expected` and in last weights."""
+    for ours, theirs in zip(got["logs"], expected["logs"], strict=True):
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=2e-4, abs=2e-5, nan_ok=True), case
+    ours, theirs = (load_model(run["model"]).state_dict() for run in (got, expected))
+    for name, weight in theirs.items():
+        # Adam enlarges the last bits of gradients that are all but zero
+        assert (ours[name] - weight).abs().float().mean() < 1e-5, (case, name)
+
+
+def run(main: Callable[[Path], Any]) -> None:
+    """The program's side of `two_processes`: saves what `main` returns."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _fsdp_on_a_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        _deepspeed_without_compiler()
+    folder = Path(sys.argv[1])
+    torch.save(main(folder), folder / f"rank{os.environ['RANK']}.pt")
+
+
+def _fsdp_on_a_cpu() -> None:
+    """accelerate shards on several GPUs only; torch does on a CPU too."""
+    original = PartialState.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
+def _deepspeed_without_compiler() -> None:
+    """On a CPU DeepSpeed compiles a faster reduction for itself; gloo's gives the same sums."""
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None

@@ -1,0 +1,131 @@
+"""Two processes under ZeRO-2 and ZeRO-3 train as one does. This file is also the program that each of them runs."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder not in sys.path]
+
+from processes import PROCESSES, ZERO, assert_same_run, run, trainer_tests, two_processes  # noqa: E402
+
+from srpo.checks import check_support  # noqa: E402
+
+tests = trainer_tests(__file__)
+pytestmark = pytest.mark.timeout(600)
+
+
+def first_prompt_only(completions, answer, **columns) -> list[float]:
+    """1 and 0 in turn for the first of two prompts, zeros for the other: one rank has no routed row."""
+    return [float(i % 2 == 0 and a == 0) for i, a in enumerate(answer)]
+
+
+# `batch` is the batch of both ranks together
+CASES: dict[str, dict[str, Any]] = {
+    "no routed row on one rank": {},
+    "one prompt on both ranks": {"batch": 4, "gradient_accumulation_steps": 2},
+    "no routed row at all": {"reward": tests.always(1.0)},
+    "heads that are not tied": {"policy": "untied"},
+    "mix": {"routing": "mix"},
+    "the policy as its own teacher": {"teacher": "current"},
+    "frozen": {"teacher": "frozen", "routing": "sdpo"},
+    "greedy rollouts of its own": {"temperature": 1e-3},
+}
+COMPARED = (
+    "loss",
+    "grad_norm",
+    "loss/grpo",
+    "loss/sdpo",
+    "entropy",
+    "teacher/entropy",
+    "teacher/distance",
+    "route/sdpo",
+)
+
+
+def save_policies(folder: Path) -> None:
+    for kind in ("tied", "untied"):
+        model, tokenizer = tests.policy()
+        if kind == "untied":
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
+            model.config.tie_word_embeddings = False
+        model.save_pretrained(folder / kind)
+        tokenizer.save_pretrained(folder / kind)
+
+
+def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False) -> dict[str, Any]:
+    """What four steps log, from the checkpoint of step two on with `resume`, and where the model is."""
+    from srpo import SRPOConfig
+
+    keep = SRPOConfig(out, use_cpu=True, bf16=False)
+    PartialState()
+    settings = dict(settings)
+    # As in srpo.train, config and process group are there: while they are, models are loaded in shards
+    policy = folder / settings.pop("policy", "tied")
+    trainer = tests.build(
+        folder / out,
+        tests.rows(2),
+        settings.pop("reward", first_prompt_only),
+        (AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)),
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        learning_rate=1e-3,
+        shuffle_dataset=False,
+        per_device_train_batch_size=settings.pop("batch", 8) // PROCESSES,
+        **settings,
+    )
+    del keep
+    trainer.train(resume_from_checkpoint=str(folder / out / "checkpoint-2") if resume else None)
+    trainer.save_model(str(folder / out / "model"))
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = [{name: line[name] for name in COMPARED if line.get(name) is not None} for line in lines]
+    return {"logs": logs, "model": str(folder / out / "model")}
+
+
+def all_cases(folder: Path) -> dict[str, Any]:
+    """Also the program of a process."""
+    results = {}
+    for case, settings in CASES.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if case != "greedy rollouts of its own":
+                tests.fixed_rollouts(patch)
+            results[case] = train(folder, settings, case)
+            if "resumed" not in results:
+                results["straight"] = results[case]
+                results["resumed"] = train(folder, settings, case, resume=True)
+    return results
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("single")
+    save_policies(folder)
+    return all_cases(folder)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ZERO)
+def test_two_processes_train_as_one(sharding, single, tmp_path):
+    save_policies(tmp_path)
+    for rank in two_processes(__file__, tmp_path, sharding):
+        for case, expected in single.items():
+            assert_same_run(rank[case], expected, case)
+        assert rank["resumed"]["logs"] == rank["straight"]["logs"]
+
+
+def test_fsdp_is_refused_in_one_sentence():
+    trainer = SimpleNamespace(model=tests.policy()[0], _is_vlm=False, aux_loss_enabled=False, is_fsdp_enabled=True)
+    with pytest.raises(ValueError, match=r"^SRPOTrainer's self-teacher does not run under FSDP: use DeepSpeed ZeRO-2"):
+        check_support(trainer)
+
+
+if __name__ == "__main__":
+    run(all_cases)

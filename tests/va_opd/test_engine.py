@@ -1,0 +1,72 @@
+"""What stands before vLLM: folded image placeholders, kept log-probabilities, the gap to the student. No vLLM here."""
+
+import inspect
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trl.generation.vllm_generation import VLLMGeneration
+
+from va_opd.engine import VLLMRollouts, fold_placeholders
+
+PAD = 9
+
+
+def generation(mode: str) -> SimpleNamespace:
+    """A recorder in place of vLLM, which answers each prompt with two tokens."""
+    seen = []
+
+    def generate(prompts, images, num_generations, profiler=None):
+        seen.append(prompts)
+        rows = len(prompts)
+        return prompts, [[5, 6]] * rows, [[[-1.0], [None]]] * rows, [[[5], [6]]] * rows
+
+    tokens = SimpleNamespace(image_token_id=PAD)
+    return SimpleNamespace(generate=generate, logprobs=None, mode=mode, processing_class=tokens, seen=seen)
+
+
+def test_the_parts_of_trl_that_are_used():
+    parameters = list(inspect.signature(VLLMGeneration.generate).parameters)
+    assert parameters == ["self", "prompts", "images", "num_generations", "profiler"]
+    source = inspect.getsource(VLLMGeneration)
+    assert {"self.logprobs = logprobs", "self.mode = mode"} <= {line.strip() for line in source.splitlines()}
+    # As long as TRL hands expanded placeholders to a colocated engine, they must be folded here
+    assert 'row = {"prompt_token_ids": ids}' in source
+
+
+@pytest.mark.parametrize(("mode", "sent"), [("colocate", [1, PAD, 2, PAD, 3]), ("server", [1, PAD, PAD, 2, PAD, 3])])
+def test_a_colocated_engine_gets_one_placeholder_an_image(mode, sent):
+    fake, prompt = generation(mode), [1, PAD, PAD, 2, PAD, 3]
+    rollouts = VLLMRollouts(fake)
+    result = fake.generate(prompts=[prompt], images=[["one", "two"]], num_generations=1, profiler=None)
+    assert fake.seen == [[sent]]
+    assert fake.logprobs == 0
+    assert result[0] == [prompt]  # what is trained on keeps its placeholders
+    assert result[1] == [[5, 6]]
+    assert rollouts.logps == [[-1.0, None]]
+
+
+def test_text_passes_as_it_is():
+    fake = generation("colocate")
+    VLLMRollouts(fake)
+    fake.generate(prompts=[[1, 2]], images=None, num_generations=1)
+    assert fake.seen == [[[1, 2]]]
+    assert fold_placeholders([1, 2], None, PAD) == [1, 2]
+
+
+@pytest.mark.parametrize("ids", [[1, PAD, PAD], [PAD, 1, PAD, 2, PAD]])
+def test_a_model_with_other_runs_is_refused(ids):
+    with pytest.raises(ValueError, match="with 2 images has . runs of image placeholders"):
+        fold_placeholders(ids, ["one", "two"], PAD)
+
+
+def test_the_gap_leaves_out_the_nucleus():
+    rollouts = VLLMRollouts(generation("server"))
+    rollouts.logps = [[-1.0, -2.0, None], [-3.0], [-100.0]]
+    student = torch.tensor([-1.0, -2.0, -7.0, -3.0])
+    assert rollouts.gap(student, 2, top_p=1.0) == 0
+    assert rollouts.gap(student + math.log(0.95), 2, top_p=0.95) == pytest.approx(0, abs=1e-6)
+    assert rollouts.gap(student + math.log(0.95), 2, top_p=1.0) == pytest.approx(-math.log(0.95))
+    assert rollouts.gap(student + 0.3, 2, top_p=0.95) == pytest.approx(0.3)  # never below the student's
+    assert rollouts.gap(student - 0.3, 2, top_p=0.95) == pytest.approx(0.3 + math.log(0.95))

@@ -1,0 +1,358 @@
+"""Work in proportion to what is new: scoring from a cache of the prompt equals full passes, trimmed micro-batches
+equal padded ones, and counts of passes and tokens that a later change must not raise unseen.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from trl import DistillationTrainer
+
+from benchmarks.va_opd_scoring import padded_inputs, trl_micro_batches
+from va_opd import siblings
+
+
+def _trainer_tests():
+    """The neighbouring file by its path: another folder has a file of the same name."""
+    path = Path(__file__).with_name("test_trainer.py")
+    spec = importlib.util.spec_from_file_location("va_opd_siblings_trainer_tests", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tests = _trainer_tests()
+SHARED = ("qwen3_vl", "qwen2_5_vl", "llava")
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda rows=None, **overrides: tests.build(tmp_path / "run", rows, **overrides)
+
+
+# --- one prompt ----------------------------------------------------------------
+
+
+def group(processor, images: list, lengths: list[int], width: int | None = None) -> dict[str, Any]:
+    """A batch of siblings as TRL builds it: one prompt with `images`, padded on the left, rollouts of `lengths`."""
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "What is this?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    k = len(lengths)
+    inputs = dict(processor(text=[text] * k, images=[images] * k if images else None, return_tensors="pt"))
+    pad, width = 3, width or max(lengths) + 2
+
+    def padded(value):
+        return torch.cat([value.new_zeros(k, pad), value], 1)
+
+    mask = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
+    ids = torch.randint(10, 100, (k, width), generator=torch.Generator().manual_seed(0)) * mask
+    batch = {
+        "prompt_ids": padded(inputs.pop("input_ids")),
+        "prompt_mask": padded(inputs.pop("attention_mask")),
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "num_images": [len(images)] * k,
+    }
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            value = torch.as_tensor(inputs.pop(name))
+            inputs[name] = torch.cat([padded(value), value.new_zeros(k, width)], 1)
+    return batch | inputs
+
+
+@torch.no_grad()
+def full_states(model, batch: dict[str, Any]) -> torch.Tensor:
+    """(N, H): the same from one forward over whole padded rows, as TRL makes it."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    keys = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "token_type_ids")
+    fields = {key: batch[key] for key in keys if key in batch}
+    hidden = model.base_model(input_ids=ids, attention_mask=attention, use_cache=False, **fields).last_hidden_state
+    length = batch["completion_ids"].size(1)
+    return hidden[:, -length - 1 : -1][batch["completion_mask"].bool()]
+
+
+CASES = {
+    "alike": (1, [5, 5, 5, 5]),
+    "uneven": (1, [9, 1, 4, 8]),
+    "one token each": (1, [1, 1]),
+    "one sibling": (1, [6]),
+    "three images": (3, [7, 3, 7]),
+    "no image": (0, [2, 7, 5, 6]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", SHARED)
+def test_states_from_a_cached_prompt_are_those_of_full_forwards(family, case):
+    """In float64, so that only a wrong position, mask or row could differ by more than M-RoPE's float32."""
+    _, teacher, processor = tests.models(family)
+    teacher = teacher.double().eval()
+    count, lengths = CASES[case]
+    pictures = [tests.image(i, (40 + 8 * i, 40)) for i in range(count)]
+    full_states(teacher, group(processor, [tests.image(9, (64, 32))], [3, 3]))  # leaves its own M-RoPE offset behind
+    batch = group(processor, pictures, lengths)
+    for share in (0.0, siblings.SIMILAR_LENGTH, 1.0):
+        with torch.no_grad():
+            got = siblings.sibling_hidden_states(teacher, batch, share)
+        torch.testing.assert_close(got, full_states(teacher, batch), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 0.25)])
+@pytest.mark.parametrize("family", SHARED)
+def test_rounding_of_a_cached_prompt_is_that_of_full_forwards(family, dtype, bound):
+    """Both are compared with float64: the cache may not be less exact than TRL's own forward, up to 1.5 times."""
+    _, teacher, processor = tests.models(family)
+    batch = group(processor, [tests.image(0)], [30, 12, 25, 29])
+    truth = full_states(teacher.double(), batch)
+    teacher = teacher.to(dtype)
+    full = (full_states(teacher, batch).double() - truth).abs()
+    with torch.no_grad():
+        shared = (siblings.sibling_hidden_states(teacher, batch).double() - truth).abs()
+    assert shared.mean() <= 1.5 * full.mean()
+    assert shared.max() <= bound
+
+
+def test_tokens_of_tools_are_read_but_not_scored():
+    _, teacher, processor = tests.models()
+    batch = group(processor, [tests.image(0)], [6, 4])
+    whole = siblings.sibling_hidden_states(teacher, batch)
+    batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+    batch["tool_mask"][:, 1:3] = 0
+    kept = batch["tool_mask"][batch["completion_mask"].bool()].bool()
+    torch.testing.assert_close(siblings.sibling_hidden_states(teacher, batch), whole[kept])
+
+
+# --- which models ----------------------------------------------------------------
+
+
+def text_config(kind, **extra):
+    return kind(vocab_size=32, hidden_size=32, num_hidden_layers=2, **extra)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: Qwen3ForCausalLM(text_config(Qwen3Config)), None),
+        (lambda: MambaForCausalLM(text_config(MambaConfig)), "its forward takes no past_key_values"),
+        (lambda: MistralForCausalLM(text_config(MistralConfig, sliding_window=8)), "DynamicSlidingWindowLayer"),
+        (lambda: tests.models("gemma3")[1], "DynamicSlidingWindowLayer"),
+        *[(lambda family=family: tests.models(family)[1], None) for family in SHARED],
+    ],
+)
+def test_refusal(model, reason):
+    got = siblings.refusal(model())
+    assert got is None if reason is None else reason in got
+
+
+def forced(trainer, shared: bool):
+    """A trainer that skips the check at its first batch."""
+    trainer.teacher.shares = {True: shared, False: shared}
+    return trainer
+
+
+def records(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "va_opd.teacher"]
+
+
+@pytest.mark.parametrize(("family", "shared"), [*((f, 1.0) for f in SHARED), ("gemma3", 0.0)])
+def test_decision_is_made_once_and_logged(make, monkeypatch, caplog, family, shared):
+    tests.fixed_rollouts(monkeypatch)
+    trainer = make(family=family, max_steps=2)
+    checked, refusal = [], siblings.refusal
+    monkeypatch.setattr(siblings, "refusal", lambda model: checked.append(model) or refusal(model))
+    trainer.train()
+    assert len(checked) == 1
+    assert [log["teacher/shared_prompts"] for log in trainer.state.log_history if "loss" in log] == [shared] * 2
+    assert len(records(caplog)) == (0 if shared else 1)
+    assert shared or "each rollout passes the teacher with its whole prompt: its cache has" in records(caplog)[0]
+
+
+@pytest.mark.parametrize("wrong", ["position", "row"])
+def test_a_model_that_reads_its_cache_wrongly_is_noticed(make, monkeypatch, caplog, wrong):
+    """A shift of all positions by the image's M-RoPE offset, or siblings that read another cache: full passes then."""
+    tests.fixed_rollouts(monkeypatch)
+    expected = tests.step(forced(make(), False))
+    trainer = make()
+    forward = trainer.teacher_model.model.forward
+
+    def broken(*args, **given):
+        if given.get("past_key_values") is not None and wrong == "position":
+            given["position_ids"] = given["position_ids"] + 7
+        elif given.get("past_key_values") is not None:
+            for layer in given["past_key_values"].layers:
+                layer.values = layer.values.flip(-2)
+        return forward(*args, **given)
+
+    monkeypatch.setattr(siblings, "refusal", lambda model: None)  # it looks at the signature
+    trainer.teacher_model.model.forward = broken
+    got = tests.step(trainer)
+    assert trainer.teacher.shares == {True: False}
+    (message,) = records(caplog)
+    assert "log-probabilities from a cache of the prompt differ by" in message
+    tests.assert_same_step(got, expected)
+
+
+def test_images_that_come_later_are_checked_too(make, monkeypatch):
+    tests.fixed_rollouts(monkeypatch)
+    trainer = make(rows=tests.mixed_rows(2), shuffle_dataset=False, per_device_train_batch_size=4, max_steps=2)
+    trainer.train()
+    assert trainer.teacher.shares == {False: True, True: True}
+
+
+# --- the trainer's step ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", SHARED)
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (3, 4), (2, 4), (1, 8)])
+def test_shared_prompts_do_not_change_the_step(make, monkeypatch, family, batch, accumulation):
+    """Micro-batches that split groups, prompts of different lengths, every other one without an image."""
+    tests.fixed_rollouts(monkeypatch)
+    settings = {
+        "family": family,
+        "rows": tests.mixed_rows(4),
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+    }
+    shared, whole = (tests.step(forced(make(**settings), value)) for value in (True, False))
+    tests.assert_same_step(shared, whole)
+
+
+def test_sharded_teachers_see_one_pass_a_prompt_and_the_same_numbers(make, monkeypatch):
+    tests.fixed_rollouts(monkeypatch)
+    expected = tests.step(forced(make(), True))
+    trainer = forced(make(), True)
+    calls = count(trainer.teacher_model)
+    monkeypatch.setattr("va_opd.teacher.is_deepspeed_zero3_enabled", lambda: True)
+    tests.assert_same_step(tests.step(trainer), expected, 1e-5, 2e-5)
+    assert calls["forwards"] == 2 * 2 * 2  # two views of two prompts: the prompt and its rollouts
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_trimmed_and_sorted_micro_batches_do_not_change_the_step(make, monkeypatch, accumulation):
+    """Against TRL's shuffled micro-batches, padded to the generation batch's longest prompt and rollout."""
+    tests.fixed_rollouts(monkeypatch)
+    settings = {
+        "rows": tests.mixed_rows(4),
+        "per_device_train_batch_size": 8 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+    }
+    expected = tests.step(make(**settings))
+    monkeypatch.setattr(siblings, "trimmed_inputs", padded_inputs)
+    monkeypatch.setattr(siblings, "length_sorted", trl_micro_batches)
+    trainer = forced(make(**settings), False)
+    tests.assert_same_step(tests.step(trainer), expected)
+
+
+# --- counted work ----------------------------------------------------------------
+
+
+def count(model) -> dict[str, int]:
+    """Counts what passes a model from now on: forwards and tokens of the text tower, patches of the vision tower."""
+    counts = {"forwards": 0, "tokens": 0, "patches": 0}
+
+    def text(module, args, given):
+        counts["forwards"] += 1
+        counts["tokens"] += given["inputs_embeds"].shape[0] * given["inputs_embeds"].shape[1]
+
+    def vision(module, args, given):
+        counts["patches"] += len(args[0] if args else given["hidden_states"])
+
+    model.model.language_model.register_forward_pre_hook(text, with_kwargs=True)
+    model.model.visual.register_forward_pre_hook(vision, with_kwargs=True)
+    return counts
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_teacher_passes_each_image_and_prompt_once_a_view(make, monkeypatch, accumulation):
+    """Two prompts times four rollouts: a quarter of the patches of full forwards, whatever the micro-batches."""
+    tests.fixed_rollouts(monkeypatch, length=6)
+    settings = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = forced(make(rows=tests.image_rows(2), **settings), True)
+    got = count(trainer.teacher_model)
+    *_, batches = tests.step(trainer)
+    prompts = sum(int(batch["prompt_mask"].sum()) for batch in batches) // 4
+    patches = sum(int(batch["image_grid_thw"].prod(1).sum()) for batch in batches) // 4
+    assert got == {"forwards": 2 * 2 * 2, "tokens": 2 * (prompts + 8 * 6), "patches": 2 * patches}
+
+    whole = forced(make(rows=tests.image_rows(2), **settings), False)
+    theirs = count(whole.teacher_model)
+    tests.step(whole)
+    assert theirs["patches"] == 4 * got["patches"]
+    assert theirs["tokens"] >= 2 * (4 * prompts + 8 * 7)
+
+
+def test_uneven_rollouts_cost_at_most_a_quarter_of_padding(make, monkeypatch):
+    lengths = [3, 17, 60, 64, 50, 20, 5, 33]
+    monkeypatch.setattr(
+        DistillationTrainer, "_generate_single_turn", lambda self, *a: [[50] * (n - 1) + [2] for n in lengths]
+    )
+    trainer = forced(make(rows=tests.image_rows(2)), True)
+    teacher, student = count(trainer.teacher_model), count(trainer.model)
+    *_, batches = tests.step(trainer)
+    prompts = sum(int(batch["prompt_mask"].sum()) for batch in batches)
+    assert teacher["tokens"] <= 2 * (prompts // 4 + sum(lengths) / siblings.SIMILAR_LENGTH)
+    assert student["tokens"] == 8 * max(siblings.sequence_lengths(batches[0]))
+
+    split = make(rows=tests.image_rows(2), per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    student = count(forced(split, True).model)
+    tests.step(split)
+    assert student["tokens"] == prompts + sum(lengths)  # no padding at all
+
+
+# --- parts ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "k", "ranks"), [(8, 4, 1), (8, 4, 2), (2, 4, 4), (3, 4, 4), (6, 4, 2), (1, 4, 8)])
+def test_sibling_groups_cover_each_rank_and_are_equally_many(rows, k, ranks):
+    groups = [siblings.sibling_groups(rows, k, rank, ranks) for rank in range(ranks)]
+    assert len({len(parts) for parts in groups}) == 1
+    for rank, parts in enumerate(groups):
+        assert [row for part in dict.fromkeys(parts) for row in part] == list(range(rows))
+        assert all(len({(rank * rows + row) // k for row in part}) == 1 for part in parts)
+
+
+def test_similar_lengths():
+    assert siblings.similar_lengths([5, 10, 9, 8, 1]) == [[1, 2, 3], [0], [4]]
+    assert siblings.similar_lengths([3, 3]) == [[0, 1]]
+    assert siblings.similar_lengths([1, 9, 5], share=0) == [[1, 2, 0]]
+
+
+def test_take_rows_moves_images_with_their_rows():
+    _, _, processor = tests.models()
+    batch = group(processor, [tests.image(0), tests.image(1, (64, 32))], [2, 3, 4])
+    batch["pixel_values"] = torch.arange(len(batch["pixel_values"]))[:, None]
+    taken = siblings.take_rows(batch, [2, 0])
+    patches = len(batch["pixel_values"]) // 3
+    expected = [*range(2 * patches, 3 * patches), *range(patches)]
+    assert taken["pixel_values"][:, 0].tolist() == expected
+    assert taken["completion_mask"].sum(1).tolist() == [4, 2]
+    assert len(taken["image_grid_thw"]) == 4
+
+
+@pytest.mark.parametrize("multiple", [None, 16])
+def test_trimmed_inputs_have_no_padding_inside(multiple):
+    _, _, processor = tests.models()
+    batch = group(processor, [tests.image(0)], [2, 9, 4], width=24)
+    inputs, mask = siblings.trimmed_inputs(batch, multiple)
+    longest = int(batch["prompt_mask"][0].sum()) + 9
+    assert inputs["input_ids"].size(1) == (longest if multiple is None else -(-longest // 16) * 16)
+    assert mask.sum(1).tolist() == [2, 9, 4]
+    for row in range(3):
+        tokens = torch.cat([batch["prompt_ids"][row], batch["completion_ids"][row]])
+        real = torch.cat([batch["prompt_mask"][row], batch["completion_mask"][row]]).bool()
+        attention = inputs["attention_mask"][row].bool()
+        assert torch.equal(inputs["input_ids"][row][attention], tokens[real])
+        assert torch.equal(attention, attention.sort().values)
+        assert torch.equal(inputs["mm_token_type_ids"][row][attention], batch["mm_token_type_ids"][row][real])
+        assert torch.equal(inputs["input_ids"][row][mask[row]], batch["completion_ids"][row][: [2, 9, 4][row]])

@@ -1,0 +1,52 @@
+"""vLLM as the engine of rollouts: prompts with images in the form that it takes, and a check of its weights."""
+
+import math
+from itertools import groupby
+
+import torch
+
+
+class VLLMRollouts:
+    """Stands before the `generate` of a TRL trainer's `vllm_generation`.
+
+    A colocated engine expands the image placeholders of a prompt itself, but TRL 1.16 passes prompts with placeholders
+    already expanded, which would then be expanded once more (huggingface/trl#6294): here they are folded first. A
+    server takes them as TRL passes them.
+
+    After each generation `logps` has B lists of T_i numbers in nats, by which the tokens were sampled.
+    """
+
+    def __init__(self, generation):
+        self.logps: list[list[float | None]] = []
+        self._generation, self._generate = generation, generation.generate
+        generation.logprobs, generation.generate = 0, self._rollouts  # 0: of the sampled token alone
+
+    def _rollouts(self, prompts, images, *arguments, **options):
+        folded = prompts
+        if images is not None and self._generation.mode == "colocate":
+            token = self._generation.processing_class.image_token_id
+            folded = [fold_placeholders(ids, row, token) for ids, row in zip(prompts, images, strict=True)]
+        _, completion_ids, logprobs, token_ids = self._generate(folded, images, *arguments, **options)
+        self.logps = [[token[0] for token in row] for row in logprobs]
+        return prompts, completion_ids, logprobs, token_ids
+
+    def gap(self, logps_N: torch.Tensor, count: int, top_p: float) -> torch.Tensor:
+        """How far the student's (N,) log-probabilities of the first `count` rollouts are from vLLM's: mean in nats.
+
+        vLLM's are within the nucleus: higher by 0 to -log(top_p), which is no gap.
+        """
+        rows = [float("nan") if logp is None else logp for row in self.logps[:count] for logp in row]
+        difference = torch.tensor(rows, device=logps_N.device) - logps_N
+        return (difference - difference.clamp(0, -math.log(top_p))).abs().nanmean()
+
+
+def fold_placeholders(ids: list[int], images: list | None, token: int) -> list[int]:
+    """`ids` with each run of the image placeholder `token` as one. Raises `ValueError` unless an image is one run."""
+    runs = [list(run) for _, run in groupby(ids, lambda i: i == token)]
+    folded = [i for run in runs for i in (run[:1] if run[0] == token else run)]
+    if folded.count(token) != len(images or []):
+        raise ValueError(
+            f"a prompt with {len(images or [])} images has {folded.count(token)} runs of image placeholders: "
+            "vllm_mode=colocate needs a model with one run an image, such as Qwen-VL; use transformers for others"
+        )
+    return folded

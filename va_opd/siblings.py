@@ -1,0 +1,162 @@
+"""Work in proportion to what is new: siblings share the pass over their prompt, micro-batches are cut to their tokens.
+
+The teacher scores the K rollouts of a prompt from one pass over the prompt (vision tower included) and one over each
+rollout, which reads the prompt from a key-value cache. Rows of a batch are dicts as TRL builds them: left-padded
+`prompt_ids`, right-padded `completion_ids`, their masks, and the processor's fields.
+"""
+
+import copy
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ._trl import MULTIMODAL_KEYS, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+# Rollouts over this share of the longest one's length are worth its padding: fewer passes, at most 1.25 times the work
+SIMILAR_LENGTH = 0.8
+
+
+def take_rows(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """The given rows of a batch, in the given order, with the images that belong to them."""
+
+    def take(value):
+        if isinstance(value, list):
+            return [value[row] for row in rows]
+        return value[rows] if isinstance(value, torch.Tensor) and value.ndim else value
+
+    return unsplit_pixel_values_by_grid({k: take(v) for k, v in split_pixel_values_by_grid(batch).items()})
+
+
+def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
+    """(B, T) bool, the tokens that the student wrote: no padding, no result of a tool."""
+    return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
+
+
+def sequence_lengths(batch: dict[str, Any]) -> list[int]:
+    """Tokens of prompt and rollout together, a number a row."""
+    return (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).tolist()
+
+
+def length_sorted(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """`parts` micro-batches of equally many rows and of like lengths, the longest first."""
+    lengths = sequence_lengths(batch)
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    size = len(order) // parts
+    return [take_rows(batch, order[i : i + size]) for i in range(0, parts * size, size)]
+
+
+def trimmed_inputs(batch: dict[str, Any], multiple: int | None = None) -> tuple[dict[str, Any], torch.Tensor]:
+    """Model inputs of a batch without the padding between prompt and rollout, as wide as its longest row.
+
+    Args:
+        multiple: the width is rounded up to a multiple of it.
+
+    Returns the inputs, (B, L) where they are a token each, and the (B, L) bool mask of the tokens of `loss_mask`.
+    """
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    width = -(-int(attention.sum(1).max()) // (multiple or 1)) * (multiple or 1)
+    order = attention.argsort(dim=1, stable=True)[:, -width:]  # padding first, then the tokens in their order
+    fields = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
+    if "pixel_values" in fields and not len(fields["pixel_values"]):  # no row of this batch has an image
+        fields = {key: value for key, value in fields.items() if key.endswith("token_type_ids")}
+    fields |= {key: value.gather(1, order) for key, value in fields.items() if key.endswith("token_type_ids")}
+    fields["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).gather(1, order)
+    fields["attention_mask"] = attention.gather(1, order)
+    mask = torch.cat([torch.zeros_like(batch["prompt_mask"]).bool(), loss_mask(batch)], dim=1)
+    return fields, mask.gather(1, order)
+
+
+def sibling_groups(num_rows: int, num_generations: int, rank: int = 0, num_ranks: int = 1) -> list[range]:
+    """The rows of a rank prompt by prompt, where every rank has `num_rows` rows of one sequence of groups of K.
+
+    A group on two ranks has a part on each. Ranks with fewer groups repeat their last one, so that all of them make
+    equally many passes, which a sharded teacher needs.
+    """
+
+    def of(rank):
+        start = rank * num_rows
+        edges = [start, *range((start // num_generations + 1) * num_generations, start + num_rows, num_generations)]
+        edges.append(start + num_rows)
+        return [range(a - start, b - start) for a, b in pairwise(edges)]
+
+    groups, most = of(rank), max(len(of(r)) for r in range(num_ranks))
+    return groups + [groups[-1]] * (most - len(groups))
+
+
+def similar_lengths(lengths: list[int], share: float = SIMILAR_LENGTH) -> list[list[int]]:
+    """Indices of `lengths`, longest first, in runs where none is under `share` of the run's longest."""
+    runs: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not runs or lengths[row] < share * lengths[runs[-1][0]]:
+            runs.append([])
+        runs[-1].append(row)
+    return runs
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """A model without its head: what makes hidden states from ids and images."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model  # with PEFT or without
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why rollouts cannot be scored from a cache of their prompt with this model, or None if they can.
+
+    Only a cache that keeps every key and value can be continued by several tokens of several rollouts and still be
+    checked on one prompt: a window or a recurrent state may go wrong on longer prompts only.
+    """
+    if "past_key_values" not in inspect.signature(backbone(model).forward).parameters:
+        return "its forward takes no past_key_values"
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {DynamicLayer.__name__}
+    return f"its cache has layers of the kind {', '.join(sorted(kinds))}" if kinds else None
+
+
+def disagreement(gap: float, full_precision: bool) -> str | None:
+    """What is wrong with log-probabilities that differ by `gap` nats on average with and without the cache, if it is
+    more than rounding: a wrong position or mask changes them by tenths."""
+    if gap <= (1e-3 if full_precision else 0.05):
+        return None
+    return f"log-probabilities from a cache of the prompt differ by {gap:.2g} nats on average"
+
+
+def sibling_hidden_states(model: nn.Module, batch: dict[str, Any], share: float = SIMILAR_LENGTH) -> torch.Tensor:
+    """Hidden states (N, H) from which the tokens of `loss_mask` are predicted, row by row, without gradient.
+
+    All rows of `batch` have the same prompt and images. The prompt passes the model once; rollouts of like lengths
+    pass it together (see `similar_lengths`), without a mask: there is no padding on the left, and what stands on the
+    right of a token does not reach it.
+    """
+    model, prompt, first = backbone(model), batch["prompt_mask"][0].bool(), take_rows(batch, [0])
+    inputs, _ = trimmed_inputs(first | {"completion_mask": torch.zeros_like(first["completion_mask"])})
+    inputs.pop("attention_mask")
+    output = model(**inputs, use_cache=True)
+    length, last = int(prompt.sum()), output.last_hidden_state[:, -1:]
+    # M-RoPE counts an image as fewer positions than tokens; without images, the model's number is of an earlier call
+    shift = getattr(model, "rope_deltas", None) if "image_grid_thw" in inputs else None
+    ids, counts = batch["completion_ids"], batch["completion_mask"].sum(1).tolist()
+    states: list[torch.Tensor] = [last] * len(counts)
+    for rows in similar_lengths(counts, share):
+        width = max(counts[rows[0]] - 1, 1)  # nothing follows the last token; one pass even so, on all ranks alike
+        position = torch.arange(length, length + width, device=ids.device) + (0 if shift is None else shift)
+        hidden = model(
+            input_ids=ids[rows, :width],
+            position_ids=position.view(1, -1).expand(len(rows), -1),
+            past_key_values=repeated(output.past_key_values, len(rows)),
+            use_cache=True,
+        ).last_hidden_state
+        for i, row in enumerate(rows):
+            states[row] = torch.cat([last[0], hidden[i, : counts[row] - 1]])
+    return pad_sequence(states, batch_first=True)[loss_mask(batch)[:, : max(counts)]]
+
+
+def repeated(cache: DynamicCache, times: int) -> DynamicCache:
+    """A copy of the cache of one row with `times` rows; the given one stays as it is."""
+    cache = copy.copy(cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache.batch_repeat_interleave(times)
+    return cache

@@ -1,0 +1,83 @@
+"""The teacher's side of a step: which rollouts pass it together, and what is kept of a pass."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from . import siblings
+from .lm_head import lm_head, sampled_logps
+
+if TYPE_CHECKING:
+    from .trainer import VAOPDTrainer
+
+logger = logging.get_logger(__name__)
+
+
+class Teacher:
+    """Scores the rollouts of a generation batch, before they are sorted into micro-batches, with the teacher of
+    `trainer`. `shares` holds the decisions of `shares_prompts`, for batches with images and for those without."""
+
+    def __init__(self, trainer: "VAOPDTrainer"):
+        self.trainer, self.shares = trainer, dict[bool, bool]()
+
+    def shares_prompts(self, batch: dict[str, Any], has_image: torch.Tensor, num_generations: int) -> bool:
+        """Whether a prompt passes the teacher once for all its rollouts: equal numbers are checked on one prompt, at
+        the first batch with images and at the first without. Otherwise a warning says why each rollout passes whole.
+
+        `has_image` is (B,) bool. All ranks decide alike.
+        """
+        trainer = self.trainer
+        if num_generations == 1 or trainer.tools:  # results of tools may hold images
+            return False
+        kind = bool(trainer.accelerator.gather(has_image).any())
+        if kind not in self.shares:
+            model = trainer.accelerator.unwrap_model(trainer.teacher_model)
+            problem = siblings.refusal(model)
+            if problem is None:
+                parts = self.parts(len(has_image), num_generations, True)
+                rows = next((rows for rows in parts if has_image[rows.start]), parts[0])
+                ours = self.score(batch, [rows], True, keep_hidden=False)[1]
+                whole = self.score(batch, [rows[-1:]], False, keep_hidden=False)[1]
+                gap = trainer.accelerator.gather((ours[-len(whole) :] - whole).abs().mean()[None]).max().item()
+                problem = siblings.disagreement(gap, model.dtype == torch.float32 and not trainer.args.bf16)
+            self.shares[kind] = problem is None
+            if problem and trainer.accelerator.is_main_process:
+                logger.warning(f"each rollout passes the teacher with its whole prompt: {problem}")
+        return self.shares[kind]
+
+    def parts(self, num_rows: int, num_generations: int, shared: bool) -> list[range]:
+        """Rows that pass the teacher together: those of a prompt, or those of a micro-batch."""
+        trainer = self.trainer
+        if shared:
+            rank, num_ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+            return siblings.sibling_groups(num_rows, num_generations, rank, num_ranks)
+        size = num_rows // (trainer.args.gradient_accumulation_steps if trainer.model.training else 1)
+        return [range(start, start + size) for start in range(0, num_rows, size)]
+
+    @torch.no_grad()
+    def score(
+        self, batch: dict[str, Any], parts: list[range], shared: bool, keep_hidden: bool = True
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The teacher's hidden states of each rollout, (T_i, H), if kept, and (N,) log-probabilities of their tokens.
+
+        Both views go through here in the same parts, so that equal images give exactly equal numbers.
+        """
+        trainer = self.trainer
+        trainer.teacher_model.eval()
+        model = trainer.accelerator.unwrap_model(trainer.teacher_model)
+        # Where the teacher is sharded, a pass costs a transfer of all its weights: one for all lengths
+        share = 0.0 if is_deepspeed_zero3_enabled() else siblings.SIMILAR_LENGTH
+        states_of = partial(siblings.sibling_hidden_states, share=share) if shared else trainer._hidden_states
+        hidden, logps = {}, {}
+        for rows in parts:  # a part that stands twice, for the sake of another rank, counts once
+            part = siblings.take_rows(batch, list(rows))
+            mask = siblings.loss_mask(part)
+            with trainer.compute_loss_context_manager():
+                states = trainer._forward_redirection(trainer.teacher_model, model, states_of, model, part)
+            head, tokens = lm_head(model), part["completion_ids"][mask]
+            logps[rows] = sampled_logps(head, states, tokens, torch.ones_like(tokens), trainer.vocab_size)
+            hidden[rows] = states.split(mask.sum(1).tolist()) if keep_hidden else ()
+        return [row for states in hidden.values() for row in states], torch.cat(list(logps.values()))
