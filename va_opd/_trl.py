@@ -16,7 +16,6 @@ from trl.trainer.utils import (  # noqa: E402
     RepeatSampler,
     maybe_gather_lm_head_ctx,
     split_pixel_values_by_grid,
-    split_tensor_dict,
     unsplit_pixel_values_by_grid,
 )
 
@@ -27,7 +26,6 @@ __all__ = [
     "SiblingSampler",
     "maybe_gather_lm_head_ctx",
     "split_pixel_values_by_grid",
-    "split_tensor_dict",
     "unsplit_pixel_values_by_grid",
 ]
 
