@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import yaml
 
+from .preemption import EXIT_CODE, Preempted, sigterm_raises
+
 SERVER_FIELDS = (
     "vllm_server_base_url",
     "vllm_server_host",
@@ -24,15 +26,17 @@ SERVER_FIELDS = (
 
 
 def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
-    """Runs `command(argv)`; its exit code or 0, 2 with one sentence for what the user can mend, 130 for Ctrl-C.
+    """Runs `command(argv)`; its exit code or 0, 2 with one sentence for what the user can mend, 130 for Ctrl-C, 143
+    for SIGTERM.
 
     With TRACEBACK=1 in the environment the error is raised as it is.
     """
     try:
-        return command(sys.argv[1:] if argv is None else argv) or 0
-    except KeyboardInterrupt:
+        with sigterm_raises():
+            return command(sys.argv[1:] if argv is None else argv) or 0
+    except KeyboardInterrupt as error:
         print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return EXIT_CODE if isinstance(error, Preempted) else 130
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TRACEBACK"):
             raise

@@ -7,6 +7,8 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
+from .preemption import EXIT_CODE, Preempted, call, sigterm_raises
+
 SIGN_OF_LIFE = 20  # seconds between two lines about commands that run side by side
 
 Command = tuple[str, list[str]]  # a name for its log, and the words of it
@@ -27,12 +29,13 @@ def launcher(gpus: int, sharding: str) -> list[str]:
 
 
 def run_experiment(name: str, stages: list[list[Command]], logs: Path) -> int:
-    """Exit code of the first command that failed, 130 for Ctrl-C, else 0."""
+    """Exit code of the first command that failed, 130 for Ctrl-C, 143 for SIGTERM, else 0."""
     try:
-        return run_stages(stages, logs)
-    except KeyboardInterrupt:
+        with sigterm_raises():
+            return run_stages(stages, logs)
+    except KeyboardInterrupt as error:
         print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return EXIT_CODE if isinstance(error, Preempted) else 130
 
 
 def run_stages(stages: list[list[Command]], logs: Path) -> int:
@@ -58,7 +61,7 @@ def _in_turn(commands: list[Command], environment: dict[str, str]) -> int:
     """One after the other, writing to the terminal."""
     for command in commands:
         print(f"$ {shown(command)}", flush=True)
-        if code := subprocess.run(command[1], env=environment).returncode:
+        if code := call(command[1], environment):
             return code
     return 0
 

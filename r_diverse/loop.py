@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from common import models, plan
 from common.cli import run_main
 from common.evaluation import ServerEngine
 from common.once import StageError, digest, once, read_counts
+from common.preemption import call
 from common.runs import RunFolder, fingerprint, read_jsonl
 from common.stages import launcher, run_experiment, shown
 
@@ -299,7 +299,7 @@ class SelfPlay:
         words += [*flags, *self.settings.argv]
         print(f"$ {shown((phase, words))}", flush=True)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
-        if code := subprocess.run(words, env=environment).returncode:
+        if code := call(words, environment):
             raise StageError(f"iteration {t}, {phase}: its command ended with exit code {code}")
 
 

@@ -28,7 +28,7 @@ from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
 from .trainer import ChallengerReward, PhaseTrainer
 
 try:
-    from common import models, verifiers
+    from common import models, preemption, verifiers
     from common.answers import extract_answer
     from common.cli import changed_fields, parse_fields, run_main
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
@@ -229,7 +229,7 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
     trainer.remove_callback(PrinterCallback)
     if main:
         trainer.add_callback(PhaseLog(folder, checkpoint, samples))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    preemption.train(trainer, checkpoint)
     trainer.save_model(str(folder / ("adapter" if lora else "model")))
     if main:
         if lora:  # the next phases start from whole weights

@@ -26,7 +26,7 @@ from .data import load_splits, reward_of
 from .trainer import SRPOTrainer
 
 try:
-    from common import models, plan
+    from common import models, plan, preemption
     from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.runs import RunFolder, fingerprint, last_checkpoint
 except ModuleNotFoundError as error:
@@ -120,7 +120,7 @@ def train(args: ScriptArguments, config: SRPOConfig) -> None:
     with folder or nullcontext():
         if folder is not None:
             record(folder, trainer, checkpoint)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        preemption.train(trainer, checkpoint)
         trainer.save_model(str(Path(config.output_dir) / "model"))
         if folder is not None:
             folder.finish()

@@ -28,7 +28,7 @@ from .engine import VLLMRollouts
 from .trainer import VAOPDTrainer
 
 try:
-    from common import models, plan, verifiers
+    from common import models, plan, preemption, verifiers
     from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
     from common.runs import RunFolder, append_jsonl, fingerprint, last_checkpoint, read_jsonl
@@ -133,7 +133,7 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
     with folder or nullcontext():
         if folder is not None:
             record(folder, trainer, checkpoint)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        preemption.train(trainer, checkpoint)
         trainer.save_model(str(Path(config.output_dir) / "model"))
         if folder is not None:
             folder.finish()

@@ -1,0 +1,202 @@
+"""Kills tiny runs of all methods by SIGKILL at random instants, resumes them, and compares them with straight runs.
+
+    python -m benchmarks.kill_test --runs 30 [--methods va_opd,srpo,r_diverse] [--seed 0] [--parallel 2]
+
+A run is started by one command and killed, with all its children, one to three times at instants that are uniform over
+the seconds that a straight run took; then the same command ends it. Compared: the bytes of the weights and of all
+records, and the logged metrics without times. Finished runs are kept in --out, so the harness itself goes on where it
+stopped. Writes benchmarks/results/kill_test.json; exit code 1 if any run differs from the straight one.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from common import plots
+from common.runs import append_jsonl, atomic_write_json, read_jsonl
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--max_steps", "24", "--save_steps", "4", "--logging_steps", "1"]
+# Micro-batches too, so that kills fall inside an accumulation window
+COMMANDS: dict[str, Callable[[Path], list[str]]] = {
+    "va_opd": lambda models: [
+        *("va_opd.train", "--config", "va_opd/configs/tiny.yaml", *SHORT, "--limit", "200"),
+        *("--model", str(models / "va_opd/base"), "--teacher", str(models / "va_opd/teacher")),
+    ],
+    "srpo": lambda models: [
+        *("srpo.train", "--config", "srpo/configs/tiny.yaml", *SHORT, "--model", str(models / "srpo/base")),
+        *("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "4"),
+    ],
+    "r_diverse": lambda models: [
+        *("r_diverse.loop", "--config", "r_diverse/configs/tiny.yaml", "--model", str(models / "r_diverse/base")),
+        *("--iterations", "1", "--candidates", "96", "--min_questions", "16", "--eval_limit", "60"),
+        *("--challenger.max_steps", "8", "--challenger.save_steps", "4"),
+        *("--solver.max_steps", "16", "--solver.save_steps", "4", "--solver.per_device_train_batch_size", "20"),
+    ],
+}
+MAKE_MODELS = {
+    "va_opd": [["va_opd.data", "teacher", "teacher"], ["va_opd.data", "base", "base"]],
+    "srpo": [["srpo.data", "base", "base"]],
+    "r_diverse": [["r_diverse.data", "base", "base"]],
+}
+TIMES = ("time", "second", "runtime", "_per_")  # in the names of metrics that no two runs share
+SINCE_START = ("train_loss", "va/null")  # of the process that ended the run: its mean loss, a check at its first step
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.kill_test", description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=30, help="killed runs, shared among the methods (30)")
+    parser.add_argument("--methods", default=",".join(COMMANDS), help="comma list")
+    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at the same time (2)")
+    parser.add_argument("--out", type=Path, default=Path("runs/kill_test"), help="folder of runs and models")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/kill_test.json")
+    args = parser.parse_args(argv)
+    methods = args.methods.split(",")
+    if unknown := set(methods) - set(COMMANDS):
+        print(
+            f"benchmarks.kill_test: unknown methods {sorted(unknown)}; choose among {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    out = args.out.resolve()
+    with ThreadPoolExecutor(args.parallel) as pool:
+        straight = dict(zip(methods, pool.map(lambda method: straight_run(method, out), methods), strict=True))
+        done = {(r["method"], r["index"], r["seed"]) for r in results(out)}
+        wanted = [(methods[i % len(methods)], i // len(methods)) for i in range(args.runs)]
+        jobs = [(method, i) for method, i in wanted if (method, i, args.seed) not in done]
+        for record in pool.map(lambda job: killed_run(*job, args.seed, straight[job[0]], out), jobs):
+            append_jsonl(out / "results.jsonl", record)
+            print(f"{record['method']} {record['index']}: {record['verdict']}; kills {record['kills']}", flush=True)
+    records = [r for r in results(out) if (r["method"], r["index"]) in wanted and r["seed"] == args.seed]
+    print(table(records))
+    atomic_write_json(args.results, {**machine("transformers", "trl"), "runs": records})
+    return int(any(record["verdict"] != "equal" for record in records))
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    path = out / "results.jsonl"
+    return read_jsonl(path) if path.exists() else []
+
+
+def straight_run(method: str, out: Path) -> dict[str, Any]:
+    """Seconds and content of an undisturbed run, made once; its models too."""
+    done = out / f"straight-{method}.json"
+    if not done.exists():
+        for module, what, name in MAKE_MODELS[method]:
+            folder = out / "models" / method / name
+            if not (folder / "config.json").exists():
+                check([module, what, str(folder)], out / f"models-{method}.log")
+        folder = out / f"straight-{method}"
+        shutil.rmtree(folder, ignore_errors=True)
+        started = time.monotonic()
+        check([*COMMANDS[method](out / "models"), "--out", str(folder)], out / f"straight-{method}.log")
+        atomic_write_json(done, {"seconds": time.monotonic() - started, "content": content(folder)})
+    return json.loads(done.read_text())
+
+
+def killed_run(method: str, index: int, seed: int, straight: dict[str, Any], out: Path) -> dict[str, Any]:
+    rng = random.Random(f"{seed}/{method}/{index}")
+    folder, log = out / f"{method}-{seed}-{index}", out / f"{method}-{seed}-{index}.log"
+    shutil.rmtree(folder, ignore_errors=True)  # of a harness that was killed: the instants are counted from the start
+    command = [*COMMANDS[method](out / "models"), "--out", str(folder)]
+    kills = []
+    for _ in range(rng.randint(1, 3)):
+        process, instant = start(command, log), rng.uniform(0, straight["seconds"])
+        try:
+            process.wait(instant)
+            break  # it had less left to do than that
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills.append({"second": round(instant, 1), "at": progress(folder)})
+    code = start(command, log).wait()
+    found, wanted = content(folder), straight["content"]
+    differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    verdict = f"exit code {code}" if code else f"differs in {', '.join(differing[:5])}" if differing else "equal"
+    if verdict == "equal":
+        shutil.rmtree(folder)
+    return {"method": method, "index": index, "seed": seed, "kills": kills, "verdict": verdict}
+
+
+def start(command: Sequence[str], log: Path) -> subprocess.Popen:
+    """A process group of its own, so that a kill takes its children too."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+
+
+def check(command: Sequence[str], log: Path) -> None:
+    if code := start(command, log).wait():
+        raise SystemExit(f"benchmarks.kill_test: {' '.join(command)} ended with exit code {code}: see {log}")
+
+
+def progress(folder: Path) -> str:
+    """What was on disk at the kill: the newest checkpoint, or the stage that had begun."""
+    started = [path.parent for path in folder.rglob("STARTED.json") if not (path.parent / "DONE.json").exists()]
+    steps = [int(path.name.rpartition("-")[2]) for path in folder.rglob("checkpoint-*") if path.is_dir()]
+    stage = f"{started[0].name} " if started else ""
+    return f"{stage}checkpoint {max(steps)}" if steps else stage.strip() or "no checkpoint"
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Digest by file name: weights and records as bytes, metrics without times; checkpoints are no result."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if any(part.startswith(("checkpoint-", ".", "logs")) for part in relative.parts) or not path.is_file():
+            continue
+        if path.name == "metrics.jsonl":
+            digests[str(relative)] = _digest(json.dumps([_timeless(line) for line in read_jsonl(path)]).encode())
+        elif path.suffix in (".safetensors", ".npy") or path.name in (
+            "samples.jsonl",
+            "labelled.jsonl",
+            "records.jsonl",
+        ):
+            digests[str(relative)] = _digest(path.read_bytes())
+    return digests
+
+
+def _timeless(line: dict[str, Any]) -> dict[str, Any]:
+    kept = (name for name in line if name not in SINCE_START and not any(part in name for part in TIMES))
+    return {name: line[name] for name in kept}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for method in COMMANDS:
+        mine = [record for record in records if record["method"] == method]
+        places = sorted({kill["at"] for record in mine for kill in record["kills"]})
+        kills = sum(len(record["kills"]) for record in mine)
+        equal = sum(record["verdict"] == "equal" for record in mine)
+        if mine:
+            rows.append([method, len(mine), kills, equal, ", ".join(places)])
+    return plots.table_markdown(rows, ["method", "runs", "kills", "equal to the straight run", "killed at"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""SIGTERM, by which a scheduler takes a machine back: training saves a checkpoint and ends, the same command goes on.
+
+transformers' own `enable_jit_checkpoint` saves between the micro-batches of a step and on each rank by itself, and the
+caller cannot tell a run that was stopped from one that has ended.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Preempted(KeyboardInterrupt):
+    """The process was told to end by SIGTERM. What is on disk is enough to go on."""
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Inside, SIGTERM raises `Preempted` in the main thread, so that files and child processes are cleared up."""
+    owner = os.getpid()
+
+    def stop(*_) -> None:
+        if os.getpid() == owner:
+            raise Preempted("SIGTERM")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork, such as a worker, just ends
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with _handled(stop):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[..., None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only there Python takes handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def call(words: Sequence[str], environment: dict[str, str]) -> int:
+    """Exit code of a command; if this process is interrupted meanwhile, the command is told to end and waited for."""
+    process = subprocess.Popen(words, env=environment)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+def train(trainer: Any, checkpoint: str | os.PathLike | None) -> None:
+    """`trainer.train` from the checkpoint, which SIGTERM ends with a checkpoint and `Preempted`.
+
+    That is at the first step from which the run can resume exactly: the end of a generation batch.
+    """
+    args = trainer.args
+    batch = (getattr(args, "steps_per_generation", None) or 1) // args.gradient_accumulation_steps or 1
+    callback = SaveOnSigterm(batch)
+    trainer.add_callback(callback)
+    with _handled(callback.ask):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if callback.asked or callback.stopped:
+        raise Preempted("SIGTERM")
+
+
+class SaveOnSigterm(TrainerCallback):
+    """Ends a training with a checkpoint after `ask` was called, at a multiple of `steps`.
+
+    Of several processes all stop at the same step, whichever was asked.
+    """
+
+    def __init__(self, steps: int):
+        self.steps, self.asked, self.stopped = steps, False, False
+
+    def ask(self, *_) -> None:
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        whole = state.global_step % self.steps == 0 and state.global_step < state.max_steps
+        if whole and self._any_asked(args.device):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def _any_asked(self, device: torch.device) -> bool:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.asked
+        asked = torch.tensor(int(self.asked), device=device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        return bool(asked)

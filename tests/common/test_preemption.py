@@ -1,0 +1,121 @@
+"""SIGTERM: a checkpoint, a sentence, exit code 143, and the same command ends as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common import preemption
+from common.cli import run_main
+from common.runs import read_jsonl
+from common.tiny import tiny_qwen3
+
+ROOT = Path(__file__).resolve().parents[2]
+SRPO = ["srpo.train", "--config", "srpo/configs/tiny.yaml", "--max_steps", "40", "--save_steps", "40"]
+SRPO += ["--logging_steps", "1", "--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "2"]
+
+
+def run(words: list[str], until=None) -> tuple[int, str]:
+    """Exit code and output of a command, which gets SIGTERM as soon as `until()` is true."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while until and process.poll() is None and not until():
+        time.sleep(0.02)
+    if until:
+        process.terminate()
+    return (process.wait(timeout=200), process.stdout.read())
+
+
+def test_training_saves_and_goes_on(tmp_path):
+    for part in tiny_qwen3(hidden=32):
+        part.save_pretrained(tmp_path / "model")
+    ends = {}
+    for name in ("straight", "stopped"):
+        words = [*SRPO, "--model", str(tmp_path / "model"), "--out", str(tmp_path / name)]
+        folder = tmp_path / name / "srpo/tiny-additions/srpo-seed0"
+        metrics = folder / "metrics.jsonl"
+        if name == "stopped":
+            code, said = run(words, until=lambda metrics=metrics: metrics.exists() and len(read_jsonl(metrics)) >= 3)
+            assert code == 143, said
+            assert "srpo.train: stopped; the same command goes on from here" in said
+            (checkpoint,) = folder.glob("checkpoint-*")
+            assert 3 <= int(checkpoint.name.split("-")[1]) < 40
+            assert not (folder / "model").exists()
+        assert run(words)[0] == 0
+        ends[name] = [(line["step"], line["loss"], line["reward"]) for line in read_jsonl(metrics) if "loss" in line]
+    assert ends["stopped"] == ends["straight"]
+    assert len(ends["straight"]) == 40
+
+
+class FakeTrainer:
+    """Twelve steps, four on each generation batch; the process gets SIGTERM in one of them."""
+
+    args = SimpleNamespace(steps_per_generation=8, gradient_accumulation_steps=2, device="cpu")
+
+    def __init__(self, signal_at: int | None):
+        self.signal_at, self.saved, self.state = signal_at, [], SimpleNamespace(global_step=0, max_steps=12)
+
+    def add_callback(self, callback):
+        self.callback = callback
+
+    def train(self, resume_from_checkpoint):
+        self.resumed, control = resume_from_checkpoint, SimpleNamespace(should_save=False, should_training_stop=False)
+        while self.state.global_step < 12 and not control.should_training_stop:
+            self.state.global_step += 1
+            if self.state.global_step == self.signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.callback.on_step_end(self.args, self.state, control)
+            if control.should_save:
+                self.saved.append(self.state.global_step)
+
+
+def test_only_between_generation_batches():
+    trainer = FakeTrainer(signal_at=5)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(preemption.Preempted):
+        preemption.train(trainer, "checkpoint-4")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert trainer.resumed == "checkpoint-4"
+    assert trainer.saved == [8]
+
+
+def test_a_training_that_was_not_stopped_ends_as_ever():
+    trainer = FakeTrainer(signal_at=None)
+    preemption.train(trainer, None)
+    assert (trainer.saved, trainer.state.global_step) == ([], 12)
+
+
+def test_commands_exit_with_143(capsys):
+    def command(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    assert run_main("x.y", command, []) == 143
+    assert "x.y: stopped; the same command goes on from here" in capsys.readouterr().err
+
+
+def test_a_command_under_way_is_told_to_end(tmp_path):
+    """An experiment passes the signal on, and waits until its command has saved."""
+    child = "import signal, sys, time, pathlib\n"
+    child += "def stop(*_): time.sleep(0.5); pathlib.Path('saved').touch(); sys.exit(143)\n"
+    child += "signal.signal(signal.SIGTERM, stop); pathlib.Path('started').touch(); time.sleep(60)"
+    parent = f"""
+import sys
+from pathlib import Path
+from common.stages import run_experiment
+sys.exit(run_experiment("x", [[("child", [sys.executable, "-c", {child!r}])]], Path("logs")))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert (tmp_path / "saved").exists()
