@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from .preemption import EXIT_CODE, Preempted, sigterm_raises
 
@@ -23,6 +24,8 @@ SERVER_FIELDS = (
     "vllm_server_timeout",
     "vllm_group_port",
 )
+# What Python and safetensors, and what torch.save say of it
+FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing file")
 
 
 def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
@@ -37,7 +40,9 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
     except KeyboardInterrupt as error:
         print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
         return EXIT_CODE if isinstance(error, Preempted) else 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in FULL_DISK):
+            raise
         if os.environ.get("TRACEBACK"):
             raise
         print(f"{name}: {_sentence(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
@@ -46,6 +51,8 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
 
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if any(sign in text for sign in FULL_DISK):
+        return f"the disk is full; free some of it, then the same command goes on from here ({text})"
     if any(cls.__module__ == "requests.exceptions" for cls in type(error).__mro__):  # TRL's client of a vLLM server
         return f"the rollout server does not answer; start it, then the same command goes on from here ({text})"
     return text

@@ -1,5 +1,6 @@
 """SIGTERM: a checkpoint, a sentence, exit code 143, and the same command ends as if nothing had been."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from common import preemption
 from common.cli import run_main
@@ -89,6 +91,32 @@ def test_a_training_that_was_not_stopped_ends_as_ever():
     trainer = FakeTrainer(signal_at=None)
     preemption.train(trainer, None)
     assert (trainer.saved, trainer.state.global_step) == ([], 12)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"),
+    ],
+)
+def test_a_full_disk_in_any_writer_is_one_sentence(capsys, error):
+    def command(_):
+        raise error
+
+    assert run_main("x.y", command, []) == 2
+    said = capsys.readouterr().err
+    assert "x.y: the disk is full; free some of it, then the same command goes on from here" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_an_unknown_error_keeps_its_traceback():
+    def command(_):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_main("x.y", command, [])
 
 
 def test_commands_exit_with_143(capsys):
