@@ -15,23 +15,21 @@ Python code: give it no file that you do not trust. Writes benchmarks/results/an
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from benchmarks.machine import machine
 from common.answers import check, grade, grade_many, same_answer
 from common.runs import atomic_write_json
 
@@ -41,6 +39,7 @@ LARGE = (
     "9^{9^{9^{9}}}", "9**9**9", "((10!)!)!", "(9!)!!", "1000000000!", r"\binom{10^9}{5\cdot10^8}", "(x+y)**3000",
     r"\sum_{n=1}^{\infty} \frac{1}{n^3+\sin n}", "(" * 3000 + "5" + ")" * 3000, "9" * 5000,
 )  # fmt: skip
+PACKAGES = ("math-verify", "mathruler", "latex2sympy2-extended", "sympy", "mpmath")
 BATCH = 2048
 MIN_TIMED = 5  # pairs of a kind below which its checks a second say little
 
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"benchmarks.answers: {error}", file=sys.stderr)
         return 2
     names = [name for name in args.checkers if is_installed(name)]
-    result: dict[str, Any] = {"machine": machine(), "limit_seconds": args.limit, "files": {}}
+    result: dict[str, Any] = {"machine": machine(*PACKAGES), "limit_seconds": args.limit, "files": {}}
     for name, pairs in files.items():
         result["files"][name] = measure(pairs, names, args.repeats, args.limit)
         print(f"\n{name}: {len(pairs)} pairs\n{table(result['files'][name])}", flush=True)
@@ -291,22 +290,6 @@ def grade_batch() -> tuple[float, int]:
     verdicts = grade_many([pair.prediction for pair in pairs], [pair.gold for pair in pairs])
     seconds = time.perf_counter() - start
     return seconds, sum((verdict == "correct") != pair.expected for verdict, pair in zip(verdicts, pairs, strict=True))
-
-
-def machine() -> dict[str, Any]:
-    versions = {}
-    for package in ("math-verify", "mathruler", "latex2sympy2-extended", "sympy", "mpmath"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "platform": platform.platform(),
-        "processor": f"{os.cpu_count()} CPU cores",
-        "python": platform.python_version(),
-        "packages": versions,
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

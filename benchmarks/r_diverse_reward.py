@@ -11,8 +11,6 @@ bank are synthetic, from a seed.
 
 import argparse
 import multiprocessing
-import os
-import platform
 import random
 import shutil
 import sys
@@ -20,13 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.machine import machine
 from common.runs import atomic_write_json
 from r_diverse import MemoryBank, bleu_repetition_penalty, challenger_reward, repetition_penalty
 
@@ -86,7 +84,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     questions, embeddings = make_questions(args.questions), make_embeddings(args.questions, args.dim, seed=1)
     consistency = np.random.default_rng(2).integers(11, size=args.questions) / 10
     valid, none = np.ones(args.questions, bool), np.zeros(args.questions)
-    result: dict[str, Any] = {"questions": args.questions, "dim": args.dim, "machine": machine(), "bank": []}
+    result: dict[str, Any] = {
+        "questions": args.questions,
+        "dim": args.dim,
+        "machine": machine("numpy", "scipy", "scikit-learn", "faiss-cpu", "nltk"),
+        "bank": [],
+    }
     ours, seconds = timed(lambda: repetition_penalty(embeddings))
     result["p_rep"] = {"seconds": seconds, "clusters": clusters(ours)}
     for rows in args.bank_rows:
@@ -196,17 +199,6 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 def clusters(penalty: np.ndarray) -> int:
     return round(float((1 / (penalty * len(penalty))).sum()))
-
-
-def machine() -> dict[str, Any]:
-    versions = {}
-    for package in ("numpy", "scipy", "scikit-learn", "faiss-cpu", "nltk"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    threads = os.environ.get("OMP_NUM_THREADS")
-    return {"platform": platform.platform(), "cpus": os.cpu_count(), "OMP_NUM_THREADS": threads, "packages": versions}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -10,8 +10,6 @@ Writes benchmarks/results/srpo_step.json.
 """
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
+from benchmarks.machine import machine
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import char_tokenizer
@@ -150,7 +149,10 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer.save_pretrained(folder)
         results = measure(folder, tokenizer, ids, options)
     print(table(results))
-    atomic_write_json(options.out, {"settings": vars(options) | {"out": options.out.name}, **machine(), **results})
+    atomic_write_json(
+        options.out,
+        {"settings": vars(options) | {"out": options.out.name}, "machine": machine("transformers", "trl"), **results},
+    )
 
 
 def measure(folder: str, tokenizer, ids: list[list[int]], options: argparse.Namespace) -> dict[str, Any]:
@@ -193,11 +195,6 @@ def table(results: dict[str, Any]) -> str:
         + f"\n\nSRPO over TRL's SDPO: {ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] of the seconds; "
         f"response tokens scored over needed: {results['srpo_scored_over_needed']:.2f}"
     )
-
-
-def machine() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {"machine": device, "torch": torch.__version__, "python": platform.python_version()}
 
 
 if __name__ == "__main__":
