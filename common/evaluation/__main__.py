@@ -1,9 +1,12 @@
-"""python -m common.evaluation --model PATH_OR_ID --benchmark math500 [--engine vllm] [--samples K] --out DIR"""
+"""python -m common.evaluation --model PATH_OR_ID --benchmark math500 [--engine vllm] [--samples K] [--out DIR]"""
 
 import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
+
+SEVERAL = {"temperature": 0.6, "top_p": 0.95}  # for more than one sample where the benchmark's decoding is greedy
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,8 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, help="a question; default: the benchmark's")
     parser.add_argument("--data", help="local file or folder instead of the hub")
     parser.add_argument("--limit", type=int, help="only the first questions")
-    parser.add_argument("--temperature", type=float, help="default: the benchmark's")
-    parser.add_argument("--top_p", type=float, help="default: the benchmark's")
+    several = "; {} for several samples of a greedy one"
+    for name, value in SEVERAL.items():
+        parser.add_argument(f"--{name}", type=float, help=f"default: the benchmark's{several.format(value)}")
     parser.add_argument("--max_new_tokens", type=int, help="default: the benchmark's")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at once with transformers")
     parser.add_argument("--chat_template_kwargs", default="{}", help="JSON, such as '{\"enable_thinking\": false}'")
@@ -29,8 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         "--engine_options", default="{}", help="JSON, of vllm.LLM, such as '{\"max_model_len\": 8192}'"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, help="folder of records and metrics")
+    parser.add_argument("--out", help="folder of records and metrics; default: runs/evaluation/ and the model's name")
     args = parser.parse_args(argv)
+    args.out = args.out or str(Path("runs/evaluation") / Path(args.model or args.responses or "").stem)
     from common.cli import run_main  # torch: `--help` need not wait for it
 
     return run_main("common.evaluation", lambda _: print(_report(_run(args))), [])
@@ -48,10 +53,18 @@ def _run(args: argparse.Namespace) -> dict:
     if not args.model:
         raise ValueError("there is no --model to ask, no file of --responses, and no --rescore: pass one of them")
     options = _json_options("chat_template_kwargs", args.chat_template_kwargs, '{"enable_thinking": false}')
-    engine = _engine(args, options)
-    changes = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
-    decoding = dataclasses.replace(benchmark.decoding, **{k: v for k, v in changes.items() if v is not None})
+    engine, decoding = _engine(args, options), _decoding(args, benchmark)
     return evaluate(engine, benchmark, args.out, samples=args.samples, decoding=decoding, seed=args.seed)
+
+
+def _decoding(args: argparse.Namespace, benchmark):
+    """The benchmark's with the user's changes; greedy decoding would only repeat one answer."""
+    decoding = benchmark.decoding
+    if (args.samples or 1) > 1 and decoding.temperature == 0 and args.temperature is None:
+        decoding = dataclasses.replace(decoding, **SEVERAL)
+        print(f"{args.samples} samples are drawn with {SEVERAL}: {benchmark.name} is greedy", file=sys.stderr)
+    changes = {name: getattr(args, name) for name in (*SEVERAL, "max_new_tokens")}
+    return dataclasses.replace(decoding, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _engine(args: argparse.Namespace, options: dict):

@@ -294,6 +294,19 @@ def arguments(tmp_path: Path, out: str, *more: str) -> list[str]:
     return [*shared, "--samples", "3", "--max_new_tokens", "8", "--batch_size", "10", *more]
 
 
+def test_several_samples_of_a_greedy_benchmark_are_drawn(tmp_path, capsys, monkeypatch):
+    """Without --temperature, and without --out: the command as one first types it."""
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "model")
+    rows = "".join(json.dumps({"problem": f"{i}?", "answer": str(i)}) + "\n" for i in range(272))
+    (tmp_path / "minerva.jsonl").write_text(rows)
+    words = ["--model", "model", "--benchmark", "minerva_math", "--data", "minerva.jsonl", "--limit", "4"]
+    assert command.main([*words, "--samples", "2", "--max_new_tokens", "4"]) == 0
+    assert "2 samples are drawn with {'temperature': 0.6, 'top_p': 0.95}" in capsys.readouterr().err
+    identity = json.loads((tmp_path / "runs/evaluation/model/minerva_math/identity.json").read_text())
+    assert (identity["decoding"]["temperature"], identity["samples"]) == (0.6, 2)
+
+
 def test_the_command_prints_value_interval_and_rates(tmp_path, capsys):
     model_folder(tmp_path / "model")
     assert command.main(arguments(tmp_path, "out")) == 0
