@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch  # imported where used: without it a bank still works
 
 LEVELS = 127
 ROUNDING = 1e-6  # more than float32 rows and float64 sums can be off
 PIECE = 256  # rows that are gathered at a time
+PART = 256  # queries of one thread at a time
 DENSE = 32  # gathering one row costs as much as multiplying so many
 
 
@@ -50,7 +50,7 @@ def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:
     """Number of the row with the highest inner product with each query, (B,) int64.
 
     For codes q', x' of a query q and a row x, |q.x - q'.x'| <= |q - q'| |x| + |q'| |x - x'|, and the lengths of both
-    differences are known. What may still be the highest is computed in float64.
+    differences are known. What may still be the highest is computed in float32, what is left then in float64.
 
     Args:
         queries: (B, D) float64 unit vectors.
@@ -61,28 +61,44 @@ def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:
     scales = np.abs(queries).max(1) / LEVELS
     codes = np.rint(queries / scales[:, None]).astype(np.int8)
     errors = np.linalg.norm(queries - codes * scales[:, None], axis=1)
-    codes = torch.from_numpy(codes)
     best, where, start = np.full(len(queries), -np.inf), np.zeros(len(queries), np.int64), 0
-    for block in blocks:
-        products = torch._int_mm(codes, torch.from_numpy(np.array(block.codes)).T)
-        unit, slack = scales * block.scale, errors + (1 + errors) * block.error + ROUNDING
-        likely = products.argmax(1).numpy()
-        likely_products = _products(queries, block.rows, np.arange(len(queries)), likely)
-        least = np.ceil((np.maximum(best, likely_products) - slack) / unit).astype(np.int32)
-        values, rows = _highest(queries, block.rows, products >= torch.from_numpy(least)[:, None])
-        better = values > best
-        best[better], where[better] = values[better], rows[better] + start
-        start += len(block.rows)
+    parts = [slice(i, i + PART) for i in range(0, len(queries), PART)]
+    # Threads share the work since numpy lets go of the interpreter in all that takes long here
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for block in blocks:
+            products = torch._int_mm(torch.from_numpy(codes), torch.from_numpy(np.array(block.codes)).T).numpy()
+            known = best
+            if start == 0:  # later a search in the block itself would rule out few rows more
+                known = _products(queries, block.rows, np.arange(len(queries)), products.argmax(1))
+            slack = errors + (1 + errors) * block.error + ROUNDING
+            least = np.ceil((known - slack) / (scales * block.scale)).astype(np.int32)
+            search = partial(_search, queries, block.rows, products, least, best, where, start)
+            list(pool.map(search, parts))
+            start += len(block.rows)
     return where
 
 
-def _highest(queries: np.ndarray, rows: np.ndarray, candidates: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _search(queries, rows, products, least, best, where, start, part: slice) -> None:
+    """Updates `best` and `where` of a part of the queries with the rows whose products reach `least`."""
+    values, found = _highest(queries[part], rows, products[part] >= least[part, None])
+    better = values > best[part]
+    best[part][better], where[part][better] = values[better], found[better] + start
+
+
+def _highest(queries: np.ndarray, rows: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Highest inner product of each query with its candidates among the rows, and the row; -inf without candidates."""
-    which, row = (index.numpy() for index in candidates.nonzero(as_tuple=True))
-    if len(row) * DENSE > candidates.numel():
+    which, row = np.divmod(np.flatnonzero(candidates), candidates.shape[1])  # many times as fast as `nonzero`
+    if len(row) * DENSE > candidates.size:
         products = queries @ rows.T.astype(np.float64)
         return products.max(1, initial=-np.inf), products.argmax(1)
     highest, best = np.full(len(queries), -np.inf), np.zeros(len(queries), np.int64)
+    if not len(row):
+        return highest, best
+    rough = _products(queries.astype(np.float32), rows, which, row)
+    starts = np.flatnonzero(np.diff(which, prepend=-1))
+    margin = 2 * rows.shape[1] * np.finfo(np.float32).eps  # more than the sums of two unit vectors can be off
+    near = rough >= np.repeat(np.maximum.reduceat(rough, starts), np.diff([*starts, len(which)])) - margin
+    which, row = which[near], row[near]
     values = _products(queries, rows, which, row)
     order = np.lexsort((-row, values))  # so that the highest, and of equal ones the first row, is written last
     highest[which[order]], best[which[order]] = values[order], row[order]
@@ -90,7 +106,7 @@ def _highest(queries: np.ndarray, rows: np.ndarray, candidates: torch.Tensor) ->
 
 
 def _products(queries: np.ndarray, rows: np.ndarray, which: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """queries[which] . rows[row] in float64, in pieces that stay in the processor's cache."""
+    """queries[which] . rows[row] in the format of the queries, in pieces that stay in the processor's cache."""
     pieces = [slice(i, i + PIECE) for i in range(0, len(row), PIECE)]
-    found = [np.einsum("bd,bd->b", queries[which[piece]], rows[row[piece]].astype(np.float64)) for piece in pieces]
-    return np.concatenate([np.zeros(0), *found])
+    found = [np.einsum("bd,bd->b", queries[which[p]], rows[row[p]].astype(queries.dtype)) for p in pieces]
+    return np.concatenate([np.zeros(0, queries.dtype), *found])

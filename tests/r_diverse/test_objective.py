@@ -217,6 +217,17 @@ def test_repetition_does_not_depend_on_the_order_with_equal_distances_too(seed):
         assert np.array_equal(objective.repetition_penalty(grid[order]), expected[order])
 
 
+@pytest.mark.parametrize("kind", ["distinct", "equal", "one-hot"])
+def test_rows_are_ordered_by_all_columns(kind):
+    rng = np.random.default_rng(0)
+    rows = {
+        "distinct": rng.standard_normal((50, 40)),
+        "equal": np.ones((50, 40)),
+        "one-hot": np.eye(40)[rng.integers(40, size=50)],
+    }[kind]
+    assert (objective._row_order(rows) == np.lexsort(rows.T[::-1])).all()
+
+
 def test_a_chain_of_equal_distances_is_cut_in_the_same_place_in_every_order():
     """The middle one of 0, 50, 100 degrees is as near to the left as to the right; the three are too far apart."""
     chain = angles(0, 50, 100)
