@@ -79,9 +79,12 @@ lint: $(READY) ## Style and format checks, changing nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-lock: $(READY) ## requirements-cpu.lock anew from pyproject.toml, by the rules in scripts/lock.toml
+lock: $(READY) ## requirements-cpu.lock anew by the rules of scripts/lock.toml; a dry run of environment.yml
 	$(PY) -m pip install --quiet uv==0.13.9
 	$(PY) -m uv pip compile --quiet --upgrade --config-file scripts/lock.toml pyproject.toml -o requirements-cpu.lock
+	@# environment.yml has to resolve too
+	sed -n 's/^ *- \([a-z]*==.*\)/\1/p' environment.yml | $(PY) -m uv pip compile --quiet --python-version 3.12 \
+		--extra vllm --extra deepspeed --extra eval --extra skills --extra dev pyproject.toml - -o /dev/null
 	$(PY) -m pip uninstall --quiet --yes uv
 
 clean: ## Remove .venv, .venv-vllm and caches; runs/ stays

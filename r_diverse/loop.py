@@ -31,7 +31,7 @@ from .train import PHASES, Settings, challenger, local_engine, parse, skill_enco
 
 # isort: split
 # after .train, which says in one line that common/ is missing
-from common import models, plan
+from common import models, plan, versions
 from common.cli import run_main
 from common.evaluation import ServerEngine
 from common.once import StageError, digest, once, read_counts
@@ -382,6 +382,7 @@ def _main(argv: list[str]) -> int:
         seeds = (known.seeds or str(settings.run.seed)).split(",")
         return experiment(settings, fields, variants, seeds, known.more)
     else:
+        versions.announce("r_diverse.loop")
         play(with_more(settings, known.more))
     return 0
 

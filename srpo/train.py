@@ -26,7 +26,7 @@ from .data import load_splits, reward_of
 from .trainer import SRPOTrainer
 
 try:
-    from common import models, plan, preemption
+    from common import models, plan, preemption, versions
     from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.runs import RunFolder, fingerprint, last_checkpoint
 except ModuleNotFoundError as error:
@@ -114,6 +114,8 @@ def train(args: ScriptArguments, config: SRPOConfig) -> None:
             open_run(args, config, splits)  # refuses a run with other settings
             print(f"{run_path(args, config)}: done already")
         return
+    if main_process:
+        versions.announce("srpo.train")
     trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
     checkpoint = last_checkpoint(config.output_dir)  # every rank looks for itself on the shared folder
     folder = open_run(args, config, splits) if main_process else None

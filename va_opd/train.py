@@ -28,7 +28,7 @@ from .engine import VLLMRollouts
 from .trainer import VAOPDTrainer
 
 try:
-    from common import models, plan, preemption, verifiers
+    from common import models, plan, preemption, verifiers, versions
     from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
     from common.runs import RunFolder, append_jsonl, fingerprint, last_checkpoint, read_jsonl
@@ -127,6 +127,8 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
             open_run(args, config, splits)  # refuses a run with other settings
             print(f"{run_path(args, config)}: done already")
         return
+    if main_process:
+        versions.announce("va_opd.train")
     trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
     checkpoint = last_checkpoint(config.output_dir)  # every rank looks for itself on the shared folder
     folder = open_run(args, config, splits) if main_process else None

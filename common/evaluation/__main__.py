@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> dict:
+    from common import versions
+
     from . import load_benchmark
     from .run import evaluate, rescore, score_responses
 
@@ -52,6 +54,7 @@ def _run(args: argparse.Namespace) -> dict:
         return score_responses(benchmark, args.responses, args.out)
     if not args.model:
         raise ValueError("there is no --model to ask, no file of --responses, and no --rescore: pass one of them")
+    versions.announce("common.evaluation")
     options = _json_options("chat_template_kwargs", args.chat_template_kwargs, '{"enable_thinking": false}')
     engine, decoding = _engine(args, options), _decoding(args, benchmark)
     return evaluate(engine, benchmark, args.out, samples=args.samples, decoding=decoding, seed=args.seed)
