@@ -42,6 +42,8 @@ class SRPOConfig(GRPOConfig):
             `"ema"` is the float32 average of the policy; `"frozen"` its start; `"current"` the policy itself.
         teacher_update_rate (`float`, *optional*, defaults to `0.05`):
             Rate of the average, once after each optimizer step.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Keep the self-teacher in host memory while it does not score; for one process or ZeRO-2.
         reprompt_template (`str`, *optional*, defaults to `"{prompt}\nCorrect solution:\n\n{demonstration}\n\nCorrectly solve the original question."`):
             The teacher's user message, with `{prompt}` and `{demonstration}`; the string of the SDPO release's runs.
         max_reprompt_length (`int`, *optional*, defaults to `10240`):
@@ -81,6 +83,7 @@ class SRPOConfig(GRPOConfig):
     )
     teacher: str = field(default="ema", metadata={"help": "Self-teacher.", "choices": list(TEACHERS)})
     teacher_update_rate: float = field(default=0.05, metadata={"help": "Rate of the teacher's average."})
+    teacher_offload: bool = field(default=False, metadata={"help": "Self-teacher in host memory between its passes."})
     reprompt_template: str = field(default=TEMPLATE, metadata={"help": "The teacher's user message."})
     max_reprompt_length: int = field(default=10240, metadata={"help": "Longest teacher prompt in tokens."})
     entropy_beta: float | None = field(default=None, metadata={"help": "beta; 1.0 for srpo, 0.0 for the others."})

@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ._trl import ForwardRedirection, create_model_from_path, prepare_deepspeed
 from .lm_head import LMHead, lm_head, response_hidden_states
+from .offload import Offloaded
 from .reprompt import batches, teacher_inputs
 
 TEACHER_KINDS = ("ema", "frozen", "current")
@@ -30,10 +31,11 @@ class SelfTeacher:
     averages the product B A and not its factors. `"frozen"` is the start, `"current"` the policy itself.
 
     Under ZeRO-3 the copy is sharded like the policy, each rank averages its own shards, and the float32 average is
-    kept beside the half-precision weights that the forward uses.
+    kept beside the half-precision weights that the forward uses. With `offload` a copy that is not sharded waits in
+    host memory between its passes, where it is averaged too.
     """
 
-    def __init__(self, policy: nn.Module, accelerator, kind: str = "ema", rate: float = 0.05):
+    def __init__(self, policy: nn.Module, accelerator, kind: str = "ema", rate: float = 0.05, offload: bool = False):
         self.kind, self.rate, self.accelerator = kind, rate, accelerator
         self.sharded = is_deepspeed_zero3_enabled()
         self.model: nn.Module | None = None
@@ -42,6 +44,20 @@ class SelfTeacher:
         self.average = dict(self._teacher_parameters()) if kind == "ema" else {}
         if self.sharded:
             self.average = {name: tensor.float().clone() for name, tensor in self.average.items()}
+        self.offloaded = self._offload() if offload else None
+
+    def _offload(self) -> Offloaded:
+        if self.sharded:
+            raise ValueError(
+                "teacher_offload=True has nothing to do under ZeRO-3, which shards the self-teacher: leave it out, or "
+                "set offload_param_device: cpu in the accelerate config"
+            )
+        if self.model is None:
+            raise ValueError(
+                f"teacher_offload=True has nothing to do with teacher={self.kind!r} here, which is the policy itself: "
+                "leave it out"
+            )
+        return Offloaded(self.model, self.accelerator.device)
 
     def _copy(self, policy: nn.Module) -> nn.Module:
         if getattr(policy, "is_quantized", False) or getattr(policy, "quantization_method", None):
@@ -74,7 +90,8 @@ class SelfTeacher:
         """The model to call, in evaluation mode; for LoRA's frozen teacher the policy without its adapter."""
         if self.model is not None:
             self.model.eval()
-            yield self.model
+            with self.offloaded.on_device() if self.offloaded else nullcontext():
+                yield self.model
             return
         unwrapped = self.accelerator.unwrap_model(policy)
         without_adapter = unwrapped.disable_adapter() if self.kind == "frozen" else nullcontext()
@@ -133,8 +150,9 @@ class SelfTeacher:
         sums = torch.zeros(2, device=self.accelerator.device)
         weights = dict(self._teacher_parameters()) if self.sharded else self.average
         for name, value in self._policy_values(self.accelerator.unwrap_model(policy)):
-            average, value = self.average[name], value.to(torch.float32)
-            sums += torch.stack([(average - value).square().sum(), value.square().sum()])
+            average = self.average[name]
+            value = value.to(average.device, torch.float32)
+            sums += torch.stack([(average - value).square().sum(), value.square().sum()]).to(sums.device)
             average.lerp_(value, self.rate)
             if self.sharded:
                 weights[name].copy_(average)

@@ -264,11 +264,12 @@ def memory_parts(
     average = 4 + (each.weight if zero3 else 0)
     teacher = {"ema": average, "frozen": 0 if args.lora_rank else each.weight, "current": 0}[config.teacher]
     teacher = 0 if config.routing == "grpo" else teacher / (processes if zero3 else 1)
+    of_teacher = shape.width * shape.vocabulary if config.teacher_offload else parameters  # its head stays
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     routed, hidden = 0.4 * rows * min(800, config.max_completion_length), shape.width * (2 if config.bf16 else 4)
     return {
         **plan.model_bytes("policy", parameters, trained_parameters(args, parameters), each, pieces),
-        f"self-teacher, {config.teacher}": teacher * parameters,
+        f"self-teacher, {config.teacher}": teacher * of_teacher,
         "cached teacher hidden states, 40 % routed, mean length up to 800": hidden * routed,
         "one chunk of logits and its gradients": 4 * 512 * shape.vocabulary * 4,
         **plan.engine_bytes(config),

@@ -61,7 +61,9 @@ class SRPOTrainer(GRPOTrainer):
         self.teacher: SelfTeacher | None = None
         if args.routing != "grpo":
             check_support(self)
-            self.teacher = SelfTeacher(self.model, self.accelerator, args.teacher, args.teacher_update_rate)
+            self.teacher = SelfTeacher(
+                self.model, self.accelerator, args.teacher, args.teacher_update_rate, args.teacher_offload
+            )
             if args.teacher == "ema":
                 self.add_callback(SelfTeacherCallback(self))
         if args.doctor_steps:
