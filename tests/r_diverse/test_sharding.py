@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "heads that are not tied": {"policy": "untied"},
     "no reward on one rank": {"first_only": True},
     "no KL reference": {"beta": 0.0},
+    "LoRA": {"lora": True},
     "greedy rollouts of its own": {"temperature": 1e-3},
 }
 COMPARED = ("loss", "grad_norm", "reward", "completions/mean_length")  # the loss holds the KL term
@@ -68,6 +69,7 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
 
     settings, quiet = dict(settings), {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False}
     policy, batch = folder / settings.pop("policy", "tied"), settings.pop("batch", 8)
+    adapter = models.lora_config(4) if settings.pop("lora", False) else None
     marks = [0, None if settings.pop("first_only", False) else 1] * settings.pop("pairs", 1)
     defaults = {
         "beta": 0.5,
@@ -89,6 +91,7 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
         config,
         train_dataset=Dataset.from_list(rows),
         processing_class=models.load_processor(str(policy)),
+        peft_config=adapter,
     )
     trainer.train(resume_from_checkpoint=str(folder / out / "checkpoint-4") if resume else None)
     trainer.save_model(str(folder / out / "model"))

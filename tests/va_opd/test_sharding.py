@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "heads that are not tied": {"parts": "untied"},
     "rows that pad the vocabulary": {"parts": "padded"},
     "text only": {"rows": "text"},
+    "LoRA": {"lora": True},
     "greedy rollouts of its own": {"top_k": 1},
 }
 MIXED = {"rows": "mixed", "num_generations": 2, "batch": 4}
@@ -62,6 +63,7 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
     # As in va_opd.train, config and process group are there: while they are, models are loaded in shards
     parts, data = folder / settings.pop("parts", "tied"), rows(settings.pop("rows", "images"))
     loaded = [models.load_model(str(parts / name)) for name in ("student", "teacher")]
+    adapter = models.lora_config(4) if settings.pop("lora", False) else None
     trainer = tests.build(
         folder / out,
         data,
@@ -73,6 +75,7 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
         lr_scheduler_type="constant",
         warmup_steps=0,
         per_device_train_batch_size=settings.pop("batch", 8) // PROCESSES,
+        peft_config=adapter,
         **settings,
     )
     del keep

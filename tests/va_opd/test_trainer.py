@@ -169,6 +169,7 @@ def build(
     parts: tuple | None = None,
     callbacks: list | None = None,
     eval_rows: list[dict[str, Any]] | None = None,
+    peft_config: peft.LoraConfig | None = None,
     **overrides,
 ) -> VAOPDTrainer:
     """A trainer of two prompts times four rollouts a step; `parts` are student, teacher and processor."""
@@ -197,6 +198,7 @@ def build(
         eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
         processing_class=processor,
         callbacks=callbacks,
+        peft_config=peft_config,
     )
 
 
