@@ -1,11 +1,12 @@
-"""Kills tiny runs of all methods by SIGKILL at random instants, resumes them, and compares them with straight runs.
+"""Stops tiny runs of all methods by SIGKILL and SIGTERM, resumes them, and compares them with straight runs.
 
     python -m benchmarks.kill_test --runs 30 [--methods va_opd,srpo,r_diverse] [--seed 0] [--parallel 2]
 
-A run is started by one command and killed, with all its children, one to three times at instants that are uniform over
-the seconds that a straight run took; then the same command ends it. Compared: the bytes of the weights and of all
-records, and the logged metrics without times. Finished runs are kept in --out, so the harness itself goes on where it
-stopped. Writes benchmarks/results/kill_test.json; exit code 1 if any run differs from the straight one.
+A run is started by one command and gets a signal, with all its children, one to three times: SIGKILL, or in a third of
+the cases SIGTERM, at instants that are uniform over the processor seconds of a straight run, which other load does not
+shift. Then the same command ends it. Compared: the bytes of the weights and of all records, and the logged metrics
+without times. Finished runs are kept in --out, so the harness itself goes on where it stopped. Writes
+benchmarks/results/kill_test.json; exit code 1 if any run differs from the straight one.
 """
 
 import argparse
@@ -25,11 +26,11 @@ from typing import Any
 
 from benchmarks.machine import machine
 from common import plots
-from common.runs import append_jsonl, atomic_write_json, read_jsonl
+from common.runs import append_jsonl, atomic_write_json, last_checkpoint, read_jsonl
 
 ROOT = Path(__file__).parents[1]
-SHORT = ["--max_steps", "24", "--save_steps", "4", "--logging_steps", "1"]
-# Micro-batches too, so that kills fall inside an accumulation window
+# Lines of the log fall between checkpoints, and kills inside accumulation windows
+SHORT = ["--max_steps", "60", "--save_steps", "4", "--logging_steps", "3"]
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {
     "va_opd": lambda models: [
         *("va_opd.train", "--config", "va_opd/configs/tiny.yaml", *SHORT, "--limit", "200"),
@@ -42,8 +43,9 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
     "r_diverse": lambda models: [
         *("r_diverse.loop", "--config", "r_diverse/configs/tiny.yaml", "--model", str(models / "r_diverse/base")),
         *("--iterations", "1", "--candidates", "96", "--min_questions", "16", "--eval_limit", "60"),
-        *("--challenger.max_steps", "8", "--challenger.save_steps", "4"),
-        *("--solver.max_steps", "16", "--solver.save_steps", "4", "--solver.per_device_train_batch_size", "20"),
+        *("--challenger.max_steps", "16", "--challenger.save_steps", "4", "--challenger.logging_steps", "3"),
+        *("--solver.max_steps", "40", "--solver.save_steps", "4", "--solver.logging_steps", "3"),
+        *("--solver.per_device_train_batch_size", "20"),
     ],
 }
 MAKE_MODELS = {
@@ -51,6 +53,8 @@ MAKE_MODELS = {
     "srpo": [["srpo.data", "base", "base"]],
     "r_diverse": [["r_diverse.data", "base", "base"]],
 }
+SIGNALS = ("SIGKILL", "SIGKILL", "SIGTERM")
+STOPPED = (128 + signal.SIGTERM, 0, -signal.SIGTERM)  # the last: while it imports, or when it has done its work
 TIMES = ("time", "second", "runtime", "_per_")  # in the names of metrics that no two runs share
 SINCE_START = ("train_loss", "va/null")  # of the process that ended the run: its mean loss, a check at its first step
 
@@ -79,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         jobs = [(method, i) for method, i in wanted if (method, i, args.seed) not in done]
         for record in pool.map(lambda job: killed_run(*job, args.seed, straight[job[0]], out), jobs):
             append_jsonl(out / "results.jsonl", record)
-            print(f"{record['method']} {record['index']}: {record['verdict']}; kills {record['kills']}", flush=True)
+            print(f"{record['method']} {record['index']}: {record['verdict']}; stops {record['stops']}", flush=True)
     records = [r for r in results(out) if (r["method"], r["index"]) in wanted and r["seed"] == args.seed]
     print(table(records))
     atomic_write_json(args.results, {**machine("transformers", "trl"), "runs": records})
@@ -92,7 +96,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def straight_run(method: str, out: Path) -> dict[str, Any]:
-    """Seconds and content of an undisturbed run, made once; its models too."""
+    """Processor seconds and content of an undisturbed run, made once; its models too."""
     done = out / f"straight-{method}.json"
     if not done.exists():
         for module, what, name in MAKE_MODELS[method]:
@@ -101,9 +105,8 @@ def straight_run(method: str, out: Path) -> dict[str, Any]:
                 check([module, what, str(folder)], out / f"models-{method}.log")
         folder = out / f"straight-{method}"
         shutil.rmtree(folder, ignore_errors=True)
-        started = time.monotonic()
-        check([*COMMANDS[method](out / "models"), "--out", str(folder)], out / f"straight-{method}.log")
-        atomic_write_json(done, {"seconds": time.monotonic() - started, "content": content(folder)})
+        seconds = check([*COMMANDS[method](out / "models"), "--out", str(folder)], out / f"straight-{method}.log")
+        atomic_write_json(done, {"processor_seconds": seconds, "content": content(folder)})
     return json.loads(done.read_text())
 
 
@@ -112,31 +115,41 @@ def killed_run(method: str, index: int, seed: int, straight: dict[str, Any], out
     folder, log = out / f"{method}-{seed}-{index}", out / f"{method}-{seed}-{index}.log"
     shutil.rmtree(folder, ignore_errors=True)  # of a harness that was killed: the instants are counted from the start
     command = [*COMMANDS[method](out / "models"), "--out", str(folder)]
-    kills = []
+    stops, verdict = [], None
     for _ in range(rng.randint(1, 3)):
-        process, instant = start(command, log), rng.uniform(0, straight["seconds"])
-        try:
-            process.wait(instant)
+        name, instant = rng.choice(SIGNALS), rng.uniform(0, straight["processor_seconds"])
+        code, _, waited = run(command, log, name, instant)
+        if waited is None:
             break  # it had less left to do than that
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills.append({"second": round(instant, 1), "at": progress(folder)})
-    code = start(command, log).wait()
+        stops.append({"signal": name, "second": round(instant, 1), "exit": code, "waited": waited, **place(folder)})
+        if name == "SIGTERM" and code not in (
+            128 + signal.SIGTERM,
+            -signal.SIGTERM,
+            0,
+        ):
+            verdict = f"exit code {code} after SIGTERM"
+    code = run(command, log)[0]
     found, wanted = content(folder), straight["content"]
     differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-    verdict = f"exit code {code}" if code else f"differs in {', '.join(differing[:5])}" if differing else "equal"
+    verdict = verdict or (
+        f"exit code {code}" if code else f"differs in {', '.join(differing[:5])}" if differing else "equal"
+    )
     if verdict == "equal":
         shutil.rmtree(folder)
-    return {"method": method, "index": index, "seed": seed, "kills": kills, "verdict": verdict}
+    return {"method": method, "index": index, "seed": seed, "stops": stops, "verdict": verdict}
 
 
-def start(command: Sequence[str], log: Path) -> subprocess.Popen:
-    """A process group of its own, so that a kill takes its children too."""
+def run(
+    command: Sequence[str], log: Path, name: str | None = None, instant: float = 0.0
+) -> tuple[int, float, float | None]:
+    """Exit code and processor seconds of a command, and the seconds that it lived on after its signal, None without.
+
+    The signal `name` goes to the command and all its children once they have had `instant` processor seconds.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=ROOT,
             env=environment,
@@ -144,19 +157,39 @@ def start(command: Sequence[str], log: Path) -> subprocess.Popen:
             stderr=file,
             start_new_session=True,
         )
+    seconds = 0.0
+    while process.poll() is None:
+        seconds = max(seconds, processor_seconds(process.pid))
+        if name and seconds >= instant:
+            sent = time.monotonic()
+            os.killpg(process.pid, signal.Signals[name])
+            return process.wait(), seconds, round(time.monotonic() - sent, 1)
+        time.sleep(0.05)
+    return process.returncode, seconds, None
 
 
-def check(command: Sequence[str], log: Path) -> None:
-    if code := start(command, log).wait():
+def processor_seconds(pid: int) -> float:
+    """Of a process and its children that have ended (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+def check(command: Sequence[str], log: Path) -> float:
+    """Processor seconds of a command that has to succeed."""
+    code, seconds, _ = run(command, log)
+    if code:
         raise SystemExit(f"benchmarks.kill_test: {' '.join(command)} ended with exit code {code}: see {log}")
+    return seconds
 
 
-def progress(folder: Path) -> str:
-    """What was on disk at the kill: the newest checkpoint, or the stage that had begun."""
-    started = [path.parent for path in folder.rglob("STARTED.json") if not (path.parent / "DONE.json").exists()]
-    steps = [int(path.name.rpartition("-")[2]) for path in folder.rglob("checkpoint-*") if path.is_dir()]
-    stage = f"{started[0].name} " if started else ""
-    return f"{stage}checkpoint {max(steps)}" if steps else stage.strip() or "no checkpoint"
+def place(folder: Path) -> dict[str, Any]:
+    """What is on disk after a stop: the stage of a loop that has begun, and the newest whole checkpoint."""
+    started = [path.parent for path in folder.rglob("STARTED.json")]
+    begun = [path for path in started if not (path / "DONE.json").exists()]
+    runs = {path.parent for path in (begun[0] if begun else folder).rglob("checkpoint-*")}
+    newest = [path.name for path in map(last_checkpoint, runs) if path]
+    stage = begun[0].name if begun else "between stages" if started else ""
+    return {"stage": stage, "checkpoint": max((int(name.rpartition("-")[2]) for name in newest), default=0)}
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -190,12 +223,22 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     rows = []
     for method in COMMANDS:
         mine = [record for record in records if record["method"] == method]
-        places = sorted({kill["at"] for record in mine for kill in record["kills"]})
-        kills = sum(len(record["kills"]) for record in mine)
+        stops = [stop for record in mine for stop in record["stops"]]
+        terms = [stop["waited"] for stop in stops if stop["signal"] == "SIGTERM"]
         equal = sum(record["verdict"] == "equal" for record in mine)
         if mine:
-            rows.append([method, len(mine), kills, equal, ", ".join(places)])
-    return plots.table_markdown(rows, ["method", "runs", "kills", "equal to the straight run", "killed at"])
+            rows.append([method, len(mine), len(stops) - len(terms), len(terms), max(terms, default=0), equal])
+            rows[-1].append(places(stops))
+    header = ["method", "runs", "SIGKILL", "SIGTERM", "longest s from SIGTERM to exit", "equal", "stopped at"]
+    return plots.table_markdown(rows, header)
+
+
+def places(stops: Sequence[dict[str, Any]]) -> str:
+    """Such as "before the first checkpoint (5), steps 4 to 20 (9)" or, of a loop, "evaluate (3), solver (6)"."""
+    steps = [stop["checkpoint"] for stop in stops if stop["checkpoint"] and not stop["stage"]]
+    between = f"steps {min(steps)} to {max(steps)}" if steps else ""
+    names = [stop["stage"] or (between if stop["checkpoint"] else "before the first checkpoint") for stop in stops]
+    return ", ".join(f"{name} ({names.count(name)})" for name in sorted(set(names)))
 
 
 if __name__ == "__main__":

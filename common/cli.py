@@ -23,6 +23,8 @@ SERVER_FIELDS = (
     "vllm_server_port",
     "vllm_server_timeout",
     "vllm_group_port",
+    "teacher_server",
+    "teacher_server_timeout",
 )
 # What Python and safetensors, and what torch.save say of it
 FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing file")

@@ -10,10 +10,13 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from .checkpoints import ExactCheckpoints
 
 EXIT_CODE = 128 + signal.SIGTERM
 
@@ -60,23 +63,25 @@ def call(words: Sequence[str], environment: dict[str, str]) -> int:
         raise
 
 
-def train(trainer: Any, checkpoint: str | os.PathLike | None) -> None:
+def train(trainer: Any, checkpoint: Path | None, keep_weights: bool = False) -> None:
     """`trainer.train` from the checkpoint, which SIGTERM ends with a checkpoint and `Preempted`.
 
-    That is at the first step from which the run can resume exactly: the end of a generation batch.
+    That is at the first step from which the run can resume exactly: the end of a generation batch. With
+    `keep_weights`, all older checkpoints keep their weights, but only the newest can resume.
     """
     args = trainer.args
     batch = (getattr(args, "steps_per_generation", None) or 1) // args.gradient_accumulation_steps or 1
-    callback = SaveOnSigterm(batch)
-    trainer.add_callback(callback)
-    with _handled(callback.ask):
+    sigterm = SaveOnSigterm(batch)
+    trainer.add_callback(sigterm)
+    trainer.add_callback(ExactCheckpoints(trainer, checkpoint, keep_weights))  # last: it completes what others save
+    with _handled(sigterm.ask):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if callback.asked or callback.stopped:
+    if sigterm.any_asked(args.device):
         raise Preempted("SIGTERM")
 
 
 class SaveOnSigterm(TrainerCallback):
-    """Ends a training with a checkpoint after `ask` was called, at a multiple of `steps`.
+    """Ends a training with a checkpoint and `Preempted` after `ask` was called, at a multiple of `steps`.
 
     Of several processes all stop at the same step, whichever was asked.
     """
@@ -89,10 +94,15 @@ class SaveOnSigterm(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         whole = state.global_step % self.steps == 0 and state.global_step < state.max_steps
-        if whole and self._any_asked(args.device):
+        if whole and self.any_asked(args.device):
             self.stopped = control.should_save = control.should_training_stop = True
 
-    def _any_asked(self, device: torch.device) -> bool:
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:
+            raise Preempted("SIGTERM")  # before transformers logs the end of a training that has not ended
+
+    def any_asked(self, device: torch.device) -> bool:
+        """Whether any process was asked; all of them have to call this."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.asked
         asked = torch.tensor(int(self.asked), device=device)

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from typing import Any
 import yaml
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "vllm", "deepspeed")
+COMPLETE = "complete.json"  # in a checkpoint: false while it is written, then the size of each of its files
+UNFINISHED = "it was not saved to its end"
 
 
 class RunFolderError(ValueError):
@@ -85,9 +88,13 @@ def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def truncate_jsonl(path: str | Path, step: int) -> None:
-    """Drops records after `step` from a log, if there is one: a run that resumes there will write them again."""
+    """Drops from a log, if there is one, what a run that resumes at `step` will write again.
+
+    That is all records after `step`, and the one with which transformers closes a training, whatever its step.
+    """
     if Path(path).exists():
-        write_jsonl(path, (record for record in read_jsonl(path) if record.get("step", 0) <= step))
+        kept = (r for r in read_jsonl(path) if r.get("step", 0) <= step and "train_runtime" not in r)
+        write_jsonl(path, kept)
 
 
 def fingerprint(value: Any) -> str:
@@ -104,18 +111,63 @@ def fingerprint(value: Any) -> str:
     return digest.hexdigest()
 
 
+def checkpoints(path: str | Path) -> dict[int, Path]:
+    """`checkpoint-<step>` folders by step, in order."""
+    found = ((folder.name.removeprefix("checkpoint-"), folder) for folder in Path(path).glob("checkpoint-*"))
+    return dict(sorted((int(step), folder) for step, folder in found if step.isdigit()))
+
+
 def last_checkpoint(path: str | Path) -> Path | None:
-    """The newest complete `checkpoint-<step>` in a run folder: trainer_state.json, written last, can be read."""
-    found = []
-    for folder in Path(path).glob("checkpoint-*"):
-        step = folder.name.removeprefix("checkpoint-")
-        try:
-            complete = step.isdigit() and bool(json.loads((folder / "trainer_state.json").read_text()))
-        except (OSError, ValueError):
-            complete = False
-        if complete:
-            found.append((int(step), folder))
-    return max(found)[1] if found else None
+    """The newest whole `checkpoint-<step>` in a run folder."""
+    return next((folder for folder in reversed(checkpoints(path).values()) if not checkpoint_fault(folder)), None)
+
+
+def checkpoint_fault(folder: Path) -> str | None:
+    """What makes a checkpoint useless to resume from, None for a whole one.
+
+    One without complete.json, of other code, is whole if it has trainer_state.json, which is written last.
+    """
+    marked, sizes = (folder / COMPLETE).exists(), _json(folder / COMPLETE)
+    if sizes is False or (not marked and not _json(folder / "trainer_state.json")):
+        return UNFINISHED
+    if marked and sizes is None:
+        return f"{COMPLETE} cannot be read"
+    for name, size in (sizes or {}).items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*/*")):
+        return "it holds no state of the optimizer"  # without which transformers goes on as if with a new one
+    return None
+
+
+def _json(path: Path) -> Any:
+    """Content of a file, None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def begin_checkpoint(folder: Path) -> None:
+    """An empty folder that is known not to be whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    atomic_write_json(folder / COMPLETE, False)
+
+
+def complete_checkpoint(folder: Path) -> None:
+    """Makes a checkpoint one to resume from, when its files are on disk."""
+    sizes, parents = {}, {folder.parent}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            sizes[str(path.relative_to(folder))] = os.fstat(file.fileno()).st_size
+        parents.add(path.parent)
+    for parent in parents:
+        _sync_folder(parent)
+    atomic_write_json(folder / COMPLETE, sizes)
 
 
 class RunFolder:

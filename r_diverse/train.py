@@ -30,9 +30,10 @@ from .trainer import ChallengerReward, PhaseTrainer
 try:
     from common import models, preemption, verifiers
     from common.answers import extract_answer
+    from common.checkpoints import resume_point
     from common.cli import changed_fields, parse_fields, run_main
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
-    from common.runs import append_jsonl, last_checkpoint, read_jsonl, truncate_jsonl
+    from common.runs import append_jsonl, read_jsonl, truncate_jsonl
 
     from .data import answer_decoding, challenger_rows, same, solver_rows
 except ModuleNotFoundError as error:
@@ -225,7 +226,7 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
     )
     tokenizer, lora = models.load_processor(model), models.lora_config(run.lora_rank)
     trainer = PhaseTrainer(policy, reward, config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
-    checkpoint = last_checkpoint(folder)
+    checkpoint = resume_point(trainer)
     trainer.remove_callback(PrinterCallback)
     if main:
         trainer.add_callback(PhaseLog(folder, checkpoint, samples))
@@ -255,7 +256,7 @@ class PhaseLog(TrainerCallback):
         shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
         if shown:
             print(f"{self.folder.name} {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
-        for record in self.samples():
+        for record in self.samples() if "loss" in logs else []:  # not with the last line, of the whole phase
             append_jsonl(self.folder / "samples.jsonl", {"step": state.global_step, **record})
 
 

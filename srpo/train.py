@@ -27,8 +27,9 @@ from .trainer import SRPOTrainer
 
 try:
     from common import models, plan, preemption, versions
+    from common.checkpoints import resume_point
     from common.cli import changed_settings, is_done, parse_fields, run_main
-    from common.runs import RunFolder, fingerprint, last_checkpoint
+    from common.runs import RunFolder, fingerprint
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -117,12 +118,12 @@ def train(args: ScriptArguments, config: SRPOConfig) -> None:
     if main_process:
         versions.announce("srpo.train")
     trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
-    checkpoint = last_checkpoint(config.output_dir)  # every rank looks for itself on the shared folder
+    checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder
     folder = open_run(args, config, splits) if main_process else None
     with folder or nullcontext():
         if folder is not None:
             record(folder, trainer, checkpoint)
-        preemption.train(trainer, checkpoint)
+        preemption.train(trainer, checkpoint, keep_weights=True)  # all of them are evaluated
         trainer.save_model(str(Path(config.output_dir) / "model"))
         if folder is not None:
             folder.finish()
@@ -200,24 +201,14 @@ class RecordCallback(TrainerCallback):
         shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
         if shown:
             print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
-        for rollout in rollout_records(self.trainer.last_rollouts, 2 * args.num_generations):
+        count = 2 * args.num_generations if "loss" in logs else 0  # none with the last line, of the whole training
+        for rollout in rollout_records(self.trainer.last_rollouts, count):
             self.folder.log_sample({"step": state.global_step, **rollout})
 
     def on_save(self, args, state, control, **kwargs):
-        """Seconds of training up to the checkpoint, by which the paper's budgets of 1, 5 and 10 hours choose.
-
-        Only the newest checkpoint can resume; the older ones keep their weights for evaluation.
-        """
+        """Seconds of training up to the checkpoint, by which the paper's budgets of 1, 5 and 10 hours choose."""
         newest = self.folder.path / f"checkpoint-{state.global_step}"
         (newest / "train_seconds.json").write_text(json.dumps(time.monotonic() - self.started))
-        for checkpoint in self.folder.path.glob("checkpoint-*"):
-            if checkpoint != newest:
-                for file in [
-                    *checkpoint.glob("optimizer*"),
-                    *checkpoint.glob("self_teacher*"),
-                    *checkpoint.glob("global_step*/*"),
-                ]:
-                    file.unlink()
 
 
 def train_seconds(checkpoint: Path) -> float:

@@ -35,24 +35,22 @@ def run(words: list[str], until=None) -> tuple[int, str]:
 
 
 def test_training_saves_and_goes_on(tmp_path):
+    """That it ends with the files of a straight run: test_checkpoints.py."""
     for part in tiny_qwen3(hidden=32):
         part.save_pretrained(tmp_path / "model")
-    ends = {}
-    for name in ("straight", "stopped"):
-        words = [*SRPO, "--model", str(tmp_path / "model"), "--out", str(tmp_path / name)]
-        folder = tmp_path / name / "srpo/tiny-additions/srpo-seed0"
-        metrics = folder / "metrics.jsonl"
-        if name == "stopped":
-            code, said = run(words, until=lambda metrics=metrics: metrics.exists() and len(read_jsonl(metrics)) >= 3)
-            assert code == 143, said
-            assert "srpo.train: stopped; the same command goes on from here" in said
-            (checkpoint,) = folder.glob("checkpoint-*")
-            assert 3 <= int(checkpoint.name.split("-")[1]) < 40
-            assert not (folder / "model").exists()
-        assert run(words)[0] == 0
-        ends[name] = [(line["step"], line["loss"], line["reward"]) for line in read_jsonl(metrics) if "loss" in line]
-    assert ends["stopped"] == ends["straight"]
-    assert len(ends["straight"]) == 40
+    words = [*SRPO, "--model", str(tmp_path / "model"), "--out", str(tmp_path)]
+    folder = tmp_path / "srpo/tiny-additions/srpo-seed0"
+    metrics = folder / "metrics.jsonl"
+    code, said = run(words, until=lambda: metrics.exists() and len(read_jsonl(metrics)) >= 3)
+    assert code == 143, said
+    assert "srpo.train: stopped; the same command goes on from here" in said
+    (checkpoint,) = folder.glob("checkpoint-*")
+    stopped = int(checkpoint.name.split("-")[1])
+    assert 3 <= stopped < 40
+    assert [line["step"] for line in read_jsonl(metrics)] == list(range(1, stopped + 1))
+    assert not (folder / "model").exists()
+    assert run(words)[0] == 0
+    assert [line["step"] for line in read_jsonl(metrics)] == [*range(1, 41), 40]
 
 
 class FakeTrainer:
@@ -64,7 +62,8 @@ class FakeTrainer:
         self.signal_at, self.saved, self.state = signal_at, [], SimpleNamespace(global_step=0, max_steps=12)
 
     def add_callback(self, callback):
-        self.callback = callback
+        if isinstance(callback, preemption.SaveOnSigterm):
+            self.callback = callback
 
     def train(self, resume_from_checkpoint):
         self.resumed, control = resume_from_checkpoint, SimpleNamespace(should_save=False, should_training_stop=False)
@@ -75,6 +74,8 @@ class FakeTrainer:
             self.callback.on_step_end(self.args, self.state, control)
             if control.should_save:
                 self.saved.append(self.state.global_step)
+        self.callback.on_epoch_end(self.args, self.state, control)
+        self.ended = True
 
 
 def test_only_between_generation_batches():
@@ -85,11 +86,13 @@ def test_only_between_generation_batches():
     assert signal.getsignal(signal.SIGTERM) == before
     assert trainer.resumed == "checkpoint-4"
     assert trainer.saved == [8]
+    assert not hasattr(trainer, "ended")
 
 
 def test_a_training_that_was_not_stopped_ends_as_ever():
     trainer = FakeTrainer(signal_at=None)
     preemption.train(trainer, None)
+    assert trainer.ended
     assert (trainer.saved, trainer.state.global_step) == ([], 12)
 
 

@@ -175,6 +175,7 @@ def test_logs_after_a_checkpoint_are_dropped(tmp_path):
     for step in (1, 2, 3):
         folder.log({"step": step})
         folder.log_sample({"step": step, "text": "\u2028 kept"})
+        folder.log({"step": step, "train_runtime": 1.0})  # closes a training: of a stopped run, or written again
     folder.truncate_logs(2)
     assert [record["step"] for record in runs.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
     assert [record["text"] for record in runs.read_jsonl(tmp_path / "samples.jsonl")] == ["\u2028 kept"] * 2
@@ -185,6 +186,9 @@ def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path):
     for step, state in (("2", "{}"), ("5", '{"global_step": 5}'), ("10", '{"global_step": 10}'), ("20", '{"glo')):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
+    (tmp_path / "checkpoint-25").mkdir()
+    (tmp_path / "checkpoint-25" / "trainer_state.json").write_text('{"global_step": 25}')  # weights only
     (tmp_path / "checkpoint-30").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
     assert runs.last_checkpoint(tmp_path).name == "checkpoint-10"

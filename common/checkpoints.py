@@ -1,0 +1,140 @@
+"""Checkpoints from which a run resumes exactly, or which are known to be of no use.
+
+transformers writes the files of a checkpoint one after another, takes a cut or missing one as it finds it, forgets at
+each start what it has summed since the last log line, and goes on for one step where it resumes at the last one.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from .runs import (
+    UNFINISHED,
+    RunFolderError,
+    begin_checkpoint,
+    checkpoint_fault,
+    checkpoints,
+    complete_checkpoint,
+    last_checkpoint,
+)
+
+ONLY_TO_RESUME = ("optimizer*", "self_teacher*", "global_step*")
+LOG_SUMS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+
+
+def resume_point(trainer: Any) -> Path | None:
+    """The newest whole checkpoint of a trainer's run, None where there is nothing to resume from.
+
+    Newer ones that are not whole are named on stderr, and so is another number of processes than at its saving.
+    Raises `RunFolderError` where checkpoints were damaged and none is left, and `ValueError` where DeepSpeed's states
+    do not fit this launch.
+    """
+    args = trainer.args
+    found, checkpoint = checkpoints(args.output_dir), last_checkpoint(args.output_dir)
+    faults = {}
+    for folder in reversed(found.values()):
+        if folder == checkpoint:
+            break
+        faults[folder] = checkpoint_fault(folder)
+    damaged = [f"{folder}: {fault}" for folder, fault in faults.items() if fault != UNFINISHED]
+    if damaged and checkpoint is None:
+        raise RunFolderError(
+            f"{damaged[0]}, and no older checkpoint can be resumed from: restore its files, or delete all checkpoint "
+            "folders beside it, then the same command starts from the beginning"
+        )
+    if faults and args.process_index == 0:
+        newest, fault = next(iter(faults.items()))
+        instead = f"going on from {checkpoint.name}" if checkpoint else "starting from the beginning"
+        print(f"{newest}: {fault}; {instead}", file=sys.stderr)
+    if checkpoint:
+        _check_processes(checkpoint, trainer)
+    return checkpoint
+
+
+def _check_processes(checkpoint: Path, trainer: Any) -> None:
+    before, now = len(list(checkpoint.glob("rng_state*.pth"))), trainer.args.world_size
+    cut = any(checkpoint.glob("global_step*"))  # DeepSpeed's, a part for each process
+    if cut != trainer.is_deepspeed_enabled or (cut and before != now):
+        raise ValueError(
+            f"{checkpoint} was saved by {before} processes with{'' if cut else 'out'} DeepSpeed and cannot be read by "
+            f"{now} with{'' if trainer.is_deepspeed_enabled else 'out'} it: launch as before, or choose another out="
+        )
+    if before != now and trainer.args.process_index == 0:
+        print(
+            f"{checkpoint} holds the random states of {before} processes, now there are {now}: rollouts will differ "
+            "from those of an undisturbed run",
+            file=sys.stderr,
+        )
+
+
+class ExactCheckpoints(TrainerCallback):
+    """Marks whole checkpoints, keeps the sums of the next log line in them, and stops a run that has had all steps.
+
+    Args:
+        trainer: a TRL trainer.
+        checkpoint: what it resumes from.
+        keep_weights: whether the older checkpoints, which stay for evaluation, lose what only resuming needs.
+    """
+
+    def __init__(self, trainer: Any, checkpoint: Path | None, keep_weights: bool):
+        self.trainer, self.checkpoint, self.keep_weights = trainer, checkpoint, keep_weights
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.checkpoint:
+            self._restore_sums(_sums_file(self.checkpoint, args))
+        if state.global_step >= state.max_steps:
+            control.should_training_stop, control.should_save = True, False
+            self.trainer.get_batch_samples = lambda *_: ([], None)  # the loop looks at `control` after a batch only
+            self.trainer.model.train()  # else TRL's last log line would be one of an evaluation
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            if args.process_index == 0:
+                begin_checkpoint(_folder(args, state))
+            self.trainer.accelerator.wait_for_everyone()
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args, state, control, **kwargs):
+        torch.save(self._sums(), _sums_file(_folder(args, state), args))
+        self.trainer.accelerator.wait_for_everyone()
+        if args.process_index == 0:
+            complete_checkpoint(_folder(args, state))
+            self._tidy(args, state)
+
+    def _sums(self) -> dict[str, Any]:
+        trainer = self.trainer
+        sums = {name: getattr(trainer, name) for name in LOG_SUMS}
+        metrics = {name: [float(value) for value in values] for name, values in trainer._metrics["train"].items()}
+        return {**sums, "_tr_loss": trainer._tr_loss, "_metrics": metrics}
+
+    def _restore_sums(self, path: Path) -> None:
+        if not path.exists():  # of other code, or of fewer processes
+            return
+        sums = torch.load(path, map_location="cpu", weights_only=True)
+        for name in LOG_SUMS:
+            setattr(self.trainer, name, sums[name])
+        self.trainer._tr_loss.copy_(sums["_tr_loss"])
+        self.trainer._metrics["train"].update(sums["_metrics"])
+
+    def _tidy(self, args: TrainingArguments, state: TrainerState) -> None:
+        for step, folder in checkpoints(args.output_dir).items():
+            if step >= state.global_step:
+                continue
+            if args.save_strategy == "steps" and step % state.save_steps:
+                shutil.rmtree(folder)  # SIGTERM's: it would be evaluated among those of the schedule
+            elif self.keep_weights:
+                for path in [path for pattern in ONLY_TO_RESUME for path in folder.glob(pattern)]:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _sums_file(checkpoint: Path, args: TrainingArguments) -> Path:
+    return checkpoint / f"log_sums_{args.process_index}.pt"

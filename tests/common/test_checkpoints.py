@@ -1,0 +1,320 @@
+"""A stopped or killed run ends with the same files as a straight one, and never trains from half a checkpoint."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from accelerate import PartialState
+
+import r_diverse.train
+import srpo.train
+import va_opd.train
+from common.checkpoints import ExactCheckpoints, resume_point
+from common.preemption import SaveOnSigterm
+from common.runs import (
+    atomic_write_text,
+    begin_checkpoint,
+    checkpoint_fault,
+    complete_checkpoint,
+    last_checkpoint,
+    read_jsonl,
+)
+from common.tiny import tiny_qwen3, tiny_qwen3_vl
+from tests.processes import ZERO, run, two_processes
+
+# Lines of metrics.jsonl and checkpoints fall on different steps, so that sums must live through a restart
+TRAINER = {
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 4,
+    "logging_steps": 3, "learning_rate": 1e-3, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
+    "disable_tqdm": True,
+}  # fmt: skip
+PHASE = {"top_p": 1.0, "max_completion_length": 12}
+SETTINGS = {
+    "va_opd": {
+        **TRAINER, "dataset": "digits", "limit": 64, "validation_size": 8, "max_completion_length": 6, "use_cpu": True,
+    },
+    "srpo": {**TRAINER, "dataset": "additions", "limit": 64, "max_completion_length": 4, "use_cpu": True},
+    "r_diverse": {
+        "m_reward": 2, "penalty": "none", "challenger_system": "", "challenger_user": "new", "solver_system": "",
+        "answer_tokens": 4, "challenger": {**TRAINER, **PHASE},
+    },
+}  # fmt: skip
+MODULES = {"va_opd": va_opd.train, "srpo": srpo.train, "r_diverse": r_diverse.train}
+VARIANTS = [("va_opd", ()), ("va_opd", ("--method", "kd")), ("srpo", ()), ("r_diverse", ())]
+OF_A_PROCESS = ("time", "second", "runtime", "_per_", "va/null")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    parts = {"text": tiny_qwen3(hidden=32), "student": tiny_qwen3_vl(32), "teacher": tiny_qwen3_vl(64, seed=1)}
+    for name, saved in parts.items():
+        for part in saved:
+            part.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in parts}
+
+
+class Runs:
+    """Runs of one method; `straight` is the undisturbed one."""
+
+    def __init__(self, method: str, extra: tuple[str, ...], models: dict[str, str], folder: Path):
+        self.method, self.extra, self.folder = method, extra, folder
+        own = {"model": models["student"], "teacher": models["teacher"]} if method == "va_opd" else {}
+        settings = {"model": models["text"], **own, "experiment": "x", **SETTINGS[method]}
+        atomic_write_text(folder / "settings.yaml", yaml.safe_dump(settings))
+        assert self.run("straight") == 0
+
+    def run(self, name: str) -> int:
+        first = ["challenger", "--iteration", "1"] if self.method == "r_diverse" else []
+        config = ["--config", str(self.folder / "settings.yaml"), "--out", str(self.folder / name)]
+        return MODULES[self.method].main([*first, *config, *self.extra])
+
+    def path(self, name: str) -> Path:
+        """The folder with the logs."""
+        (metrics,) = (self.folder / name).rglob("metrics.jsonl")
+        return metrics.parent
+
+    def copy_of_straight(self, name: str) -> Path:
+        """A run killed after its last checkpoint."""
+        shutil.copytree(self.folder / "straight", self.folder / name)
+        path = self.path(name)
+        shutil.rmtree(path / "model")
+        manifest = path / "manifest.json"
+        if manifest.exists():
+            manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+        return path
+
+    def content(self, name: str) -> dict:
+        path = self.path(name)
+        lines = read_jsonl(path / "metrics.jsonl")
+        return {
+            "metrics": [{k: v for k, v in line.items() if not any(p in k for p in OF_A_PROCESS)} for line in lines],
+            "samples": (path / "samples.jsonl").read_text() if (path / "samples.jsonl").exists() else None,
+            "weights": (path / "model/model.safetensors").read_bytes(),
+            "checkpoints": sorted(folder.name for folder in path.glob("checkpoint-*")),
+        }
+
+
+def even_length(completions, answer, **columns) -> list[float]:
+    """A random policy never adds right: a reward from which there is something to learn."""
+    return [float(len(completion[0]["content"]) % 2 == 0) for completion in completions]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def easy():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(srpo.train, "reward_of", lambda *_: even_length)
+        yield
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda p: "-".join([p[0], *p[1][1:]]))
+def method(request, models, tmp_path_factory) -> Runs:
+    return Runs(*request.param, models, tmp_path_factory.mktemp(request.param[0]))
+
+
+def sigterm_at(monkeypatch, step: int) -> None:
+    asked, original = [], SaveOnSigterm.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step and not asked:
+            asked.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(SaveOnSigterm, "on_step_end", on_step_end)
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_stopped_run_ends_with_the_files_of_a_straight_one(method, monkeypatch, step):
+    sigterm_at(monkeypatch, step)
+    name = f"stopped-{step}"
+    assert method.run(name) == 143
+    last = {2: 4, 5: 8}[step] if method.method == "r_diverse" else step  # of a generation batch
+    (path,) = (folder.parent for folder in (method.folder / name).rglob(f"checkpoint-{last}"))
+    assert not (path / "model").exists()
+    if last < 8:  # no line that closes the training
+        logged = read_jsonl(path / "metrics.jsonl") if last >= 3 else []
+        assert [line["step"] for line in logged] == [3][: last // 3]
+    assert method.run(name) == 0
+    straight = method.content("straight")
+    assert [line["step"] for line in straight["metrics"]] == [3, 6, 8]
+    if straight["samples"] is not None:  # none with the line that closes the training
+        assert {json.loads(line)["step"] for line in straight["samples"].splitlines()} == {3, 6}
+    assert method.content(name) == straight
+
+
+def test_a_run_killed_after_its_last_checkpoint_does_not_train_on(method):
+    method.copy_of_straight("killed")
+    assert method.run("killed") == 0
+    assert method.content("killed") == method.content("straight")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged checkpoints
+
+
+def cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+
+
+DAMAGES = {
+    "model.safetensors has": cut,
+    "optimizer.pt is missing": lambda folder: (folder / "optimizer.pt").unlink(),
+    "complete.json cannot be read": lambda folder: os.truncate(folder / "complete.json", 10),
+    "trainer_state.json is missing": lambda folder: (folder / "trainer_state.json").unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def srpo_runs(models, tmp_path_factory, easy) -> Runs:
+    """With the run `at-4`, stopped at step 4."""
+    runs = Runs("srpo", (), models, tmp_path_factory.mktemp("srpo"))
+    with pytest.MonkeyPatch.context() as patch:
+        sigterm_at(patch, 4)
+        assert runs.run("at-4") == 143
+    return runs
+
+
+def said(capsys) -> list[str]:
+    """Lines on stderr but those of libraries."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if "checkpoint-" in line and not line.startswith("[transformers]")]
+
+
+@pytest.mark.parametrize("fault", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(srpo_runs, capsys, fault):
+    name = f"older-{fault.split()[0]}"
+    shutil.copytree(srpo_runs.folder / "at-4", srpo_runs.folder / name)
+    newest = srpo_runs.path(name) / "checkpoint-8"
+    shutil.copytree(srpo_runs.path("straight") / "checkpoint-8", newest)
+    DAMAGES[fault](newest)
+    assert srpo_runs.run(name) == 0
+    (sentence,) = said(capsys)
+    assert sentence.startswith(f"{newest}: {fault}") and sentence.endswith("; going on from checkpoint-4")
+    assert srpo_runs.content(name) == srpo_runs.content("straight")
+
+
+@pytest.mark.parametrize("fault", DAMAGES)
+def test_without_a_whole_checkpoint_nothing_is_touched(srpo_runs, capsys, fault):
+    path = srpo_runs.copy_of_straight(f"none-{fault.split()[0]}")  # its checkpoint-4 has weights only
+    DAMAGES[fault](path / "checkpoint-8")
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    assert srpo_runs.run(f"none-{fault.split()[0]}") == 2
+    (sentence,) = said(capsys)
+    assert fault in sentence and "restore its files, or delete all checkpoint folders beside it" in sentence
+    assert before == {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+
+
+def test_a_save_cut_short_by_a_kill_is_no_checkpoint(srpo_runs, capsys):
+    shutil.copytree(srpo_runs.folder / "at-4", srpo_runs.folder / "cut")
+    newest = srpo_runs.path("cut") / "checkpoint-4"
+    (newest / "complete.json").write_text("false")
+    assert srpo_runs.run("cut") == 0
+    assert said(capsys) == [f"{newest}: it was not saved to its end; starting from the beginning"]
+    assert srpo_runs.content("cut") == srpo_runs.content("straight")
+
+
+def test_older_checkpoints_of_other_code_with_weights_only_are_not_used(srpo_runs, capsys):
+    path = srpo_runs.copy_of_straight("weights")
+    (path / "checkpoint-4/complete.json").unlink()
+    cut(path / "checkpoint-8")
+    assert srpo_runs.run("weights") == 2
+    assert "no older checkpoint can be resumed from" in said(capsys)[0]
+
+
+def test_a_checkpoint_of_other_code_is_used(srpo_runs, capsys):
+    shutil.copytree(srpo_runs.folder / "at-4", srpo_runs.folder / "other")
+    for name in ("complete.json", "log_sums_0.pt"):
+        (srpo_runs.path("other") / "checkpoint-4" / name).unlink()
+    assert srpo_runs.run("other") == 0
+    assert "resuming at step 4" in capsys.readouterr().out
+    assert srpo_runs.content("other")["weights"] == srpo_runs.content("straight")["weights"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def checkpoint_of(path: Path, step: int, processes: int, deepspeed: bool) -> Path:
+    """Files as transformers and DeepSpeed name them."""
+    folder = path / f"checkpoint-{step}"
+    begin_checkpoint(folder)
+    names = ["model.safetensors", *(f"rng_state_{rank}.pth" for rank in range(processes))]
+    names += [f"global_step{step}/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(processes)]
+    for name in names if deepspeed else [*names[: processes + 1], "optimizer.pt"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x" * 9)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert checkpoint_fault(folder) == "it was not saved to its end"
+    complete_checkpoint(folder)
+    return folder
+
+
+def trainer(path: Path, processes: int, deepspeed: bool, rank: int = 0) -> SimpleNamespace:
+    args = SimpleNamespace(
+        output_dir=str(path), world_size=processes, process_index=rank, save_strategy="steps", save_total_limit=None
+    )
+    return SimpleNamespace(args=args, is_deepspeed_enabled=deepspeed)
+
+
+def test_another_number_of_processes_is_said(tmp_path, capsys):
+    saved = checkpoint_of(tmp_path, 4, processes=2, deepspeed=False)
+    for processes, rank, lines in ((2, 0, 0), (4, 0, 1), (4, 3, 0)):
+        assert resume_point(trainer(tmp_path, processes, deepspeed=False, rank=rank)) == saved
+        assert len(said(capsys)) == lines
+    resume_point(trainer(tmp_path, 1, deepspeed=False))
+    assert "of 2 processes, now there are 1: rollouts will differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("processes", "deepspeed"), [(4, True), (2, False)])
+def test_states_cut_for_other_processes_are_refused(tmp_path, processes, deepspeed):
+    saved = checkpoint_of(tmp_path, 4, processes=2, deepspeed=True)
+    assert resume_point(trainer(tmp_path, 2, deepspeed=True)) == saved
+    with pytest.raises(ValueError, match="saved by 2 processes with DeepSpeed and cannot be read by"):
+        resume_point(trainer(tmp_path, processes, deepspeed))
+
+
+def stopped_and_straight(folder: Path) -> dict:
+    """In each of two processes, of which the second gets SIGTERM."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(srpo.train, "reward_of", lambda *_: even_length)
+        runs = Runs("srpo", (), {"text": str(folder / "text")}, folder)
+        if os.environ["RANK"] == "1":
+            sigterm_at(patch, 5)
+        codes = [runs.run("stopped"), runs.run("stopped")]
+    PartialState().wait_for_everyone()  # the first writes the model
+    return {"codes": codes, "stopped": runs.content("stopped"), "straight": runs.content("straight")}
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ZERO[:1])
+def test_two_processes_stop_at_the_same_step_and_go_on(sharding, models, tmp_path):
+    shutil.copytree(models["text"], tmp_path / "text")
+    for rank in two_processes(__file__, tmp_path, sharding):
+        assert rank["codes"] == [143, 0]
+        assert rank["stopped"] == rank["straight"]
+
+
+def test_deepspeeds_parts_are_looked_at_and_freed(tmp_path):
+    older, newest = (checkpoint_of(tmp_path, step, processes=2, deepspeed=True) for step in (4, 8))
+    sigterms = checkpoint_of(tmp_path, 6, processes=2, deepspeed=True)
+    state = SimpleNamespace(global_step=8, save_steps=4)
+    ExactCheckpoints(None, None, keep_weights=True)._tidy(trainer(tmp_path, 2, deepspeed=True).args, state)
+    assert not sigterms.exists()
+    assert (older / "model.safetensors").exists()
+    assert not (older / "global_step4").exists()
+    assert last_checkpoint(tmp_path) == newest
+    (newest / "global_step8/zero_pp_rank_1_mp_rank_00_optim_states.pt").write_text("x" * 8)
+    assert "rank_1_mp_rank_00_optim_states.pt has 8 of 9 bytes" in checkpoint_fault(newest)
+    assert last_checkpoint(tmp_path) is None
+
+
+if __name__ == "__main__":
+    run(stopped_and_straight)
