@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,21 +10,24 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
+import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from PIL import Image
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
 import vllm_on_cpu
 
+from common import models
 from common.evaluation import Decoding, Prompt, ServerEngine, TransformersEngine, VLLMEngine
-from common.tiny import char_tokenizer
+from common.tiny import char_tokenizer, tiny_qwen3_vl
 from r_diverse.config import SolverConfig
 from r_diverse.servers import free_port, serving
 from r_diverse.trainer import LARGE_GAP, PhaseTrainer
 from srpo import SRPOConfig, SRPOTrainer
 from srpo import doctor as srpo_doctor
-from va_opd import VAOPDConfig, VAOPDTrainer
+from va_opd import VAOPDConfig, VAOPDTrainer, served
 from va_opd import doctor as va_opd_doctor
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(torch.cuda.is_available(), reason="is for vLLM's CPU build")]
@@ -108,16 +112,16 @@ def gaps(trainer) -> list[float]:
 # The server comes first: a colocated engine leaves its process group behind in this process
 
 
-@pytest.fixture
-def server(model_path, tmp_path, monkeypatch):
-    """Address of `vllm serve`, with the flags of TRL's trainers, and the number of its process group."""
+@contextmanager
+def serving_student(path: str, tmp_path: Path, monkeypatch):
+    """Address of `vllm serve` with the flags of TRL's trainers."""
     from trl.scripts.vllm_serve import ScriptArguments, build_command
 
-    monkeypatch.setenv("PYTHONPATH", vllm_on_cpu.plugin_folder(tmp_path / "plugin"))
+    monkeypatch.setenv("PYTHONPATH", vllm_on_cpu.plugin_folder(tmp_path / "plugin"), prepend=os.pathsep)
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     vllm_on_cpu.weights_by_file(monkeypatch, tmp_path / "weights.safetensors")
     port = free_port()
-    arguments = ScriptArguments(model_path, host="127.0.0.1", port=port, max_model_len=256, enforce_eager=True)
+    arguments = ScriptArguments(path, host="127.0.0.1", port=port, max_model_len=256, enforce_eager=True)
     extra = ["--weight-transfer-config", '{"backend": "file"}', "--served-model-name", "model"]
     log = tmp_path / "server.log"
     with serving(build_command(arguments, extra), port, log, ready_seconds=400) as url:
@@ -125,16 +129,122 @@ def server(model_path, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_server_of_rollouts(server, model_path, tmp_path):
+def test_a_server_of_rollouts(model_path, tmp_path, monkeypatch):
     greedy = Decoding(max_new_tokens=12)
-    served = ServerEngine(server, "model").generate(chats(20), greedy, range(20))
-    local = transformers_engine(model_path).generate(chats(20), greedy, range(20))
-    assert sum(a == b for a, b in zip(served, local, strict=True)) > 10  # bfloat16 beside float32
-    options = {"vllm_mode": "server", "vllm_server_base_url": server.removesuffix("/v1"), "max_steps": 4}
-    trainer = make_trainer(SRPOTrainer, model_path, tmp_path, **options)
-    trainer.train()
-    print(f"server: gap {gaps(trainer)}")
-    assert max(gaps(trainer)) < 0.05
+    with serving_student(model_path, tmp_path, monkeypatch) as url:
+        answers = ServerEngine(url, "model").generate(chats(20), greedy, range(20))
+        local = transformers_engine(model_path).generate(chats(20), greedy, range(20))
+        assert sum(a == b for a, b in zip(answers, local, strict=True)) > 10  # bfloat16 beside float32
+        options = {
+            "vllm_mode": "server",
+            "vllm_server_base_url": url.removesuffix("/v1"),
+            "max_steps": 4,
+            "top_p": 1.0,
+        }
+        for kind in (SRPOTrainer, VAOPDTrainer):  # one after the other: a server has one trainer at a time
+            trainer = make_trainer(kind, model_path, tmp_path / kind.__name__, **options)
+            trainer.train()
+            print(f"server: {kind.__name__}, gap {gaps(trainer)}")
+            assert 0 < max(gaps(trainer)) < 0.05
+
+
+@contextmanager
+def serving_teacher(path: Path, log: Path):
+    """Address of `vllm serve` as docs/vllm.md says it for a teacher, in float32."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(path), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--enable-scale-out", "--max-model-len", "256", "--dtype", "float32"]
+    with serving([*command, "--enforce-eager"], port, log, ready_seconds=400) as url:
+        yield url
+
+
+def last_teacher_figures(trainer) -> dict[str, float]:
+    names = ("teacher/parity_mean", "teacher/parity_max", "va/null")
+    return {name: line[name] for line in trainer.state.log_history for name in names if name in line}
+
+
+@pytest.mark.slow
+def test_a_served_teacher(model_path, tmp_path, monkeypatch):
+    local = {"use_vllm": False, "max_steps": 3, "logging_steps": 1}
+    exact = make_trainer(VAOPDTrainer, model_path, tmp_path, **local)
+    exact.train()
+    with serving_teacher(tmp_path / "teacher", tmp_path / "teacher.log") as url:
+        for mode in ("sampled_token", "teacher_topk"):
+            trainer = make_trainer(VAOPDTrainer, model_path, tmp_path, teacher_server=url, teacher_mode=mode, **local)
+            trainer.train()
+            figures = last_teacher_figures(trainer)
+            print(f"served teacher: {mode}, {figures}")
+            assert len(figures) == 3
+            assert max(figures.values()) < 1e-4
+        bound, kl = (next(x["loss"] for x in t.state.log_history) for t in (trainer, exact))  # of the same rollouts
+        assert 0.1 * kl < bound < kl
+        with pytest.raises(ValueError, match="Requested prompt logprobs of 21"):
+            make_trainer(
+                VAOPDTrainer, model_path, tmp_path, teacher_server=url, teacher_mode=mode, teacher_top_k=21, **local
+            ).train()
+        trainer.args.max_steps = 6
+    monkeypatch.setattr(served, "PAUSES", (0.1,))
+    with pytest.raises(ConnectionError, match="the teacher server at .* does not answer"):
+        trainer.train()
+
+
+def save_vision_model(path: Path, seed: int) -> None:
+    """The tiny Qwen3-VL with heads that vLLM's CPU attention knows, and the processor that vLLM asks for."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    small, images_only = tiny_qwen3_vl()
+    config = small.config
+    config.text_config.head_dim = 32
+    config.text_config.rope_parameters["mrope_section"] = [8, 4, 4]
+    torch.manual_seed(seed)
+    model, tokenizer = Qwen3VLForConditionalGeneration(config), images_only.tokenizer
+    model.get_output_embeddings().weight.data *= 6  # random models are all but uniform
+    sizes = {
+        "patch_size": 8,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": dict(images_only.image_processor.size),
+    }
+    parts = Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(**sizes)
+    model.save_pretrained(path)
+    Qwen3VLProcessor(*parts, chat_template=tokenizer.chat_template).save_pretrained(path)
+
+
+def image_rows(count: int) -> Dataset:
+    """Sizes that are no multiple of a patch, under and over the limits."""
+    rng = np.random.default_rng(0)
+    sizes = [(40 + 7 * i, 20 + 11 * (i % 5)) for i in range(count)]
+    pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    content = [{"role": "user", "content": "What?"}]
+    return Dataset.from_list([{"prompt": content, "image": picture} for picture in pictures])
+
+
+@pytest.mark.slow
+def test_rollouts_from_images_and_a_served_teacher(tmp_path, monkeypatch):
+    """Two servers: the student's, which gets its weights each step, and the teacher's."""
+    pytest.importorskip("torchvision", reason="vLLM's processors of images need torchvision")
+    for seed, name in enumerate(("student", "teacher")):
+        save_vision_model(tmp_path / name, seed)
+    processor = models.load_processor(str(tmp_path / "student"))
+    student, teacher = (
+        Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("student", "teacher")
+    )
+    shared = {**QUIET, "per_device_train_batch_size": 16, "teacher_mode": "teacher_topk", "doctor_steps": 1}
+    with (
+        serving_teacher(tmp_path / "teacher", tmp_path / "teacher.log") as teacher_url,
+        serving_student(str(tmp_path / "student"), tmp_path, monkeypatch) as student_url,
+    ):
+        engine = {"vllm_mode": "server", "vllm_server_base_url": student_url.removesuffix("/v1"), "top_p": 1.0}
+        for changes in ({"pixelate_at": "raw", "use_vllm": False}, {"pixelate_at": "model", **engine}):
+            args = VAOPDConfig(str(tmp_path / "run"), teacher_server=teacher_url, **{**shared, **changes})
+            trainer = VAOPDTrainer(student, teacher, args, image_rows(8), processing_class=processor)
+            trainer.train()
+            figures = last_teacher_figures(trainer)
+            print(f"served teacher with images: {figures}, student's gap {gaps(trainer)}")
+            assert max(figures.values()) < 1e-3
+            assert trainer.last_rollouts["va"].max() > 1e-3
+        assert 0 < max(gaps(trainer)) < 0.05
 
 
 def test_a_cpu_trainer_has_no_nccl(model_path, tmp_path):

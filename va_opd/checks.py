@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from ._trl import split_pixel_values_by_grid
 from .config import VAOPDConfig
@@ -40,6 +42,19 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
         f"{ours.get(differing)} and {theirs.get(differing)}): on-policy distillation compares their distributions "
         "token by token, so choose a teacher of the same tokenizer family"
     )
+
+
+def check_teacher(args: VAOPDConfig, teacher_model: str | PreTrainedModel | None, tools: list | None) -> None:
+    """Raises `ValueError` where no teacher is named, and for what a served one cannot score."""
+    if teacher_model is None and not args.teacher_server:
+        raise ValueError("teacher_model is required: pass the teacher, or set teacher_server to a server of it")
+    if args.teacher_server and tools:
+        raise ValueError("tools need a local teacher: their results may hold images, which a served one does not get")
+    if args.teacher_server and (is_deepspeed_zero3_enabled() or is_fsdp_enabled()):
+        raise ValueError(
+            "teacher_server needs the student whole on each GPU: use the accelerate config multi_gpu or zero2, not "
+            "zero3 or fsdp2"
+        )
 
 
 def match_vocabulary_size(model: str | PreTrainedModel, teacher: str | PreTrainedModel, num_tokens: int) -> None:

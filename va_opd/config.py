@@ -7,6 +7,8 @@ from trl import DistillationConfig
 
 from .objective import WEIGHTINGS
 
+TEACHER_MODES = ("exact", "sampled_token", "teacher_topk")
+
 
 @dataclass
 class VAOPDConfig(DistillationConfig):
@@ -44,6 +46,25 @@ class VAOPDConfig(DistillationConfig):
         kl_temperature (`float`, *optional*, defaults to `1.0`):
             Softmax temperature of both models in the KL (TRL uses `temperature` for sampling and loss).
 
+        > Parameters of a served teacher
+
+        teacher_server (`str`, *optional*):
+            Address of a `vllm serve` of the teacher, such as `"http://node:8000"`. It gives log-probabilities of a few
+            tokens only, so `teacher_mode` must name an approximation of the reverse KL.
+        teacher_mode (`str`, *optional*, defaults to `"exact"`):
+            `"exact"` is the paper's full-vocabulary KL from a teacher in the trainer's process. With `teacher_server`:
+            `"sampled_token"` is the policy gradient of the KL from the sampled tokens alone
+            ([`objective.sampled_token_kl`]), `"teacher_topk"` a lower bound of the KL over the teacher's likeliest
+            tokens, the sampled token and the rest as one ([`objective.partition_kl`]).
+        teacher_top_k (`int`, *optional*, defaults to `20`):
+            Tokens of the teacher in `"teacher_topk"`. More than 20 need `vllm serve --max-logprobs`.
+        teacher_server_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds that a request may wait for the server before it is sent again.
+        teacher_parity_limit (`float`, *optional*, defaults to `0.05`):
+            With a local `teacher_model` beside the server, both score a prompt's rollouts before the first update.
+            Training ends if they differ by more than this many nats a token on average. Rounding to bfloat16 makes
+            about 0.01; another prompt, image or revision tenths and more.
+
         > Parameters that control prompts and logs
 
         max_prompt_length (`int`, *optional*, defaults to `8192`):
@@ -65,6 +86,11 @@ class VAOPDConfig(DistillationConfig):
     random_ties: bool = field(default=False, metadata={"help": "Draw tokens of equal VA at random."})
     va_floor: float | None = field(default=None, metadata={"help": "Uniform tokens below this mean VA."})
     kl_temperature: float = field(default=1.0, metadata={"help": "Softmax temperature in the KL."})
+    teacher_server: str | None = field(default=None, metadata={"help": "Address of a vLLM server of the teacher."})
+    teacher_mode: str = field(default="exact", metadata={"help": "The KL.", "choices": list(TEACHER_MODES)})
+    teacher_top_k: int = field(default=20, metadata={"help": "Tokens of the teacher in teacher_topk."})
+    teacher_server_timeout: float = field(default=600.0, metadata={"help": "Seconds for a request."})
+    teacher_parity_limit: float = field(default=0.05, metadata={"help": "Largest mean gap of served logps, in nats."})
     max_prompt_length: int = field(default=8192, metadata={"help": "A longer prompt is an error."})
     doctor_steps: int = field(default=50, metadata={"help": "Steps between health lines; 0 = off."})
 
@@ -91,6 +117,10 @@ class VAOPDConfig(DistillationConfig):
             ("top_fraction", 0 < self.top_fraction <= 1, "must be in (0, 1]"),
             ("high_weight", 0 <= self.high_weight <= 1, "must be in [0, 1]"),
             ("kl_temperature", self.kl_temperature > 0, "must be above 0"),
+            ("teacher_mode", self.teacher_mode in TEACHER_MODES, f"must be one of {', '.join(TEACHER_MODES)}"),
+            ("teacher_top_k", self.teacher_top_k >= 1, "must be at least 1"),
+            ("teacher_server_timeout", self.teacher_server_timeout > 0, "must be above 0"),
+            ("teacher_parity_limit", self.teacher_parity_limit > 0, "must be above 0"),
             ("beta", self.beta == 1.0, "must be 1.0: the paper's divergence is the reverse KL"),
         ):
             if not valid:
@@ -99,4 +129,25 @@ class VAOPDConfig(DistillationConfig):
             raise ValueError(
                 f"num_generations=1 leaves rollout weights without siblings to compare: set num_generations to 2 or "
                 f"more, or weighting to 'token' or 'none' (got weighting={self.weighting!r})"
+            )
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        if self.teacher_server and self.teacher_mode == "exact":
+            raise ValueError(
+                "teacher_mode='exact' needs the teacher in the trainer's process, because a server gives "
+                "log-probabilities of a few tokens only: set teacher_mode to 'sampled_token' or 'teacher_topk', which "
+                f"are approximations, or leave teacher_server out (got {self.teacher_server!r})"
+            )
+        if not self.teacher_server and self.teacher_mode != "exact":
+            raise ValueError(
+                f"teacher_mode={self.teacher_mode!r} needs teacher_server, the address of a vLLM server of the "
+                "teacher; with a local teacher use 'exact'"
+            )
+        if self.teacher_server and not self.teacher_server.startswith(("http://", "https://")):
+            raise ValueError(f"teacher_server must start with http:// or https://, got {self.teacher_server!r}")
+        if self.teacher_server and self.kl_temperature != 1.0:
+            raise ValueError(
+                f"kl_temperature must be 1.0 with teacher_server, whose log-probabilities are at temperature 1; got "
+                f"{self.kl_temperature}"
             )

@@ -10,6 +10,7 @@ import math
 
 import torch
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 WEIGHTINGS = ("va", "rollout", "token", "none")
 
@@ -44,6 +45,47 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
     student = student_logits.to(wide).log_softmax(-1)
     teacher = teacher_logits.to(wide).log_softmax(-1)
     return (student.exp() * (student - teacher)).sum(-1)
+
+
+def sampled_token_kl(student_logps: torch.Tensor, teacher_logps: torch.Tensor) -> torch.Tensor:
+    """Estimate of `reverse_kl` from the sampled token y alone: (...) log-probabilities of y in nats -> nats (...).
+
+    The value is k1 = log p_S(y) - log p_T(y). The gradient is that of the policy-gradient form with k1 as the cost,
+    stopgrad(k1) * grad log p_S(y); that of the value itself would lose the teacher, as E[grad log p_S(y)] = 0.
+
+    For y drawn from p_S(. | state) itself, the expectations of value and gradient are exactly those of `reverse_kl` at
+    the state. Two things break this in training, though both gradients stay 0 where student and teacher agree:
+    rollouts at a temperature under 1 or within a nucleus (the paper: 0.7, top-p 0.95) are drawn from a sharper
+    distribution than the p_S at temperature 1 that is scored here, and no importance weight makes up for it; and
+    VA coefficients depend on y, so only Standard OPD's coefficients keep the expectation.
+    """
+    k1 = (student_logps - teacher_logps).detach()
+    return k1 * (1 + student_logps - student_logps.detach())
+
+
+def partition_kl(student_logps: torch.Tensor, teacher_logps: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """KL(student || teacher) in nats after the vocabulary is partitioned: K tokens each for itself, the rest as one.
+
+    Merging tokens loses information, so this is at most `reverse_kl` (data processing inequality), does not fall when
+    a token is split from the rest, and is equal with all tokens split off. Inside the rest there is no gradient from
+    one token to another.
+
+    Args:
+        student_logps, teacher_logps: (..., K) log-probabilities of K different tokens under the whole vocabulary.
+        kept: (..., K) bool, the places that hold a token; what stands at the others is ignored.
+
+    Returns (...), finite also where nothing is left for the rest.
+    """
+    student, teacher = student_logps.masked_fill(~kept, 0), teacher_logps.masked_fill(~kept, 0)
+    rest_student, rest_teacher = _log_rest(student, kept), _log_rest(teacher, kept)
+    tokens = (kept * student.exp() * (student - teacher)).sum(-1)
+    return tokens + rest_student.exp() * (rest_student - rest_teacher)
+
+
+def _log_rest(logps: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """log(1 - sum of probabilities), with at least the rounding error of 1 left as the rest."""
+    total = logps.masked_fill(~kept, -math.inf).logsumexp(-1)
+    return (-torch.expm1(total.clamp(max=-torch.finfo(total.dtype).eps))).log()
 
 
 def visual_advantage(logps: torch.Tensor, logps_degraded: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -209,6 +251,7 @@ def _checked_groups(va: torch.Tensor, num_generations: int) -> int:
     return num_generations
 
 
+@torch.no_grad()
 def sampled_logps(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -242,7 +285,34 @@ def sampled_logps(
     return torch.cat(logps).squeeze(1) if logps else hidden.new_zeros(0, dtype=torch.float32)
 
 
-@torch.no_grad()
+def token_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    rows: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `sampled_logps`, with gradient and for several tokens at a place: (N, K) float32, and (N,) entropy without.
+
+    `tokens` is (N, K). The logits of `rows` places exist at a time; the backward computes them again.
+    """
+
+    def part(hidden, tokens, weight, bias):
+        logps = _logits(hidden, weight, bias, logit_scale, softcap).log_softmax(-1)
+        constant = logps.detach()
+        return logps.gather(1, tokens), -(constant.exp() * constant).sum(-1)
+
+    weight = weight.float()
+    parts = [
+        checkpoint(part, hidden[i : i + rows], tokens[i : i + rows], weight, bias, use_reentrant=False)
+        for i in range(0, len(hidden), rows)
+    ]
+    logps, entropy = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(entropy)
+
+
 def _logits(hidden, weight, bias, logit_scale, softcap) -> torch.Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         if _wide_product(hidden, weight):

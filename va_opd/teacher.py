@@ -8,7 +8,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from . import siblings
-from .lm_head import lm_head, sampled_logps
+from .lm_head import chunked_reverse_kl, lm_head, sampled_logps
 
 if TYPE_CHECKING:
     from .trainer import VAOPDTrainer
@@ -18,10 +18,48 @@ logger = logging.get_logger(__name__)
 
 class Teacher:
     """Scores the rollouts of a generation batch, before they are sorted into micro-batches, with the teacher of
-    `trainer`. `shares` holds the decisions of `shares_prompts`, for batches with images and for those without."""
+    `trainer`, and compares the student with it. `served.ServedTeacher` has the same `views` and `divergence`.
+
+    `shares` holds the decisions of `shares_prompts`, for batches with images and for those without.
+    """
 
     def __init__(self, trainer: "VAOPDTrainer"):
         self.trainer, self.shares = trainer, dict[bool, bool]()
+
+    def views(
+        self, batch: dict[str, Any], images: list[list[Any]], has_image: torch.Tensor, num_generations: int
+    ) -> tuple[dict[str, list[torch.Tensor]], torch.Tensor, torch.Tensor]:
+        """What `divergence` needs of each rollout, and (N,) log-probabilities of their tokens given the true and given
+        the degraded images. `has_image` is (B,) bool."""
+        trainer = self.trainer
+        shared = self.shares_prompts(batch, has_image, num_generations)
+        parts = self.parts(len(has_image), num_generations, shared)
+        trainer._record("teacher/shared_prompts", float(shared))
+        with trainer._timed("teacher"):
+            hidden, logps = self.score(batch, parts, shared)
+        if trainer.args.doctor_steps and not trainer.last_rollouts:  # equal images must give VA 0, else it is noise
+            again = self.score(batch, parts[:1], shared, keep_hidden=False)[1]
+            trainer._record("va/null", (again - logps[: len(again)]).abs().max().item())
+        logps_degraded = logps
+        # On all ranks or on none: the forward of a sharded teacher is a collective
+        if trainer.accelerator.gather(has_image).any():
+            degraded = dict(batch)
+            if has_image.any():
+                degraded["pixel_values"] = trainer._degraded_pixel_values(batch, images, num_generations)
+            with trainer._timed("teacher_degraded"):
+                logps_degraded = self.score(degraded, parts, shared, keep_hidden=False)[1]
+        return {"teacher_hidden_states": hidden}, logps, logps_degraded
+
+    def divergence(self, student, hidden: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL(student || teacher) and the student's entropy, (N,) each, from its hidden states (N, H)."""
+        trainer = self.trainer
+        return chunked_reverse_kl(
+            hidden,
+            torch.cat(batch["teacher_hidden_states"]),
+            trainer._head(student),
+            trainer._head(trainer.accelerator.unwrap_model(trainer.teacher_model)),
+            trainer.args.kl_temperature,
+        )
 
     def shares_prompts(self, batch: dict[str, Any], has_image: torch.Tensor, num_generations: int) -> bool:
         """Whether a prompt passes the teacher once for all its rollouts: equal numbers are checked on one prompt, at

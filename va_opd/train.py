@@ -29,9 +29,10 @@ from .trainer import VAOPDTrainer
 
 try:
     from common import models, plan, preemption, verifiers, versions
+    from common.checkpoints import resume_point
     from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
-    from common.runs import RunFolder, append_jsonl, fingerprint, last_checkpoint, read_jsonl
+    from common.runs import RunFolder, append_jsonl, fingerprint, read_jsonl
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -48,6 +49,9 @@ class ScriptArguments:
 
     model: str = field(metadata={"help": "Student: hub id or local folder."})
     teacher: str = field(metadata={"help": "Teacher: hub id or local folder; same tokenizer."})
+    teacher_parity: bool = field(
+        default=True, metadata={"help": "With teacher_server: also load the teacher here and compare both once."}
+    )
     experiment: str = field(default="geo3k", metadata={"help": "Name of the folder that holds the variants' runs."})
     dataset: str = field(default="geo3k", metadata={"help": "geo3k, virl39k or digits (embedded)."})
     data: str | None = field(default=None, metadata={"help": "Hub id or local folder to read instead."})
@@ -130,12 +134,12 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
     if main_process:
         versions.announce("va_opd.train")
     trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
-    checkpoint = last_checkpoint(config.output_dir)  # every rank looks for itself on the shared folder
+    checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder
     folder = open_run(args, config, splits) if main_process else None
     with folder or nullcontext():
         if folder is not None:
             record(folder, trainer, checkpoint)
-        preemption.train(trainer, checkpoint)
+        preemption.train(trainer, checkpoint, keep_weights=True)  # the best of them is chosen
         trainer.save_model(str(Path(config.output_dir) / "model"))
         if folder is not None:
             folder.finish()
@@ -183,7 +187,7 @@ def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
     lora = models.lora_config(args.lora_rank)
     if args.method in ("va_opd", "opd"):
         check_same_tokens(_tokenizer(processor), _tokenizer(models.load_processor(args.teacher)))
-        teacher = load_teacher(args, config)
+        teacher = load_teacher(args, config) if loads_teacher(args, config) else None
         return VAOPDTrainer(
             model=student,
             teacher_model=teacher,
@@ -212,6 +216,10 @@ def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
         processing_class=processor,
         peft_config=lora,
     )
+
+
+def loads_teacher(args: ScriptArguments, config: VAOPDConfig) -> bool:
+    return args.teacher_parity or not config.teacher_server
 
 
 def load_teacher(args: ScriptArguments, config: VAOPDConfig):
@@ -303,17 +311,10 @@ class RecordCallback(TrainerCallback):
         if shown:
             print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
         rollouts = getattr(self.trainer, "last_rollouts", None)
-        if rollouts:
+        if rollouts and "loss" in logs:  # not in the last line, of the whole training
             tokenizer = _tokenizer(self.trainer.processing_class)
             for record in rollout_records(rollouts, tokenizer, 2 * args.num_generations):
                 self.folder.log_sample({"step": state.global_step, **record})
-
-    def on_save(self, args, state, control, **kwargs):
-        """Only the newest checkpoint can resume; the older ones keep their weights, from which the best is chosen."""
-        for checkpoint in self.folder.path.glob("checkpoint-*"):
-            if checkpoint.name != f"checkpoint-{state.global_step}":
-                for file in [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*/*")]:
-                    file.unlink()
 
 
 def rollout_records(rollouts: dict[str, Any], tokenizer, count: int) -> list[dict[str, Any]]:
@@ -361,12 +362,14 @@ def memory_parts(
     rows, number = config.per_device_train_batch_size * config.gradient_accumulation_steps, 2 if config.bf16 else 4
     parts = plan.model_bytes("student", student, student, each, pieces)
     if args.method in ("va_opd", "opd"):
-        cache = rows * config.max_completion_length * plan.shape_of(args.teacher, teacher).width
-        parts |= {
-            f"teacher weights, {number} bytes each": number * teacher / pieces.weights,
-            "cached teacher hidden states": number * cache,
-            "KL tiles": 2 * 4096 * 32768 * 4,
-        }
+        if loads_teacher(args, config):
+            parts[f"teacher weights, {number} bytes each"] = number * teacher / pieces.weights
+        if config.teacher_server:  # see objective.token_logps: logits, log-probabilities, gradient; head in float32
+            shape = plan.shape_of(args.model, student)
+            parts["logits of 1,024 places and the head in float32"] = 4 * shape.vocabulary * (3 * 1024 + shape.width)
+        else:
+            cache = rows * config.max_completion_length * plan.shape_of(args.teacher, teacher).width
+            parts |= {"cached teacher hidden states": number * cache, "KL tiles": 2 * 4096 * 32768 * 4}
     elif args.method == "grpo" and args.grpo_beta:
         parts["KL reference"] = each.weight * student / pieces.weights
     return {**parts, **plan.engine_bytes(config)}

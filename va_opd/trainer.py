@@ -23,7 +23,8 @@ from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
 from .doctor import DoctorCallback, va_figures
 from .engine import VLLMRollouts
-from .lm_head import chunked_reverse_kl, lm_head, sampled_logps, without_padding
+from .lm_head import lm_head, sampled_logps, without_padding
+from .served import ServedTeacher
 from .teacher import Teacher
 
 
@@ -33,8 +34,9 @@ class VAOPDTrainer(DistillationTrainer):
     which the teacher really needs the image count more (arXiv 2605.21924). `args.weighting="none"` is Standard OPD.
 
     Arguments are those of [`~trl.DistillationTrainer`]; `args` is a [`VAOPDConfig`]. Rows of `train_dataset` have
-    `prompt` (messages or text) and, for rows with images, `image` or `images`. Raises `ValueError` for a batch that
-    does not divide into groups of `num_generations`, a teacher with other tokens, or an iterable dataset.
+    `prompt` (messages or text) and, for rows with images, `image` or `images`. With `args.teacher_server`,
+    `teacher_model` may be None; else it is compared with the server before the first update. Raises `ValueError` for a
+    batch that does not divide into groups of `num_generations`, a teacher with other tokens, or an iterable dataset.
     """
 
     _tag_names: ClassVar = ["trl", "va-opd"]
@@ -50,7 +52,7 @@ class VAOPDTrainer(DistillationTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None,
         args: VAOPDConfig,
         train_dataset=None,
         eval_dataset=None,
@@ -63,7 +65,9 @@ class VAOPDTrainer(DistillationTrainer):
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if isinstance(teacher_model, str):
             checks.check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(teacher_model))
-        checks.match_vocabulary_size(model, teacher_model, len(tokenizer))
+        checks.check_teacher(args, teacher_model, kwargs.get("tools"))
+        if teacher_model is not None:
+            checks.match_vocabulary_size(model, teacher_model, len(tokenizer))
         super().__init__(
             model=model,
             teacher_model=teacher_model,
@@ -73,15 +77,16 @@ class VAOPDTrainer(DistillationTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.teacher_model.eval()  # not chained: a DeepSpeed engine's eval() returns None
-        self.teacher_model.requires_grad_(False)
+        if teacher_model is not None:
+            self.teacher_model.eval()  # not chained: a DeepSpeed engine's eval() returns None
+            self.teacher_model.requires_grad_(False)
         if self.is_fsdp_enabled:
             checks.check_fsdp(self.accelerator.state.fsdp_plugin)
             self.teacher_model.to(self.accelerator.device)  # whole on every rank; TRL leaves it where it was loaded
         self.vocab_size = len(tokenizer)
         self.banned_ids = checks.banned_ids(processing_class, self.model.config)
         self.last_rollouts: dict[str, Any] = {}
-        self.teacher = Teacher(self)
+        self.teacher = ServedTeacher(self) if args.teacher_server else Teacher(self)
         self.engine = VLLMRollouts(self.vllm_generation) if self.use_vllm else None
         if args.doctor_steps:
             self.add_callback(DoctorCallback(args.doctor_steps))
@@ -149,7 +154,8 @@ class VAOPDTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def _score(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """B times (T_i, H) teacher hidden states, (B, T) coefficients and high-VA mask, P in `num_items_in_batch`."""
+        """B times what the teacher leaves for the loss, (B, T) coefficients and high-VA mask, P in
+        `num_items_in_batch`."""
         args, train = self.args, self.model.training
         num_generations, weighting = (args.num_generations, args.weighting) if train else (1, "none")
         mask = siblings.loss_mask(batch).long()
@@ -157,7 +163,11 @@ class VAOPDTrainer(DistillationTrainer):
         has_image = torch.tensor([bool(row) for row in images], device=mask.device)
         checks.check_siblings(self._gather(checks.sibling_fingerprints(batch)), num_generations)
 
-        hidden, va = self._visual_advantage(batch, mask, images, has_image, num_generations)
+        kept, logps, logps_degraded = self.teacher.views(batch, images, has_image, num_generations)
+        logps, logps_degraded = (
+            torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask.bool(), x) for x in (logps, logps_degraded)
+        )
+        va = objective.visual_advantage(logps, logps_degraded, mask * has_image[:, None])
         va_all, mask_all, ungrouped = self._gather(va), self._gather(mask), ~self._gather(has_image)
         if args.va_floor is not None:
             ungrouped = ungrouped | (objective.mean_over_tokens(va_all, mask_all) < args.va_floor)
@@ -187,36 +197,12 @@ class VAOPDTrainer(DistillationTrainer):
             "images": images,
         }
         return {
-            "teacher_hidden_states": hidden,
+            **kept,
             "coefficients": coefficients[here, :length],
             "high_tokens": high[here, :length],
             # TRL divides the loss by this and undoes the averaging over ranks: with P it is the mean over prompts
             "num_items_in_batch": torch.tensor(len(va_all) / num_generations, device=mask.device),
         }
-
-    def _visual_advantage(
-        self, batch: dict[str, Any], mask: torch.Tensor, images: list, has_image: torch.Tensor, num_generations: int
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The teacher's hidden states of each rollout on the true images, (T_i, H), and (B, T) VA from two passes."""
-        shared = self.teacher.shares_prompts(batch, has_image, num_generations)
-        parts = self.teacher.parts(len(mask), num_generations, shared)
-        self._record("teacher/shared_prompts", float(shared))
-        with self._timed("teacher"):
-            hidden, logps = self.teacher.score(batch, parts, shared)
-        if self.args.doctor_steps and not self.last_rollouts:  # equal images must give VA 0, else it measures noise
-            again = self.teacher.score(batch, parts[:1], shared, keep_hidden=False)[1]
-            self._record("va/null", (again - logps[: len(again)]).abs().max().item())
-        logps_degraded = logps
-        if self._gather(has_image).any():  # on all ranks or on none: the forward of a sharded teacher is a collective
-            degraded = dict(batch)
-            if has_image.any():
-                degraded["pixel_values"] = self._degraded_pixel_values(batch, images, num_generations)
-            with self._timed("teacher_degraded"):
-                logps_degraded = self.teacher.score(degraded, parts, shared, keep_hidden=False)[1]
-        logps, logps_degraded = (
-            torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask.bool(), x) for x in (logps, logps_degraded)
-        )
-        return hidden, objective.visual_advantage(logps, logps_degraded, mask * has_image[:, None])
 
     def _degraded_pixel_values(self, batch: dict[str, Any], images: list, num_generations: int) -> torch.Tensor:
         start = len(images) * self.accelerator.process_index
@@ -244,13 +230,8 @@ class VAOPDTrainer(DistillationTrainer):
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         """Sum of coefficient * KL over the rows of a micro-batch, divided by the prompts of the step."""
         mask = siblings.loss_mask(inputs)
-        kl_N, entropy_N = chunked_reverse_kl(
-            self._hidden_states(unwrapped_student, inputs),
-            torch.cat(inputs["teacher_hidden_states"]),
-            self._head(unwrapped_student),
-            self._head(self.accelerator.unwrap_model(self.teacher_model)),
-            self.args.kl_temperature,
-        )
+        hidden = self._hidden_states(unwrapped_student, inputs)
+        kl_N, entropy_N = self.teacher.divergence(unwrapped_student, hidden, inputs)
         kl = torch.zeros_like(mask, dtype=kl_N.dtype).masked_scatter(mask, kl_N)
         num_prompts = len(mask) if num_items_in_batch is None else num_items_in_batch
         loss = objective.grouped_kl_loss(kl, inputs["coefficients"], num_prompts)
