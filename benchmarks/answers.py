@@ -41,6 +41,7 @@ LARGE = (
 )  # fmt: skip
 PACKAGES = ("math-verify", "mathruler", "latex2sympy2-extended", "sympy", "mpmath")
 BATCH = 2048
+BATCHES = (512, 1024, BATCH)
 MIN_TIMED = 5  # pairs of a kind below which its checks a second say little
 
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         result["files"][name] = measure(pairs, names, args.repeats, args.limit)
         print(f"\n{name}: {len(pairs)} pairs\n{table(result['files'][name])}", flush=True)
     result["large"] = measure_large(names, args.limit)
-    result["batch"] = measure_batch(names, args.repeats, args.limit)
+    result["batches"] = {count: measure_batch(names, args.repeats, args.limit, count) for count in BATCHES}
     print(f"\n{other_table(result)}")
     atomic_write_json(args.out, result)
     print(f"\nWritten to {args.out}")
@@ -110,8 +111,8 @@ def read_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-def batch_pairs() -> list[Pair]:
-    """2,048 responses as a training step has them, none seen before, three in four right."""
+def batch_pairs(count: int) -> list[Pair]:
+    """`count` responses as a training step has them, none seen before, three in four right."""
     kinds = (
         ("{i}", "{i}"), (r"\frac{{{i}}}{{7}}", r"{i}/7"), ("x^2+{i}x", "x(x+{i})"), ("({i}, 2)", "({i},2)"),
         (r"{i}\sqrt{{2}}", r"\sqrt{{2}} \cdot {i}"), (r"\$1,{i:03d}.50", "1{i:03d}.5"), ("[0, {i})", "[0,{i})"),
@@ -119,7 +120,7 @@ def batch_pairs() -> list[Pair]:
     )  # fmt: skip
     reasoning = "Let $x$ be the number sought. From the first equation $x = 3y + 2$, and so on for a while. " * 8
     pairs = []
-    for i in range(BATCH):
+    for i in range(count):
         answer, gold = (text.format(i=i % 997 + 2) for text in kinds[i % len(kinds)])
         wrong = i % 4 == 3
         response = f"{reasoning}\n\nThe answer is $\\boxed{{{answer}{'+1' if wrong else ''}}}$."
@@ -264,13 +265,13 @@ def measure_large(names: list[str], limit: float) -> dict[str, Any]:
     return result
 
 
-def measure_batch(names: list[str], repeats: int, limit: float) -> dict[str, Any]:
-    """Seconds for 2,048 responses: ours by `grade_many`, the others one after the other."""
-    pairs, result = batch_pairs(), {}
+def measure_batch(names: list[str], repeats: int, limit: float, count: int) -> dict[str, Any]:
+    """Seconds for `count` responses: ours by `grade_many`, the others one after the other."""
+    pairs, result = batch_pairs(count), {}
     for name in names:
         if name == "ours":
             with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                runs = [pool.apply(grade_batch) for _ in range(repeats)]
+                runs = [pool.apply(grade_batch, (count,)) for _ in range(repeats)]
         else:
             with Checker(name, limit) as checker:
                 answers = [
@@ -283,9 +284,9 @@ def measure_batch(names: list[str], repeats: int, limit: float) -> dict[str, Any
     return result
 
 
-def grade_batch() -> tuple[float, int]:
+def grade_batch(count: int) -> tuple[float, int]:
     """Seconds and wrong verdicts of one batch, in a process that has checked nothing before."""
-    pairs = batch_pairs()
+    pairs = batch_pairs(count)
     start = time.perf_counter()
     verdicts = grade_many([pair.prediction for pair in pairs], [pair.gold for pair in pairs])
     seconds = time.perf_counter() - start
@@ -333,8 +334,8 @@ def other_table(result: dict[str, Any]) -> str:
         [
             name,
             f"{row['late']} of {len(LARGE)}",
-            f"{result['batch'][name]['seconds']:.2f}",
-            result["batch"][name]["wrong_verdicts"],
+            f"{result['batches'][BATCH][name]['seconds']:.2f}",
+            result["batches"][BATCH][name]["wrong_verdicts"],
         ]
         for name, row in result["large"].items()
     ]

@@ -1,6 +1,6 @@
 """One SRPO step beside TRL's experimental SDPO and beside our own GRPO, on the same rollouts in one run.
 
-    python -m benchmarks.srpo_step                                    # CPU, a few minutes
+    python -m benchmarks.srpo_step                                    # CPU, about 8 minutes
     python -m benchmarks.srpo_step --hidden 2560 --layers 36 --vocabulary 151936 --response 800      # a GPU
 
 A step here is reward, teacher phase, forward and backward of 32 rollouts; generation and optimizer are the same for
@@ -13,6 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from trl import GRPOTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from benchmarks.machine import machine
+from benchmarks.va_opd_scoring import synchronize
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import char_tokenizer
 from srpo import SRPOConfig, SRPOTrainer
 
 ROLLOUTS, GROUP = 32, 8
+KINDS = ("srpo", "sdpo (trl)", "sdpo", "grpo")
 
 
 def reward(completions, **columns) -> list[float]:
@@ -103,17 +106,13 @@ def seconds_of_a_step(trainer) -> float:
     inputs = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     trainer.model.zero_grad()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     synchronize()
-    started = time.perf_counter()
+    started = clock()
     for _ in range(accumulation):
         trainer.training_step(trainer.model, inputs, None)
     synchronize()
-    return time.perf_counter() - started
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return clock() - started
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -124,14 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=64, help="characters, about the tokens of a prompt")
     parser.add_argument("--response", type=int, default=128, help="longest response in tokens")
     parser.add_argument("--micro_batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "srpo_step.json")
     options = parser.parse_args(argv)
 
     tokenizer = char_tokenizer()
-    ids = rollout_ids(options.response, tokenizer.eos_token_id)
-    GRPOTrainer._generate_single_turn = lambda self, *args, **kwargs: (ids, None)
-    SDPOTrainer._generate = lambda self, prompt_ids: (prompt_ids, ids)
     config = Qwen3Config(
         vocab_size=options.vocabulary,
         hidden_size=options.hidden,
@@ -147,7 +143,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)
         Qwen3ForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        results = measure(folder, tokenizer, ids, options)
+        results = measure(folder, tokenizer, options)
+        results["seconds of shorter steps"] = shorter_steps(folder, tokenizer, options)
     print(table(results))
     atomic_write_json(
         options.out,
@@ -155,9 +152,21 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def measure(folder: str, tokenizer, ids: list[list[int]], options: argparse.Namespace) -> dict[str, Any]:
+def shorter_steps(folder: str, tokenizer, options: argparse.Namespace) -> dict[int, dict[str, list[float]]]:
+    """Seconds of SRPO and SDPO by tokens of the longest response, for prompts and responses of half and a quarter."""
+    found = {}
+    for share in (2, 4):
+        lengths = {"response": options.response // share, "prompt": options.prompt // share}
+        shorter = argparse.Namespace(**vars(options) | lengths | {"repeats": 1})
+        found[shorter.response] = measure(folder, tokenizer, shorter, ("srpo", "sdpo (trl)"))["seconds"]
+    return found
+
+
+def measure(folder: str, tokenizer, options: argparse.Namespace, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
     """Seconds of each repeat, interleaved so that all see the same machine, and the teacher's tokens of one step."""
-    kinds = ("srpo", "sdpo (trl)", "sdpo", "grpo")
+    ids = rollout_ids(options.response, tokenizer.eos_token_id)
+    GRPOTrainer._generate_single_turn = lambda self, *args, **kwargs: (ids, None)
+    SDPOTrainer._generate = lambda self, prompt_ids: (prompt_ids, ids)
     trainers = {kind: build(kind, folder, tokenizer, options) for kind in kinds}
     counters = {kind: count_teacher(t) if kind != "grpo" else [] for kind, t in trainers.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import plots
 from common.runs import atomic_write_text
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- begin: python -m benchmarks.tables -->\n", "<!-- end -->\n"
-COLUMNS = ["work", "peer", "ours", "peer's", "ratio", "aim", "machine, date"]
+COLUMNS = ["work", "peer", "ours", "peer's", "ratio", "aim", "growth", "machine, date"]
 Result = dict[str, Any]
 
 
@@ -45,8 +47,14 @@ def overview() -> str:
     for name, make in ROWS.items():
         result = json.loads((FOLDER / "results" / f"{name}.json").read_text())
         where = result.get("machine") if isinstance(result.get("machine"), dict) else result
-        rows += [[*row, f"{where['processor']}, {where['date']}"] for row in make(result)]
+        filled = [[*row, *[""] * (len(COLUMNS) - 1 - len(row))] for row in make(result)]  # a row may have no growth
+        rows += [[*row, f"{where['processor']}, {where['date']}"] for row in filled]
     return plots.table_markdown(rows, COLUMNS)
+
+
+def growth(sizes: list[float], *sides: list[float]) -> str:
+    """Exponents of ours and the peer's values over the size: slopes of log value over log size."""
+    return " / ".join(f"{np.polyfit(np.log(sizes), np.log(values), 1)[0]:.2f}" for values in sides)
 
 
 def answers(result: Result) -> list[list[str]]:
@@ -57,12 +65,10 @@ def answers(result: Result) -> list[list[str]]:
             ours, theirs = rates["ours"]["all"], rates[peer]["all"]
             work = f"answer checks a second, {result['files'][file]['pairs']:,} {name} pairs"
             rows.append([work, peer, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f} x", "10 x"])
-    batch = {name: entry["seconds"] for name, entry in result["batch"].items()}
-    theirs = batch["math-verify"]
-    return [
-        *rows,
-        ["2,048 responses, s", "math-verify", *_pair(batch["ours"], theirs), f"{theirs / batch['ours']:.1f} x", ""],
-    ]
+    sizes, batches = list(map(int, result["batches"])), list(result["batches"].values())
+    ours, theirs = ([batch[name]["seconds"] for batch in batches] for name in ("ours", "math-verify"))
+    slopes, ratio = growth(sizes, ours, theirs), f"{theirs[-1] / ours[-1]:.1f} x"
+    return [*rows, [f"{sizes[-1]:,} responses, s", "math-verify", *_pair(ours[-1], theirs[-1]), ratio, "", slopes]]
 
 
 def r_diverse_reward(result: Result) -> list[list[str]]:
@@ -74,14 +80,30 @@ def r_diverse_reward(result: Result) -> list[list[str]]:
     ]
     seconds = [result["r_zero"]["seconds"], *(bank["reward_seconds"] for bank in result["bank"])]
     aims = ["300 x", *("300 x" if bank["rows"] < 10**6 else "10 s" for bank in result["bank"])]
-    return [[*row, f"{peer / s:.1f} x", aim] for row, s, aim in zip(rows, seconds, aims, strict=True)]
+    slopes = ["", *[growth([bank["rows"] for bank in result["bank"]], seconds[1:])] * len(result["bank"])]
+    return [
+        [*row, f"{peer / s:.1f} x", aim, slope] for row, s, aim, slope in zip(rows, seconds, aims, slopes, strict=True)
+    ]
+
+
+def evaluation(result: Result) -> list[list[str]]:
+    sizes, found = list(map(int, result["prompts"])), list(result["prompts"].values())
+    ours, theirs = ([statistics.median(entry["seconds"][way]) for entry in found] for way in ("ours", "naive"))
+    slopes, rows = growth(sizes, ours, theirs), []
+    for size, entry, *pair in zip(sizes, found, ours, theirs, strict=True):
+        ratio = "{median:.2f} x [{low:.2f}, {high:.2f}]".format(**entry["ratio"])
+        rows.append([f"evaluation, {size} prompts, s", "padded batches", *_pair(*pair), ratio, "2 x", slopes])
+    return rows
 
 
 def srpo_step(result: Result) -> list[list[str]]:
-    ours, theirs = (statistics.median(result["seconds"][kind]) for kind in ("srpo", "sdpo (trl)"))
+    steps = {int(length): seconds for length, seconds in result["seconds of shorter steps"].items()}
+    steps[result["settings"]["response"]] = result["seconds"]
+    ours, theirs = ([statistics.median(step[kind]) for step in steps.values()] for kind in ("srpo", "sdpo (trl)"))
     spread = {name: 1 / value for name, value in result["srpo_over_trl_sdpo"].items()}
     ratio = f"{spread['median']:.2f} x [{spread['high']:.2f}, {spread['low']:.2f}]"
-    return [["SRPO step, 41 % routed, s", "trl.experimental.sdpo", *_pair(ours, theirs), ratio, "1.18 x"]]
+    figures = [*_pair(ours[-1], theirs[-1]), ratio, "1.18 x", growth(list(steps), ours, theirs)]
+    return [["SRPO step, 41 % routed, s", "trl.experimental.sdpo", *figures]]
 
 
 def startup(result: Result) -> list[list[str]]:
@@ -96,13 +118,66 @@ def startup(result: Result) -> list[list[str]]:
 
 def va_opd_scoring(result: Result) -> list[list[str]]:
     rows = []
-    for name, found in result.items():
-        if isinstance(found, dict) and "ratio" in found:
-            ours, theirs = (statistics.median(values) for values in found["seconds"].values())
-            ratio = "{median:.2f} x [{low:.2f}, {high:.2f}]".format(**found["ratio"])
-            student = name == "student"
-            work = "student, uneven rollouts, s" if student else f"teacher scoring, {name}, s"
-            rows.append([work, "TRL's way", *_pair(ours, theirs), ratio, "" if student else "2.5 x"])
+    for work, aim in (("equal lengths", "2.5 x"), ("uneven lengths", "2.5 x"), ("student", "")):
+        found = {name: entry for name, entry in result.items() if name.startswith(f"{work}, size")}
+        # Ours, then TRL's way, whose tokens are the size
+        sides = [[statistics.median(list(x["seconds"].values())[side]) for x in found.values()] for side in (0, 1)]
+        slopes = growth([list(x["counted"].values())[1]["tokens"] for x in found.values()], *sides)
+        for (name, entry), ours, theirs in zip(found.items(), *sides, strict=True):
+            ratio = "{median:.2f} x [{low:.2f}, {high:.2f}]".format(**entry["ratio"])
+            what = (
+                name.replace("student", "student, uneven rollouts")
+                if work == "student"
+                else f"teacher scoring, {name}"
+            )
+            rows.append([f"{what}, s", "TRL's way", *_pair(ours, theirs), ratio, aim, slopes])
+    return rows
+
+
+def va_opd_loss(result: Result) -> list[list[str]]:
+    peers = {"trl": "TRL's trainer", "naive": "whole logits"}
+    true = _loss_rows("VA-OPD loss, heads of 2B and 8B", result["true heads"], peers)
+    return [*_loss_rows("VA-OPD loss", result["paths"], peers), *true]
+
+
+def srpo_loss(result: Result) -> list[list[str]]:
+    return _loss_rows("SRPO divergence and entropy", result["paths"], {"full logits": "whole logits"})
+
+
+def _loss_rows(work: str, paths: dict[str, dict[str, Any]], peers: dict[str, str]) -> list[list[str]]:
+    """Peak and seconds at the largest size of ours, and beside each peer at the largest that it was measured at."""
+    rows, ours = [], paths["ours"]
+    for peer, label in peers.items():
+        size = max(paths[peer], key=int)
+        for unit, aim in (("GB", "1 GB"), ("s", "1 x")):
+            both = [{int(n): _figure(entry, unit) for n, entry in side.items()} for side in (ours, paths[peer])]
+            mine, theirs = (side[int(size)] for side in both)
+            slopes = " / ".join(growth(list(side), list(side.values())) if len(side) > 2 else "-" for side in both)
+            cells = [*_pair(mine, theirs), f"{theirs / mine:.2f} x", aim, slopes]
+            rows.append([f"{work}, {int(size):,} rows, {'peak ' * (unit == 'GB')}{unit}", label, *cells])
+    return rows
+
+
+def _figure(entry: dict[str, Any], unit: str) -> float:
+    return entry["peak_gib"] * 2**30 / 1e9 if unit == "GB" else statistics.median(entry["seconds"])
+
+
+def r_diverse_sam(result: Result) -> list[list[str]]:
+    found = {int(count): entry for count, entry in result["questions"].items()}
+    largest, rows = found[max(found)], []
+    ours, alone, again = (
+        [statistics.median(entry["seconds"][way]) for entry in found.values()]
+        for way in ("ours", "one by one", "again")
+    )
+    ratio = "{median:.2f} x [{low:.2f}, {high:.2f}]".format(**largest["ratio"])
+    work, slopes = f"SAM of {max(found):,} questions", growth(list(found), ours, alone)
+    rows.append([f"{work}, s", "one request a question", *_pair(ours[-1], alone[-1]), ratio, "", slopes])
+    figures = [*_pair(again[-1], alone[-1]), f"{alone[-1] / again[-1]:.1f} x", "", growth(list(found), again, alone)]
+    rows.append([f"{work}, written before, s", "one request a question", *figures])
+    for key, what in (("requests", "requests"), ("forwards", "forwards of the coder")):
+        mine, theirs = (largest["counted"][way][key] for way in ("ours", "one by one"))
+        cells = [f"{mine:,}", f"{theirs:,}", f"{theirs / mine:.1f} x", "", ""]
+        rows.append([f"{work}, {what}", "one request a question", *cells])
     return rows
 
 
@@ -112,8 +187,12 @@ def _pair(ours: float, theirs: float) -> tuple[str, str]:
 
 ROWS: dict[str, Callable[[Result], list[list[str]]]] = {
     "va_opd_scoring": va_opd_scoring,
+    "va_opd_loss": va_opd_loss,
     "srpo_step": srpo_step,
+    "srpo_loss": srpo_loss,
     "r_diverse_reward": r_diverse_reward,
+    "r_diverse_sam": r_diverse_sam,
+    "evaluation": evaluation,
     "answers": answers,
     "startup": startup,
 }

@@ -1,12 +1,13 @@
 """Peak memory and time of VA-OPD's loss, the weighted reverse KL over the full vocabulary, forward and backward.
 
-    python -m benchmarks.va_opd_loss                           # CPU, about 10 minutes
-    python -m benchmarks.va_opd_loss --rows 1024 4096 --student 2048 --teacher 4096       # a GPU
+    python -m benchmarks.va_opd_loss                           # CPU, about 11 minutes
+    python -m benchmarks.va_opd_loss --rows 1024 4096 --student 2048 --teacher 4096 --heads 2048 4096       # a GPU
 
-`naive` holds the logits of both models, `kernel` is the trainer's path, TRL's tiled kernel with its tiles of 4,096
-rows, and `kernel, N rows` the same with smaller tiles. Each runs in a process of its own; the peak is what it adds to
-inputs and gradients. `naive` is left out where it needs more than --most GiB. Liger's fused JSD needs a GPU and is
-not here. Writes benchmarks/results/va_opd_loss.json.
+`naive` holds the logits of both models, `trl` is the path of TRL's trainer, its tiled kernel with tiles of 4,096 rows,
+`ours` the same kernel with tiles of less than 1 GB. Each runs in a process of its own; the peak is what it adds to
+inputs and gradients. A path is left out where it needs more than --most GiB. Then --head_rows rows with heads of the
+true widths (--heads), where the products decide and not the passes over the logits. Liger's fused JSD is not here: it
+needs a GPU. Writes benchmarks/results/va_opd_loss.json.
 """
 
 import argparse
@@ -15,21 +16,23 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from trl.kernels import chunked_divergence
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from benchmarks.machine import machine
-from benchmarks.va_opd_scoring import exponent, synchronize
+from benchmarks.va_opd_scoring import synchronize
 from common import plots
 from common.runs import atomic_write_json
 from va_opd import objective
 from va_opd.lm_head import LMHead, chunked_reverse_kl
 
 VOCABULARY = 151936
-TILES = {"kernel": 4096, "kernel, 1024 rows": 1024}
+PATHS = {"naive": 6.5, "trl": 2.5, "ours": 0.0}  # (N, V) tensors of float32 that the peak may hold, to leave some out
+Found = dict[str, dict[int, dict[str, Any]]]
 
 
 def peak_bytes() -> int:
@@ -40,98 +43,115 @@ def peak_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def loss_of(name: str, rows: int, vocabulary: int, student: int, teacher: int) -> dict[str, float]:
-    """One forward and backward: peak in bytes, seconds of the thread (clock on a GPU), loss, norm of the gradient."""
+def heads(rows: int, vocabulary: int, student: int, teacher: int) -> list[torch.Tensor]:
+    """Random hidden states and heads of student and teacher; the student's want gradients. Logits have variance 1."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     like = {"device": device, "dtype": torch.bfloat16 if device == "cuda" else torch.float32}
     s_hidden, t_hidden = torch.randn(rows, student, **like), torch.randn(rows, teacher, **like)
     s_weight = torch.randn(vocabulary, student, **like).mul_(student**-0.5)
     t_weight = torch.randn(vocabulary, teacher, **like).mul_(teacher**-0.5)
-    weights = torch.rand(rows, device=device) / rows
-    s_hidden.requires_grad_()
-    s_weight.requires_grad_()
-    synchronize()
-    before, clock = peak_bytes(), time.perf_counter if device == "cuda" else time.process_time
-    started = clock()
+    return [s_hidden.requires_grad_(), s_weight.requires_grad_(), t_hidden, t_weight]
+
+
+def loss_of(name: str, s_hidden, s_weight, t_hidden, t_weight) -> torch.Tensor:
+    weights = torch.linspace(0, 1, len(s_hidden), device=s_hidden.device) / len(s_hidden)
     if name == "naive":
         kl = objective.reverse_kl(s_hidden @ s_weight.T, t_hidden @ t_weight.T)
+    elif name == "trl":
+        kl, _ = ChunkedDivergenceFunction.apply(s_hidden, s_weight, None, t_hidden, t_weight, None, 1.0)
     else:
-        chunked_divergence.TOKEN_CHUNK_SIZE = TILES[name]
-        heads = (LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
-        kl, _ = chunked_reverse_kl(s_hidden, t_hidden, *heads)
-    loss = (kl * weights).sum()
-    loss.backward()
+        kl, _ = chunked_reverse_kl(s_hidden, t_hidden, *(LMHead(w, None, 1.0, None) for w in (s_weight, t_weight)))
+    return (kl * weights).sum()
+
+
+def measured(loss: Callable[..., torch.Tensor], name: str, *sizes: int) -> dict[str, float]:
+    """One forward and backward: peak in bytes, seconds of the process (clock on a GPU), loss, norm of the gradient."""
+    inputs = heads(*sizes)
     synchronize()
-    seconds, gradients = clock() - started, s_hidden.grad.nbytes + s_weight.grad.nbytes
-    norm = s_hidden.grad.float().norm().item()
-    return {"peak": peak_bytes() - before - gradients, "seconds": seconds, "loss": loss.item(), "gradient_norm": norm}
+    before, clock = peak_bytes(), time.perf_counter if torch.cuda.is_available() else time.process_time
+    started = clock()
+    value = loss(name, *inputs)
+    value.backward()
+    synchronize()
+    seconds, gradients = clock() - started, [tensor.grad for tensor in inputs[:2]]
+    peak = peak_bytes() - before - sum(gradient.nbytes for gradient in gradients)
+    norm = gradients[0].float().norm().item()
+    return {"peak": peak, "seconds": seconds, "loss": value.item(), "gradient_norm": norm}
 
 
-def child(name: str, rows: int, student: int, teacher: int) -> dict[str, float]:
+def child(loss: Callable[..., torch.Tensor], words: list[str]) -> None:
+    """Prints `measured` of a path; words: path, rows, widths of student and teacher."""
     torch.set_num_threads(1)
-    loss_of(name, 8, 64, student, teacher)  # loads what the first call loads
-    return loss_of(name, rows, VOCABULARY, student, teacher)
+    name, rows, student, teacher = words[0], *map(int, words[1:])
+    measured(loss, name, 8, 256, student, teacher)  # loads what the first call loads
+    print(json.dumps(measured(loss, name, rows, VOCABULARY, student, teacher)))
 
 
-def run(name: str, rows: int, options: argparse.Namespace) -> dict[str, float]:
-    words = [name, rows, options.student, options.teacher]
-    command = [sys.executable, "-m", "benchmarks.va_opd_loss", "--child", *map(str, words)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
-    return json.loads(output.splitlines()[-1])
+def run(module: str, *words: Any) -> dict[str, float]:
+    """`child` in a process of its own."""
+    command = [sys.executable, "-m", module, "--child", *map(str, words)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
+    return json.loads(output.stdout.splitlines()[-1])
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    module: str, paths: dict[str, float], rows: list[int], widths: list[int], repeats: int, most: float
+) -> Found:
     """Median peak and each time, by path and rows; paths in turn, so that all see the same machine."""
-    found: dict[str, Any] = {name: {} for name in ("naive", *TILES)}
-    for rows in options.rows:
-        names = [name for name in found if name != "naive" or 6 * rows * VOCABULARY * 4 < options.most * 2**30]
-        runs = [{name: run(name, rows, options) for name in names} for _ in range(options.repeats)]
+    found: Found = {name: {} for name in paths}
+    for count in rows:
+        names = [name for name, tensors in paths.items() if tensors * count * VOCABULARY * 4 < most * 2**30]
+        runs = [{name: run(module, name, count, *widths) for name in names} for _ in range(repeats)]
         for name in names:
             mine = [each[name] for each in runs]
-            found[name][rows] = {
+            found[name][count] = {
                 "peak_gib": statistics.median(x["peak"] for x in mine) / 2**30,
                 "seconds": [x["seconds"] for x in mine],
                 "loss": mine[0]["loss"],
                 "gradient_norm": mine[0]["gradient_norm"],
             }
-            print(name, rows, found[name][rows], flush=True)
+            print(name, count, found[name][count], flush=True)
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--student", type=int, default=128, help="width of the student")
-    parser.add_argument("--teacher", type=int, default=256, help="width of the teacher")
-    parser.add_argument("--most", type=float, default=5.0, help="GiB that the naive path may take")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "va_opd_loss.json")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.child:
-        print(json.dumps(child(options.child[0], *map(int, options.child[1:]))))
-        return
-    found = measure(options)
-    growth = {
-        name: {
-            "peak": exponent(list(by_rows), [x["peak_gib"] for x in by_rows.values()]),
-            "seconds": exponent(list(by_rows), [statistics.median(x["seconds"]) for x in by_rows.values()]),
-        }
-        for name, by_rows in found.items()
-    }
-    print(table(found, options.rows))
-    settings = {key: value for key, value in vars(options).items() if key not in ("child", "out")}
-    atomic_write_json(options.out, {"settings": settings, **machine("trl"), "paths": found, "exponents": growth})
-
-
-def table(found: dict[str, Any], rows: list[int]) -> str:
+def table(found: Found, rows: list[int]) -> str:
     lines = []
     for name, by_rows in found.items():
         cells = [by_rows.get(n) for n in rows]
         figures = [f"{c['peak_gib']:.2f} / {statistics.median(c['seconds']):.1f}" if c else "-" for c in cells]
         lines.append([name, *figures])
     return plots.table_markdown(lines, ["peak GiB / seconds", *(f"{n} rows" for n in rows)])
+
+
+def parser(name: str, rows: list[int]) -> argparse.ArgumentParser:
+    """What this and `benchmarks.srpo_loss` are asked."""
+    made = argparse.ArgumentParser(prog=f"benchmarks.{name}", formatter_class=argparse.RawTextHelpFormatter)
+    made.add_argument("--rows", type=int, nargs="+", default=rows)
+    made.add_argument("--student", type=int, default=128, help="width of the student")
+    made.add_argument("--teacher", type=int, default=256, help="width of the teacher")
+    made.add_argument("--most", type=float, default=8.0, help="GiB that a path may take")
+    made.add_argument("--repeats", type=int, default=2)
+    made.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.json")
+    made.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    asked = parser("va_opd_loss", [256, 1024, 4096])
+    asked.description = __doc__
+    asked.add_argument("--heads", type=int, nargs=2, default=[2048, 4096], help="true widths: 2B and 8B")
+    asked.add_argument("--head_rows", type=int, default=256)
+    options = asked.parse_args(argv)
+    if options.child:
+        child(loss_of, options.child)
+        return
+    shared = {"module": "benchmarks.va_opd_loss", "paths": PATHS, "repeats": options.repeats, "most": options.most}
+    found = measure(rows=options.rows, widths=[options.student, options.teacher], **shared)
+    true = measure(rows=[options.head_rows], widths=options.heads, **shared)
+    print(table(found, options.rows), table(true, [options.head_rows]), sep="\n\n")
+    settings = {key: value for key, value in vars(options).items() if key not in ("child", "out")}
+    atomic_write_json(options.out, {"settings": settings, **machine("trl"), "paths": found, "true heads": true})
 
 
 if __name__ == "__main__":

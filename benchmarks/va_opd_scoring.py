@@ -349,11 +349,6 @@ def predicted(image: int = 960, text: int = 64, response: int = 512, mean: float
     return found
 
 
-def exponent(sizes: list[float], values: list[float]) -> float:
-    """Slope of log value over log size."""
-    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--hidden", type=int, default=384)
@@ -374,16 +369,11 @@ def main(argv: list[str] | None = None) -> None:
                 arguments = (options.prompt // part, shares, options.response // part)
                 results[size] = scoring(options, folder, *arguments)
                 print(size, results[size]["ratio"], results[size]["largest_difference_in_logps"], flush=True)
-        results["student"] = student(options, folder, options.prompt // 4, options.response)
-        print("student", results["student"]["ratio"], results["student"]["loss_and_gradient_norm"], flush=True)
+        for part in (1, 2, 4):
+            size = f"student, size 1/{part}"
+            results[size] = student(options, folder, options.prompt // 4 // part, options.response // part)
+            print(size, results[size]["ratio"], results[size]["loss_and_gradient_norm"], flush=True)
         results["whole step"] = whole_step(options, folder, options.prompt // 4)
-    results["exponents"] = {
-        way: exponent(
-            [results[f"equal lengths, size 1/{part}"]["counted"]["full"]["tokens"] for part in (1, 2, 4)],
-            [statistics.median(results[f"equal lengths, size 1/{part}"]["seconds"][way]) for part in (1, 2, 4)],
-        )
-        for way in ("shared", "full")
-    }
     results["predicted"] = predicted()
     print(table(results))
     atomic_write_json(options.out, results)
@@ -400,7 +390,7 @@ def table(results: dict[str, Any]) -> str:
     columns = ["work", "ours, s", "TRL's way, s", "ratio", "ours, tokens / patches", "TRL's, tokens / patches"]
     added = "{median:.1%} [{low:.1%}, {high:.1%}]".format(**results["whole step"]["va_over_opd"])
     lines = [f"{name}: {value:.3g}" for name, value in results["predicted"].items()]
-    figures = [f"VA over plain OPD, whole step: {added}", f"exponents: {results['exponents']}", *lines]
+    figures = [f"VA over plain OPD, whole step: {added}", *lines]
     return "\n".join([plots.table_markdown(rows, columns), "", *figures])
 
 

@@ -1,5 +1,6 @@
 """From last hidden states to what SRPO needs, without ever holding (B, T, V) logits."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from . import objective
 from ._trl import ChunkedLogProbFunction, maybe_gather_lm_head_ctx
 
 VOCABULARY_TILE = 32768
+ROWS = 256  # tokens whose logits are there at once: 0.16 GB a tensor at a vocabulary of 151,936
 
 
 class LMHead(NamedTuple):
@@ -20,15 +22,38 @@ class LMHead(NamedTuple):
     scale: float
     softcap: float | None
 
-    def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """(N, V) float32 logits of (N, H) hidden states, divided by the sampling temperature."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
-        return (logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)) / temperature
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, V) float32 products of (N, H) hidden states with the head, in their dtype and without a gradient."""
+        products = torch.empty(len(hidden), len(self.weight), device=hidden.device)
+        for part in self._slices():
+            bias = None if self.bias is None else self.bias[part].to(hidden.dtype)
+            products[:, part] = torch.nn.functional.linear(hidden, self.weight[part].to(hidden.dtype), bias)
+        return products
 
-    def to(self, dtype: torch.dtype) -> "LMHead":
-        """Detached copy in `dtype`; under ZeRO-3 only inside `gathered`."""
-        bias = None if self.bias is None else self.bias.detach().to(dtype)
-        return self._replace(weight=self.weight.detach().to(dtype), bias=bias)
+    def logits(self, products: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """What the model makes of `project`, divided by the sampling temperature."""
+        if self.softcap is not None:
+            return self.softcap / temperature * torch.tanh(products * (self.scale / self.softcap))
+        return products if self.scale == temperature else products * (self.scale / temperature)
+
+    def pull_back(
+        self, gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Gradient (N, H) of `hidden` from that of `project`; adds those of the head to the float32 sums `weight` and
+        `bias`, where wanted."""
+        into = torch.zeros_like(hidden, dtype=torch.float32)
+        for part in self._slices():
+            tile = gradient[:, part].to(hidden.dtype)
+            into += tile @ self.weight[part].to(hidden.dtype)
+            if weight is not None:
+                weight[part] += tile.T @ hidden
+            if bias is not None:
+                bias[part] += tile.sum(0)
+        return into.to(hidden.dtype)
+
+    def _slices(self) -> list[slice]:
+        """Of the vocabulary, so that no copy of the whole head is made in another dtype."""
+        return _parts(len(self.weight), VOCABULARY_TILE)
 
     def gathered(self):
         """Context in which the weights are whole under ZeRO-3."""
@@ -92,12 +117,13 @@ def sampled_logps(
 
 
 @torch.no_grad()
-def chunked_entropy(head: LMHead, hidden: torch.Tensor, temperature: float = 1.0, rows: int = 512) -> torch.Tensor:
+def chunked_entropy(head: LMHead, hidden: torch.Tensor, temperature: float = 1.0, rows: int = ROWS) -> torch.Tensor:
     """`objective.teacher_entropy` from (N, H) hidden states, (N,) float32 in nats."""
+    entropy = torch.empty(len(hidden), device=hidden.device)
     with head.gathered():
-        whole = head.to(hidden.dtype)
-        parts = [objective.teacher_entropy(whole.logits(part, temperature)) for part in hidden.split(rows)]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+        for part in _parts(len(hidden), rows):
+            entropy[part] = objective.teacher_entropy(head.logits(head.project(hidden[part]), temperature))
+    return entropy
 
 
 def chunked_divergence(
@@ -109,12 +135,12 @@ def chunked_divergence(
     top_k: int | None = 100,
     alpha: float = 0.5,
     tail: bool = True,
-    rows: int = 512,
+    rows: int = ROWS,
 ) -> torch.Tensor:
     """`objective.jsd_topk_tail` of each token from hidden states, (N,) in nats, without ever holding (N, V) logits.
 
     The peak is a small multiple of rows * V * 4 bytes, whatever N. Each token is projected once by the teacher's head
-    and, because the backward pass computes its logits again, twice by the student's.
+    (twice without `top_k`) and, because the backward pass computes its logits again, twice by the student's.
 
     Args:
         student_hidden: (N, H), carries the gradient, as does the student's head.
@@ -133,46 +159,59 @@ def chunked_divergence(
 
 
 class _ChunkedDivergence(torch.autograd.Function):
+    """What is kept of each token is made before the first tile: small tensors between the large ones split memory."""
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, student, teacher, teacher_hidden, settings):
         temperature, top_k, alpha, tail, rows = settings
-        divergences, supports, targets = [], [], []
+        count, device = len(hidden), hidden.device
+        divergence, supports, targets = torch.empty(count, device=device), None, None
         with student.gathered(), teacher.gathered():
-            head, teacher_head = student.to(hidden.dtype), teacher.to(teacher_hidden.dtype)
-            for part, teacher_part in zip(hidden.split(rows), teacher_hidden.split(rows), strict=True):
-                logits = head.logits(part, temperature)
-                supports.append(objective.student_support(logits, top_k))
-                targets.append(
-                    objective.topk_tail_logps(teacher_head.logits(teacher_part, temperature), supports[-1], tail)
-                )
-                logps = objective.topk_tail_logps(logits, supports[-1], tail)
-                divergences.append(objective.jensen_shannon(logps, targets[-1], alpha))
-        ctx.save_for_backward(hidden)
-        ctx.student, ctx.supports, ctx.targets, ctx.settings = student, supports, targets, settings
-        return torch.cat(divergences)
+            if top_k is not None and top_k < len(student.weight):
+                supports = torch.empty(count, top_k, dtype=torch.long, device=device)
+                targets = torch.empty(count, top_k + tail, device=device)
+            for part in _parts(count, rows):
+                logits = student.logits(student.project(hidden[part]), temperature)
+                support = objective.student_support(logits, top_k)
+                logps = objective.topk_tail_logps(logits, support, tail)
+                del logits
+                target = _target(teacher, teacher_hidden[part], support, settings)
+                divergence[part] = objective.jensen_shannon(logps, target, alpha)
+                if support is not None:
+                    supports[part], targets[part] = support, target
+        ctx.save_for_backward(hidden, teacher_hidden, supports, targets)
+        ctx.student, ctx.teacher, ctx.settings = student, teacher, settings
+        return divergence
 
     @staticmethod
     def backward(ctx, upstream):
-        (hidden,) = ctx.saved_tensors
+        hidden, teacher_hidden, supports, targets = ctx.saved_tensors
         temperature, _, alpha, tail, rows = ctx.settings
-        student, hidden_gradients = ctx.student, []
-        with student.gathered(), torch.enable_grad():
-            head = student.to(hidden.dtype)
-            # The head's weights that want a gradient, and sums of theirs in float32
-            leaves = [t.requires_grad_() for t, n in zip(head[:2], ctx.needs_input_grad[1:3], strict=True) if n]
-            sums = [torch.zeros_like(leaf, dtype=torch.float32) for leaf in leaves]
-            for part, support, target, scale in zip(
-                hidden.detach().split(rows), ctx.supports, ctx.targets, upstream.split(rows), strict=True
-            ):
-                part.requires_grad_()
-                logps = objective.topk_tail_logps(head.logits(part, temperature), support, tail)
-                value = objective.jensen_shannon(logps, target, alpha)
-                gradient, *others = torch.autograd.grad(value, [part, *leaves], scale)
-                hidden_gradients.append(gradient)
-                for total, other in zip(sums, others, strict=True):
-                    total += other
-        given = iter(sums)
-        weights = [
-            next(given).to(t.dtype) if n else None for t, n in zip(student[:2], ctx.needs_input_grad[1:3], strict=True)
-        ]
-        return torch.cat(hidden_gradients), *weights, None, None, None, None
+        student, teacher, whole = ctx.student, ctx.teacher, supports is None
+        hidden_gradient = torch.empty_like(hidden)
+        with student.gathered(), teacher.gathered() if whole else nullcontext():
+            sums = [
+                torch.zeros_like(tensor, dtype=torch.float32) if wanted else None
+                for tensor, wanted in zip(student[:2], ctx.needs_input_grad[1:3], strict=True)
+            ]
+            for part in _parts(len(hidden), rows):
+                support = None if whole else supports[part]
+                target = _target(teacher, teacher_hidden[part], None, ctx.settings) if whole else targets[part]
+                products = student.project(hidden[part]).requires_grad_()
+                with torch.enable_grad():
+                    logps = objective.topk_tail_logps(student.logits(products, temperature), support, tail)
+                    value = objective.jensen_shannon(logps, target, alpha)
+                (gradient,) = torch.autograd.grad(value, products, upstream[part])
+                del products, logps, value
+                hidden_gradient[part] = student.pull_back(gradient, hidden[part], *sums)
+        heads = [None if total is None else total.to(t.dtype) for total, t in zip(sums, student[:2], strict=True)]
+        return hidden_gradient, *heads, None, None, None, None
+
+
+def _parts(count: int, rows: int) -> list[slice]:
+    return [slice(start, start + rows) for start in range(0, count, rows)]
+
+
+def _target(teacher: LMHead, hidden: torch.Tensor, support: torch.Tensor | None, settings: tuple) -> torch.Tensor:
+    temperature, _, _, tail, _ = settings
+    return objective.topk_tail_logps(teacher.logits(teacher.project(hidden), temperature), support, tail)

@@ -18,6 +18,10 @@ def test_every_results_file_is_in_a_table_or_in_the_text():
         assert path.stem in tables.ROWS or f"benchmarks.{path.stem}" in readme, path.name
 
 
+def test_growth_is_the_exponent_of_ours_and_the_peers():
+    assert tables.growth([1, 2, 4], [3, 6, 12], [1, 4, 16]) == "1.00 / 2.00"
+
+
 def test_a_machine_names_absent_packages():
     found = machine("numpy", "no-such-package")
     assert found["packages"]["no-such-package"] is None

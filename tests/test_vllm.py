@@ -85,6 +85,25 @@ def test_answers_are_those_of_transformers(tmp_path):
     assert engine.generate(chats(60), greedy, range(60)) != answers
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_modl_len": 3}, "does not start .* engine_options=.*unexpected keyword argument 'max_modl_len'; change"),
+        ({"dtype": "int8"}, "does not start .* Input should be 'auto'"),
+        ({"max_model_len": 9999}, r"does not start .* max_model_len \(9999\) is greater"),
+    ],
+)
+def test_options_that_vllm_does_not_take_are_one_sentence(model_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        VLLMEngine(model_path, **{**FLOAT32, **options})
+
+
+def test_a_prompt_that_is_too_long_is_one_sentence(model_path):
+    prompt = Prompt([{"role": "user", "content": "?" * 300}])
+    with pytest.raises(ValueError, match="maximum context length is 256 tokens.*raise max_model_len"):
+        VLLMEngine(model_path, **FLOAT32).generate([prompt], Decoding(max_new_tokens=8), [0])
+
+
 # --- training ---
 
 

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from . import objective
-from ._trl import ChunkedDivergenceFunction, maybe_gather_lm_head_ctx
+from ._trl import DivergenceInSmallTiles, maybe_gather_lm_head_ctx
 
 # Added to the logits of padded vocabulary rows: exp() of it is exactly 0 in float32, and unlike -inf it keeps
 # 0 * (difference of two such logits) at 0
@@ -91,9 +91,10 @@ def chunked_reverse_kl(
     """KL(student || teacher) (Eq. 1) and the student's entropy, (N,) each in nats, by TRL's tiled kernel.
 
     `student_hidden` is (N, H_student) and carries the gradient, `teacher_hidden` (N, H_teacher); no (N, V) tensor
-    exists. This is the one place that calls the kernel: its arguments are positional and not a public API.
+    exists, and at any N the logits take less than 1 GB. This is the one place that calls the kernel: its arguments are
+    positional and not a public API.
     """
-    return ChunkedDivergenceFunction.apply(
+    return DivergenceInSmallTiles.apply(
         student_hidden,
         student.weight,
         student.bias,

@@ -1,7 +1,9 @@
 """Evaluation: what (benchmarks), who generates (engines), how answers count (scoring), and the harness (run)."""
 
+from typing import Any
+
 from .benchmarks import BENCHMARKS, Benchmark, Source, load_benchmark
-from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, TransformersEngine, VLLMEngine
+from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, VLLMEngine
 from .run import evaluate, generate_samples, rescore, score_responses, scores_by_question
 from .scoring import headline, judge_row, summarize
 from .vision import VISION
@@ -29,3 +31,12 @@ __all__ = [
     "scores_by_question",
     "summarize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """torch and transformers are imported where they generate, not for every user of the harness."""
+    if name != "TransformersEngine":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .transformers_engine import TransformersEngine
+
+    return TransformersEngine

@@ -1,4 +1,4 @@
-"""Who generates: transformers, vLLM's offline engine or a server, behind one small interface."""
+"""Who generates: vLLM's offline engine, a server or transformers (in its own module), behind one small interface."""
 
 import base64
 import io
@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -44,80 +42,8 @@ class Engine(Protocol):
     name: str
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
-        """One completion a prompt, in order. Equal prompts, seeds and batch give equal completions."""
+        """One completion a prompt, in order. Equal prompts and seeds give equal completions, up to rounding."""
         ...
-
-
-class TransformersEngine:
-    """Generates with `model.generate`, `batch_size` prompts at once, in order of prompt length.
-
-    Random numbers are drawn for a whole batch at a time, so the seed of a batch is that of its first prompt: results
-    are the same for the same list of prompts, not for the same prompt in another list. `chat_template_kwargs` go to
-    the chat template, such as `enable_thinking`.
-    """
-
-    def __init__(self, model, processor, batch_size: int = 16, chat_template_kwargs: dict[str, Any] | None = None):
-        self.template_options = chat_template_kwargs or {}
-        self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.name = model.name_or_path
-
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
-        texts = [self._render(prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(texts[i]), reverse=True)  # the largest batch fails first
-        done: list[Completion | None] = [None] * len(prompts)
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            completions = self._batch(
-                [texts[i] for i in part], [prompts[i].images for i in part], decoding, seeds[part[0]]
-            )
-            for i, completion in zip(part, completions, strict=True):
-                done[i] = completion
-        return done
-
-    def _render(self, prompt: Prompt) -> str:
-        messages = [dict(message) for message in prompt.messages]
-        for message in messages:
-            if prompt.images and message["role"] == "user" and isinstance(message["content"], str):
-                message["content"] = [{"type": "image"}] * len(prompt.images) + [
-                    {"type": "text", "text": message["content"]}
-                ]
-                break
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.template_options
-        )
-
-    @torch.no_grad()
-    def _batch(self, texts: list[str], images: list[Sequence[Any]], decoding: Decoding, seed: int) -> list[Completion]:
-        options = {"images": [list(row) for row in images]} if any(images) else {}
-        inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **options)
-        inputs = inputs.to(self.model.device)
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if decoding.temperature > 0:
-            sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
-            sampling["top_k"] = decoding.top_k
-        with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            output = self.model.generate(
-                **inputs,
-                max_new_tokens=decoding.max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self._stop_ids(),
-                suppress_tokens=never_sampled(self.processor, self.model.config) or None,
-                repetition_penalty=1.0,  # some models declare another one, which vLLM's offline engine leaves out
-                **sampling,
-            )
-        return [self._completion(row) for row in output[:, inputs["input_ids"].size(1) :].tolist()]
-
-    def _completion(self, ids: list[int]) -> Completion:
-        stops = set(self._stop_ids())
-        length = next((i + 1 for i, token in enumerate(ids) if token in stops), None)
-        kept = ids if length is None else ids[:length]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Completion(text=text, num_tokens=len(kept), finish_reason="length" if length is None else "stop")
-
-    def _stop_ids(self) -> list[int]:
-        return stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
 
 
 class VLLMEngine:
@@ -125,6 +51,7 @@ class VLLMEngine:
 
     The engine runs in this process: scheduling is then deterministic, and a killed run leaves no process that holds
     GPU memory. `engine_options` are those of `vllm.LLM`, such as `max_model_len`, `dtype` and `tensor_parallel_size`.
+    Raises `ValueError` for options or a model that vLLM does not take, and `generate` for a prompt that is too long.
     """
 
     def __init__(self, model: str, chat_template_kwargs: dict[str, Any] | None = None, **engine_options: Any):
@@ -135,7 +62,13 @@ class VLLMEngine:
             raise ImportError("engine vllm needs vLLM: pip install 'post-training-reference[vllm]'") from error
         from common.models import load_processor
 
-        self.llm, self.name = LLM(model=model, **engine_options), model
+        try:
+            self.llm, self.name = LLM(model=model, **engine_options), model
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ValueError(
+                f"vLLM does not start {model} with engine_options={engine_options}: {_reason(error)}; change them, or "
+                "use the engine transformers"
+            ) from error
         self.template_options = chat_template_kwargs or {}
         config, processor = self.llm.model_config, load_processor(model)
         self.stops = stop_ids(config.try_get_generation_config().get("eos_token_id"), self.llm.get_tokenizer())
@@ -144,6 +77,7 @@ class VLLMEngine:
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
 
         parameters = [
             SamplingParams(
@@ -157,16 +91,25 @@ class VLLMEngine:
             )
             for seed in seeds
         ]
-        outputs = self.llm.chat(
-            [_with_images(prompt, _as_pil) for prompt in prompts],
-            parameters,
-            use_tqdm=False,
-            chat_template_kwargs=self.template_options,
-        )
+        try:
+            outputs = self.llm.chat(
+                [_with_images(prompt, _as_pil) for prompt in prompts],
+                parameters,
+                use_tqdm=False,
+                chat_template_kwargs=self.template_options,
+            )
+        except VLLMValidationError as error:
+            raise ValueError(f"vLLM does not take a prompt: {error}; raise max_model_len in engine_options") from error
         return [
             Completion(out.outputs[0].text, len(out.outputs[0].token_ids), out.outputs[0].finish_reason)
             for out in outputs
         ]
+
+
+def _reason(error: Exception) -> str:
+    """Without the addresses and inputs that pydantic, which checks vLLM's options, adds."""
+    errors = getattr(error, "errors", list)()
+    return "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in errors) or str(error)
 
 
 def stop_ids(declared: int | list[int] | None, tokenizer) -> list[int]:

@@ -1,0 +1,53 @@
+"""Peak memory and time of SRPO's distillation: top-k divergence and teacher entropy, forward and backward.
+
+    python -m benchmarks.srpo_loss                           # CPU, about 8 minutes
+    python -m benchmarks.srpo_loss --student 4096 --teacher 4096        # a GPU
+
+`full logits` keeps the (N, V) logits of teacher and student, as TRL's SDPO and verl do; `ours` keeps the teacher's
+hidden states and makes the logits of 256 tokens at a time. Measured as in `benchmarks.va_opd_loss`. A path is left out
+where it needs more than --most GiB. Writes benchmarks/results/srpo_loss.json.
+"""
+
+import torch
+
+from benchmarks.machine import machine
+from benchmarks.va_opd_loss import child, measure, parser, table
+from common.runs import atomic_write_json
+from srpo import SRPOConfig, objective
+from srpo.lm_head import LMHead, chunked_divergence, chunked_entropy
+
+PATHS = {"full logits": 6.5, "ours": 0.0}  # (N, V) tensors of float32 that the peak may hold
+
+
+def loss_of(name: str, s_hidden, s_weight, t_hidden, t_weight) -> torch.Tensor:
+    top_k = SRPOConfig.distillation_topk
+    if name == "ours":
+        student, teacher = (LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
+        entropy = chunked_entropy(teacher, t_hidden)
+        divergence = chunked_divergence(student, s_hidden, teacher, t_hidden, top_k=top_k)
+    else:
+        with torch.no_grad():
+            teacher_logits = t_hidden @ t_weight.T
+            entropy = objective.teacher_entropy(teacher_logits)
+        divergence = objective.jsd_topk_tail(s_hidden @ s_weight.T, teacher_logits, top_k)
+    weights = objective.entropy_weights(entropy, torch.ones_like(entropy))
+    return (weights * divergence).mean()
+
+
+def main(argv: list[str] | None = None) -> None:
+    asked = parser("srpo_loss", [512, 1024, 2048, 8192])
+    asked.description = __doc__
+    options = asked.parse_args(argv)
+    if options.child:
+        child(loss_of, options.child)
+        return
+    widths = [options.student, options.teacher]
+    found = measure("benchmarks.srpo_loss", PATHS, options.rows, widths, options.repeats, options.most)
+    print(table(found, options.rows))
+    settings = {key: value for key, value in vars(options).items() if key not in ("child", "out")}
+    result = {"settings": settings, **machine("trl"), "paths": found}
+    atomic_write_json(options.out, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Generation by transformers, with rows that leave and join one batch."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from .engines import Completion, Decoding, Prompt, never_sampled, stop_ids
+from .live_batch import LiveBatch, is_joinable
+from .sampling import seeded_sampling
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One call of `TransformersEngine.generate`: for each prompt its text, images and seed."""
+
+    texts: list[str]
+    images: list[Sequence[Any]]
+    seeds: Sequence[int]
+    decoding: Decoding
+
+
+class TransformersEngine:
+    """Generates with `model.generate`, `batch_size` prompts at once, longest prompts first.
+
+    After every 32 tokens the rows that have stopped leave the batch and the next prompts take their places, so that
+    the work follows the tokens that are kept and not the longest response of a batch. Memory is that of `batch_size`
+    rows of the longest prompt and `max_new_tokens`. Where a model's cache allows no such exchange (`is_joinable`), or
+    the positions after an image are unknown here, batches are fixed.
+
+    Each prompt is sampled by its own seed: up to rounding, the other prompts and `batch_size` change nothing.
+    `chat_template_kwargs` go to the chat template, such as `enable_thinking`.
+    """
+
+    SEGMENT = 32  # tokens: half as many are wasted by a row, and one pass over new prompts is paid in each
+
+    def __init__(self, model, processor, batch_size: int = 16, chat_template_kwargs: dict[str, Any] | None = None):
+        self.template_options = chat_template_kwargs or {}
+        self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.name = model.name_or_path
+        # In Qwen's and GLM's vision families: what a row's images add to the positions of later tokens, as (B, 1)
+        self.offsets = next((module for module in model.modules() if "rope_deltas" in vars(module)), None)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
+        work = _Work([self._render(prompt) for prompt in prompts], [p.images for p in prompts], seeds, decoding)
+        order = sorted(range(len(prompts)), key=lambda i: len(work.texts[i]), reverse=True)  # the largest fails first
+        live = self._rows_are_exchangeable and (self.offsets is not None or not any(work.images))
+        done = dict((self._live if live else self._fixed)(order, work))
+        return [self._completion(done[i]) for i in range(len(prompts))]
+
+    def _live(self, order: list[int], work: _Work) -> Iterator[tuple[int, list[int]]]:
+        """(prompt, generated ids) as they finish, by rows that leave and join one batch."""
+        stops = torch.tensor(self._stop_ids(), dtype=torch.long, device=self.model.device)
+        waiting, batch = list(order), None
+        while waiting or batch:
+            if free := min(self.batch_size - len(batch or ()), len(waiting)):
+                new = self._first_tokens(waiting[:free], work)
+                del waiting[:free]
+                if batch:
+                    batch.join(new)
+                else:
+                    batch = new
+            else:
+                self._next_tokens(batch, work)
+            yield from batch.pop(stops, work.decoding.max_new_tokens)
+
+    def _first_tokens(self, rows: list[int], work: _Work) -> LiveBatch:
+        given = self._inputs(rows, work)
+        output = self._tokens(given, rows, work, 1)
+        mask = pad(given["attention_mask"], (0, 1), value=1)
+        offsets = None if self.offsets is None else self.offsets.rope_deltas
+        return LiveBatch(rows, output.sequences, mask, output.past_key_values, offsets)
+
+    def _next_tokens(self, batch: LiveBatch, work: _Work) -> None:
+        count = min(self.SEGMENT, work.decoding.max_new_tokens - int(batch.generated.max()))
+        if self.offsets is not None:
+            self.offsets.rope_deltas = batch.offsets
+        given = {"input_ids": batch.ids, "attention_mask": batch.mask, "past_key_values": batch.cache}
+        batch.extend(self._tokens(given, batch.rows, work, count, batch.starts).sequences)
+
+    def _fixed(self, order: list[int], work: _Work) -> Iterator[tuple[int, list[int]]]:
+        """The same by batches that stay together until their last row stops."""
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            given = self._inputs(rows, work)
+            ids = self._tokens(given, rows, work, work.decoding.max_new_tokens).sequences
+            yield from zip(rows, ids[:, given["input_ids"].size(1) :].tolist(), strict=True)
+
+    @functools.cached_property
+    def _rows_are_exchangeable(self) -> bool:
+        """Whether rows can leave and join a batch, as the cache of one token shows."""
+        one = torch.zeros((1, 1), dtype=torch.long, device=self.model.device)
+        given = {"input_ids": one, "attention_mask": torch.ones_like(one)}
+        output = self._tokens(given, [0], _Work([""], [()], [0], Decoding()), 1)
+        return is_joinable(output.get("past_key_values"))
+
+    def _inputs(self, rows: list[int], work: _Work):
+        images = [list(work.images[i]) for i in rows]
+        options = {"images": images} if any(images) else {}
+        given = self.processor(
+            text=[work.texts[i] for i in rows], padding=True, padding_side="left", return_tensors="pt", **options
+        )
+        return given.to(self.model.device)
+
+    def _tokens(
+        self, given: Mapping[str, Any], rows: list[int], work: _Work, count: int, starts: torch.Tensor | None = None
+    ):
+        """`generate`'s output with sequences and cache, after at most `count` tokens more; `starts`: see LiveBatch."""
+        sampling, decoding, ids = None, work.decoding, given["input_ids"]
+        if decoding.temperature > 0:
+            starts = torch.full((len(ids),), ids.size(1), device=ids.device) if starts is None else starts
+            sampling = seeded_sampling(
+                decoding.temperature,
+                decoding.top_p,
+                decoding.top_k,
+                [work.seeds[i] for i in rows],
+                starts,
+                decoding.max_new_tokens,
+            )
+        return self.model.generate(
+            **given,
+            logits_processor=sampling,
+            max_new_tokens=count,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self._stop_ids(),
+            suppress_tokens=never_sampled(self.processor, self.model.config) or None,
+            repetition_penalty=1.0,  # some models declare another one, which vLLM's offline engine leaves out
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            num_beams=1,
+            use_cache=True,  # may be off in the config of a model in training
+            return_dict_in_generate=True,
+        )
+
+    def _render(self, prompt: Prompt) -> str:
+        messages = [dict(message) for message in prompt.messages]
+        for message in messages:
+            if prompt.images and message["role"] == "user" and isinstance(message["content"], str):
+                message["content"] = [{"type": "image"}] * len(prompt.images) + [
+                    {"type": "text", "text": message["content"]}
+                ]
+                break
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.template_options
+        )
+
+    def _completion(self, ids: list[int]) -> Completion:
+        stops = set(self._stop_ids())
+        length = next((i + 1 for i, token in enumerate(ids) if token in stops), None)
+        kept = ids if length is None else ids[:length]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return Completion(text=text, num_tokens=len(kept), finish_reason="length" if length is None else "stop")
+
+    def _stop_ids(self) -> list[int]:
+        return stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)

@@ -1,0 +1,161 @@
+"""Generation in which rows leave and join: the tokens of one prompt at a time, in few forwards."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import DynamicCache, Gemma3TextConfig
+
+from common.evaluation import Decoding, Prompt, TransformersEngine
+from common.evaluation.engines import never_sampled
+from common.evaluation.live_batch import is_joinable
+from common.evaluation.sampling import seeded_sampling
+from common.tiny import tiny_qwen2_5_vl, tiny_qwen3, tiny_qwen3_vl
+
+GREEDY = Decoding(max_new_tokens=100)
+SAMPLED = Decoding(temperature=1.2, top_p=0.9, top_k=40, max_new_tokens=100)
+
+
+def picture(i: int) -> Image.Image:
+    rng = np.random.default_rng(i)
+    return Image.fromarray(rng.integers(0, 255, (32 + 16 * (i % 4), 48 + 32 * (i % 3), 3), dtype=np.uint8))
+
+
+def questions(count: int, images: bool) -> list[Prompt]:
+    """Of several lengths; with `images` none, one or two each."""
+    rows = [[picture(i)] * (i % 3) if images else [] for i in range(count)]
+    return [Prompt([{"role": "user", "content": "Why" + "?" * (7 * i % 17)}], row) for i, row in enumerate(rows)]
+
+
+def engine(make, batch_size: int) -> TransformersEngine:
+    """Over a random model of which one token in sixteen ends a response and few repeat, so that lengths differ."""
+    model, processor = make()
+    tokenizer = getattr(processor, "tokenizer", processor)
+    model.generation_config.eos_token_id = list(range(2, tokenizer.vocab_size, 16))
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and "visual" not in name:
+            torch.nn.init.normal_(weight, std=0.6)
+    return TransformersEngine(model, processor, batch_size)
+
+
+MODELS = pytest.mark.parametrize(
+    ("make", "images"),
+    [(tiny_qwen3, False), (tiny_qwen3_vl, False), (tiny_qwen3_vl, True), (tiny_qwen2_5_vl, True)],
+)
+
+
+@MODELS
+def test_greedy_responses_are_those_of_each_prompt_alone(make, images):
+    ours, prompts = engine(make, 4), questions(13, images)
+    together = ours.generate(prompts, GREEDY, [0] * 13)
+    lengths = {completion.num_tokens for completion in together}
+    assert len(lengths) > 5 and max(lengths) > ours.SEGMENT
+    for prompt, completion in zip(prompts, together, strict=True):
+        given = ours.processor(
+            text=[ours._render(prompt)],
+            return_tensors="pt",
+            **({"images": [list(prompt.images)]} if prompt.images else {}),
+        )
+        banned = never_sampled(ours.processor, ours.model.config)
+        ids = ours.model.generate(**given, max_new_tokens=100, do_sample=False, suppress_tokens=banned)
+        alone = ids[0, given["input_ids"].size(1) :].tolist()
+        assert completion == ours._completion(alone)
+
+
+@MODELS
+def test_a_sampled_response_depends_on_its_own_seed_alone(make, images):
+    ours, prompts, seeds = engine(make, 5), questions(11, images), range(40, 51)
+    together = ours.generate(prompts, SAMPLED, seeds)
+    assert len({completion.num_tokens for completion in together}) > 5
+    backwards = ours.generate(prompts[::-1], SAMPLED, seeds[::-1])[::-1]
+    assert backwards == together
+    ours.batch_size = 1
+    assert ours.generate(prompts, SAMPLED, seeds) == together
+    same = ours.generate([prompts[4]] * 2, SAMPLED, [44, 45])
+    assert same[0] == together[4] != same[1]
+
+
+def test_fixed_batches_give_the_same(monkeypatch):
+    ours, prompts = engine(tiny_qwen3_vl, 4), questions(9, True)
+    live = [ours.generate(prompts, decoding, range(9)) for decoding in (GREEDY, SAMPLED)]
+    monkeypatch.setattr(TransformersEngine, "_live", None)
+    monkeypatch.setattr(ours, "_rows_are_exchangeable", False)
+    assert [ours.generate(prompts, decoding, range(9)) for decoding in (GREEDY, SAMPLED)] == live
+
+
+def test_no_prompts_give_no_completions():
+    assert engine(tiny_qwen3, 4).generate([], GREEDY, []) == []
+
+
+def test_only_plain_caches_are_joinable():
+    assert is_joinable(engine(tiny_qwen3, 1).model(torch.ones(1, 3, dtype=torch.long)).past_key_values)
+    sliding = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    assert not is_joinable(DynamicCache(config=sliding))
+    assert not is_joinable(None)
+
+
+# --- counted work ----------------------------------------------------------------
+
+
+def test_row_forwards_follow_the_tokens_that_are_kept(monkeypatch):
+    """A third of the responses run to the limit: fixed batches hold nearly every row until then."""
+    ours, prompts, decoding = engine(tiny_qwen3, 4), questions(40, False), Decoding(max_new_tokens=400)
+    assert ours._rows_are_exchangeable
+    rows = []
+    ours.model.register_forward_pre_hook(
+        lambda module, args, given: rows.append(given["input_ids"].size(0)), with_kwargs=True
+    )
+    kept = sum(completion.num_tokens for completion in ours.generate(prompts, decoding, [0] * 40))
+    live = sum(rows)
+    assert kept <= live < kept + 40 * ours.SEGMENT
+    assert len(rows) < live / 3  # nearly four rows in each forward
+    rows.clear()
+    monkeypatch.setattr(ours, "_rows_are_exchangeable", False)
+    ours.generate(prompts, decoding, [0] * 40)
+    assert sum(rows) > 1.5 * live
+
+
+# --- sampling ----------------------------------------------------------------
+
+
+def choose(scores, seeds, starts, decoding=(1.0, 1.0, 0), limit=50, width=7):
+    ids = torch.zeros(len(scores), width, dtype=torch.long)
+    return seeded_sampling(*decoding, seeds, torch.tensor(starts), limit)(ids, scores)
+
+
+def test_frequencies_are_the_probabilities():
+    """20,000 draws; chi-square of 5 cells below its 0.999 quantile for 4 degrees of freedom."""
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+    count = 20_000
+    chosen = choose(probabilities.log().repeat(count, 1), range(count), [7] * count, limit=1)
+    assert torch.isfinite(chosen).sum(1).eq(1).all()
+    observed = chosen.argmax(1).bincount(minlength=5)
+    assert ((observed - count * probabilities) ** 2 / (count * probabilities)).sum() < 18.47
+
+
+def test_temperature_top_k_and_top_p_are_those_of_transformers():
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]]).repeat(3000, 1)
+    for decoding, possible in (
+        ((1.0, 1.0, 2), {0, 1}),
+        ((1.0, 0.6, 0), {0}),
+        ((1.0, 0.9, 0), {0, 1, 2}),
+        ((50.0, 1.0, 0), {0, 1, 2, 3}),
+        ((0.01, 1.0, 0), {0}),
+    ):
+        chosen = choose(scores, range(3000), [7] * 3000, decoding, limit=1)
+        assert set(chosen.argmax(1).tolist()) == possible
+
+
+def test_a_token_of_probability_zero_is_never_chosen():
+    scores = torch.full((4000, 6), -torch.inf)
+    scores[:, 3] = 0.0
+    assert set(choose(scores, range(4000), [7] * 4000, limit=1).argmax(1).tolist()) == {3}
+
+
+def test_each_position_has_a_number_of_its_own():
+    scores = torch.zeros(1, 1000)
+    tokens = [choose(scores, [5], [start]).argmax().item() for start in (7, 6, 5)]
+    assert len(set(tokens)) == 3
+    wider = choose(scores.repeat(2, 1), [5, 5], [9, 8], width=9).argmax(1).tolist()
+    assert wider == tokens[:2]  # padding on the left moves nothing

