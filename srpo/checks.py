@@ -14,7 +14,18 @@ def check_support(trainer) -> None:
     if trainer.aux_loss_enabled:
         raise ValueError("SRPOTrainer adds no load-balancing loss: set router_aux_loss_coef=0 for this model")
     if trainer.is_fsdp_enabled:
-        raise ValueError("SRPOTrainer's self-teacher does not run under FSDP: use DeepSpeed ZeRO-2 or ZeRO-3")
+        check_fsdp(trainer.accelerator.state.fsdp_plugin)
+
+
+def check_fsdp(plugin) -> None:
+    """Raises `ValueError` for FSDP 1, and where weights are loaded on one rank only: the others would copy zeros."""
+    if plugin.fsdp_version != 2:
+        raise ValueError("the self-teacher is sharded by FSDP 2 only: set fsdp_version: 2 in the accelerate config")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "under FSDP every rank must load the policy, which the self-teacher copies: add "
+            "--fsdp_cpu_ram_efficient_loading false to accelerate launch"
+        )
 
 
 def check_prompt_lengths(prompt_ids: list[list[int]], limit: int) -> None:

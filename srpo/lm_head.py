@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 
 from . import objective
@@ -76,8 +77,10 @@ def response_hidden_states(model: PreTrainedModel, inputs: dict[str, torch.Tenso
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
-    """The (V, H) head of a model."""
+    """The (V, H) head of a model; gathered under FSDP2, which would do so in a forward of the head only."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if isinstance(head, FSDPModule):
+        head.unshard()
     return LMHead(
         head.weight, getattr(head, "bias", None), logit_scale(config), getattr(config, "final_logit_softcapping", None)
     )

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import fsdp2_prepare_model, is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -30,27 +32,28 @@ class SelfTeacher:
     a step of 5 % of a small change is below its resolution). With LoRA the copy is of the merged weights, so that it
     averages the product B A and not its factors. `"frozen"` is the start, `"current"` the policy itself.
 
-    Under ZeRO-3 the copy is sharded like the policy, each rank averages its own shards, and the float32 average is
-    kept beside the half-precision weights that the forward uses. With `offload` a copy that is not sharded waits in
-    host memory between its passes, where it is averaged too.
+    Under ZeRO-3 and FSDP2 the copy is sharded like the policy and each rank averages its own shards; under ZeRO-3 the
+    float32 average is kept beside the half-precision weights that the forward uses. With `offload` a copy that is not
+    sharded waits in host memory between its passes, where it is averaged too.
     """
 
     def __init__(self, policy: nn.Module, accelerator, kind: str = "ema", rate: float = 0.05, offload: bool = False):
         self.kind, self.rate, self.accelerator = kind, rate, accelerator
-        self.sharded = is_deepspeed_zero3_enabled()
+        self.zero3, self.fsdp = is_deepspeed_zero3_enabled(), accelerator.is_fsdp2
+        self.sharded = self.zero3 or self.fsdp
         self.model: nn.Module | None = None
         if kind == "ema" or (kind == "frozen" and not is_peft_model(policy)):
             self.model = self._copy(policy)
         self.average = dict(self._teacher_parameters()) if kind == "ema" else {}
-        if self.sharded:
+        if self.zero3:
             self.average = {name: tensor.float().clone() for name, tensor in self.average.items()}
         self.offloaded = self._offload() if offload else None
 
     def _offload(self) -> Offloaded:
         if self.sharded:
             raise ValueError(
-                "teacher_offload=True has nothing to do under ZeRO-3, which shards the self-teacher: leave it out, or "
-                "set offload_param_device: cpu in the accelerate config"
+                "teacher_offload=True has nothing to do under ZeRO-3 and FSDP, which shard the self-teacher: leave it "
+                "out, or set offload_param_device: cpu (fsdp_offload_params: true) in the accelerate config"
             )
         if self.model is None:
             raise ValueError(
@@ -64,19 +67,22 @@ class SelfTeacher:
             raise ValueError(
                 f"teacher={self.kind!r} copies the policy and cannot copy a quantized one: set teacher='current'"
             )
-        if self.sharded:
-            return self._sharded_copy(policy)
+        if self.sharded and is_peft_model(policy):
+            where = "ZeRO-3" if self.zero3 else "FSDP"
+            raise ValueError(f"teacher='ema' with LoRA does not run under {where}: use ZeRO-2, or teacher='frozen'")
+        if self.zero3:
+            return self._zero3_copy(policy)
         teacher = copy.deepcopy(policy)
         if is_peft_model(teacher):
             teacher = teacher.merge_and_unload()
         teacher.__dict__.pop("forward", None)  # TRL's patched forward is bound to the policy
-        teacher = teacher.to(self.accelerator.device)
-        return (teacher.float() if self.kind == "ema" else teacher).eval().requires_grad_(False)
+        teacher = (teacher.float() if self.kind == "ema" else teacher).eval().requires_grad_(False)
+        if self.fsdp:
+            return fsdp2_prepare_model(self.accelerator, teacher)
+        return teacher.to(self.accelerator.device)
 
-    def _sharded_copy(self, policy: nn.Module) -> nn.Module:
+    def _zero3_copy(self, policy: nn.Module) -> nn.Module:
         """Loaded from the policy's name, because a partitioned model cannot be copied."""
-        if is_peft_model(policy):
-            raise ValueError("teacher='ema' with LoRA does not run under ZeRO-3: use ZeRO-2, or teacher='frozen'")
         name = policy.config._name_or_path
         if not name:
             raise ValueError(
@@ -148,31 +154,44 @@ class SelfTeacher:
     def update(self, policy: nn.Module) -> float:
         """One step of the average; returns its relative distance ||theta' - theta|| / ||theta|| before the step."""
         sums = torch.zeros(2, device=self.accelerator.device)
-        weights = dict(self._teacher_parameters()) if self.sharded else self.average
+        weights = dict(self._teacher_parameters()) if self.zero3 else self.average
         for name, value in self._policy_values(self.accelerator.unwrap_model(policy)):
             average = self.average[name]
             value = value.to(average.device, torch.float32)
             sums += torch.stack([(average - value).square().sum(), value.square().sum()]).to(sums.device)
             average.lerp_(value, self.rate)
-            if self.sharded:
+            if self.zero3:
                 weights[name].copy_(average)
         if self.sharded:
-            self.model.empty_partition_cache()  # DeepSpeed keeps small weights whole; they are gathered anew
+            self._forget_gathered()
             sums = self.accelerator.reduce(sums)
         gap, size = sums.tolist()
         return math.sqrt(gap / size) if size else 0.0
 
+    def _forget_gathered(self) -> None:
+        """DeepSpeed keeps small weights whole, FSDP those of the head: they are to be gathered anew."""
+        if self.zero3:
+            self.model.empty_partition_cache()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _shard(self, parameter: nn.Parameter) -> torch.Tensor:
+        """What of a parameter lies on this rank, as storage that can be written."""
+        if self.zero3:
+            return parameter.ds_tensor
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
     def _teacher_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        teacher = self.accelerator.unwrap_model(self.model)
-        for name, parameter in teacher.named_parameters():
-            yield name, parameter.ds_tensor if self.sharded else parameter
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            yield name, self._shard(parameter)
 
     def _policy_values(self, policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Weights that training can change, under the teacher's names, adapters merged."""
         if not is_peft_model(policy):
             for name, parameter in policy.named_parameters():
                 if parameter.requires_grad:
-                    yield name, parameter.ds_tensor if self.sharded else parameter
+                    yield name, self._shard(parameter)
             return
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
@@ -190,7 +209,7 @@ class SelfTeacher:
                 yield name, getattr(module.modules_to_save[module.active_adapter], leaf)
 
     def save(self, folder: Path) -> None:
-        """Writes the float32 average to `folder`; every rank its own shards under ZeRO-3, else the main process."""
+        """Writes the float32 average to `folder`; every rank its own shards, the main process what is not sharded."""
         if self.kind != "ema" or not (self.sharded or self.accelerator.is_main_process):
             return
         path, draft = self._file(folder), self._file(folder).with_suffix(".tmp")
@@ -211,14 +230,14 @@ class SelfTeacher:
             raise ValueError(
                 f"{path} belongs to another model: its parameters differ in name or shape from the policy's"
             )
-        weights = dict(self._teacher_parameters())
+        weights = dict(self._teacher_parameters()) if self.zero3 else {}
         with torch.no_grad():
             for name, tensor in saved.items():
                 self.average[name].copy_(tensor)
-                if self.sharded:
+                if self.zero3:
                     weights[name].copy_(tensor)
         if self.sharded:
-            self.model.empty_partition_cache()
+            self._forget_gathered()
 
     def _file(self, folder: Path) -> Path:
         rank = f"-{self.accelerator.process_index:05d}" if self.sharded else ""

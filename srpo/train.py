@@ -23,6 +23,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .config import SRPOConfig
 from .data import load_splits, reward_of
+from .lm_head import ROWS
 from .trainer import SRPOTrainer
 
 try:
@@ -254,7 +255,7 @@ def memory_parts(
     zero3 = sharding == "zero3"  # the float32 average is then beside a copy in the policy's dtype; both are cut
     average = 4 + (each.weight if zero3 else 0)
     teacher = {"ema": average, "frozen": 0 if args.lora_rank else each.weight, "current": 0}[config.teacher]
-    teacher = 0 if config.routing == "grpo" else teacher / (processes if zero3 else 1)
+    teacher = 0 if config.routing == "grpo" else teacher / (processes if sharding in ("zero3", "fsdp2") else 1)
     of_teacher = shape.width * shape.vocabulary if config.teacher_offload else parameters  # its head stays
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     routed, hidden = 0.4 * rows * min(800, config.max_completion_length), shape.width * (2 if config.bf16 else 4)
@@ -262,7 +263,7 @@ def memory_parts(
         **plan.model_bytes("policy", parameters, trained_parameters(args, parameters), each, pieces),
         f"self-teacher, {config.teacher}": teacher * of_teacher,
         "cached teacher hidden states, 40 % routed, mean length up to 800": hidden * routed,
-        "one chunk of logits and its gradients": 4 * 512 * shape.vocabulary * 4,
+        "one chunk of logits and its gradients": 5 * ROWS * shape.vocabulary * 4,  # benchmarks.srpo_loss
         **plan.engine_bytes(config),
     }
 

@@ -1,4 +1,4 @@
-"""Two processes under ZeRO-2 and ZeRO-3 train as one does. This file is also the program that each of them runs."""
+"""Two processes under ZeRO-2, ZeRO-3 and FSDP2 train as one does. This file is also the program of each."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder n
 from processes import PROCESSES, ZERO, assert_same_run, run, trainer_tests, two_processes  # noqa: E402
 
 from common import models  # noqa: E402
-from srpo.checks import check_support  # noqa: E402
+from srpo.checks import check_fsdp  # noqa: E402
 
 tests = trainer_tests(__file__)
 pytestmark = pytest.mark.timeout(600)
@@ -91,7 +91,14 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
     trainer.save_model(str(folder / out / "model"))
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
     logs = [{name: line[name] for name in COMPARED if line.get(name) is not None} for line in lines]
-    return {"logs": logs, "model": str(folder / out / "model")}
+    average = sum(tensor.numel() for tensor in trainer.teacher.average.values())
+    return {"logs": logs, "model": str(folder / out / "model"), "averaged_here": average}
+
+
+def sharded_teacher() -> str:
+    """What cuts the teacher into shards in this process."""
+    fsdp, zero3 = os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return "FSDP" if fsdp else "ZeRO-3" * zero3
 
 
 def all_cases(folder: Path) -> dict[str, Any]:
@@ -101,8 +108,8 @@ def all_cases(folder: Path) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             if case != "greedy rollouts of its own":
                 tests.fixed_rollouts(patch)
-            if case == "LoRA and its average" and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-                with pytest.raises(ValueError, match="^teacher='ema' with LoRA does not run under ZeRO-3"):
+            if case == "LoRA and its average" and (where := sharded_teacher()):
+                with pytest.raises(ValueError, match=f"^teacher='ema' with LoRA does not run under {where}: use ZeRO"):
                     train(folder, settings, case)
                 continue
             results[case] = train(folder, settings, case)
@@ -121,20 +128,29 @@ def single(tmp_path_factory) -> dict[str, Any]:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ZERO)
+@pytest.mark.parametrize("sharding", [*ZERO, "fsdp2"])
 def test_two_processes_train_as_one(sharding, single, tmp_path):
     save_policies(tmp_path)
     for rank in two_processes(__file__, tmp_path, sharding):
-        assert len(single) - len(rank) == (sharding == "zero3")  # the case that is refused there
+        assert len(single) - len(rank) == (sharding != "zero2")  # the case that is refused there
         for case, expected in ((case, single[case]) for case in single if case in rank):
             assert_same_run(rank[case], expected, case)
         assert rank["resumed"]["logs"] == rank["straight"]["logs"]
+        share = rank["straight"]["averaged_here"] / single["straight"]["averaged_here"]
+        assert share == pytest.approx(1.0 if sharding == "zero2" else 0.5, rel=0.01)
 
 
-def test_fsdp_is_refused_in_one_sentence():
-    trainer = SimpleNamespace(model=tests.policy()[0], _is_vlm=False, aux_loss_enabled=False, is_fsdp_enabled=True)
-    with pytest.raises(ValueError, match=r"^SRPOTrainer's self-teacher does not run under FSDP: use DeepSpeed ZeRO-2"):
-        check_support(trainer)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp_version": 1}, "^the self-teacher is sharded by FSDP 2 only: set fsdp_version: 2"),
+        ({"cpu_ram_efficient_loading": True}, "^under FSDP every rank must load the policy, which the self-teacher"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_one_sentence(settings, message):
+    plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False, **settings})
+    with pytest.raises(ValueError, match=message):
+        check_fsdp(plugin)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,13 @@ def test_the_memory_estimate_by_hand(capsys):
         assert "95 checkpoints x 14.90" in printed
 
 
+def test_the_self_teacher_is_cut_under_fsdp_too(capsys):
+    fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--gpus", "8", "--sharding", "fsdp2", "--dry_run"]
+    assert loop.main(fields) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "self-teacher, ema" in line]
+    assert float(line.split()[0]) == pytest.approx(8e9 * 4 / 8 / 2**30, abs=0.005)
+
+
 def choices(folder: Path) -> Path:
     """Questions in the form and number of the biology set."""
     for split, count in (("train", 450), ("test", 50)):
