@@ -1,11 +1,11 @@
 """Generation by transformers for an evaluation: live batches beside padded ones, the same tokens in one run.
 
-    python -m benchmarks.evaluation                    # CPU, about 8 minutes
+    python -m benchmarks.evaluation                    # CPU, about 5 minutes
 
 `naive` takes the prompts as they come, 16 at a time, and generates until the last of them stops. `ours` is
 `common.evaluation.TransformersEngine`, `sorted` the same with its fixed batches, for caches that allow no exchange.
 Prompts have 20 to 400 tokens (log-uniform). The model is small, with random weights, so that it stops with a
-probability of about 1/150 after each token: responses of 1 to 512 tokens, 160 on average. All ways draw by the seed of
+probability of about 1/100 after each token: responses of 1 to 512 tokens, 100 on average. All ways draw by the seed of
 each prompt and give the same responses. The seconds are those of a small model on a CPU; forwards and tokens hold for
 any. Writes benchmarks/results/evaluation.json.
 """

@@ -76,7 +76,7 @@ def generate_samples(
     with tqdm(total=len(wanted), desc=path.parent.name, unit="sample", disable=None) as progress:
         for start in range(0, len(wanted), batch):
             part = wanted[start : start + batch]
-            if not done.issuperset(part):  # whole batches, so that a resumed run draws the same random numbers
+            if not done.issuperset(part):  # whole batches, so that a resumed run rounds as the straight one
                 _generate(engine, part, by_id, decoding, seed, path, done)
             progress.update(len(part))
 
