@@ -79,7 +79,7 @@ def r_diverse_reward(result: Result) -> list[list[str]]:
         for b in result["bank"]
     ]
     seconds = [result["r_zero"]["seconds"], *(bank["reward_seconds"] for bank in result["bank"])]
-    aims = ["300 x", *("300 x" if bank["rows"] < 10**6 else "10 s" for bank in result["bank"])]
+    aims = ["300 x", *({10**4: "300 x", 10**6: "10 s"}.get(bank["rows"], "") for bank in result["bank"])]
     slopes = ["", *[growth([bank["rows"] for bank in result["bank"]], seconds[1:])] * len(result["bank"])]
     return [
         [*row, f"{peer / s:.1f} x", aim, slope] for row, s, aim, slope in zip(rows, seconds, aims, slopes, strict=True)

@@ -45,9 +45,20 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
 
 
 def check_teacher(args: VAOPDConfig, teacher_model: str | PreTrainedModel | None, tools: list | None) -> None:
-    """Raises `ValueError` where no teacher is named, and for what a served one cannot score."""
+    """Raises `ValueError` where no teacher is named or one in shards is to be offloaded, and for what a served one cannot
+    score."""
     if teacher_model is None and not args.teacher_server:
         raise ValueError("teacher_model is required: pass the teacher, or set teacher_server to a server of it")
+    if args.teacher_offload and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "teacher_offload=True has nothing to do under ZeRO-3, which shards the teacher: leave it out, or set "
+            "offload_param_device: cpu in the accelerate config"
+        )
+    if args.teacher_offload and isinstance(teacher_model, str):
+        raise ValueError(
+            f"teacher_offload=True needs a loaded teacher, got the name {teacher_model!r}: load it with "
+            "from_pretrained, in the dtype in which it shall score, and pass the model"
+        )
     if args.teacher_server and tools:
         raise ValueError("tools need a local teacher: their results may hold images, which a served one does not get")
     if args.teacher_server and (is_deepspeed_zero3_enabled() or is_fsdp_enabled()):

@@ -45,6 +45,9 @@ class VAOPDConfig(DistillationConfig):
             Rollouts with a mean VA below this have their tokens weighted alike. Off by default, as in the paper.
         kl_temperature (`float`, *optional*, defaults to `1.0`):
             Softmax temperature of both models in the KL (TRL uses `temperature` for sampling and loss).
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Keep the teacher in host memory, but for its output head, and on the device only while it scores a
+            generation batch: one transfer for both views. Each process has a copy of its own.
 
         > Parameters of a served teacher
 
@@ -86,6 +89,7 @@ class VAOPDConfig(DistillationConfig):
     random_ties: bool = field(default=False, metadata={"help": "Draw tokens of equal VA at random."})
     va_floor: float | None = field(default=None, metadata={"help": "Uniform tokens below this mean VA."})
     kl_temperature: float = field(default=1.0, metadata={"help": "Softmax temperature in the KL."})
+    teacher_offload: bool = field(default=False, metadata={"help": "Teacher in host memory between its passes."})
     teacher_server: str | None = field(default=None, metadata={"help": "Address of a vLLM server of the teacher."})
     teacher_mode: str = field(default="exact", metadata={"help": "The KL.", "choices": list(TEACHER_MODES)})
     teacher_top_k: int = field(default=20, metadata={"help": "Tokens of the teacher in teacher_topk."})
@@ -146,6 +150,11 @@ class VAOPDConfig(DistillationConfig):
             )
         if self.teacher_server and not self.teacher_server.startswith(("http://", "https://")):
             raise ValueError(f"teacher_server must start with http:// or https://, got {self.teacher_server!r}")
+        if self.teacher_server and self.teacher_offload:
+            raise ValueError(
+                "teacher_offload=True has nothing to do with teacher_server: a teacher in this process is only compared "
+                "with the server once, and then moves to host memory for good; leave teacher_offload out"
+            )
         if self.teacher_server and self.kl_temperature != 1.0:
             raise ValueError(
                 f"kl_temperature must be 1.0 with teacher_server, whose log-probabilities are at temperature 1; got "

@@ -47,6 +47,7 @@ def fold_placeholders(ids: list[int], images: list | None, token: int) -> list[i
     if folded.count(token) != len(images or []):
         raise ValueError(
             f"a prompt with {len(images or [])} images has {folded.count(token)} runs of image placeholders: "
-            "vllm_mode=colocate needs a model with one run an image, such as Qwen-VL; use transformers for others"
+            "vllm_mode=colocate and teacher_server need a model with one run an image, such as Qwen-VL; for others "
+            "use transformers for rollouts and a local teacher"
         )
     return folded

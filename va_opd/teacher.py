@@ -1,5 +1,6 @@
 """The teacher's side of a step: which rollouts pass it together, and what is kept of a pass."""
 
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from transformers.utils import logging
 
 from . import siblings
 from .lm_head import chunked_reverse_kl, lm_head, sampled_logps
+from .offload import Offloaded
 
 if TYPE_CHECKING:
     from .trainer import VAOPDTrainer
@@ -20,17 +22,29 @@ class Teacher:
     """Scores the rollouts of a generation batch, before they are sorted into micro-batches, with the teacher of
     `trainer`, and compares the student with it. `served.ServedTeacher` has the same `views` and `divergence`.
 
-    `shares` holds the decisions of `shares_prompts`, for batches with images and for those without.
+    `shares` holds the decisions of `shares_prompts`, for batches with images and for those without. With
+    `args.teacher_offload` the teacher is on the device during `views` only.
     """
 
     def __init__(self, trainer: "VAOPDTrainer"):
         self.trainer, self.shares = trainer, dict[bool, bool]()
+        offload, device = trainer.args.teacher_offload, trainer.accelerator.device
+        self.offloaded = Offloaded(trainer.teacher_model, device) if offload else None
 
     def views(
         self, batch: dict[str, Any], images: list[list[Any]], has_image: torch.Tensor, num_generations: int
     ) -> tuple[dict[str, list[torch.Tensor]], torch.Tensor, torch.Tensor]:
         """What `divergence` needs of each rollout, and (N,) log-probabilities of their tokens given the true and given
         the degraded images. `has_image` is (B,) bool."""
+        with ExitStack() as stack:
+            if self.offloaded:
+                with self.trainer._timed("teacher_transfer"):
+                    stack.enter_context(self.offloaded.on_device())
+            return self._views(batch, images, has_image, num_generations)
+
+    def _views(
+        self, batch: dict[str, Any], images: list[list[Any]], has_image: torch.Tensor, num_generations: int
+    ) -> tuple[dict[str, list[torch.Tensor]], torch.Tensor, torch.Tensor]:
         trainer = self.trainer
         shared = self.shares_prompts(batch, has_image, num_generations)
         parts = self.parts(len(has_image), num_generations, shared)

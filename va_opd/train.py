@@ -351,7 +351,11 @@ def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1, shar
     each = plan.bytes_each(sharding, config.bf16)
     count = plan.checkpoint_count(steps_of(args, config, processes), config.save_steps)
     disk = plan.disk_line(count, "checkpoints", each.weight * student, each.states * student)
-    return "\n".join([*lines, *plan.memory_lines(parts, sharding, processes), disk])
+    lines += plan.memory_lines(parts, sharding, processes)
+    if config.teacher_offload and args.method in ("va_opd", "opd"):
+        size = (2 if config.bf16 else 4) * teacher / plan.GIB
+        lines.append(f"while the teacher scores: its {size:.2f} GiB in place of gradients, KL tiles and activations")
+    return "\n".join([*lines, disk])
 
 
 def memory_parts(
@@ -362,8 +366,12 @@ def memory_parts(
     rows, number = config.per_device_train_batch_size * config.gradient_accumulation_steps, 2 if config.bf16 else 4
     parts = plan.model_bytes("student", student, student, each, pieces)
     if args.method in ("va_opd", "opd"):
-        if loads_teacher(args, config):
-            parts[f"teacher weights, {number} bytes each"] = number * teacher / pieces.weights
+        if config.teacher_offload:
+            shape = plan.shape_of(args.teacher, teacher)
+            parts["teacher's output head"] = number * shape.vocabulary * shape.width
+        elif loads_teacher(args, config):  # whole on each GPU under FSDP
+            cut = processes if sharding == "zero3" else 1
+            parts[f"teacher weights, {number} bytes each"] = number * teacher / cut
         if config.teacher_server:  # see objective.token_logps: logits, log-probabilities, gradient; head in float32
             shape = plan.shape_of(args.model, student)
             parts["logits of 1,024 places and the head in float32"] = 4 * shape.vocabulary * (3 * 1024 + shape.width)

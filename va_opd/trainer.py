@@ -70,19 +70,22 @@ class VAOPDTrainer(DistillationTrainer):
             checks.match_vocabulary_size(model, teacher_model, len(tokenizer))
         super().__init__(
             model=model,
-            teacher_model=teacher_model,
+            teacher_model=None if args.teacher_offload else teacher_model,
             args=checks.ban_tokens(args, processing_class, model),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
+        if args.teacher_offload:  # TRL would put it on the device, where it may not fit beside the engine of rollouts
+            self.teacher_model = teacher_model
         if teacher_model is not None:
             self.teacher_model.eval()  # not chained: a DeepSpeed engine's eval() returns None
             self.teacher_model.requires_grad_(False)
         if self.is_fsdp_enabled:
             checks.check_fsdp(self.accelerator.state.fsdp_plugin)
-            self.teacher_model.to(self.accelerator.device)  # whole on every rank; TRL leaves it where it was loaded
+            if not args.teacher_offload:  # whole on every rank; TRL leaves it where it was loaded
+                self.teacher_model.to(self.accelerator.device)
         self.vocab_size = len(tokenizer)
         self.banned_ids = checks.banned_ids(processing_class, self.model.config)
         self.last_rollouts: dict[str, Any] = {}
