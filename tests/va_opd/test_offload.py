@@ -1,0 +1,106 @@
+"""`teacher_offload`: the same training, with the teacher's weights elsewhere while it does not score."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from processes import trainer_tests
+
+from va_opd import VAOPDTrainer, train
+from va_opd.offload import Offloaded
+
+tests = trainer_tests(__file__)
+GIB = 2**30
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("settings", [{}, {"num_generations": 1, "weighting": "none"}])  # with a shared prompt, without
+def test_the_training_is_the_same(family, settings, tmp_path):
+    def run(offload: bool) -> VAOPDTrainer:
+        options = {"family": family, "eval_rows": tests.image_rows(4), "max_steps": 3, "doctor_steps": 1, **settings}
+        trainer = tests.build(tmp_path / str(offload), tests.mixed_rows(8), teacher_offload=offload, **options)
+        trainer.train()
+        trainer.evaluate()
+        return trainer
+
+    offloaded, plain = run(True), run(False)
+    names = ("loss", "grad_norm", "va/mean", "va/weight_max", "kl/high", "kl/low", "va/null", "eval_loss")
+    lines = ([{name: line.get(name) for name in names} for line in t.state.log_history] for t in (offloaded, plain))
+    assert next(lines) == next(lines)
+    assert all(map(torch.equal, offloaded.model.parameters(), plain.model.parameters()))
+
+
+def test_weights_but_for_the_head_are_copied_once_for_both_views(tmp_path, monkeypatch):
+    trainer = tests.build(tmp_path, teacher_offload=True)
+    teacher, kept = trainer.teacher_model, trainer.teacher.offloaded
+    head = teacher.get_output_embeddings().weight
+    waiting = {name: weight.data_ptr() for name, weight in teacher.named_parameters()}
+    passes, transfers = [], []
+    score, on_device = trainer.teacher.score, kept.on_device
+
+    def scored(*arguments, **options):
+        passes.append({name: weight.data_ptr() for name, weight in teacher.named_parameters()})
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(trainer.teacher, "score", scored)
+    monkeypatch.setattr(kept, "on_device", lambda: transfers.append(len(passes)) or on_device())
+    trainer.train()
+    assert transfers == [0, 4]  # a step each: two passes that check the shared prompt, and the two views
+    assert len(passes) == 6
+    for name, weight in teacher.named_parameters():
+        assert weight.data_ptr() == waiting[name]
+        assert all((seen[name] == waiting[name]) == (weight is head) for seen in passes), name
+    assert "time/teacher_transfer" in trainer.state.log_history[0]
+
+
+def test_weights_wait_in_host_memory_also_after_an_error():
+    model = tests.models()[1]
+    offloaded = Offloaded(model, torch.device("cpu"))
+    waiting = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="inside"), offloaded.on_device():
+        raise RuntimeError("inside")
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == waiting
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_only_head_and_buffers_stay_on_the_gpu():
+    model = tests.models()[1]
+    head = model.get_output_embeddings().weight
+    offloaded = Offloaded(model, torch.device("cuda"))
+    others = [weight for weight in model.parameters() if weight is not head]
+    assert all(tensor.is_cuda for tensor in (head, *model.buffers()))
+    assert all(weight.is_pinned() for weight in others)
+    with offloaded.on_device():
+        assert all(weight.is_cuda for weight in others)
+    assert not any(weight.is_cuda for weight in others)
+
+
+def test_what_cannot_be_offloaded_is_one_clear_sentence(tmp_path, monkeypatch):
+    student, teacher, processor = tests.models()
+    with pytest.raises(ValueError, match="^teacher_offload=True has nothing to do with teacher_server"):
+        tests.build(tmp_path, teacher_offload=True, teacher_server="http://node:8000", teacher_mode="teacher_topk")
+    teacher.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"^teacher_offload=True needs a loaded teacher, got the name .*dtype"):
+        tests.build(tmp_path, parts=(student, str(tmp_path / "model"), processor), teacher_offload=True)
+    monkeypatch.setattr("va_opd.checks.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"under ZeRO-3, which shards the teacher: .*offload_param_device: cpu"):
+        tests.build(tmp_path, teacher_offload=True)
+
+
+def test_the_memory_estimate_by_hand():
+    """32B -> 2B in GiB: an offloaded teacher leaves its head; a whole one is cut by ZeRO-3 and not by FSDP."""
+    argv = ["--config", str(tests.ROOT / "va_opd/configs/geo3k_teacher_32b.yaml"), "--dry_run"]
+    text = train.dry_run(*train.parse([*argv, "--teacher_offload", "true"]))
+    (head,) = [line for line in text.splitlines() if "teacher's output head" in line]
+    assert float(head.split()[0]) == pytest.approx(2 * 151_936 * 5120 / GIB, abs=0.005)
+    assert "while the teacher scores: its 59.60 GiB in place of" in text
+    assert "teacher weights" not in text
+    for sharding, pieces in (("zero2", 1), ("zero3", 8), ("fsdp2", 1)):
+        parts = train.memory_parts(*train.parse(argv), 2e9, 32e9, 8, sharding)
+        assert parts["teacher weights, 2 bytes each"] == 2 * 32e9 / pieces
