@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ import yaml
 from safetensors import SafetensorError
 
 from .preemption import EXIT_CODE, Preempted, sigterm_raises
+from .runs import check_writable
 
 SERVER_FIELDS = (
     "vllm_server_base_url",
@@ -27,7 +29,7 @@ SERVER_FIELDS = (
     "teacher_server_timeout",
 )
 # What Python and safetensors, and what torch.save say of it
-FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing file")
+FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
 
 
 def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
@@ -38,7 +40,10 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
     """
     try:
         with sigterm_raises():
-            return command(sys.argv[1:] if argv is None else argv) or 0
+            code = command(sys.argv[1:] if argv is None else argv) or 0
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # else its threads may abort a rank whose work is done
+        return code
     except KeyboardInterrupt as error:
         print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
         return EXIT_CODE if isinstance(error, Preempted) else 130
@@ -57,6 +62,9 @@ def _sentence(error: Exception) -> str:
         return f"the disk is full; free some of it, then the same command goes on from here ({text})"
     if any(cls.__module__ == "requests.exceptions" for cls in type(error).__mro__):  # TRL's client of a vLLM server
         return f"the rollout server does not answer; start it, then the same command goes on from here ({text})"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        remedy = "choose another path, or get the right to read and write this one; then the same command goes on"
+        return f"{error.filename}: {error.strerror}: {remedy}"
     return text
 
 
@@ -75,6 +83,7 @@ def make_model_main(name: str, makers: dict[str, Callable[[Path, int], str]], ar
         if (options.out / "config.json").exists():
             print(f"{options.out}: done already")
             return
+        check_writable(options.out)
         started = time.monotonic()
         said = makers[options.what](options.out, options.seed)
         print(f"{options.out}: {said} after {time.monotonic() - started:.0f} s")

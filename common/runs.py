@@ -34,6 +34,12 @@ class RunFolderError(ValueError):
     """The run folder cannot be used: it belongs to another run, or cannot be written. The message names the remedy."""
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder and writes a file that has no name, so that minutes of work do not end in an `OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Writes the whole file or nothing; a reader never sees half of it."""
     path = Path(path)

@@ -45,8 +45,8 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
 
 
 def check_teacher(args: VAOPDConfig, teacher_model: str | PreTrainedModel | None, tools: list | None) -> None:
-    """Raises `ValueError` where no teacher is named or one in shards is to be offloaded, and for what a served one cannot
-    score."""
+    """Raises `ValueError` where no teacher is named, where one in shards is to be offloaded, and for what a served one
+    cannot score."""
     if teacher_model is None and not args.teacher_server:
         raise ValueError("teacher_model is required: pass the teacher, or set teacher_server to a server of it")
     if args.teacher_offload and is_deepspeed_zero3_enabled():

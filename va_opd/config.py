@@ -152,8 +152,8 @@ class VAOPDConfig(DistillationConfig):
             raise ValueError(f"teacher_server must start with http:// or https://, got {self.teacher_server!r}")
         if self.teacher_server and self.teacher_offload:
             raise ValueError(
-                "teacher_offload=True has nothing to do with teacher_server: a teacher in this process is only compared "
-                "with the server once, and then moves to host memory for good; leave teacher_offload out"
+                "teacher_offload=True has nothing to do with teacher_server: a teacher in this process is only "
+                "compared with the server once, and then moves to host memory for good; leave teacher_offload out"
             )
         if self.teacher_server and self.kl_temperature != 1.0:
             raise ValueError(

@@ -147,7 +147,7 @@ class ServedTeacher:
         with trainer._timed("teacher"):
             scores = self._scores(batch, images, urls, everything, self.top_k)
         true = [logps[:, 0] for _, logps in scores]
-        first = range(num_generations)
+        first = range(min(num_generations, len(images)))  # a rank may have fewer than a prompt has
         if trainer.args.doctor_steps and not trainer.last_rollouts:
             again = torch.cat([logps[:, 0] for _, logps in self._scores(batch, images, urls, first, self.top_k)])
             trainer._record("va/null", (again - torch.cat(true[: len(first)])).abs().max().item())

@@ -5,15 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from common import preemption
-from common.cli import run_main
+from common.cli import make_model_main, run_main
 from common.runs import read_jsonl
 from common.tiny import tiny_qwen3
 
@@ -112,6 +114,35 @@ def test_a_full_disk_in_any_writer_is_one_sentence(capsys, error):
     said = capsys.readouterr().err
     assert "x.y: the disk is full; free some of it, then the same command goes on from here" in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_one_sentence_before_any_work(capsys, tmp_path, monkeypatch, number):
+    def refuse(dir):
+        raise OSError(number, os.strerror(number), str(dir / "tmp1"))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    makers = {"base": lambda out, seed: pytest.fail("minutes of work")}
+    assert make_model_main("x.data", makers, ["base", str(tmp_path / "models" / "base")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"x.data: {tmp_path}/models/base/tmp1: {os.strerror(number)}: choose another path")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_folder_that_can_be_written_keeps_no_trace_of_the_check(tmp_path, capsys):
+    seen = []
+    makers = {"base": lambda out, seed: seen.extend(out.iterdir()) or "made"}
+    assert make_model_main("x.data", makers, ["base", str(tmp_path / "models" / "base")]) == 0
+    assert seen == []
+    assert "made after" in capsys.readouterr().out
+
+
+def test_a_process_group_is_closed_when_the_work_is_done(tmp_path):
+    def command(_):
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    assert run_main("x.y", command, []) == 0
+    assert not torch.distributed.is_initialized()
 
 
 def test_an_unknown_error_keeps_its_traceback():

@@ -1,5 +1,6 @@
 """Two processes on gloo give the loss and gradients of one. This file is also the program that each of them runs."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -17,17 +18,17 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 from va_opd.doctor import DoctorCallback  # noqa: E402
 
 
-def _trainer_tests():
+def _neighbour(name: str):
     """The neighbouring file by its path: another folder has a file of the same name."""
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("va_opd_test_trainer", HERE / "test_trainer.py")
+    spec = importlib.util.spec_from_file_location(f"va_opd_{name}", HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-test_trainer = _trainer_tests()
+test_trainer, test_served = _neighbour("test_trainer"), _neighbour("test_served")
 pytestmark = pytest.mark.distributed
 
 # `batch` is the per-device batch of two processes; the single process gets twice of it
@@ -50,6 +51,20 @@ CASES: dict[str, dict[str, Any]] = {
         "mixed": True,
     },
     "no image_grid_thw": {"rows": 4, "batch": 2, "family": "llava"},
+    "served teacher, siblings of the only prompt on both ranks": {
+        "rows": 4,
+        "batch": 2,
+        "doctor_steps": 1,
+        "teacher_mode": "teacher_topk",
+    },
+    "served teacher, one rank has text only": {
+        "rows": 2,
+        "batch": 2,
+        "num_generations": 2,
+        "mixed": True,
+        "teacher_mode": "sampled_token",
+    },
+    "offloaded teacher": {"rows": 4, "batch": 4, "teacher_offload": True},
 }
 
 
@@ -70,27 +85,33 @@ def run(case: str, output_dir: Path, processes: int) -> dict[str, Any]:
     """One optimizer step and one evaluation through `Trainer`'s own loops."""
     settings = dict(CASES[case])
     rows, batch, mixed = settings.pop("rows"), settings.pop("batch"), settings.pop("mixed", False)
-    callback = Gradients()
-    trainer = test_trainer.build(
-        output_dir,
-        test_trainer.mixed_rows(rows) if mixed else test_trainer.image_rows(rows),
-        callbacks=[callback],
-        eval_rows=test_trainer.image_rows(4),
-        max_steps=1,
-        max_grad_norm=0.0,
-        shuffle_dataset=False,
-        per_device_train_batch_size=batch * 2 // processes,
-        per_device_eval_batch_size=4 // processes,
-        **settings,
-    )
-    trainer.train()
+    callback, parts = Gradients(), test_trainer.models(settings.pop("family", "qwen3_vl"))
+    with contextlib.ExitStack() as stack:
+        if "teacher_mode" in settings:
+            settings["teacher_server"] = stack.enter_context(test_served.serving(test_served.Served(*parts[1:])))
+        trainer = test_trainer.build(
+            output_dir,
+            test_trainer.mixed_rows(rows) if mixed else test_trainer.image_rows(rows),
+            parts=parts,
+            callbacks=[callback],
+            eval_rows=test_trainer.image_rows(4),
+            max_steps=1,
+            max_grad_norm=0.0,
+            shuffle_dataset=False,
+            per_device_train_batch_size=batch * 2 // processes,
+            per_device_eval_batch_size=4 // processes,
+            **settings,
+        )
+        trainer.train()
+        eval_loss = trainer.evaluate()["eval_loss"]
     (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
     return {
         "loss": log["loss"],
         "logs": {k: v for k, v in log.items() if k.startswith(("va/", "completions/")) and k != "va/cells"},
+        "parity": log["teacher/parity_max"] if "teacher_mode" in settings else 0.0,
         "gradients": callback.gradients,
         "width": trainer.last_rollouts["mask"].size(1),
-        "eval_loss": trainer.evaluate()["eval_loss"],
+        "eval_loss": eval_loss,
     }
 
 
@@ -137,6 +158,7 @@ def test_two_processes_equal_one(two_processes, tmp_path, monkeypatch, case):
         for name in expected["gradients"].keys() | got["gradients"].keys():
             ours, theirs = (g["gradients"].get(name, torch.zeros(())) for g in (got, expected))
             torch.testing.assert_close(*torch.broadcast_tensors(ours, theirs), rtol=1e-4, atol=1e-6, msg=name)
+        assert got["parity"] < 1e-4
         assert got["eval_loss"] == pytest.approx(expected["eval_loss"], rel=5e-6, abs=1e-6)
     got = two_processes[0][case]
     assert got["loss"] == pytest.approx(expected["loss"], rel=5e-6, abs=1e-6)

@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
-@pytest.mark.parametrize("settings", [{}, {"num_generations": 1, "weighting": "none"}])  # with a shared prompt, without
+@pytest.mark.parametrize("settings", [{}, {"num_generations": 1, "weighting": "none"}])  # the first shares prompts
 def test_the_training_is_the_same(family, settings, tmp_path):
     def run(offload: bool) -> VAOPDTrainer:
         options = {"family": family, "eval_rows": tests.image_rows(4), "max_steps": 3, "doctor_steps": 1, **settings}
