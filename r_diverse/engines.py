@@ -119,7 +119,8 @@ class ServerEngine:
         timeout: seconds for one request.
         retries: of one request, with growing pauses.
 
-    Raises `ConnectionError` from `generate` if no request of a call can reach the model.
+    Raises `ConnectionError` from `generate` if no request of a call can reach the model, or if it refuses all of
+    several.
     """
 
     def __init__(
@@ -144,11 +145,12 @@ class ServerEngine:
             self._openai.AuthenticationError,
             self._openai.PermissionDeniedError,
             self._openai.NotFoundError,
+            *([self._openai.BadRequestError] if len(results) > 1 else []),  # of one prompt it may be the prompt
         )
         if errors and len(errors) == len(results) and all(isinstance(error, lost) for error in errors):
             raise ConnectionError(
-                f"no request of {len(results)} reached {self.name} at {self.base_url} ({errors[0]}): check that the "
-                "server runs, serves this model and accepts the key"
+                f"no request of {len(results)} was answered by {self.name} at {self.base_url} ({errors[0]}): check "
+                "that the server runs, serves this model with a context that is long enough, and accepts the key"
             ) from errors[0]
         if errors:
             logger.warning("%d of %d requests to %s failed: %s", len(errors), len(results), self.base_url, errors[0])

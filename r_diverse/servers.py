@@ -34,7 +34,7 @@ def serving(
     """Address of the server, such as http://127.0.0.1:8000/v1, while it runs; its group is ended afterwards.
 
     `gpus` is its CUDA_VISIBLE_DEVICES. Raises `ConnectionError` where it ends or does not answer in time; the message
-    has the end of its log.
+    has the end of its log. So has a `ConnectionError` from inside if the server has ended meanwhile.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ) if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
@@ -44,7 +44,12 @@ def serving(
         )
     try:
         _wait_until_ready(process, port, log, ready_seconds)
-        yield f"http://127.0.0.1:{port}/v1"
+        try:
+            yield f"http://127.0.0.1:{port}/v1"
+        except ConnectionError as error:
+            if process.poll() is None:
+                raise
+            raise ConnectionError(f"{error}; {_ended(process, log)}") from error
     finally:
         _end(process)
 
@@ -59,13 +64,17 @@ def _wait_until_ready(process: subprocess.Popen, port: int, log: Path, seconds: 
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ConnectionError(f"the server ended with exit code {process.returncode}; {_end_of(log)}")
+            raise ConnectionError(_ended(process, log))
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(POLL_SECONDS)
     raise ConnectionError(f"the server did not answer within {seconds:.0f} s; {_end_of(log)}")
+
+
+def _ended(process: subprocess.Popen, log: Path) -> str:
+    return f"the server ended with exit code {process.returncode}; {_end_of(log)}"
 
 
 def _end_of(log: Path) -> str:

@@ -1,6 +1,8 @@
 """All that goes through vLLM, on its CPU build: evaluation, colocated rollouts, a server. `make test-vllm` runs it."""
 
+import itertools
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +23,12 @@ import vllm_on_cpu
 
 from common import models
 from common.evaluation import Decoding, Prompt, ServerEngine, TransformersEngine, VLLMEngine
+from common.runs import read_jsonl, write_jsonl
 from common.tiny import char_tokenizer, tiny_qwen3_vl
+from r_diverse import data, engines, loop, servers
 from r_diverse.config import SolverConfig
 from r_diverse.servers import free_port, serving
+from r_diverse.train import parse
 from r_diverse.trainer import LARGE_GAP, PhaseTrainer
 from srpo import SRPOConfig, SRPOTrainer
 from srpo import doctor as srpo_doctor
@@ -126,6 +131,76 @@ def make_trainer(kind: type, path: str, out: Path, **changes):
 def gaps(trainer) -> list[float]:
     name = GAPS.get(type(trainer), "sampling/logps_gap")
     return [line[name] for line in trainer.state.log_history if name in line]
+
+
+# --- R-Diverse's servers ---
+
+
+def write_outputs(path: Path, count: int) -> Path:
+    """What a Challenger has written."""
+    texts = (f"<question>{i}+{7 * i}=?</question>\\boxed{{{8 * i}}}" for i in range(count))
+    write_jsonl(path, [{"id": "0", "sample": i, "response": text} for i, text in enumerate(texts)])
+    return path
+
+
+@pytest.fixture
+def self_play(model_path, tmp_path, monkeypatch):
+    """The loop in a run folder of its own, as `--engine vllm --gpus 1` has it."""
+    monkeypatch.setenv("PYTHONPATH", vllm_on_cpu.plugin_folder(tmp_path / "plugin"), prepend=os.pathsep)
+
+    def make(name: str, **changes) -> loop.SelfPlay:
+        (tmp_path / "empty.yaml").write_text("seed: 0\n")
+        fields = {"model": model_path, "coder": model_path, "encoder": "minilm", "out": tmp_path / name}
+        fields |= {"engine": "vllm", "gpus": 1, "m_label": 10, "answer_tokens": 8, "answer_top_k": 0}
+        fields |= {"challenger.bf16": False, "solver.bf16": False, **changes}
+        flags = [f"--{name}={value}" for name, value in fields.items()]
+        settings = parse(["--config", str(tmp_path / "empty.yaml"), *flags])
+        return loop.SelfPlay(settings, tmp_path / name, "base")
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_label_server_that_is_killed_in_a_batch(self_play, model_path, tmp_path, monkeypatch):
+    raw, processes, asked = write_outputs(tmp_path / "raw.jsonl", 60), [], itertools.count(1)
+    start, ask = servers.subprocess.Popen, ServerEngine._one
+
+    def label(folder: str) -> bytes:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        counts = self_play("run")._with_engine(model_path, tmp_path / folder, data.label, raw)
+        assert counts["questions"] == 60
+        return (tmp_path / folder / "samples.jsonl").read_bytes()
+
+    def ask_and_kill(*arguments):
+        if next(asked) == 540:  # of 600: in the second batch
+            os.killpg(processes[-1].pid, signal.SIGKILL)
+        return ask(*arguments)
+
+    serve = loop.vllm_command  # on a CPU vLLM cannot cut a prompt of a request with a seed in two
+    monkeypatch.setattr(loop, "vllm_command", lambda *a: [*serve(*a), "--max-num-batched-tokens", "16384"])
+    straight = label("straight")
+    monkeypatch.setattr(servers.subprocess, "Popen", lambda *a, **k: processes.append(start(*a, **k)) or processes[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(ServerEngine, "_one", ask_and_kill)
+        with pytest.raises(
+            ConnectionError, match="failed; the same command goes on here; .* exit code -9; the end of"
+        ):
+            label("killed")
+    assert len(read_jsonl(tmp_path / "killed" / "samples.jsonl")) == 512
+    assert label("killed") == straight
+
+
+@pytest.mark.slow
+def test_a_coder_on_a_server(self_play, model_path, tmp_path, monkeypatch):
+    local = engines.TransformersEngine(transformers_engine(model_path).model, char_tokenizer())
+    serve = loop.vllm_command
+    monkeypatch.setattr(loop, "vllm_command", lambda *a: [*serve(*a), "--dtype", "float32"])  # its own is bfloat16
+    prompts = [char_tokenizer().encode(f"# {i}+{7 * i}=?") for i in range(20)]
+    with self_play("run")._server(model_path, tmp_path, 0.5, None) as url:
+        coder = engines.ServerEngine(url, model_path)
+        assert coder.generate(prompts, 32, "7") == local.generate(prompts, 32, "7")
+        with pytest.raises(ConnectionError, match="max_model_len=512.*context that is long enough"):
+            coder.generate(prompts, 2048, "7")
 
 
 # The server comes first: a colocated engine leaves its process group behind in this process

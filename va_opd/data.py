@@ -7,18 +7,23 @@ A row has `prompt` (messages), `images` (list of PIL images, empty for text), `a
     python -m va_opd.data base FOLDER         # the same for its student before distillation
 """
 
+from __future__ import annotations  # datasets is imported where it is used: `--help` needs none
+
 import io
 import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value, load_dataset
 from PIL import Image as PILImage
 from PIL import ImageOps
 from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 MIN_PIXELS, MAX_PIXELS = 262_144, 4_194_304  # image budget of the paper's framework
 
@@ -52,6 +57,8 @@ def load_rows(
     relative to the folder), `answer`, `id` (else the row number). `template` wraps the problem; the paper has none.
     Raises `ValueError` naming the source, the column or the image that is at fault, and the remedy.
     """
+    from datasets import Image, Sequence
+
     dataset = _load_split(source, split)
     dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     dataset = _standard_columns(dataset, source)
@@ -103,6 +110,8 @@ def _budget_transform(min_pixels: int, max_pixels: int) -> Callable[[dict], dict
 
 
 def _load_split(source: str, split: str) -> Dataset:
+    from datasets import load_dataset
+
     path = Path(source).expanduser()
     try:
         if path.is_dir():
@@ -120,6 +129,8 @@ def _load_split(source: str, split: str) -> Dataset:
 
 
 def _standard_columns(dataset: Dataset, source: str) -> Dataset:
+    from datasets import Features, Image, Sequence, Value
+
     for names in (("problem", "question"), ("images", "image"), ("answer",)):
         found = next((name for name in names if name in dataset.column_names), None)
         if found is None:
@@ -209,6 +220,7 @@ def digit_rows(split: str, count: int, seed: int, digits: int = 3) -> Dataset:
     `split` is "train" (1,400 scans) or "test" (397 scans of other writers). Images are drawn when a row is read, so a
     large count costs nothing.
     """
+    from datasets import Dataset
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -256,6 +268,8 @@ def load_splits(
 
     As in the paper, the validation problems are Geometry3K's for both data sets. `options` go to `load_rows`.
     """
+    from datasets import DatasetDict
+
     if dataset == "digits":
         train = digit_rows("train", limit or 2000, seed=0)
         return DatasetDict(train=train, validation=digit_rows("test", validation_size, seed=0))

@@ -13,19 +13,14 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from datasets import DatasetDict
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from .checks import check_same_tokens
 from .config import VAOPDConfig
 from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, digits_correct, load_splits, with_completions
-from .engine import VLLMRollouts
-from .trainer import VAOPDTrainer
 
 try:
     from common import models, plan, preemption, verifiers, versions
@@ -38,8 +33,12 @@ except ModuleNotFoundError as error:
         raise
     sys.exit("va_opd.train also needs the folder common/ of the project beside va_opd/; the trainer alone does not")
 
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
 METHODS = ("va_opd", "opd", "sft", "kd", "grpo")
 AFTER_TRAINING = ("benchmarks", "benchmark_data", "eval_limit")  # may change without another training
+TEACHER_ROWS = 256  # responses of the teacher between two writes: an engine fills its batch from so many
 VARIANTS = {"va": "va_opd", "none": "opd", "rollout": "rollout_only", "token": "token_only"}
 
 
@@ -154,7 +153,7 @@ def record(folder: RunFolder, trainer, checkpoint: Path | None) -> None:
     trainer.add_callback(RecordCallback(folder, trainer))
 
 
-def load_splits_of(args: ScriptArguments) -> DatasetDict:
+def load_splits_of(args: ScriptArguments) -> "DatasetDict":
     """The data of a run: one seed draws the rows, whatever the seed of the training."""
     options = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "template": args.template}
     if args.dataset == "digits":
@@ -180,6 +179,12 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits) -> RunFolder:
 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
     """The TRL trainer of `args.method` with student, teacher and rows in place."""
+    from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+    from .checks import check_same_tokens
+    from .engine import VLLMRollouts
+    from .trainer import VAOPDTrainer
+
     processor = models.load_processor(args.model)
     student = models.load_model(
         args.model, attn_implementation=args.attn_implementation, load_in_4bit=args.load_in_4bit
@@ -269,7 +274,7 @@ def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows):
 
 
 def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows, cache: Path) -> None:
-    """Appends one teacher response a row to `cache`, a batch at a time; rows that are there already are skipped."""
+    """Appends one teacher response a row to `cache`, `TEACHER_ROWS` at a time; rows that are there are skipped."""
     done = {record["id"] for record in read_jsonl(cache)} if cache.exists() else set()
     missing = [index for index, row_id in enumerate(rows["id"]) if row_id not in done]
     if not missing:
@@ -278,10 +283,10 @@ def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows, cache: Path
     decoding = Decoding(
         temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_completion_length
     )
-    for start in range(0, len(missing), args.eval_batch_size):
-        part = [rows[index] for index in missing[start : start + args.eval_batch_size]]
+    for start in range(0, len(missing), TEACHER_ROWS):
+        part = [rows[index] for index in missing[start : start + TEACHER_ROWS]]
         prompts = [Prompt(messages=row["prompt"], images=row["images"]) for row in part]
-        seeds = [config.seed + index for index in missing[start : start + args.eval_batch_size]]
+        seeds = [config.seed + index for index in missing[start : start + TEACHER_ROWS]]
         for row, completion in zip(part, engine.generate(prompts, decoding, seeds), strict=True):
             append_jsonl(cache, {"id": row["id"], "response": completion.text})
 

@@ -639,7 +639,7 @@ def test_a_reply_of_another_form_is_a_failed_request(server, tokenizer, reply):
 
 def test_a_server_that_is_not_there_is_an_error(server, tokenizer):
     coder = ModelCoder(engines.ServerEngine("http://127.0.0.1:9/v1", "taught", retries=0), tokenizer)
-    with pytest.raises(ConnectionError, match="no request of 2 reached taught at http://127.0.0.1:9/v1"):
+    with pytest.raises(ConnectionError, match="no request of 2 was answered by taught at http://127.0.0.1:9/v1"):
         coder.write(["1 + 2", "3 + 4"])
     server.trouble = lambda body: (404, {"error": "no such model"})
     coder = ModelCoder(engines.ServerEngine(server.url, "taught", retries=0), tokenizer)
