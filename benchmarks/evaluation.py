@@ -1,13 +1,14 @@
 """Generation by transformers for an evaluation: live batches beside padded ones, the same tokens in one run.
 
     python -m benchmarks.evaluation                    # CPU, about 5 minutes
+    python -m benchmarks.evaluation --real --prompts 64 --repeats 1      # a GPU
 
 `naive` takes the prompts as they come, 16 at a time, and generates until the last of them stops. `ours` is
 `common.evaluation.TransformersEngine`, `sorted` the same with its fixed batches, for caches that allow no exchange.
 Prompts have 20 to 400 tokens (log-uniform). The model is small, with random weights, so that it stops with a
 probability of about 1/100 after each token: responses of 1 to 512 tokens, 100 on average. All ways draw by the seed of
 each prompt and give the same responses. The seconds are those of a small model on a CPU; forwards and tokens hold for
-any. Writes benchmarks/results/evaluation.json.
+any. With --real it has the layers of Qwen3-0.6B, in bfloat16. Writes benchmarks/results/evaluation.json.
 """
 
 import argparse
@@ -40,23 +41,26 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt([{"role": "user", "content": "?" * length}]) for length in lengths]
 
 
-def small_engine(counts: Counter[str]) -> TransformersEngine:
-    """3 million weights; `counts` collects forwards, and tokens with padding."""
+def small_engine(counts: Counter[str], real: bool = False) -> TransformersEngine:
+    """3 million weights, or the layers of Qwen3-0.6B; `counts` collects forwards, and tokens with padding."""
     tokenizer = char_tokenizer()
     torch.manual_seed(0)
+    hidden, inner, layers, heads, groups, head = (1024, 3072, 28, 16, 8, 128) if real else (256, 512, 4, 4, 2, 64)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
     model = Qwen3ForCausalLM(config)
+    if real:
+        model.to("cuda", torch.bfloat16)
     model.register_forward_pre_hook(
         lambda module, args, given: counts.update(forwards=1, tokens=given["input_ids"].numel()), with_kwargs=True
     )
@@ -69,9 +73,11 @@ def naive(engine: TransformersEngine, asked: Sequence[Prompt]) -> list[Completio
     for start in range(0, len(asked), BATCH):
         part = asked[start : start + BATCH]
         texts = tokenizer.apply_chat_template([p.messages for p in part], tokenize=False, add_generation_prompt=True)
-        given = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        given = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").to(engine.model.device)
         width, seeds = given["input_ids"].size(1), range(start, start + len(part))
-        sampling = seeded_sampling(1.0, 1.0, 0, seeds, torch.full((len(part),), width), DECODING.max_new_tokens)
+        sampling = seeded_sampling(
+            1.0, 1.0, 0, seeds, torch.full((len(part),), width, device=engine.model.device), DECODING.max_new_tokens
+        )
         ids = engine.model.generate(
             **given, max_new_tokens=DECODING.max_new_tokens, do_sample=False, logits_processor=sampling
         )
@@ -95,9 +101,9 @@ def ways(engine: TransformersEngine, asked: Sequence[Prompt]) -> dict[str, Calla
     }
 
 
-def measure(count: int, repeats: int) -> dict[str, Any]:
+def measure(count: int, repeats: int, real: bool = False) -> dict[str, Any]:
     counts = Counter[str]()
-    engine, asked = small_engine(counts), prompts(count)
+    engine, asked = small_engine(counts, real), prompts(count)
     engine.generate(asked[:2], Decoding(max_new_tokens=2), [0, 0])  # loads what the first call loads
     seconds: dict[str, list[float]] = {}
     counted, responses = {}, {}
@@ -125,11 +131,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--real", action="store_true", help="layers of Qwen3-0.6B, on a GPU")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "evaluation.json")
     options = parser.parse_args(argv)
     found = {}
     for count in options.prompts:
-        found[count] = measure(count, options.repeats)
+        found[count] = measure(count, options.repeats, options.real)
         print(count, found[count], flush=True)
     atomic_write_json(options.out, {**machine("transformers"), "prompts": found})
     print(table(found))

@@ -1,7 +1,7 @@
 """Peak memory and time of SRPO's distillation: top-k divergence and teacher entropy, forward and backward.
 
     python -m benchmarks.srpo_loss                           # CPU, about 8 minutes
-    python -m benchmarks.srpo_loss --student 4096 --teacher 4096        # a GPU
+    python -m benchmarks.srpo_loss --student 4096 --teacher 4096 --most 60 --repeats 5      # a GPU
 
 `full logits` keeps the (N, V) logits of teacher and student, as TRL's SDPO and verl do; `ours` keeps the teacher's
 hidden states and makes the logits of 256 tokens at a time. Measured as in `benchmarks.va_opd_loss`. A path is left out
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         child(loss_of, options.child)
         return
     widths = [options.student, options.teacher]
-    found = measure("benchmarks.srpo_loss", PATHS, options.rows, widths, options.repeats, options.most)
+    found = measure(loss_of, "benchmarks.srpo_loss", PATHS, options.rows, widths, options.repeats, options.most)
     print(table(found, options.rows))
     settings = {key: value for key, value in vars(options).items() if key not in ("child", "out")}
     result = {"settings": settings, **machine("trl"), "paths": found}

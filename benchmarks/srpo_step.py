@@ -1,7 +1,7 @@
 """One SRPO step beside TRL's experimental SDPO and beside our own GRPO, on the same rollouts in one run.
 
     python -m benchmarks.srpo_step                                    # CPU, about 8 minutes
-    python -m benchmarks.srpo_step --hidden 2560 --layers 36 --vocabulary 151936 --response 800      # a GPU
+    python -m benchmarks.srpo_step --real 4B --rollouts 256 --response 800      # a GPU with 141 GB
 
 A step here is reward, teacher phase, forward and backward of 32 rollouts; generation and optimizer are the same for
 all and left out. The models have random weights. The rollouts are fixed: groups of 8, about 40 % of them failed with
@@ -10,10 +10,10 @@ Writes benchmarks/results/srpo_step.json.
 """
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,20 @@ from common.runs import atomic_write_json
 from common.tiny import char_tokenizer
 from srpo import SRPOConfig, SRPOTrainer
 
-ROLLOUTS, GROUP = 32, 8
+GROUP = 8
 KINDS = ("srpo", "sdpo (trl)", "sdpo", "grpo")
+REAL = {"4B": (2560, 36, 9728, 32, True), "8B": (4096, 36, 12288, 32, False)}  # of Qwen3, as published
 
 
 def reward(completions, **columns) -> list[float]:
-    """5, 5, 5 and 4 of 8 siblings are correct: 13 of 32 rows, 41 %, fail beside a correct one."""
-    return [float(i % GROUP < (4 if i // GROUP == 3 else 5)) for i in range(len(completions))]
+    """Of four prompts 5, 5, 5 and 4 of 8 siblings are correct: 13 of 32 rows, 41 %, fail beside a correct one."""
+    return [float(i % GROUP < (4 if i // GROUP % 4 == 3 else 5)) for i in range(len(completions))]
 
 
-def rollout_ids(response: int, eos: int) -> list[list[int]]:
+def rollout_ids(rollouts: int, response: int, eos: int) -> list[list[int]]:
     """Printable characters, lengths from half of `response` to the whole."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(response // 2, response, ROLLOUTS)
+    lengths = rng.integers(response // 2, response, rollouts)
     return [[*rng.integers(10, 100, length).tolist(), eos] for length in lengths]
 
 
@@ -52,7 +53,7 @@ def build(kind: str, folder: str, tokenizer, options: argparse.Namespace):
     shared = {
         "output_dir": folder,
         "per_device_train_batch_size": options.micro_batch,
-        "gradient_accumulation_steps": ROLLOUTS // options.micro_batch,
+        "gradient_accumulation_steps": options.rollouts // options.micro_batch,
         "num_generations": GROUP,
         "max_prompt_length": 8 * options.prompt
         + 4 * options.response,  # TRL's limit holds for the teacher's prompt too
@@ -66,7 +67,7 @@ def build(kind: str, folder: str, tokenizer, options: argparse.Namespace):
         "learning_rate": 1e-6,
     }
     question = "".join(chr(97 + i % 26) for i in range(options.prompt))
-    rows = [{"prompt": [{"role": "user", "content": f"{i}{question}"}]} for i in range(ROLLOUTS // GROUP)]
+    rows = [{"prompt": [{"role": "user", "content": f"{i}{question}"}]} for i in range(options.rollouts // GROUP)]
     parts = {"reward_funcs": reward, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     if kind == "sdpo (trl)":
         settings = {
@@ -108,6 +109,8 @@ def seconds_of_a_step(trainer) -> float:
     trainer.model.zero_grad()
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     started = clock()
     for _ in range(accumulation):
         trainer.training_step(trainer.model, inputs, None)
@@ -120,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--real", choices=REAL, help="shapes of this Qwen3; the three above are ignored")
+    parser.add_argument("--rollouts", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64, help="characters, about the tokens of a prompt")
     parser.add_argument("--response", type=int, default=128, help="longest response in tokens")
     parser.add_argument("--micro_batch", type=int, default=8)
@@ -128,23 +133,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     tokenizer = char_tokenizer()
-    config = Qwen3Config(
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        intermediate_size=3 * options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(2, options.hidden // 128),
-        num_key_value_heads=max(1, options.hidden // 256),
-        head_dim=64,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        Qwen3ForCausalLM(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if options.real and memory.is_dir() else None) as folder:
+        save_model(folder, tokenizer, options)
         results = measure(folder, tokenizer, options)
-        results["seconds of shorter steps"] = shorter_steps(folder, tokenizer, options)
     print(table(results))
     atomic_write_json(
         options.out,
@@ -152,41 +144,81 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def shorter_steps(folder: str, tokenizer, options: argparse.Namespace) -> dict[int, dict[str, list[float]]]:
-    """Seconds of SRPO and SDPO by tokens of the longest response, for prompts and responses of half and a quarter."""
-    found = {}
-    for share in (2, 4):
-        lengths = {"response": options.response // share, "prompt": options.prompt // share}
-        shorter = argparse.Namespace(**vars(options) | lengths | {"repeats": 1})
-        found[shorter.response] = measure(folder, tokenizer, shorter, ("srpo", "sdpo (trl)"))["seconds"]
-    return found
+def save_model(folder: str, tokenizer, options: argparse.Namespace) -> None:
+    """With random weights, from which each trainer is made."""
+    hidden, layers = options.hidden, options.layers
+    inner, heads, head, groups, tied = 3 * hidden, max(2, hidden // 128), 64, max(1, hidden // 256), False
+    if options.real:
+        (hidden, layers, inner, heads, tied), head, groups = REAL[options.real], 128, 8
+    config = Qwen3Config(
+        vocab_size=151936 if options.real else options.vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head,
+        tie_word_embeddings=tied,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen3ForCausalLM(config)
+    (model.bfloat16() if options.real else model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def measure(folder: str, tokenizer, options: argparse.Namespace, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
-    """Seconds of each repeat, interleaved so that all see the same machine, and the teacher's tokens of one step."""
-    ids = rollout_ids(options.response, tokenizer.eos_token_id)
-    GRPOTrainer._generate_single_turn = lambda self, *args, **kwargs: (ids, None)
-    SDPOTrainer._generate = lambda self, prompt_ids: (prompt_ids, ids)
-    trainers = {kind: build(kind, folder, tokenizer, options) for kind in kinds}
-    counters = {kind: count_teacher(t) if kind != "grpo" else [] for kind, t in trainers.items()}
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for repeat in range(options.repeats + 1):  # the first warms up
-        for kind, trainer in trainers.items():
-            counters[kind].clear()
-            taken = seconds_of_a_step(trainer)
-            if repeat:
-                seconds[kind].append(taken)
-        print(f"repeat {repeat}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in seconds.items() if v), flush=True)
-    ratios = [a / b for a, b in zip(seconds["srpo"], seconds["sdpo (trl)"], strict=True)]
-    needed = sum(len(row) for row, r in zip(ids, reward([None] * ROLLOUTS), strict=True) if not r)
-    return {
-        "seconds": seconds,
-        "teacher_tokens_forwarded": {kind: sum(counter) for kind, counter in counters.items()},
-        "srpo_scored_over_needed": trainers["srpo"]._metrics["train"]["teacher/scored_over_needed"][-1],
+def measure(folder: str, tokenizer, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each repeat and the teacher's tokens of one step. On a CPU the kinds take turns, so that all see the
+    same machine; on a GPU one follows the other, and its peak of memory is its own."""
+    found: dict[str, dict[str, Any]] = {}
+    for turn in [[kind] for kind in KINDS] if torch.cuda.is_available() else [KINDS]:
+        found |= in_turns({kind: build(kind, folder, tokenizer, options) for kind in turn}, tokenizer, options)
+        gc.collect()
+    keys = ("seconds", "peak_gib", "teacher_tokens_forwarded")
+    results = {key: {kind: entry[key] for kind, entry in found.items()} for key in keys}
+    ratios = [a / b for a, b in zip(*(results["seconds"][kind] for kind in ("srpo", "sdpo (trl)")), strict=True)]
+    ids = rollout_ids(options.rollouts, options.response, tokenizer.eos_token_id)
+    needed = sum(len(row) for row, r in zip(ids, reward([None] * len(ids)), strict=True) if not r)
+    return results | {
+        "srpo_scored_over_needed": found["srpo"]["scored_over_needed"],
         "response_tokens_needed": needed,
         "response_tokens": sum(len(row) for row in ids),
         "srpo_over_trl_sdpo": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
+        "seconds of shorter steps": {
+            length: {kind: found[kind]["shorter"][length] for kind in ("srpo", "sdpo (trl)")}
+            for length in found["srpo"]["shorter"]
+        },
     }
+
+
+def in_turns(trainers: dict[str, Any], tokenizer, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What `measure` wants of each trainer; steps with a half and a quarter of the response come first."""
+    counters = {kind: count_teacher(trainer) if kind != "grpo" else [] for kind, trainer in trainers.items()}
+    found = {kind: {"seconds": [], "shorter": {}} for kind in trainers}
+    for share, repeats in ((4, 1), (2, 1), (1, options.repeats)):
+        ids = rollout_ids(options.rollouts, options.response // share, tokenizer.eos_token_id)
+        fix_rollouts(ids)
+        for repeat in range(repeats + 1):  # the first warms up
+            for kind, trainer in trainers.items():
+                counters[kind].clear()
+                seconds = seconds_of_a_step(trainer)
+                print(f"{kind}, responses of up to {options.response // share}: {seconds:.2f} s", flush=True)
+                if repeat:
+                    kept = found[kind]["shorter"].setdefault(options.response // share, []) if share > 1 else None
+                    (found[kind]["seconds"] if kept is None else kept).append(seconds)
+    for kind, trainer in trainers.items():
+        found[kind]["teacher_tokens_forwarded"] = sum(counters[kind])
+        found[kind]["scored_over_needed"] = trainer._metrics["train"].get("teacher/scored_over_needed", [None])[-1]
+        gpu = torch.cuda.is_available()
+        found[kind]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
+    return found
+
+
+def fix_rollouts(ids: list[list[int]]) -> None:
+    GRPOTrainer._generate_single_turn = lambda self, *args, **kwargs: (ids, None)
+    SDPOTrainer._generate = lambda self, prompt_ids: (prompt_ids, ids)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -195,12 +227,15 @@ def table(results: dict[str, Any]) -> str:
             kind,
             f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]",
             results["teacher_tokens_forwarded"][kind],
+            *([f"{results['peak_gib'][kind]:.1f}"] if results["peak_gib"][kind] else []),
         ]
         for kind, values in results["seconds"].items()
     ]
     ratio = results["srpo_over_trl_sdpo"]
     return (
-        plots.table_markdown(rows, ["step", "seconds, median [min, max]", "tokens through the teacher"])
+        plots.table_markdown(
+            rows, ["step", "seconds, median [min, max]", "teacher's tokens", "peak GiB"][: len(rows[0])]
+        )
         + f"\n\nSRPO over TRL's SDPO: {ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] of the seconds; "
         f"response tokens scored over needed: {results['srpo_scored_over_needed']:.2f}"
     )

@@ -1,13 +1,14 @@
 """Peak memory and time of VA-OPD's loss, the weighted reverse KL over the full vocabulary, forward and backward.
 
     python -m benchmarks.va_opd_loss                           # CPU, about 11 minutes
-    python -m benchmarks.va_opd_loss --rows 1024 4096 --student 2048 --teacher 4096 --heads 2048 4096       # a GPU
+    python -m benchmarks.va_opd_loss --student 2048 --teacher 4096 --head_rows 0 --most 60 --repeats 5      # a GPU
 
-`naive` holds the logits of both models, `trl` is the path of TRL's trainer, its tiled kernel with tiles of 4,096 rows,
-`ours` the same kernel with tiles of less than 1 GB. Each runs in a process of its own; the peak is what it adds to
+`naive` holds the logits of both models, `trl` is the path of TRL's trainer, its tiled kernel, which computes logits
+twice, `liger` Liger's fused JSD, which needs a GPU and weighs all tokens alike, `ours` computes logits once, in tiles
+of less than 1 GB. Each runs in a process of its own (on a GPU once more, to warm up); the peak is what it adds to
 inputs and gradients. A path is left out where it needs more than --most GiB. Then --head_rows rows with heads of the
-true widths (--heads), where the products decide and not the passes over the logits. Liger's fused JSD is not here: it
-needs a GPU. Writes benchmarks/results/va_opd_loss.json.
+true widths (--heads), where the products decide and not the passes over the logits. Writes
+benchmarks/results/va_opd_loss.json.
 """
 
 import argparse
@@ -28,10 +29,13 @@ from benchmarks.va_opd_scoring import synchronize
 from common import plots
 from common.runs import atomic_write_json
 from va_opd import objective
-from va_opd.lm_head import LMHead, chunked_reverse_kl
+from va_opd.divergence import chunked_reverse_kl
+from va_opd.lm_head import LMHead
 
 VOCABULARY = 151936
 PATHS = {"naive": 6.5, "trl": 2.5, "ours": 0.0}  # (N, V) tensors of float32 that the peak may hold, to leave some out
+if torch.cuda.is_available():
+    PATHS["liger"] = 0.0
 Found = dict[str, dict[int, dict[str, Any]]]
 
 
@@ -60,8 +64,13 @@ def loss_of(name: str, s_hidden, s_weight, t_hidden, t_weight) -> torch.Tensor:
         kl = objective.reverse_kl(s_hidden @ s_weight.T, t_hidden @ t_weight.T)
     elif name == "trl":
         kl, _ = ChunkedDivergenceFunction.apply(s_hidden, s_weight, None, t_hidden, t_weight, None, 1.0)
+    elif name == "liger":
+        from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+        return LigerFusedLinearJSD(jsd_beta=1.0)(s_hidden, s_weight, t_hidden, t_weight) / 2  # the mean weight
     else:
-        kl, _ = chunked_reverse_kl(s_hidden, t_hidden, *(LMHead(w, None, 1.0, None) for w in (s_weight, t_weight)))
+        heads = (LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
+        kl, _ = chunked_reverse_kl(s_hidden, t_hidden, *heads, weights)
     return (kl * weights).sum()
 
 
@@ -69,6 +78,8 @@ def measured(loss: Callable[..., torch.Tensor], name: str, *sizes: int) -> dict[
     """One forward and backward: peak in bytes, seconds of the process (clock on a GPU), loss, norm of the gradient."""
     inputs = heads(*sizes)
     synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     before, clock = peak_bytes(), time.perf_counter if torch.cuda.is_available() else time.process_time
     started = clock()
     value = loss(name, *inputs)
@@ -88,21 +99,30 @@ def child(loss: Callable[..., torch.Tensor], words: list[str]) -> None:
     print(json.dumps(measured(loss, name, rows, VOCABULARY, student, teacher)))
 
 
-def run(module: str, *words: Any) -> dict[str, float]:
-    """`child` in a process of its own."""
+def run(loss: Callable[..., torch.Tensor], module: str, *words: Any) -> dict[str, float]:
+    """`child` in a process of its own; on a GPU, which keeps count of its memory, in this one."""
+    if torch.cuda.is_available():
+        measured(loss, words[0], words[1], VOCABULARY, *words[2:])  # the size for which kernels are chosen
+        return measured(loss, words[0], words[1], VOCABULARY, *words[2:])
     command = [sys.executable, "-m", module, "--child", *map(str, words)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
     return json.loads(output.stdout.splitlines()[-1])
 
 
 def measure(
-    module: str, paths: dict[str, float], rows: list[int], widths: list[int], repeats: int, most: float
+    loss: Callable[..., torch.Tensor],
+    module: str,
+    paths: dict[str, float],
+    rows: list[int],
+    widths: list[int],
+    repeats: int,
+    most: float,
 ) -> Found:
     """Median peak and each time, by path and rows; paths in turn, so that all see the same machine."""
     found: Found = {name: {} for name in paths}
     for count in rows:
         names = [name for name, tensors in paths.items() if tensors * count * VOCABULARY * 4 < most * 2**30]
-        runs = [{name: run(module, name, count, *widths) for name in names} for _ in range(repeats)]
+        runs = [{name: run(loss, module, name, count, *widths) for name in names} for _ in range(repeats)]
         for name in names:
             mine = [each[name] for each in runs]
             found[name][count] = {
@@ -119,7 +139,7 @@ def table(found: Found, rows: list[int]) -> str:
     lines = []
     for name, by_rows in found.items():
         cells = [by_rows.get(n) for n in rows]
-        figures = [f"{c['peak_gib']:.2f} / {statistics.median(c['seconds']):.1f}" if c else "-" for c in cells]
+        figures = [f"{c['peak_gib']:.2f} / {statistics.median(c['seconds']):.3g}" if c else "-" for c in cells]
         lines.append([name, *figures])
     return plots.table_markdown(lines, ["peak GiB / seconds", *(f"{n} rows" for n in rows)])
 
@@ -141,15 +161,17 @@ def main(argv: list[str] | None = None) -> None:
     asked = parser("va_opd_loss", [256, 1024, 4096])
     asked.description = __doc__
     asked.add_argument("--heads", type=int, nargs=2, default=[2048, 4096], help="true widths: 2B and 8B")
-    asked.add_argument("--head_rows", type=int, default=256)
+    asked.add_argument("--head_rows", type=int, default=256, help="0 leaves them out")
     options = asked.parse_args(argv)
     if options.child:
         child(loss_of, options.child)
         return
-    shared = {"module": "benchmarks.va_opd_loss", "paths": PATHS, "repeats": options.repeats, "most": options.most}
+    shared = {"loss": loss_of, "module": "benchmarks.va_opd_loss", "paths": PATHS}
+    shared |= {"repeats": options.repeats, "most": options.most}
     found = measure(rows=options.rows, widths=[options.student, options.teacher], **shared)
-    true = measure(rows=[options.head_rows], widths=options.heads, **shared)
-    print(table(found, options.rows), table(true, [options.head_rows]), sep="\n\n")
+    head_rows = [options.head_rows] if options.head_rows else []
+    true = measure(rows=head_rows, widths=options.heads, **shared)
+    print(table(found, options.rows), table(true, head_rows), sep="\n\n")
     settings = {key: value for key, value in vars(options).items() if key not in ("child", "out")}
     atomic_write_json(options.out, {"settings": settings, **machine("trl"), "paths": found, "true heads": true})
 

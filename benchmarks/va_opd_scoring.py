@@ -1,7 +1,7 @@
 """VA-OPD's teacher scoring and student pass beside TRL's way, on the same rollouts in one run.
 
     python -m benchmarks.va_opd_scoring                        # CPU, about 15 minutes
-    python -m benchmarks.va_opd_scoring --hidden 4096 --layers 36 --vision_hidden 1152 --vision_layers 27     # a GPU
+    python -m benchmarks.va_opd_scoring --real                 # a GPU with 80 GB: Qwen3-VL-2B and 8B
 
 Three works. Teacher scoring of the siblings of a prompt in both views: one pass over image and prompt a view, then one
 over the rollouts, beside one whole pass a rollout and view. Student forward and backward of uneven rollouts:
@@ -18,8 +18,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,52 +37,88 @@ from va_opd import VAOPDConfig, VAOPDTrainer, siblings
 from va_opd._trl import MULTIMODAL_KEYS
 from va_opd.lm_head import lm_head, sampled_logps
 
-K, VOCABULARY, PATCH = 4, 2048, 8
+K = 4
+# Published shapes; the vision tower last
+REAL = {
+    "2B": (28, 2048, 6144, 16, 24, 1024, 4096, (5, 11, 17)),
+    "8B": (36, 4096, 12288, 32, 27, 1152, 4304, (8, 16, 24)),
+}
 UNEVEN = (1.0, 0.75, 0.45, 0.2)  # lengths of four siblings, as shares of the longest: mean 0.6
 
 
-def build_model(processor, options: argparse.Namespace, scale: float = 1.0) -> Qwen3VLForConditionalGeneration:
-    """A Qwen3-VL with random weights, `scale` times as wide as the options say."""
-    hidden, vision = int(options.hidden * scale), int(options.vision_hidden * scale)
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10], "mrope_interleaved": True}
+class Shapes(NamedTuple):
+    """Of a teacher whose student is half as wide; with `real` those that Qwen3-VL-8B and 2B are published with."""
+
+    real: bool
+    hidden: int
+    layers: int
+    vision_hidden: int
+    vision_layers: int
+
+    @property
+    def vocabulary(self) -> int:
+        return 151936 if self.real else 2048
+
+    @property
+    def patch(self) -> int:
+        return 16 if self.real else 8
+
+    def towers(self, size: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Config of the text and of the vision tower of "2B", the student, or "8B", the teacher."""
+        if self.real:
+            layers, hidden, inner, heads, depth, vision, vision_inner, deepstack = REAL[size]
+            groups, head, sections, vision_heads = 8, 128, [24, 20, 20], 16
+        else:
+            share = 0.5 if size == "2B" else 1.0
+            hidden, vision = int(share * self.hidden), int(share * self.vision_hidden)
+            layers, inner, heads, groups = self.layers, 3 * hidden, max(2, hidden // 64), max(1, hidden // 256)
+            depth, vision_inner, vision_heads = self.vision_layers, int(3.75 * vision), max(1, vision // 64)
+            head, sections, deepstack = 64, [12, 10, 10], (0,)
+        rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": sections, "mrope_interleaved": True}
+        text = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner}
+        text |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": head}
+        text |= {"vocab_size": self.vocabulary, "max_position_embeddings": 32768, "rope_parameters": rope}
+        tower = {"depth": depth, "hidden_size": vision, "intermediate_size": vision_inner, "num_heads": vision_heads}
+        tower |= {"patch_size": self.patch, "out_hidden_size": hidden, "num_position_embeddings": 2304}
+        return text, tower | {"deepstack_visual_indexes": list(deepstack)}
+
+
+@cache
+def build_model(shapes: Shapes, size: str) -> Qwen3VLForConditionalGeneration:
+    """With random weights; a teacher on a GPU in bfloat16."""
+    processor = tiny_qwen3_vl()[1]
+    text, tower = shapes.towers(size)
+    text |= {f"{name}_token_id": getattr(processor.tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    tokenizer = processor.tokenizer
     config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": hidden,
-            "intermediate_size": 3 * hidden,
-            "num_hidden_layers": options.layers,
-            "num_attention_heads": max(2, hidden // 64),
-            "num_key_value_heads": max(1, hidden // 256),
-            "head_dim": 64,
-            "max_position_embeddings": 32768,
-            "rope_parameters": rope,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": None,
-        },
-        vision_config={
-            "depth": options.vision_layers,
-            "hidden_size": vision,
-            "intermediate_size": int(3.75 * vision),
-            "num_heads": max(1, vision // 64),
-            "patch_size": PATCH,
-            "out_hidden_size": hidden,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": [0],
-        },
+        text_config=text,
+        vision_config=tower,
+        tie_word_embeddings=shapes.real and size == "2B",
         **{name: getattr(processor, name) for name in names},
     )
-    return Qwen3VLForConditionalGeneration(config)
+    torch.manual_seed(0)
+    gpu = torch.cuda.is_available()
+    with torch.device("cuda" if gpu else "cpu"):
+        dtype = torch.bfloat16 if gpu and size == "8B" else torch.float32
+        return Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
 
 
-def build(folder: str, options: argparse.Namespace, prompt: int, lengths: list[int] | None, micro_batch: int = K):
-    """A trainer on images that make prompts of about `prompt` tokens; `lengths` are those of the fixed rollouts."""
-    side = 2 * PATCH * round(math.sqrt(0.94 * prompt))
-    processor = tiny_qwen3_vl(patch=PATCH, max_pixels=side * side)[1]
+def build(
+    folder: str,
+    options: argparse.Namespace,
+    prompt: int,
+    lengths: list[int] | None,
+    micro_batch: int = K,
+    response: int = 0,
+):
+    """A trainer on images that make prompts of about `prompt` tokens, and whose rollouts have fixed `lengths`, or are
+    sampled, with `response` tokens each."""
+    shapes = Shapes(*(getattr(options, name) for name in Shapes._fields))
+    unit = 2 * shapes.patch  # pixels of the side of a visual token
+    side = unit * round(math.sqrt(0.94 * prompt))
+    processor = tiny_qwen3_vl(patch=shapes.patch, max_pixels=side * side)[1]
     rng = np.random.default_rng(0)
-    text = "".join(chr(97 + i % 26) for i in range(max(1, prompt - (side // (2 * PATCH)) ** 2 - 14)))
+    text = "".join(chr(97 + i % 26) for i in range(max(1, prompt - (side // unit) ** 2 - 14)))
     rows = [
         {
             "prompt": [{"role": "user", "content": f"{i}{text}"}],
@@ -96,7 +133,8 @@ def build(folder: str, options: argparse.Namespace, prompt: int, lengths: list[i
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=count // micro_batch,
         num_generations=K,
-        max_completion_length=options.response,
+        max_completion_length=response or max(lengths),
+        generation_kwargs={"min_new_tokens": response},
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
@@ -107,11 +145,9 @@ def build(folder: str, options: argparse.Namespace, prompt: int, lengths: list[i
         doctor_steps=0,
     )
     parts = {"train_dataset": Dataset.from_list(rows[: count // K]), "processing_class": processor}
-    student, teacher = build_model(processor, options, 0.5), build_model(processor, options)
-    if torch.cuda.is_available():
-        teacher.bfloat16()
+    student, teacher = build_model(shapes, "2B"), build_model(shapes, "8B")
     trainer = VAOPDTrainer(model=student, teacher_model=teacher, args=args, **parts)
-    trainer.vocab_size = VOCABULARY
+    trainer.vocab_size = shapes.vocabulary
     trainer.teacher.shares = {True: True}  # the check at a run's start is not timed
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     trainer.model.train()
@@ -153,7 +189,7 @@ def full_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[tor
             with trainer.compute_loss_context_manager():
                 hidden = trainer._get_last_hidden_state(teacher, logits_to_keep=length, **inputs)
             ids, mask = part["completion_ids"], part["completion_mask"]
-            logps.append(sampled_logps(lm_head(teacher), hidden, ids, mask, VOCABULARY)[mask.bool()])
+            logps.append(sampled_logps(lm_head(teacher), hidden, ids, mask, trainer.vocab_size)[mask.bool()])
         results.append(torch.cat(logps))
     return results
 
@@ -280,15 +316,16 @@ def student(options: argparse.Namespace, folder: str, prompt: int, response: int
     return found | {"real_tokens": real, "responses": lengths, "loss_and_gradient_norm": results}
 
 
-def whole_step(options: argparse.Namespace, folder: str, prompt: int) -> dict[str, Any]:
+def whole_step(options: argparse.Namespace, folder: str, prompt: int, response: int) -> dict[str, Any]:
     """Two prompts times four rollouts that the student really samples: what visual advantage adds to plain OPD."""
-    trainer = build(folder, options, prompt, None)
+    trainer = build(folder, options, prompt, None, response=response)
     parts = ("time/generation", "time/teacher", "time/degraded_images", "time/teacher_degraded")
     added, found = [], []
-    for repeat in range(options.repeats + 1):
+    for repeat in range(1 if options.real else options.repeats + 1):  # with --real all was warmed up by other works
         trainer._step = 0
         trainer._metrics["train"].clear()
         inputs = trainer_inputs(trainer)
+        synchronize()
         started = time.perf_counter()
         for _ in range(trainer.args.gradient_accumulation_steps):
             trainer.training_step(trainer.model, inputs, None)
@@ -296,10 +333,10 @@ def whole_step(options: argparse.Namespace, folder: str, prompt: int) -> dict[st
         total = time.perf_counter() - started
         times = {part: sum(trainer._metrics["train"][part]) for part in parts}
         extra = times["time/degraded_images"] + times["time/teacher_degraded"]
-        if repeat:
+        if repeat or options.real:
             added.append(extra / (total - extra))
             found.append(times | {"step": total, "rollout_tokens": int(trainer.last_rollouts["mask"].sum())})
-    return {"va_over_opd": spread(added), "steps": found}
+    return {"prompt": prompt, "response": response, "va_over_opd": spread(added), "steps": found}
 
 
 # Prediction from FLOPs
@@ -307,10 +344,7 @@ def whole_step(options: argparse.Namespace, folder: str, prompt: int) -> dict[st
 
 def flops(size: str, image: int, text: int, response: int) -> dict[str, float]:
     """Of Qwen3-VL: the vision tower on an image of `image` tokens, the text tower on the prompt and on a response."""
-    layers, hidden, inner, depth, vision, vision_inner = {
-        "2B": (28, 2048, 6144, 24, 1024, 4096),
-        "8B": (36, 4096, 12288, 27, 1152, 4304),
-    }[size]
+    layers, hidden, inner, _, depth, vision, vision_inner, _ = REAL[size]
     heads, weights = hidden, 2 * hidden * hidden + 2 * hidden * 1024 + 3 * hidden * inner
     patches, prompt = 4 * image, image + text
     merger = 4 * (16 * vision * vision + 4 * vision * hidden)  # one and three for deepstack
@@ -351,6 +385,7 @@ def predicted(image: int = 960, text: int = 64, response: int = 512, mean: float
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--real", action="store_true", help="shapes of Qwen3-VL-2B and 8B; the next four are ignored")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vision_hidden", type=int, default=96)
@@ -373,7 +408,8 @@ def main(argv: list[str] | None = None) -> None:
             size = f"student, size 1/{part}"
             results[size] = student(options, folder, options.prompt // 4 // part, options.response // part)
             print(size, results[size]["ratio"], results[size]["loss_and_gradient_norm"], flush=True)
-        results["whole step"] = whole_step(options, folder, options.prompt // 4)
+        prompt = options.prompt if options.real else options.prompt // 4
+        results["whole step"] = whole_step(options, folder, prompt, options.response)
     results["predicted"] = predicted()
     print(table(results))
     atomic_write_json(options.out, results)

@@ -1,5 +1,6 @@
 """From last hidden states to what VA-OPD needs: log-probabilities of sampled tokens, and reverse KL."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -8,11 +9,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from . import objective
-from ._trl import DivergenceInSmallTiles, maybe_gather_lm_head_ctx
+from ._trl import chunked_divergence, maybe_gather_lm_head_ctx
 
 # Added to the logits of padded vocabulary rows: exp() of it is exactly 0 in float32, and unlike -inf it keeps
 # 0 * (difference of two such logits) at 0
 PADDED_ROW_LOGIT = -1e4
+VOCABULARY_TILE = 32768
 
 
 class LMHead(NamedTuple):
@@ -22,6 +24,42 @@ class LMHead(NamedTuple):
     bias: torch.Tensor | None
     scale: float
     softcap: float | None
+
+    def project(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes the float32 products (N, V) of (N, H) hidden states with the head, multiplied in autocast's dtype."""
+        dtype = chunked_divergence._compute_dtype(hidden)
+        hidden = hidden.to(dtype)
+        for start, end in self._slices():
+            chunked_divergence._project(out[:, start:end], hidden, self.weight, self.bias, start, end, dtype)
+
+    def pull_back(
+        self,
+        gradient: torch.Tensor,
+        hidden: torch.Tensor,
+        into: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """From the gradient of `project`, adds those of hidden states, weight and bias to float32 sums, if wanted."""
+        dtype = chunked_divergence._compute_dtype(hidden)
+        hidden = hidden.to(dtype)
+        for start, end in self._slices():
+            tile = gradient[:, start:end].to(dtype)
+            if into is not None:
+                chunked_divergence._addmm_fp32(into, tile, self.weight[start:end].to(dtype))
+            if weight is not None:
+                chunked_divergence._addmm_fp32(weight[start:end], tile.t(), hidden)
+            if bias is not None:
+                bias[start:end] += gradient[:, start:end].sum(0)
+
+    def gathered(self):
+        """Context in which the weights are whole under ZeRO-3."""
+        return maybe_gather_lm_head_ctx(self.weight, self.bias)
+
+    def _slices(self) -> list[tuple[int, int]]:
+        """Of the vocabulary, so that no copy of a whole head is made in another dtype."""
+        edges = [*range(0, len(self.weight), VOCABULARY_TILE), len(self.weight)]
+        return list(pairwise(edges))
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
@@ -79,32 +117,3 @@ def sampled_logps(
             hidden[mask], head.weight[:vocab_size], tokens[mask], bias, head.scale, head.softcap
         )
     return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logps)
-
-
-def chunked_reverse_kl(
-    student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    student: LMHead,
-    teacher: LMHead,
-    temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(student || teacher) (Eq. 1) and the student's entropy, (N,) each in nats, by TRL's tiled kernel.
-
-    `student_hidden` is (N, H_student) and carries the gradient, `teacher_hidden` (N, H_teacher); no (N, V) tensor
-    exists, and at any N the logits take less than 1 GB. This is the one place that calls the kernel: its arguments are
-    positional and not a public API.
-    """
-    return DivergenceInSmallTiles.apply(
-        student_hidden,
-        student.weight,
-        student.bias,
-        teacher_hidden,
-        teacher.weight,
-        teacher.bias,
-        1.0,  # beta: reverse KL
-        temperature,
-        student.scale,
-        student.softcap,
-        teacher.scale,
-        teacher.softcap,
-    )

@@ -1,5 +1,6 @@
 """The teacher's side of a step: which rollouts pass it together, and what is kept of a pass."""
 
+import math
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from . import siblings
-from .lm_head import chunked_reverse_kl, lm_head, sampled_logps
+from .divergence import chunked_reverse_kl
+from .lm_head import lm_head, sampled_logps
 from .offload import Offloaded
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class Teacher:
             torch.cat(batch["teacher_hidden_states"]),
             trainer._head(student),
             trainer._head(trainer.accelerator.unwrap_model(trainer.teacher_model)),
+            batch["coefficients"][siblings.loss_mask(batch)],
             trainer.args.kl_temperature,
         )
 
@@ -121,8 +124,9 @@ class Teacher:
         trainer.teacher_model.eval()
         model = trainer.accelerator.unwrap_model(trainer.teacher_model)
         # Where the teacher is sharded, a pass costs a transfer of all its weights: one for all lengths
-        share = 0.0 if is_deepspeed_zero3_enabled() else siblings.SIMILAR_LENGTH
-        states_of = partial(siblings.sibling_hidden_states, share=share) if shared else trainer._hidden_states
+        device = trainer.accelerator.device.type
+        cost = math.inf if is_deepspeed_zero3_enabled() else siblings.PASS_TOKENS.get(device, 0)
+        states_of = partial(siblings.sibling_hidden_states, pass_tokens=cost) if shared else trainer._hidden_states
         hidden, logps = {}, {}
         for rows in parts:  # a part that stands twice, for the sake of another rank, counts once
             part = siblings.take_rows(batch, list(rows))

@@ -3,11 +3,15 @@ equal padded ones, and counts of passes and tokens that a later change must not 
 """
 
 import importlib.util
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     MambaConfig,
     MambaForCausalLM,
@@ -102,9 +106,9 @@ def test_states_from_a_cached_prompt_are_those_of_full_forwards(family, case):
     pictures = [tests.image(i, (40 + 8 * i, 40)) for i in range(count)]
     full_states(teacher, group(processor, [tests.image(9, (64, 32))], [3, 3]))  # leaves its own M-RoPE offset behind
     batch = group(processor, pictures, lengths)
-    for share in (0.0, siblings.SIMILAR_LENGTH, 1.0):
+    for pass_tokens in (math.inf, 1, 0):
         with torch.no_grad():
-            got = siblings.sibling_hidden_states(teacher, batch, share)
+            got = siblings.sibling_hidden_states(teacher, batch, pass_tokens)
         torch.testing.assert_close(got, full_states(teacher, batch), rtol=0, atol=2e-6)
 
 
@@ -292,7 +296,7 @@ def test_teacher_passes_each_image_and_prompt_once_a_view(make, monkeypatch, acc
     assert theirs["tokens"] >= 2 * (4 * prompts + 8 * 7)
 
 
-def test_uneven_rollouts_cost_at_most_a_quarter_of_padding(make, monkeypatch):
+def test_uneven_rollouts_cost_little_padding(make, monkeypatch):
     lengths = [3, 17, 60, 64, 50, 20, 5, 33]
     monkeypatch.setattr(
         DistillationTrainer, "_generate_single_turn", lambda self, *a: [[50] * (n - 1) + [2] for n in lengths]
@@ -301,7 +305,8 @@ def test_uneven_rollouts_cost_at_most_a_quarter_of_padding(make, monkeypatch):
     teacher, student = count(trainer.teacher_model), count(trainer.model)
     *_, batches = tests.step(trainer)
     prompts = sum(int(batch["prompt_mask"].sum()) for batch in batches)
-    assert teacher["tokens"] <= 2 * (prompts // 4 + sum(lengths) / siblings.SIMILAR_LENGTH)
+    most = 2 * (prompts // 4 + sum(lengths) + len(lengths) * siblings.PASS_TOKENS["cpu"])
+    assert teacher["tokens"] <= most < 2 * (prompts // 4 + 4 * (64 + 50))
     assert student["tokens"] == 8 * max(siblings.sequence_lengths(batches[0]))
 
     split = make(rows=tests.image_rows(2), per_device_train_batch_size=1, gradient_accumulation_steps=8)
@@ -322,10 +327,25 @@ def test_sibling_groups_cover_each_rank_and_are_equally_many(rows, k, ranks):
         assert all(len({(rank * rows + row) // k for row in part}) == 1 for part in parts)
 
 
-def test_similar_lengths():
-    assert siblings.similar_lengths([5, 10, 9, 8, 1]) == [[1, 2, 3], [0], [4]]
-    assert siblings.similar_lengths([3, 3]) == [[0, 1]]
-    assert siblings.similar_lengths([1, 9, 5], share=0) == [[1, 2, 0]]
+def test_cheapest_runs():
+    assert siblings.cheapest_runs([5, 10, 9, 8, 1], 4) == [[1, 2, 3], [0, 4]]
+    assert siblings.cheapest_runs([3, 3], 0) == [[0, 1]]
+    assert siblings.cheapest_runs([1, 9, 5], math.inf) == [[1, 2, 0]]
+    assert siblings.cheapest_runs([1, 9, 5], 0) == [[1], [2], [0]]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(0, 50))
+def test_no_runs_are_cheaper(lengths, pass_tokens):
+    def cost(runs):
+        return sum(pass_tokens + len(run) * max(lengths[row] for row in run) for run in runs)
+
+    runs = siblings.cheapest_runs(lengths, pass_tokens)
+    order = [row for run in runs for row in run]
+    assert sorted(order) == list(range(len(lengths)))
+    assert sorted((lengths[row] for row in order), reverse=True) == [lengths[row] for row in order]
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(order)]
+        assert cost(runs) <= cost([order[a:b] for a, b in itertools.pairwise(edges)])
 
 
 def test_take_rows_moves_images_with_their_rows():

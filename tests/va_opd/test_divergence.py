@@ -1,0 +1,168 @@
+"""Reverse KL from hidden states beside its definition in float64; what it counts and refuses."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from va_opd import divergence, objective
+from va_opd._trl import chunked_divergence
+from va_opd.divergence import chunked_reverse_kl, reverse_kl_by_triton, reverse_kl_in_place
+from va_opd.lm_head import PADDED_ROW_LOGIT, LMHead
+
+N, VOCAB = 29, 41
+
+
+@pytest.fixture(params=[None, 10], ids=["one tile", "tiles of ten rows"])
+def tiles(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(divergence, "tile_rows", lambda *arguments: request.param)
+
+
+@pytest.mark.parametrize("padded", [0, 13])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("biases", [False, True])
+def test_against_float64(tiles, padded, temperature, biases):
+    """Different widths; padded vocabulary rows, whose weights would win every softmax, must have no effect."""
+    torch.manual_seed(0)
+    n, vocab = N, VOCAB
+    s_hidden, t_hidden = torch.randn(n, 12, requires_grad=True), torch.randn(n, 20)
+    s_weight, t_weight = torch.randn(vocab + padded, 12), torch.randn(vocab + padded, 20)
+    with torch.no_grad():
+        s_weight[vocab:] *= 10
+        t_weight[vocab:] *= 10
+    s_weight.requires_grad_()
+    bias = torch.randn(2, vocab + padded) if biases else None
+    padding = torch.zeros(vocab + padded)
+    padding[vocab:] = PADDED_ROW_LOGIT
+    heads = [
+        LMHead(w, (padding if bias is None else bias[i] + padding) if padded or biases else None, 1.0, None)
+        for i, w in enumerate((s_weight, t_weight))
+    ]
+    upstream = torch.rand(n)
+    kl, entropy = chunked_reverse_kl(s_hidden, t_hidden, *heads, upstream, temperature)
+    got = torch.autograd.grad((kl * upstream).sum(), (s_hidden, s_weight))
+
+    h, w = (x.detach().double().requires_grad_() for x in (s_hidden, s_weight))
+    s = h @ w[:vocab].T + (0 if bias is None else bias[0, :vocab].double())
+    t = t_hidden.double() @ t_weight[:vocab].double().T + (0 if bias is None else bias[1, :vocab].double())
+    s, t = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
+    expected = (s.exp() * (s - t)).sum(-1)
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(s.exp() * s).sum(-1), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(got, torch.autograd.grad((expected * upstream).sum(), (h, w)), strict=True):
+        torch.testing.assert_close(ours[: len(theirs)].double(), theirs, rtol=1e-4, atol=6e-5)
+    assert not got[1][vocab:].any()  # padded rows get no gradient
+
+
+def heads(softcap: float | None = None, scale: float = 1.0):
+    """Hidden states and head of student and teacher; the student's want gradients."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, 12).requires_grad_(), torch.randn(VOCAB, 12).requires_grad_()
+    teacher_hidden, teacher = torch.randn(N, 20), LMHead(torch.randn(VOCAB, 20), None, scale, softcap)
+    return hidden, LMHead(weight, None, scale, softcap), teacher_hidden, teacher
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 0.3), (2.0, 1.0), (3.0, 0.5)])
+def test_scaled_and_capped_logits(tiles, softcap, scale):
+    hidden, student, teacher_hidden, teacher = heads(softcap, scale)
+    coefficients = torch.rand(N)
+    kl, entropy = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, coefficients, 0.7)
+    got = torch.autograd.grad((kl * coefficients).sum() / 5, (hidden, student.weight))
+
+    def logits(hidden, weight):
+        products = hidden @ weight.T * scale
+        return (products if softcap is None else softcap * torch.tanh(products / softcap)) / 0.7
+
+    s, t = logits(hidden, student.weight), logits(teacher_hidden, teacher.weight)
+    expected = objective.reverse_kl(s, t)
+    torch.testing.assert_close(kl, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, -(s.softmax(-1) * s.log_softmax(-1)).sum(-1), rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad((expected * coefficients).sum() / 5, (hidden, student.weight))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_must_be_the_one_that_was_announced():
+    hidden, student, teacher_hidden, teacher = heads()
+    coefficients = torch.rand(N)
+    kl, _ = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, coefficients)
+    with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
+        kl.mean().backward()
+    kl, _ = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, torch.zeros(N))
+    (kl * 0).sum().backward()
+    assert not hidden.grad.any() and not student.weight.grad.any()
+
+
+def test_an_evaluation_makes_no_gradient(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("a gradient was made")
+
+    hidden, student, teacher_hidden, teacher = heads()
+    given = (hidden, teacher_hidden, student, teacher, torch.ones(N))
+    expected = chunked_reverse_kl(*given)
+    monkeypatch.setattr(LMHead, "pull_back", fail)
+    with torch.no_grad():
+        assert all(map(torch.equal, chunked_reverse_kl(*given), expected))
+
+
+def test_logits_are_computed_once_and_only_for_what_is_needed():
+    hidden, student, teacher_hidden, teacher = heads()
+    in_place = {torch.ops.aten.addmm_: lambda into, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    for trained in ("hidden and head", "hidden"):
+        student = student._replace(weight=student.weight.detach().requires_grad_(trained != "hidden"))
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            kl, _ = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, torch.ones(N))
+            kl.sum().backward()
+        products = 12 + 20 + 12 * (2 if trained != "hidden" else 1)
+        assert counter.get_total_flops() == 2 * N * VOCAB * products, trained
+
+
+def test_both_ways_of_a_tile_agree(monkeypatch):
+    """TRL's torch versions of its kernels take the same arguments, so they stand in where Triton has no device."""
+
+    class Launched:
+        def __init__(self, function):
+            self.function = function
+
+        def __getitem__(self, grid):
+            return self.function
+
+    for kernel, in_torch in (("_stats_kernel", "_stats_tile"), ("_backward_kernel", "_backward_tile")):
+        monkeypatch.setattr(chunked_divergence, kernel, Launched(getattr(chunked_divergence, in_torch)))
+    torch.manual_seed(0)
+    products, coefficients = torch.randn(2, 7, 300), torch.rand(7)
+    for scale, cap, inv_t in itertools.product((1.0, 0.5), (None, 2.0), (1.0, 2.0)):
+        ours, theirs = torch.cat([products, torch.empty(1, 7, 300)]), products.clone()
+        scales = (scale, cap, 0.8, None, inv_t)
+        got, expected = reverse_kl_in_place(ours, coefficients, *scales), None
+        expected = reverse_kl_by_triton(theirs, coefficients, *scales)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_as_on_the_cpu(tiles, dtype):
+    hidden, student, teacher_hidden, teacher = heads(5.0)
+    coefficients = torch.rand(N)
+
+    def run(device):
+        h, w, th, tw = (x.detach().to(device, dtype) for x in (hidden, student.weight, teacher_hidden, teacher.weight))
+        h, w = h.requires_grad_(), w.requires_grad_()
+        given = coefficients.to(device)
+        kl, entropy = chunked_reverse_kl(h, th, student._replace(weight=w), teacher._replace(weight=tw), given)
+        gradients = torch.autograd.grad((kl * given).sum(), (h, w))
+        return [tensor.detach().float().cpu() for tensor in (kl, entropy, *gradients)]
+
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for got, expected in zip(run("cuda"), run("cpu"), strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
+
+
+def test_tiles_are_of_like_size_and_bounded():
+    for count, vocab_size in ((1, 10), (4096, 151936), (5000, 151936), (700, 40000), (3, 10**9)):
+        rows = divergence.tile_rows(count, vocab_size, 3)
+        assert rows == 1 or 4 * 3 * rows * vocab_size <= divergence.TILE_BYTES
+        assert -(-count // rows) * rows - count < rows
+    assert divergence.tile_rows(4096, 151936, 3) == 410

@@ -1,0 +1,179 @@
+"""Reverse KL over the full vocabulary from hidden states, with its gradient, in one pass over tiles of logits."""
+
+import math
+
+import torch
+
+from ._trl import chunked_divergence
+from .lm_head import LMHead
+
+TILE_BYTES = 3 * 2**28  # for logits
+
+
+def chunked_reverse_kl(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    student: LMHead,
+    teacher: LMHead,
+    coefficients: torch.Tensor,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(student || teacher) (Eq. 1) and the student's entropy, (N,) each in nats.
+
+    No (N, V) tensor exists: at any N the logits take less than 1 GB. They are computed once, and the gradient is made
+    in the forward pass, from the logits that are there. So the loss must be the sum of coefficients * KL times a
+    factor; the backward pass raises `RuntimeError` for another one.
+
+    Args:
+        student_hidden: (N, H_student), carries the gradient, as does the student's head.
+        teacher_hidden: (N, H_teacher).
+        coefficients: (N,), at least 0.
+    """
+    return _ReverseKL.apply(
+        student_hidden,
+        student.weight,
+        student.bias,
+        student,
+        teacher_hidden,
+        teacher,
+        coefficients.float().contiguous(),
+        temperature,
+        torch.is_grad_enabled(),
+    )
+
+
+class _ReverseKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, student, teacher_hidden, teacher, coefficients, temperature, training):
+        kl, entropy = torch.empty(2, len(hidden), device=hidden.device)
+        totals = [
+            torch.zeros_like(tensor, dtype=torch.float32) if training and wanted else None
+            for tensor, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        ]
+        triton = chunked_divergence._use_triton(hidden.device)
+        fold = reverse_kl_by_triton if triton else reverse_kl_in_place
+        with student.gathered(), teacher.gathered():
+            vocab_size = len(student.weight)
+            rows = tile_rows(len(hidden), vocab_size, 2 if triton else 3)
+            tensors = torch.empty(2 if triton else 3, rows, vocab_size, device=hidden.device)
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                tile = tensors[:, : len(hidden[part])]
+                student.project(hidden[part], tile[0])
+                teacher.project(teacher_hidden[part], tile[1])
+                scales = (student.scale, student.softcap, teacher.scale, teacher.softcap, 1 / temperature)
+                kl[part], entropy[part] = fold(tile, coefficients[part], *scales)
+                if any(total is not None for total in totals):
+                    into, *head = totals
+                    student.pull_back(tile[0], hidden[part], None if into is None else into[part], *head)
+        ctx.save_for_backward(coefficients, *totals)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(entropy)
+        return kl, entropy
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        coefficients, *totals = ctx.saved_tensors
+        total = coefficients.sum()
+        factor = torch.where(total > 0, upstream.sum() / total, 0)
+        if not torch.allclose(upstream, factor * coefficients, rtol=1e-3, atol=1e-6 * factor.abs().item()):
+            raise RuntimeError("the loss is not the sum of coefficients * KL for which chunked_reverse_kl was called")
+        gradients = [
+            None if total is None else total.mul_(factor).to(dtype)
+            for total, dtype in zip(totals, ctx.dtypes, strict=True)
+        ]
+        return *gradients, *(None,) * 6
+
+
+def tile_rows(count: int, vocab_size: int, tensors: int) -> int:
+    """Rows of a tile: `count` in parts of like size, `tensors` of which fit in `TILE_BYTES`."""
+    parts = math.ceil(4 * count * vocab_size * tensors / TILE_BYTES)
+    return math.ceil(count / max(parts, 1))
+
+
+def reverse_kl_by_triton(
+    tile: torch.Tensor,
+    coefficients: torch.Tensor,
+    s_scale: float,
+    s_softcap: float | None,
+    t_scale: float,
+    t_softcap: float | None,
+    inv_t: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reverse_kl_in_place` by TRL's kernels, of a tile (2, R, V)."""
+    (student, teacher), (rows, columns) = tile, tile.shape[1:]
+    settings = {
+        "s_scale": s_scale,
+        "s_softcap": s_softcap or 1.0,
+        "t_scale": t_scale,
+        "t_softcap": t_softcap or 1.0,
+        "inv_t": inv_t,
+        "S_HAS_SOFTCAP": s_softcap is not None,
+        "T_HAS_SOFTCAP": t_softcap is not None,
+        "BLOCK_SIZE": chunked_divergence._BLOCK_SIZE,
+    }
+    logits = (student, student.stride(0), teacher, teacher.stride(0))
+    s_max, t_max = tile.new_full((2, rows), -math.inf)
+    s_sum, s_x_sum, t_sum, t_gap, s_gap = tile.new_zeros(5, rows)
+    sums = (s_max, s_sum, s_x_sum, t_max, t_sum, t_gap, s_gap)
+    chunked_divergence._stats_kernel[(rows,)](*logits, *sums, columns, **settings)
+    s_log_z, t_log_z = s_max + s_sum.log(), t_max + t_sum.log()
+    kl = s_gap / s_sum - s_log_z + t_log_z
+    grid = (rows, math.ceil(columns / chunked_divergence._BLOCK_SIZE))
+    reverse = {"beta": 1.0, "MODE": 1}
+    chunked_divergence._backward_kernel[grid](
+        *logits, s_log_z, t_log_z, kl, coefficients, columns, **reverse, **settings
+    )
+    return kl, s_log_z - s_x_sum / s_sum
+
+
+def reverse_kl_in_place(
+    tile: torch.Tensor,
+    coefficients: torch.Tensor,
+    s_scale: float,
+    s_softcap: float | None,
+    t_scale: float,
+    t_softcap: float | None,
+    inv_t: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(student || teacher) and the student's entropy, (R,) each, of products with the heads.
+
+    Args:
+        tile: (3, R, V), the products of student and teacher, and room. The student's become the gradient of the sum
+            of coefficients * KL in them.
+        coefficients: (R,).
+        s_scale, s_softcap, t_scale, t_softcap: what the models make of the products.
+        inv_t: 1 over the temperature.
+    """
+    student, teacher, room = tile
+    slope = _to_logits(student, s_scale, s_softcap, inv_t)
+    _to_logits(teacher, t_scale, t_softcap, inv_t)
+    t_log_sum = _exp_sum(teacher, room).log()
+    s_sum = _exp_sum(student, room)
+    probabilities, shift = room.div_(s_sum), t_log_sum - s_sum.log()
+    entropy = s_sum.log().flatten() - _row_dots(probabilities, student)
+    gap = student.sub_(teacher)  # of log-probabilities, but for `shift`
+    kl = _row_dots(probabilities, gap) + shift.flatten()
+    gap.add_(shift - kl[:, None]).mul_(probabilities.mul_(coefficients[:, None])).mul_(slope)
+    return kl, entropy
+
+
+def _to_logits(products: torch.Tensor, scale: float, softcap: float | None, inv_t: float) -> float | torch.Tensor:
+    """In place; returns the slope."""
+    if softcap is None:
+        products.mul_(scale * inv_t)
+        return scale * inv_t
+    products.mul_(scale / softcap).tanh_()
+    slope = (1 - products.square()) * (scale * inv_t)
+    products.mul_(softcap * inv_t)
+    return slope
+
+
+def _exp_sum(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """(R, 1) sums of exp(logits), which are in `out`, after each row of logits (R, V) is shifted to a maximum of 0."""
+    logits.sub_(logits.amax(1, keepdim=True))
+    return torch.exp(logits, out=out).sum(1, keepdim=True)
+
+
+def _row_dots(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.dot(*rows) for rows in zip(a, b, strict=True)])  # no (R, V) tensor of products
