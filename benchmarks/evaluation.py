@@ -1,7 +1,7 @@
 """Generation by transformers for an evaluation: live batches beside padded ones, the same tokens in one run.
 
     python -m benchmarks.evaluation                    # CPU, about 5 minutes
-    python -m benchmarks.evaluation --real --prompts 64 --repeats 1      # a GPU
+    python -m benchmarks.evaluation --real --prompts 32 --tokens 256 --repeats 1      # a GPU
 
 `naive` takes the prompts as they come, 16 at a time, and generates until the last of them stops. `ours` is
 `common.evaluation.TransformersEngine`, `sorted` the same with its fixed batches, for caches that allow no exchange.
@@ -32,7 +32,6 @@ from common.evaluation.sampling import seeded_sampling
 from common.runs import atomic_write_json
 from common.tiny import char_tokenizer
 
-DECODING = Decoding(temperature=1.0, max_new_tokens=512)
 BATCH = 16
 
 
@@ -68,7 +67,7 @@ def small_engine(counts: Counter[str], real: bool = False) -> TransformersEngine
 
 
 @torch.no_grad()
-def naive(engine: TransformersEngine, asked: Sequence[Prompt]) -> list[Completion]:
+def naive(engine: TransformersEngine, asked: Sequence[Prompt], decoding: Decoding) -> list[Completion]:
     done, tokenizer = [], engine.tokenizer
     for start in range(0, len(asked), BATCH):
         part = asked[start : start + BATCH]
@@ -76,39 +75,42 @@ def naive(engine: TransformersEngine, asked: Sequence[Prompt]) -> list[Completio
         given = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").to(engine.model.device)
         width, seeds = given["input_ids"].size(1), range(start, start + len(part))
         sampling = seeded_sampling(
-            1.0, 1.0, 0, seeds, torch.full((len(part),), width, device=engine.model.device), DECODING.max_new_tokens
+            1.0, 1.0, 0, seeds, torch.full((len(part),), width, device=engine.model.device), decoding.max_new_tokens
         )
         ids = engine.model.generate(
-            **given, max_new_tokens=DECODING.max_new_tokens, do_sample=False, logits_processor=sampling
+            **given, max_new_tokens=decoding.max_new_tokens, do_sample=False, logits_processor=sampling
         )
         done += [engine._completion(row) for row in ids[:, width:].tolist()]
     return done
 
 
-def in_fixed_batches(engine: TransformersEngine, asked: Sequence[Prompt]) -> list[Completion]:
+def in_fixed_batches(engine: TransformersEngine, asked: Sequence[Prompt], decoding: Decoding) -> list[Completion]:
     engine._rows_are_exchangeable = False
     try:
-        return engine.generate(asked, DECODING, range(len(asked)))
+        return engine.generate(asked, decoding, range(len(asked)))
     finally:
         engine._rows_are_exchangeable = True
 
 
-def ways(engine: TransformersEngine, asked: Sequence[Prompt]) -> dict[str, Callable[[], list[Completion]]]:
+def ways(
+    engine: TransformersEngine, asked: Sequence[Prompt], decoding: Decoding
+) -> dict[str, Callable[[], list[Completion]]]:
     return {
-        "naive": partial(naive, engine, asked),
-        "sorted": partial(in_fixed_batches, engine, asked),
-        "ours": partial(engine.generate, asked, DECODING, range(len(asked))),
+        "naive": partial(naive, engine, asked, decoding),
+        "sorted": partial(in_fixed_batches, engine, asked, decoding),
+        "ours": partial(engine.generate, asked, decoding, range(len(asked))),
     }
 
 
-def measure(count: int, repeats: int, real: bool = False) -> dict[str, Any]:
+def measure(count: int, repeats: int, real: bool, tokens: int) -> dict[str, Any]:
     counts = Counter[str]()
     engine, asked = small_engine(counts, real), prompts(count)
+    decoding = Decoding(temperature=1.0, max_new_tokens=tokens)
     engine.generate(asked[:2], Decoding(max_new_tokens=2), [0, 0])  # loads what the first call loads
     seconds: dict[str, list[float]] = {}
     counted, responses = {}, {}
     for _ in range(repeats):
-        for name, work in ways(engine, asked).items():
+        for name, work in ways(engine, asked, decoding).items():
             counts.clear()
             started = time.perf_counter()
             responses[name] = work()
@@ -131,12 +133,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=512, help="the longest response")
     parser.add_argument("--real", action="store_true", help="layers of Qwen3-0.6B, on a GPU")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "evaluation.json")
     options = parser.parse_args(argv)
     found = {}
     for count in options.prompts:
-        found[count] = measure(count, options.repeats, options.real)
+        found[count] = measure(count, options.repeats, options.real, options.tokens)
         print(count, found[count], flush=True)
     atomic_write_json(options.out, {**machine("transformers"), "prompts": found})
     print(table(found))

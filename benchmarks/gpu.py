@@ -11,6 +11,7 @@ import argparse
 import importlib
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -21,8 +22,8 @@ WORKS = {
     "va_opd_loss": "--student 2048 --teacher 4096 --head_rows 0 --most 60 --repeats 5",
     "srpo_loss": "--rows 1024 2048 4096 8192 --student 4096 --teacher 4096 --most 60 --repeats 3",
     "va_opd_scoring": "--real --repeats 3",
-    "srpo_step": "--real 4B --rollouts 64 --response 800 --repeats 2",
-    "evaluation": "--real --prompts 16 32 64 --repeats 1",
+    "srpo_step": "--real 4B --response 800 --repeats 2 --kinds srpo 'sdpo (trl)' grpo",
+    "evaluation": "--real --prompts 32 --tokens 256 --repeats 1",
 }
 
 
@@ -32,7 +33,7 @@ def work(name: str, out: Path) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         module = importlib.import_module(f"benchmarks.{name}")
-        module.main([*WORKS[name].split(), "--out", str(out / f"{name}_gpu.json")])
+        module.main([*shlex.split(WORKS[name]), "--out", str(out / f"{name}_gpu.json")])
 
 
 def main(argv: list[str] | None = None) -> int:

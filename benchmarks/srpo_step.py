@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--real", choices=REAL, help="shapes of this Qwen3; the three above are ignored")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--rollouts", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64, help="characters, about the tokens of a prompt")
     parser.add_argument("--response", type=int, default=128, help="longest response in tokens")
@@ -173,7 +174,7 @@ def measure(folder: str, tokenizer, options: argparse.Namespace) -> dict[str, An
     """Seconds of each repeat and the teacher's tokens of one step. On a CPU the kinds take turns, so that all see the
     same machine; on a GPU one follows the other, and its peak of memory is its own."""
     found: dict[str, dict[str, Any]] = {}
-    for turn in [[kind] for kind in KINDS] if torch.cuda.is_available() else [KINDS]:
+    for turn in [[kind] for kind in options.kinds] if torch.cuda.is_available() else [options.kinds]:
         found |= in_turns({kind: build(kind, folder, tokenizer, options) for kind in turn}, tokenizer, options)
         gc.collect()
     keys = ("seconds", "peak_gib", "teacher_tokens_forwarded")

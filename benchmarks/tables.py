@@ -45,15 +45,20 @@ def main(argv: list[str] | None = None) -> int:
 def overview() -> str:
     rows = []
     for name, make in ROWS.items():
-        result = json.loads((FOLDER / "results" / f"{name}.json").read_text())
-        where = result.get("machine") if isinstance(result.get("machine"), dict) else result
-        filled = [[*row, *[""] * (len(COLUMNS) - 1 - len(row))] for row in make(result)]  # a row may have no growth
-        rows += [[*row, f"{where['processor']}, {where['date']}"] for row in filled]
+        for path in (FOLDER / "results" / f"{name}.json", FOLDER / "results" / f"{name}_gpu.json"):
+            if path.exists():  # the second where a GPU was at hand
+                result = json.loads(path.read_text())
+                where = result["machine"] if isinstance(result.get("machine"), dict) else result
+                filled = [[*row, *[""] * (len(COLUMNS) - 1 - len(row))] for row in make(result)]  # some have no growth
+                rows += [[*row, f"{where['processor']}, {where['date']}"] for row in filled]
     return plots.table_markdown(rows, COLUMNS)
 
 
 def growth(sizes: list[float], *sides: list[float]) -> str:
-    """Exponents of ours and the peer's values over the size: slopes of log value over log size."""
+    """Exponents of ours and the peer's values over the size, at three sizes or more: slopes of log value over log
+    size."""
+    if len(sizes) < 3:
+        return "-"
     return " / ".join(f"{np.polyfit(np.log(sizes), np.log(values), 1)[0]:.2f}" for values in sides)
 
 
@@ -103,7 +108,14 @@ def srpo_step(result: Result) -> list[list[str]]:
     spread = {name: 1 / value for name, value in result["srpo_over_trl_sdpo"].items()}
     ratio = f"{spread['median']:.2f} x [{spread['high']:.2f}, {spread['low']:.2f}]"
     figures = [*_pair(ours[-1], theirs[-1]), ratio, "1.18 x", growth(list(steps), ours, theirs)]
-    return [["SRPO step, 41 % routed, s", "trl.experimental.sdpo", *figures]]
+    size = f" {result['settings']['real']}," if result["settings"].get("real") else ""
+    rows = [[f"SRPO step,{size} 41 % routed, s", "trl.experimental.sdpo", *figures]]
+    peaks = result.get("peak_gib", {})
+    for kind, label in (("sdpo (trl)", "trl.experimental.sdpo"), ("grpo", "GRPO without a teacher")):
+        if peaks.get(kind):
+            pair = [peaks[name] * 2**30 / 1e9 for name in ("srpo", kind)]
+            rows.append([f"SRPO step,{size} peak GB", label, *_pair(*pair), f"{pair[1] / pair[0]:.2f} x"])
+    return rows
 
 
 def startup(result: Result) -> list[list[str]]:
@@ -131,13 +143,18 @@ def va_opd_scoring(result: Result) -> list[list[str]]:
                 else f"teacher scoring, {name}"
             )
             rows.append([f"{what}, s", "TRL's way", *_pair(ours, theirs), ratio, aim, slopes])
-    return rows
+    added = result["whole step"]["va_over_opd"]
+    plain = statistics.median(step["step"] for step in result["whole step"]["steps"]) / (1 + added["median"])
+    share = "+{median:.1%} [{low:.1%}, {high:.1%}]".format(**added)
+    pair = _pair(plain * (1 + added["median"]), plain)
+    return [*rows, ["VA-OPD's whole step, s", "our own OPD", *pair, share, "+3 %"]]
 
 
 def va_opd_loss(result: Result) -> list[list[str]]:
-    peers = {"trl": "TRL's trainer", "naive": "whole logits"}
+    peers = {"trl": "TRL's trainer", "naive": "whole logits", "liger": "Liger's fused JSD"}
     true = _loss_rows("VA-OPD loss, heads of 2B and 8B", result["true heads"], peers)
-    return [*_loss_rows("VA-OPD loss", result["paths"], peers), *true]
+    of = ", heads of 2B and 8B" if result["settings"]["student"] == 2048 else ""
+    return [*_loss_rows(f"VA-OPD loss{of}", result["paths"], peers), *true]
 
 
 def srpo_loss(result: Result) -> list[list[str]]:
@@ -148,6 +165,8 @@ def _loss_rows(work: str, paths: dict[str, dict[str, Any]], peers: dict[str, str
     """Peak and seconds at the largest size of ours, and beside each peer at the largest that it was measured at."""
     rows, ours = [], paths["ours"]
     for peer, label in peers.items():
+        if not paths.get(peer):
+            continue
         size = max(paths[peer], key=int)
         for unit, aim in (("GB", "1 GB"), ("s", "1 x")):
             both = [{int(n): _figure(entry, unit) for n, entry in side.items()} for side in (ours, paths[peer])]
@@ -182,7 +201,8 @@ def r_diverse_sam(result: Result) -> list[list[str]]:
 
 
 def _pair(ours: float, theirs: float) -> tuple[str, str]:
-    return f"{ours:.2f}", f"{theirs:.2f}"
+    digits = 2 if min(ours, theirs) >= 0.2 else 4
+    return f"{ours:.{digits}f}", f"{theirs:.{digits}f}"
 
 
 ROWS: dict[str, Callable[[Result], list[list[str]]]] = {

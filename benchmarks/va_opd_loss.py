@@ -48,12 +48,15 @@ def peak_bytes() -> int:
 
 
 def heads(rows: int, vocabulary: int, student: int, teacher: int) -> list[torch.Tensor]:
-    """Random hidden states and heads of student and teacher; the student's want gradients. Logits have variance 1."""
+    """Random hidden states and heads of student and teacher; the student's want gradients. Logits have variance 1.
+
+    On a GPU in the dtypes of training: hidden states and teacher in bfloat16, the student's weights in float32.
+    """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     like = {"device": device, "dtype": torch.bfloat16 if device == "cuda" else torch.float32}
     s_hidden, t_hidden = torch.randn(rows, student, **like), torch.randn(rows, teacher, **like)
-    s_weight = torch.randn(vocabulary, student, **like).mul_(student**-0.5)
+    s_weight = torch.randn(vocabulary, student, device=device).mul_(student**-0.5)
     t_weight = torch.randn(vocabulary, teacher, **like).mul_(teacher**-0.5)
     return [s_hidden.requires_grad_(), s_weight.requires_grad_(), t_hidden, t_weight]
 
@@ -67,7 +70,7 @@ def loss_of(name: str, s_hidden, s_weight, t_hidden, t_weight) -> torch.Tensor:
     elif name == "liger":
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-        return LigerFusedLinearJSD(jsd_beta=1.0)(s_hidden, s_weight, t_hidden, t_weight) / 2  # the mean weight
+        return LigerFusedLinearJSD(jsd_beta=1.0)(s_hidden, s_weight, t_hidden, t_weight, None) / 2  # the mean weight
     else:
         heads = (LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
         kl, _ = chunked_reverse_kl(s_hidden, t_hidden, *heads, weights)
@@ -82,7 +85,8 @@ def measured(loss: Callable[..., torch.Tensor], name: str, *sizes: int) -> dict[
         torch.cuda.reset_peak_memory_stats()
     before, clock = peak_bytes(), time.perf_counter if torch.cuda.is_available() else time.process_time
     started = clock()
-    value = loss(name, *inputs)
+    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        value = loss(name, *inputs)
     value.backward()
     synchronize()
     seconds, gradients = clock() - started, [tensor.grad for tensor in inputs[:2]]

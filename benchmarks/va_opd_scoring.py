@@ -197,7 +197,7 @@ def full_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[tor
 @torch.no_grad()
 def shared_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[torch.Tensor]:
     parts = trainer.teacher.parts(len(views[0]["prompt_ids"]), K, True)
-    return [trainer.teacher.score(view, parts, True, keep_hidden=i == 0)[1] for i, view in enumerate(views)]
+    return trainer.teacher.score(views, parts, True)[1]
 
 
 # Measuring
@@ -319,24 +319,30 @@ def student(options: argparse.Namespace, folder: str, prompt: int, response: int
 def whole_step(options: argparse.Namespace, folder: str, prompt: int, response: int) -> dict[str, Any]:
     """Two prompts times four rollouts that the student really samples: what visual advantage adds to plain OPD."""
     trainer = build(folder, options, prompt, None, response=response)
-    parts = ("time/generation", "time/teacher", "time/degraded_images", "time/teacher_degraded")
+    parts, rollouts = ("time/generation", "time/degraded_images", "time/teacher"), []
+    views = trainer.teacher.views
+    trainer.teacher.views = lambda batch, *others: (rollouts.append(batch), views(batch, *others))[1]
     added, found = [], []
     for repeat in range(1 if options.real else options.repeats + 1):  # with --real all was warmed up by other works
         trainer._step = 0
         trainer._metrics["train"].clear()
         inputs = trainer_inputs(trainer)
-        synchronize()
-        started = time.perf_counter()
-        for _ in range(trainer.args.gradient_accumulation_steps):
-            trainer.training_step(trainer.model, inputs, None)
-        synchronize()
-        total = time.perf_counter() - started
+        total, _ = seconds(lambda inputs=inputs: optimizer_step(trainer, inputs))
         times = {part: sum(trainer._metrics["train"][part]) for part in parts}
-        extra = times["time/degraded_images"] + times["time/teacher_degraded"]
+        batch = rollouts[-1]
+        one, _ = seconds(lambda batch=batch: shared_scoring(trainer, [batch]))
+        both, _ = seconds(lambda batch=batch: shared_scoring(trainer, [batch, dict(batch)]))
+        extra = times["time/degraded_images"] + both - one
         if repeat or options.real:
             added.append(extra / (total - extra))
-            found.append(times | {"step": total, "rollout_tokens": int(trainer.last_rollouts["mask"].sum())})
+            found.append(times | {"step": total, "teacher, one view": one, "teacher, both views": both})
     return {"prompt": prompt, "response": response, "va_over_opd": spread(added), "steps": found}
+
+
+def optimizer_step(trainer: VAOPDTrainer, inputs: list[dict[str, Any]]) -> None:
+    """Generation, teacher, forward and backward."""
+    for _ in range(trainer.args.gradient_accumulation_steps):
+        trainer.training_step(trainer.model, inputs, None)
 
 
 # Prediction from FLOPs

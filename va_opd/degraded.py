@@ -31,27 +31,33 @@ def degraded_pixel_values(
     """
     grids = iter(batch["image_grid_thw"].tolist()) if "image_grid_thw" in batch else None
     num_images = sum(len(row) for row in images)
-    cache, flat = {}, []
+    degraded: list[Image.Image] = []
+    seen: dict[tuple[int, int], int] = {}  # (group, number of the image in its row): its place in `degraded`
+    places = []  # of the degraded image in the place of each image of the batch
     for group, row in zip(groups, images, strict=True):
         for i, image in enumerate(row):
             grid = next(grids) if grids else None
-            if (group, i) not in cache:
+            if (group, i) not in seen:
                 size = model_size(image_processor, batch, grid, num_images) if pixelate_at == "model" else None
-                cache[group, i] = degrade(image, size, ratio, getattr(image_processor, "resample", None))
-            flat.append(cache[group, i])
+                seen[group, i] = len(degraded)
+                degraded.append(degrade(image, size, ratio, getattr(image_processor, "resample", None)))
+            places.append(seen[group, i])
     # Images that were brought to the size of their grid stay at it: a second resize may choose another grid
     options = {"do_resize": False} if grids and pixelate_at == "model" else {}
-    processed = image_processor(images=flat, return_tensors="pt", **options).to(batch["pixel_values"].device)
-    pixels = processed["pixel_values"]
-    if pixels.shape != batch["pixel_values"].shape or (
-        grids and not torch.equal(processed["image_grid_thw"], batch["image_grid_thw"])
-    ):
+    given = degraded if grids else [degraded[place] for place in places]
+    processed = image_processor(images=given, return_tensors="pt", **options)
+    pixels, grid = processed["pixel_values"], processed.get("image_grid_thw")
+    if grids:  # a patch belongs to an image, so siblings need no processing of their own
+        each = pixels.split(grid.prod(1).tolist())
+        pixels, grid = torch.cat([each[place] for place in places]), grid[places]
+    true = batch["pixel_values"]
+    if pixels.shape != true.shape or (grids and not torch.equal(grid, batch["image_grid_thw"].cpu())):
         raise ValueError(
-            f"the pixelated images have pixel_values {tuple(pixels.shape)}, the true ones "
-            f"{tuple(batch['pixel_values'].shape)}, or another grid: set pixelate_at='raw' for this processor"
+            f"the pixelated images have pixel_values {tuple(pixels.shape)}, the true ones {tuple(true.shape)}, or "
+            "another grid: set pixelate_at='raw' for this processor"
         )
-    cells = [max(1, int(w * ratio)) * max(1, int(h * ratio)) for w, h in (image.size for image in cache.values())]
-    return pixels.to(batch["pixel_values"].dtype), cells
+    cells = [max(1, int(w * ratio)) * max(1, int(h * ratio)) for w, h in (image.size for image in degraded)]
+    return pixels.to(true.device, true.dtype), cells
 
 
 def model_size(

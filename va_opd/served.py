@@ -243,7 +243,7 @@ class ServedTeacher:
             views[1][1]["pixel_values"] = trainer._degraded_pixel_values(batch, images, num_generations)
         gaps = []
         for served, view in views:
-            local = self.local.score(view, [rows], False, keep_hidden=False)[1]
+            _, (local,) = self.local.score([view], [rows], False)
             gap = (torch.cat([served[row] for row in rows]) - local).abs()
             gaps += [gap.mean(), gap.max()]
         gathered = trainer.accelerator.gather(torch.stack(gaps)[None])

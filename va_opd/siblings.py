@@ -1,8 +1,8 @@
 """Work in proportion to what is new: siblings share the pass over their prompt, micro-batches are cut to their tokens.
 
-The teacher scores the K rollouts of a prompt from one pass over the prompt (vision tower included) and one over each
-rollout, which reads the prompt from a key-value cache. Rows of a batch are dicts as TRL builds them: left-padded
-`prompt_ids`, right-padded `completion_ids`, their masks, and the processor's fields.
+The teacher scores the K rollouts of a prompt, in both views, from one pass over the prompt (vision tower included) and
+one over the rollouts, which read the prompt from a key-value cache. Rows of a batch are dicts as TRL builds them:
+left-padded `prompt_ids`, right-padded `completion_ids`, their masks, and the processor's fields.
 """
 
 import copy
@@ -21,6 +21,7 @@ from ._trl import MULTIMODAL_KEYS, split_pixel_values_by_grid, unsplit_pixel_val
 # Tokens of padding that a pass less is worth. On a GPU the launches of a pass take as long as about a thousand tokens
 # of an 8B model, on a CPU next to nothing.
 PASS_TOKENS = {"cuda": 1024, "cpu": 16}
+MOST_TOKENS = 16384  # in a pass over rollouts: more of them only take memory
 
 
 def take_rows(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
@@ -90,16 +91,17 @@ def sibling_groups(num_rows: int, num_generations: int, rank: int = 0, num_ranks
     return groups + [groups[-1]] * (most - len(groups))
 
 
-def cheapest_runs(lengths: list[int], pass_tokens: float) -> list[list[int]]:
+def cheapest_runs(lengths: list[int], pass_tokens: float, most: int = MOST_TOKENS) -> list[list[int]]:
     """Indices of `lengths`, longest first, in the runs that together cost least: each run takes `pass_tokens`, and for
-    each of its rows the run's longest length."""
+    each of its rows the run's longest length. No run of several rows has more than `most` tokens."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     best: list[tuple[float, list[list[int]]]] = [(0.0, [])]  # of the first rows of `order`: cost and runs
     for end in range(1, len(order) + 1):
-        choices = (
-            (cost + pass_tokens + (end - start) * lengths[order[start]], [*runs, order[start:end]])
-            for start, (cost, runs) in enumerate(best)
-        )
+        choices = []
+        for start, (cost, runs) in enumerate(best):
+            tokens = (end - start) * lengths[order[start]]
+            if tokens <= most or end - start == 1:
+                choices.append((cost + pass_tokens + tokens, [*runs, order[start:end]]))
         best.append(min(choices, key=lambda choice: choice[0]))
     return best[-1][1]
 
@@ -130,40 +132,52 @@ def disagreement(gap: float, full_precision: bool) -> str | None:
 
 
 def sibling_hidden_states(
-    model: nn.Module, batch: dict[str, Any], pass_tokens: float = PASS_TOKENS["cpu"]
-) -> torch.Tensor:
-    """Hidden states (N, H) from which the tokens of `loss_mask` are predicted, row by row, without gradient.
+    model: nn.Module, views: list[dict[str, Any]], pass_tokens: float = PASS_TOKENS["cpu"]
+) -> list[torch.Tensor]:
+    """For each view, hidden states (N, H) from which the tokens of `loss_mask` are predicted, without gradient.
 
-    All rows of `batch` have the same prompt and images. The prompt passes the model once; rollouts of like lengths
-    pass it together (see `cheapest_runs`), without a mask: there is no padding on the left, and what stands on the
-    right of a token does not reach it.
+    A view is a batch whose rows have the same prompt and images; the views differ in pixels only. Prompts of all views
+    pass the model together, once; then rollouts of like lengths (see `cheapest_runs`), without a mask: there is no
+    padding on the left, and what stands on the right of a token does not reach it.
     """
-    model, prompt, first = backbone(model), batch["prompt_mask"][0].bool(), take_rows(batch, [0])
-    inputs, _ = trimmed_inputs(first | {"completion_mask": torch.zeros_like(first["completion_mask"])})
-    inputs.pop("attention_mask")
+    model, first = backbone(model), take_rows(views[0], [0])
+    inputs = [_prompt_inputs(view) for view in views]
+    inputs = {key: torch.cat([given[key] for given in inputs]) for key in inputs[0]}
     output = model(**inputs, use_cache=True)
-    length, last = int(prompt.sum()), output.last_hidden_state[:, -1:]
+    length, last = int(first["prompt_mask"].sum()), output.last_hidden_state[:, -1:]
     # M-RoPE counts an image as fewer positions than tokens; without images, the model's number is of an earlier call
     shift = getattr(model, "rope_deltas", None) if "image_grid_thw" in inputs else None
-    ids, counts = batch["completion_ids"], batch["completion_mask"].sum(1).tolist()
-    states: list[torch.Tensor] = [last] * len(counts)
-    for rows in cheapest_runs(counts, pass_tokens):
-        width = max(counts[rows[0]] - 1, 1)  # nothing follows the last token; one pass even so, on all ranks alike
-        position = torch.arange(length, length + width, device=ids.device) + (0 if shift is None else shift)
+    ids, counts = views[0]["completion_ids"], views[0]["completion_mask"].sum(1).tolist()
+    pairs = [(view, rollout) for view in range(len(views)) for rollout in range(len(counts))]
+    states: dict[tuple[int, int], torch.Tensor] = {}
+    for run in cheapest_runs([counts[rollout] for _, rollout in pairs], pass_tokens):
+        view, rollout = torch.tensor([pairs[i] for i in run], device=ids.device).T
+        width = max(counts[pairs[run[0]][1]] - 1, 1)  # nothing follows the last token; one pass on all ranks alike
+        position = torch.arange(length, length + width, device=ids.device).expand(len(run), -1)
         hidden = model(
-            input_ids=ids[rows, :width],
-            position_ids=position.view(1, -1).expand(len(rows), -1),
-            past_key_values=repeated(output.past_key_values, len(rows)),
+            input_ids=ids[rollout, :width],
+            position_ids=position if shift is None else position + shift[view],
+            past_key_values=selected(output.past_key_values, view),
             use_cache=True,
         ).last_hidden_state
-        for i, row in enumerate(rows):
-            states[row] = torch.cat([last[0], hidden[i, : counts[row] - 1]])
-    return pad_sequence(states, batch_first=True)[loss_mask(batch)[:, : max(counts)]]
+        for row, pair in zip(hidden, (pairs[i] for i in run), strict=True):
+            states[pair] = torch.cat([last[pair[0]], row[: counts[pair[1]] - 1]])
+    mask = loss_mask(views[0])[:, : max(counts)]
+    each = [[states[view, rollout] for rollout in range(len(counts))] for view in range(len(views))]
+    return [pad_sequence(rows, batch_first=True)[mask] for rows in each]
 
 
-def repeated(cache: DynamicCache, times: int) -> DynamicCache:
-    """A copy of the cache of one row with `times` rows; the given one stays as it is."""
+def _prompt_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Model inputs of the first row's prompt alone."""
+    first = take_rows(batch, [0])
+    inputs, _ = trimmed_inputs(first | {"completion_mask": torch.zeros_like(first["completion_mask"])})
+    inputs.pop("attention_mask")
+    return inputs
+
+
+def selected(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+    """A copy of the cache with the given rows, each as often as it stands there; the given one stays as it is."""
     cache = copy.copy(cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
-    cache.batch_repeat_interleave(times)
+    cache.batch_select_indices(rows)
     return cache

@@ -2,7 +2,6 @@
 
 import math
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,20 +50,18 @@ class Teacher:
         shared = self.shares_prompts(batch, has_image, num_generations)
         parts = self.parts(len(has_image), num_generations, shared)
         trainer._record("teacher/shared_prompts", float(shared))
-        with trainer._timed("teacher"):
-            hidden, logps = self.score(batch, parts, shared)
-        if trainer.args.doctor_steps and not trainer.last_rollouts:  # equal images must give VA 0, else it is noise
-            again = self.score(batch, parts[:1], shared, keep_hidden=False)[1]
-            trainer._record("va/null", (again - logps[: len(again)]).abs().max().item())
-        logps_degraded = logps
+        views = [batch]
         # On all ranks or on none: the forward of a sharded teacher is a collective
         if trainer.accelerator.gather(has_image).any():
-            degraded = dict(batch)
+            views.append(dict(batch))
             if has_image.any():
-                degraded["pixel_values"] = trainer._degraded_pixel_values(batch, images, num_generations)
-            with trainer._timed("teacher_degraded"):
-                logps_degraded = self.score(degraded, parts, shared, keep_hidden=False)[1]
-        return {"teacher_hidden_states": hidden}, logps, logps_degraded
+                views[1]["pixel_values"] = trainer._degraded_pixel_values(batch, images, num_generations)
+        with trainer._timed("teacher"):
+            hidden, logps = self.score(views, parts, shared)
+        if trainer.args.doctor_steps and not trainer.last_rollouts:  # equal images must give VA 0, else it is noise
+            _, (a, b) = self.score([batch, dict(batch)], parts[:1], shared)
+            trainer._record("va/null", (a - b).abs().max().item())
+        return {"teacher_hidden_states": hidden}, logps[0], logps[-1]
 
     def divergence(self, student, hidden: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """KL(student || teacher) and the student's entropy, (N,) each, from its hidden states (N, H)."""
@@ -94,8 +91,8 @@ class Teacher:
             if problem is None:
                 parts = self.parts(len(has_image), num_generations, True)
                 rows = next((rows for rows in parts if has_image[rows.start]), parts[0])
-                ours = self.score(batch, [rows], True, keep_hidden=False)[1]
-                whole = self.score(batch, [rows[-1:]], False, keep_hidden=False)[1]
+                _, (ours,) = self.score([batch], [rows], True)
+                _, (whole,) = self.score([batch], [rows[-1:]], False)
                 gap = trainer.accelerator.gather((ours[-len(whole) :] - whole).abs().mean()[None]).max().item()
                 problem = siblings.disagreement(gap, model.dtype == torch.float32 and not trainer.args.bf16)
             self.shares[kind] = problem is None
@@ -114,26 +111,31 @@ class Teacher:
 
     @torch.no_grad()
     def score(
-        self, batch: dict[str, Any], parts: list[range], shared: bool, keep_hidden: bool = True
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The teacher's hidden states of each rollout, (T_i, H), if kept, and (N,) log-probabilities of their tokens.
-
-        Both views go through here in the same parts, so that equal images give exactly equal numbers.
-        """
+        self, views: list[dict[str, Any]], parts: list[range], shared: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The teacher's hidden states of each rollout in the first view, (T_i, H), and for each view (N,)
+        log-probabilities of their tokens. The views differ in pixels only."""
         trainer = self.trainer
         trainer.teacher_model.eval()
         model = trainer.accelerator.unwrap_model(trainer.teacher_model)
-        # Where the teacher is sharded, a pass costs a transfer of all its weights: one for all lengths
-        device = trainer.accelerator.device.type
-        cost = math.inf if is_deepspeed_zero3_enabled() else siblings.PASS_TOKENS.get(device, 0)
-        states_of = partial(siblings.sibling_hidden_states, pass_tokens=cost) if shared else trainer._hidden_states
-        hidden, logps = {}, {}
+        hidden: dict[range, tuple[torch.Tensor, ...]] = {}
+        logps: list[dict[range, torch.Tensor]] = [{} for _ in views]
         for rows in parts:  # a part that stands twice, for the sake of another rank, counts once
-            part = siblings.take_rows(batch, list(rows))
-            mask = siblings.loss_mask(part)
+            part = [siblings.take_rows(view, list(rows)) for view in views]
+            mask = siblings.loss_mask(part[0])
             with trainer.compute_loss_context_manager():
-                states = trainer._forward_redirection(trainer.teacher_model, model, states_of, model, part)
-            head, tokens = lm_head(model), part["completion_ids"][mask]
-            logps[rows] = sampled_logps(head, states, tokens, torch.ones_like(tokens), trainer.vocab_size)
-            hidden[rows] = states.split(mask.sum(1).tolist()) if keep_hidden else ()
-        return [row for states in hidden.values() for row in states], torch.cat(list(logps.values()))
+                states = trainer._forward_redirection(trainer.teacher_model, model, self._states, model, part, shared)
+            head, tokens = lm_head(model), part[0]["completion_ids"][mask]
+            for found, of_view in zip(logps, states, strict=True):
+                found[rows] = sampled_logps(head, of_view, tokens, torch.ones_like(tokens), trainer.vocab_size)
+            hidden[rows] = states[0].split(mask.sum(1).tolist())
+        return [row for rows in hidden.values() for row in rows], [torch.cat(list(x.values())) for x in logps]
+
+    def _states(self, model, views: list[dict[str, Any]], shared: bool) -> list[torch.Tensor]:
+        """Hidden states (N, H) of each view: together from one pass over the prompt, or each by a whole pass."""
+        if not shared:
+            return [self.trainer._hidden_states(model, view) for view in views]
+        # Where the teacher is sharded, a pass costs a transfer of all its weights: one for all lengths
+        device = self.trainer.accelerator.device.type
+        pass_tokens = math.inf if is_deepspeed_zero3_enabled() else siblings.PASS_TOKENS.get(device, 0)
+        return siblings.sibling_hidden_states(model, views, pass_tokens)

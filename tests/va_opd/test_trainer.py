@@ -486,11 +486,13 @@ def test_only_pixel_values_differ_in_the_degraded_view(make, shared):
     )
     trainer.teacher.shares = {True: shared}
     step(trainer)
-    assert len(views) % 2 == 0
-    half = len(views) // 2
-    prompts = [(true, blurred) for true, blurred in zip(views[:half], views[half:], strict=True) if len(true) > 4]
-    assert len(prompts) == 2  # prompts, or micro-batches
-    for true, blurred in prompts:
+    prompts = [view for view in views if "pixel_values" in view]
+    if shared:  # both views of a prompt are rows of one pass
+        prompts = [
+            {k: v.chunk(2)[row] if torch.is_tensor(v) else v for k, v in p.items()} for p in prompts for row in (0, 1)
+        ]
+    assert len(prompts) == 2 * 2  # views of prompts, or of micro-batches
+    for true, blurred in zip(prompts[::2], prompts[1::2], strict=True):
         assert true.keys() == blurred.keys() >= {"input_ids", "image_grid_thw", "mm_token_type_ids"}
         for key in true.keys() - {"pixel_values"}:
             assert torch.equal(*(torch.as_tensor(view[key]) for view in (true, blurred))), key
