@@ -46,13 +46,13 @@ class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, student, teacher_hidden, teacher, coefficients, temperature, training):
         kl, entropy = torch.empty(2, len(hidden), device=hidden.device)
-        totals = [
-            torch.zeros_like(tensor, dtype=torch.float32) if training and wanted else None
-            for tensor, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
-        ]
         triton = chunked_divergence._use_triton(hidden.device)
         fold = reverse_kl_by_triton if triton else reverse_kl_in_place
         with student.gathered(), teacher.gathered():
+            totals = [
+                torch.zeros_like(tensor, dtype=torch.float32) if training and wanted else None
+                for tensor, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+            ]
             vocab_size = len(student.weight)
             rows = tile_rows(len(hidden), vocab_size, 2 if triton else 3)
             tensors = torch.empty(2 if triton else 3, rows, vocab_size, device=hidden.device)
@@ -88,7 +88,7 @@ class _ReverseKL(torch.autograd.Function):
 def tile_rows(count: int, vocab_size: int, tensors: int) -> int:
     """Rows of a tile: `count` in parts of like size, `tensors` of which fit in `TILE_BYTES`."""
     parts = math.ceil(4 * count * vocab_size * tensors / TILE_BYTES)
-    return math.ceil(count / max(parts, 1))
+    return max(math.ceil(count / max(parts, 1)), 1)
 
 
 def reverse_kl_by_triton(

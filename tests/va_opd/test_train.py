@@ -173,7 +173,7 @@ def test_a_run_is_recorded_done_once_and_not_overwritten_by_another(config, caps
     assert manifest["state"] == "done" and set(manifest["data"]) == {"train", "validation"}
     metrics = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert {"va/mean", "kl/high", "time/teacher_degraded", "entropy"} <= metrics[0].keys()
+    assert {"va/mean", "kl/high", "time/degraded_images", "entropy"} <= metrics[0].keys()
     sample = read_jsonl(run / "samples.jsonl")[0]
     assert len(sample["tokens"]) == len(sample["va"]) and sample["prompt"]
     assert (run / "model" / "model.safetensors").exists()
