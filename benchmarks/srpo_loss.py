@@ -4,8 +4,9 @@
     python -m benchmarks.srpo_loss --student 4096 --teacher 4096 --most 60 --repeats 5      # a GPU
 
 `full logits` keeps the (N, V) logits of teacher and student, as TRL's SDPO and verl do; `ours` keeps the teacher's
-hidden states and makes the logits of 256 tokens at a time. Measured as in `benchmarks.va_opd_loss`. A path is left out
-where it needs more than --most GiB. Writes benchmarks/results/srpo_loss.json.
+hidden states and makes each model's logits once for the divergence, in tiles of less than 1 GB. Measured as in
+`benchmarks.va_opd_loss`. A path is left out where it needs more than --most GiB. Writes
+benchmarks/results/srpo_loss.json.
 """
 
 import torch
@@ -14,7 +15,8 @@ from benchmarks.machine import machine
 from benchmarks.va_opd_loss import child, measure, parser, table
 from common.runs import atomic_write_json
 from srpo import SRPOConfig, objective
-from srpo.lm_head import LMHead, chunked_divergence, chunked_entropy
+from srpo.divergence import chunked_divergence, chunked_entropy
+from srpo.lm_head import LMHead
 
 PATHS = {"full logits": 6.5, "ours": 0.0}  # (N, V) tensors of float32 that the peak may hold
 
@@ -24,13 +26,14 @@ def loss_of(name: str, s_hidden, s_weight, t_hidden, t_weight) -> torch.Tensor:
     if name == "ours":
         student, teacher = (LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
         entropy = chunked_entropy(teacher, t_hidden)
-        divergence = chunked_divergence(student, s_hidden, teacher, t_hidden, top_k=top_k)
+        weights = objective.entropy_weights(entropy, torch.ones_like(entropy))
+        divergence = chunked_divergence(student, s_hidden, teacher, t_hidden, weights, top_k=top_k)
     else:
         with torch.no_grad():
             teacher_logits = t_hidden @ t_weight.T
             entropy = objective.teacher_entropy(teacher_logits)
+        weights = objective.entropy_weights(entropy, torch.ones_like(entropy))
         divergence = objective.jsd_topk_tail(s_hidden @ s_weight.T, teacher_logits, top_k)
-    weights = objective.entropy_weights(entropy, torch.ones_like(entropy))
     return (weights * divergence).mean()
 
 

@@ -11,6 +11,9 @@ SUPPORTED_TRL = ">=1.16,<1.17"
 if version("trl") not in SpecifierSet(SUPPORTED_TRL):
     raise ImportError(f"srpo overrides private methods of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}")
 
+from trl.kernels.chunked_divergence import _addmm_fp32 as addmm_fp32  # noqa: E402
+from trl.kernels.chunked_divergence import _compute_dtype as compute_dtype  # noqa: E402
+from trl.kernels.chunked_divergence import _project as project  # noqa: E402
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
 from trl.models import prepare_deepspeed  # noqa: E402
 from trl.models.utils import _ForwardRedirection as ForwardRedirection  # noqa: E402
@@ -26,10 +29,13 @@ __all__ = [
     "ChunkedLogProbFunction",
     "ForwardRedirection",
     "SiblingSampler",
+    "addmm_fp32",
+    "compute_dtype",
     "create_model_from_path",
     "maybe_gather_lm_head_ctx",
     "pad",
     "prepare_deepspeed",
+    "project",
 ]
 
 

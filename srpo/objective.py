@@ -185,10 +185,14 @@ def topk_tail_logps(logits: torch.Tensor, support: torch.Tensor | None, tail: bo
     logits = logits.to(_wide(logits))
     if support is None:
         return logits.log_softmax(-1)
-    chosen = logits.gather(-1, support)
+    return kept_logps(logits.gather(-1, support), logits.logsumexp(-1, keepdim=True), tail)
+
+
+def kept_logps(chosen: torch.Tensor, log_sum: torch.Tensor, tail: bool = True) -> torch.Tensor:
+    """`topk_tail_logps` from the logits (..., K) of the support and the logsumexp (..., 1) of all."""
     if not tail:
         return chosen.log_softmax(-1)
-    logps = chosen - logits.logsumexp(-1, keepdim=True)
+    logps = chosen - log_sum
     kept = logps.logsumexp(-1, keepdim=True).clamp(max=-1e-7)  # keeps a rest of 0 finite
     return torch.cat([logps, torch.log(-torch.expm1(kept))], dim=-1)
 
@@ -227,7 +231,8 @@ def srpo_loss(
         num_tokens: all response tokens of the optimizer step, whatever part of them these rows are; by default
             those of `mask`.
     """
-    token_loss = torch.where(distill[:, None], weights * sdpo, grpo)
+    sdpo = distillation_coefficients("srpo", weights, distill, mask) * sdpo
+    token_loss = torch.where(distill[:, None], sdpo, grpo)
     return _masked_sum(token_loss, mask) / (mask.sum().clamp(min=1) if num_tokens is None else num_tokens)
 
 
@@ -249,10 +254,19 @@ def routed_loss(
     """
     if routing in ("srpo", "grpo"):
         return srpo_loss(grpo, sdpo, weights, distill, mask, num_tokens)
-    sdpo = torch.where(distill[:, None], weights * sdpo, 0)
+    coefficients = distillation_coefficients(routing, weights, distill, mask, mix_weight)
+    sdpo = torch.where(distill[:, None], coefficients * sdpo, 0)
     if routing == "mix":
-        return _masked_sum(mix_weight * grpo + (1 - mix_weight) * sdpo, mask) / num_tokens
+        return _masked_sum(mix_weight * grpo + sdpo, mask) / num_tokens
     return (_masked_sum(sdpo, mask) + 0 * _masked_sum(grpo, mask)) / num_tokens  # attached also without such a row
+
+
+def distillation_coefficients(
+    routing: str, weights: torch.Tensor, distill: torch.Tensor, mask: torch.Tensor, mix_weight: float = 0.9
+) -> torch.Tensor:
+    """What `routed_loss` multiplies `sdpo` with and then divides by num_tokens: (B, T), 0 off the distilled tokens."""
+    share = 1 - mix_weight if routing == "mix" else 1
+    return torch.where(mask.bool() & distill[:, None], share * weights, 0)
 
 
 def _masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .config import SRPOConfig
 from .data import load_splits, reward_of
-from .lm_head import ROWS
+from .divergence import TILE_BYTES
 from .trainer import SRPOTrainer
 
 try:
@@ -258,12 +258,13 @@ def memory_parts(
     teacher = 0 if config.routing == "grpo" else teacher / (processes if sharding in ("zero3", "fsdp2") else 1)
     of_teacher = shape.width * shape.vocabulary if config.teacher_offload else parameters  # its head stays
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    tokens = config.per_device_train_batch_size * config.max_completion_length
     routed, hidden = 0.4 * rows * min(800, config.max_completion_length), shape.width * (2 if config.bf16 else 4)
     return {
         **plan.model_bytes("policy", parameters, trained_parameters(args, parameters), each, pieces),
         f"self-teacher, {config.teacher}": teacher * of_teacher,
         "cached teacher hidden states, 40 % routed, mean length up to 800": hidden * routed,
-        "one chunk of logits and its gradients": 5 * ROWS * shape.vocabulary * 4,  # benchmarks.srpo_loss
+        "one chunk of logits and its gradients": min(2 * 4 * tokens * shape.vocabulary, TILE_BYTES),
         **plan.engine_bytes(config),
     }
 

@@ -22,8 +22,9 @@ from . import objective
 from ._trl import ForwardRedirection, SiblingSampler
 from .checks import check_prompt_lengths, check_support
 from .config import ALPHAS, SRPOConfig
+from .divergence import chunked_divergence, chunked_entropy
 from .doctor import DoctorCallback, routing_figures, weight_figures
-from .lm_head import chunked_divergence, chunked_entropy, lm_head, response_hidden_states, sampled_logps
+from .lm_head import lm_head, response_hidden_states, sampled_logps
 from .reprompt import teacher_prompt_ids
 from .teacher import SelfTeacher, SelfTeacherCallback
 
@@ -224,22 +225,22 @@ class SRPOTrainer(GRPOTrainer):
         grpo = tis * objective.grpo_token_loss(
             logps, logps.detach(), advantages, args.epsilon, args.epsilon_high, args.delta
         )
-        sdpo_N = self._divergence(head, hidden[routed], inputs["row"][rows].tolist())
+        weights = inputs["entropy_weights"]
+        coefficients = tis * objective.distillation_coefficients(args.routing, weights, rows, mask, args.mix_weight)
+        sdpo_N = self._divergence(head, hidden[routed], inputs["row"][rows].tolist(), coefficients[routed])
         sdpo = tis * torch.zeros_like(mask, dtype=sdpo_N.dtype).masked_scatter(routed, sdpo_N)
-        loss = objective.routed_loss(
-            args.routing, grpo, sdpo, inputs["entropy_weights"], rows, mask, num_tokens, args.mix_weight
-        )
+        loss = objective.routed_loss(args.routing, grpo, sdpo, weights, rows, mask, num_tokens, args.mix_weight)
         sums = ((entropy_N, policy), (grpo[policy], policy), (sdpo[routed], routed))
         return loss, torch.stack([torch.stack([x.detach().float().sum(), m.sum()]) for x, m in sums])
 
-    def _divergence(self, head, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    def _divergence(self, head, hidden: torch.Tensor, rows: list[int], coefficients: torch.Tensor) -> torch.Tensor:
         """Divergence (N,) between student and self-teacher on the tokens of the distilled `rows`."""
         if not rows and not self.teacher.sharded:  # a sharded head is gathered by all ranks or by none
             return hidden.new_zeros(0, dtype=torch.float32)
         args, teacher_hidden = self.args, [self._teacher_hidden[row] for row in rows]
         teacher_hidden = torch.cat(teacher_hidden or [hidden.detach()])
         settings = (self.temperature, args.distillation_topk, ALPHAS[args.divergence], args.tail)
-        return chunked_divergence(head, hidden, self._teacher_head, teacher_hidden, *settings)
+        return chunked_divergence(head, hidden, self._teacher_head, teacher_hidden, coefficients, *settings)
 
     # Checkpoints
 

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
+import srpo.divergence
 import srpo.lm_head
 import va_opd.lm_head
 from va_opd import divergence
@@ -51,22 +52,28 @@ def test_va_opd_holds_a_tile_and_equals_trls_kernel(heads, monkeypatch):
 
 
 @pytest.mark.parametrize("top_k", [100, None])
-def test_srpo_holds_the_logits_of_256_tokens(heads, top_k):
+def test_srpo_holds_a_tile(heads, top_k, monkeypatch):
     s_hidden, s_weight, t_hidden, t_weight = heads
+    tensors = 2 if top_k else 2 + srpo.divergence.AUTOGRAD
+    monkeypatch.setattr(srpo.divergence, "TILE_BYTES", tensors * 100 * VOCABULARY * 4)
     student, teacher = (srpo.lm_head.LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
+    coefficients = torch.linspace(0, 1, ROWS)
     with Largest() as largest:
-        srpo.lm_head.chunked_entropy(teacher, t_hidden)
-        value = srpo.lm_head.chunked_divergence(student, s_hidden, teacher, t_hidden, top_k=top_k)
+        value = srpo.divergence.chunked_divergence(student, s_hidden, teacher, t_hidden, coefficients, top_k=top_k)
         gradients(value, (s_hidden, s_weight))
-    assert largest.elements == 256 * VOCABULARY
+    assert largest.elements == 2 * 100 * VOCABULARY
+    monkeypatch.setattr(srpo.divergence, "TILE_BYTES", 2 * 100 * VOCABULARY * 4)
+    with Largest() as largest:
+        srpo.divergence.chunked_entropy(teacher, t_hidden)
+    assert largest.elements == 2 * 100 * VOCABULARY
 
 
 def test_srpo_makes_no_copy_of_a_head_in_another_dtype(heads):
     s_hidden, s_weight, t_hidden, t_weight = heads
-    s_hidden, t_hidden = (hidden[:3].detach().bfloat16().requires_grad_() for hidden in (s_hidden, t_hidden))
+    s_hidden, t_hidden = (hidden[:1].detach().bfloat16().requires_grad_() for hidden in (s_hidden, t_hidden))
     student, teacher = (srpo.lm_head.LMHead(weight, None, 1.0, None) for weight in (s_weight.detach(), t_weight))
     with Largest() as largest:
-        srpo.lm_head.chunked_divergence(student, s_hidden, teacher, t_hidden).sum().backward()
+        srpo.divergence.chunked_divergence(student, s_hidden, teacher, t_hidden, torch.ones(1)).sum().backward()
     assert largest.elements == srpo.lm_head.VOCABULARY_TILE * WIDTH
 
 

@@ -12,7 +12,6 @@ import torch
 from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
 
 from srpo import objective
-from srpo.lm_head import LMHead, chunked_divergence, chunked_entropy
 
 F64 = torch.float64
 STUDENT, TEACHER = [2.0, 1.0, 0.0, -1.0], [0.5, 1.5, 0.0, -2.0]
@@ -592,6 +591,14 @@ def test_micro_batches_row_order_and_padding_do_not_matter(routing):
 
 
 @pytest.mark.parametrize("routing", objective.ROUTINGS)
+def test_coefficients_are_the_gradient_of_the_loss(routing):
+    grpo, sdpo, weights, distill, mask = random_batch(4)
+    objective.routed_loss(routing, grpo, sdpo.requires_grad_(), weights, distill, mask, 7, mix_weight=0.8).backward()
+    coefficients = objective.distillation_coefficients(routing, weights, distill, mask, mix_weight=0.8)
+    torch.testing.assert_close(coefficients / 7, sdpo.grad)
+
+
+@pytest.mark.parametrize("routing", objective.ROUTINGS)
 def test_loss_gradient(routing):
     grpo, sdpo, weights, distill, mask = random_batch(2, rows=4, length=3)
     assert torch.autograd.gradcheck(
@@ -620,92 +627,6 @@ def test_a_batch_without_a_token_is_an_attached_zero(routing):
     assert loss.item() == 0
     assert not grpo.grad.any()
     assert objective.srpo_loss(grpo, sdpo, weights, distill, torch.zeros_like(mask)).item() == 0
-
-
-# --- from hidden states ----------------------------------------------------------------
-
-
-def heads(seed: int, dtype=torch.float32, vocab: int = 40, bias: bool = True, softcap: float | None = None):
-    """Student head, teacher head of another width, and 23 hidden states for each."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    student, teacher = (LMHead(draw(vocab, width), draw(vocab) if bias else None, 0.5, softcap) for width in (6, 8))
-    return student, draw(23, 6), teacher, draw(23, 8)
-
-
-def naive_logits(head: LMHead, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(N, V) float64 logits at once."""
-    logits = hidden.double() @ head.weight.double().T
-    logits = 0.5 * (logits if head.bias is None else logits + head.bias.double())
-    return (logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()) / temperature
-
-
-@pytest.mark.parametrize("rows", [1, 7, 512])
-@pytest.mark.parametrize(
-    ("settings", "head"),
-    [
-        ({}, {}),
-        ({"top_k": 5}, {"bias": False}),
-        ({"top_k": 5, "alpha": 1.0}, {"softcap": 3.0}),
-        ({"top_k": 5, "tail": False}, {}),
-        ({"top_k": None, "alpha": 0.0, "temperature": 0.7}, {"softcap": 3.0}),
-    ],
-)
-def test_chunked_divergence_is_the_naive_one_in_value_and_gradient(rows, settings, head):
-    student, hidden, teacher, teacher_hidden = heads(0, **head)
-    leaves = [t.requires_grad_() for t in (hidden, student.weight, student.bias) if t is not None]
-    upstream = torch.linspace(-1, 2, len(hidden))
-    settings = {"temperature": 1.0, "top_k": 100, "alpha": 0.5, "tail": True, **settings}
-    got = chunked_divergence(student, hidden, teacher, teacher_hidden, rows=rows, **settings)
-    temperature = settings.pop("temperature")
-    naive = objective.jsd_topk_tail(
-        naive_logits(student, hidden, temperature), naive_logits(teacher, teacher_hidden, temperature), **settings
-    )
-    torch.testing.assert_close(got.double(), naive, rtol=1e-4, atol=1e-6)
-    ours, expected = (torch.autograd.grad((value * upstream).sum(), leaves) for value in (got, naive))
-    for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_chunked_divergence_gives_the_teacher_no_gradient():
-    student, hidden, teacher, teacher_hidden = heads(1)
-    for tensor in (hidden, teacher.weight, teacher.bias, teacher_hidden):
-        tensor.requires_grad_()
-    chunked_divergence(student, hidden, teacher, teacher_hidden, rows=5).sum().backward()
-    assert hidden.grad.any()
-    assert teacher.weight.grad is teacher.bias.grad is teacher_hidden.grad is None
-    assert student.weight.grad is None  # a frozen head gets none
-
-
-def test_chunked_divergence_of_half_precision_states_is_summed_in_float32():
-    student, hidden, teacher, teacher_hidden = heads(2, torch.bfloat16)
-    got = chunked_divergence(student, hidden.requires_grad_(), teacher, teacher_hidden, rows=5, top_k=10)
-    got.sum().backward()
-    assert got.dtype == torch.float32
-    assert hidden.grad.dtype == torch.bfloat16
-    naive = objective.jsd_topk_tail(naive_logits(student, hidden, 1), naive_logits(teacher, teacher_hidden, 1), 10)
-    torch.testing.assert_close(got.double(), naive, rtol=0.1, atol=0.01)  # logits are rounded to bfloat16
-
-
-def test_chunked_divergence_of_no_token():
-    student, hidden, teacher, teacher_hidden = heads(3)
-    hidden.requires_grad_()
-    value = chunked_divergence(student, hidden[:0], teacher, teacher_hidden[:0])
-    assert value.shape == (0,)
-    value.sum().backward()
-    assert not hidden.grad.any()
-
-
-@pytest.mark.parametrize("rows", [1, 7, 512])
-def test_chunked_entropy_is_exact(rows):
-    *_, teacher, hidden = heads(4)
-    got = chunked_entropy(teacher, hidden, temperature=0.7, rows=rows)
-    expected = [ref_entropy(x) for x in naive_logits(teacher, hidden, 0.7).tolist()]
-    torch.testing.assert_close(got.double(), f64(expected), rtol=1e-5, atol=1e-6)
-    assert chunked_entropy(teacher, hidden[:0], rows=rows).shape == (0,)
 
 
 # --- the teacher's prompt ----------------------------------------------------------------

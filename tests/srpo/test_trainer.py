@@ -18,7 +18,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen3
-from srpo import SRPOConfig, SRPOTrainer, objective
+from srpo import SRPOConfig, SRPOTrainer, _trl, objective
 from srpo.reprompt import teacher_prompt_ids
 
 ROUTED = ("srpo", "sdpo", "sdpo_incorrect", "sdpo_correct", "mix")
@@ -146,6 +146,9 @@ def assert_same_step(a, b, tolerance: float = 1e-6) -> None:
             ChunkedLogProbFunction.forward,
             "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs",
         ),
+        (_trl.compute_dtype, "hidden"),
+        (_trl.project, "tile hidden_chunk weight bias start end dtype"),
+        (_trl.addmm_fp32, "acc a b"),
         (trl_utils.maybe_gather_lm_head_ctx, "params"),
         (trl_utils.RepeatSampler.__init__, "self data_source mini_repeat_count batch_size repeat_count shuffle seed"),
     ],
@@ -287,6 +290,27 @@ def test_loss_and_gradients_against_float64(make, fixed, routing, beta):
     names, parameters = zip(*trainer.model.named_parameters(), strict=True)
     for name, gradient in zip(names, torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(gradients[name], gradient.float(), rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("routing", ["srpo", "mix"])
+@pytest.mark.parametrize("per", ["token", "rollout"])
+def test_corrections_of_the_rollout_engine_multiply_the_divergence(make, fixed, monkeypatch, routing, per):
+    """Half of every importance ratio is half of the loss and of its gradients, of each token or of each rollout."""
+    steps, whole = [], SRPOTrainer._generate_and_score_completions
+    for ratio in (1.0, 0.5):
+
+        def corrected(self, inputs, ratio=ratio):
+            batch = whole(self, inputs)
+            mask = batch["completion_mask"]
+            shape = mask.shape if per == "token" else (len(mask), 1)
+            return {**batch, "importance_sampling_ratio": torch.full(shape, ratio)}
+
+        monkeypatch.setattr(SRPOTrainer, "_generate_and_score_completions", corrected)
+        trainer = make(routing=routing)
+        steps.append(step(trainer))
+        assert trainer.last_rollouts["distill"].any()
+    (loss, gradients), half = steps
+    assert_same_step((loss / 2, {name: gradient / 2 for name, gradient in gradients.items()}), half)
 
 
 @pytest.mark.parametrize("routing", ["srpo", "sdpo", "mix"])

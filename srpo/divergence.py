@@ -1,0 +1,184 @@
+"""Divergence between student and teacher from hidden states, with its gradient, and entropy, in tiles of logits."""
+
+import math
+
+import torch
+
+from . import objective
+from .lm_head import LMHead
+
+TILE_BYTES = 3 * 2**28  # for logits
+AUTOGRAD = 12  # (R, V) tensors that it holds at once of a divergence over the whole vocabulary
+
+
+@torch.no_grad()
+def chunked_entropy(head: LMHead, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """`objective.teacher_entropy` from (N, H) hidden states, (N,) float32 in nats."""
+    entropy = torch.empty(len(hidden), device=hidden.device)
+    with head.gathered():
+        rows = tile_rows(len(hidden), len(head.weight), 2)
+        tensors = torch.empty(2, rows, len(head.weight), device=hidden.device)
+        for part in _parts(len(hidden), rows):
+            logits, probabilities = tensors[:, : len(hidden[part])]
+            torch.softmax(head.logits(hidden[part], logits, temperature), 1, out=probabilities)
+            entropy[part] = torch.special.entr(probabilities, out=logits).sum(1)
+    return entropy
+
+
+def chunked_divergence(
+    student: LMHead,
+    student_hidden: torch.Tensor,
+    teacher: LMHead,
+    teacher_hidden: torch.Tensor,
+    coefficients: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = 100,
+    alpha: float = 0.5,
+    tail: bool = True,
+) -> torch.Tensor:
+    """`objective.jsd_topk_tail` of each token from hidden states, (N,) in nats.
+
+    No (N, V) tensor exists: at any N the logits take less than 1 GB. They are computed once, and the gradient is made
+    in the forward pass, from the logits that are there. So the loss must be the sum of coefficients * divergence times
+    a factor; the backward pass raises `RuntimeError` for another one.
+
+    Args:
+        student_hidden: (N, H), carries the gradient, as does the student's head.
+        teacher_hidden: (N, H_teacher).
+        coefficients: (N,).
+    """
+    return _ChunkedDivergence.apply(
+        student_hidden,
+        student.weight,
+        student.bias,
+        student,
+        teacher,
+        teacher_hidden,
+        coefficients.detach().float(),
+        (temperature, top_k, alpha, tail),
+        torch.is_grad_enabled(),
+    )
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, student, teacher, teacher_hidden, coefficients, settings, training):
+        divergence = torch.empty(len(hidden), device=hidden.device)
+        wanted = [training and needed for needed in ctx.needs_input_grad[:3]]
+        with student.gathered(), teacher.gathered():
+            totals = [
+                torch.zeros_like(tensor, dtype=torch.float32) if needed else None
+                for tensor, needed in zip((hidden, weight, bias), wanted, strict=True)
+            ]
+            vocab_size, top_k = len(student.weight), settings[1]
+            whole = top_k is None or top_k >= vocab_size
+            fold, kept = (over_vocabulary, 2 + AUTOGRAD) if whole else (over_support, 2)
+            rows = tile_rows(len(hidden), vocab_size, kept + (student.softcap is not None))
+            tensors = torch.empty(2, rows, vocab_size, device=hidden.device)
+            for part in _parts(len(hidden), rows):
+                tile, given = tensors[:, : len(hidden[part])], coefficients[part] if any(wanted) else None
+                divergence[part], gradient = fold(
+                    tile, student, teacher, hidden[part], teacher_hidden[part], given, settings
+                )
+                if gradient is not None:
+                    into, *head = totals
+                    student.pull_back(gradient, hidden[part], None if into is None else into[part], *head)
+        ctx.save_for_backward(coefficients, *totals)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        return divergence
+
+    @staticmethod
+    def backward(ctx, upstream):
+        coefficients, *totals = ctx.saved_tensors
+        squares = coefficients.square().sum()
+        factor = torch.where(squares > 0, (upstream * coefficients).sum() / squares, 0)
+        if not torch.allclose(upstream, factor * coefficients, rtol=1e-3, atol=1e-6 * factor.abs().item()):
+            raise RuntimeError(
+                "the loss is not the sum of coefficients * divergence for which chunked_divergence was called"
+            )
+        gradients = [
+            None if total is None else total.mul_(factor).to(dtype)
+            for total, dtype in zip(totals, ctx.dtypes, strict=True)
+        ]
+        return *gradients, *(None,) * 6
+
+
+def over_support(
+    tile: torch.Tensor,
+    student: LMHead,
+    teacher: LMHead,
+    hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    coefficients: torch.Tensor | None,
+    settings: tuple,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Divergences (R,) over the student's top-k and the tail, and the gradient (R, V) of the sum of coefficients *
+    divergence in the student's products with its head; both made in `tile`, room of (2, R, V).
+
+    A divergence depends on K logits and the logsumexp of all, whose gradient is the probabilities.
+    """
+    temperature, top_k, alpha, tail = settings
+    logits, probabilities = tile
+    student.logits(hidden, logits, temperature)
+    support = objective.student_support(logits, top_k)
+    torch.softmax(logits, 1, out=probabilities)
+    chosen = logits.gather(1, support)
+    log_sum = chosen[:, :1] - probabilities.gather(1, support[:, :1]).log()  # of the likeliest token: far from 0
+    slope = None if coefficients is None else _slope(student, logits, temperature)
+    teacher.logits(teacher_hidden, logits, temperature)
+    target = objective.kept_logps(logits.gather(1, support), _log_sum(logits), tail)
+    if coefficients is None:
+        return objective.jensen_shannon(objective.kept_logps(chosen, log_sum, tail), target, alpha), None
+    with torch.enable_grad():
+        inputs = chosen.requires_grad_(), log_sum.requires_grad_()
+        value = objective.jensen_shannon(objective.kept_logps(*inputs, tail), target, alpha)
+    scaled = coefficients * (student.scale / temperature)
+    of_chosen, of_sum = torch.autograd.grad(value, inputs, scaled, materialize_grads=True)
+    gradient = probabilities.mul_(of_sum).scatter_add_(1, support, of_chosen)
+    return value.detach(), gradient if slope is None else gradient.mul_(slope)
+
+
+def over_vocabulary(
+    tile: torch.Tensor,
+    student: LMHead,
+    teacher: LMHead,
+    hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    coefficients: torch.Tensor | None,
+    settings: tuple,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`over_support` where every token is in the support, by autograd."""
+    temperature, _, alpha, _ = settings
+    logits = student.logits(hidden, tile[0], temperature)
+    target = teacher.logits(teacher_hidden, tile[1], temperature).log_softmax(1)
+    if coefficients is None:
+        return objective.jensen_shannon(logits.log_softmax(1), target, alpha), None
+    slope = _slope(student, logits, temperature)
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        value = objective.jensen_shannon(logits.log_softmax(1), target, alpha)
+    (gradient,) = torch.autograd.grad(value, logits, coefficients * (student.scale / temperature))
+    return value.detach(), gradient if slope is None else gradient.mul_(slope)
+
+
+def tile_rows(count: int, vocab_size: int, tensors: int) -> int:
+    """Rows of a tile: `count` in parts of like size, `tensors` of which fit in `TILE_BYTES`."""
+    parts = math.ceil(4 * count * vocab_size * tensors / TILE_BYTES)
+    return max(math.ceil(count / max(parts, 1)), 1)
+
+
+def _parts(count: int, rows: int) -> list[slice]:
+    return [slice(start, start + rows) for start in range(0, count, rows)]
+
+
+def _slope(head: LMHead, logits: torch.Tensor, temperature: float) -> torch.Tensor | None:
+    """Derivative of soft-capped logits, but for the factor that uncapped ones have too."""
+    if head.softcap is None:
+        return None
+    return (logits * (temperature / head.softcap)).square_().neg_().add_(1)
+
+
+def _log_sum(logits: torch.Tensor) -> torch.Tensor:
+    """(R, 1) logsumexp of (R, V) logits, which are lost."""
+    top = logits.amax(1, keepdim=True)
+    return top + logits.sub_(top).exp_().sum(1, keepdim=True).log()

@@ -1,0 +1,226 @@
+"""Divergence and entropy from hidden states beside their definitions in float64; what they count and refuse."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from srpo import divergence, objective
+from srpo.divergence import chunked_divergence, chunked_entropy
+from srpo.lm_head import LMHead
+
+N, VOCAB, SCALE = 23, 40, 0.5
+
+
+@pytest.fixture(params=[None, 1, 7], ids=["one tile", "tiles of one row", "tiles of seven rows"])
+def tiles(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(divergence, "tile_rows", lambda *arguments: request.param)
+
+
+def heads(seed: int = 0, dtype=torch.float32, vocab: int = VOCAB, bias: bool = True, softcap=None, widths=(6, 8)):
+    """Student head, hidden states, teacher head of another width, hidden states; the student's want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    student, teacher = (LMHead(draw(vocab, width), draw(vocab) if bias else None, SCALE, softcap) for width in widths)
+    for tensor in student[:2]:
+        if tensor is not None:
+            tensor.requires_grad_()
+    return student, draw(N, widths[0]).requires_grad_(), teacher, draw(N, widths[1])
+
+
+def naive_logits(head: LMHead, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(N, V) float64 logits at once."""
+    logits = hidden.double() @ head.weight.double().T
+    logits = SCALE * (logits if head.bias is None else logits + head.bias.double())
+    return (logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()) / temperature
+
+
+def leaves(student: LMHead, hidden: torch.Tensor) -> list[torch.Tensor]:
+    return [t for t in (hidden, student.weight, student.bias) if t is not None and t.requires_grad]
+
+
+CASES = [
+    ({}, {}),  # the whole vocabulary, of 40 tokens
+    ({"top_k": 5}, {"bias": False}),
+    ({"top_k": 1, "temperature": 2.0}, {}),
+    ({"top_k": 5, "alpha": 1.0, "temperature": 0.7}, {"softcap": 3.0}),
+    ({"top_k": 5, "alpha": 0.0}, {"softcap": 3.0}),
+    ({"top_k": 5, "tail": False, "temperature": 0.5}, {}),
+    ({"top_k": None, "alpha": 0.0, "temperature": 0.7}, {"softcap": 3.0}),
+]
+
+
+@pytest.mark.parametrize(("settings", "head"), CASES)
+def test_divergence_and_gradient_against_float64(tiles, settings, head):
+    given = heads(**head)
+    student, hidden, teacher, teacher_hidden = given
+    settings = {"temperature": 1.0, "top_k": 100, "alpha": 0.5, "tail": True, **settings}
+    coefficients = torch.linspace(-1, 2, N)
+    got = chunked_divergence(*given, coefficients, **settings)
+    temperature = settings.pop("temperature")
+    naive = objective.jsd_topk_tail(
+        naive_logits(student, hidden, temperature), naive_logits(teacher, teacher_hidden, temperature), **settings
+    )
+    torch.testing.assert_close(got.double(), naive, rtol=1e-4, atol=1e-6)
+    ours, expected = (
+        torch.autograd.grad((value * coefficients).sum() / 5, leaves(student, hidden)) for value in (got, naive)
+    )
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("top_k", [4, None])
+def test_a_student_that_is_all_but_certain(top_k):
+    student, hidden, teacher, teacher_hidden = given = heads(3)
+    with torch.no_grad():
+        student.bias[7] += 150
+        student.bias[9] = -math.inf  # ruled out
+    value = chunked_divergence(*given, torch.ones(N), top_k=top_k)
+    naive = objective.jsd_topk_tail(naive_logits(student, hidden, 1), naive_logits(teacher, teacher_hidden, 1), top_k)
+    torch.testing.assert_close(value.double(), naive, rtol=1e-4, atol=1e-5)
+    value.sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves(student, hidden))
+
+
+@pytest.mark.parametrize("top_k", [5, None])
+def test_only_what_wants_a_gradient_gets_one(top_k):
+    student, hidden, teacher, teacher_hidden = heads(1)
+    for tensor in (teacher.weight, teacher.bias, teacher_hidden):
+        tensor.requires_grad_()
+    student = student._replace(weight=student.weight.detach())
+    chunked_divergence(student, hidden, teacher, teacher_hidden, torch.ones(N), top_k=top_k).sum().backward()
+    assert hidden.grad.any() and student.bias.grad.any()
+    assert teacher.weight.grad is teacher.bias.grad is teacher_hidden.grad is None
+    assert student.weight.grad is None  # a frozen head
+
+
+def test_a_tied_head_gets_the_gradients_of_both_its_uses():
+    student, _, teacher, teacher_hidden = heads(2)
+    ids = torch.arange(N)
+    got = chunked_divergence(student, student.weight[ids], teacher, teacher_hidden, torch.ones(N), top_k=5)
+    naive = objective.jsd_topk_tail(
+        naive_logits(student, student.weight[ids], 1), naive_logits(teacher, teacher_hidden, 1), 5
+    )
+    gradients = [torch.autograd.grad(value.sum(), student.weight)[0] for value in (got, naive)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_states_have_float32_logits():
+    student, hidden, teacher, teacher_hidden = given = heads(2, torch.bfloat16)
+    got = chunked_divergence(*given, torch.ones(N), top_k=10)
+    naive = objective.jsd_topk_tail(naive_logits(student, hidden, 1), naive_logits(teacher, teacher_hidden, 1), 10)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), naive, rtol=1e-4, atol=1e-6)  # inputs are half precision, logits are not
+    ours, expected = (torch.autograd.grad(value.sum(), leaves(student, hidden)) for value in (got, naive))
+    for one, other in zip(ours, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("top_k", [5, None])
+def test_no_token(top_k):
+    student, hidden, teacher, teacher_hidden = heads(3)
+    value = chunked_divergence(student, hidden[:0], teacher, teacher_hidden[:0], torch.ones(0), top_k=top_k)
+    assert value.shape == (0,)
+    value.sum().backward()
+    assert not hidden.grad.any() and not student.weight.grad.any()
+
+
+def test_the_loss_must_be_the_one_that_was_announced():
+    student, hidden, *_ = given = heads()
+    value = chunked_divergence(*given, torch.rand(N))
+    with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
+        value.mean().backward()
+    value = chunked_divergence(*given, torch.zeros(N))
+    (value * 0).sum().backward()
+    assert not hidden.grad.any() and not student.weight.grad.any()
+    value = chunked_divergence(*given, torch.zeros(N))
+    with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
+        value.sum().backward()
+
+
+@pytest.mark.parametrize("top_k", [5, None])
+def test_an_evaluation_makes_no_gradient(monkeypatch, top_k):
+    def fail(*arguments):
+        raise AssertionError("a gradient was made")
+
+    given = heads(softcap=3.0)
+    expected = chunked_divergence(*given, torch.ones(N), top_k=top_k)
+    monkeypatch.setattr(LMHead, "pull_back", fail)
+    with torch.no_grad():
+        assert torch.equal(chunked_divergence(*given, torch.ones(N), top_k=top_k), expected)
+
+
+@pytest.mark.parametrize("top_k", [5, None])
+def test_logits_are_computed_once_and_only_for_what_is_needed(top_k):
+    student, hidden, teacher, teacher_hidden = heads(bias=False)
+    in_place = {torch.ops.aten.addmm_: lambda into, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    for trained in (True, False):
+        student = student._replace(weight=student.weight.detach().requires_grad_(trained))
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            value = chunked_divergence(student, hidden, teacher, teacher_hidden, torch.ones(N), top_k=top_k)
+            value.sum().backward()
+        products = 6 + 8 + 6 * (2 if trained else 1)
+        assert counter.get_total_flops() == 2 * N * VOCAB * products, trained
+
+
+def test_heads_are_gathered_once(monkeypatch):
+    """Under ZeRO-3 every gather is a collective; a rank without such a token takes part in as many."""
+    entered = []
+    gathered = LMHead.gathered
+    monkeypatch.setattr(LMHead, "gathered", lambda head: entered.append(head) or gathered(head))
+    student, hidden, teacher, teacher_hidden = heads()
+    for count in (N, 0):
+        entered.clear()
+        given = (hidden[:count], teacher, teacher_hidden[:count], torch.ones(count))
+        chunked_divergence(student, *given, top_k=5).sum().backward()
+        assert len(entered) == 2
+
+
+def test_entropy_is_exact(tiles):
+    *_, teacher, hidden = heads(4)
+    teacher.bias[3] = -math.inf  # ruled out: adds nothing
+    expected = torch.special.entr(naive_logits(teacher, hidden, 0.7).softmax(-1)).sum(-1)
+    torch.testing.assert_close(chunked_entropy(teacher, hidden, 0.7).double(), expected, rtol=1e-5, atol=1e-6)
+    assert chunked_entropy(teacher, hidden[:0]).shape == (0,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("settings", "softcap"),
+    [({"top_k": 20}, None), ({"top_k": 20, "tail": False}, None), ({"top_k": 20}, 3.0), ({"top_k": None}, 3.0)],
+)
+def test_on_a_gpu_as_on_the_cpu(tiles, dtype, settings, softcap):
+    """More tokens than a slice of the vocabulary has, so that products are written into part of a tile."""
+    made = heads(5, dtype, vocab=33_000, softcap=softcap, widths=(16, 32))
+    coefficients = torch.rand(N, generator=torch.Generator().manual_seed(0))
+
+    def run(device):
+        student, teacher = (
+            head._replace(weight=head.weight.detach().to(device), bias=head.bias.detach().to(device))
+            for head in made[::2]
+        )
+        hidden, teacher_hidden, given = (tensor.detach().to(device) for tensor in (*made[1::2], coefficients))
+        wanted = [tensor.requires_grad_() for tensor in (hidden, *student[:2])]
+        value = chunked_divergence(student, hidden, teacher, teacher_hidden, given, 0.7, **settings)
+        gradients = torch.autograd.grad((value * given).sum(), wanted)
+        entropy = chunked_entropy(teacher, teacher_hidden, 0.7)
+        return [tensor.detach().float().cpu() for tensor in (value, entropy, *gradients)]
+
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for got, expected in zip(run("cuda"), run("cpu"), strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
+
+
+def test_tiles_are_of_like_size_and_bounded():
+    for count, vocab_size in ((0, 10), (1, 10), (4096, 151936), (5000, 151936), (700, 40000), (3, 10**9)):
+        rows = divergence.tile_rows(count, vocab_size, 2)
+        assert rows == 1 or 4 * 2 * rows * vocab_size <= divergence.TILE_BYTES
+        assert -(-count // rows) * rows - count < rows
+    assert divergence.tile_rows(8192, 151936, 2) == 631
