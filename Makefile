@@ -1,6 +1,6 @@
 # GNU make 3.81 or newer. `make -n TARGET` prints the commands of a target without running them.
 .DEFAULT_GOAL := help
-.PHONY: help setup fuzz demo demo-va_opd demo-srpo demo-r_diverse test test-distributed test-vllm lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse report
+.PHONY: help setup fuzz demo demo-va_opd demo-srpo demo-r_diverse test test-distributed test-qlora test-vllm lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse report
 
 PRESET ?= paper
 WORKERS ?= 2
@@ -16,10 +16,12 @@ endif
 ifdef PY
 READY :=
 DEEPSPEED :=
+BITSANDBYTES :=
 else
 PY := .venv/bin/python
 READY := .venv/.complete
 DEEPSPEED := .venv/.deepspeed
+BITSANDBYTES := .venv/.bitsandbytes
 endif
 
 help: ## This list
@@ -64,6 +66,13 @@ test-distributed: $(READY) $(DEEPSPEED) ## Runs on two processes: plain, ZeRO-2,
 
 .venv/.deepspeed: .venv/.complete
 	.venv/bin/python -m pip --disable-pip-version-check install --quiet -c requirements-cpu.lock deepspeed==0.19.8
+	touch $@
+
+test-qlora: $(READY) $(BITSANDBYTES) ## Adapters on weights in 4 bits, on a CPU; installs bitsandbytes into .venv
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m qlora $(ARGS)
+
+.venv/.bitsandbytes: .venv/.complete
+	.venv/bin/python -m pip --disable-pip-version-check install --quiet -c requirements-cpu.lock bitsandbytes==0.50.2
 	touch $@
 
 test-vllm: .venv-vllm/.complete ## What goes through vLLM, on its CPU build in an environment of its own (4 GB)
