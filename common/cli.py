@@ -41,8 +41,7 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
     try:
         with sigterm_raises():
             code = command(sys.argv[1:] if argv is None else argv) or 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # else its threads may abort a rank whose work is done
+        _end_process_group()
         return code
     except KeyboardInterrupt as error:
         print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
@@ -54,6 +53,15 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
             raise
         print(f"{name}: {_sentence(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+
+
+def _end_process_group() -> None:
+    """Else its threads may abort a rank whose work is done. A colocated vLLM uses it, and ends it itself at exit."""
+    vllm = sys.modules.get("vllm.distributed.parallel_state")
+    if vllm is not None and vllm.model_parallel_is_initialized():
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _sentence(error: Exception) -> str:

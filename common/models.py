@@ -1,6 +1,7 @@
 """Models and processors from a hub id or a local folder, with one clear sentence when they cannot be had."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -83,15 +84,33 @@ def lora_config(rank: int) -> LoraConfig | None:
 
 
 def four_bit() -> BitsAndBytesConfig:
-    """NF4 with double quantization, computing in bfloat16 (QLoRA). `ValueError` where it cannot run."""
-    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("load_in_4bit needs a CUDA GPU and the package bitsandbytes: leave it out here")
+    """NF4 with double quantization, computing in bfloat16 (QLoRA). `ValueError` without bitsandbytes."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "load_in_4bit needs the package bitsandbytes: pip install 'bitsandbytes>=0.50', or leave it out"
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def _differentiable_after_evaluation(model: PreTrainedModel) -> None:
+    """On CPUs with AVX-512 and bfloat16, bitsandbytes repacks the weights of a layer in its first pass in evaluation
+    mode, such as generation, and gradients do not flow through it from then on. It is told that the CPU is another."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def float32_adapters(model: PreTrainedModel) -> None:
+    """TRL's trainers round adapters on quantized weights to bfloat16, which most updates at the papers' learning rates
+    are too small to change; here they train in float32, as those on other weights do."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
 
 
 def check_lora(rank: int, load_in_4bit: bool) -> None:
@@ -130,6 +149,8 @@ def load_model(
         model = auto.from_pretrained(name, dtype=dtype, **options)
     except OSError as error:
         raise ModelNotFound(f"model {name!r}: {str(error).splitlines()[0]}") from error
+    if load_in_4bit:
+        _differentiable_after_evaluation(model)
     return model if device is None else model.to(device)
 
 
@@ -137,12 +158,14 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The processor of a vision-language model, or the tokenizer of a text model.
 
     Without torchvision, `AutoProcessor` fails for families with a video processor, or quietly returns the tokenizer,
-    and training would then never see an image. So those families are put together here, without video.
+    and training would then never see an image. So those families are put together here, without video; a folder saved
+    that way has no video processor for `AutoProcessor` to find, wherever it is loaded.
     """
     config = load_config(name)
     if not is_vlm(config):
         return AutoTokenizer.from_pretrained(name)
-    if importlib.util.find_spec("torchvision") is None and config.model_type in IMAGE_ONLY:
+    without_video = importlib.util.find_spec("torchvision") is None or _saved_without_video(name)
+    if config.model_type in IMAGE_ONLY and without_video:
         tokenizer = AutoTokenizer.from_pretrained(name)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         return IMAGE_ONLY[config.model_type](image_processor, tokenizer, chat_template=tokenizer.chat_template)
@@ -159,6 +182,12 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
             "processor into the folder, or install torchvision (the build that matches torch)"
         )
     return processor
+
+
+def _saved_without_video(name: str) -> bool:
+    file = Path(name) / "processor_config.json"
+    classes = {cls.__name__ for cls in IMAGE_ONLY.values()}
+    return file.is_file() and json.loads(file.read_text()).get("processor_class") in classes
 
 
 def save_whole(out: Path, model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:

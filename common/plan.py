@@ -14,6 +14,7 @@ from common import models
 
 GIB = 2**30
 GPU_GIB = 80  # of the GPUs that the presets are made for
+NF4_BYTES = 4.127 / 8  # a weight in NF4 with double quantization (arXiv 2305.14314, Section 3)
 STAGES = {"none": 0, "single_gpu": 0, "multi_gpu": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp1": 3, "fsdp2": 3}
 
 
@@ -63,6 +64,21 @@ def lora_parameters(shape: Shape, rank: int) -> int:
     return rank * shape.layers * (attention + 3 * (shape.width + shape.mlp))
 
 
+def linear_parameters(shape: Shape) -> int:
+    """Of all linear layers but the head: those that `load_in_4bit` quantizes."""
+    return shape.layers * shape.width * (2 * shape.query + 2 * shape.key + 3 * shape.mlp)
+
+
+def trained_parameters(name: str, parameters: float, lora_rank: int) -> float:
+    """All, or those of the adapters."""
+    return lora_parameters(shape_of(name, parameters), lora_rank) if lora_rank else parameters
+
+
+def in_4_bits(name: str, parameters: float, load_in_4bit: bool) -> float:
+    """How many of a model's parameters are held in 4 bits."""
+    return min(parameters, linear_parameters(shape_of(name, parameters))) if load_in_4bit else 0
+
+
 class Split(NamedTuple):
     """Number of pieces into which weights, gradients and optimizer states are cut; each process holds one of each."""
 
@@ -110,10 +126,15 @@ def bytes_each(sharding: str, bf16: bool, dtype: str = "float32") -> Bytes:
     return Bytes(size, size, 2 * size)
 
 
-def model_bytes(who: str, parameters: float, trained: float, each: Bytes, pieces: Split) -> dict[str, float]:
-    """Bytes a process of a model of which `trained` parameters are trained: all of them, or those of the adapters."""
+def model_bytes(
+    who: str, parameters: float, trained: float, each: Bytes, pieces: Split, quantized: float = 0
+) -> dict[str, float]:
+    """Bytes a process of a model of which `trained` parameters are trained: all of them, or those of the adapters.
+    `quantized` of the frozen ones are held in 4 bits."""
+    weights = each.weight * (parameters - quantized) + NF4_BYTES * quantized
+    what = f"{quantized / parameters:.0%} of them in 4 bits" if quantized else f"{each.weight} bytes each"
     return {
-        f"{who} weights, {each.weight} bytes each": each.weight * parameters / pieces.weights,
+        f"{who} weights, {what}": weights / pieces.weights,
         "gradients": each.gradient * trained / pieces.gradients,
         "optimizer": each.states * trained / pieces.states,
     }

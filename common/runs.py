@@ -25,7 +25,18 @@ from typing import Any
 
 import yaml
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy", "vllm", "deepspeed")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "peft",
+    "numpy",
+    "vllm",
+    "deepspeed",
+    "bitsandbytes",
+)
 COMPLETE = "complete.json"  # in a checkpoint: false while it is written, then the size of each of its files
 UNFINISHED = "it was not saved to its end"
 

@@ -18,6 +18,7 @@ TESTED = {
     "scikit-learn": "==1.9.*",
     "vllm": "==0.31.*",
     "deepspeed": "==0.19.*",
+    "bitsandbytes": "==0.50.*",
 }
 
 

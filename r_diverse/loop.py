@@ -446,11 +446,14 @@ def dry_run(settings: Settings) -> str:
 
 def memory_parts(settings: Settings, phase: str, parameters: float, processes: int, sharding: str) -> dict[str, float]:
     """Bytes by part in one training process."""
-    config, pieces = getattr(settings, phase), plan.split(sharding, processes)
-    each = plan.bytes_each(sharding, config.bf16, settings.run.policy_dtype)
+    run, config, pieces = settings.run, getattr(settings, phase), plan.split(sharding, processes)
+    each = plan.bytes_each(sharding, config.bf16, run.policy_dtype)
+    trained = plan.trained_parameters(run.model, parameters, run.lora_rank)
+    quantized = plan.in_4_bits(run.model, parameters, run.load_in_4bit)
+    reference = config.beta != 0 and not run.lora_rank  # with LoRA it is the policy without its adapter
     return {
-        **plan.model_bytes(phase, parameters, parameters, each, pieces),
-        "KL reference": (config.beta != 0) * each.weight * parameters / pieces.weights,
+        **plan.model_bytes(phase, parameters, trained, each, pieces, quantized),
+        "KL reference": reference * each.weight * parameters / pieces.weights,
         **plan.engine_bytes(config),
     }
 

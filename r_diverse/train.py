@@ -226,6 +226,8 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
     )
     tokenizer, lora = models.load_processor(model), models.lora_config(run.lora_rank)
     trainer = PhaseTrainer(policy, reward, config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    if run.load_in_4bit:
+        models.float32_adapters(trainer.model)
     checkpoint = resume_point(trainer)
     trainer.remove_callback(PrinterCallback)
     if main:

@@ -80,8 +80,13 @@ def response_hidden_states(model: PreTrainedModel, inputs: dict[str, torch.Tenso
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
-    """The (V, H) head of a model; gathered under FSDP2, which would do so in a forward of the head only."""
+    """The (V, H) head of a model; gathered under FSDP2, which would do so in a forward of the head only.
+
+    Raises `ValueError` for a quantized one.
+    """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
+    if not head.weight.is_floating_point():
+        raise ValueError("lm_head is quantized, but the loss reads its weight: name it in llm_int8_skip_modules")
     if isinstance(head, FSDPModule):
         head.unshard()
     return LMHead(

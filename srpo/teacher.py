@@ -25,12 +25,17 @@ from .reprompt import batches, teacher_inputs
 TEACHER_KINDS = ("ema", "frozen", "current")
 
 
+def is_quantized(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None))
+
+
 class SelfTeacher:
     """Scores the policy's rollouts under a longer prompt.
 
     `kind="ema"` keeps a float32 copy theta' <- (1 - rate) theta' + rate theta (a bfloat16 one would drop most updates:
     a step of 5 % of a small change is below its resolution). With LoRA the copy is of the merged weights, so that it
-    averages the product B A and not its factors. `"frozen"` is the start, `"current"` the policy itself.
+    averages the product B A and not its factors. With QLoRA, where merged weights would cost what it saves, the
+    factors are averaged, and the policy with them is the teacher. `"frozen"` is the start, `"current"` the policy.
 
     Under ZeRO-3 and FSDP2 the copy is sharded like the policy and each rank averages its own shards; under ZeRO-3 the
     float32 average is kept beside the half-precision weights that the forward uses. With `offload` a copy that is not
@@ -42,11 +47,16 @@ class SelfTeacher:
         self.zero3, self.fsdp = is_deepspeed_zero3_enabled(), accelerator.is_fsdp2
         self.sharded = self.zero3 or self.fsdp
         self.model: nn.Module | None = None
-        if kind == "ema" or (kind == "frozen" and not is_peft_model(policy)):
+        self.factors = kind == "ema" and is_peft_model(policy) and is_quantized(policy)
+        if kind == "ema" and self.sharded and is_peft_model(policy):
+            where = "ZeRO-3" if self.zero3 else "FSDP"
+            raise ValueError(f"teacher='ema' with LoRA does not run under {where}: use ZeRO-2, or teacher='frozen'")
+        if (kind == "ema" and not self.factors) or (kind == "frozen" and not is_peft_model(policy)):
             self.model = self._copy(policy)
-        self.average = dict(self._teacher_parameters()) if kind == "ema" else {}
-        if self.zero3:
-            self.average = {name: tensor.float().clone() for name, tensor in self.average.items()}
+        of = policy if self.factors else self.model
+        self.average = dict(self._parameters(of, self.factors)) if kind == "ema" else {}
+        if self.zero3 or self.factors:
+            self.average = {name: tensor.detach().float().clone() for name, tensor in self.average.items()}
         self.offloaded = self._offload() if offload else None
 
     def _offload(self) -> Offloaded:
@@ -63,13 +73,10 @@ class SelfTeacher:
         return Offloaded(self.model, self.accelerator.device)
 
     def _copy(self, policy: nn.Module) -> nn.Module:
-        if getattr(policy, "is_quantized", False) or getattr(policy, "quantization_method", None):
+        if is_quantized(policy):
             raise ValueError(
                 f"teacher={self.kind!r} copies the policy and cannot copy a quantized one: set teacher='current'"
             )
-        if self.sharded and is_peft_model(policy):
-            where = "ZeRO-3" if self.zero3 else "FSDP"
-            raise ValueError(f"teacher='ema' with LoRA does not run under {where}: use ZeRO-2, or teacher='frozen'")
         if self.zero3:
             return self._zero3_copy(policy)
         teacher = copy.deepcopy(policy)
@@ -93,21 +100,38 @@ class SelfTeacher:
 
     @contextmanager
     def view(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """The model to call, in evaluation mode; for LoRA's frozen teacher the policy without its adapter."""
+        """The model to call, in evaluation mode: the copy, or the policy; that without its adapter for LoRA's frozen
+        teacher, with the averaged one for QLoRA's average."""
         if self.model is not None:
             self.model.eval()
             with self.offloaded.on_device() if self.offloaded else nullcontext():
                 yield self.model
             return
         unwrapped = self.accelerator.unwrap_model(policy)
-        without_adapter = unwrapped.disable_adapter() if self.kind == "frozen" else nullcontext()
+        if self.kind == "current":
+            adapter = nullcontext()
+        else:
+            adapter = self._averaged(unwrapped) if self.factors else unwrapped.disable_adapter()
         training = policy.training
         policy.eval()
         try:
-            with without_adapter:
+            with adapter:
                 yield policy
         finally:
             policy.train(training)
+
+    @contextmanager
+    @torch.no_grad()
+    def _averaged(self, policy: nn.Module) -> Iterator[None]:
+        """The average in place of the policy's own adapter."""
+        own = {name: (weight, weight.clone()) for name, weight in self._parameters(policy, trained=True)}
+        try:
+            for name, (weight, _) in own.items():
+                weight.copy_(self.average[name])
+            yield
+        finally:
+            for weight, value in own.values():
+                weight.copy_(value)
 
     @torch.no_grad()
     def hidden_states(
@@ -154,7 +178,7 @@ class SelfTeacher:
     def update(self, policy: nn.Module) -> float:
         """One step of the average; returns its relative distance ||theta' - theta|| / ||theta|| before the step."""
         sums = torch.zeros(2, device=self.accelerator.device)
-        weights = dict(self._teacher_parameters()) if self.zero3 else self.average
+        weights = dict(self._parameters(self.model)) if self.zero3 else self.average
         for name, value in self._policy_values(self.accelerator.unwrap_model(policy)):
             average = self.average[name]
             value = value.to(average.device, torch.float32)
@@ -182,16 +206,16 @@ class SelfTeacher:
             return parameter.ds_tensor
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
-    def _teacher_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            yield name, self._shard(parameter)
+    def _parameters(self, model: nn.Module, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of a model, or those of them that training can change."""
+        for name, parameter in self.accelerator.unwrap_model(model).named_parameters():
+            if parameter.requires_grad or not trained:
+                yield name, self._shard(parameter)
 
     def _policy_values(self, policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights that training can change, under the teacher's names, adapters merged."""
-        if not is_peft_model(policy):
-            for name, parameter in policy.named_parameters():
-                if parameter.requires_grad:
-                    yield name, self._shard(parameter)
+        """Weights that training can change, under the average's names, adapters merged if it is of merged ones."""
+        if self.factors or not is_peft_model(policy):
+            yield from self._parameters(policy, trained=True)
             return
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
@@ -230,7 +254,7 @@ class SelfTeacher:
             raise ValueError(
                 f"{path} belongs to another model: its parameters differ in name or shape from the policy's"
             )
-        weights = dict(self._teacher_parameters()) if self.zero3 else {}
+        weights = dict(self._parameters(self.model)) if self.zero3 else {}
         with torch.no_grad():
             for name, tensor in saved.items():
                 self.average[name].copy_(tensor)

@@ -163,7 +163,7 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> SRPOTrai
         attn_implementation=args.attn_implementation,
         load_in_4bit=args.load_in_4bit,
     )
-    return SRPOTrainer(
+    trainer = SRPOTrainer(
         policy,
         reward_of(args.dataset, args.strict),
         config,
@@ -171,6 +171,9 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> SRPOTrai
         processing_class=tokenizer,
         peft_config=models.lora_config(args.lora_rank),
     )
+    if args.load_in_4bit:
+        models.float32_adapters(trainer.model)
+    return trainer
 
 
 def short_prompts(rows, tokenizer, config: SRPOConfig):
@@ -256,12 +259,15 @@ def memory_parts(
     average = 4 + (each.weight if zero3 else 0)
     teacher = {"ema": average, "frozen": 0 if args.lora_rank else each.weight, "current": 0}[config.teacher]
     teacher = 0 if config.routing == "grpo" else teacher / (processes if sharding in ("zero3", "fsdp2") else 1)
-    of_teacher = shape.width * shape.vocabulary if config.teacher_offload else parameters  # its head stays
+    of_teacher = averaged_parameters(args, parameters)
+    if config.teacher_offload:
+        of_teacher = shape.width * shape.vocabulary  # its head stays
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     tokens = config.per_device_train_batch_size * config.max_completion_length
+    quantized = plan.in_4_bits(args.model, parameters, args.load_in_4bit)
     routed, hidden = 0.4 * rows * min(800, config.max_completion_length), shape.width * (2 if config.bf16 else 4)
     return {
-        **plan.model_bytes("policy", parameters, trained_parameters(args, parameters), each, pieces),
+        **plan.model_bytes("policy", parameters, trained_parameters(args, parameters), each, pieces, quantized),
         f"self-teacher, {config.teacher}": teacher * of_teacher,
         "cached teacher hidden states, 40 % routed, mean length up to 800": hidden * routed,
         "one chunk of logits and its gradients": min(2 * 4 * tokens * shape.vocabulary, TILE_BYTES),
@@ -270,15 +276,19 @@ def memory_parts(
 
 
 def trained_parameters(args: ScriptArguments, parameters: float) -> float:
-    if not args.lora_rank:
-        return parameters
-    return plan.lora_parameters(plan.shape_of(args.model, parameters), args.lora_rank)
+    return plan.trained_parameters(args.model, parameters, args.lora_rank)
+
+
+def averaged_parameters(args: ScriptArguments, parameters: float) -> float:
+    """Of an EMA teacher: all, with QLoRA those of the adapter."""
+    return trained_parameters(args, parameters) if args.load_in_4bit else parameters
 
 
 def disk_line(args: ScriptArguments, config: SRPOConfig, parameters: float, sharding: str) -> str:
     """All checkpoints keep their weights for evaluation, the newest also what resuming needs."""
     each, trained = plan.bytes_each(sharding, config.bf16, args.policy_dtype), trained_parameters(args, parameters)
-    average = 4 * parameters if config.routing != "grpo" and config.teacher == "ema" else 0
+    averages = config.routing != "grpo" and config.teacher == "ema"
+    average = averages * 4 * averaged_parameters(args, parameters)
     count = plan.checkpoint_count(config.max_steps, config.save_steps)
     return plan.disk_line(count, "checkpoints", each.weight * trained, each.states * trained + average)
 

@@ -1,11 +1,19 @@
 """The measured tables say what the result files say, and the kill harness sees a difference."""
 
+import importlib
 import json
+import os
 
 import pytest
+import torch
+from PIL import Image
 
-from benchmarks import kill_test, tables
+from benchmarks import kill_test, tables, vllm_gap, vllm_on_cpu
 from benchmarks.machine import machine
+from common import tiny
+from common.runs import write_jsonl
+
+GAP_OF_TRL = "sampling/sampling_logp_difference/mean"
 
 
 def test_the_readme_is_made_of_the_results():
@@ -16,6 +24,11 @@ def test_every_results_file_is_in_a_table_or_in_the_text():
     readme = (tables.FOLDER / "README.md").read_text()
     for path in (tables.FOLDER / "results").glob("*.json"):
         assert path.stem.removesuffix("_gpu") in tables.ROWS or f"benchmarks.{path.stem}" in readme, path.name
+
+
+def test_the_table_of_gaps_is_that_of_the_results():
+    runs = json.loads((tables.FOLDER / "results/vllm_gap.json").read_text())["runs"]
+    assert vllm_gap.table(runs) in (tables.FOLDER.parent / "docs/vllm.md").read_text()
 
 
 def test_growth_is_the_exponent_of_ours_and_the_peers():
@@ -60,3 +73,55 @@ def test_a_changed_weight_is_a_difference(finished):
 def test_an_unknown_method_is_one_sentence(capsys):
     assert kill_test.main(["--methods", "ppo"]) == 2
     assert "unknown methods ['ppo']; choose among va_opd, srpo, r_diverse" in capsys.readouterr().err
+
+
+def test_unknown_methods_and_modes_of_the_vllm_runs_are_one_sentence(capsys):
+    assert vllm_gap.main(["--methods", "srpo,ppo"]) == 2
+    assert "unknown ['ppo']; choose among va_opd, srpo, r_diverse" in capsys.readouterr().err
+    assert vllm_gap.main(["--modes", "remote"]) == 2
+    assert "unknown ['remote']; choose among colocate, server" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", vllm_gap.METHODS)
+@pytest.mark.parametrize("flags", [["--use_vllm=true", "--vllm_mode=server", "--vllm_max_model_length=256"]])
+def test_the_vllm_runs_are_train_commands_with_settings_that_exist(method, flags, tmp_path):
+    module, *words = vllm_gap.command(method, "somewhere", tmp_path, 8, flags)
+    parsed = importlib.import_module(f"{method}.train").parse(words)
+    configs = (parsed.challenger, parsed.solver) if method == "r_diverse" else parsed[1:]
+    assert {(c.use_vllm, c.vllm_mode, c.max_steps, c.save_strategy) for c in configs} == {(True, "server", 8, "no")}
+    assert module == ("r_diverse.loop" if method == "r_diverse" else f"{method}.train")
+
+
+@pytest.mark.parametrize(("method", "phases"), [("srpo", [""]), ("r_diverse", ["challenger", "solver"])])
+def test_gaps_are_read_from_the_records_of_each_phase(method, phases, tmp_path, monkeypatch):
+    def run(words):
+        for number, phase in enumerate(phases):
+            folder = tmp_path / "colocate" / "run" / phase
+            folder.mkdir(parents=True)
+            lines = [{"step": 1, "sampling/logps_gap": 0.5 + number}, {"step": 2}, {"step": 3, GAP_OF_TRL: 0.25}]
+            write_jsonl(folder / "metrics.jsonl", lines)
+            os.utime(folder / "metrics.jsonl", (number, number))
+
+    monkeypatch.setattr(vllm_gap, "run", run)
+    rows = vllm_gap.measured(method, "colocate", "model", 3, tmp_path)
+    assert [row["gaps"] for row in rows] == [[0.5 + number, 0.25] for number in range(len(phases))]
+    assert [row["run"] for row in rows] == [f"{method}, {phase}".rstrip(", ") for phase in phases]
+    (tmp_path / "srpo").mkdir()
+    monkeypatch.setattr(vllm_gap, "run", lambda words: None)
+    with pytest.raises(RuntimeError, match="no gap in the records"):
+        vllm_gap.measured(method, "colocate", "model", 3, tmp_path / "srpo")
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_qwen3, tiny.tiny_qwen3_vl])
+def test_a_model_with_wider_heads_computes_the_same(build):
+    model, processor = build(hidden=64)
+    wider = vllm_on_cpu.widened(model)
+    assert wider.config.get_text_config().head_dim == 32
+    torch.manual_seed(0)
+    inputs = {"input_ids": torch.randint(7, 100, (2, 40))}
+    if build is tiny.tiny_qwen3_vl:
+        content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        image = Image.fromarray(torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8).numpy())
+        inputs = processor(text=[text, text], images=[image, image], return_tensors="pt")
+    torch.testing.assert_close(wider(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from common import models, tiny
@@ -27,6 +27,7 @@ QUIET = {
     "per_device_train_batch_size": 8,
     "num_generations": 4,
 }
+IDS = torch.tensor([[20, 30, 40, 50]])
 METHODS = {
     "va_opd": {"dataset": "digits", "limit": 64, "validation_size": 20},
     "srpo": {"dataset": "additions", "limit": 64, "reward_threshold": 0.5},
@@ -76,29 +77,146 @@ def test_only_the_adapter_trains_is_saved_resumes_and_loads(prepared):
     resumed = build()
     resumed.train(resume_from_checkpoint=str(checkpoint.with_name("checkpoint-2")))
     assert losses(resumed) == losses(trainer)
-    ids = torch.tensor([[20, 30, 40, 50]])
     with torch.no_grad():
-        expected = trainer.model.eval()(input_ids=ids).logits
-        got, base = (models.load_model(str(name))(input_ids=ids).logits for name in (checkpoint, fields["model"]))
+        expected = trainer.model.eval()(input_ids=IDS).logits
+        got, base = (models.load_model(str(name))(input_ids=IDS).logits for name in (checkpoint, fields["model"]))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(got, base, atol=1e-2)
     assert type(models.load_processor(str(checkpoint))) is type(models.load_processor(fields["model"]))
+
+
+@pytest.mark.qlora
+@pytest.mark.parametrize(
+    "flags", [[], ["--bf16", "true", "--gradient_checkpointing", "true"]], ids=["plain", "as on GPUs"]
+)
+def test_on_weights_in_4_bits_the_same(prepared, flags):
+    """The adapter is saved, resumes and loads, onto the plain weights; the head, which the loss reads, stays plain."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    train, build, fields = prepared
+    trainer, resumed = (build("--load_in_4bit", "true", *flags) for _ in range(2))
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert all("lora_" in name and weight.dtype == torch.float32 for name, weight in trained.items())
+    base = trainer.model.get_base_model()
+    assert sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in base.modules()) >= 14
+    head = train_module(train, "lm_head").lm_head(base)
+    assert head.weight.dtype == torch.float32
+    assert head.weight.shape == (base.config.get_text_config().vocab_size, base.config.get_text_config().hidden_size)
+    trainer.train()
+    with torch.no_grad():
+        hidden = base.eval().base_model(input_ids=IDS).last_hidden_state
+        expected = trainer.model.eval()(input_ids=IDS).logits  # with bf16 in autocast, which `base` alone is not
+        torch.testing.assert_close(hidden @ head.weight.T, expected, rtol=0, atol=1e-2 if flags else 1e-5)
+
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-4"
+    adapter = load_file(checkpoint / "adapter_model.safetensors")
+    assert all("lora_" in name for name in adapter)
+    resumed.train(resume_from_checkpoint=str(checkpoint.with_name("checkpoint-2")))
+    assert losses(resumed) == losses(trainer)
+    assert len(set(losses(trainer))) > 1
+
+    merged, plain = (dict(models.load_model(str(name)).named_parameters()) for name in (checkpoint, fields["model"]))
+    assert_merged(merged, plain, adapter)
+
+
+def train_module(train, name: str):
+    return importlib.import_module(f"{train.__package__}.{name}")
+
+
+def assert_merged(merged: dict, plain: dict, adapter: dict) -> None:
+    """`merged` is the plain weights and twice B A of the adapter, alpha being twice the rank."""
+    factors = {name.removesuffix("lora_A.weight").removeprefix("base_model.model."): name for name in adapter}
+    changed = 0
+    for layer, name in factors.items():
+        if name.endswith("lora_A.weight"):
+            a, b = adapter[name].float(), adapter[name.replace("lora_A", "lora_B")].float()
+            torch.testing.assert_close(merged[f"{layer}weight"], plain[f"{layer}weight"] + 2 * b @ a)
+            changed += bool((b @ a).abs().max() > 1e-3)
+    assert changed
+
+
+@pytest.mark.qlora
+@pytest.mark.parametrize("prepared", ["srpo"], indirect=True)
+def test_the_self_teacher_of_weights_in_4_bits_has_the_average_adapter(prepared):
+    pytest.importorskip("bitsandbytes")
+    trainer = prepared[1]("--load_in_4bit", "true")
+    own = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    policies, scored = [copies(own)], []
+    update, forward = trainer.teacher.update, trainer.teacher._forward
+    trainer.teacher.update = lambda policy: (policies.append(copies(own)), update(policy))[1]
+    trainer.teacher._forward = lambda *inputs: (scored.append((len(policies) - 1, copies(own))), forward(*inputs))[1]
+    trainer.train()
+    averages = policies[:1]
+    for policy in policies[1:]:
+        averages.append({name: 0.95 * averages[-1][name] + 0.05 * policy[name] for name in policy})
+    assert {step for step, _ in scored} >= {1, 2, 3}
+    for step, adapter in scored:
+        torch.testing.assert_close(adapter, averages[step])
+    torch.testing.assert_close(copies(own), policies[-1])
+    assert all((policies[-1][name] - averages[-1][name]).abs().max() > 1e-3 for name in own)
+
+
+@pytest.mark.qlora
+@pytest.mark.parametrize("teacher", ["frozen", "current"])
+@pytest.mark.parametrize("prepared", ["srpo"], indirect=True)
+def test_the_other_self_teachers_of_weights_in_4_bits(prepared, teacher):
+    pytest.importorskip("bitsandbytes")
+    trainer = prepared[1]("--load_in_4bit", "true", "--teacher", teacher)
+    start = trainer.model.eval()(input_ids=IDS).logits
+    trainer.train()
+    now = trainer.model.eval()(input_ids=IDS).logits
+    with trainer.teacher.view(trainer.model) as model:
+        torch.testing.assert_close(model(input_ids=IDS).logits, start if teacher == "frozen" else now)
+    assert (now - start).abs().max() > 1e-2
+
+
+def copies(weights: dict) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+@pytest.mark.qlora
+def test_gradients_flow_through_weights_in_4_bits_after_generation(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = models.load_model(save(*tiny.tiny_qwen3(hidden=64), tmp_path / "model"), load_in_4bit=True)
+    model = get_peft_model(model, models.lora_config(4))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if "lora_B" in name}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=IDS)
+    torch.testing.assert_close(gradients(), before)
+    assert all(gradient.abs().max() > 0 for gradient in before.values())
 
 
 def test_wrong_settings_of_lora_are_one_sentence(prepared, monkeypatch):
     _, build, _ = prepared
     with pytest.raises(ValueError, match="^load_in_4bit trains an adapter on frozen weights: set lora_rank too"):
         build("--lora_rank", "0", "--load_in_4bit", "true")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="^load_in_4bit needs a CUDA GPU and the package bitsandbytes"):
+    with monkeypatch.context() as patch:
+        patch.setattr(models.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="^load_in_4bit needs the package bitsandbytes: pip install"):
             build("--load_in_4bit", "true")
     monkeypatch.setattr(models, "lora_config", lambda rank: LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="lm_head"):
         build()
 
 
-def test_a_phase_of_r_diverse_leaves_whole_weights(tmp_path):
-    """And goes on after a kill; the next phase starts from the merged model."""
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantized_head_is_one_sentence(method):
+    model = tiny.tiny_qwen3(hidden=32)[0]
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="^lm_head is quantized, but the loss reads its weight"):
+        importlib.import_module(f"{method}.lm_head").lm_head(model)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, pytest.param(True, marks=pytest.mark.qlora)])
+def test_a_phase_of_r_diverse_leaves_whole_weights(tmp_path, load_in_4bit):
+    """And goes on after a kill; the next phase starts from the plain weights with the adapter merged in."""
+    if load_in_4bit:
+        pytest.importorskip("bitsandbytes")
     from datasets import Dataset
 
     from r_diverse import ChallengerConfig, RDiverseConfig
@@ -112,7 +230,7 @@ def test_a_phase_of_r_diverse_leaves_whole_weights(tmp_path):
 
     def phase(folder: Path) -> None:
         config = ChallengerConfig(str(folder), **{**QUIET, "max_steps": 8, "save_steps": 4, "save_total_limit": 2})
-        train_phase(config, model, reward, rows, RDiverseConfig(model, lora_rank=4))
+        train_phase(config, model, reward, rows, RDiverseConfig(model, lora_rank=4, load_in_4bit=load_in_4bit))
 
     phase(tmp_path / "straight")
     shutil.copytree(tmp_path / "straight/checkpoint-4", tmp_path / "resumed/checkpoint-4")
@@ -124,7 +242,7 @@ def test_a_phase_of_r_diverse_leaves_whole_weights(tmp_path):
     assert {step: curves[0][step] for step in range(5, 9)} == curves[1]
     whole, base = (load_file(tmp_path / run / "model.safetensors") for run in ("straight/model", "model"))
     assert whole.keys() == base.keys()
-    assert not torch.equal(whole["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+    assert_merged(whole, base, load_file(tmp_path / "straight/adapter/adapter_model.safetensors"))
     assert torch.equal(whole["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
     resumed = load_file(tmp_path / "resumed/model/model.safetensors")
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())

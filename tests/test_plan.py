@@ -13,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks import cost
 from benchmarks import plan as step_plan
 from common import plan
+from srpo import train as srpo_train
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for method in step_plan.PARSERS for path in (ROOT / method).glob("configs/*.yaml"))
@@ -55,6 +56,10 @@ def test_the_shape_of_a_local_model_and_its_adapters(tmp_path):
     assert shape == plan.Shape(layers=2, width=16, query=32, key=16, mlp=24, vocabulary=50)
     adapters = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear"))
     assert plan.lora_parameters(shape, 3) == adapters.num_parameters(only_trainable=True)
+    assert plan.trained_parameters(str(tmp_path), 1e3, 3) == plan.lora_parameters(shape, 3)
+    linear = sum(weight.numel() for name, weight in adapters.named_parameters() if name.endswith("base_layer.weight"))
+    assert plan.linear_parameters(shape) == plan.in_4_bits(str(tmp_path), 1e6, True) == linear > 0
+    assert plan.in_4_bits(str(tmp_path), 1e6, False) == 0
     assert plan.shape_of("Some/Model-7B", 7e9) == plan.QWEN3[8e9]
 
 
@@ -76,6 +81,16 @@ def test_16_bytes_a_parameter():
     assert plan.bytes_each("none", bf16=True, dtype="bfloat16") == (2, 2, 4)
     parts = plan.model_bytes("policy", 8e9, 8e9, plan.Bytes(2, 2, 12), plan.Split(1, 8, 8))
     assert list(parts.values()) == [16e9, 2e9, 12e9]
+
+
+def test_weights_in_4_bits():
+    """QLoRA holds a weight in 4.127 bits (arXiv 2305.14314, Section 3); embeddings, head and adapters stay."""
+    parts = plan.model_bytes("policy", 8e9, 1e8, plan.Bytes(4, 4, 8), plan.Split(1, 1, 1), quantized=6e9)
+    assert list(parts.values()) == pytest.approx([2e9 * 4 + 6e9 * 4.127 / 8, 4e8, 8e8])
+    flags = ["--config", "srpo/configs/single_gpu.yaml", "--use_cpu", "true", "--lora_rank", "16"]
+    whole, small = (srpo_train.parse([*flags, *more]) for more in ([], ["--load_in_4bit", "true"]))
+    whole, small = (sum(srpo_train.memory_parts(*s, 8e9, 1, "none").values()) for s in (whole, small))
+    assert whole - small > 8e9 * 4 + 6e9 * 3  # no copy for the average, and the linear layers
 
 
 def test_what_the_launcher_says(monkeypatch):

@@ -6,20 +6,23 @@ import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
-os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+from benchmarks import vllm_on_cpu
+from benchmarks.vllm_gap import with_video
+
+os.environ.update(vllm_on_cpu.SETTINGS)  # before vLLM reads them
 
 import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
-
-sys.path.insert(0, str(Path(__file__).parent))
-import vllm_on_cpu
+from trl.generation.vllm_client import VLLMClient
 
 from common import models
 from common.evaluation import Decoding, Prompt, ServerEngine, TransformersEngine, VLLMEngine
@@ -30,7 +33,7 @@ from r_diverse.config import SolverConfig
 from r_diverse.servers import free_port, serving
 from r_diverse.train import parse
 from r_diverse.trainer import LARGE_GAP, PhaseTrainer
-from srpo import SRPOConfig, SRPOTrainer
+from srpo import SRPOConfig, SRPOTrainer, train
 from srpo import doctor as srpo_doctor
 from va_opd import VAOPDConfig, VAOPDTrainer, served
 from va_opd import doctor as va_opd_doctor
@@ -61,6 +64,14 @@ def save_model(path: Path, seed: int, vocabulary: int | None = None) -> Path:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugin_of_servers(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        paths = vllm_on_cpu.plugin_paths(tmp_path_factory.mktemp("plugin") / "site")
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +155,8 @@ def write_outputs(path: Path, count: int) -> Path:
 
 
 @pytest.fixture
-def self_play(model_path, tmp_path, monkeypatch):
+def self_play(model_path, tmp_path):
     """The loop in a run folder of its own, as `--engine vllm --gpus 1` has it."""
-    monkeypatch.setenv("PYTHONPATH", vllm_on_cpu.plugin_folder(tmp_path / "plugin"), prepend=os.pathsep)
 
     def make(name: str, **changes) -> loop.SelfPlay:
         (tmp_path / "empty.yaml").write_text("seed: 0\n")
@@ -160,10 +170,23 @@ def self_play(model_path, tmp_path, monkeypatch):
     return make
 
 
+def started_servers(monkeypatch) -> list:
+    """The processes of `vllm serve` that are started from now on."""
+    processes, start = [], servers.subprocess.Popen
+
+    def popen(command, *arguments, **options):
+        process = start(command, *arguments, **options)
+        if "serve" in command:
+            processes.append(process)
+        return process
+
+    monkeypatch.setattr(servers.subprocess, "Popen", popen)
+    return processes
+
+
 @pytest.mark.slow
 def test_a_label_server_that_is_killed_in_a_batch(self_play, model_path, tmp_path, monkeypatch):
-    raw, processes, asked = write_outputs(tmp_path / "raw.jsonl", 60), [], itertools.count(1)
-    start, ask = servers.subprocess.Popen, ServerEngine._one
+    raw, asked, ask = write_outputs(tmp_path / "raw.jsonl", 60), itertools.count(1), ServerEngine._one
 
     def label(folder: str) -> bytes:
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -178,12 +201,11 @@ def test_a_label_server_that_is_killed_in_a_batch(self_play, model_path, tmp_pat
 
     serve = loop.vllm_command  # on a CPU vLLM cannot cut a prompt of a request with a seed in two
     monkeypatch.setattr(loop, "vllm_command", lambda *a: [*serve(*a), "--max-num-batched-tokens", "16384"])
-    straight = label("straight")
-    monkeypatch.setattr(servers.subprocess, "Popen", lambda *a, **k: processes.append(start(*a, **k)) or processes[-1])
+    straight, processes = label("straight"), started_servers(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(ServerEngine, "_one", ask_and_kill)
         with pytest.raises(
-            ConnectionError, match="failed; the same command goes on here; .* exit code -9; the end of"
+            ConnectionError, match="the same command goes on.*; the server ended with exit code -9; the"
         ):
             label("killed")
     assert len(read_jsonl(tmp_path / "killed" / "samples.jsonl")) == 512
@@ -211,9 +233,8 @@ def serving_student(path: str, tmp_path: Path, monkeypatch):
     """Address of `vllm serve` with the flags of TRL's trainers."""
     from trl.scripts.vllm_serve import ScriptArguments, build_command
 
-    monkeypatch.setenv("PYTHONPATH", vllm_on_cpu.plugin_folder(tmp_path / "plugin"), prepend=os.pathsep)
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
-    vllm_on_cpu.weights_by_file(monkeypatch, tmp_path / "weights.safetensors")
+    vllm_on_cpu.weights_by_file(tmp_path / "weights.safetensors", monkeypatch.setattr)
     port = free_port()
     arguments = ScriptArguments(path, host="127.0.0.1", port=port, max_model_len=256, enforce_eager=True)
     extra = ["--weight-transfer-config", '{"backend": "file"}', "--served-model-name", "model"]
@@ -240,6 +261,32 @@ def test_a_server_of_rollouts(model_path, tmp_path, monkeypatch):
             trainer.train()
             print(f"server: {kind.__name__}, gap {gaps(trainer)}")
             assert 0 < max(gaps(trainer)) < 0.05
+
+
+@pytest.mark.slow
+def test_a_rollout_server_that_is_killed_while_it_generates(model_path, tmp_path, monkeypatch, capfd):
+    processes, asked, generate = started_servers(monkeypatch), itertools.count(1), VLLMClient.generate
+    command = ["--config", "srpo/configs/tiny.yaml", "--model", model_path, "--out", str(tmp_path / "runs")]
+    command += ["--use_vllm=true", "--vllm_mode=server", "--vllm_max_model_length=256", "--logging_steps=1"]
+    command += ["--max_steps=5", "--save_steps=2", "--vllm_server_base_url"]
+
+    def generate_and_kill(*arguments, **options):
+        if next(asked) == 4:
+            Timer(0.1, os.killpg, (processes[-1].pid, signal.SIGKILL)).start()
+        return generate(*arguments, **options)
+
+    with serving_student(model_path, tmp_path, monkeypatch) as url, monkeypatch.context() as patch:
+        patch.setattr(VLLMClient, "generate", generate_and_kill)
+        assert train.main([*command, url.removesuffix("/v1")]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("srpo.train: the rollout server does not answer; start it, then the same command goes on")
+    assert url.split(":")[-1].removesuffix("/v1") in said
+    with serving_student(model_path, tmp_path, monkeypatch) as other:
+        assert other != url
+        assert train.main([*command, other.removesuffix("/v1")]) == 0
+    assert "resuming at step 2" in capfd.readouterr().out
+    lines = read_jsonl(tmp_path / "runs/srpo/tiny-additions/srpo-seed0/metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
 
 
 @contextmanager
@@ -284,24 +331,15 @@ def test_a_served_teacher(model_path, tmp_path, monkeypatch):
 
 def save_vision_model(path: Path, seed: int) -> None:
     """The tiny Qwen3-VL with heads that vLLM's CPU attention knows, and the processor that vLLM asks for."""
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
-
     small, images_only = tiny_qwen3_vl()
     config = small.config
     config.text_config.head_dim = 32
     config.text_config.rope_parameters["mrope_section"] = [8, 4, 4]
     torch.manual_seed(seed)
-    model, tokenizer = Qwen3VLForConditionalGeneration(config), images_only.tokenizer
+    model = Qwen3VLForConditionalGeneration(config)
     model.get_output_embeddings().weight.data *= 6  # random models are all but uniform
-    sizes = {
-        "patch_size": 8,
-        "merge_size": 2,
-        "temporal_patch_size": 2,
-        "size": dict(images_only.image_processor.size),
-    }
-    parts = Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(**sizes)
     model.save_pretrained(path)
-    Qwen3VLProcessor(*parts, chat_template=tokenizer.chat_template).save_pretrained(path)
+    with_video(images_only).save_pretrained(path)
 
 
 def image_rows(count: int) -> Dataset:
@@ -343,8 +381,6 @@ def test_rollouts_from_images_and_a_served_teacher(tmp_path, monkeypatch):
 
 def test_a_cpu_trainer_has_no_nccl(model_path, tmp_path):
     """What the tests above stand in for: TRL names the reason."""
-    from trl.generation.vllm_client import VLLMClient
-
     client = VLLMClient.__new__(VLLMClient)
     client.base_url, client.group_port = "http://127.0.0.1:1", 1
     client.get_server_info = lambda: {"weight_transfer_config": {"backend": "nccl"}}

@@ -179,6 +179,13 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits) -> RunFolder:
 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
     """The TRL trainer of `args.method` with student, teacher and rows in place."""
+    trainer = _trainer_of_method(args, config, splits)
+    if args.load_in_4bit:
+        models.float32_adapters(trainer.model)
+    return trainer
+
+
+def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits):
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
     from .checks import check_same_tokens
@@ -355,7 +362,8 @@ def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1, shar
     parts = memory_parts(args, config, student, teacher, processes, sharding)
     each = plan.bytes_each(sharding, config.bf16)
     count = plan.checkpoint_count(steps_of(args, config, processes), config.save_steps)
-    disk = plan.disk_line(count, "checkpoints", each.weight * student, each.states * student)
+    trained = plan.trained_parameters(args.model, student, args.lora_rank)
+    disk = plan.disk_line(count, "checkpoints", each.weight * trained, each.states * trained)
     lines += plan.memory_lines(parts, sharding, processes)
     if config.teacher_offload and args.method in ("va_opd", "opd"):
         size = (2 if config.bf16 else 4) * teacher / plan.GIB
@@ -369,7 +377,9 @@ def memory_parts(
     """Bytes by part in one process."""
     pieces, each = plan.split(sharding, processes), plan.bytes_each(sharding, config.bf16)
     rows, number = config.per_device_train_batch_size * config.gradient_accumulation_steps, 2 if config.bf16 else 4
-    parts = plan.model_bytes("student", student, student, each, pieces)
+    trained = plan.trained_parameters(args.model, student, args.lora_rank)
+    quantized = plan.in_4_bits(args.model, student, args.load_in_4bit)
+    parts = plan.model_bytes("student", student, trained, each, pieces, quantized)
     if args.method in ("va_opd", "opd"):
         if config.teacher_offload:
             shape = plan.shape_of(args.teacher, teacher)
@@ -383,7 +393,7 @@ def memory_parts(
         else:
             cache = rows * config.max_completion_length * plan.shape_of(args.teacher, teacher).width
             parts |= {"cached teacher hidden states": number * cache, "KL tiles": 2 * 4096 * 32768 * 4}
-    elif args.method == "grpo" and args.grpo_beta:
+    elif args.method == "grpo" and args.grpo_beta and not args.lora_rank:  # else the student without its adapter
         parts["KL reference"] = each.weight * student / pieces.weights
     return {**parts, **plan.engine_bytes(config)}
 

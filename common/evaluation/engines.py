@@ -172,7 +172,7 @@ class ServerEngine:
         if results and len(errors) == len(results):
             raise ConnectionError(
                 f"no request of {len(results)} to {self.name} at {self.base_url} succeeded ({errors[0]}): check that "
-                "the server runs and serves this model"
+                "the server runs and serves this model, then the same command goes on"
             ) from errors[0]
         return [None if isinstance(result, Exception) else result for result in results]
 

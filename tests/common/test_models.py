@@ -59,6 +59,15 @@ def test_a_tiny_model_comes_back_from_its_folder(tmp_path, build):
     assert models.load_model(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_a_processor_saved_without_video_comes_back_where_torchvision_is(tmp_path, monkeypatch):
+    """As made by the demo on a CPU and then used on a GPU node."""
+    model, processor = tiny_qwen3_vl(hidden=32)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: name)
+    assert type(models.load_processor(str(tmp_path))) is type(processor)
+
+
 def test_equal_seeds_give_equal_weights_and_the_global_state_stays():
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -145,6 +145,20 @@ def test_a_process_group_is_closed_when_the_work_is_done(tmp_path):
     assert not torch.distributed.is_initialized()
 
 
+def test_a_process_group_that_a_colocated_engine_uses_is_left_to_it(tmp_path, monkeypatch):
+    engine = SimpleNamespace(model_parallel_is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", engine)
+
+    def command(_):
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    assert run_main("x.y", command, []) == 0
+    assert torch.distributed.is_initialized()
+    engine.model_parallel_is_initialized = lambda: False
+    assert run_main("x.y", lambda _: None, []) == 0
+    assert not torch.distributed.is_initialized()
+
+
 def test_an_unknown_error_keeps_its_traceback():
     def command(_):
         raise RuntimeError("shapes do not match")
