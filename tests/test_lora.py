@@ -1,6 +1,7 @@
 """`--lora_rank` of the three train commands: what trains, what is saved, resuming, loading, refusals."""
 
 import importlib
+import math
 import shutil
 from pathlib import Path
 
@@ -116,6 +117,22 @@ def test_on_weights_in_4_bits_the_same(prepared, flags):
 
     merged, plain = (dict(models.load_model(str(name)).named_parameters()) for name in (checkpoint, fields["model"]))
     assert_merged(merged, plain, adapter)
+
+
+@pytest.mark.gpu
+@pytest.mark.qlora
+def test_on_weights_in_4_bits_of_a_gpu(prepared):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    _, build, _ = prepared
+    flags = ("--load_in_4bit", "--bf16", "--gradient_checkpointing")
+    trainer = build(*(word for flag in flags for word in (flag, "true")), "--use_cpu", "false")
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    quantized = [module for module in trainer.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert quantized and all(module.weight.is_cuda for module in quantized)
+    assert len(set(losses(trainer))) > 1 and all(map(math.isfinite, losses(trainer)))
+    changed = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed and all("lora_" in name for name in changed)
 
 
 def train_module(train, name: str):
