@@ -12,6 +12,7 @@ benchmarks/results/va_opd_loss.json.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ from va_opd.lm_head import LMHead
 
 VOCABULARY = 151936
 PATHS = {"naive": 6.5, "trl": 2.5, "ours": 0.0}  # (N, V) tensors of float32 that the peak may hold, to leave some out
-if torch.cuda.is_available():
+if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
     PATHS["liger"] = 0.0
 Found = dict[str, dict[int, dict[str, Any]]]
 
@@ -170,6 +171,12 @@ def main(argv: list[str] | None = None) -> None:
     if options.child:
         child(loss_of, options.child)
         return
+    try:
+        if "liger" in PATHS:
+            measured(loss_of, "liger", 8, 256, 64, 64)
+    except Exception as error:
+        print(f"Liger's kernel does not run here: {error!r}")
+        del PATHS["liger"]
     shared = {"loss": loss_of, "module": "benchmarks.va_opd_loss", "paths": PATHS}
     shared |= {"repeats": options.repeats, "most": options.most}
     found = measure(rows=options.rows, widths=[options.student, options.teacher], **shared)
