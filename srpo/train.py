@@ -14,17 +14,14 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from datasets import DatasetDict
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .config import SRPOConfig
 from .data import load_splits, reward_of
-from .divergence import TILE_BYTES
-from .trainer import SRPOTrainer
 
 try:
     from common import models, plan, preemption, versions
@@ -35,6 +32,11 @@ except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
     sys.exit("srpo.train also needs the folder common/ of the project beside srpo/; the trainer alone does not")
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from .trainer import SRPOTrainer
 
 FOLLOW = ("generation_batch_size",)  # TRL sets it from the batch, and refuses both
 
@@ -139,7 +141,7 @@ def record(folder: RunFolder, trainer, checkpoint: Path | None) -> None:
     trainer.add_callback(RecordCallback(folder, trainer, checkpoint))
 
 
-def load_splits_of(args: ScriptArguments) -> DatasetDict:
+def load_splits_of(args: ScriptArguments) -> "DatasetDict":
     """The data of a run: the same rows whatever the seed of the training."""
     return load_splits(args.dataset, args.data, limit=args.limit)
 
@@ -154,8 +156,10 @@ def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
     )
 
 
-def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> SRPOTrainer:
+def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> "SRPOTrainer":
     """The trainer with policy, reward and rows in place."""
+    from .trainer import SRPOTrainer
+
     tokenizer = models.load_processor(args.model)
     policy = models.load_model(
         args.model,
@@ -253,6 +257,8 @@ def memory_parts(
     args: ScriptArguments, config: SRPOConfig, parameters: float, processes: int, sharding: str
 ) -> dict[str, float]:
     """Bytes by part in one process."""
+    from .divergence import TILE_BYTES
+
     shape, pieces = plan.shape_of(args.model, parameters), plan.split(sharding, processes)
     each = plan.bytes_each(sharding, config.bf16, args.policy_dtype)
     zero3 = sharding == "zero3"  # the float32 average is then beside a copy in the policy's dtype; both are cut

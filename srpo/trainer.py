@@ -163,7 +163,8 @@ class SRPOTrainer(GRPOTrainer):
                 args.per_device_train_batch_size,
                 self._tokenizer.pad_token_id,
             )
-            with self._teacher_head.gathered():  # once on every rank, however many rows it has
+            # The head is gathered once on every rank, however many rows it has
+            with self._teacher_head.gathered(), self.accelerator.autocast():
                 for row, hidden in self._teacher_hidden.items():
                     entropy[row, mask[row].bool()] = chunked_entropy(self._teacher_head, hidden, self.temperature)
         return entropy
@@ -194,7 +195,9 @@ class SRPOTrainer(GRPOTrainer):
         if "distill" not in inputs:  # routing="grpo", and evaluation
             return super()._compute_loss(model, inputs)
         unwrapped = self.accelerator.unwrap_model(model)
-        loss, sums = self._forward_redirection(model, unwrapped, self._routed_loss, unwrapped, inputs)
+        # The redirected forward passes by the autocast that accelerate puts around a model's own
+        with self.accelerator.autocast():
+            loss, sums = self._forward_redirection(model, unwrapped, self._routed_loss, unwrapped, inputs)
         self._loss_sums = sums if self._loss_sums is None else self._loss_sums + sums
         if self.accelerator.sync_gradients:  # once a step: means over all its tokens, whatever the micro-batches
             for name, (total, count) in zip(
@@ -211,8 +214,7 @@ class SRPOTrainer(GRPOTrainer):
         """
         args, rows, advantages = self.args, inputs["distill"], inputs["advantages"]
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-        with self.accelerator.autocast():
-            hidden, head = response_hidden_states(model, inputs), lm_head(model)
+        hidden, head = response_hidden_states(model, inputs), lm_head(model)
         tis = inputs.get("importance_sampling_ratio", torch.ones_like(mask, dtype=torch.float32))
         num_tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes
         num_tokens = num_tokens * self.current_gradient_accumulation_steps / args.steps_per_generation

@@ -94,7 +94,7 @@ class Teacher:
                 _, (ours,) = self.score([batch], [rows], True)
                 _, (whole,) = self.score([batch], [rows[-1:]], False)
                 gap = trainer.accelerator.gather((ours[-len(whole) :] - whole).abs().mean()[None]).max().item()
-                problem = siblings.disagreement(gap, model.dtype == torch.float32 and not trainer.args.bf16)
+                problem = siblings.disagreement(gap, model.dtype == torch.float32)
             self.shares[kind] = problem is None
             if problem and trainer.accelerator.is_main_process:
                 logger.warning(f"each rollout passes the teacher with its whole prompt: {problem}")
@@ -114,7 +114,7 @@ class Teacher:
         self, views: list[dict[str, Any]], parts: list[range], shared: bool
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The teacher's hidden states of each rollout in the first view, (T_i, H), and for each view (N,)
-        log-probabilities of their tokens. The views differ in pixels only."""
+        log-probabilities of their tokens. The views differ in pixels only. The teacher computes in its own dtype."""
         trainer = self.trainer
         trainer.teacher_model.eval()
         model = trainer.accelerator.unwrap_model(trainer.teacher_model)
@@ -123,8 +123,7 @@ class Teacher:
         for rows in parts:  # a part that stands twice, for the sake of another rank, counts once
             part = [siblings.take_rows(view, list(rows)) for view in views]
             mask = siblings.loss_mask(part[0])
-            with trainer.compute_loss_context_manager():
-                states = trainer._forward_redirection(trainer.teacher_model, model, self._states, model, part, shared)
+            states = trainer._forward_redirection(trainer.teacher_model, model, self._states, model, part, shared)
             head, tokens = lm_head(model), part[0]["completion_ids"][mask]
             for found, of_view in zip(logps, states, strict=True):
                 found[rows] = sampled_logps(head, of_view, tokens, torch.ones_like(tokens), trainer.vocab_size)

@@ -375,6 +375,8 @@ def memory_parts(
     args: ScriptArguments, config: VAOPDConfig, student: float, teacher: float, processes: int, sharding: str
 ) -> dict[str, float]:
     """Bytes by part in one process."""
+    from .divergence import TILE_BYTES
+
     pieces, each = plan.split(sharding, processes), plan.bytes_each(sharding, config.bf16)
     rows, number = config.per_device_train_batch_size * config.gradient_accumulation_steps, 2 if config.bf16 else 4
     trained = plan.trained_parameters(args.model, student, args.lora_rank)
@@ -392,7 +394,7 @@ def memory_parts(
             parts["logits of 1,024 places and the head in float32"] = 4 * shape.vocabulary * (3 * 1024 + shape.width)
         else:
             cache = rows * config.max_completion_length * plan.shape_of(args.teacher, teacher).width
-            parts |= {"cached teacher hidden states": number * cache, "KL tiles": 2 * 4096 * 32768 * 4}
+            parts |= {"cached teacher hidden states": number * cache, "KL tiles": TILE_BYTES}
     elif args.method == "grpo" and args.grpo_beta and not args.lora_rank:  # else the student without its adapter
         parts["KL reference"] = each.weight * student / pieces.weights
     return {**parts, **plan.engine_bytes(config)}

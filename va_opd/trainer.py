@@ -136,7 +136,7 @@ class VAOPDTrainer(DistillationTrainer):
         """`VLLMRollouts.gap` of the student on a micro-batch of each rank, mean over ranks."""
         count = self.args.per_device_train_batch_size
         part, student = siblings.take_rows(batch, list(range(count))), self.accelerator.unwrap_model(self.model)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             hidden = self._forward_redirection(self.model_wrapped, student, self._hidden_states, student, part)
         head, tokens = lm_head(student), part["completion_ids"][siblings.loss_mask(part)]
         head = head._replace(scale=head.scale / self.temperature)
@@ -233,8 +233,10 @@ class VAOPDTrainer(DistillationTrainer):
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         """Sum of coefficient * KL over the rows of a micro-batch, divided by the prompts of the step."""
         mask = siblings.loss_mask(inputs)
-        hidden = self._hidden_states(unwrapped_student, inputs)
-        kl_N, entropy_N = self.teacher.divergence(unwrapped_student, hidden, inputs)
+        # The redirected forward, in which this runs, passes by the autocast that accelerate puts around a model's own
+        with self.accelerator.autocast():
+            hidden = self._hidden_states(unwrapped_student, inputs)
+            kl_N, entropy_N = self.teacher.divergence(unwrapped_student, hidden, inputs)
         kl = torch.zeros_like(mask, dtype=kl_N.dtype).masked_scatter(mask, kl_N)
         num_prompts = len(mask) if num_items_in_batch is None else num_items_in_batch
         loss = objective.grouped_kl_loss(kl, inputs["coefficients"], num_prompts)

@@ -77,7 +77,7 @@ def test_the_hub_path_filters_and_splits_by_the_stated_rule(monkeypatch):
     rows = [question(i) for i in range(500)]
     rows += [question(i, domain="Physics") for i in range(3)]
     rows += [question(0, type="open-ended-qa"), question(1, details={"level": "L1"})]
-    monkeypatch.setattr(data, "load_dataset", lambda source, split: Dataset.from_list(rows))
+    monkeypatch.setattr("datasets.load_dataset", lambda source, split: Dataset.from_list(rows))
     splits = data.load_splits("biology")
     again = Dataset.from_list(rows[:500]).train_test_split(test_size=0.1, seed=42)
     assert splits["test"]["id"] == [q.split()[1][:-1] for q in again["test"]["question"]]
@@ -234,7 +234,7 @@ def test_an_unreachable_hub_is_one_clear_sentence(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(data, "load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(ValueError, match="hub gave no such data set") as error:
         data.load_splits("physics")
     assert "\n" not in str(error.value)

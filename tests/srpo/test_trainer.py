@@ -18,7 +18,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen3
-from srpo import SRPOConfig, SRPOTrainer, _trl, objective
+from srpo import SRPOConfig, SRPOTrainer, _trl, lm_head, objective
 from srpo.reprompt import teacher_prompt_ids
 
 ROUTED = ("srpo", "sdpo", "sdpo_incorrect", "sdpo_correct", "mix")
@@ -164,6 +164,31 @@ def test_every_override_has_trls_parameters():
             continue
         ours, theirs = (inspect.signature(inspect.unwrap(f)).parameters for f in (function, upstream))
         assert list(ours) == list(theirs), name
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bf16_reaches_student_teacher_and_heads(make, fixed, monkeypatch, bf16):
+    """The redirected forward passes by accelerate's autocast: without one of its own, the heads, whose hidden states
+    leave a float32 model in float32, would multiply in float32, many times slower on a GPU."""
+    seen, project, logps = set(), lm_head.project, lm_head.ChunkedLogProbFunction.apply
+
+    def record(tile, hidden, weight, bias, start, end, dtype):
+        seen.add(("divergence", dtype))
+        project(tile, hidden, weight, bias, start, end, dtype)
+
+    def autocast(hidden, *arguments):
+        seen.add(("logps", lm_head.compute_dtype(hidden)))
+        return logps(hidden, *arguments)
+
+    monkeypatch.setattr(lm_head, "project", record)
+    monkeypatch.setattr(lm_head.ChunkedLogProbFunction, "apply", autocast)
+    trainer = make(bf16=bf16)
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher.model)):
+        layer = model.model.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda m, a, out, name=name: seen.add((name, out.dtype)))
+    step(trainer)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    assert seen == {(name, dtype) for name in ("student", "teacher", "divergence", "logps")}
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
