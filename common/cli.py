@@ -1,6 +1,7 @@
 """What the command lines of all methods share: fields from YAML and flags, one sentence for a mistake."""
 
 import argparse
+import atexit
 import dataclasses
 import difflib
 import errno
@@ -41,7 +42,7 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
     try:
         with sigterm_raises():
             code = command(sys.argv[1:] if argv is None else argv) or 0
-        _end_process_group()
+        atexit.register(_end_process_group)  # not before: this process may run another command
         return code
     except KeyboardInterrupt as error:
         print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)

@@ -113,12 +113,17 @@ def float32_adapters(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.float()
 
 
-def check_lora(rank: int, load_in_4bit: bool) -> None:
-    """Raises `ValueError` for settings of LoRA that mean nothing."""
+def check_lora(rank: int, load_in_4bit: bool, use_vllm: bool = False) -> None:
+    """Raises `ValueError` for settings of LoRA that mean nothing or ruin the model."""
     if rank < 0:
         raise ValueError(f"lora_rank must be at least 0, got {rank}")
     if load_in_4bit and not rank:
         raise ValueError("load_in_4bit trains an adapter on frozen weights: set lora_rank too, such as 16")
+    if load_in_4bit and use_vllm:  # a relative 0.7 % a sync on a tiny model
+        raise ValueError(
+            "load_in_4bit does not go with use_vllm: at each weight sync TRL merges the adapter into the weights in 4 "
+            "bits and takes it out again, and both round, so that the frozen weights drift; set use_vllm to false"
+        )
 
 
 def is_vlm(config: PretrainedConfig) -> bool:

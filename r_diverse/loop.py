@@ -439,9 +439,9 @@ def dry_run(settings: Settings) -> str:
         parts = memory_parts(settings, phase, parameters, processes, sharding)
         lines += plan.memory_lines(parts, sharding, processes, f"training process of the {phase}")
     each = plan.bytes_each(sharding, settings.solver.bf16, run.policy_dtype)
-    return "\n".join(
-        [*lines, plan.disk_line(2 * run.iterations, "models", *(parameters * n for n in (each.weight, each.states)))]
-    )
+    trained = plan.trained_parameters(run.model, parameters, run.lora_rank)
+    sizes = each.weight * parameters, each.states * trained  # an adapter is merged before it is saved
+    return "\n".join([*lines, plan.disk_line(2 * run.iterations, "models", *sizes)])
 
 
 def memory_parts(settings: Settings, phase: str, parameters: float, processes: int, sharding: str) -> dict[str, float]:

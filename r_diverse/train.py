@@ -95,7 +95,10 @@ def parse(argv: list[str]) -> Settings:
             parsed += parse_fields(words[name], (cls,), "r_diverse/configs/")
         except ValueError as error:
             raise ValueError(f"{error}" if name == "run" else f"{name}: {error}") from error
-    return Settings(*parsed, argv)
+    settings = Settings(*parsed, argv)
+    for phase in (settings.challenger, settings.solver):
+        models.check_lora(settings.run.lora_rank, settings.run.load_in_4bit, phase.use_vllm)
+    return settings
 
 
 def _read_config(argv: list[str]) -> dict[str, Any]:
@@ -215,7 +218,6 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
     """Trains from `model`, or goes on from the last checkpoint, and saves the model last."""
     set_seed(config.seed)
     folder, main = Path(config.output_dir), PartialState().is_main_process
-    models.check_lora(run.lora_rank, run.load_in_4bit)
     if run.lora_rank and is_deepspeed_zero3_enabled():
         raise ValueError(
             "lora_rank does not run under zero3, where the adapter could not be merged: use sharding zero2"

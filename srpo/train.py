@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     args, config = parse_fields(argv, (ScriptArguments, SRPOConfig), "srpo/configs/")
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
-    models.check_lora(args.lora_rank, args.load_in_4bit)
+    models.check_lora(args.lora_rank, args.load_in_4bit, config.use_vllm)
     config.output_dir = str(run_path(args, config))
     return args, config
 

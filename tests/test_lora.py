@@ -212,6 +212,8 @@ def test_wrong_settings_of_lora_are_one_sentence(prepared, monkeypatch):
     _, build, _ = prepared
     with pytest.raises(ValueError, match="^load_in_4bit trains an adapter on frozen weights: set lora_rank too"):
         build("--lora_rank", "0", "--load_in_4bit", "true")
+    with pytest.raises(ValueError, match="^load_in_4bit does not go with use_vllm: at each weight sync"):
+        build("--load_in_4bit", "true", "--use_vllm", "true")
     with monkeypatch.context() as patch:
         patch.setattr(models.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match="^load_in_4bit needs the package bitsandbytes: pip install"):
@@ -219,6 +221,35 @@ def test_wrong_settings_of_lora_are_one_sentence(prepared, monkeypatch):
     monkeypatch.setattr(models, "lora_config", lambda rank: LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="lm_head"):
         build()
+
+
+def test_wrong_settings_of_lora_end_a_self_play_run_before_it_starts():
+    from r_diverse.train import parse
+
+    words = ["--model", "x", "--load_in_4bit", "true", "--solver.bf16", "false", "--challenger.bf16", "false"]
+    with pytest.raises(ValueError, match="^load_in_4bit trains an adapter on frozen weights"):
+        parse(words)
+    with pytest.raises(ValueError, match="^load_in_4bit does not go with use_vllm"):
+        parse([*words, "--lora_rank", "4", "--solver.use_vllm", "true"])
+    assert parse([*words, "--lora_rank", "4"]).run.load_in_4bit
+
+
+@pytest.mark.qlora
+def test_why_weights_in_4_bits_do_not_go_with_vllm(tmp_path):
+    """Without that drift the refusal could go."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = models.load_model(save(*tiny.tiny_qwen3(hidden=64), tmp_path / "model"), load_in_4bit=True)
+    model = get_peft_model(model, models.lora_config(4))
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
+
+    def weight() -> torch.Tensor:
+        return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+
+    before = weight()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert (weight() - before).norm() / before.norm() > 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -87,7 +87,8 @@ def test_weights_in_4_bits():
     """QLoRA holds a weight in 4.127 bits (arXiv 2305.14314, Section 3); embeddings, head and adapters stay."""
     parts = plan.model_bytes("policy", 8e9, 1e8, plan.Bytes(4, 4, 8), plan.Split(1, 1, 1), quantized=6e9)
     assert list(parts.values()) == pytest.approx([2e9 * 4 + 6e9 * 4.127 / 8, 4e8, 8e8])
-    flags = ["--config", "srpo/configs/single_gpu.yaml", "--use_cpu", "true", "--lora_rank", "16"]
+    flags = ["--config", "srpo/configs/single_gpu.yaml", "--use_cpu", "true", "--use_vllm", "false"]
+    flags += ["--lora_rank", "16"]
     whole, small = (srpo_train.parse([*flags, *more]) for more in ([], ["--load_in_4bit", "true"]))
     whole, small = (sum(srpo_train.memory_parts(*s, 8e9, 1, "none").values()) for s in (whole, small))
     assert whole - small > 8e9 * 4 + 6e9 * 3  # no copy for the average, and the linear layers

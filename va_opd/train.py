@@ -104,7 +104,7 @@ def _main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
     args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
-    models.check_lora(args.lora_rank, args.load_in_4bit)
+    models.check_lora(args.lora_rank, args.load_in_4bit, config.use_vllm)
     if args.method == "opd":
         config.weighting = "none"
     config.output_dir = str(run_path(args, config))

@@ -1,5 +1,6 @@
 """SIGTERM: a checkpoint, a sentence, exit code 143, and the same command ends as if nothing had been."""
 
+import atexit
 import errno
 import os
 import signal
@@ -137,25 +138,37 @@ def test_a_folder_that_can_be_written_keeps_no_trace_of_the_check(tmp_path, caps
     assert "made after" in capsys.readouterr().out
 
 
-def test_a_process_group_is_closed_when_the_work_is_done(tmp_path):
-    def command(_):
-        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+@pytest.fixture
+def at_exit(monkeypatch):
+    """What is registered for the end of this process."""
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    return registered
 
-    assert run_main("x.y", command, []) == 0
+
+def with_process_group(folder: Path):
+    def command(_):
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
+
+    return command
+
+
+def test_a_process_group_is_closed_at_exit_and_not_before(tmp_path, at_exit):
+    assert run_main("x.y", with_process_group(tmp_path), []) == 0
+    assert run_main("x.y", lambda _: torch.distributed.barrier(), []) == 0
+    for end in at_exit:
+        end()
     assert not torch.distributed.is_initialized()
 
 
-def test_a_process_group_that_a_colocated_engine_uses_is_left_to_it(tmp_path, monkeypatch):
+def test_a_process_group_that_a_colocated_engine_uses_is_left_to_it(tmp_path, monkeypatch, at_exit):
     engine = SimpleNamespace(model_parallel_is_initialized=lambda: True)
     monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", engine)
-
-    def command(_):
-        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-
-    assert run_main("x.y", command, []) == 0
+    assert run_main("x.y", with_process_group(tmp_path), []) == 0
+    at_exit[0]()
     assert torch.distributed.is_initialized()
     engine.model_parallel_is_initialized = lambda: False
-    assert run_main("x.y", lambda _: None, []) == 0
+    at_exit[0]()
     assert not torch.distributed.is_initialized()
 
 
