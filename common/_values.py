@@ -299,6 +299,7 @@ class _Pair:
 
     def __init__(self, p: str, g: str, deadline: float) -> None:
         self.texts = p, g
+        self.digits = _MARGIN + sum(map(str.isdigit, p + g))  # that tell their values apart
         self.nodes = parse(p), parse(g)
         self.deadline = deadline
         self.scale = Fraction(1)  # the first formula is this times the second one
@@ -320,11 +321,10 @@ class _Pair:
             return tuple(map(point.exact, self.nodes))
         except _Irrational:
             pass
-        own = _MARGIN + sum(char.isdigit() for text in self.texts for char in text)
-        point.set_digits(own + 20)
+        point.set_digits(self.digits + 20)
         values = tuple(map(point.value, self.nodes))
         if point.spread > 10:
-            point.set_digits(int(own + 2 * point.spread))
+            point.set_digits(int(self.digits + 2 * point.spread))
             values = tuple(map(point.value, self.nodes))
         return values
 
