@@ -197,6 +197,7 @@ def _merge(a: Unit, b: Unit) -> Unit:
     return a if b.powers in ((), a.powers) else Unit(a.scale * b.scale, tuple(sorted({*a.powers, *b.powers})))
 
 
+@lru_cache(maxsize=4096)
 def _parse_unit(text: str) -> Unit | None:
     """None for words that are no unit but part of the value, or a hedge."""
     if not _UNIT_TEXT.fullmatch(text):
