@@ -239,7 +239,7 @@ def _date(text: str) -> list[int] | None:
 
 
 def _is_text(text: str) -> bool:
-    unwrapped = _WRAPPED.sub(r"\1", text)
+    unwrapped = _WRAPPED.sub(r"\1", text) if "\\text" in text else text
     only_text = unwrapped != text and not _WRAPPED.sub("", text).strip()
     return only_text or (bool(_TEXT.fullmatch(unwrapped)) and not _FUNCTIONS.search(unwrapped))
 

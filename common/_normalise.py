@@ -103,7 +103,8 @@ def _apply(rules: list[_Rule], text: str) -> str:
     for needs, pattern, to in rules:
         for word in needs:
             if word in text:
-                text = pattern.sub(to, text)
+                if pattern.search(text):  # few match, and `sub` looks at its template first
+                    text = pattern.sub(to, text)
                 break
     return text
 
@@ -277,7 +278,7 @@ def normalise(text: str) -> str:
 def key(text: str) -> str:
     """For the test "same text": spaces dropped, except between digits (1 1/4 is not 11/4)."""
     text = _SPACE.sub("", text) if " " in text else text
-    return _BRACED_CHAR.sub(r"\1\2", text) if "{" in text else text
+    return _BRACED_CHAR.sub(r"\1\2", text) if "^{" in text or "_{" in text else text
 
 
 _EXPLOSIVE = re.compile(
@@ -303,4 +304,4 @@ def within_limits(text: str) -> bool:
                 return False
         elif raised:
             raised.pop()
-    return not _EXPLOSIVE.search(_EXPONENT.sub(r"^\1 ", text))
+    return not _EXPLOSIVE.search(_EXPONENT.sub(r"^\1 ", text) if "^{" in text else text)
