@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from common import _sets, _values
 from common._algebra import is_readable, needs_algebra
 from common._formula import Unreadable
-from common._normalise import BROKEN, CLOSING, OPENING, key
+from common._normalise import BRACKET, BROKEN, OPENING, key
 from common._units import AMBIGUOUS, conversion, decimals, is_lowest_terms, number, split_unit
 
 __all__ = ["Comparison", "NeedsAlgebra", "Policy", "assignment", "bare", "compare"]
@@ -80,7 +80,9 @@ _NAME = re.compile(  # possessive, so that no input makes it backtrack
     r"|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|tau|epsilon|eta|xi|psi|Delta|Omega)(?![a-zA-Z]))++"
 )
 _NAME_SUM = re.compile(r"[A-Za-z](?:_\w)?(?: ?[+] ?[A-Za-z](?:_\w)?)+")  # what contests ask for: m+n
-_RELATION = re.compile(r"=|<|>|\\leq|\\geq|\\neq|\\in(?![a-z])|\\subset|\\equiv|\\to(?![a-z])")
+_RELATION = re.compile(r"[=<>]|\\(?:leq|geq|neq|in(?![a-z])|subset|equiv|to(?![a-z]))")
+_BRACES = re.compile(r"\\?\{(.*?)\\?\}")
+_PLUS_MINUS = re.compile(r"\\[pm][pm]")
 _FLIP = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # in a list with a space after its own commas
 _COMMA, _CUP, _COLON, _APPROX = (re.compile(pattern) for pattern in ("[,;]", r"\\cup", ":", r"\\approx"))
@@ -108,6 +110,7 @@ _WORD = r"[A-Za-z][a-z'-]{3,}|yes|no|none|odd|even|all|any|one|two|six|ten|not|t
 _TEXT = re.compile(
     rf"(?i)(?:(?!may\s)[A-Za-z'-]{{1,3}}\s)*+(?:{_WORD})(?:[\s,.]+(?:[A-Za-z'-]+|\d+(?:st|nd|rd|th)?))*+"
 )
+_WRAPPED = re.compile(r"\\text\{([^{}]*)\}")
 _FUNCTIONS = re.compile(
     r"(?i)(?<![a-z])(?:a?(?:sin|cos|tan|cot|sec|csc)h?|arc\w+|sqrt|log|ln|exp|gcd|lcm|theta|alpha|beta|gamma)(?![a-z])"
 )
@@ -115,15 +118,14 @@ _FUNCTIONS = re.compile(
 
 def split(text: str, separator: re.Pattern[str]) -> list[str]:
     """Split at the separators that lie outside all brackets; the separators themselves are kept at odd positions."""
-    cuts = {m.start(): m.end() for m in separator.finditer(text)}
-    if not cuts:
-        return [text.strip()]
-    parts, depth, start = [], 0, 0
-    for i, char in enumerate(text):
-        if depth == 0 and i in cuts and i >= start:
-            parts += [text[start:i].strip(), text[i : cuts[i]]]
-            start = cuts[i]
-        depth = max(0, depth + (char in OPENING) - (char in CLOSING))
+    parts, depth, start, seen = [], 0, 0, 0
+    for cut in separator.finditer(text):
+        for bracket in BRACKET.findall(text, seen, cut.start()):
+            depth = depth + 1 if bracket in OPENING else max(0, depth - 1)
+        seen = cut.end()
+        if depth == 0:
+            parts += [text[start : cut.start()].strip(), cut[0]]
+            start = seen
     return [*parts, text[start:].strip()]
 
 
@@ -138,12 +140,12 @@ def bare(text: str) -> str:
 
 
 def _closes(text: str) -> int:
-    """Index of the bracket that closes the first one, -1 if none does."""
+    """Index of the bracket that closes the one at the start, -1 if none does."""
     depth = 0
-    for i, char in enumerate(text):
-        depth += (char in OPENING) - (char in CLOSING)
-        if depth <= 0:
-            return i
+    for bracket in BRACKET.finditer(text):
+        depth += 1 if bracket[0] in OPENING else -1
+        if depth == 0:
+            return bracket.start()
     return -1
 
 
@@ -151,11 +153,13 @@ def _items(text: str) -> tuple[str, list[str]]:
     """(kind, elements): "set" for braces, "list" for bare commas, "one" for neither. A plus-minus is two elements."""
     if number(text) is not None:  # 1,000
         return "one", [text]
-    inner = re.fullmatch(r"\\?\{(.*?)\\?\}", text)
+    inner = _BRACES.fullmatch(text)
     is_set = inner and _closes(text.removeprefix("\\")) >= len(text) - 2
     parts = [part for part in split(inner[1] if is_set else text, _COMMA)[::2] if part]
+    if not _PLUS_MINUS.search(text):
+        return "set" if is_set else "list" if len(parts) > 1 else "one", parts
     upper = [part.replace("\\pm", "+").replace("\\mp", "-") for part in parts]
-    lower = [part.replace("\\pm", "-").replace("\\mp", "+") for part in parts if re.search(r"\\[pm][pm]", part)]
+    lower = [part.replace("\\pm", "-").replace("\\mp", "+") for part in parts if _PLUS_MINUS.search(part)]
     return "set" if is_set else "list" if len(upper + lower) > 1 else "one", upper + lower
 
 
@@ -224,7 +228,7 @@ def _based(text: str) -> tuple[str, int] | None:
 
 def _exact_side(text: str) -> str:
     r"""`\frac{1}{3}` from `\frac{1}{3} \approx 0.33`, but `11` from `x \approx 11`."""
-    left, *right = (part for part in split(text, _APPROX)[::2])
+    left, *right = split(text, _APPROX)[::2]
     return right[0] if right and (not left or _NAME.fullmatch(left)) else left
 
 
@@ -235,8 +239,8 @@ def _date(text: str) -> list[int] | None:
 
 
 def _is_text(text: str) -> bool:
-    unwrapped = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    only_text = unwrapped != text and not re.sub(r"\\text\{[^{}]*\}", "", text).strip()
+    unwrapped = _WRAPPED.sub(r"\1", text) if "\\text" in text else text
+    only_text = unwrapped != text and not _WRAPPED.sub("", text).strip()
     return only_text or (bool(_TEXT.fullmatch(unwrapped)) and not _FUNCTIONS.search(unwrapped))
 
 
@@ -382,8 +386,11 @@ class Comparison:
 
     def _conjunction(self, text: str) -> str:
         r"""`(1,4)` from `x>1, x<4`, which as alternatives would be every number; any other text as it is."""
-        ranges = sorted(filter(None, map(_as_interval, split(text, _COMMA)[::2])), key=lambda x: x[1].startswith("(-"))
-        if len(ranges) != 2 or len(split(text, _COMMA)) != 3 or ";" in text or ranges[0][0] != ranges[1][0]:
+        parts = split(text, _COMMA)
+        if len(parts) != 3 or ";" in text:
+            return text
+        ranges = sorted(filter(None, map(_as_interval, parts[::2])), key=lambda x: x[1].startswith("(-"))
+        if len(ranges) != 2 or ranges[0][0] != ranges[1][0]:
             return text
         low, high = _UNBOUNDED_ABOVE.fullmatch(ranges[0][1]), _UNBOUNDED_BELOW.fullmatch(ranges[1][1])
         try:
@@ -528,9 +535,12 @@ _STEPS: tuple[tuple[str, Callable[[Comparison, str, str], bool | None]], ...] = 
 )
 
 
+_EXPONENT = re.compile(r"\d[eE][-+]?\d")
+
+
 def _plain_number(text: str) -> str:
     """`1/100000` from `1e-5`, which a formula would read as a product with Euler's number."""
-    value = number(text) if re.search(r"\d[eE][-+]?\d", text) else None
+    value = number(text) if _EXPONENT.search(text) else None
     return text if value is None else f"{value.numerator}/{value.denominator}"
 
 

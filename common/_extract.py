@@ -28,6 +28,7 @@ _MARKER = re.compile(
     \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)\b [\s*_]* (?:\b(?:est|es|é|è|ist)\b|[:：]) [\s*_:：]* |
     (?:答案|答え|答|정답|답)\s*\**\s*(?:应该是|应为|就是|是|为|は|은|[:：])[\s*:：]*"""
 )
+_ASCII_MARKS = ("####", "answer", "option", "choice", "respuesta", "resposta", "risposta", "antwort")
 _FILLER = re.compile(
     r"(?i)(?:for sure|definitely|clearly|simply|just|therefore|thus|indeed|certainly|probably|likely|exactly)\b[\s,:]*"
 )
@@ -61,6 +62,8 @@ def extract_answer(response: str, which: str = "last") -> str | None:
 def own_words(response: str) -> str:
     """The part of a response that speaks to the reader: after the thinking, before any end-of-turn token."""
     text = _TURN_START.sub("", response, count=1) if response.lstrip().startswith("<|im_start|>") else response
+    if "<" not in text:
+        return text
     end = _TURN_END.search(text)
     text = text[: end.start()] if end else text
     _, closed, after = text.rpartition("</think>")
@@ -71,6 +74,8 @@ def own_words(response: str) -> str:
 
 def boxes_of(text: str) -> list[tuple[int, int, str]]:
     """Outermost balanced boxes as (start, end, content); boxes joined by "and" or commas are one. Linear time."""
+    if "box" not in text:
+        return []
     found: list[tuple[int, int, int, int]] = []  # start, end, start and end of the content
     stack: list[tuple[int, int] | None] = []
     for token in _BOX_TOKEN.finditer(text):
@@ -100,6 +105,8 @@ def _join_boxes(text: str, boxes: list[tuple[int, int, str]]) -> list[tuple[int,
 
 def _marks(text: str) -> list[tuple[int, int, int]]:
     """(start, start of the content, its end or -1 where the sentence decides) of every answer marker, in order."""
+    if text.isascii() and not any(word in text.lower() for word in _ASCII_MARKS):
+        return []
     marks = [(m.start(), m.end(), -1) for m in _MARKER.finditer(text)]
     opened = None
     for tag in _TAG.finditer(text):

@@ -11,6 +11,7 @@ from functools import cmp_to_key, reduce
 
 from common import _values
 from common._formula import Unreadable
+from common._units import number
 
 __all__ = ["same_set"]
 
@@ -18,6 +19,7 @@ _OPERATOR = re.compile(r"\\(cup|cap|setminus)(?![A-Za-z])")
 _REALS = re.compile(r"\\mathbb ?\{? ?R ?\}?")
 _INTERVAL = re.compile(r"([(\[])([^,;]+)[,;]([^,;]+)([)\]])")
 _FINITE = re.compile(r"\\?\{(.+?)\\?\}")
+_NAMED = frozenset(["\\emptyset", *(f"\\mathbb{{{letter}}}" for letter in "NZQRC")])
 _MAX_ENDPOINTS = 64
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -28,6 +30,8 @@ _Set = (
 
 def same_set(p: str, g: str, deadline: float) -> bool | None:
     """None where a text is no such set, or an endpoint no real constant. Raises `TimeoutError`."""
+    if all(text in _NAMED or number(text) is not None for text in (p, g)):
+        return p == g
     try:
         sets = [_parse(text) for text in (p, g)]
         line = _Line([text for tree in sets for text in _endpoints(tree)], deadline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = ["AMBIGUOUS", "Unit", "conversion", "decimals", "is_lowest_terms", "number", "split_unit"]
@@ -17,6 +18,7 @@ _MAX_EXPONENT = 2000  # of ten, in scientific notation
 _INT = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?!\d)|\d+"
 _DECIMAL = re.compile(rf"(?:(?:{_INT})(?:\.\d*)?|\.\d+)")
 _SIGNED = rf"[+-]? ?{_DECIMAL.pattern}"
+_MINUS = re.compile(r"-(?! ?-)")
 _QUOTIENT = re.compile(
     rf"(?:\\frac ?\{{ ?({_SIGNED}) ?\}} ?\{{ ?({_SIGNED}) ?\}}|\(?({_SIGNED})\)? ?/ ?\(?({_SIGNED})\)?)"
 )
@@ -26,29 +28,36 @@ _SCIENTIFIC = re.compile(
 )
 
 
+@lru_cache(maxsize=4096)
 def number(text: str) -> Fraction | None:
     """The exact value of a numeral: integer, decimal, fraction, mixed number or scientific notation; else None."""
     text = text.strip()
-    sign = -1 if re.match(r"-(?! ?-)", text) else 1
+    sign = -1 if _MINUS.match(text) else 1
     body = text[1:].strip() if text[:1] in ("+", "-") else text
     if _DECIMAL.fullmatch(body):
         return sign * _exact(body)
     if not body[-1:].isdigit() and body[-1:] not in ("}", ")"):
         return None
-    if part := _MIXED.fullmatch(body):
-        whole, top, bottom = (int(group) for group in part.groups() if group)
-        return sign * (whole + Fraction(top, bottom)) if top < bottom else None
-    if part := _QUOTIENT.fullmatch(body):
-        top, bottom = (_exact(group) for group in part.groups() if group)
-        return sign * top / bottom if bottom else None
+    if "/" in body or "\\frac" in body:
+        return _fraction(body, sign)
     if part := _SCIENTIFIC.fullmatch(body):
         mantissa, power = (group.replace(" ", "") for group in part.groups() if group)
         return sign * _exact(mantissa) * Fraction(10) ** int(power) if abs(int(power)) <= _MAX_EXPONENT else None
     return None
 
 
+def _fraction(body: str, sign: int) -> Fraction | None:
+    if part := _MIXED.fullmatch(body):
+        whole, top, bottom = (int(group) for group in part.groups() if group)
+        return sign * (whole + Fraction(top, bottom)) if top < bottom else None
+    if part := _QUOTIENT.fullmatch(body):
+        top, bottom = (_exact(group) for group in part.groups() if group)
+        return sign * top / bottom if bottom else None
+    return None
+
+
 def _exact(text: str) -> Fraction:
-    return Fraction(re.sub("[ ,]", "", text).rstrip("."))
+    return Fraction(text.replace(" ", "").replace(",", "").rstrip("."))
 
 
 def decimals(text: str) -> int | None:
@@ -140,6 +149,9 @@ _TWO_UNITS = re.compile(
 )
 
 
+_ENDS_LIKE_UNIT = re.compile(r"[A-Za-z}%¤€£¥₹¢\u4e00-\u9fff]$|[A-Za-z^ ]\d$")
+
+
 def split_unit(text: str, keep: frozenset[str] = frozenset()) -> tuple[str, Unit | None]:
     r"""`("15", cm^2)` from `15\text{ cm}^2`; None for no unit. Units in `keep` are left where they are."""
     if sign := _PREFIXED.fullmatch(text):
@@ -148,7 +160,7 @@ def split_unit(text: str, keep: frozenset[str] = frozenset()) -> tuple[str, Unit
         return sign[1] + value, unit if trailing is None else _merge(unit, trailing)
     if both := _two_units(text):
         return both
-    part = _TRAILING.fullmatch(text)
+    part = _TRAILING.fullmatch(text) if _ENDS_LIKE_UNIT.search(text[-2:]) else None
     if not part or part["unit"] in keep or _TRIGONOMETRIC.search(part["value"]):
         return text, None
     unit = _parse_unit(_words(part["unit"]) + re.sub(r"[ {}]", "", part["power"] or ""))
@@ -165,7 +177,9 @@ def _words(unit: str) -> str:
 def _two_units(text: str) -> tuple[str, Unit] | None:
     """`("90", inch)` from `7 feet 6 inches`."""
     found = _TWO_UNITS.fullmatch(text)
-    large, large_unit, small, small_unit = (part for part in found.groups() if part) if found else ("",) * 4
+    if not found:
+        return None
+    large, large_unit, small, small_unit = (part for part in found.groups() if part)
     units = [_parse_unit(_words(unit)) for unit in (large_unit, small_unit)]
     if None in units or units[0].powers != units[1].powers or units[0].others or units[1].others:
         return None
@@ -183,6 +197,7 @@ def _merge(a: Unit, b: Unit) -> Unit:
     return a if b.powers in ((), a.powers) else Unit(a.scale * b.scale, tuple(sorted({*a.powers, *b.powers})))
 
 
+@lru_cache(maxsize=4096)
 def _parse_unit(text: str) -> Unit | None:
     """None for words that are no unit but part of the value, or a hedge."""
     if not _UNIT_TEXT.fullmatch(text):

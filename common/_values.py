@@ -11,11 +11,14 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
-from common._formula import Node, Unreadable, names, operators, parse, whole
+from common._fingerprint import fingerprint
+from common._formula import Node, Unreadable, names, operators, parse
 
 __all__ = ["TooLarge", "equal", "order", "proportional", "scattered_points", "within"]
 
@@ -143,6 +146,7 @@ class _Point:
         self.deadline = deadline  # time.monotonic()
         self.mp = None
         self.spread = 0.0  # digits of the largest or smallest number met
+        self._known: dict[tuple, Any] = {}  # values of functions, for the other formula often has them too
 
     def exact(self, node: Node) -> Fraction:
         """The value as a fraction. Raises `_Irrational`, `_Undefined` or `TooLarge`."""
@@ -152,9 +156,12 @@ class _Point:
             return self.at[node.args[0]]
         if node.op not in _EXACT:
             raise _Irrational
+        return self._exactly(node.op, map(self.exact, node.args))
+
+    def _exactly(self, op: str, values: Iterable[Fraction]) -> Fraction:
         if time.monotonic() > self.deadline:
             raise TimeoutError
-        value = _EXACT[node.op](*map(self.exact, node.args))
+        value = _EXACT[op](*values)
         if _digits(value) > _MAX_DIGITS:
             raise TooLarge
         return value
@@ -164,24 +171,45 @@ class _Point:
             raise TooLarge
         self.mp = _context()
         self.mp.dps = digits
+        self._known.clear()
 
     def value(self, node: Node):
         """The value to the digits set, real or complex. Raises `_Undefined` or `TooLarge`."""
-        try:
-            return self._real(self.exact(node))
-        except _Irrational:
-            pass
+        return self._real(self._mixed(node))
+
+    def _mixed(self, node: Node):
+        """The value as a fraction where every step to it is exact, else as a number of mpmath."""
+        if node.op == "number":
+            return node.args[0]
+        if node.op == "name":
+            return self.at[node.args[0]]
         if node.op == "constant":
-            return {"pi": +self.mp.pi, "e": +self.mp.e, "i": self.mp.j}[node.args[0]]
+            return _CONSTANTS[node.args[0]](self.mp)
+        values = tuple(map(self._mixed, node.args))
+        if node.op in _EXACT and all(isinstance(value, Fraction) for value in values):
+            with suppress(_Irrational):
+                return self._exactly(node.op, values)
+        if node.op in _ARITHMETIC:
+            return self._inexactly(node.op, values)
+        if (node.op, values) not in self._known:
+            self._known[node.op, values] = self._inexactly(node.op, values)
+        return self._known[node.op, values]
+
+    def _inexactly(self, op: str, values: tuple):
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
         try:
-            value = self._apply(node)
+            value = self._apply(op, values)
         except (ValueError, ZeroDivisionError) as error:  # mpmath at a pole
             raise _Undefined from error
         if not self.mp.isfinite(value):
             raise _Undefined
         return value
 
-    def _real(self, value: Fraction):
+    def _real(self, value):
+        """`number`, and remembers how large it is."""
+        if not isinstance(value, Fraction):
+            return value
         self.spread = max(self.spread, _digits(value))
         return self.number(value)
 
@@ -189,30 +217,29 @@ class _Point:
         """A fraction as a number of mpmath; a number of mpmath as it is."""
         return self.mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
-    def _apply(self, node: Node):
-        if node.op == "^":
-            return self._power(*node.args)
-        if node.op == "root":
-            return self._power(node.args[0], Node("/", (whole(1), node.args[1])))
-        values = [self.value(arg) for arg in node.args]
-        if node.op in _ARITHMETIC:
-            return _ARITHMETIC[node.op](self.mp, *values)
-        if node.op == "exp":
+    def _apply(self, op: str, values: tuple):
+        if op == "^":
+            return self._power(*values)
+        if op == "root":
+            base, degree = values
+            exact = isinstance(degree, Fraction)
+            return self._power(base, _quotient(Fraction(1), degree) if exact else self._real(Fraction(1)) / degree)
+        values = [self._real(value) for value in values]
+        if op in _ARITHMETIC:
+            return _ARITHMETIC[op](self.mp, *values)
+        if op == "exp":
             return self._bounded_power(+self.mp.e, values[0])
-        if max(map(abs, values)) > (1e3 if node.op in ("!", "binom") else 1e6) and node.op != "ln":
+        if max(map(abs, values)) > (1e3 if op in ("!", "binom") else 1e6) and op != "ln":
             raise TooLarge  # reducing a large angle takes as many digits as it has
-        if node.op in ("!", "binom") and self.mp.dps > 400:
+        if op in ("!", "binom") and self.mp.dps > 400:
             raise TooLarge
-        return getattr(self.mp, {"ln": "log", "!": "factorial", "binom": "binomial"}.get(node.op, node.op))(*values)
+        return getattr(self.mp, {"ln": "log", "!": "factorial", "binom": "binomial"}.get(op, op))(*values)
 
-    def _power(self, base_node: Node, exponent_node: Node):
-        base = self.value(base_node)
-        try:
-            exact = self.exact(exponent_node)
-        except _Irrational:
-            return self._bounded_power(base, self.value(exponent_node))
+    def _power(self, base, exponent):
+        base, exact = self._real(base), exponent
         exponent = self._real(exact)
-        if self.mp.im(base) == 0 and self.mp.re(base) < 0 and exact.denominator % 2 and exact.denominator > 1:
+        is_odd_root = isinstance(exact, Fraction) and exact.denominator % 2 and exact.denominator > 1
+        if is_odd_root and self.mp.im(base) == 0 and self.mp.re(base) < 0:
             return (-1) ** exact.numerator * self._bounded_power(-base, exponent)  # the real root
         return self._bounded_power(base, exponent)
 
@@ -228,6 +255,7 @@ class _Point:
         return self.mp.power(base, exponent)
 
 
+_CONSTANTS = {"pi": lambda mp: +mp.pi, "e": lambda mp: +mp.e, "i": lambda mp: mp.j}
 _ARITHMETIC = {
     "+": lambda mp, *terms: mp.fsum(terms),
     "*": lambda mp, a, b: a * b,
@@ -271,8 +299,10 @@ class _Pair:
 
     def __init__(self, p: str, g: str, deadline: float) -> None:
         self.texts = p, g
+        self.digits = _MARGIN + sum(map(str.isdigit, p + g))  # that tell their values apart
         self.nodes = parse(p), parse(g)
         self.deadline = deadline
+        self.scale = Fraction(1)  # the first formula is this times the second one
         self.names = sorted(names(self.nodes[0]) | names(self.nodes[1]))
         self.operators = operators(self.nodes[0]) | operators(self.nodes[1])
         if len(self.names) > _MAX_NAMES:
@@ -291,11 +321,10 @@ class _Pair:
             return tuple(map(point.exact, self.nodes))
         except _Irrational:
             pass
-        own = _MARGIN + sum(char.isdigit() for text in self.texts for char in text)
-        point.set_digits(own + 20)
+        point.set_digits(self.digits + 20)
         values = tuple(map(point.value, self.nodes))
         if point.spread > 10:
-            point.set_digits(int(own + 2 * point.spread))
+            point.set_digits(int(self.digits + 2 * point.spread))
             values = tuple(map(point.value, self.nodes))
         return values
 
@@ -313,9 +342,18 @@ class _Pair:
             if result is False:
                 return 0
             agreed += result is True
+            if agreed == _NEEDED and self.names and self._are_one():
+                return agreed
         if too_large and agreed < _NEEDED:
             raise too_large
         return agreed if not self.names or agreed >= _NEEDED else 0
+
+    def _are_one(self) -> bool:
+        """Whether no further point can tell the two apart (up to `scale`), nor change that enough of them agree."""
+        if not isinstance(self.scale, Fraction):
+            return False
+        p, g = fingerprint(self.texts[0], Fraction(1)), fingerprint(self.texts[1], self.scale)
+        return p is not None and p == g
 
     def same(self, point: _Point, a, b) -> bool | None:
         if _close(point, a, b):
@@ -359,6 +397,7 @@ def proportional(p: str, g: str, deadline: float) -> int:
         if not a or not b:
             return None if not a and not b else False
         ratios.append(a / b)
+        pair.scale = ratios[0]
         if not isinstance(a, Fraction):
             if not _is_real(point, a / b):  # outside the domain, unless one side alone is
                 return None if "i" not in pair.operators and not _is_real(point, a) else False

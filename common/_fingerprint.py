@@ -1,0 +1,84 @@
+r"""A number by which two formulas are seen to be the same but for the order and spelling of sums, products and powers.
+
+It is the value of the formula modulo a prime, where names, functions and roots are random numbers: equal functions of
+equal arguments have equal ones. So it shows that `2x(x+1) + \sin 2x` is `\sin(2x) + 2x^2 + 2x`, up to a chance of
+2^-50; it cannot show that `\sin^2 x + \cos^2 x` is 1. A text can be made to have the number of another one, so that it
+is no proof by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+
+from common._formula import Node, parse
+
+__all__ = ["fingerprint"]
+
+_PRIME = 2**61 - 1
+_MAX_EXPONENT, _MAX_DEGREE = 1000, 12  # beyond these a power is a function like others
+_JUMPS = ("abs", "re", "im", "floor", "ceil", "i")  # equal arguments are not enough, or several branches count
+
+
+def fingerprint(text: str, factor: Fraction) -> int | None:
+    """That of `factor` times the formula; None where it has none. Raises `Unreadable`."""
+    own = _fingerprint(text)
+    return None if own is None or not factor.denominator % _PRIME else own * _of_number(factor) % _PRIME
+
+
+@lru_cache(maxsize=4096)
+def _fingerprint(text: str) -> int | None:
+    try:
+        return _of(parse(text))
+    except (ZeroDivisionError, LookupError):
+        return None
+
+
+def _of(node: Node) -> int:
+    if node.op == "number":
+        return _of_number(node.args[0])
+    if node.op in _JUMPS or node.args[0] in _JUMPS:
+        raise LookupError
+    if node.op in ("name", "constant"):
+        return _random(node.op, *node.args)
+    values = [_of(arg) for arg in node.args]
+    if node.op in _STEPS:
+        return _STEPS[node.op](*values) % _PRIME
+    return _random(node.op, *values)
+
+
+def _of_number(value: Fraction) -> int:
+    return value.numerator * _inverse(value.denominator) % _PRIME
+
+
+def _inverse(value: int) -> int:
+    if not value % _PRIME:
+        raise ZeroDivisionError
+    return pow(value, -1, _PRIME)
+
+
+def _power(base: int, exponent: int) -> int:
+    """`b^{5/3}` is b times the square of its cube root, on any branch."""
+    for degree in range(1, _MAX_DEGREE + 1):
+        top = (exponent * degree + _MAX_EXPONENT) % _PRIME - _MAX_EXPONENT
+        if top <= _MAX_EXPONENT:
+            whole, rest = divmod(top, degree)
+            root = _random("^", base, degree) if rest else 1
+            return pow(base if whole > 0 else _inverse(base), abs(whole), _PRIME) * pow(root, rest, _PRIME)
+    return _random("^", base, exponent)
+
+
+def _random(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) % _PRIME
+
+
+_STEPS: dict[str, Callable[..., int]] = {
+    "+": lambda *terms: sum(terms),
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a * _inverse(b),
+    "neg": lambda a: -a,
+    "^": _power,
+    "root": lambda base, degree: _power(base, _inverse(degree)),
+}
