@@ -16,8 +16,8 @@ class Offloaded:
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.device = device
-        head = model.get_output_embeddings().weight
-        self.weights = [weight for weight in model.parameters() if weight is not head]
+        head = set(model.get_output_embeddings().parameters())
+        self.weights = [weight for weight in model.parameters() if weight not in head]
         for weight in self.weights:
             host = weight.data.cpu()
             weight.data = host.pin_memory() if device.type == "cuda" else host

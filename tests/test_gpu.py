@@ -58,6 +58,19 @@ def test_srpo_routing_grpo_is_trls_trainer(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("offload", [False, True])
+def test_srpo_is_the_papers_loss_on_whole_logits(tmp_path, monkeypatch, offload):
+    srpo.fixed_rollouts(monkeypatch)
+    trainer = srpo.build(tmp_path, entropy_beta=1.0, use_cpu=False, teacher_offload=offload)
+    loss, gradients = srpo.step(trainer)
+    trainer.teacher.model.cuda()
+    expected = srpo.reference_loss(trainer, "srpo", 1.0)
+    assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+    names, parameters = zip(*trainer.model.named_parameters(), strict=True)
+    for name, gradient in zip(names, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(gradients[name], gradient.float(), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("offload", [False, True])
 def test_srpo_trains_in_bfloat16(tmp_path, offload):
     options = {**BFLOAT16, "per_device_train_batch_size": 4, "teacher_offload": offload, "doctor_steps": 1}
     assert_trained(srpo.build(tmp_path, **options))

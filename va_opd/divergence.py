@@ -22,7 +22,7 @@ def chunked_reverse_kl(
 
     No (N, V) tensor exists: at any N the logits take less than 1 GB. They are computed once, and the gradient is made
     in the forward pass, from the logits that are there. So the loss must be the sum of coefficients * KL times a
-    factor; the backward pass raises `RuntimeError` for another one.
+    factor; the backward pass, of which there can be one only, raises `RuntimeError` for another one.
 
     Args:
         student_hidden: (N, H_student), carries the gradient, as does the student's head.
@@ -36,7 +36,8 @@ def chunked_reverse_kl(
         student,
         teacher_hidden,
         teacher,
-        coefficients.float().contiguous(),
+        coefficients.float()
+        / coefficients.max().clamp(min=torch.finfo(torch.float32).tiny),  # 1e-5 has few bits in fp16
         temperature,
         torch.is_grad_enabled(),
     )
@@ -53,9 +54,9 @@ class _ReverseKL(torch.autograd.Function):
                 torch.zeros_like(tensor, dtype=torch.float32) if training and wanted else None
                 for tensor, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
             ]
-            vocab_size = len(student.weight)
-            rows = tile_rows(len(hidden), vocab_size, 2 if triton else 3)
-            tensors = torch.empty(2 if triton else 3, rows, vocab_size, device=hidden.device)
+            vocab_size, count = len(student.weight), 2 if triton else 3
+            rows = tile_rows(len(hidden), vocab_size, count + (student.softcap is not None))
+            tensors = torch.empty(count, rows, vocab_size, device=hidden.device)
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 tile = tensors[:, : len(hidden[part])]
@@ -146,7 +147,7 @@ def reverse_kl_in_place(
         inv_t: 1 over the temperature.
     """
     student, teacher, room = tile
-    slope = _to_logits(student, s_scale, s_softcap, inv_t)
+    slope = _to_logits(student, s_scale, s_softcap, inv_t, True)
     _to_logits(teacher, t_scale, t_softcap, inv_t)
     t_log_sum = _exp_sum(teacher, room).log()
     s_sum = _exp_sum(student, room)
@@ -158,13 +159,15 @@ def reverse_kl_in_place(
     return kl, entropy
 
 
-def _to_logits(products: torch.Tensor, scale: float, softcap: float | None, inv_t: float) -> float | torch.Tensor:
-    """In place; returns the slope."""
+def _to_logits(
+    products: torch.Tensor, scale: float, softcap: float | None, inv_t: float, with_slope: bool = False
+) -> float | torch.Tensor:
+    """In place; returns the slope, of capped logits if asked for."""
     if softcap is None:
         products.mul_(scale * inv_t)
         return scale * inv_t
     products.mul_(scale / softcap).tanh_()
-    slope = (1 - products.square()) * (scale * inv_t)
+    slope = products.square().neg_().add_(1).mul_(scale * inv_t) if with_slope else 0.0
     products.mul_(softcap * inv_t)
     return slope
 

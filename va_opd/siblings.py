@@ -1,12 +1,13 @@
 """Work in proportion to what is new: siblings share the pass over their prompt, micro-batches are cut to their tokens.
 
 The teacher scores the K rollouts of a prompt, in both views, from one pass over the prompt (vision tower included) and
-one over the rollouts, which read the prompt from a key-value cache. Rows of a batch are dicts as TRL builds them:
+few over the rollouts, which read the prompt from a key-value cache. Rows of a batch are dicts as TRL builds them:
 left-padded `prompt_ids`, right-padded `completion_ids`, their masks, and the processor's fields.
 """
 
 import copy
 import inspect
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from ._trl import MULTIMODAL_KEYS, split_pixel_values_by_grid, unsplit_pixel_val
 # Tokens of padding that a pass less is worth. On a GPU the launches of a pass take as long as about a thousand tokens
 # of an 8B model, on a CPU next to nothing.
 PASS_TOKENS = {"cuda": 1024, "cpu": 16}
-MOST_TOKENS = 16384  # in a pass over rollouts: more of them only take memory
+MOST_TOKENS = 32768  # that a pass holds, prompts counted for each rollout: more of them only take memory
 
 
 def take_rows(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
@@ -91,17 +92,18 @@ def sibling_groups(num_rows: int, num_generations: int, rank: int = 0, num_ranks
     return groups + [groups[-1]] * (most - len(groups))
 
 
-def cheapest_runs(lengths: list[int], pass_tokens: float, most: int = MOST_TOKENS) -> list[list[int]]:
+def cheapest_runs(lengths: list[int], pass_tokens: float, before: int = 0, most: float = math.inf) -> list[list[int]]:
     """Indices of `lengths`, longest first, in the runs that together cost least: each run takes `pass_tokens`, and for
-    each of its rows the run's longest length. No run of several rows has more than `most` tokens."""
+    each of its rows the run's longest length. A run of several rows has at most `most` tokens, with `before` tokens
+    before each row."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     best: list[tuple[float, list[list[int]]]] = [(0.0, [])]  # of the first rows of `order`: cost and runs
     for end in range(1, len(order) + 1):
         choices = []
         for start, (cost, runs) in enumerate(best):
-            tokens = (end - start) * lengths[order[start]]
-            if tokens <= most or end - start == 1:
-                choices.append((cost + pass_tokens + tokens, [*runs, order[start:end]]))
+            rows, longest = end - start, lengths[order[start]]
+            if rows == 1 or rows * (before + longest) <= most:
+                choices.append((cost + pass_tokens + rows * longest, [*runs, order[start:end]]))
         best.append(min(choices, key=lambda choice: choice[0]))
     return best[-1][1]
 
@@ -132,39 +134,41 @@ def disagreement(gap: float, full_precision: bool) -> str | None:
 
 
 def sibling_hidden_states(
-    model: nn.Module, views: list[dict[str, Any]], pass_tokens: float = PASS_TOKENS["cpu"]
+    model: nn.Module,
+    views: list[dict[str, Any]],
+    pass_tokens: float = PASS_TOKENS["cpu"],
+    most: float = MOST_TOKENS,
 ) -> list[torch.Tensor]:
     """For each view, hidden states (N, H) from which the tokens of `loss_mask` are predicted, without gradient.
 
     A view is a batch whose rows have the same prompt and images; the views differ in pixels only. Prompts of all views
-    pass the model together, once; then rollouts of like lengths (see `cheapest_runs`), without a mask: there is no
-    padding on the left, and what stands on the right of a token does not reach it.
+    pass the model together, once; then rollouts of like lengths (see `cheapest_runs`), each in all views, without a
+    mask: there is no padding on the left, and what stands on the right of a token does not reach it.
     """
-    model, first = backbone(model), take_rows(views[0], [0])
+    model, length = backbone(model), int(views[0]["prompt_mask"][0].sum())
     inputs = [_prompt_inputs(view) for view in views]
     inputs = {key: torch.cat([given[key] for given in inputs]) for key in inputs[0]}
     output = model(**inputs, use_cache=True)
-    length, last = int(first["prompt_mask"].sum()), output.last_hidden_state[:, -1:]
+    last = output.last_hidden_state[:, -1:]
     # M-RoPE counts an image as fewer positions than tokens; without images, the model's number is of an earlier call
     shift = getattr(model, "rope_deltas", None) if "image_grid_thw" in inputs else None
     ids, counts = views[0]["completion_ids"], views[0]["completion_mask"].sum(1).tolist()
-    pairs = [(view, rollout) for view in range(len(views)) for rollout in range(len(counts))]
-    states: dict[tuple[int, int], torch.Tensor] = {}
-    for run in cheapest_runs([counts[rollout] for _, rollout in pairs], pass_tokens):
-        view, rollout = torch.tensor([pairs[i] for i in run], device=ids.device).T
-        width = max(counts[pairs[run[0]][1]] - 1, 1)  # nothing follows the last token; one pass on all ranks alike
-        position = torch.arange(length, length + width, device=ids.device).expand(len(run), -1)
+    states: list[list[torch.Tensor]] = [[last[view]] * len(counts) for view in range(len(views))]
+    for run in cheapest_runs(counts, pass_tokens / len(views), length, most / len(views)):
+        width = max(counts[run[0]] - 1, 1)  # nothing follows the last token; one pass on all ranks alike
+        view = torch.arange(len(views), device=ids.device).repeat_interleave(len(run))
+        position = torch.arange(length, length + width, device=ids.device).expand(len(view), -1)
         hidden = model(
-            input_ids=ids[rollout, :width],
+            input_ids=ids[run, :width].repeat(len(views), 1),
             position_ids=position if shift is None else position + shift[view],
             past_key_values=selected(output.past_key_values, view),
             use_cache=True,
         ).last_hidden_state
-        for row, pair in zip(hidden, (pairs[i] for i in run), strict=True):
-            states[pair] = torch.cat([last[pair[0]], row[: counts[pair[1]] - 1]])
+        for of_view, rows in zip(states, hidden.split(len(run)), strict=True):
+            for rollout, row in zip(run, rows, strict=True):
+                of_view[rollout] = torch.cat([of_view[rollout], row[: counts[rollout] - 1]])
     mask = loss_mask(views[0])[:, : max(counts)]
-    each = [[states[view, rollout] for rollout in range(len(counts))] for view in range(len(views))]
-    return [pad_sequence(rows, batch_first=True)[mask] for rows in each]
+    return [pad_sequence(rows, batch_first=True)[mask] for rows in states]
 
 
 def _prompt_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -91,9 +91,10 @@ class Teacher:
             if problem is None:
                 parts = self.parts(len(has_image), num_generations, True)
                 rows = next((rows for rows in parts if has_image[rows.start]), parts[0])
-                _, (ours,) = self.score([batch], [rows], True)
+                _, both = self.score([batch, dict(batch)], [rows], True)
                 _, (whole,) = self.score([batch], [rows[-1:]], False)
-                gap = trainer.accelerator.gather((ours[-len(whole) :] - whole).abs().mean()[None]).max().item()
+                gaps = torch.stack([(ours[-len(whole) :] - whole).abs().mean() for ours in both])
+                gap = trainer.accelerator.gather(gaps).max().item()
                 problem = siblings.disagreement(gap, model.dtype == torch.float32)
             self.shares[kind] = problem is None
             if problem and trainer.accelerator.is_main_process:
@@ -134,7 +135,8 @@ class Teacher:
         """Hidden states (N, H) of each view: together from one pass over the prompt, or each by a whole pass."""
         if not shared:
             return [self.trainer._hidden_states(model, view) for view in views]
-        # Where the teacher is sharded, a pass costs a transfer of all its weights: one for all lengths
-        device = self.trainer.accelerator.device.type
-        pass_tokens = math.inf if is_deepspeed_zero3_enabled() else siblings.PASS_TOKENS.get(device, 0)
-        return siblings.sibling_hidden_states(model, views, pass_tokens)
+        # Where the teacher is sharded, a pass costs a transfer of all weights, and all ranks make equally many: one
+        if is_deepspeed_zero3_enabled():
+            return siblings.sibling_hidden_states(model, views, math.inf, math.inf)
+        pass_tokens = siblings.PASS_TOKENS.get(self.trainer.accelerator.device.type, 0)
+        return siblings.sibling_hidden_states(model, views, pass_tokens, siblings.MOST_TOKENS)

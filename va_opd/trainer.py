@@ -1,9 +1,9 @@
 """`VAOPDTrainer`: wires rollouts, teacher and the functions of `objective.py` into TRL's `DistillationTrainer`.
 
 One optimizer step. Generation stays TRL's. Phase 1 (`_score`, no gradient, the whole generation batch): the frozen
-teacher reads each rollout twice, once with the true and once with the pixelated image, and in both views a prompt once
-for its rollouts. The first pass also leaves the hidden states from which the loss is computed later, so there is no
-third pass. VA is gathered over all ranks, and the coefficients come out for all siblings at once. Phase 2
+teacher reads each rollout twice, with the true and with the pixelated image, side by side, and in both views a prompt
+once for its rollouts. The true view leaves the hidden states from which the loss is computed later, so there is no
+third reading. VA is gathered over all ranks, and the coefficients come out for all siblings at once. Phase 2
 (`_compute_loss`, micro-batches of like length): per-token reverse KL of student and cached teacher hidden states,
 times the coefficients.
 """

@@ -237,7 +237,7 @@ def test_advantages_are_those_of_the_paper_before_routing(make, fixed, scale):
 
 def response_logits(model, prompt_ids: list[int], response: list[int]) -> torch.Tensor:
     """(T, V) float64 logits of a response, from the model's public forward on this row alone."""
-    ids = torch.tensor([prompt_ids + response])
+    ids = torch.tensor([prompt_ids + response], device=model.device)
     return model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1].double()
 
 
@@ -257,7 +257,7 @@ def reference_loss(trainer, routing: str, beta: float) -> torch.Tensor:
         student = response_logits(
             model, tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"], response
         )
-        logps = student.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        logps = student.log_softmax(-1).gather(1, torch.tensor(response, device=student.device)[:, None])[:, 0]
         grpo.append(-(logps - logps.detach()).exp() * advantage)
         routed = (
             bool(donors)
@@ -289,7 +289,7 @@ def reference_loss(trainer, routing: str, beta: float) -> torch.Tensor:
         )
     raw = {i: (-beta * h).exp() for i, h in entropies}
     mean = torch.cat(list(raw.values())).mean()
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for i, routed in enumerate(distilled):
         weighted = raw[i] / mean * sdpo[i] if routed else sdpo[i]
         if routing == "mix":
