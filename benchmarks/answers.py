@@ -34,7 +34,8 @@ from common.answers import check, grade, grade_many, same_answer
 from common.runs import atomic_write_json
 
 OWN_PAIRS = Path(__file__).parents[1] / "tests" / "common" / "answer_pairs.jsonl"
-CHECKERS = {"ours": "common", "math-verify": "math_verify", "mathruler": "mathruler"}  # name: module
+# Name: modules. mathruler does not declare that it needs the second one.
+CHECKERS = {"ours": ["common"], "math-verify": ["math_verify"], "mathruler": ["mathruler", "pylatexenc"]}
 LARGE = (
     "9^{9^{9^{9}}}", "9**9**9", "((10!)!)!", "(9!)!!", "1000000000!", r"\binom{10^9}{5\cdot10^8}", "(x+y)**3000",
     r"\sum_{n=1}^{\infty} \frac{1}{n^3+\sin n}", "(" * 3000 + "5" + ")" * 3000, "9" * 5000,
@@ -80,10 +81,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def is_installed(name: str) -> bool:
-    found = importlib.util.find_spec(CHECKERS[name]) is not None
-    if not found:
-        print(f"{name} is left out: it is not installed (pip install {name})", flush=True)
-    return found
+    missing = [module for module in CHECKERS[name] if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"{name} is left out: pip install {' '.join(missing).replace('_', '-')}", flush=True)
+    return not missing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
