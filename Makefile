@@ -96,7 +96,7 @@ lock: $(READY) ## requirements-cpu.lock anew by the rules of scripts/lock.toml; 
 	$(PY) -m uv pip compile --quiet --upgrade --config-file scripts/lock.toml pyproject.toml -o requirements-cpu.lock
 	@# environment.yml has to resolve too
 	sed -n 's/^ *- \([a-z]*==.*\)/\1/p' environment.yml | $(PY) -m uv pip compile --quiet --python-version 3.12 \
-		--extra vllm --extra deepspeed --extra qlora --extra eval --extra skills --extra dev pyproject.toml - -o /dev/null
+		--extra vllm --extra deepspeed --extra qlora --extra eval --extra skills --extra bench --extra dev pyproject.toml - -o /dev/null
 	$(PY) -m pip uninstall --quiet --yes uv
 
 clean: ## Remove .venv, .venv-vllm and caches; runs/ stays

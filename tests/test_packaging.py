@@ -44,7 +44,7 @@ def test_lock_satisfies_pyproject():
 
 
 def test_extras_are_the_documented_ones():
-    assert set(EXTRAS) == {"vllm", "deepspeed", "qlora", "eval", "skills", "dev"}
+    assert set(EXTRAS) == {"vllm", "deepspeed", "qlora", "eval", "skills", "bench", "dev"}
     for line in (line for extra in EXTRAS.values() for line in extra):
         requirement = Requirement(line)
         if requirement.name == PROJECT["name"]:
