@@ -49,8 +49,8 @@ def test_weights_but_for_the_head_are_copied_once_for_both_views(tmp_path, monke
     monkeypatch.setattr(trainer.teacher, "score", scored)
     monkeypatch.setattr(kept, "on_device", lambda: transfers.append(len(passes)) or on_device())
     trainer.train()
-    assert transfers == [0, 4]  # a step each: two passes that check the shared prompt, and the two views
-    assert len(passes) == 6
+    assert transfers == [0, 3]  # a step each: two calls that check the shared prompt, and one for both views
+    assert len(passes) == 4
     for name, weight in teacher.named_parameters():
         assert weight.data_ptr() == waiting[name]
         assert all((seen[name] == waiting[name]) == (weight is head) for seen in passes), name
