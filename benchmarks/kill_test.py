@@ -5,8 +5,8 @@
 A run is started by one command and gets a signal, with all its children, one to three times: SIGKILL, or in a third of
 the cases SIGTERM, at instants that are uniform over the processor seconds of a straight run, which other load does not
 shift. Then the same command ends it. Compared: the bytes of the weights and of all records, and the logged metrics
-without times. Finished runs are kept in --out, so the harness itself goes on where it stopped. Writes
-benchmarks/results/kill_test.json; exit code 1 if any run differs from the straight one.
+without times. Finished runs are kept in --out, so the harness itself goes on where it stopped, with the same code.
+Writes benchmarks/results/kill_test.json; exit code 1 if any run differs from the straight one.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ MAKE_MODELS = {
     "srpo": [["srpo.data", "base", "base"]],
     "r_diverse": [["r_diverse.data", "base", "base"]],
 }
+PACKAGES, SOURCES = ("common", *COMMANDS), (".py", ".yaml")  # what the runs are made by
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGTERM")
 STOPPED = (128 + signal.SIGTERM, 0, -signal.SIGTERM)  # the last: while it imports, or when it has done its work
 TIMES = ("time", "second", "runtime", "_per_")  # in the names of metrics that no two runs share
@@ -76,18 +77,41 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     out = args.out.resolve()
+    if not same_code(out):
+        print(
+            f"benchmarks.kill_test: --out {out} has runs of other code, which these cannot be compared with; "
+            "remove it or name another folder",
+            file=sys.stderr,
+        )
+        return 2
     with ThreadPoolExecutor(args.parallel) as pool:
         straight = dict(zip(methods, pool.map(lambda method: straight_run(method, out), methods), strict=True))
         done = {(r["method"], r["index"], r["seed"]) for r in results(out)}
         wanted = [(methods[i % len(methods)], i // len(methods)) for i in range(args.runs)]
         jobs = [(method, i) for method, i in wanted if (method, i, args.seed) not in done]
-        for record in pool.map(lambda job: killed_run(*job, args.seed, straight[job[0]], out), jobs):
+        started = [pool.submit(killed_run, method, i, args.seed, straight[method], out) for method, i in jobs]
+        for count, future in enumerate(as_completed(started), 1):
+            record = future.result()
             append_jsonl(out / "results.jsonl", record)
-            print(f"{record['method']} {record['index']}: {record['verdict']}; stops {record['stops']}", flush=True)
+            say(f"{count}/{len(jobs)} {record['method']} {record['index']}: {record['verdict']}; {record['stops']}")
     records = [r for r in results(out) if (r["method"], r["index"]) in wanted and r["seed"] == args.seed]
     print(table(records))
     atomic_write_json(args.results, {**machine("transformers", "trl"), "runs": records})
     return int(any(record["verdict"] != "equal" for record in records))
+
+
+def same_code(out: Path) -> bool:
+    """Whether what is in the folder was run by the code of today; an empty folder is marked with it."""
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.*"))]
+    digest = _digest(b"".join(path.read_bytes() for path in files if path.suffix in SOURCES))
+    if not (out.exists() and any(out.iterdir())):
+        atomic_write_json(out / "code.json", {"digest": digest})
+    mark = out / "code.json"
+    return mark.exists() and json.loads(mark.read_text())["digest"] == digest
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 def results(out: Path) -> list[dict[str, Any]]:
@@ -99,6 +123,7 @@ def straight_run(method: str, out: Path) -> dict[str, Any]:
     """Processor seconds and content of an undisturbed run, made once; its models too."""
     done = out / f"straight-{method}.json"
     if not done.exists():
+        say(f"{method}: its models and a straight run")
         for module, what, name in MAKE_MODELS[method]:
             folder = out / "models" / method / name
             if not (folder / "config.json").exists():
@@ -107,6 +132,7 @@ def straight_run(method: str, out: Path) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         seconds = check([*COMMANDS[method](out / "models"), "--out", str(folder)], out / f"straight-{method}.log")
         atomic_write_json(done, {"processor_seconds": seconds, "content": content(folder)})
+        say(f"{method}: a straight run of {seconds:.0f} processor seconds")
     return json.loads(done.read_text())
 
 

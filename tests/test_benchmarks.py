@@ -70,6 +70,13 @@ def test_a_changed_weight_is_a_difference(finished):
     assert kill_test.content(finished) != before
 
 
+def test_runs_of_other_code_are_not_compared(tmp_path, capsys):
+    assert kill_test.same_code(tmp_path) and kill_test.same_code(tmp_path)
+    (tmp_path / "code.json").write_text('{"digest": "of before"}')
+    assert kill_test.main(["--out", str(tmp_path)]) == 2
+    assert "has runs of other code" in capsys.readouterr().err
+
+
 def test_an_unknown_method_is_one_sentence(capsys):
     assert kill_test.main(["--methods", "ppo"]) == 2
     assert "unknown methods ['ppo']; choose among va_opd, srpo, r_diverse" in capsys.readouterr().err
