@@ -182,7 +182,6 @@ def _digits_only(code, *_namespaces):
 _EVERY_KIND = (
     r"x^{2}+\frac{1}{2}", r"\sum_{k=1}^{3} k", r"\int_{0}^{1} x dx", r"\lim_{x \to 0} x", r"\{1,2\}\cup (3,4]", "x<2",
     r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "(1,2)", r"\mathbb{Z}\setminus\emptyset",
-    r"\sum_{k=0}^{n-1} a_{n-k-1} a_k",
 )  # fmt: skip
 
 _FUNCTION = re.compile(
@@ -210,20 +209,15 @@ _BEYOND = re.compile(  # what `common._formula` does not read and sympy does
 )
 
 
-_SUBSCRIPT_SUM = re.compile(r"_ ?\{ ?[A-Za-z\d]+ ?[+-]")
-_VARIABLES_OF_OPERATORS = re.compile(r"\\(?:int|lim|partial)(?![A-Za-z])|(?<![A-Za-z\\])d|_ ?\{ ?[A-Za-z] ?_")
-_SUBSCRIPTED = re.compile(
-    r"(?<![A-Za-z\\^])(?<!\^ )([A-DF-HJ-Za-df-hj-z])_ ?"
-    r"(?:([A-Za-z]|\d+)|\{ ?([A-Za-z\d]+(?: ?[+-] ?[A-Za-z\d]+)*) ?\})(?! ?[(\[{_'=])"
-)
+_VARIABLE = re.compile(r"\\(?:sum|prod) ?_ ?\{ ?([A-Za-z]) ?=")
 
 
-def _subscripts_as_names(text: str) -> str:
-    r"""`\overline{aSubnMinus1}` from `a_{n-1}`: one name to the parser as well, read in a tenth of the time."""
-    if not _SUBSCRIPT_SUM.search(text) or _VARIABLES_OF_OPERATORS.search(text):
-        return text
-    text = _SUBSCRIPTED.sub(lambda m: rf"\overline{{{m[1]}Sub{m[2] or m[3].replace(' ', '')}}}", text)
-    return re.sub(r"\\overline\{[^{}]*", lambda m: m[0].replace("-", "Minus").replace("+", "Plus"), text)
+def _has_sequence(text: str) -> bool:
+    r"""Whether the variable of a sum is an index, as in `\sum_{k=1}^{\infty} a_k`: a_k is one name to the parser."""
+    return any(
+        re.search(rf"_ ?(?:{name}(?![A-Za-z])|\{{[^{{}}=]*{name}[^{{}}=]*\}})", text)
+        for name in _VARIABLE.findall(text)
+    )
 
 
 _OPENING_BRACKETS = ("(", "[", "{", "\\{", "\\langle")
@@ -255,6 +249,8 @@ def to_latex(text: str) -> str:
     text = re.sub(r"(\d+) ?\\text\{degrees\}", r"{\\frac{\1\\pi}{180}}", text)
     if not _KNOWN.fullmatch(text) or re.search(r"\d +\d|(?<![A-Za-z\\{])[A-Za-z]{4}", text):
         raise Unreadable("no formula")
+    if _has_sequence(text):
+        raise Unreadable("a sequence")
     if "\\infty" in text and text[:1] not in ("(", "[") and not _BOUNDED_BY_INFINITY.search(text):
         raise Unreadable("infinity is no number")
     if re.search(r"_ ?\{? ?i ?=", text) and "w" not in text:  # an index, not the imaginary unit
@@ -265,7 +261,6 @@ def to_latex(text: str) -> str:
     text = re.sub(r"(?<![\\A-Za-z])E(?![A-Za-z\d])", r"\\Upsilon ", text)  # the parser takes E for Euler's number
     text = re.sub(r"\\gamma(?![A-Za-z])", r"\\overline{gamma}", text)  # and this for the function or Euler's constant
     text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", text)
-    text = _subscripts_as_names(text)
     for head in ("\\sqrt", "^"):
         text = _brace_argument(text, head)
     return text

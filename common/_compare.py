@@ -549,6 +549,8 @@ def _is_too_large(text: str, deadline: float) -> bool:
         return not _values.equal(text, text, deadline)
     except _values.TooLarge:
         return True
+    except Unreadable:  # a sum of too many terms
+        return False
 
 
 def _percent_as_value(value: str, unit) -> tuple[str, object]:

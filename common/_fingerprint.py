@@ -19,6 +19,7 @@ __all__ = ["fingerprint"]
 
 _PRIME = 2**61 - 1
 _MAX_EXPONENT, _MAX_DEGREE = 1000, 12  # beyond these a power is a function like others
+_WITH_VARIABLES = ("sum", "prod", "term")  # the names of which mean nothing
 _JUMPS = ("abs", "re", "im", "floor", "ceil", "i")  # equal arguments are not enough, or several branches count
 
 
@@ -39,7 +40,7 @@ def _fingerprint(text: str) -> int | None:
 def _of(node: Node) -> int:
     if node.op == "number":
         return _of_number(node.args[0])
-    if node.op in _JUMPS or node.args[0] in _JUMPS:
+    if node.op in _JUMPS or node.op in _WITH_VARIABLES or node.args[0] in _JUMPS:
         raise LookupError
     if node.op in ("name", "constant"):
         return _random(node.op, *node.args)

@@ -1,7 +1,8 @@
 r"""Formulas of answers: a parser for LaTeX and plain text.
 
-It knows what an answer may hold: numbers, names, + - * / ^ !, roots, absolute values, elementary functions. Whatever
-else a text holds makes it `Unreadable`; nothing is skipped, so "5 or 7" can never be read as 5.
+It knows what an answer may hold: numbers, names, + - * / ^ !, roots, absolute values, elementary functions, sums and
+products over whole numbers. Whatever else a text holds makes it `Unreadable`; nothing is skipped, so "5 or 7" can
+never be read as 5.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["Node", "Unreadable", "names", "operators", "parse", "whole"]
+__all__ = ["Node", "Unreadable", "indexed", "names", "operators", "parse", "sequences", "whole", "whole_names"]
 
 _MAX_TOKENS = 400
 _MAX_DEPTH = 60
+_MAX_SERIES = 3  # sums in a sum
 
 
 class Unreadable(ValueError):
@@ -22,7 +24,11 @@ class Unreadable(ValueError):
 
 
 class Node(NamedTuple):
-    """A formula: an operator and its operands; the only operand of `number`, `name` and `constant` is their value."""
+    """A formula: an operator and its operands; the only operand of `number`, `name` and `constant` is their value.
+
+    `sum` and `prod` have a variable (its letter), the lower and upper bound, and what is added or multiplied; `term`
+    has the letter of a sequence and an index.
+    """
 
     op: str
     args: tuple
@@ -40,6 +46,7 @@ _GREEK = re.findall(
 )
 _CONSTANTS = ("pi", "e", "i")
 _BEFORE_NUMBER = (")", "}", "|", "]", "!", "i", "pi")
+_SERIES = ("sum", "prod")
 _UNKNOWN_FUNCTIONS = "fgh"  # f(x+1) is no product
 _WORDS = sorted([*_FUNCTIONS, "pi", *(name for name in _GREEK[:-2] if len(name) > 2)], key=len, reverse=True)
 _TOKEN = re.compile(
@@ -50,7 +57,7 @@ _TOKEN = re.compile(
     r"|\\(?P<command>[A-Za-z]+)"
     rf"|(?P<word>(?:{'|'.join(_WORDS)})(?![A-Za-z]{{2}}))"
     r"|(?P<name>[A-Za-z])"
-    r"|(?P<symbol>[-+*/^_!(){}\[\]|'])"
+    r"|(?P<symbol>[-+*/^_!(){}\[\]|'=])"
     r"|\s+"
 )
 _ABOVE = ("overline", "vec", "hat", "bar", "overrightarrow")  # a decorated name is one name
@@ -78,6 +85,7 @@ class _Parser:
         self.at = 0
         self.bars = 0  # open absolute values
         self.depth = 0
+        self.variables: list[str] = []  # of the sums and products around
 
     @property
     def next(self) -> str:
@@ -224,6 +232,10 @@ class _Parser:
         return self.primary()
 
     def name(self, letter: str) -> Node:
+        if letter in self.variables:
+            return Node("name", (letter,))
+        if self.variables and self.next == "_" and (index := self.index()):
+            return Node("term", (letter, index))
         if letter in _CONSTANTS and self.next not in ("_", "'"):
             return Node("constant", (letter,))
         if letter in _UNKNOWN_FUNCTIONS and self.next == "(":
@@ -236,6 +248,51 @@ class _Parser:
             suffix += "'"
         return Node("name", (letter + suffix,))
 
+    def index(self) -> Node | None:
+        """A subscript in which the variable of a sum stands; None, and nothing is taken, for another one."""
+        start = self.at
+        self.at += 1
+        node = self.bound()
+        if not names(node).intersection(self.variables):
+            self.at = start
+            return None
+        if not _is_index(node):  # x_{ij} has two indices, no product
+            raise Unreadable("an index")
+        return node
+
+    def bound(self) -> Node:
+        r"""One token or a group after `_` or `^`: the 2 of `\sum_{k=1}^n 2k` is no part of it."""
+        kind, text = self.tokens[self.at]
+        if kind in ("name", "letter"):
+            self.at += 1
+            return Node("name", (text,))
+        if kind == "number" or self.next == "{":
+            return self.primary()
+        raise Unreadable("a bound is missing")
+
+    def series(self, op: str) -> Node:
+        r"""`\sum_{k=1}^{n} k^2 + 1` is the sum and one more: it goes over the product that follows."""
+        found: dict[str, tuple] = {}
+        while (sign := self.next) in ("_", "^") and sign not in found:
+            self.at += 1
+            found[sign] = (self.variable(), self.enclosed("}")) if sign == "_" else (self.bound(),)
+        if len(found) < 2 or len(self.variables) == _MAX_SERIES:
+            raise Unreadable("no sum from one bound to another")
+        (variable, lower), (upper,) = found["_"], found["^"]
+        self.variables.append(variable)
+        body = self.product()
+        self.variables.pop()
+        return Node(op, (variable, lower, upper, body))
+
+    def variable(self) -> str:
+        self.need("{")
+        kind, text = self.tokens[self.at]
+        self.at += 1
+        self.need("=")
+        if kind not in ("name", "letter"):
+            raise Unreadable(text)
+        return text
+
     def raw_group(self) -> str:
         """The text of a subscript."""
         if not self.take("{"):
@@ -245,7 +302,7 @@ class _Parser:
             self.at += 1
             return text
         start = self.at
-        while self.next not in ("}", "{", "^") and self.tokens[self.at][0] != "end":
+        while self.next not in ("}", "{", "^", "=") and self.tokens[self.at][0] != "end":
             self.at += 1
         self.need("}")
         return "".join(text for _, text in self.tokens[start : self.at - 1])
@@ -260,6 +317,8 @@ class _Parser:
         if text in ("frac", "binom"):
             top, bottom = self.group(), self.group()
             return Node("/" if text == "frac" else "binom", (top, bottom))
+        if text in _SERIES:
+            return self.series(text)
         if text in ("lfloor", "lceil"):
             return Node(text[1:], (self.enclosed("r" + text[1:]),))
         if text in _ABOVE:
@@ -336,15 +395,56 @@ def _repeating(text: str) -> Fraction:
     return Fraction(f"{whole or 0}.{fixed or 0}") + tail
 
 
+def _is_index(node: Node) -> bool:
+    """n-2k+1, say."""
+    if node.op == "*":
+        return node.args[0].op == "number" and node.args[1].op == "name"
+    return node.op in ("number", "name") or (node.op in ("+", "neg") and all(map(_is_index, node.args)))
+
+
+def _operands(node: Node) -> list[Node]:
+    return [arg for arg in node.args if isinstance(arg, Node)]
+
+
 def names(node: Node) -> frozenset[str]:
     if node.op == "name":
         return frozenset(node.args)
-    return frozenset().union(*(names(arg) for arg in node.args if isinstance(arg, Node)))
+    if node.op in _SERIES:
+        variable, lower, upper, body = node.args
+        return names(lower) | names(upper) | (names(body) - {variable})
+    return frozenset().union(*map(names, _operands(node)))
+
+
+def whole_names(node: Node) -> frozenset[str]:
+    """The names in bounds and indices, which have to be whole numbers."""
+    if node.op == "term":
+        return names(node.args[1])
+    if node.op in _SERIES:
+        variable, lower, upper, body = node.args
+        return names(lower) | names(upper) | (whole_names(body) - {variable})
+    return frozenset().union(*map(whole_names, _operands(node)))
+
+
+def sequences(node: Node) -> frozenset[str]:
+    """The letters that have a variable index somewhere."""
+    return frozenset(node.args[:1] if node.op == "term" else ()).union(*map(sequences, _operands(node)))
+
+
+def indexed(node: Node, letters: frozenset[str]) -> Node:
+    """The formula with `a_n` and `a_1`, too, as terms of the sequence a, where that is one of `letters`."""
+    if node.op == "name":
+        letter, _, subscript = node.args[0].partition("_")
+        if letter not in letters:
+            return node
+        index = parse(subscript)  # of the letter alone: unreadable
+        if not _is_index(index):
+            raise Unreadable("an index")
+        return Node("term", (letter, index))
+    return Node(node.op, tuple(indexed(arg, letters) if isinstance(arg, Node) else arg for arg in node.args))
 
 
 def operators(node: Node) -> frozenset[str]:
-    inner = (operators(arg) for arg in node.args if isinstance(arg, Node))
-    return frozenset([node.args[0] if node.op == "constant" else node.op]).union(*inner)
+    return frozenset([node.args[0] if node.op == "constant" else node.op]).union(*map(operators, _operands(node)))
 
 
 @lru_cache(maxsize=4096)

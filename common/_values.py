@@ -18,13 +18,14 @@ from functools import lru_cache
 from typing import Any
 
 from common._fingerprint import fingerprint
-from common._formula import Node, Unreadable, names, operators, parse
+from common._formula import Node, Unreadable, indexed, names, operators, parse, sequences, whole_names
 
 __all__ = ["TooLarge", "equal", "order", "proportional", "scattered_points", "within"]
 
 _MAX_DIGITS = 8000  # of an exact number on the way
 _MAX_PRECISION = 2000  # of an inexact one
 _MAX_FACTORIAL = 2500
+_MAX_TERMS = 5000  # of all sums and products at one point
 
 
 class TooLarge(ArithmeticError):
@@ -147,6 +148,7 @@ class _Point:
         self.mp = None
         self.spread = 0.0  # digits of the largest or smallest number met
         self._known: dict[tuple, Any] = {}  # values of functions, for the other formula often has them too
+        self._terms = 0
 
     def exact(self, node: Node) -> Fraction:
         """The value as a fraction. Raises `_Irrational`, `_Undefined` or `TooLarge`."""
@@ -154,9 +156,34 @@ class _Point:
             return node.args[0]
         if node.op == "name":
             return self.at[node.args[0]]
+        if node.op == "term":
+            return _term(node.args[0], self.exact(node.args[1]))
+        if node.op in _SERIES:
+            return self._series(node, self.exact, self._exactly)
         if node.op not in _EXACT:
             raise _Irrational
         return self._exactly(node.op, map(self.exact, node.args))
+
+    def _series(self, node: Node, value: Callable[[Node], Any], combined: Callable[[str, tuple], Any]):
+        """The sum or product of the `value` of its terms. A bound that is not whole, or far below: undefined."""
+        variable, *bounds, body = node.args
+        lower, upper = map(value, bounds)
+        if not (isinstance(lower, Fraction) and isinstance(upper, Fraction) and lower.denominator == 1):
+            raise _Undefined
+        if upper.denominator != 1 or upper < lower - 1:
+            raise _Undefined
+        self._terms += int(upper - lower) + 1
+        if self._terms > _MAX_TERMS:
+            raise Unreadable("too many terms")  # a computer algebra system may know a closed form
+        op, result = _SERIES[node.op]
+        outside = self.at
+        try:
+            for k in range(int(lower), int(upper) + 1):
+                self.at = outside | {variable: Fraction(k)}
+                result = combined(op, (result, value(body)))
+        finally:
+            self.at = outside
+        return result
 
     def _exactly(self, op: str, values: Iterable[Fraction]) -> Fraction:
         if time.monotonic() > self.deadline:
@@ -185,15 +212,21 @@ class _Point:
             return self.at[node.args[0]]
         if node.op == "constant":
             return _CONSTANTS[node.args[0]](self.mp)
-        values = tuple(map(self._mixed, node.args))
-        if node.op in _EXACT and all(isinstance(value, Fraction) for value in values):
+        if node.op == "term":
+            return _term(node.args[0], self.exact(node.args[1]))
+        if node.op in _SERIES:
+            return self._series(node, self._mixed, self._combined)
+        return self._combined(node.op, tuple(map(self._mixed, node.args)))
+
+    def _combined(self, op: str, values: tuple):
+        if op in _EXACT and all(isinstance(value, Fraction) for value in values):
             with suppress(_Irrational):
-                return self._exactly(node.op, values)
-        if node.op in _ARITHMETIC:
-            return self._inexactly(node.op, values)
-        if (node.op, values) not in self._known:
-            self._known[node.op, values] = self._inexactly(node.op, values)
-        return self._known[node.op, values]
+                return self._exactly(op, values)
+        if op in _ARITHMETIC:
+            return self._inexactly(op, values)
+        if (op, values) not in self._known:
+            self._known[op, values] = self._inexactly(op, values)
+        return self._known[op, values]
 
     def _inexactly(self, op: str, values: tuple):
         if time.monotonic() > self.deadline:
@@ -255,6 +288,15 @@ class _Point:
         return self.mp.power(base, exponent)
 
 
+@lru_cache(maxsize=4096)
+def _term(letter: str, index: Fraction) -> Fraction:
+    """A sequence of which nothing is known: any number, the same one for the same index."""
+    if index.denominator != 1:
+        raise _Undefined
+    return Fraction(random.Random(f"{letter} {index}").randint(-(10**9), 10**9), 94)
+
+
+_SERIES = {"sum": ("+", Fraction(0)), "prod": ("*", Fraction(1))}
 _CONSTANTS = {"pi": lambda mp: +mp.pi, "e": lambda mp: +mp.e, "i": lambda mp: mp.j}
 _ARITHMETIC = {
     "+": lambda mp, *terms: mp.fsum(terms),
@@ -275,6 +317,7 @@ _ARITHMETIC = {
 
 _MARGIN = 40  # digits beyond those in which two texts of their length can differ
 _WHOLE = frozenset("nkmN")  # where every name is one of these, whole numbers are points too
+_BOUNDS = tuple(map(Fraction, (7, 4, 11, 3, 9, 2, 12, 6, 8, 5)))  # of sums, at each of the points
 _MAX_NAMES = 16
 _NEEDED = 3  # points at which both formulas have values
 
@@ -303,17 +346,23 @@ class _Pair:
         self.nodes = parse(p), parse(g)
         self.deadline = deadline
         self.scale = Fraction(1)  # the first formula is this times the second one
-        self.names = sorted(names(self.nodes[0]) | names(self.nodes[1]))
         self.operators = operators(self.nodes[0]) | operators(self.nodes[1])
+        self.whole: list[str] = []
+        if not self.operators.isdisjoint(_SERIES):
+            letters = sequences(self.nodes[0]) | sequences(self.nodes[1])
+            self.nodes = indexed(self.nodes[0], letters), indexed(self.nodes[1], letters)
+            self.whole = sorted(whole_names(self.nodes[0]) | whole_names(self.nodes[1]))
+        self.names = sorted(names(self.nodes[0]) | names(self.nodes[1]))
         if len(self.names) > _MAX_NAMES:
             raise Unreadable("too many names")
 
     def points(self) -> Iterator[_Point]:
         coordinates = scattered_points() if self.names else [[]]
-        if self.names and _WHOLE.issuperset(self.names):
+        if self.names and not self.whole and _WHOLE.issuperset(self.names):
             coordinates = coordinates + [[Fraction(i + j) for j in range(len(self.names))] for i in range(1, 5)]
-        for values in coordinates:
-            yield _Point(dict(zip(self.names, values, strict=False)), self.deadline)
+        for i, values in enumerate(coordinates):
+            whole = {name: _BOUNDS[(i + 3 * j) % len(_BOUNDS)] for j, name in enumerate(self.whole)}
+            yield _Point(dict(zip(self.names, values, strict=False)) | whole, self.deadline)
 
     def values(self, point: _Point) -> tuple:
         """Both values at a point: two fractions, or two numbers to enough digits to tell them apart."""

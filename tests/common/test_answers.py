@@ -25,7 +25,7 @@ PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jso
 
 def needs_algebra(i):
     """(prediction, gold): equal, and decided in a worker process."""
-    return rf"\frac{{n(n+1)}}{{2}}+{i}", rf"\sum_{{k=1}}^{{n}} k+{i}"
+    return rf"\frac{{x^2}}{{2}}+{i}", rf"\int_{{0}}^{{x}} t dt+{i}"
 
 
 def has_no_end(i):
@@ -182,8 +182,8 @@ def test_policy(policy, gold, prediction, default, chosen):
 
 
 def test_policy_reaches_the_workers():
-    assert not same_answer(r"\sum_{k=1}^{3} \frac{1}{k}", "1.83")
-    assert same_answer(r"\sum_{k=1}^{3} \frac{1}{k}", r"\frac{11}{6}", policy=Policy(percent="value"))
+    assert not same_answer(r"50\%", r"\int_{0}^{1} t dt")
+    assert same_answer(r"50\%", r"\int_{0}^{1} t dt", policy=Policy(percent="value"))
 
 
 def test_policy_refuses_an_unknown_choice():
@@ -203,7 +203,8 @@ def test_policy_refuses_an_unknown_choice():
         (r"\boxed{(1, 3)}", "(1, 2)", (Verdict.WRONG, "(1, 3)", "brackets", "number")),
         (r"\boxed{2x}", "x+x", (Verdict.CORRECT, "2x", "value", "value")),
         (r"\boxed{B}", "(B)", (Verdict.CORRECT, "B", "choice", "choice")),
-        (r"\boxed{2}", r"\sum_{k=1}^{2} 1", (Verdict.CORRECT, "2", "value", "algebra")),
+        (r"\boxed{2}", r"\sum_{k=1}^{2} 1", (Verdict.CORRECT, "2", "value", "value")),
+        (r"\boxed{2}", r"\int_{0}^{2} t dt", (Verdict.CORRECT, "2", "value", "algebra")),
         (r"\boxed{[1,2] \cup [2,3]}", "[1,3]", (Verdict.CORRECT, r"[1,2] \cup [2,3]", "union", "set")),
         ("five", "5", (Verdict.NO_ANSWER, None, "", "")),
         (r"\boxed{9^{9^{9^9}}}", "5", (Verdict.UNPARSEABLE, "9^{9^{9^9}}", "value", "size")),

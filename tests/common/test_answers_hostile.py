@@ -45,6 +45,14 @@ LITERALS = [
     "0x" + "f" * 3000, "½" * 3000, "٣" * 3999, "９" * 5000, "0.\\overline{" + "1" * 900 + "}", "1_000_000_000",
     "1e5" * 900, "5e-5e-5",
 ]  # fmt: skip
+SERIES = [
+    r"\sum_{i=1}^{9999}\sum_{j=1}^{9999} ij", r"\sum_{k=1}^{9000} k^{k}", r"\prod_{k=1}^{9999} \frac{k+\pi}{k+e}",
+    r"\sum_{k=-10^9}^{10^9} k", r"\sum" * 130, r"\sum_{k=1}^{9}" * 30 + "k", r"\sum_{n=1}^{n} n", r"\sum_{k=k}^{k} k",
+    r"\sum_{k=1}^{9999} \sin(k)^{k}", r"\sum_{a=1}^{21}\sum_{b=1}^{21}\sum_{c=1}^{21} \sqrt{a+b+c}",
+    r"\sum_{k=1}^{2} a_{k^9}", r"\prod_{k=1}^{9999} k!", r"\sum_{k=1}^{n} \prod_{j=1}^{k} \sum_{i=1}^{j} \pi^{i}",
+    r"\sum_{=}^{=} =", r"\sum_{k=1}^{9}" + "k=" * 90, r"\sum_{k=1}^{1/3} k", r"\sum_{k=\pi}^{9} k",
+    r"\sum_{k=1}^{9^{9^9}} k", r"\sum_{k=1}^{n} a_{k}" + "_{k}" * 90, r"\sum^2_{k=1}_{k=2} k",
+]  # fmt: skip
 EXPANSIONS = [
     "(x+y)^{3000}", "(x+y+z)^{999}", "((x+1)^{99})^{99}", "(a+b)(c+d)" * 90, "+".join(f"x_{i}" for i in range(500)),
     r"\sum_{n=1}^{\infty} \frac{1}{n^3+\sin n}", r"\sum_{n=1}^{10^{9}} n^{n}", r"\sum_{k=1}^{n} k^{k}",
@@ -111,8 +119,8 @@ HEDGES = [  # of 5, of A or of 3: right for none
 ]  # fmt: skip
 
 CLASSES = {
-    "towers": TOWERS, "factorials": FACTORIALS, "literals": LITERALS, "expansions": EXPANSIONS, "nesting": NESTING,
-    "code": CODE, "specials": SPECIALS, "hedges": HEDGES,
+    "towers": TOWERS, "factorials": FACTORIALS, "literals": LITERALS, "series": SERIES, "expansions": EXPANSIONS,
+    "nesting": NESTING, "code": CODE, "specials": SPECIALS, "hedges": HEDGES,
 }  # fmt: skip
 CASES = [(name, text) for name, texts in CLASSES.items() for text in texts]
 GOLDS = (
@@ -133,7 +141,7 @@ WRAPS = (r"So \boxed{%s}.", "The answer is %s", "<answer>%s</answer>")
 
 @pytest.fixture(scope="module", autouse=True)
 def ready_worker():
-    assert same_answer(r"\frac{n(n+1)}{2}", r"\sum_{k=1}^{n} k", timeout=60)
+    assert same_answer(r"\frac{x^2}{2}", r"\int_{0}^{x} t dt", timeout=60)
 
 
 @pytest.fixture(autouse=True)
