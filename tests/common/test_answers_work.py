@@ -47,7 +47,7 @@ def test_work_on_the_pairs(counts):
         answers.same_answer(answer, gold, timeout=60)
     assert len(PAIRS) > 4000
     assert counts["requests"] < 0.01 * len(PAIRS)  # pairs that computer algebra decides, in another process
-    assert counts["points"] < 0.6 * len(PAIRS)  # at which two formulas get a value; 0.9 without fingerprints
+    assert counts["points"] < 0.62 * len(PAIRS)  # at which two formulas get a value; 0.9 without fingerprints
     assert counts["inexact steps"] < 0.85 * len(PAIRS)  # of mpmath
 
 
