@@ -18,12 +18,14 @@ from pathlib import Path
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() must not start CUDA before the fork
 
-WORKS = {
-    "va_opd_loss": "--student 2048 --teacher 4096 --head_rows 0 --most 60 --repeats 5",
-    "srpo_loss": "--rows 1024 2048 4096 8192 --student 4096 --teacher 4096 --most 60 --repeats 3",
-    "va_opd_scoring": "--real --repeats 3",
-    "srpo_step": "--real 4B --response 800 --repeats 2 --kinds srpo 'sdpo (trl)' grpo",
-    "evaluation": "--real --prompts 32 --tokens 256 --repeats 1",
+WORKS = {  # name of the result: module and arguments
+    "va_opd_loss": "va_opd_loss --student 2048 --teacher 4096 --head_rows 0 --most 60 --repeats 5",
+    "srpo_loss": "srpo_loss --rows 1024 2048 4096 8192 --student 4096 --teacher 4096 --most 60 --repeats 3",
+    "va_opd_scoring": "va_opd_scoring --real --repeats 3",
+    "srpo_step": "srpo_step --real 4B --response 800 --repeats 2 --kinds srpo 'sdpo (trl)' grpo",
+    "evaluation": "evaluation --real --prompts 32 --tokens 256 --repeats 1",
+    "srpo_step_8b": "srpo_step --real 8B --rollouts 16 --micro_batch 4 --response 200 --repeats 1"
+    " --kinds srpo 'sdpo (trl)'",
 }
 
 
@@ -32,8 +34,8 @@ def work(name: str, out: Path) -> None:
     with (out / f"{name}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        module = importlib.import_module(f"benchmarks.{name}")
-        module.main([*shlex.split(WORKS[name]), "--out", str(out / f"{name}_gpu.json")])
+        module, *arguments = shlex.split(WORKS[name])
+        importlib.import_module(f"benchmarks.{module}").main([*arguments, "--out", str(out / f"{name}_gpu.json")])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     started, codes = time.monotonic(), []
     for name in options.only:
-        importlib.import_module(f"benchmarks.{name}")
+        importlib.import_module(f"benchmarks.{WORKS[name].split()[0]}")
     print(f"imports: {time.monotonic() - started:.0f} s", flush=True)
     fork = multiprocessing.get_context("fork")
     for name in options.only:

@@ -209,6 +209,7 @@ ROWS: dict[str, Callable[[Result], list[list[str]]]] = {
     "va_opd_scoring": va_opd_scoring,
     "va_opd_loss": va_opd_loss,
     "srpo_step": srpo_step,
+    "srpo_step_8b": srpo_step,
     "srpo_loss": srpo_loss,
     "r_diverse_reward": r_diverse_reward,
     "r_diverse_sam": r_diverse_sam,

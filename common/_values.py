@@ -2,6 +2,7 @@ r"""Whether two formulas are equal, by their values.
 
 Two formulas are equal when their values agree wherever both are defined: as exact fractions where every step is
 rational, else to more digits than the two texts could differ in. The points are fixed, so a verdict never changes.
+Bounds of sums are whole numbers there, and a sequence of which nothing is known, such as a_k, has random terms.
 Every step is bounded (`TooLarge`) and looks at the deadline, so that this can run in any thread.
 """
 
