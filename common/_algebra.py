@@ -1,4 +1,4 @@
-"""What needs a computer algebra system: sums without end, integrals, limits, sets. `Algebra` lives in a worker process.
+"""What needs a computer algebra system: sums without end, integrals, limits, sets. `Algebra` is in a worker process.
 
 latex2sympy2_extended's grammar takes an untrusted text to sympy objects; no text is ever evaluated as code.
 """

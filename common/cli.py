@@ -142,7 +142,8 @@ def changed_fields(config: Any, skipped: Collection[str] = ()) -> dict[str, Any]
         value = getattr(config, f.name)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         plain = isinstance(value, (str, int, float, bool, dict, list))
-        if f.init and f.name not in skipped and value != default and value != [] and plain:
+        turned_off = value is None and default != "auto"  # which TRL resolves to None
+        if f.init and f.name not in skipped and value != default and value != [] and (plain or turned_off):
             chosen[f.name] = str(value.value) if hasattr(value, "value") else value
     return chosen
 

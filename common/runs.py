@@ -279,10 +279,11 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict
         ) from error
     ours = {**config, "seed": seed, **{f"data {k}": v for k, v in data.items()}}
     for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
+        if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name)):
+            wanted, found = (repr(side[name]) if name in side else "its default" for side in (ours, theirs))
             raise RunFolderError(
-                f"{path} belongs to a run with {name}={theirs.get(name)!r}, this one has {ours.get(name)!r}: choose "
-                "another out= or delete the folder"
+                f"{path} belongs to a run with {name}={found}, this one has {wanted}: choose another out= or delete "
+                "the folder"
             )
     return manifest
 

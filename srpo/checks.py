@@ -1,6 +1,41 @@
 """What SRPO cannot run on, each said in one sentence before it costs GPU hours."""
 
+import torch
 from accelerate.utils import is_peft_model
+from datasets import IterableDataset
+from transformers.utils import logging
+
+from .config import SRPOConfig
+
+logger = logging.get_logger(__name__)
+
+
+def check_batch(args: SRPOConfig, train_dataset) -> None:
+    """Raises `ValueError` for another configuration, and unless the data set fills a generation batch."""
+    if not isinstance(args, SRPOConfig):
+        raise ValueError(f"args must be an SRPOConfig, got {type(args).__name__}; routing='grpo' makes it GRPO")
+    if isinstance(train_dataset, IterableDataset):
+        raise ValueError("SRPOTrainer repeats each prompt num_generations times and needs a map-style Dataset")
+    prompts = args.generation_batch_size // args.num_generations
+    if train_dataset is not None and len(train_dataset) < prompts:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts} of one generation batch: lower "
+            "per_device_train_batch_size or gradient_accumulation_steps"
+        )
+
+
+def warn_of_half_precision(model) -> None:
+    """Warns of trained weights in half precision, in which most updates at a small learning rate are rounded away."""
+    half = [
+        name for name, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if half:
+        logger.warning(
+            "%d of the trained weights are in half precision (%s): at a learning rate such as 1e-6 most updates are "
+            'rounded away; load the model with dtype="float32", and bf16=True computes in bfloat16 all the same',
+            len(half),
+            half[0],
+        )
 
 
 def check_support(trainer) -> None:

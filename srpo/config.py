@@ -128,31 +128,46 @@ class SRPOConfig(GRPOConfig):
             self.entropy_beta = 1.0 if self.routing == "srpo" else 0.0
         if self.chat_template_kwargs is None:
             self.chat_template_kwargs = {"enable_thinking": False}
+        self._check_fields()
         super().__post_init__()
-        for name, valid, rule in (
-            ("routing", self.routing in ROUTINGS, f"must be one of {', '.join(ROUTINGS)}"),
-            ("teacher", self.teacher in TEACHERS, f"must be one of {', '.join(TEACHERS)}"),
-            ("demonstration", self.demonstration in ("first", "random"), "must be first or random"),
-            ("divergence", self.divergence in ALPHAS, f"must be one of {', '.join(ALPHAS)}"),
-            ("mix_weight", 0 <= self.mix_weight <= 1, "must be in [0, 1]"),
-            ("teacher_update_rate", 0 < self.teacher_update_rate <= 1, "must be in (0, 1]"),
-            ("entropy_beta", 0 <= self.entropy_beta < math.inf, "must be at least 0 and finite"),
-            ("reward_threshold", math.isfinite(self.reward_threshold), "must be finite"),
-            (
-                "distillation_topk",
-                self.distillation_topk is None or self.distillation_topk >= 1,
-                "must be at least 1, or none",
-            ),
-            ("num_generations", self.num_generations >= 2, "must be at least 2: a group needs siblings"),
-            ("max_prompt_length", self.max_prompt_length >= 1, "must be at least 1"),
-            ("max_reprompt_length", self.max_reprompt_length >= 1, "must be at least 1"),
-            ("doctor_steps", self.doctor_steps >= 0, "must be at least 0"),
-        ):
-            if not valid:
-                raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
         check_template(self.reprompt_template)
         if self.routing != "grpo":
             self._check_loss()
+
+    def _check_fields(self) -> None:
+        def one_of(names):
+            return lambda value: value in names, f"must be one of {', '.join(names)}"
+
+        at_least_1 = (lambda value: value >= 1, "must be at least 1")
+        at_least_0 = (lambda value: value >= 0, "must be at least 0")
+        for name, (valid, rule) in {
+            "routing": one_of(ROUTINGS),
+            "teacher": one_of(TEACHERS),
+            "demonstration": one_of(("first", "random")),
+            "divergence": one_of(ALPHAS),
+            "mix_weight": (lambda value: 0 <= value <= 1, "must be in [0, 1]"),
+            "reprompt_template": (lambda value: isinstance(value, str), "must be a text"),
+            "teacher_update_rate": (lambda value: 0 < value <= 1, "must be in (0, 1]"),
+            "entropy_beta": (lambda value: 0 <= value < math.inf, "must be at least 0 and finite"),
+            "reward_threshold": (math.isfinite, "must be finite"),
+            "distillation_topk": (lambda value: value is None or value >= 1, "must be at least 1, or none"),
+            "num_generations": (lambda value: value >= 2, "must be at least 2: a group needs siblings"),
+            "max_prompt_length": at_least_1,
+            "max_reprompt_length": at_least_1,
+            "doctor_steps": at_least_0,
+            "temperature": (lambda value: 0 < value < math.inf, "must be above 0 and finite"),
+            "top_p": (lambda value: 0 < value <= 1, "must be in (0, 1]"),
+            "epsilon": at_least_0,
+            "epsilon_high": (lambda value: value is None or value >= 0, "must be at least 0, or none for epsilon"),
+            "delta": (lambda value: value is None or value > 1, "must be above 1, or none"),
+        }.items():
+            value = getattr(self, name)
+            try:
+                is_valid = valid(value)
+            except TypeError:  # none, or a text
+                is_valid = False
+            if not is_valid:
+                raise ValueError(f"{name} {rule}, got {value!r}")
 
     def _check_loss(self) -> None:
         """What routing cannot be combined with."""

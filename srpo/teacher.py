@@ -159,7 +159,11 @@ class SelfTeacher:
                 hidden = self._forward(teacher, unwrapped, teacher_inputs(part, batch, pad_token_id))
                 for (row, _), hidden_TH in zip(part, hidden, strict=False):  # an empty part has one row in `hidden`
                     states[row] = hidden_TH[mask[row, : len(hidden_TH)].bool()]
-            return states, lm_head(unwrapped)
+            head = lm_head(unwrapped)
+            if self.factors and head.weight.requires_grad:  # the average in the policy's place, which ends here
+                bias = None if head.bias is None else head.bias.clone()
+                head = head._replace(weight=head.weight.clone(), bias=bias)
+            return states, head
 
     def _forward(self, teacher: nn.Module, unwrapped: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.accelerator.autocast():

@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 from . import objective
 from ._trl import ForwardRedirection, SiblingSampler
-from .checks import check_prompt_lengths, check_support
+from .checks import check_batch, check_prompt_lengths, check_support, warn_of_half_precision
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
 from .doctor import DoctorCallback, routing_figures, weight_figures
@@ -54,7 +54,10 @@ class SRPOTrainer(GRPOTrainer):
 
     def __init__(self, model, reward_funcs=None, args: SRPOConfig | None = None, **kwargs):
         args = SRPOConfig() if args is None else args
+        check_batch(args, kwargs.get("train_dataset"))
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
+        if self.accelerator.is_main_process and not self.is_deepspeed_enabled:  # which keeps float32 copies
+            warn_of_half_precision(self.model)
         self._forward_redirection = ForwardRedirection()
         self._teacher_hidden: dict[int, torch.Tensor] = {}
         self._loss_sums: torch.Tensor | None = None
@@ -82,8 +85,14 @@ class SRPOTrainer(GRPOTrainer):
             seed=self.args.seed,
         )
 
+    def _generate(self, prompts: list):
+        self._is_first_turn = True
+        return super()._generate(prompts)
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        check_prompt_lengths(prompt_ids, self.args.max_prompt_length)
+        if self._is_first_turn:  # in later ones a prompt holds the rollout so far and the results of its tools
+            check_prompt_lengths(prompt_ids, self.args.max_prompt_length)
+        self._is_first_turn = False
         with self._timed("generation"):
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
@@ -112,6 +121,8 @@ class SRPOTrainer(GRPOTrainer):
     def _route(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Logs the routes; unless `routing="grpo"`, what the loss needs of the distilled rows of this rank."""
         args, rewards = self.args, self._rollouts["rewards"]
+        if args.routing == "grpo" and not rewards.isfinite().all():
+            return {}  # TRL leaves such a rollout out of its group; a route it has none
         routing = objective.route(rewards, self.num_generations, args.reward_threshold)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
         lengths = self.accelerator.gather(mask.sum(1))
@@ -225,14 +236,14 @@ class SRPOTrainer(GRPOTrainer):
         logps_N, entropy_N = sampled_logps(head, hidden[policy], inputs["completion_ids"][policy], self.temperature)
         logps = torch.zeros_like(mask, dtype=logps_N.dtype).masked_scatter(policy, logps_N)
         grpo = tis * objective.grpo_token_loss(
-            logps, logps.detach(), advantages, args.epsilon, args.epsilon_high, args.delta
+            logps, logps.detach(), advantages, self.epsilon_low, self.epsilon_high, args.delta
         )
         weights = inputs["entropy_weights"]
         coefficients = tis * objective.distillation_coefficients(args.routing, weights, rows, mask, args.mix_weight)
         sdpo_N = self._divergence(head, hidden[routed], inputs["row"][rows].tolist(), coefficients[routed])
         sdpo = tis * torch.zeros_like(mask, dtype=sdpo_N.dtype).masked_scatter(routed, sdpo_N)
         loss = objective.routed_loss(args.routing, grpo, sdpo, weights, rows, mask, num_tokens, args.mix_weight)
-        sums = ((entropy_N, policy), (grpo[policy], policy), (sdpo[routed], routed))
+        sums = ((entropy_N, policy), (grpo[policy], policy), (sdpo_N, routed))
         return loss, torch.stack([torch.stack([x.detach().float().sum(), m.sum()]) for x, m in sums])
 
     def _divergence(self, head, hidden: torch.Tensor, rows: list[int], coefficients: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,19 @@ from datasets import IterableDataset
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.utils import logging
 
 from ._trl import split_pixel_values_by_grid
 from .config import VAOPDConfig
 
+logger = logging.get_logger(__name__)
+
 
 def check_batch(args: VAOPDConfig, train_dataset) -> None:
-    """Raises `ValueError` unless an optimizer step holds whole groups of siblings and the data set fills it."""
+    """Raises `ValueError` for another configuration, and unless an optimizer step holds whole groups of siblings and
+    the data set fills it."""
+    if not isinstance(args, VAOPDConfig):
+        raise ValueError(f"args must be a VAOPDConfig, got {type(args).__name__}; weighting='none' makes it plain OPD")
     if isinstance(train_dataset, IterableDataset):
         raise ValueError("VAOPDTrainer repeats each prompt num_generations times and needs a map-style Dataset")
     batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -28,6 +34,22 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
         raise ValueError(
             f"train_dataset has {len(train_dataset)} prompts, fewer than the {batch // args.num_generations} of one "
             "optimizer step: lower per_device_train_batch_size or gradient_accumulation_steps"
+        )
+
+
+def warn_of_half_precision(student: PreTrainedModel) -> None:
+    """Warns of trained weights in half precision, in which most updates at a small learning rate are rounded away."""
+    half = [
+        name
+        for name, p in student.named_parameters()
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if half:
+        logger.warning(
+            "%d of the student's trained weights are in half precision (%s): at a learning rate such as 1e-6 most "
+            'updates are rounded away; load it with dtype="float32", and bf16=True computes in bfloat16 all the same',
+            len(half),
+            half[0],
         )
 
 

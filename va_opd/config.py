@@ -1,5 +1,6 @@
 """One dataclass on top of TRL's: the fields of VA-OPD, and TRL's defaults moved to the paper's (arXiv 2605.21924)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,31 +111,50 @@ class VAOPDConfig(DistillationConfig):
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up, in steps or as a share below 1."})
 
     def __post_init__(self):
+        self._check_fields()
         super().__post_init__()
-        for name, valid, rule in (
-            ("weighting", self.weighting in WEIGHTINGS, f"must be one of {', '.join(WEIGHTINGS)}"),
-            ("pixelate_at", self.pixelate_at in ("model", "raw"), "must be model or raw"),
-            ("num_generations", self.num_generations >= 1, "must be at least 1"),
-            ("degradation_ratio", 0 < self.degradation_ratio <= 1, "must be in (0, 1]"),
-            ("rollout_temperature", self.rollout_temperature > 0, "must be above 0"),
-            ("va_eps", self.va_eps > 0, "must be above 0"),
-            ("top_fraction", 0 < self.top_fraction <= 1, "must be in (0, 1]"),
-            ("high_weight", 0 <= self.high_weight <= 1, "must be in [0, 1]"),
-            ("kl_temperature", self.kl_temperature > 0, "must be above 0"),
-            ("teacher_mode", self.teacher_mode in TEACHER_MODES, f"must be one of {', '.join(TEACHER_MODES)}"),
-            ("teacher_top_k", self.teacher_top_k >= 1, "must be at least 1"),
-            ("teacher_server_timeout", self.teacher_server_timeout > 0, "must be above 0"),
-            ("teacher_parity_limit", self.teacher_parity_limit > 0, "must be above 0"),
-            ("beta", self.beta == 1.0, "must be 1.0: the paper's divergence is the reverse KL"),
-        ):
-            if not valid:
-                raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
         if self.num_generations == 1 and self.weighting in ("va", "rollout"):
             raise ValueError(
                 f"num_generations=1 leaves rollout weights without siblings to compare: set num_generations to 2 or "
                 f"more, or weighting to 'token' or 'none' (got weighting={self.weighting!r})"
             )
         self._check_teacher()
+
+    def _check_fields(self) -> None:
+        def one_of(names):
+            return lambda value: value in names, f"must be one of {', '.join(names)}"
+
+        positive = (lambda value: 0 < value < math.inf, "must be above 0 and finite")
+        share = (lambda value: 0 < value <= 1, "must be in (0, 1]")
+        at_least_1 = (lambda value: value >= 1, "must be at least 1")
+        for name, (valid, rule) in {
+            "weighting": one_of(WEIGHTINGS),
+            "pixelate_at": one_of(("model", "raw")),
+            "num_generations": at_least_1,
+            "degradation_ratio": share,
+            "rollout_temperature": positive,
+            "va_eps": positive,
+            "top_fraction": share,
+            "high_weight": (lambda value: 0 <= value <= 1, "must be in [0, 1]"),
+            "va_floor": (lambda value: value is None or math.isfinite(value), "must be finite, or none"),
+            "kl_temperature": positive,
+            "teacher_mode": one_of(TEACHER_MODES),
+            "teacher_top_k": at_least_1,
+            "teacher_server_timeout": positive,
+            "teacher_parity_limit": positive,
+            "max_prompt_length": at_least_1,
+            "doctor_steps": (lambda value: value >= 0, "must be at least 0"),
+            "temperature": positive,
+            "top_p": share,
+            "beta": (lambda value: value == 1.0, "must be 1.0: the paper's divergence is the reverse KL"),
+        }.items():
+            value = getattr(self, name)
+            try:
+                is_valid = valid(value)
+            except TypeError:  # none, or a text
+                is_valid = False
+            if not is_valid:
+                raise ValueError(f"{name} {rule}, got {value!r}")
 
     def _check_teacher(self) -> None:
         if self.teacher_server and self.teacher_mode == "exact":

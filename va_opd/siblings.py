@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from ._trl import MULTIMODAL_KEYS, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
@@ -113,14 +113,24 @@ def backbone(model: nn.Module) -> nn.Module:
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model  # with PEFT or without
 
 
+def rope_types(config: PretrainedConfig) -> set[str]:
+    """Of all layers; a model may have one for each kind of layer."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    of_kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+    return {kind.get("rope_type", "default") for kind in of_kinds}
+
+
 def refusal(model: nn.Module) -> str | None:
     """Why rollouts cannot be scored from a cache of their prompt with this model, or None if they can.
 
     Only a cache that keeps every key and value can be continued by several tokens of several rollouts and still be
-    checked on one prompt: a window or a recurrent state may go wrong on longer prompts only.
+    checked on one prompt: a window or a recurrent state may go wrong on longer prompts only. So may positions whose
+    frequencies depend on the length of what passes.
     """
     if "past_key_values" not in inspect.signature(backbone(model).forward).parameters:
         return "its forward takes no past_key_values"
+    if by_length := rope_types(model.config) & {"dynamic", "longrope"}:
+        return f"its rope_type is {by_length.pop()}, which depends on the length of what passes"
     kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {DynamicLayer.__name__}
     return f"its cache has layers of the kind {', '.join(sorted(kinds))}" if kinds else None
 

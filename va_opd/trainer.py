@@ -77,6 +77,8 @@ class VAOPDTrainer(DistillationTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.accelerator.is_main_process and not self.is_deepspeed_enabled:  # which keeps float32 copies
+            checks.warn_of_half_precision(self.model)
         if args.teacher_offload:  # TRL would put it on the device, where it may not fit beside the engine of rollouts
             self.teacher_model = teacher_model
         if teacher_model is not None:
@@ -89,6 +91,7 @@ class VAOPDTrainer(DistillationTrainer):
         self.vocab_size = len(tokenizer)
         self.banned_ids = checks.banned_ids(processing_class, self.model.config)
         self.last_rollouts: dict[str, Any] = {}
+        self._kl_sums: torch.Tensor | None = None
         self.teacher = ServedTeacher(self) if args.teacher_server else Teacher(self)
         self.engine = VLLMRollouts(self.vllm_generation) if self.use_vllm else None
         if args.doctor_steps:
@@ -109,13 +112,16 @@ class VAOPDTrainer(DistillationTrainer):
         )
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        checks.check_prompts(prompt_ids, self.args.max_prompt_length)
+        if self._is_first_turn:  # in later ones a prompt holds the rollout so far and the results of its tools
+            checks.check_prompts(prompt_ids, self.args.max_prompt_length)
+        self._is_first_turn = False
         with self._timed("generation"):
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         checks.check_rollouts(completion_ids, self.banned_ids)
         return completion_ids
 
     def _generate(self, prompts: list):
+        self._is_first_turn = True
         prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
         # A row without an image beside rows with one: the processor, which TRL calls next, takes [] but not None
         self._rollout_images = images and [row or [] for row in images]
@@ -242,15 +248,19 @@ class VAOPDTrainer(DistillationTrainer):
         loss = objective.grouped_kl_loss(kl, inputs["coefficients"], num_prompts)
         high = inputs["high_tokens"]
         low = mask & ~high
-        self._kl_sums = torch.stack([kl[high].sum(), high.sum(), kl[low].sum(), low.sum()]).detach()
+        sums = torch.stack([kl[high].sum(), high.sum(), kl[low].sum(), low.sum()]).detach()
+        self._kl_sums = sums if self._kl_sums is None else self._kl_sums + sums
         return loss, entropy_N.detach().sum(), mask.sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Reduced here and not in `_compute_loss`, so that no collective runs inside a wrapped forward
-        kl_high, n_high, kl_low, n_low = self.accelerator.gather(self._kl_sums[None]).sum(0).tolist()
-        self._record("kl/high", kl_high / max(n_high, 1))
-        self._record("kl/low", kl_low / n_low if n_low else float("nan"))
+        # Reduced here and not in `_compute_loss`, so that no collective runs inside a wrapped forward; once a step:
+        # means over all its tokens, whatever the micro-batches
+        if self.accelerator.sync_gradients or not self.model.training:
+            kl_high, n_high, kl_low, n_low = self.accelerator.gather(self._kl_sums[None]).sum(0).tolist()
+            self._record("kl/high", kl_high / n_high if n_high else float("nan"))
+            self._record("kl/low", kl_low / n_low if n_low else float("nan"))
+            self._kl_sums = None
         return loss
 
     # Helpers

@@ -54,7 +54,7 @@ def test_how_a_run_ended_is_recorded(tmp_path, error, state):
     ("changes", "message"),
     [
         ({"learning_rate": 1e-4}, "learning_rate=0.001, this one has 0.0001"),
-        ({"extra": 1}, "extra=None, this one has 1"),
+        ({"extra": 1}, "extra=its default, this one has 1"),
     ],
 )
 def test_another_runs_folder_is_refused_and_untouched(tmp_path, changes, message):
@@ -68,6 +68,16 @@ def test_another_runs_folder_is_refused_and_untouched(tmp_path, changes, message
     with pytest.raises(RunFolderError, match="seed=0, this one has 1"):
         RunFolder.open(tmp_path, CONFIG, data=DATA, seed=1)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_setting_turned_off_is_not_its_default(tmp_path):
+    opened(tmp_path / "a")
+    with pytest.raises(RunFolderError, match="with top_k=its default, this one has None"):
+        opened(tmp_path / "a", top_k=None)
+    opened(tmp_path / "b", top_k=None)
+    with pytest.raises(RunFolderError, match="with top_k=None, this one has its default"):
+        opened(tmp_path / "b")
+    assert opened(tmp_path / "b", top_k=None).manifest["resumed"]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

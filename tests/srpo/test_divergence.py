@@ -144,6 +144,22 @@ def test_the_loss_must_be_the_one_that_was_announced():
         value.sum().backward()
 
 
+@pytest.mark.parametrize("size", [1e-17, 1e-28, 1e-42, 0.0])
+def test_tiny_coefficients_are_no_error(size):
+    """As entropy weights with a large beta are."""
+    student, hidden, teacher, teacher_hidden = heads()
+    coefficients = size * torch.rand(N)
+    value = chunked_divergence(student, hidden, teacher, teacher_hidden, coefficients, top_k=5)
+    (value * coefficients).sum().backward()
+    assert hidden.grad.isfinite().all()
+    if size > 1e-30:
+        plain = chunked_divergence(
+            student, again := hidden.detach().requires_grad_(), teacher, teacher_hidden, coefficients / size, top_k=5
+        )
+        (plain * coefficients / size).sum().backward()
+        torch.testing.assert_close(hidden.grad / size, again.grad, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("top_k", [5, None])
 def test_an_evaluation_makes_no_gradient(monkeypatch, top_k):
     def fail(*arguments):

@@ -217,7 +217,9 @@ def test_a_run_is_recorded_done_once_and_not_overwritten_by_another(config, caps
 
 
 def test_the_saved_settings_are_the_same_run_again(config, tmp_path):
-    args, settings = train.parse(["--config", str(config), "--routing", "mix", "--entropy_beta", "0.5"])
+    changes = ["--routing", "mix", "--entropy_beta", "0.5", "--distillation_topk", "none", "--delta", "none"]
+    args, settings = train.parse(["--config", str(config), *changes])
+    assert settings.distillation_topk is settings.delta is None
     saved = tmp_path / "saved.yaml"
     saved.write_text(yaml.safe_dump(changed_settings(args, settings, train.FOLLOW)))
     again_args, again = train.parse(["--config", str(saved), "--out", args.out])

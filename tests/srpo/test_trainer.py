@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
@@ -20,6 +21,7 @@ from trl.trainer import utils as trl_utils
 from common.tiny import tiny_qwen3
 from srpo import SRPOConfig, SRPOTrainer, _trl, lm_head, objective
 from srpo.reprompt import teacher_prompt_ids
+from srpo.teacher import SelfTeacher
 
 ROUTED = ("srpo", "sdpo", "sdpo_incorrect", "sdpo_correct", "mix")
 
@@ -133,6 +135,7 @@ def assert_same_step(a, b, tolerance: float = 1e-6) -> None:
     [
         (GRPOTrainer._get_train_sampler, "self dataset"),
         (GRPOTrainer._tokenize_prompts, "self prompts"),
+        (GRPOTrainer._generate, "self prompts"),
         (
             GRPOTrainer._generate_single_turn,
             "self prompt_ids images multimodal_fields num_generations has_tool_images",
@@ -208,6 +211,20 @@ def test_routing_grpo_is_trls_trainer_bit_for_bit(make, fixed, accumulation):
     assert ours[0] == theirs[0]
     assert ours[0] != 0
     assert all(torch.equal(gradient, theirs[1][name]) for name, gradient in ours[1].items())
+
+
+def test_routing_grpo_leaves_out_a_rollout_without_reward_as_trl_does(make, fixed):
+    def reward(completions, **columns):
+        return [None if i == 5 else value for i, value in enumerate(mixed_reward(completions))]
+
+    plain = {"loss_type": "dapo", "scale_rewards": "none", "epsilon_high": 0.28, "delta": 3.0, "temperature": 1.0}
+    ours = step(make(routing="grpo", reward=reward))
+    theirs = step(make(cls=GRPOTrainer, config=GRPOConfig, reward=reward, **plain))
+    assert ours[0] == theirs[0] != 0
+
+
+def test_without_an_upper_clip_range_the_lower_one_is_taken(make, fixed):
+    assert_same_step(step(make(epsilon_high=None)), step(make(epsilon_high=0.2)))
 
 
 def test_without_a_routed_row_srpo_is_grpo(make, fixed):
@@ -321,7 +338,7 @@ def test_loss_and_gradients_against_float64(make, fixed, routing, beta):
 @pytest.mark.parametrize("per", ["token", "rollout"])
 def test_corrections_of_the_rollout_engine_multiply_the_divergence(make, fixed, monkeypatch, routing, per):
     """Half of every importance ratio is half of the loss and of its gradients, of each token or of each rollout."""
-    steps, whole = [], SRPOTrainer._generate_and_score_completions
+    steps, logged, whole = [], [], SRPOTrainer._generate_and_score_completions
     for ratio in (1.0, 0.5):
 
         def corrected(self, inputs, ratio=ratio):
@@ -334,7 +351,9 @@ def test_corrections_of_the_rollout_engine_multiply_the_divergence(make, fixed, 
         trainer = make(routing=routing)
         steps.append(step(trainer))
         assert trainer.last_rollouts["distill"].any()
+        logged.append(trainer._metrics["train"]["loss/sdpo"][-1])
     (loss, gradients), half = steps
+    assert logged[0] == logged[1]  # the divergence is what it is
     assert_same_step((loss / 2, {name: gradient / 2 for name, gradient in gradients.items()}), half)
 
 
@@ -497,6 +516,25 @@ def test_the_frozen_teacher_of_a_lora_run_is_the_base_model_without_a_copy(make,
     assert math.isfinite(step(trainer)[0])
 
 
+def test_the_averaged_head_of_a_quantized_policy_is_not_the_policys(make, fixed):
+    model, _ = policy()
+    model.is_quantized = True  # stands for a 4-bit policy: its adapter is averaged and no copy is made
+    settings = {**LORA, "modules_to_save": ["lm_head"], "ensure_weight_tying": False}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    teacher = SelfTeacher(adapted, make().accelerator)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    batch = {"completion_ids": torch.tensor([[20, 30, 40]]), "prompt_ids": torch.tensor([[11, 12]])}
+    batch["completion_mask"] = torch.ones_like(batch["completion_ids"])
+    states, head = teacher.hidden_states(adapted, {0: [15, 16]}, batch, batch["completion_mask"], 1, 0)
+    with torch.no_grad(), teacher.view(adapted) as average:
+        expected = average(input_ids=torch.tensor([[15, 16, 20, 30, 40]])).logits[0, 1:-1]
+    torch.testing.assert_close(states[0] @ head.weight.T, expected)
+    assert not torch.allclose(head.weight, adapted.get_output_embeddings().weight)
+
+
 def test_lora_on_the_head_is_refused(make):
     with pytest.raises(ValueError, match="lm_head"):
         make(peft_config=peft.LoraConfig(target_modules=["lm_head"]))
@@ -606,6 +644,17 @@ def test_rewards_of_the_wrong_number(make, fixed):
         step(make(reward=lambda completions, **columns: [1.0]))
 
 
+def test_the_results_of_tools_are_no_part_of_the_prompts_limit(make, fixed):
+    """TRL's loop of tool calls generates again with the whole conversation as prompt."""
+    trainer = make(max_prompt_length=30)
+    trainer._is_first_turn = True
+    trainer._generate_single_turn([[11] * 30] * 8, None, {}, 4)
+    trainer._generate_single_turn([[11] * 35] * 8, None, {}, 1)
+    step(trainer)  # a first turn again, which is checked
+    with pytest.raises(ValueError, match="max_prompt_length=5"):
+        step(make(max_prompt_length=5))
+
+
 def test_a_prompt_over_the_limit(make):
     with pytest.raises(ValueError, match="max_prompt_length=5"):
         step(make(max_prompt_length=5))
@@ -616,7 +665,7 @@ def test_a_prompt_over_the_limit(make):
     [
         ("routing", "spro", "routing must be one of srpo, grpo"),
         ("teacher", "best", "teacher must be one of ema, frozen, current"),
-        ("demonstration", "last", "demonstration must be first or random"),
+        ("demonstration", "last", "demonstration must be one of first, random"),
         ("divergence", "kl", "divergence must be one of jsd"),
         ("mix_weight", 1.5, r"mix_weight must be in \[0, 1\]"),
         ("teacher_update_rate", 0.0, "teacher_update_rate must be in"),
@@ -624,7 +673,20 @@ def test_a_prompt_over_the_limit(make):
         ("distillation_topk", 0, "distillation_topk must be at least 1"),
         ("reprompt_template", "{prompt} solve it", "reprompt_template must hold {demonstration} once"),
         ("reprompt_template", "{prompt}{prompt}{demonstration}", "reprompt_template must hold {prompt} once"),
+        ("reprompt_template", None, "reprompt_template must be a text, got None"),
+        ("mix_weight", None, r"mix_weight must be in \[0, 1\], got None"),
+        ("reward_threshold", None, "reward_threshold must be finite, got None"),
+        ("num_generations", 0, "num_generations must be at least 2"),
+        ("num_generations", None, "num_generations must be at least 2"),
         ("num_generations", 3, "must be divisible by num_generations"),
+        ("temperature", 0.0, "temperature must be above 0"),
+        ("temperature", math.nan, "temperature must be above 0"),
+        ("top_p", 2.0, r"top_p must be in \(0, 1\]"),
+        ("epsilon", -0.1, "epsilon must be at least 0"),
+        ("epsilon_high", math.nan, "epsilon_high must be at least 0, or none"),
+        ("delta", 0.5, "delta must be above 1, or none"),
+        ("doctor_steps", -1, "doctor_steps must be at least 0"),
+        ("per_device_train_batch_size", 32, "train_dataset has 4 prompts, fewer than the 8 of one generation batch"),
         ("loss_type", "grpo", "loss_type must be 'dapo' with routing='srpo'"),
         ("num_iterations", 2, "num_iterations must be 1"),
         ("steps_per_generation", 4, "steps_per_generation=4 must equal gradient_accumulation_steps=1"),
@@ -634,6 +696,25 @@ def test_wrong_settings_are_one_clear_sentence(make, field, value, message):
     with pytest.raises(ValueError, match=message) as error:
         make(**{field: value})
     assert "\n" not in str(error.value)
+
+
+def test_another_configuration_and_an_iterable_data_set_are_one_clear_sentence(make, tmp_path):
+    model, tokenizer = policy()
+    plain = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="args must be an SRPOConfig, got GRPOConfig"):
+        SRPOTrainer(model, mixed_reward, plain, train_dataset=Dataset.from_list(rows()), processing_class=tokenizer)
+    endless = IterableDataset.from_generator(lambda: iter(rows()))
+    with pytest.raises(ValueError, match="needs a map-style Dataset"):
+        SRPOTrainer(model, mixed_reward, make().args, train_dataset=endless, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_trained_weights_in_half_precision_are_warned_of(make, caplog, monkeypatch, dtype):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model, tokenizer = policy()
+    make(model=(model.to(dtype), tokenizer))
+    warned = [record for record in caplog.records if "in half precision" in record.getMessage()]
+    assert len(warned) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize(

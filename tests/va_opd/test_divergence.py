@@ -94,6 +94,21 @@ def test_the_loss_must_be_the_one_that_was_announced():
     assert not hidden.grad.any() and not student.weight.grad.any()
 
 
+@pytest.mark.parametrize("size", [1e-17, 1e-28, 1e-42, 0.0])
+def test_tiny_coefficients_are_no_error(size):
+    """As a micro-batch has them whose rollouts lost against a sibling, with a small rollout temperature."""
+    hidden, student, teacher_hidden, teacher = heads()
+    coefficients = size * torch.rand(N)
+    kl, _ = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, coefficients)
+    (kl * coefficients).sum().backward()
+    assert hidden.grad.isfinite().all()
+    if size > 1e-30:
+        plain = hidden.detach().requires_grad_()
+        kl, _ = chunked_reverse_kl(plain, teacher_hidden, student, teacher, coefficients / size)
+        (kl * coefficients / size).sum().backward()
+        torch.testing.assert_close(hidden.grad / size, plain.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_an_evaluation_makes_no_gradient(monkeypatch):
     def fail(*arguments):
         raise AssertionError("a gradient was made")

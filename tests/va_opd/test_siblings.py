@@ -144,12 +144,21 @@ def text_config(kind, **extra):
     return kind(vocab_size=32, hidden_size=32, num_hidden_layers=2, **extra)
 
 
+def with_rope(kind: str):
+    factors = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64} if kind == "longrope" else {"factor": 4.0}
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
+    return Qwen3ForCausalLM(text_config(Qwen3Config, rope_parameters=parameters, max_position_embeddings=64))
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (lambda: Qwen3ForCausalLM(text_config(Qwen3Config)), None),
         (lambda: MambaForCausalLM(text_config(MambaConfig)), "its forward takes no past_key_values"),
         (lambda: MistralForCausalLM(text_config(MistralConfig, sliding_window=8)), "DynamicSlidingWindowLayer"),
+        (lambda: with_rope("dynamic"), "its rope_type is dynamic, which depends on the length"),
+        (lambda: with_rope("longrope"), "its rope_type is longrope"),
+        (lambda: with_rope("yarn"), None),
         (lambda: tests.models("gemma3")[1], "DynamicSlidingWindowLayer"),
         *[(lambda family=family: tests.models(family)[1], None) for family in SHARED],
     ],

@@ -5,6 +5,7 @@ resuming, learning. CPU, no network. Most tests replace generation by fixed roll
 import copy
 import functools
 import inspect
+import logging
 import math
 import operator
 import re
@@ -34,7 +35,7 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from trl import DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
@@ -787,7 +788,7 @@ def other_tokenizer():
         ({"num_generations": 1, "weighting": "rollout"}, "num_generations=1 leaves rollout weights without siblings"),
         ({"num_generations": 0}, "num_generations must be at least 1"),
         ({"weighting": "vaopd"}, "weighting must be one of va, rollout, token, none, got 'vaopd'"),
-        ({"pixelate_at": "before"}, "pixelate_at must be model or raw"),
+        ({"pixelate_at": "before"}, "pixelate_at must be one of model, raw"),
         ({"degradation_ratio": 0.0}, "degradation_ratio must be in"),
         ({"top_fraction": 0.0}, "top_fraction must be in"),
         ({"high_weight": 1.5}, "high_weight must be in"),
@@ -795,6 +796,12 @@ def other_tokenizer():
         ({"kl_temperature": 0.0}, "kl_temperature must be above 0"),
         ({"va_eps": 0.0}, "va_eps must be above 0"),
         ({"beta": 0.5}, "beta must be 1.0"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": math.nan}, "temperature must be above 0"),
+        ({"top_p": 2.0}, "top_p must be in (0, 1]"),
+        ({"max_prompt_length": None}, "max_prompt_length must be at least 1, got None"),
+        ({"doctor_steps": -1}, "doctor_steps must be at least 0"),
+        ({"va_floor": math.nan}, "va_floor must be finite, or none"),
         ({"per_device_train_batch_size": 32}, "train_dataset has 4 prompts, fewer than the 8"),
     ],
 )
@@ -820,6 +827,33 @@ def test_an_iterable_data_set_is_one_clear_sentence(make):
             train_dataset=IterableDataset.from_generator(lambda: iter(image_rows(2))),
             processing_class=processor,
         )
+
+
+def test_another_configuration_is_one_clear_sentence(tmp_path):
+    student, teacher, processor = models()
+    plain = DistillationConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="args must be a VAOPDConfig, got DistillationConfig"):
+        VAOPDTrainer(student, teacher, plain, Dataset.from_list(image_rows(4)), processing_class=processor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_student_in_half_precision_is_warned_of(make, caplog, monkeypatch, dtype):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    student, teacher, processor = models()
+    make(parts=(student.to(dtype), teacher, processor))
+    warned = [record for record in caplog.records if "in half precision" in record.getMessage()]
+    assert len(warned) == (dtype == torch.bfloat16)
+
+
+def test_the_results_of_tools_are_no_part_of_the_prompts_limit(make, monkeypatch):
+    """TRL's loop of tool calls generates again with the whole conversation as prompt."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(max_prompt_length=60)
+    trainer._is_first_turn = True
+    trainer._generate_single_turn([[11] * 60] * 8, None, {})
+    trainer._generate_single_turn([[11] * 70] * 8, None, {})
+    with pytest.raises(ValueError, match="above max_prompt_length=5"):
+        step(make(max_prompt_length=5))
 
 
 def test_a_missing_processor_is_one_clear_sentence(make):
@@ -942,6 +976,18 @@ def test_rollouts_under_the_floor_have_uniform_tokens(make, monkeypatch):
     (batch,) = step(trainer)[2]
     for c, mask in zip(batch["coefficients"], batch["completion_mask"], strict=True):
         assert c[mask.bool()].unique().numel() == 1
+
+
+def test_logged_kl_does_not_depend_on_micro_batches(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    logged = []
+    for size in (8, 2, 1):
+        trainer = make(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        trainer.train()
+        logged.append([(line["kl/high"], line["kl/low"]) for line in trainer.state.log_history if "kl/high" in line])
+    assert len(logged[0]) == 2
+    for other in logged[1:]:
+        np.testing.assert_allclose(other, logged[0], rtol=1e-3)
 
 
 def test_logged_kl_and_va_against_their_definitions(make, monkeypatch):
