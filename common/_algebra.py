@@ -33,7 +33,8 @@ class Algebra:
         from latex2sympy2_extended.latex2sympy2 import ConversionConfig
         from sympy.parsing import sympy_parser
 
-        sympy_parser.eval_expr = _digits_only  # sympy makes even a number from its text by running code: not here
+        # sympy makes even a number from its text by running code: not here
+        sympy_parser.eval_expr = _numbers_and_names_only
         self.sympy = sympy
         config = ConversionConfig(lowercase_symbols=False)
         self._latex2sympy = lambda text: latex2sympy(text, normalization_config=None, conversion_config=config)
@@ -70,6 +71,8 @@ class Algebra:
         known = {sympy.Symbol("i"): sympy.I, sympy.Symbol("e"): sympy.E}
         parsed = parsed.xreplace(known)
         parsed = parsed if isinstance(parsed, sympy.core.relational.Relational) else parsed.doit()
+        if isinstance(parsed, sympy.Expr):
+            parsed = parsed.replace(_has_branch_without_value, lambda piecewise: piecewise.args[0].expr)
         if parsed.has(sympy.nan, sympy.zoo):
             raise Unreadable
         return parsed
@@ -169,14 +172,31 @@ def _real_root(node):
     return (-1) ** node.exp.p * (-node.base) ** node.exp
 
 
-def _digits_only(code, *_namespaces):
-    """In the place of sympy's evaluation of generated code: reads `Integer (12 )`, refuses all else."""
+def _has_branch_without_value(node) -> bool:
+    """As the geometric series has outside of its radius: values are compared where both sides have one."""
     import sympy
 
-    digits = re.fullmatch(r"\s*Integer\s*\(\s*(\d+)\s*\)\s*", code) if isinstance(code, str) else None
-    if not digits:
+    return isinstance(node, sympy.Piecewise) and node.args[-1].expr.has(sympy.Sum, sympy.Product, sympy.Integral)
+
+
+_GENERATED = re.compile(
+    r"Integer\((?P<top>\d+)\)(?:/Integer\((?P<bottom>\d+)\))?|Symbol\('(?P<name>\w+)'\)|(?P<constant>E|I|pi)"
+)
+
+
+def _numbers_and_names_only(code, *_namespaces):
+    """In the place of sympy's evaluation of generated code: reads `Integer (3 )/Integer (2 )`, `Symbol ('x' )` and
+    `pi`, of which sympy makes its own tables of series and integrals, and refuses all else."""
+    import sympy
+
+    found = _GENERATED.fullmatch(re.sub(r"\s", "", code)) if isinstance(code, str) else None
+    if not found:
         raise Unreadable("text is never evaluated as code")
-    return sympy.Integer(int(digits[1]))
+    if found["constant"]:
+        return getattr(sympy, found["constant"])
+    if found["name"]:
+        return sympy.Symbol(found["name"])
+    return sympy.Rational(int(found["top"]), int(found["bottom"] or 1))
 
 
 _EVERY_KIND = (

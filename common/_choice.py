@@ -15,6 +15,13 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 _OTHER_LETTER = re.compile(r"(?<![\w'\\])(?!A [a-z]|I['’ ]+[a-z])[A-J](?![\w'])")
+_INITIALS = re.compile(r"[.:)\s]*(?:[A-Z]\.\s*)*")
+_LABEL = re.compile(  # as in "A: no, B: yes"
+    r"(?<![\w'\\(])[A-J]:\s|^[^(]*(?<![\w'\\])[A-J]\)|(?<=[.;,\n])\s*\b[A-J]\.\s*(?![a-z\s]|$)"
+    r"|\b[A-J]\.\s*(?=[\d$\\])"
+)
+_POINTED = re.compile(r"\b([A-J])\.\s")
+_REFUSED = re.compile(r"(?i)[.:)]\s*;|[\s,;.:)]*(?:or\b|is\s+(?:wrong|incorrect|false|not)\b)|[\s,;]*\bnot\b")
 _HEDGE = re.compile(
     r"(?i)\b(?:maybe|perhaps|possibly|probably|also|either|or|could|might|may|wait|actually|sure|unless|both|alternatively)\b|;\s*\(?[A-J]\b"
 )
@@ -40,9 +47,16 @@ def chosen_letter(answer: str) -> str | None:
 
 def _names_another(rest: str) -> bool:
     """Whether what follows a letter offers another one. "A because (B) is wrong" and "C. Vitamin A" do not."""
-    if re.fullmatch(r"[.,:;)\s(\[-]*[A-J][)\].\s]*|.*[,;]\s*\(?[a-j]\)?\W*", rest):  # "C. D", "C or d"
+    if re.fullmatch(
+        r"(?:[.,:;)\s(\[-]+[A-J])+[)\].\s]*|[.,:;\s]*\([a-j]\)[.\s]*|.*[,;]\s*\(?[a-j]\)?\W*", rest
+    ):  # "C. D", "C or d"
+        return True
+    if _REFUSED.match(rest):
+        return True
+    after = _INITIALS.sub("", rest, count=1)
+    if _LABEL.search(after) or len(set(_POINTED.findall(after))) > 1:  # growth of E. coli has one
         return True
     if not _OTHER_LETTER.search(rest):
-        return bool(re.search(r"(?i)^[ ,;]*(?:or|not)\b", rest))
+        return False
     is_label = rest[0] in ".:)"
     return bool(_HEDGE.search(rest)) or not (is_label or _NEGATION.search(rest))

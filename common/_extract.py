@@ -22,7 +22,7 @@ _TAG = re.compile(r"</?(?:final_)?answer>", re.IGNORECASE)
 _MAX_MARKS = 20  # markers tried before giving up, when the nearest ones are followed by nothing
 _MARKER = re.compile(
     r"""(?ix) (?:^|(?<=\n))\#{4}\s+ |
-    (?:^|(?<=\n)) [\#\s*_]* (?:final\s+)?answer [\s*_]* \n+ |
+    (?:^|(?<=\n)) [\#*_\ \t]* (?:final\s+)?answer [\s*_]* \n+ |
     \b(?:answers? | (?:correct|right|best)\s+(?:option|choice))\b [\s*_]*
         (?:['’]s\b|\b(?:is|are|(?:would|should|must|will)\s+be|becomes|equals)\b|[:=：]) [\s*_:：]* |
     \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)\b [\s*_]* (?:\b(?:est|es|é|è|ist)\b|[:：]) [\s*_:：]* |
@@ -34,9 +34,10 @@ _FILLER = re.compile(
 )
 _SENTENCE_END = re.compile(r"\.(?=\s|$|\*)|。|\n|</?\w+>")
 _REASON = re.compile(
-    r"(?i)(?:,\s*(?:it|i|we|you|that|this)\b|,?\s+(?:because|since|which|as(?! well)|so)\b).*", re.DOTALL
+    r"(?i)(?:,\s*(?:it|i|we|you|that|this)\b|,?(?<!\s)\s+(?:because|since|which|as(?! well)|so)\b).*", re.DOTALL
 )
 _COPULA = re.compile(r"(?i)(?:the|this|that|there|its|our)\b.*\b(?:is|are|equals|equal to)\b\s*(.+)", re.DOTALL)
+_DENIAL = re.compile(r"(?i)\b(?:no|not|never|neither|cannot)\b|n['’]t\b")
 _COPULA_ZH = re.compile(r"[\u4e00-\u9fff].*(?:是|为|等于)\s*(.+)", re.DOTALL)
 
 
@@ -60,16 +61,14 @@ def extract_answer(response: str, which: str = "last") -> str | None:
 
 
 def own_words(response: str) -> str:
-    """The part of a response that speaks to the reader: after the thinking, before any end-of-turn token."""
+    """The part of a response that speaks to the reader: after the thinking, before any that has no end, before any
+    end-of-turn token."""
     text = _TURN_START.sub("", response, count=1) if response.lstrip().startswith("<|im_start|>") else response
     if "<" not in text:
         return text
     end = _TURN_END.search(text)
     text = text[: end.start()] if end else text
-    _, closed, after = text.rpartition("</think>")
-    if closed:
-        return after
-    return "" if text.lstrip().startswith("<think>") else text
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def boxes_of(text: str) -> list[tuple[int, int, str]]:
@@ -137,7 +136,8 @@ def _clean_clause(clause: str, is_sentence: bool) -> str | None:
     if is_sentence:
         clause = _REASON.sub("", clause, count=1)
         copula = _COPULA.match(clause) or _COPULA_ZH.match(clause)
-        clause = copula[1] if copula else clause
+        denied = copula and _DENIAL.search(clause, 0, copula.start(1))  # "there is no way it is 5"
+        clause = copula[1] if copula and not denied else clause
     return clause.strip(" \t\n*_`") or None
 
 

@@ -37,7 +37,16 @@ _SYMBOLS = str.maketrans(
     | {"≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "≈": "\\approx ", "±": "\\pm ", "∓": "\\mp ", "∖": "\\setminus "}
     | {"∅": "\\emptyset ", "。": ".", "、": ",", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℚ": "\\mathbb{Q}"}
     | {"ℕ": "\\mathbb{N}", "ℂ": "\\mathbb{C}", "…": "\\ldots ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil "}
-    | {"⌉": "\\rceil ", "⟨": "\\langle ", "⟩": "\\rangle ", "℃": "^\\circ C", "℉": "^\\circ F", "∣": "|"}
+    | {
+        "⌉": "\\rceil ",
+        "⟨": "\\langle ",
+        "⟩": "\\rangle ",
+        "∑": "\\sum ",
+        "∏": "\\prod ",
+        "℃": "^\\circ C",
+        "℉": "^\\circ F",
+        "∣": "|",
+    }
 )
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n")
@@ -287,6 +296,7 @@ _EXPLOSIVE = re.compile(
     r"|\\binom\{[^{}]*(?:\d{5}|\^)"
 )
 
+_UPPER_BOUND = re.compile(r"(\\(?:sum|prod)(?:_(?:\{[^{}]*\}|\w))?)\^(?:\{[^{}^]*\}|\w)")
 _ALL_DIGITS = re.compile(rf"\d{{{_MAX_DIGITS}}}")
 _EXPONENT = re.compile(r"\^\{([^{}]*)\}")
 
@@ -296,6 +306,7 @@ def within_limits(text: str) -> bool:
     if len(text) > MAX_CHARS or (len(text) >= _MAX_DIGITS and _ALL_DIGITS.search(text)):
         return False
     text = text.replace(" ", "")
+    text = _UPPER_BOUND.sub(r"\1", text) if "\\sum" in text or "\\prod" in text else text  # no exponent
     raised: list[bool] = []  # for each open bracket: is it an exponent?
     for bracket in BRACKET.finditer(text):
         if bracket[0] in OPENING:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ SERVER_FIELDS = (
     "teacher_server",
     "teacher_server_timeout",
 )
+COUNTS = ("limit", "eval_limit", "eval_samples", "eval_batch_size")
 # What Python and safetensors, and what torch.save say of it
 FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
 
@@ -108,23 +110,47 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
     """
     from trl import TrlParser
 
+    argv = [
+        part
+        for argument in argv
+        for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
+    ]
     known = {f.name for cls in classes for f in dataclasses.fields(cls)}
     keys = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
     if "--config" in argv:
         path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
         if not path.is_file():
             raise ValueError(f"config file {str(path)!r} does not exist; the project's are in {configs}")
-        content = yaml.safe_load(path.read_text())
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"config file {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ValueError(f"config file {str(path)!r} holds no mapping of fields to values")
-        keys += [key for key in content if key != "env"]
+        keys += [str(key) for key in content if key != "env"]
     for key in keys:
         if key not in known | {"config", "help"}:
             close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     if "--dry_run" in argv and not torch.cuda.is_available():
         argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
-    return TrlParser(classes).parse_args_and_config(argv)
+    parsed = TrlParser(classes).parse_args_and_config(argv)
+    for part in parsed:
+        _check_numbers(part)
+    return parsed
+
+
+def _check_numbers(part: Any) -> None:
+    """`ValueError` for what would be noticed only when a run has begun, or when it has trained."""
+    for names, valid, rule in (
+        (COUNTS, lambda value: value >= 1, "must be at least 1"),
+        (("eval_temperature",), lambda value: 0 <= value < math.inf, "must be at least 0 and finite"),
+        (("eval_top_p",), lambda value: 0 < value <= 1, "must be in (0, 1]"),
+    ):
+        for name in names:
+            value = getattr(part, name, None)
+            if value is not None and not valid(value):
+                raise ValueError(f"{name} {rule}, got {value!r}")
 
 
 def changed_settings(args: Any, config: Any, follow: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -151,4 +177,7 @@ def changed_fields(config: Any, skipped: Collection[str] = ()) -> dict[str, Any]
 def is_done(run: Path) -> bool:
     """Whether a run folder holds a finished run."""
     manifest = run / "manifest.json"
-    return manifest.exists() and json.loads(manifest.read_text()).get("state") == "done"
+    try:
+        return manifest.exists() and json.loads(manifest.read_text()).get("state") == "done"
+    except (ValueError, AttributeError):
+        return False  # opening the folder says what is wrong with it

@@ -54,6 +54,7 @@ def interval(correct: Table, level: float = 0.95, seed: int = 0) -> tuple[float,
     near 0 and 1 is close to nominal where the bootstrap's is not, and it has no random part: `seed` is there because
     the other estimators have one, and changes nothing.
     """
+    _check_level(level)
     means = _problem_means(correct)
     n, p = len(means), float(means.mean())
     samples = sum(len(row) for row in _rows(correct))
@@ -74,6 +75,7 @@ def paired_difference(a: Table, b: Table, level: float = 0.95, seed: int = 0) ->
     Student's interval over the problems' differences; two-sided p-value of the sign-flip permutation test, exact for
     few problems, else from 9,999 seeded draws and never 0.
     """
+    _check_level(level)
     means_a, means_b = _problem_means(a), _problem_means(b)
     if len(means_a) != len(means_b):
         raise ValueError(f"a has {len(means_a)} problems, b has {len(means_b)}: both must be on the same problems")
@@ -84,6 +86,9 @@ def paired_difference(a: Table, b: Table, level: float = 0.95, seed: int = 0) ->
     if n == 1:  # one problem says nothing about others
         return mean, -1.0, 1.0, 1.0
     half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * difference.std(ddof=1) / math.sqrt(n)
+    low, high = mean - half, mean + half
+    if np.ptp(difference) < 1e-12:  # no spread seen, as in `interval`: all that is known is that there were n problems
+        low, high = (2 * bound - 1 for bound in interval([[(mean + 1) / 2]] * n, level))
     test = stats.permutation_test(
         (means_a, means_b),
         lambda x, y, axis=-1: np.mean(x - y, axis=axis),
@@ -93,7 +98,7 @@ def paired_difference(a: Table, b: Table, level: float = 0.95, seed: int = 0) ->
         batch=1000,
         rng=np.random.default_rng(seed),
     )
-    return mean, float(max(-1.0, mean - half)), float(min(1.0, mean + half)), float(test.pvalue)
+    return mean, float(max(-1.0, low)), float(min(1.0, high)), float(test.pvalue)
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float, float]:
@@ -105,12 +110,18 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
     """
     if not len(values) or not np.isfinite(values).all():
         raise ValueError(f"values must be one finite number or more, one for each seed, got {list(values)}")
+    _check_level(level)
     n, mean = len(values), float(np.mean(values))
     if n == 1:
         return mean, math.nan, math.nan, math.nan
     deviation = float(np.std(values, ddof=1))
     half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * deviation / math.sqrt(n)
     return mean, deviation, mean - half, mean + half
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), such as 0.95, got {level}")
 
 
 def _majority_is(row: Sequence[Any], gold: Any, same: Callable[[Any, Any], bool]) -> bool:

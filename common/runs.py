@@ -273,9 +273,10 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict
             "seed": manifest["seed"],
             **{f"data {k}": v for k, v in manifest["data"].items()},
         }
-    except (ValueError, KeyError, TypeError) as error:
+        manifest["state"], [*manifest["resumed"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(
-            f"{path}/manifest.json cannot be read ({error}): choose another out= or delete the folder"
+            f"{path}/manifest.json cannot be read ({error!r}): choose another out= or delete the folder"
         ) from error
     ours = {**config, "seed": seed, **{f"data {k}": v for k, v in data.items()}}
     for name in sorted(ours.keys() | theirs.keys()):

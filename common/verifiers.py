@@ -11,12 +11,14 @@ Where TRL passes `log_metric`, the shares of the verdicts are logged (`verdict/c
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from common._extract import own_words
 from common.answers import Verdict, chosen_letter, exact_number, extract_answer, gold_letter, grade_many
 
 __all__ = [
@@ -83,7 +85,7 @@ def _compatible_choice(response: str, gold: str | None) -> tuple[str | None, Ver
 
 
 def _choice_verdict(response: str, gold: str | None) -> tuple[str | None, Verdict]:
-    wanted, committed = gold_letter(gold or ""), extract_answer(response)
+    wanted, committed = gold_letter("" if gold is None else str(gold)), extract_answer(response)
     chosen = chosen_letter(response if committed is None else committed)
     if wanted is None:
         return chosen, Verdict.GOLD_UNPARSEABLE
@@ -104,7 +106,9 @@ def numeric_reward(
     `tolerance` is absolute, one for each row (a column) or one for all; without it the numbers must be equal.
     """
     golds = _column("answer", answer, completions)
-    limits = tolerance if isinstance(tolerance, Sequence) else [tolerance] * len(golds)
+    limits = list(tolerance) if hasattr(tolerance, "__len__") else [tolerance] * len(golds)
+    if wrong := next((limit for limit in limits if limit is not None and not 0 <= limit < math.inf), None):
+        raise ValueError(f"tolerance must be at least 0 and finite, got {wrong}: mend the column or the argument")
     rows = zip(completions, golds, limits, strict=True)
     verdicts = [_numeric_verdict(_text(completion), gold, limit) for completion, gold, limit in rows]
     return _rewards(verdicts, golds, log_metric)
@@ -184,7 +188,7 @@ def _tool_calls(completion: Completion) -> str | list:
     message = {} if isinstance(completion, str) else _last_message(completion)
     if message.get("tool_calls"):
         return [call.get("function", call) if isinstance(call, dict) else call for call in message["tool_calls"]]
-    text = _text(completion).rpartition("</think>")[2]
+    text = own_words(_text(completion))
     tagged = [part.partition("</tool_call>")[0] for part in text.split("<tool_call>")[1:]]
     return f"[{','.join(tagged)}]" if tagged else _action_lines(text) or text
 
@@ -194,15 +198,19 @@ def _action_lines(text: str) -> list[dict]:
     calls = []
     for part in re.split(r"^[ \t]*Action:", text[:_MAX_CALL_CHARS], flags=re.MULTILINE)[1:]:
         name, _, rest = part.partition("Action Input:")
-        calls.append({"name": name.strip(), "arguments": _first_object(rest.lstrip())})
+        calls.append({"name": name.strip(), "arguments": _one_object(rest)})
     return calls
 
 
-def _first_object(text: str) -> object:
+def _one_object(text: str) -> object:
+    """The JSON value at the start of a text; None without one, and where the text offers another one."""
+    text = text.lstrip()
     try:
-        return json.JSONDecoder().raw_decode(text)[0]
+        value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return None
+    rest_of_line, _, after = text[end:].partition("\n")
+    return None if "{" in rest_of_line or "Action Input:" in after else value
 
 
 def _calls(source: str | list | dict | None) -> Counter | None:

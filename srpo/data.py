@@ -116,7 +116,7 @@ def _local(folder: Path) -> DatasetDict:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a file of JSON lines; `ValueError` names the line that is broken or the column that is missing."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -125,6 +125,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}, line {number} is no JSON ({error}): the file may be cut off, copy it anew"
             ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} holds no row with prompt, answer and idx, but {str(row)[:40]!r}")
         missing = {"prompt", "answer", "idx"} - row.keys()
         if missing:
             raise ValueError(f"{path}, line {number} has no {', '.join(sorted(missing))}: rename the columns")

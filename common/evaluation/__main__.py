@@ -54,6 +54,8 @@ def _run(args: argparse.Namespace) -> dict:
         return score_responses(benchmark, args.responses, args.out)
     if not args.model:
         raise ValueError("there is no --model to ask, no file of --responses, and no --rescore: pass one of them")
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     versions.announce("common.evaluation")
     options = _json_options("chat_template_kwargs", args.chat_template_kwargs, '{"enable_thinking": false}')
     engine, decoding = _engine(args, options), _decoding(args, benchmark)
@@ -94,6 +96,8 @@ def _json_options(name: str, text: str, example: str) -> dict:
         options = None
     if not isinstance(options, dict):
         raise ValueError(f"{name} must be JSON such as {example}, got {text}")
+    if taken := {"tokenize", "add_generation_prompt", "return_dict", "return_tensors"} & options.keys():
+        raise ValueError(f"{name} must leave out {', '.join(sorted(taken))}, which the engine sets; got {text}")
     return options
 
 

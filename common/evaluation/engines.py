@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,16 @@ class Decoding:
     top_p: float = 1.0
     max_new_tokens: int = 2048
     top_k: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, rule in (
+            ("temperature", 0 <= self.temperature < math.inf, "must be at least 0 and finite"),
+            ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
+            ("top_k", self.top_k >= 0, "must be at least 0, which is off"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

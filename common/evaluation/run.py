@@ -38,7 +38,10 @@ def evaluate(
     call goes on with what is missing. Raises `ValueError` where the records belong to another model, question set or
     decoding.
     """
-    samples, decoding = samples or benchmark.samples, decoding or benchmark.decoding
+    samples = benchmark.samples if samples is None else samples
+    decoding = decoding or benchmark.decoding
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
     if samples > 1 and decoding.temperature == 0:
         raise ValueError(f"{samples} samples at temperature 0 would repeat one answer: set a temperature above 0")
     out = Path(out)
@@ -48,6 +51,7 @@ def evaluate(
         "benchmark": benchmark.name,
         "rows": question_fingerprint(benchmark),
         "decoding": dataclasses.asdict(decoding),
+        "chat_template_kwargs": getattr(engine, "template_options", {}),
         "samples": samples,
         "seed": seed,
     }
@@ -89,10 +93,14 @@ def rescore(benchmark: Benchmark, out: str | Path) -> dict[str, Any]:
     folder = Path(out) / benchmark.name
     if not (folder / "identity.json").exists():
         raise ValueError(f"{folder} holds no records of {benchmark.name}: run the evaluation first")
-    identity = json.loads((folder / "identity.json").read_text())
+    identity = _identity(folder)
     if identity["rows"] != question_fingerprint(benchmark):
         raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
-    return _score(benchmark, read_jsonl(folder / "samples.jsonl"), Path(out), identity)
+    records = read_jsonl(folder / "samples.jsonl")
+    wanted = identity.get("samples", 0) * len(benchmark.rows)  # unknown for responses of someone else
+    if len(records) < wanted:
+        raise ValueError(f"{folder} holds {len(records)} of {wanted} responses: the same evaluation goes on there")
+    return _score(benchmark, records, Path(out), identity)
 
 
 def score_responses(benchmark: Benchmark, responses: str | Path, out: str | Path) -> dict[str, Any]:
@@ -100,12 +108,12 @@ def score_responses(benchmark: Benchmark, responses: str | Path, out: str | Path
 
     `responses`: JSON lines with `id` (the question's number in the data, from 0) and `response`; `sample`,
     `num_tokens` and `finish_reason` ("stop" or "length") where they are known. Raises `ValueError` for a line without
-    the first two, an unknown question, or a question without a response.
+    the first two, a response that stands twice, an unknown question, or a question without a response.
     """
     path = Path(responses)
     if not path.is_file():
         raise ValueError(f"there is no file of responses {path}")
-    records = [_foreign(record, number, path) for number, record in enumerate(read_jsonl(path), 1)]
+    records = _foreign(path)
     identity = {"responses": str(path), "benchmark": benchmark.name, "rows": question_fingerprint(benchmark)}
     _claim(Path(out) / benchmark.name / "identity.json", identity)
     return _score(benchmark, records, Path(out), identity)
@@ -119,10 +127,26 @@ def scores_by_question(out: str | Path, benchmark: str) -> list[list[float]]:
     return [scores[key] for key in sorted(scores)]
 
 
-def _foreign(record: Any, number: int, path: Path) -> dict[str, Any]:
-    if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("response"), str):
-        raise ValueError(f"{path}, line {number}: a record needs `id` and `response`, a string")
-    return {**record, "id": str(record["id"])}
+def _foreign(path: Path) -> list[dict[str, Any]]:
+    """Records of a file that someone else wrote: its last line counts without a newline, too."""
+    records, seen = [], set()
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}): repair or remove the line") from error
+        if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("response"), str):
+            raise ValueError(f"{path}, line {number}: a record needs `id` and `response`, a string")
+        if not isinstance(record.get("num_tokens", 0), int | None):
+            raise ValueError(f"{path}, line {number}: num_tokens must be a number, got {record['num_tokens']!r}")
+        which = str(record["id"]), record.get("sample")
+        if which[1] is not None and which in seen:
+            raise ValueError(f"{path}, line {number}: sample {which[1]} of question {which[0]} stands there twice")
+        seen.add(which)
+        records.append({**record, "id": str(record["id"])})
+    return records
 
 
 def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -183,12 +207,22 @@ def _sample_seed(seed: int, key: str, sample: int) -> int:
     return zlib.crc32(f"{seed}/{key}/{sample}".encode())
 
 
+def _identity(folder: Path) -> dict[str, Any]:
+    try:
+        return {**json.loads((folder / "identity.json").read_text())}
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder}/identity.json, which says whose records these are, cannot be read: delete the folder or choose "
+            "another --out"
+        ) from error
+
+
 def _claim(path: Path, identity: dict[str, Any]) -> None:
-    """The first evaluation in a folder says whose records these are; another one is refused."""
-    if not path.exists():
+    """The first evaluation with a record in a folder says whose records these are; another one is refused."""
+    if not any((path.parent / name).exists() for name in ("samples.jsonl", "scored.jsonl")):
         atomic_write_json(path, identity)
         return
-    theirs = json.loads(path.read_text())
+    theirs = {"chat_template_kwargs": {}, **_identity(path.parent)}  # older folders have none
     for name, value in identity.items():
         if theirs.get(name) != value:
             raise ValueError(

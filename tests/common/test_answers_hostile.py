@@ -16,6 +16,7 @@ import pytest
 
 from common import _worker
 from common.answers import Verdict, extract_answer, grade_many, judge, same_answer
+from common.verifiers import format_reward
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 0.4  # seconds given to one check
@@ -164,6 +165,14 @@ def probe():
     assert not same_answer(f"(x+{i})^2", f"x^2+{2 * i}x+{i * i + 1}")
     assert judge(rf"\boxed{{{i}}}", str(i)) is Verdict.CORRECT
     assert judge(rf"\boxed{{{i}}}", str(i + 1)) is Verdict.WRONG
+
+
+@pytest.mark.parametrize("filling", ["\n", "\n\n#", " ", "\n ", "answer\n", "answer is ", ", "])
+def test_extraction_takes_time_in_proportion_to_the_text(filling):
+    """It runs in the calling process, before any limit: with the square of this length it would take hours."""
+    text = f"So the answer must be found.{filling * 100_000}done, as it is"
+    assert judge(text, "5") is not Verdict.CORRECT
+    assert format_reward([text])[0] in (0.0, 1.0)
 
 
 def test_there_are_enough():

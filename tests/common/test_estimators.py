@@ -74,6 +74,9 @@ def test_maj_at_k_of_every_order_is_that_of_a_plain_count(n):
         (lambda: maj_at_k([["1"]], []), "one gold for each problem"),
         (lambda: interval([]), "no problems"),
         (lambda: paired_difference([[1]], [[1], [0]]), "same problems"),
+        (lambda: interval([[1]], level=95), r"level must be in \(0, 1\), such as 0.95, got 95"),
+        (lambda: paired_difference([[1]], [[0]], level=0), "level must be in"),
+        (lambda: over_seeds([1.0, 2.0], level=1), "level must be in"),
         (lambda: over_seeds([]), "one for each seed"),
         (lambda: over_seeds([0.5, float("nan")]), "one for each seed"),
     ],
@@ -82,6 +85,17 @@ def test_bad_input_is_one_clear_sentence(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("difference", [1, 0.5, -0.25])
+def test_a_difference_without_spread_has_an_interval_as_wide_as_that_of_its_problems(difference):
+    for problems in (2, 3, 30):
+        found, low, high, _ = paired_difference(
+            [[0.5 + difference / 2]] * problems, [[0.5 - difference / 2]] * problems
+        )
+        assert found == pytest.approx(difference)
+        assert high - low > 1 / (2 * problems)
+        assert -1 <= low <= found <= high <= 1
 
 
 @pytest.mark.parametrize("value", [0, 1])

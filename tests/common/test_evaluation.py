@@ -102,6 +102,61 @@ def test_records_of_another_evaluation_are_refused_and_kept(tmp_path, changes, n
     assert (tmp_path / "numbers/samples.jsonl").read_bytes() == before
 
 
+def test_another_chat_template_is_another_evaluation(tmp_path):
+    evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
+    engine = Echo()
+    engine.template_options = {"enable_thinking": False}
+    with pytest.raises(ValueError, match=r"holds records with chat_template_kwargs=\{\}, this evaluation has"):
+        evaluate(engine, numbers(), tmp_path, decoding=SAMPLED)
+
+
+def test_a_folder_without_a_record_can_be_claimed_anew(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Echo(fail_after=0), numbers(), tmp_path, samples=4, decoding=SAMPLED)
+    assert evaluate(Echo(), numbers(), tmp_path, samples=2, decoding=SAMPLED)["samples"] == 2
+
+
+def test_records_of_a_killed_evaluation_are_not_scored_as_a_whole_one(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Echo(fail_after=10), numbers(), tmp_path, samples=4, decoding=SAMPLED, batch=10)
+    with pytest.raises(ValueError, match="holds 10 of 40 responses: the same evaluation goes on there"):
+        rescore(numbers(), tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"model": "ec', "[]", "5"])
+def test_a_broken_identity_is_one_sentence(tmp_path, content):
+    evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
+    (tmp_path / "numbers/identity.json").write_text(content)
+    for again in (
+        lambda: evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED),
+        lambda: rescore(numbers(), tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"identity.json, which says whose records these are, cannot be read"):
+            again()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0 and finite, got nan"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 2.0}, r"top_p must be in"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+    ],
+)
+def test_wrong_decoding_is_one_sentence(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Decoding(**settings)
+
+
+@pytest.mark.parametrize("samples", [0, -2])
+def test_a_question_needs_a_sample(tmp_path, samples):
+    with pytest.raises(ValueError, match=f"samples must be at least 1, got {samples}"):
+        evaluate(Echo(), numbers(), tmp_path, samples=samples, decoding=SAMPLED)
+
+
 def test_another_scorer_needs_no_new_answers(tmp_path):
     evaluate(Echo(), numbers(), tmp_path, samples=2, decoding=SAMPLED)
     samples = (tmp_path / "numbers/samples.jsonl").read_bytes()
@@ -132,10 +187,18 @@ def test_responses_of_others_are_scored_into_the_same_table(tmp_path):
     assert len(read_jsonl(tmp_path / "out/numbers/scored.jsonl")) == 10
 
 
+def test_blank_lines_and_a_last_line_without_an_end_are_read(tmp_path):
+    lines = [json.dumps({"id": i, "response": rf"\boxed{{{i}}}"}) for i in range(10)]
+    (tmp_path / "theirs.jsonl").write_text("\n\n".join(lines))
+    assert score_responses(numbers(), tmp_path / "theirs.jsonl", tmp_path / "out")["avg@k"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
         ([{"id": 0}], "line 1: a record needs `id` and `response`"),
+        ([{"id": 0, "response": "5", "num_tokens": "x"}], "line 1: num_tokens must be a number, got 'x'"),
+        ([{"id": 0, "response": "5", "sample": 0}] * 2, "line 2: sample 0 of question 0 stands there twice"),
         ([{"id": 0, "response": None}], "line 1: a record needs"),
         ([{"id": 99, "response": "5"}], "there is no question '99'"),
         ([{"id": i, "response": "5"} for i in range(9)], "there is no response to question '9'"),
@@ -327,6 +390,11 @@ def test_the_command_prints_value_interval_and_rates(tmp_path, capsys):
         (["--model", "/nowhere"], "no such folder"),
         (["--data", "/nowhere.jsonl"], "cannot read /nowhere.jsonl"),
         (["--temperature", "0"], "3 samples at temperature 0"),
+        (["--temperature", "nan"], "temperature must be at least 0 and finite"),
+        (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--samples", "0"], "samples must be at least 1, got 0"),
+        (["--chat_template_kwargs", '{"tokenize": false}'], "chat_template_kwargs must leave out tokenize"),
         (["--benchmark", "math500"], "30 rows where 500 are expected"),
     ],
 )

@@ -91,6 +91,15 @@ def test_a_broken_manifest_and_a_file_in_the_way_are_one_sentence(tmp_path):
     (tmp_path / "manifest.json").write_text('{"config": ')
     with pytest.raises(RunFolderError, match="cannot be read"):
         opened(tmp_path)
+    for content in (
+        "{}",
+        "[]",
+        '{"config": {}, "seed": 0, "data": {}}',
+        '{"config": 5, "seed": 0, "data": {}, "state": 1}',
+    ):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(RunFolderError, match="cannot be read"):
+            opened(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written"):
         opened(tmp_path / "file" / "run")

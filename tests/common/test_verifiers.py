@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from common.verifiers import (
@@ -66,7 +67,9 @@ def test_verdicts_are_logged_as_shares_of_the_rows_with_gold():
     [
         "C", "(C)", "c", "C.", "**C**", "C)", "C: Neon", "C. Neon", "Option C", r"\boxed{C}", r"\boxed{\text{(C)}}",
         "The answer is C.", "The correct option is (C)", "Answer: C) Neon", "<answer>C</answer>", "**Answer:** C",
-        "A looks right, but no. The answer is C", "The answer is C because A and B are wrong", r"$\boxed{\textbf{C}}$",
+        "C. E. coli", "C. It inhibits E. coli growth", "C. Vitamin A", "C. False", "C. No change", "C. J. D. Salinger",
+        "C: pH = 7", "C. A, B and more are needed", "A looks right, but no. The answer is C",
+        "The answer is C because A and B are wrong", r"$\boxed{\textbf{C}}$",
     ],
 )  # fmt: skip
 def test_choice_letters(response):
@@ -77,11 +80,30 @@ def test_choice_letters(response):
     "response",
     [
         "A or C", "A, C", "A/C", "AC", "C or A", r"\boxed{C, A}", r"\boxed{A} and \boxed{C}", "Carbon", "", "C and D",
-        "I think it is C", "The answer is C or D", "<answer>A or B or C</answer>", "<answer></answer>", r"\boxed{}",
+        "C: no\nD: yes", "C. Incorrect. D. Correct.", "C) D) A)", "C. 3 D. 5", "The answer is C: 3, D: 5",
+        "C is wrong", "<answer>C. apples A. pears B. plums</answer>", r"\boxed{C: no, D: yes}", "C. or the second",
+        "C; not C", "C. (d)", "C. D. A", "<think>C", "I think it is C", "The answer is C or D",
+        "<answer>A or B or C</answer>", "<answer></answer>", r"\boxed{}",
     ],
 )  # fmt: skip
 def test_hedges_and_other_words_are_no_choice(response):
     assert choice_reward([response], answer=["C"]) == [0.0]
+
+
+def test_a_gold_number_is_no_letter():
+    assert choice_reward(["C"], answer=[2]) == [None]
+    with pytest.raises(ValueError, match="row 0 has answer='2', which choice_reward cannot use"):
+        check_gold(choice_reward, [{"answer": 2}])
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0, [0.1, float("nan")]])
+def test_a_tolerance_must_be_finite(tolerance):
+    with pytest.raises(ValueError, match="tolerance must be at least 0 and finite"):
+        numeric_reward([r"\boxed{3}"] * 2, answer=["3", "3"], tolerance=tolerance)
+
+
+def test_tolerances_of_a_numpy_column():
+    assert numeric_reward([r"\boxed{3}"] * 2, answer=["3.1", "3.1"], tolerance=np.array([0.2, 0.05])) == [1.0, 0.0]
 
 
 def test_numeric_reward():

@@ -122,6 +122,14 @@ def test_the_command_line_wins_over_the_file(config):
         (["--max_prompt_length", "5"], "above max_prompt_length=5"),
         (["--weighting", "vision"], "weighting"),
         (["--config_file", "x"], "unknown field"),
+        (["--limit", "0"], "limit must be at least 1, got 0"),
+        (["--eval_samples", "0"], "eval_samples must be at least 1, got 0"),
+        (["--eval_temperature", "nan"], "eval_temperature must be at least 0 and finite"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1, got 0"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, got 0"),
+        (["--learning_rate", "nan"], "learning_rate must be at least 0 and finite"),
+        (["--learning_rate", "-1"], "learning_rate must be at least 0 and finite"),
+        (["--max_completion_length", "0"], "max_completion_length must be at least 1"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing_trained(config, capsys, fields, message, tmp_path):
@@ -132,6 +140,18 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing_trained(config, capsys, fi
     else:
         assert message in fails(capsys, config, *fields)
     assert not list(tmp_path.glob("runs/**/model"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [1", "is no YAML"), ("a: \x00", "is no YAML"), ("1: 2", "unknown field '1'"), ("- 1", "holds no mapping")],
+)
+def test_a_broken_config_file_is_one_sentence(tmp_path, capsys, content, message):
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    for argv in (["--config", str(path)], [f"--config={path}"]):
+        assert train.main(argv) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_after_a_mistake_the_folder_is_free(config, capsys):
