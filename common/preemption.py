@@ -70,7 +70,8 @@ def train(trainer: Any, checkpoint: Path | None, keep_weights: bool = False) -> 
     `keep_weights`, all older checkpoints keep their weights, but only the newest can resume.
     """
     args = trainer.args
-    batch = (getattr(args, "steps_per_generation", None) or 1) // args.gradient_accumulation_steps or 1
+    micro_steps = (getattr(args, "steps_per_generation", None) or 1) * getattr(args, "num_iterations", 1)
+    batch = micro_steps // args.gradient_accumulation_steps or 1
     sigterm = SaveOnSigterm(batch)
     trainer.add_callback(sigterm)
     trainer.add_callback(ExactCheckpoints(trainer, checkpoint, keep_weights))  # last: it completes what others save

@@ -1,7 +1,10 @@
 """Settings of a self-play run, and of its two phases on top of TRL's, with the values of R-Diverse (arXiv 2602.13103)
 and, where it is silent, of R-Zero (arXiv 2508.05004) and its release."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -15,6 +18,32 @@ MEASURES = ("sam", "question", "program_text", "question_text")
 ALARMS = ("off", "warn", "stop")
 UPDATES = 4  # optimizer steps on one generation batch: 512 prompts in four batches of 128
 MATH = "math500,gsm8k,minerva_math,olympiadbench,amc23,aime24,aime25"
+
+
+def _one_of(names: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in names, f"must be one of {', '.join(names)}"
+
+
+_COUNT = (lambda value: value >= 1 and value == int(value), "must be at least 1, and whole")
+_GROUP = (lambda value: value >= 2 and value == int(value), "must be at least 2: one answer always agrees with itself")
+_AMOUNT = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+_SHARE = (lambda value: 0 < value <= 1, "must be in (0, 1]")
+
+
+def _check(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
+    """Raises `ValueError` for the first field that breaks its rule."""
+    for name, (valid, rule) in rules.items():
+        value = getattr(config, name)
+        try:
+            is_valid = valid(value)
+        except (TypeError, ValueError, OverflowError):  # none, a text, a number without end
+            is_valid = False
+        if not is_valid:
+            raise ValueError(f"{name} {rule}, got {value!r}")
+
+
+def _or_none(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value is None or rule[0](value), f"{rule[1]}, or none"
 
 
 @dataclass
@@ -47,18 +76,35 @@ class PhaseConfig(GRPOConfig):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
 
     def __post_init__(self):
+        _check(
+            self,
+            {
+                **dict.fromkeys(
+                    ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"), _COUNT
+                ),
+                **dict.fromkeys(
+                    ("steps_per_generation", "generation_batch_size", "max_completion_length"), _or_none(_COUNT)
+                ),
+                "num_generations": (lambda value: value >= 2, "must be at least 2: a group needs siblings"),
+                "temperature": (lambda value: 0 < value < math.inf, "must be above 0 and finite"),
+                "top_p": _SHARE,
+                "learning_rate": _AMOUNT,
+                "delta": (lambda value: value is None or value > 1, "must be above 1, or none"),
+                **dict.fromkeys(("save_steps", "logging_steps", "epsilon"), _AMOUNT),
+                "epsilon_high": _or_none(_AMOUNT),
+            },
+        )
         if self.generation_batch_size is None and self.steps_per_generation is None:
             self.steps_per_generation = UPDATES * self.gradient_accumulation_steps
         super().__post_init__()
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}: a phase has a fixed length")
-        if self.save_strategy == "steps" and self.save_steps * self.gradient_accumulation_steps % (
-            self.steps_per_generation
-        ):
+        micro_steps = self.steps_per_generation * self.num_iterations  # in which a generation batch is used
+        if self.save_strategy == "steps" and self.save_steps * self.gradient_accumulation_steps % micro_steps:
             raise ValueError(
                 f"save_steps={self.save_steps} must be a multiple of the "
-                f"{self.steps_per_generation / self.gradient_accumulation_steps:g} optimizer steps that share a "
-                "generation batch: a phase that resumes in between would draw other rollouts"
+                f"{micro_steps / self.gradient_accumulation_steps:g} optimizer steps that share a generation batch: a "
+                "phase that resumes in between would draw other rollouts"
             )
 
 
@@ -211,29 +257,31 @@ class RDiverseConfig:
     def __post_init__(self):
         if self.replay_fraction is None:
             self.replay_fraction = 0.3 if self.penalty == "r_diverse" else 0.0
-        for name, valid, rule in (
-            ("penalty", self.penalty in PENALTIES, f"must be one of {', '.join(PENALTIES)}"),
-            ("measure", self.measure in MEASURES, f"must be one of {', '.join(MEASURES)}"),
-            ("alarm", self.alarm in ALARMS, f"must be one of {', '.join(ALARMS)}"),
-            ("engine", self.engine in ("transformers", "vllm"), "must be transformers or vllm"),
-            ("policy_dtype", self.policy_dtype in ("float32", "bfloat16"), "must be float32 or bfloat16"),
-            ("iterations", self.iterations >= 1, "must be at least 1"),
-            ("m_reward", self.m_reward >= 2, "must be at least 2: one answer always agrees with itself"),
-            ("m_label", self.m_label >= 2, "must be at least 2: one answer always agrees with itself"),
-            ("candidates", self.candidates >= 1, "must be at least 1"),
-            ("min_questions", self.min_questions >= 1, "must be at least 1"),
-            ("max_rounds", self.max_rounds >= 1, "must be at least 1"),
-            ("low", 0 <= self.low <= self.high, "must be in [0, high]"),
-            ("high", self.high <= 1, "must be at most 1"),
-            ("replay_fraction", 0 <= self.replay_fraction < 1, "must be in [0, 1)"),
-            ("gate_samples", self.gate_samples >= 0, "must be at least 0"),
-            ("alpha", self.alpha >= 0, "must be at least 0: it weighs a penalty"),
-            ("beta", self.beta >= 0, "must be at least 0: it weighs a penalty"),
-            ("distance_threshold", 0 < self.distance_threshold <= 2, "must be in (0, 2], the range of 1 - cosine"),
-            ("gpus", self.gpus >= 0, "must be at least 0"),
-        ):
-            if not valid:
-                raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
+        _check(
+            self,
+            {
+                "penalty": _one_of(PENALTIES),
+                "measure": _one_of(MEASURES),
+                "alarm": _one_of(ALARMS),
+                "engine": _one_of(("transformers", "vllm")),
+                "policy_dtype": _one_of(("float32", "bfloat16")),
+                "seed": (lambda value: value >= 0, "must be at least 0"),
+                **dict.fromkeys(("iterations", "candidates", "min_questions", "max_rounds", "engine_batch"), _COUNT),
+                **dict.fromkeys(("question_tokens", "answer_tokens", "eval_samples"), _COUNT),
+                **dict.fromkeys(("m_reward", "m_label"), _GROUP),
+                **dict.fromkeys(("alpha", "beta"), (_AMOUNT[0], f"{_AMOUNT[1]}: it weighs a penalty")),
+                **dict.fromkeys(("question_temperature", "answer_temperature"), _AMOUNT),
+                **dict.fromkeys(("alarm_duplicates", "alarm_yield", "alarm_labels", "alarm_entropy"), _AMOUNT),
+                **dict.fromkeys(("question_top_p", "answer_top_p"), _SHARE),
+                "answer_top_k": (lambda value: value >= 0, "must be at least 0, which is off"),
+                "low": (lambda value: 0 <= value <= self.high, "must be in [0, high]"),
+                "high": (lambda value: value <= 1, "must be at most 1"),
+                "replay_fraction": (lambda value: 0 <= value < 1, "must be in [0, 1)"),
+                "gate_samples": (lambda value: value >= 0, "must be at least 0"),
+                "distance_threshold": (lambda value: 0 < value <= 2, "must be in (0, 2], the range of 1 - cosine"),
+                "gpus": (lambda value: value >= 0, "must be at least 0"),
+            },
+        )
         if self.penalty != "r_diverse" and self.measure != "sam":
             raise ValueError(f"measure={self.measure!r} needs penalty='r_diverse', got penalty={self.penalty!r}")
         lowest_valid_reward(self.alpha, self.beta, self.gamma, self.tau_max, self.tau_mean)  # checks the last three

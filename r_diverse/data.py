@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from common.answers import extract_answer, same_answer
+from common.answers import extract_answer, grade_many, same_answer
 from common.evaluation import Decoding, Engine, Prompt, TransformersEngine, generate_samples
 from common.once import read_counts
 from common.runs import read_jsonl, write_jsonl
@@ -63,6 +63,11 @@ def same(first: str, second: str) -> bool:
     return same_answer(first, second, timeout=SAME_SECONDS)
 
 
+def ready_to_compare() -> None:
+    """Waits for the process that compares formulas: the first comparisons would be too late on a loaded machine."""
+    grade_many([r"\boxed{x}"], [r"\int_{0}^{x} 1 dt"])
+
+
 def generate(folder: Path, engine: Engine, run: RDiverseConfig, key: str) -> dict[str, Any]:
     """Outputs of the frozen Challenger. `key` names iteration and round: no two draw the same random numbers."""
     decoding = Decoding(run.question_temperature, run.question_top_p, run.question_tokens)
@@ -82,7 +87,8 @@ def label(folder: Path, engine: Engine, run: RDiverseConfig, raw: Path) -> dict[
         if challenge.valid
     ]
     path = folder / "samples.jsonl"
-    generate_samples(engine, rows, path, run.m_label, answer_decoding(run), run.seed, BATCH)
+    generate_samples(engine, rows, path, run.m_label, answer_decoding(run), run.seed, BATCH, keep_refused=True)
+    ready_to_compare()
     answers = _answers(path) if rows else {}
     labelled = [_labelled(row["id"], row["question"], answers[row["id"]], run) for row in rows]
     write_jsonl(folder / "labelled.jsonl", labelled)
@@ -97,7 +103,10 @@ def gate(folder: Path, engine: Engine, run: RDiverseConfig, labelled: Path) -> d
     rows = [row for row in read_jsonl(labelled) if row["drop"] is None]
     asked = [{"id": row["id"], "prompt": solver_prompt(row["question"], run.solver_system)} for row in rows]
     path = folder / "samples.jsonl"
-    generate_samples(engine, asked, path, run.gate_samples, answer_decoding(run), run.seed + 1, BATCH)
+    generate_samples(
+        engine, asked, path, run.gate_samples, answer_decoding(run), run.seed + 1, BATCH, keep_refused=True
+    )
+    ready_to_compare()
     answers = _answers(path) if rows else {}
     for row in rows:
         majority, row["gate_consistency"] = objective.self_consistency(answers[row["id"]], same)

@@ -170,8 +170,8 @@ class ServerEngine:
             if not isinstance(text, str):
                 raise TypeError(f"the reply has {type(text).__name__} in place of a text")
             return Generation(text, reply.choices[0].finish_reason == "stop")
-        # The last three: a reply of another form
-        except (self._openai.OpenAIError, IndexError, TypeError, AttributeError) as error:
+        # The last four: a reply of another form
+        except (self._openai.OpenAIError, IndexError, TypeError, AttributeError, ValueError) as error:
             return error
 
 

@@ -148,6 +148,7 @@ class SelfPlay:
         done = self._stage(
             t, "filter", inputs, lambda folder: data.select(folder, run, t, rows, embedded, self.root / "bank")
         )
+        self._check_enough(t)
         self._alarm(t, len(files))
         inputs = {"solver": opponent, "questions": digest(done)}
         done = self._stage(t, "solver", inputs, lambda folder: self._train_solver(folder, sources, t))
@@ -197,15 +198,29 @@ class SelfPlay:
                 return files, digests
         raise StageError(
             f"iteration {t} has {found} usable questions after {run.max_rounds} rounds of {run.candidates}, "
-            f"{self._needed()} are needed: look at the drop reasons in {file.parent}/DONE.json; raise max_rounds or "
-            "candidates, or lower min_questions and the Solver's batch"
+            f"{self._needed()} are needed: look at the drop reasons in {file.parent}/DONE.json; raise max_rounds, or "
+            "begin another run with more candidates or a lower min_questions and a smaller batch of the Solver"
         )
 
     def _needed(self) -> int:
         """At least one generation batch of the Solver: with fewer prompts it would not train at all."""
+        return max(self.run_config.min_questions, self._generation_batch())
+
+    def _generation_batch(self) -> int:
+        """Prompts of the Solver that it generates for together."""
         config, processes = self.settings.solver, max(1, self.run_config.gpus)
         rollouts = config.per_device_train_batch_size * config.steps_per_generation * processes
-        return max(self.run_config.min_questions, rollouts // config.num_generations)
+        return rollouts // config.num_generations
+
+    def _check_enough(self, t: int) -> None:
+        """Questions without a skill vector are left out after the rounds have ended."""
+        counts, needed = read_counts(self._folder(t, "filter")), self._generation_batch()
+        if (rows := counts["current"] + counts["replayed"]) < needed:
+            raise StageError(
+                f"iteration {t} has {rows} questions with a solver program, {needed} make a batch of "
+                f"the Solver: look at the failures in {self._folder(t, 'embed')}/programs.jsonl; begin another run "
+                "with another coder or a smaller batch"
+            )
 
     def _train_challenger(self, folder: Path, sources: Sources, t: int) -> dict[str, Any]:
         if not self.run_config.gpus:
@@ -376,7 +391,7 @@ def _main(argv: list[str]) -> int:
     variants = list(VARIANT_FLAGS) if known.variants == "all" else (known.variants or "").split(",")
     if unknown := set(variants) - {*VARIANT_FLAGS, ""}:
         raise ValueError(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANT_FLAGS)}")
-    if known.dry_run:
+    if known.dry_run or settings.run.dry_run:
         print(dry_run(settings))
     elif known.variants or known.seeds:
         seeds = (known.seeds or str(settings.run.seed)).split(",")
@@ -399,18 +414,21 @@ def with_more(settings: Settings, more: int | None) -> Settings:
 
 def experiment(settings: Settings, fields: list[str], variants: list[str], seeds: list[str], more: int | None) -> int:
     """All runs, then the report; on a machine without GPU two runs side by side."""
+    for name, values in (("variants", variants), ("seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} must differ, got {','.join(values)}: two runs would write into one folder")
     python, run = [sys.executable, "-m"], settings.run
     runs = [
         (
             f"{name or variant(run)}-seed{seed}",
             [*python, "r_diverse.loop", *fields, *VARIANT_FLAGS.get(name, []), "--seed", seed]
-            + (["--more", str(more)] if more else []),
+            + ([] if more is None else ["--more", str(more)]),
         )
         for seed in seeds
         for name in variants
     ]
     plan = [runs, [("report", [*python, "benchmarks.r_diverse", *fields])]]
-    if "arithmetic" in run.benchmarks:
+    if run.benchmarks == "arithmetic" and run.coder == "rules":  # the embedded task, whose base is taught here
         plan.insert(0, [("make-base", [*python, "r_diverse.data", "base", run.model])])
     return run_experiment("r_diverse.loop", plan, Path(run.out) / "r_diverse" / run.experiment / "logs")
 

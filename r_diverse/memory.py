@@ -365,7 +365,7 @@ def _open_segment(path: Path, entry: dict[str, Any], dim: int) -> _Segment:
         )
         blocks, total = (np.load(folder / f"{name}.npy") for name in ("blocks", "sum"))
         records = np.memmap(folder / "records.jsonl", np.uint8, "r")
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{folder} cannot be read ({error}): restore it from a copy") from error
     rows = entry["rows"]
     expected = (

@@ -1,6 +1,7 @@
 """Child processes that serve a model with vLLM: started, polled until they answer, ended by their process group."""
 
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -68,7 +69,7 @@ def _wait_until_ready(process: subprocess.Popen, port: int, log: Path, seconds: 
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
-        except (urllib.error.URLError, OSError):
+        except (urllib.error.URLError, http.client.HTTPException, OSError):
             time.sleep(POLL_SECONDS)
     raise ConnectionError(f"the server did not answer within {seconds:.0f} s; {_end_of(log)}")
 

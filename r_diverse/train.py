@@ -9,6 +9,7 @@ A phase resumes from its last checkpoint and does nothing when it is done. The s
 
 import argparse
 import dataclasses
+import json
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .config import ChallengerConfig, RDiverseConfig, SolverConfig
+from .config import UPDATES, ChallengerConfig, PhaseConfig, RDiverseConfig, SolverConfig
 from .memory import MemoryBank
 from .questions import solver_prompt
 from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
@@ -35,7 +36,7 @@ try:
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
     from common.runs import append_jsonl, read_jsonl, truncate_jsonl
 
-    from .data import answer_decoding, challenger_rows, same, solver_rows
+    from .data import answer_decoding, challenger_rows, ready_to_compare, same, solver_rows
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -55,11 +56,20 @@ class Settings(NamedTuple):
     def plain(self) -> dict[str, Any]:
         """What defines the run, as plain values: every field of the run, and the changed ones of its phases."""
         run = {name: value for name, value in dataclasses.asdict(self.run).items() if name not in FREE}
-        return run | {name: changed_fields(getattr(self, name), FOLLOWING) for name in PHASES}
+        return run | {name: _changed(getattr(self, name)) for name in PHASES}
 
 
-# Not part of what a run is: how far it goes, where it is, and the machine
-FREE = ("iterations", "out", "data", "dry_run", "gpus", "sharding", "engine_memory", "reward_memory")
+def _changed(phase: PhaseConfig) -> dict[str, Any]:
+    updates = {"steps_per_generation": phase.steps_per_generation}
+    followed = phase.steps_per_generation == UPDATES * phase.gradient_accumulation_steps
+    return changed_fields(phase, FOLLOWING) | ({} if followed else updates)
+
+
+# Not part of what a run is: how far it goes, when it gives up, where it is, and the machine
+FREE = (
+    *("iterations", "max_rounds", "alarm", "alarm_duplicates", "alarm_yield", "alarm_labels", "alarm_entropy"),
+    *("out", "data", "dry_run", "sharding", "engine_memory", "reward_memory"),
+)
 FOLLOWING = ("generation_batch_size", "steps_per_generation", "use_cpu", "output_dir", "dataloader_pin_memory")
 
 
@@ -71,7 +81,7 @@ def parse(argv: list[str]) -> Settings:
         section = content.pop(name, None) or {}
         if not isinstance(section, dict):
             raise ValueError(f"section {name!r} of the config must map fields to values, got {section!r}")
-        words[name] += _flags(section)
+        words[name] += _flags({key: _turned_off(key) if value is None else value for key, value in section.items()})
     words["run"] += _flags(content)
     rest = list(argv)
     while rest:
@@ -109,14 +119,30 @@ def _read_config(argv: list[str]) -> dict[str, Any]:
     path = Path(given[-1])
     if not path.is_file():
         raise ValueError(f"config file {given[-1]!r} does not exist; the project's are in r_diverse/configs/")
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {given[-1]!r} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"config file {given[-1]!r} holds no mapping of fields to values")
     return content
 
 
+def _turned_off(key: str) -> str | None:
+    """What turns off a field of a phase that is on by default."""
+    default = next((f.default for f in dataclasses.fields(PhaseConfig) if f.name == key), None)
+    return None if default is None else "none"
+
+
 def _flags(section: dict[str, Any]) -> list[str]:
-    return [f"--{key}={value}" for key, value in section.items() if value is not None]
+    given = {key: value for key, value in section.items() if value is not None}
+    return [word for key, value in given.items() for word in _words(key, value)]
+
+
+def _words(key: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,6 +154,7 @@ class EngineSolver:
 
     def __init__(self, engine: Engine, run: RDiverseConfig, salt: int):
         self.engine, self.run, self.salt = engine, run, salt
+        ready_to_compare()
 
     def __call__(self, questions: Sequence[str], seed: int) -> list[list[str | None] | None]:
         m = self.run.m_reward
@@ -135,6 +162,7 @@ class EngineSolver:
         seeds = [zlib.crc32(f"{self.salt}/{seed}/{q}/{i}".encode()) for q in questions for i in range(m)]
         answers = self.engine.generate(prompts, answer_decoding(self.run), seeds)
         rows = [answers[i : i + m] for i in range(0, len(answers), m)]
+        rows = [[a if a and a.finish_reason != "refused" else None for a in row] for row in rows]
         return [None if None in row else [extract_answer(answer.text) for answer in row] for row in rows]
 
 

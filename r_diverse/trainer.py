@@ -40,6 +40,14 @@ class PhaseTrainer(GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        prompts = self.args.generation_batch_size // self.num_generations
+        if self.train_dataset is not None and len(self.train_dataset) < prompts:
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} prompts, fewer than the {prompts} of one generation "
+                "batch: lower per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation"
+            )
+        if self.accelerator.is_main_process and not self.is_deepspeed_enabled:  # which keeps float32 copies
+            warn_of_half_precision(self.model)
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if self.ref_model is not None and fsdp is not None and fsdp.cpu_ram_efficient_loading:
             raise ValueError(
@@ -71,6 +79,18 @@ class PhaseTrainer(GRPOTrainer):
                     gap,
                 )
         return batch
+
+
+def warn_of_half_precision(model: torch.nn.Module) -> None:
+    """Warns of trained weights in half precision, in which most updates at a small learning rate are rounded away."""
+    half = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        logger.warning(
+            "%d of the trained weights are in half precision (%s): at a learning rate such as 1e-6 most updates are "
+            "rounded away; load the model in float32 (policy_dtype), and bf16=True computes in bfloat16 all the same",
+            len(half),
+            half[0],
+        )
 
 
 def logps_gap(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -146,7 +166,14 @@ class ChallengerReward:
         config = self.config
         valid = np.array([challenge.valid for challenge in challenges], bool)
         repetition, memory, extra = self._penalties(challenges, valid)
-        reward = objective.challenger_reward(consistency, repetition, memory, valid, config.alpha, config.beta)
+        lowest = objective.lowest_valid_reward(
+            config.alpha, config.beta, config.gamma, config.tau_max, config.tau_mean
+        )
+        # -2 in the paper's setting, where the lowest is -1.625
+        invalid = min(-(max(1.0, config.alpha) + max(1.0, config.beta)), lowest - 0.375)
+        reward = objective.challenger_reward(
+            consistency, repetition, memory, valid, config.alpha, config.beta, invalid
+        )
         if config.penalty == "r_zero":  # its release: every output without the form gets -1 - P_rep
             reward[~valid] = -1 - repetition[~valid]
         return {

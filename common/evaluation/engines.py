@@ -40,7 +40,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """`finish_reason` as vLLM names it: "stop", or "length" for a response that was cut at the token limit."""
+    """`finish_reason` as vLLM names it: "stop", or "length" for a response that was cut at the token limit; "refused"
+    for a prompt that a server does not take, while it takes others."""
 
     text: str
     num_tokens: int
@@ -168,7 +169,7 @@ class ServerEngine:
             import openai
         except ImportError as error:
             raise ImportError("engine server needs openai: pip install openai") from error
-        self._error = openai.OpenAIError
+        self._error, self._refusal = openai.OpenAIError, openai.BadRequestError
         self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
         self.base_url, self.model, self.workers = base_url, model, workers
         self.name = model
@@ -180,12 +181,17 @@ class ServerEngine:
                 pool.map(lambda pair: self._one(pair[0], decoding, pair[1]), zip(prompts, seeds, strict=True))
             )
         errors = [result for result in results if isinstance(result, Exception)]
-        if results and len(errors) == len(results):
+        refused = [isinstance(result, self._refusal) for result in results]
+        one_prompt = all(prompt == prompts[0] for prompt in prompts)  # which may be the reason
+        if results and len(errors) == len(results) and not (one_prompt and all(refused)):
             raise ConnectionError(
                 f"no request of {len(results)} to {self.name} at {self.base_url} succeeded ({errors[0]}): check that "
                 "the server runs and serves this model, then the same command goes on"
             ) from errors[0]
-        return [None if isinstance(result, Exception) else result for result in results]
+        return [
+            Completion("", 0, "refused") if no else None if isinstance(result, Exception) else result
+            for result, no in zip(results, refused, strict=True)
+        ]
 
     def _one(self, prompt: Prompt, decoding: Decoding, seed: int) -> Completion | Exception:
         extra = {"top_k": decoding.top_k or -1, "chat_template_kwargs": self.template_options}
@@ -201,8 +207,12 @@ class ServerEngine:
                 extra_body=extra,
             )
             choice = reply.choices[0]
-            return Completion(choice.message.content or "", reply.usage.completion_tokens, choice.finish_reason)
-        except (self._error, IndexError, TypeError, AttributeError) as error:  # the last three: another form of reply
+            text = choice.message.content or ""
+            if not isinstance(text, str):
+                raise TypeError(f"the reply has {type(text).__name__} in place of a text")
+            return Completion(text, reply.usage.completion_tokens, choice.finish_reason)
+        # The last four: another form of reply
+        except (self._error, IndexError, TypeError, AttributeError, ValueError) as error:
             return error
 
 

@@ -68,11 +68,13 @@ def generate_samples(
     decoding: Decoding,
     seed: int = 0,
     batch: int = 256,
+    keep_refused: bool = False,
 ) -> None:
     """Appends what is missing to the records at `path`: `samples` responses to the `prompt` of each row.
 
     A record has `id`, `sample`, `response`, `num_tokens` and `finish_reason`. After a kill a second call ends with the
-    same file as an undisturbed one.
+    same file as an undisturbed one. A prompt that a server refuses is an error, or with `keep_refused` an empty
+    response.
     """
     done = {(record["id"], record["sample"]) for record in read_jsonl(path)} if path.exists() else set()
     by_id = {str(row["id"]): row for row in rows}
@@ -81,7 +83,7 @@ def generate_samples(
         for start in range(0, len(wanted), batch):
             part = wanted[start : start + batch]
             if not done.issuperset(part):  # whole batches, so that a resumed run rounds as the straight one
-                _generate(engine, part, by_id, decoding, seed, path, done)
+                _generate(engine, part, by_id, decoding, seed, path, done, keep_refused)
             progress.update(len(part))
 
 
@@ -183,17 +185,25 @@ def _generate(
     seed: int,
     path: Path,
     done: set[tuple[str, int]],
+    keep_refused: bool,
 ) -> None:
     prompts = [Prompt(rows[key]["prompt"], _opened(rows[key].get("images") or ())) for key, _ in part]
     seeds = [_sample_seed(seed, key, sample) for key, sample in part]
     completions = engine.generate(prompts, decoding, seeds)
-    if lost := sum(completion is None for completion in completions):
-        raise ConnectionError(f"{lost} of {len(part)} requests to {engine.name} failed; the same command goes on here")
     for (key, sample), completion in zip(part, completions, strict=True):
+        if completion is None or (completion.finish_reason == "refused" and not keep_refused):
+            break  # what follows comes again, so that the order of the records is that of an undisturbed run
         if (key, sample) not in done:
             record = {"id": key, "sample": sample, "response": completion.text}
             counts = {"num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason}
             append_jsonl(path, {**record, **counts})
+    if lost := sum(completion is None for completion in completions):
+        raise ConnectionError(f"{lost} of {len(part)} requests to {engine.name} failed; the same command goes on here")
+    refused = sum(completion.finish_reason == "refused" for completion in completions)
+    if refused and not keep_refused:
+        raise ValueError(
+            f"{engine.name} refuses {refused} of {len(part)} prompts: serve it with a longer context or leave them out"
+        )
 
 
 def _opened(images: Sequence[Any]) -> list[Any]:

@@ -25,7 +25,7 @@ from common.evaluation import (
     summarize,
 )
 from common.evaluation import __main__ as command
-from common.evaluation.run import rescore
+from common.evaluation.run import generate_samples, rescore
 from common.evaluation.scoring import score_records
 from common.runs import read_jsonl
 from common.tiny import tiny_qwen3
@@ -433,7 +433,7 @@ def chat_server():
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             content = asked["messages"][-1]["content"]
-            status = 500 if content == "fail" else 200
+            status = {"fail": 500, "too long": 400}.get(str(content), 200)
             choice = {
                 "index": 0,
                 "finish_reason": "length",
@@ -476,6 +476,18 @@ def test_a_server_is_asked_once_a_prompt_with_its_seed(chat_server):
     assert request["chat_template_kwargs"] == {"enable_thinking": False}
 
 
+def test_a_prompt_that_a_server_refuses(chat_server, tmp_path):
+    engine = server_engine(chat_server)
+    done = engine.generate(asked("a", "too long", "c"), Decoding(), [1, 2, 3])
+    assert [c.finish_reason for c in done] == ["length", "refused", "length"]
+    assert {c.finish_reason for c in engine.generate(asked("too long", "too long"), Decoding(), [1, 2])} == {"refused"}
+    rows = [{"id": str(i), "prompt": p.messages, "answer": "1"} for i, p in enumerate(asked("a", "too long", "c"))]
+    with pytest.raises(ValueError, match="m refuses 1 of 3 prompts: serve it with a longer context"):
+        evaluate(engine, Benchmark("refused", rows), tmp_path)
+    generate_samples(engine, rows, tmp_path / "kept.jsonl", 1, Decoding(), keep_refused=True)
+    assert [r["response"] for r in read_jsonl(tmp_path / "kept.jsonl")] == ["<a>", "", "<c>"]
+
+
 def test_a_lost_request_is_none_and_a_lost_server_an_error(chat_server, tmp_path):
     engine = server_engine(chat_server)
     done = engine.generate(asked("a", "fail", "c"), Decoding(), [1, 2, 3])
@@ -485,7 +497,7 @@ def test_a_lost_request_is_none_and_a_lost_server_an_error(chat_server, tmp_path
     rows = [{"id": str(i), "prompt": p.messages, "answer": "1"} for i, p in enumerate(asked("a", "fail"))]
     with pytest.raises(ConnectionError, match="1 of 2 requests to m failed"):
         evaluate(engine, Benchmark("lost", rows), tmp_path)
-    assert not (tmp_path / "lost/samples.jsonl").exists()  # a batch is recorded whole or not at all
+    assert [r["id"] for r in read_jsonl(tmp_path / "lost/samples.jsonl")] == ["0"]  # in order, up to the lost one
 
 
 def test_a_server_gets_images_as_data(chat_server):

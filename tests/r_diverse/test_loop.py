@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
@@ -20,6 +21,7 @@ from common.once import StageError, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
 from r_diverse import MemoryBank, loop  # noqa: E402
 from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, finished_iterations, main, run_path, variant  # noqa: E402
+from r_diverse.skills import Program  # noqa: E402
 from r_diverse.train import parse  # noqa: E402
 
 CONFIGS = sorted((ROOT / "r_diverse" / "configs").glob("*.yaml"))
@@ -258,6 +260,27 @@ def test_the_gate_and_the_alarm(base, tmp_path, capsys):
     assert {row["drop"] for row in gated} <= {None, "gate"}
 
 
+def test_what_a_message_advises_is_the_same_run(base, tmp_path, capsys):
+    flags = small(base, tmp_path, alarm="stop", alarm_duplicates=0.0, min_questions=1)
+    assert main(["--config", _empty_config(tmp_path), *flags]) == 2
+    assert "--alarm warn goes on" in capsys.readouterr().err
+    assert main(["--config", _empty_config(tmp_path), *flags, "--alarm=warn", "--max_rounds=3"]) == 0
+
+
+def test_questions_without_programs_end_the_run_before_the_solver(base, tmp_path, capsys, monkeypatch):
+    encoder = loop.skill_encoder
+
+    def failing(*arguments):
+        made = encoder(*arguments)
+        made.programs = lambda questions: [Program(None, "failed") for _ in questions]
+        return made
+
+    monkeypatch.setattr(loop, "skill_encoder", failing)
+    assert main(["--config", _empty_config(tmp_path), *small(base, tmp_path)]) == 2
+    assert "iteration 1 has 0 questions with a solver program, 4 make a batch of the Solver" in capsys.readouterr().err
+    assert not (tmp_path / "r_diverse/small/r_diverse-seed0/iteration_1/solver").exists()
+
+
 def test_a_path_with_blanks(base, tmp_path):
     out = tmp_path / "a folder with blanks"
     out.mkdir()
@@ -350,6 +373,43 @@ def test_flags_win_over_the_config(tmp_path):
     assert settings.challenger.learning_rate == 1e-6
 
 
+def test_the_recorded_settings_are_the_same_run_again(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("model: m\nsolver:\n  delta: null\n  steps_per_generation: 2\n  save_steps: 2\n")
+    settings = parse(["--config", str(config), "--challenger.epsilon_high=none"])
+    assert settings.solver.delta is settings.challenger.epsilon_high is None
+    assert settings.plain()["solver"]["steps_per_generation"] == 2
+    config.write_text(yaml.safe_dump(settings.plain()))
+    assert parse(["--config", str(config)]).plain() == settings.plain()
+    assert "steps_per_generation" not in parse(["--model=m"]).plain()["solver"]
+
+
+def test_lists_and_mappings_of_a_config(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: m\nsolver:\n  report_to: [tensorboard]\n  reward_weights: [0.5, 2]\n"
+        "  gradient_checkpointing_kwargs: {use_reentrant: false}\n"
+    )
+    solver = parse(["--config", str(config)]).solver
+    assert (solver.report_to, solver.reward_weights) == (["tensorboard"], [0.5, 2.0])
+    assert solver.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("dry", [["--dry_run"], []])
+def test_a_dry_run_runs_nothing(tmp_path, capsys, dry):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"model: m\nout: {tmp_path}/out\n" + ("" if dry else "dry_run: true\n"))
+    assert main(["--config", str(config), *dry]) == 0
+    assert "run folder" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_config_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model: [m")
+    assert main(["--config", str(tmp_path / "c.yaml")]) == 2
+    assert "c.yaml' is no YAML" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", VARIANT_FLAGS)
 def test_variants_name_their_folders(name):
     assert variant(parse(["--model=m", *VARIANT_FLAGS[name]]).run) == name
@@ -366,6 +426,16 @@ def test_an_experiment_is_printed_as_commands(monkeypatch):
     assert runs[1][1][-6:] == ["--penalty", "r_zero", "--seed", "0", "--more", "1"]
     assert report[1][2] == "benchmarks.r_diverse"
     assert run_path(parse(fields).run) == Path("runs/r_diverse/tiny/r_diverse-seed0")
+
+
+def test_an_experiment_makes_no_model_under_the_name_of_a_published_one(monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "run_experiment", lambda name, plan, logs: seen.append(plan) or 0)
+    fields = ["--model=Qwen/Qwen3-0.6B-Base", "--benchmarks=math500,arithmetic"]
+    assert experiment(parse(fields), fields, [""], ["0"], None) == 0
+    assert "make-base" not in str(seen)
+    with pytest.raises(ValueError, match="seeds must differ, got 0,0"):
+        experiment(parse(fields), fields, [""], ["0", "0"], None)
 
 
 # --- kill -9 ---

@@ -414,6 +414,7 @@ def damage_array(name: str, change):
         (lambda path: (path / "manifest.json").unlink(), "has rows but no manifest.json"),
         (lambda path: shutil.rmtree(next(path.glob("iteration_00001_*"))), "cannot be read"),
         (lambda path: next(path.glob("iteration_00001_*/records.jsonl")).write_text(""), "cannot be read"),
+        (lambda path: next(path.glob("iteration_00001_*/sum.npy")).write_text(""), "cannot be read"),
         (lambda path: next(path.glob("iteration_00001_*/records.jsonl")).write_text("{}"), "holds .* not"),
         (lambda path: os.truncate(next(path.glob("iteration_00001_*/embeddings.npy")), 200), "cannot be read"),
         (damage_array("embeddings.npy", lambda a: a.astype(np.float16)), "holds .* not"),

@@ -82,6 +82,18 @@ def test_the_worked_example(tmp_path):
     assert lone[0] == pytest.approx(-0.3483333)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"tau_max": 0.0, "tau_mean": 0.0}, {"gamma": 1.0, "tau_max": 0.0}, {"alpha": 3.0, "beta": 2.0}, {"gamma": 0.0}],
+)
+def test_breaking_the_form_is_the_worst_at_every_threshold(tmp_path, settings):
+    """A question without a program on which all answers agree has the lowest valid reward."""
+    config = RDiverseConfig("m", **settings)
+    (valid, invalid), _ = reward_of(config, [output("bad 1"), "no form"], share=1.0, memory=bank(tmp_path))
+    lowest = objective.lowest_valid_reward(config.alpha, config.beta, config.gamma, config.tau_max, config.tau_mean)
+    assert invalid < valid == pytest.approx(lowest)
+
+
 def test_an_empty_bank_reduces_to_the_reward_without_map(tmp_path):
     outputs = [output(q) for q in ("alike 1", "same 2", "far 3", "bad 4")]
     with_map, _ = reward_of(RDiverseConfig("m"), outputs, memory=MemoryBank(tmp_path))
