@@ -118,16 +118,8 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
     known = {f.name for cls in classes for f in dataclasses.fields(cls)}
     keys = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
     if "--config" in argv:
-        path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
-        if not path.is_file():
-            raise ValueError(f"config file {str(path)!r} does not exist; the project's are in {configs}")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"config file {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"config file {str(path)!r} holds no mapping of fields to values")
-        keys += [str(key) for key in content if key != "env"]
+        path = argv[argv.index("--config") + 1] if argv[-1] != "--config" else ""
+        keys += [str(key) for key in read_config(path, configs) if key != "env"]
     for key in keys:
         if key not in known | {"config", "help"}:
             close = difflib.get_close_matches(key, known, n=1)
@@ -138,6 +130,19 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
     for part in parsed:
         _check_numbers(part)
     return parsed
+
+
+def read_config(path: str, configs: str) -> dict[str, Any]:
+    """Content of a YAML file of fields; `ValueError` for a file that is not there or holds something else."""
+    if not Path(path).is_file():
+        raise ValueError(f"config file {path!r} does not exist; the project's are in {configs}")
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path!r} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config file {path!r} holds no mapping of fields to values")
+    return content
 
 
 def _check_numbers(part: Any) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -32,7 +31,7 @@ try:
     from common import models, preemption, verifiers
     from common.answers import extract_answer
     from common.checkpoints import resume_point
-    from common.cli import changed_fields, parse_fields, run_main
+    from common.cli import changed_fields, parse_fields, read_config, run_main
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
     from common.runs import append_jsonl, read_jsonl, truncate_jsonl
 
@@ -76,7 +75,9 @@ FOLLOWING = ("generation_batch_size", "steps_per_generation", "use_cpu", "output
 def parse(argv: list[str]) -> Settings:
     """Settings from `--config FILE.yaml` and flags, the latter winning. `ValueError` for unknown keys."""
     words: dict[str, list[str]] = {name: [] for name in ("run", *PHASES)}
-    content = _read_config(argv)
+    given = [w.partition("=")[2] for w in argv if w.startswith("--config=")]
+    given += [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
+    content = read_config(given[-1], "r_diverse/configs/") if given else {}
     for name in PHASES:
         section = content.pop(name, None) or {}
         if not isinstance(section, dict):
@@ -109,23 +110,6 @@ def parse(argv: list[str]) -> Settings:
     for phase in (settings.challenger, settings.solver):
         models.check_lora(settings.run.lora_rank, settings.run.load_in_4bit, phase.use_vllm)
     return settings
-
-
-def _read_config(argv: list[str]) -> dict[str, Any]:
-    given = [w.partition("=")[2] for w in argv if w.startswith("--config=")]
-    given += [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
-    if not given:
-        return {}
-    path = Path(given[-1])
-    if not path.is_file():
-        raise ValueError(f"config file {given[-1]!r} does not exist; the project's are in r_diverse/configs/")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {given[-1]!r} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config file {given[-1]!r} holds no mapping of fields to values")
-    return content
 
 
 def _turned_off(key: str) -> str | None:
