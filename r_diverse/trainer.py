@@ -155,6 +155,10 @@ class ChallengerReward:
         challenges = [read_challenge(output) for output in outputs]
         questions = sorted({challenge.question for challenge in challenges if challenge.valid})
         answers = self.solver(questions, step) if questions else []
+        if len(answers) != len(questions):
+            raise ValueError(
+                f"the solver gave {len(answers)} rows of answers to {len(questions)} questions: one to each"
+            )
         consistency = {
             question: np.nan if row is None else objective.self_consistency(row, self.same)[1]
             for question, row in zip(questions, answers, strict=True)

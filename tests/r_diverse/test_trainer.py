@@ -211,6 +211,11 @@ def test_hostile_questions_are_scored_like_others(question, tmp_path):
     assert all(math.isfinite(reward) and reward > -2 for reward in rewards)
 
 
+def test_a_solver_that_answers_too_few_questions():
+    with pytest.raises(ValueError, match="the solver gave 1 rows of answers to 2 questions"):
+        reward_of(RDiverseConfig("m", penalty="none"), [output("a"), output("b")], solver=lambda q, step: [["1"] * 10])
+
+
 def test_an_error_in_the_solver_is_raised():
     def broken(questions, seed):
         raise ConnectionError("no server")
