@@ -232,12 +232,15 @@ _BEYOND = re.compile(  # what `common._formula` does not read and sympy does
 _VARIABLE = re.compile(r"\\(?:sum|prod) ?_ ?\{ ?([A-Za-z]) ?=")
 
 
+_SUBSCRIPT = re.compile(  # no bound of an integral, and no word such as `x_{min}`
+    r"(?<!\\int)(?<!\\lim)(?<!\\sum)(?<!\\prod) ?_ ?(?:([A-Za-z])(?![A-Za-z])|\{(?! ?[A-Za-z]{3,} ?\})([^{}=]*)\})"
+)
+
+
 def _has_sequence(text: str) -> bool:
     r"""Whether the variable of a sum is an index, as in `\sum_{k=1}^{\infty} a_k`: a_k is one name to the parser."""
-    return any(
-        re.search(rf"_ ?(?:{name}(?![A-Za-z])|\{{[^{{}}=]*{name}[^{{}}=]*\}})", text)
-        for name in _VARIABLE.findall(text)
-    )
+    subscripts = ["".join(groups) for groups in _SUBSCRIPT.findall(text)]
+    return any(name in subscript for name in _VARIABLE.findall(text) for subscript in subscripts)
 
 
 _OPENING_BRACKETS = ("(", "[", "{", "\\{", "\\langle")

@@ -15,13 +15,12 @@ _CHOICE = re.compile(
     re.DOTALL,
 )
 _OTHER_LETTER = re.compile(r"(?<![\w'\\])(?!A [a-z]|I['’ ]+[a-z])[A-J](?![\w'])")
-_INITIALS = re.compile(r"[.:)\s]*(?:[A-Z]\.\s*)*")
-_LABEL = re.compile(  # as in "A: no, B: yes"
-    r"(?<![\w'\\(])[A-J]:\s|^[^(]*(?<![\w'\\])[A-J]\)|(?<=[.;,\n])\s*\b[A-J]\.\s*(?![a-z\s]|$)"
-    r"|\b[A-J]\.\s*(?=[\d$\\])"
+_LIST_OF_LETTERS = re.compile(  # "C. D", "A) B) C)", "A. (b)", "C or d"; but "D. A, B and C" is an option
+    r"[.,:;)\s(\[-]*[A-J][)\].\s]*|(?:[.)]\s*[A-J]){2,}[.)\s]*|[.,:;\s]*\([a-j]\)[.\s]*|.*[,;]\s*\(?[a-j]\)?\W*"
 )
-_POINTED = re.compile(r"\b([A-J])\.\s")
-_REFUSED = re.compile(r"(?i)[.:)]\s*;|[\s,;.:)]*(?:or\b|is\s+(?:wrong|incorrect|false|not)\b)|[\s,;]*\bnot\b")
+_COLON_LABEL = re.compile(r"(?:^:.*|[.;,])\s*\b([A-J]):\s")  # "A: no, B: yes"
+_SENTENCE_LABEL = re.compile(r"[a-z]{3}\.\s*[A-J]\.\s+[A-Z]")  # "A. Incorrect. B. Correct."
+_REFUSED = re.compile(r"(?i)[.:)]\s*;|[\s,;]*\b(?:or|not)\b")
 _HEDGE = re.compile(
     r"(?i)\b(?:maybe|perhaps|possibly|probably|also|either|or|could|might|may|wait|actually|sure|unless|both|alternatively)\b|;\s*\(?[A-J]\b"
 )
@@ -40,21 +39,18 @@ def chosen_letter(answer: str) -> str | None:
         return None
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", normalise(answer)).replace("**", "").strip("{} ")
     found = _CHOICE.fullmatch(text)
-    if not found or _names_another(found["rest"] or ""):
-        return None
-    return (found[1] or found[2]).upper()
+    letter = (found[1] or found[2]).upper() if found else ""
+    return None if not found or _names_another(letter, found["rest"] or "") else letter
 
 
-def _names_another(rest: str) -> bool:
+def _names_another(letter: str, rest: str) -> bool:
     """Whether what follows a letter offers another one. "A because (B) is wrong" and "C. Vitamin A" do not."""
-    if re.fullmatch(
-        r"(?:[.,:;)\s(\[-]+[A-J])+[)\].\s]*|[.,:;\s]*\([a-j]\)[.\s]*|.*[,;]\s*\(?[a-j]\)?\W*", rest
-    ):  # "C. D", "C or d"
+    if _LIST_OF_LETTERS.fullmatch(rest) or _REFUSED.match(rest):
         return True
-    if _REFUSED.match(rest):
+    if any(other != letter for other in _COLON_LABEL.findall(rest)) or _SENTENCE_LABEL.search(rest):
         return True
-    after = _INITIALS.sub("", rest, count=1)
-    if _LABEL.search(after) or len(set(_POINTED.findall(after))) > 1:  # growth of E. coli has one
+    second, third = (re.search(rf"(?<![\w(]){chr(ord(letter) + step)}[.)]\s", rest) for step in (1, 2))
+    if second and third and second.start() < third.start():  # the options one after the other
         return True
     if not _OTHER_LETTER.search(rest):
         return False

@@ -505,6 +505,8 @@ class Comparison:
                 self.rule = "set"
                 return same
         self.rule = "algebra"
+        if needs_algebra(p) and needs_algebra(g) and _loosened(p) == _loosened(g):
+            return True
         for side, text in (("gold", g), ("prediction", p)):
             if not is_readable(text):
                 self.unreadable.add(side)
@@ -533,6 +535,12 @@ _STEPS: tuple[tuple[str, Callable[[Comparison, str, str], bool | None]], ...] = 
     ("words", Comparison._texts),
     ("value", Comparison._values),
 )
+
+
+def _loosened(text: str) -> str:
+    """Without what LaTeX does not see in a formula that nothing here reads: spaces, braces round one character or
+    command."""
+    return re.sub(r"([_^])\{(\w|\\[a-z]+)\}", r"\1\2", key(text))
 
 
 _EXPONENT = re.compile(r"\d[eE][-+]?\d")

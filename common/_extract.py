@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["boxes_of", "extract_answer", "own_words"]
+__all__ = ["after_thinking", "boxes_of", "extract_answer", "own_words"]
 
 _MAX_CHARS = 4000  # of the sentence after a marker
 
 _TURN_END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>")
+_OPENED = re.compile(r"^\s*<think>|\n\s*<think>")
 _TURN_START = re.compile(r"\s*<\|im_start\|>\s*assistant\s*")
 _BOX_TOKEN = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)(?:\s+|(?=\d))(?P<bare>[^\s{}$\\,;]+)|\\.|[{}]", re.DOTALL
@@ -22,7 +23,7 @@ _TAG = re.compile(r"</?(?:final_)?answer>", re.IGNORECASE)
 _MAX_MARKS = 20  # markers tried before giving up, when the nearest ones are followed by nothing
 _MARKER = re.compile(
     r"""(?ix) (?:^|(?<=\n))\#{4}\s+ |
-    (?:^|(?<=\n)) [\#*_\ \t]* (?:final\s+)?answer [\s*_]* \n+ |
+    (?:^|(?<=\n)) (?:[\#*_]|[^\S\n])* (?:final\s+)?answer [\s*_]* \n+ |
     \b(?:answers? | (?:correct|right|best)\s+(?:option|choice))\b [\s*_]*
         (?:['’]s\b|\b(?:is|are|(?:would|should|must|will)\s+be|becomes|equals)\b|[:=：]) [\s*_:：]* |
     \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)\b [\s*_]* (?:\b(?:est|es|é|è|ist)\b|[:：]) [\s*_:：]* |
@@ -37,7 +38,7 @@ _REASON = re.compile(
     r"(?i)(?:,\s*(?:it|i|we|you|that|this)\b|,?(?<!\s)\s+(?:because|since|which|as(?! well)|so)\b).*", re.DOTALL
 )
 _COPULA = re.compile(r"(?i)(?:the|this|that|there|its|our)\b.*\b(?:is|are|equals|equal to)\b\s*(.+)", re.DOTALL)
-_DENIAL = re.compile(r"(?i)\b(?:no|not|never|neither|cannot)\b|n['’]t\b")
+_DENIAL = re.compile(r"(?i)\b(?:no (?:way|chance)|not (?:true|the case|possible)|impossible|never the case)\b")
 _COPULA_ZH = re.compile(r"[\u4e00-\u9fff].*(?:是|为|等于)\s*(.+)", re.DOTALL)
 
 
@@ -68,7 +69,12 @@ def own_words(response: str) -> str:
         return text
     end = _TURN_END.search(text)
     text = text[: end.start()] if end else text
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    return after_thinking(text)
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last closed `<think>` block, up to one that has no end; elsewhere in a line it is a word."""
+    return _OPENED.split(text.rpartition("</think>")[2], maxsplit=1)[0]
 
 
 def boxes_of(text: str) -> list[tuple[int, int, str]]:

@@ -27,7 +27,7 @@ class Node(NamedTuple):
     """A formula: an operator and its operands; the only operand of `number`, `name` and `constant` is their value.
 
     `sum` and `prod` have a variable (its letter), the lower and upper bound, and what is added or multiplied; `term`
-    has the letter of a sequence and an index.
+    has the letter of a sequence and one index or two.
     """
 
     op: str
@@ -234,8 +234,8 @@ class _Parser:
     def name(self, letter: str) -> Node:
         if letter in self.variables:
             return Node("name", (letter,))
-        if self.variables and self.next == "_" and (index := self.index()):
-            return Node("term", (letter, index))
+        if self.variables and self.next == "_" and (indices := self.indices()):
+            return Node("term", (letter, *indices))
         if letter in _CONSTANTS and self.next not in ("_", "'"):
             return Node("constant", (letter,))
         if letter in _UNKNOWN_FUNCTIONS and self.next == "(":
@@ -248,17 +248,23 @@ class _Parser:
             suffix += "'"
         return Node("name", (letter + suffix,))
 
-    def index(self) -> Node | None:
-        """A subscript in which the variable of a sum stands; None, and nothing is taken, for another one."""
+    def indices(self) -> tuple[Node, ...]:
+        """Those of a subscript in which the variable of a sum stands; nothing is taken for another one."""
         start = self.at
         self.at += 1
-        node = self.bound()
-        if not names(node).intersection(self.variables):
+        end = next((at for at in range(self.at, len(self.tokens)) if self.tokens[at][1] == "}"), start)
+        inside = self.tokens[self.at + 1 : end] if self.next == "{" else []
+        found = () if _is_word(inside) else _juxtaposed(inside)
+        if found:
+            self.at = end + 1
+        elif not _is_word(inside):
+            found = (self.bound(),)
+        if not any(names(node).intersection(self.variables) for node in found):
             self.at = start
-            return None
-        if not _is_index(node):  # x_{ij} has two indices, no product
+            return ()
+        if not all(map(_is_index, found)):
             raise Unreadable("an index")
-        return node
+        return found
 
     def bound(self) -> Node:
         r"""One token or a group after `_` or `^`: the 2 of `\sum_{k=1}^n 2k` is no part of it."""
@@ -395,6 +401,20 @@ def _repeating(text: str) -> Fraction:
     return Fraction(f"{whole or 0}.{fixed or 0}") + tail
 
 
+def _is_word(tokens: list[tuple[str, str]]) -> bool:
+    """Of a subscript: `x_{min}` has no index."""
+    return len(tokens) > 2 and all(kind == "name" for kind, _ in tokens)
+
+
+def _juxtaposed(tokens: list[tuple[str, str]]) -> tuple[Node, ...]:
+    """Two indices, such as those of `x_{ij}` and `x_{i1}`; none for one that is a formula, as 2k is."""
+    if len(tokens) != 2 or any(kind not in ("name", "number") for kind, _ in tokens):
+        return ()
+    if tokens[0][0] == "number" and tokens[0][1] not in ("0", "1"):
+        return ()
+    return tuple(Node("name", (text,)) if kind == "name" else whole(int(Fraction(text))) for kind, text in tokens)
+
+
 def _is_index(node: Node) -> bool:
     """n-2k+1, say."""
     if node.op == "*":
@@ -418,7 +438,7 @@ def names(node: Node) -> frozenset[str]:
 def whole_names(node: Node) -> frozenset[str]:
     """The names in bounds and indices, which have to be whole numbers."""
     if node.op == "term":
-        return names(node.args[1])
+        return names(node)
     if node.op in _SERIES:
         variable, lower, upper, body = node.args
         return names(lower) | names(upper) | (whole_names(body) - {variable})
@@ -436,10 +456,13 @@ def indexed(node: Node, letters: frozenset[str]) -> Node:
         letter, _, subscript = node.args[0].partition("_")
         if letter not in letters:
             return node
-        index = parse(subscript)  # of the letter alone: unreadable
-        if not _is_index(index):
+        tokens = _tokens(subscript)[:-1]
+        if _is_word(tokens):
+            return node
+        indices = _juxtaposed(tokens) or (parse(subscript),)  # of the letter alone: unreadable
+        if not all(map(_is_index, indices)):
             raise Unreadable("an index")
-        return Node("term", (letter, index))
+        return Node("term", (letter, *indices))
     return Node(node.op, tuple(indexed(arg, letters) if isinstance(arg, Node) else arg for arg in node.args))
 
 

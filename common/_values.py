@@ -158,7 +158,7 @@ class _Point:
         if node.op == "name":
             return self.at[node.args[0]]
         if node.op == "term":
-            return _term(node.args[0], self.exact(node.args[1]))
+            return _term(node.args[0], *map(self.exact, node.args[1:]))
         if node.op in _SERIES:
             return self._series(node, self.exact, self._exactly)
         if node.op not in _EXACT:
@@ -214,7 +214,7 @@ class _Point:
         if node.op == "constant":
             return _CONSTANTS[node.args[0]](self.mp)
         if node.op == "term":
-            return _term(node.args[0], self.exact(node.args[1]))
+            return _term(node.args[0], *map(self.exact, node.args[1:]))
         if node.op in _SERIES:
             return self._series(node, self._mixed, self._combined)
         return self._combined(node.op, tuple(map(self._mixed, node.args)))
@@ -290,11 +290,11 @@ class _Point:
 
 
 @lru_cache(maxsize=4096)
-def _term(letter: str, index: Fraction) -> Fraction:
+def _term(letter: str, *indices: Fraction) -> Fraction:
     """A sequence of which nothing is known: any number, the same one for the same index."""
-    if index.denominator != 1:
+    if any(index.denominator != 1 for index in indices):
         raise _Undefined
-    return Fraction(random.Random(f"{letter} {index}").randint(-(10**9), 10**9), 94)
+    return Fraction(random.Random(f"{letter} {' '.join(map(str, indices))}").randint(-(10**9), 10**9), 94)
 
 
 _SERIES = {"sum": ("+", Fraction(0)), "prod": ("*", Fraction(1))}

@@ -187,6 +187,9 @@ def complete_checkpoint(folder: Path) -> None:
     atomic_write_json(folder / COMPLETE, sizes)
 
 
+FORMAT = 2  # of the manifest: before, settings turned off were not recorded
+
+
 class RunFolder:
     """A run's folder, opened with `RunFolder.open`. As a context manager it records how the run ended."""
 
@@ -274,12 +277,13 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict
             **{f"data {k}": v for k, v in manifest["data"].items()},
         }
         manifest["state"], [*manifest["resumed"]]
+        recorded = manifest.get("format", 1) >= FORMAT
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(
             f"{path}/manifest.json cannot be read ({error!r}): choose another out= or delete the folder"
         ) from error
     ours = {**config, "seed": seed, **{f"data {k}": v for k, v in data.items()}}
-    for name in sorted(ours.keys() | theirs.keys()):
+    for name in sorted(ours.keys() | theirs.keys() if recorded else ours.keys() & theirs.keys()):
         if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name)):
             wanted, found = (repr(side[name]) if name in side else "its default" for side in (ours, theirs))
             raise RunFolderError(
@@ -291,6 +295,7 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict
 
 def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
     return {
+        "format": FORMAT,
         "state": "running",
         "started": _now(),
         "ended": None,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from common._extract import own_words
+from common._extract import after_thinking
 from common.answers import Verdict, chosen_letter, exact_number, extract_answer, gold_letter, grade_many
 
 __all__ = [
@@ -38,6 +38,7 @@ LETTERS = "ABCD"  # whose shares are logged: a policy that stops reading the opt
 _MAX_CALL_CHARS = 100_000
 _NAMES = {"name": ("name", "arguments"), "Action": ("Action", "Action_Input")}
 _ACTION = re.compile(r"Action:\s*(\w+)")
+_ACTION_INPUT = re.compile(r"^[ \t]*Action Input:\s*\{", re.MULTILINE)
 _FIRST_BRACES = re.compile(r"Action Input:\s*(\{[^}]*\})")
 
 
@@ -106,7 +107,8 @@ def numeric_reward(
     `tolerance` is absolute, one for each row (a column) or one for all; without it the numbers must be equal.
     """
     golds = _column("answer", answer, completions)
-    limits = list(tolerance) if hasattr(tolerance, "__len__") else [tolerance] * len(golds)
+    is_column = isinstance(tolerance, Sequence) or getattr(tolerance, "ndim", 0) == 1
+    limits = list(tolerance) if is_column else [tolerance] * len(golds)
     if wrong := next((limit for limit in limits if limit is not None and not 0 <= limit < math.inf), None):
         raise ValueError(f"tolerance must be at least 0 and finite, got {wrong}: mend the column or the argument")
     rows = zip(completions, golds, limits, strict=True)
@@ -188,7 +190,7 @@ def _tool_calls(completion: Completion) -> str | list:
     message = {} if isinstance(completion, str) else _last_message(completion)
     if message.get("tool_calls"):
         return [call.get("function", call) if isinstance(call, dict) else call for call in message["tool_calls"]]
-    text = own_words(_text(completion))
+    text = after_thinking(_text(completion))
     tagged = [part.partition("</tool_call>")[0] for part in text.split("<tool_call>")[1:]]
     return f"[{','.join(tagged)}]" if tagged else _action_lines(text) or text
 
@@ -210,7 +212,15 @@ def _one_object(text: str) -> object:
     except (ValueError, RecursionError):
         return None
     rest_of_line, _, after = text[end:].partition("\n")
-    return None if "{" in rest_of_line or "Action Input:" in after else value
+    return None if _first_value(rest_of_line) is not None or _ACTION_INPUT.search(after) else value
+
+
+def _first_value(text: str) -> object:
+    """Of the JSON object that begins at the first brace; None without one."""
+    try:
+        return json.JSONDecoder().raw_decode(text, text.index("{"))[0]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _calls(source: str | list | dict | None) -> Counter | None:

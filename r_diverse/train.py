@@ -14,7 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from accelerate import PartialState
@@ -113,13 +113,14 @@ def parse(argv: list[str]) -> Settings:
 
 
 def _turned_off(key: str) -> str | None:
-    """What turns off a field of a phase that is on by default."""
+    """What turns off a field of a phase that is on by default; None for one that cannot be none."""
     default = next((f.default for f in dataclasses.fields(PhaseConfig) if f.name == key), None)
-    return None if default is None else "none"
+    hint = get_type_hints(PhaseConfig).get(key)
+    return "none" if default is not None and hint in (int | None, float | None) else None
 
 
 def _flags(section: dict[str, Any]) -> list[str]:
-    given = {key: value for key, value in section.items() if value is not None}
+    given = {key: value for key, value in section.items() if value is not None and value != []}
     return [word for key, value in given.items() for word in _words(key, value)]
 
 

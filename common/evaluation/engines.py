@@ -142,7 +142,8 @@ def never_sampled(processor, config) -> list[int]:
 class ServerEngine:
     """Generates on a server that speaks OpenAI's chat API, such as `vllm serve`; needs the package openai.
 
-    Each prompt is a request with a seed of its own. One that still fails after its retries gives None in its place.
+    Each prompt is a request with a seed of its own. One that still fails after its retries gives None in its place;
+    one that the server refuses (status 400) while it answers others gives an empty completion, "refused".
 
     Args:
         base_url: such as "http://localhost:8000/v1".
@@ -152,7 +153,7 @@ class ServerEngine:
         timeout: seconds for one request.
         retries: of one request, with growing pauses.
 
-    `generate` raises `ConnectionError` if no request of a call succeeds.
+    `generate` raises `ConnectionError` if no request of a call succeeds, but for refusals of one and the same prompt.
     """
 
     def __init__(

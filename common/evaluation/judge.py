@@ -134,7 +134,7 @@ def _replies(engine: Engine, wanted: dict[tuple, str], path: Path, decoding: Dec
                 raise
             break  # what is missing is counted as having no reply
         for key, completion in zip(keys, completions, strict=True):
-            if completion is not None:
+            if completion is not None and completion.finish_reason != "refused":
                 replies[key] = parse_verdict(completion.text) or "unparseable"
                 record = {**dict(zip(names, key, strict=True)), "reply": completion.text, "verdict": replies[key]}
                 append_jsonl(path, record)

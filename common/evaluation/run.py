@@ -96,7 +96,7 @@ def rescore(benchmark: Benchmark, out: str | Path) -> dict[str, Any]:
     if not (folder / "identity.json").exists():
         raise ValueError(f"{folder} holds no records of {benchmark.name}: run the evaluation first")
     identity = _identity(folder)
-    if identity["rows"] != question_fingerprint(benchmark):
+    if identity.get("rows") != question_fingerprint(benchmark):
         raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
     records = read_jsonl(folder / "samples.jsonl")
     wanted = identity.get("samples", 0) * len(benchmark.rows)  # unknown for responses of someone else
@@ -141,8 +141,10 @@ def _foreign(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is not JSON ({error}): repair or remove the line") from error
         if not isinstance(record, dict) or "id" not in record or not isinstance(record.get("response"), str):
             raise ValueError(f"{path}, line {number}: a record needs `id` and `response`, a string")
-        if not isinstance(record.get("num_tokens", 0), int | None):
-            raise ValueError(f"{path}, line {number}: num_tokens must be a number, got {record['num_tokens']!r}")
+        tokens = record.get("num_tokens")
+        if not isinstance(tokens, int | float | None):
+            raise ValueError(f"{path}, line {number}: num_tokens must be a number, got {tokens!r}")
+        record["num_tokens"] = None if tokens != tokens else tokens  # NaN is how tables write that it is not known
         which = str(record["id"]), record.get("sample")
         if which[1] is not None and which in seen:
             raise ValueError(f"{path}, line {number}: sample {which[1]} of question {which[0]} stands there twice")
@@ -232,9 +234,9 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
     if not any((path.parent / name).exists() for name in ("samples.jsonl", "scored.jsonl")):
         atomic_write_json(path, identity)
         return
-    theirs = {"chat_template_kwargs": {}, **_identity(path.parent)}  # older folders have none
+    theirs = _identity(path.parent)
     for name, value in identity.items():
-        if theirs.get(name) != value:
+        if theirs.get(name) != value and (name in theirs or name != "chat_template_kwargs"):  # older folders have none
             raise ValueError(
                 f"{path.parent} holds records with {name}={theirs.get(name)!r}, this evaluation has {value!r}: choose "
                 "another --out or delete the folder"

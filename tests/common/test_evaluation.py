@@ -110,6 +110,16 @@ def test_another_chat_template_is_another_evaluation(tmp_path):
         evaluate(engine, numbers(), tmp_path, decoding=SAMPLED)
 
 
+def test_a_folder_that_did_not_record_the_chat_template_goes_on(tmp_path):
+    evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
+    path = tmp_path / "numbers/identity.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template_kwargs"}))
+    engine = Echo()
+    engine.template_options = {"enable_thinking": False}
+    evaluate(engine, numbers(), tmp_path, decoding=SAMPLED)
+    assert engine.asked == []
+
+
 def test_a_folder_without_a_record_can_be_claimed_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(Echo(fail_after=0), numbers(), tmp_path, samples=4, decoding=SAMPLED)
@@ -188,7 +198,7 @@ def test_responses_of_others_are_scored_into_the_same_table(tmp_path):
 
 
 def test_blank_lines_and_a_last_line_without_an_end_are_read(tmp_path):
-    lines = [json.dumps({"id": i, "response": rf"\boxed{{{i}}}"}) for i in range(10)]
+    lines = [json.dumps({"id": i, "response": rf"\boxed{{{i}}}", "num_tokens": float("nan")}) for i in range(10)]
     (tmp_path / "theirs.jsonl").write_text("\n\n".join(lines))
     assert score_responses(numbers(), tmp_path / "theirs.jsonl", tmp_path / "out")["avg@k"] == 1.0
 

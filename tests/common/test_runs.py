@@ -80,6 +80,15 @@ def test_a_setting_turned_off_is_not_its_default(tmp_path):
     assert opened(tmp_path / "b", top_k=None).manifest["resumed"]
 
 
+def test_a_folder_of_older_code_is_compared_by_what_both_record(tmp_path):
+    opened(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "format"}))
+    assert opened(tmp_path, top_k=None, gpus=8).manifest["resumed"]
+    with pytest.raises(RunFolderError, match="learning_rate="):
+        opened(tmp_path, learning_rate=1.0)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="no run folder"):

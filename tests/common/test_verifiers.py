@@ -68,7 +68,11 @@ def test_verdicts_are_logged_as_shares_of_the_rows_with_gold():
         "C", "(C)", "c", "C.", "**C**", "C)", "C: Neon", "C. Neon", "Option C", r"\boxed{C}", r"\boxed{\text{(C)}}",
         "The answer is C.", "The correct option is (C)", "Answer: C) Neon", "<answer>C</answer>", "**Answer:** C",
         "C. E. coli", "C. It inhibits E. coli growth", "C. Vitamin A", "C. False", "C. No change", "C. J. D. Salinger",
-        "C: pH = 7", "C. A, B and more are needed", "A looks right, but no. The answer is C",
+        "C: pH = 7", "C. A, B and more are needed", "C) A and B", r"\boxed{C. A, B, and D}", r"\boxed{C. A-B-D}",
+        r"\boxed{C. Vitamin A: for the eyes}", r"\boxed{C. Group A: 5, Group B: 3}", r"\boxed{C. Washington, D.C.}",
+        r"\boxed{C. John F. Kennedy and Lyndon B. Johnson}", r"\boxed{C. The U.S. v. E. C. Knight}", "C) OR gate",
+        r"\boxed{C. E. coli, S. aureus, B. subtilis and A. baumannii}", "C. Is not a function", "C. 0.5 A. 5 V",
+        "A looks right, but no. The answer is C",
         "The answer is C because A and B are wrong", r"$\boxed{\textbf{C}}$",
     ],
 )  # fmt: skip
@@ -80,8 +84,8 @@ def test_choice_letters(response):
     "response",
     [
         "A or C", "A, C", "A/C", "AC", "C or A", r"\boxed{C, A}", r"\boxed{A} and \boxed{C}", "Carbon", "", "C and D",
-        "C: no\nD: yes", "C. Incorrect. D. Correct.", "C) D) A)", "C. 3 D. 5", "The answer is C: 3, D: 5",
-        "C is wrong", "<answer>C. apples A. pears B. plums</answer>", r"\boxed{C: no, D: yes}", "C. or the second",
+        "C: no\nD: yes", "C. Incorrect. D. Correct.", "C) D) A)", "C. 3 D. 5 E. 7", "The answer is C: 3, D: 5",
+        "C is wrong", "<answer>A. apples B. pears C. plums</answer>", r"\boxed{C: no, D: yes}", "C. or the second",
         "C; not C", "C. (d)", "C. D. A", "<think>C", "I think it is C", "The answer is C or D",
         "<answer>A or B or C</answer>", "<answer></answer>", r"\boxed{}",
     ],
@@ -102,7 +106,14 @@ def test_a_tolerance_must_be_finite(tolerance):
         numeric_reward([r"\boxed{3}"] * 2, answer=["3", "3"], tolerance=tolerance)
 
 
+@pytest.mark.parametrize("text", ["<s>old</s> new", "use <think> tags", "a</tool_call b"])
+def test_arguments_of_a_call_hold_any_text(text):
+    call = {"name": "write", "arguments": {"text": text}}
+    assert tool_call_reward([f"<think>x</think><tool_call>{json.dumps(call)}</tool_call>"], answer=[call]) == [1.0]
+
+
 def test_tolerances_of_a_numpy_column():
+    assert numeric_reward([r"\boxed{3}"], answer=["3.1"], tolerance=np.array(0.2)) == [1.0]
     assert numeric_reward([r"\boxed{3}"] * 2, answer=["3.1", "3.1"], tolerance=np.array([0.2, 0.05])) == [1.0, 0.0]
 
 

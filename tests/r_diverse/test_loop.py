@@ -375,9 +375,13 @@ def test_flags_win_over_the_config(tmp_path):
 
 def test_the_recorded_settings_are_the_same_run_again(tmp_path):
     config = tmp_path / "c.yaml"
-    config.write_text("model: m\nsolver:\n  delta: null\n  steps_per_generation: 2\n  save_steps: 2\n")
+    config.write_text(
+        "model: m\nsolver:\n  delta: null\n  steps_per_generation: 2\n  save_steps: 2\n  scale_rewards: null\n"
+        "  optim: null\n  max_steps: null\n"
+    )
     settings = parse(["--config", str(config), "--challenger.epsilon_high=none"])
     assert settings.solver.delta is settings.challenger.epsilon_high is None
+    assert settings.solver.scale_rewards == "group"  # which cannot be none
     assert settings.plain()["solver"]["steps_per_generation"] == 2
     config.write_text(yaml.safe_dump(settings.plain()))
     assert parse(["--config", str(config)]).plain() == settings.plain()
