@@ -54,7 +54,7 @@ def chunked_divergence(
         student,
         teacher,
         teacher_hidden,
-        _largest_one(coefficients.detach().float()),
+        _near_one(coefficients.detach().float()),
         (temperature, top_k, alpha, tail),
         torch.is_grad_enabled(),
     )
@@ -162,10 +162,11 @@ def over_vocabulary(
     return value.detach(), gradient if slope is None else gradient.mul_(slope)
 
 
-def _largest_one(coefficients: torch.Tensor) -> torch.Tensor:
-    """Divided by the largest of them: the squares of 1e-20 are 0 in float32, and 1e-5 has few bits in fp16."""
-    tiny = torch.finfo(coefficients.dtype).tiny
-    return coefficients / coefficients.abs().amax().clamp(min=tiny) if len(coefficients) else coefficients
+def _near_one(coefficients: torch.Tensor) -> torch.Tensor:
+    """Times a power of two, which rounds nothing: the squares of 1e-20 are 0 in float32, and 1e-5 has few bits in
+    fp16."""
+    exponent = torch.frexp(coefficients.abs().max()).exponent if len(coefficients) else 0
+    return torch.ldexp(coefficients, -torch.as_tensor(exponent).clamp(min=-126))
 
 
 def tile_rows(count: int, vocab_size: int, tensors: int) -> int:
