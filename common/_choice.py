@@ -18,7 +18,7 @@ _OTHER_LETTER = re.compile(r"(?<![\w'\\])(?!A [a-z]|I['’ ]+[a-z])[A-J](?![\w']
 _LIST_OF_LETTERS = re.compile(  # "C. D", "A) B) C)", "A. (b)", "C or d"; but "D. A, B and C" is an option
     r"[.,:;)\s(\[-]*[A-J][)\].\s]*|(?:[.)]\s*[A-J]){2,}[.)\s]*|[.,:;\s]*\([a-j]\)[.\s]*|.*[,;]\s*\(?[a-j]\)?\W*"
 )
-_COLON_LABEL = re.compile(r"(?:^:.*|[.;,])\s*\b([A-J]):\s")  # "A: no, B: yes"
+_LABEL, _CLAUSE_LABEL = re.compile(r"\b([A-J]):\s"), re.compile(r"[.;,]\s*([A-J]):\s")  # "A: no, B: yes"
 _SENTENCE_LABEL = re.compile(r"[a-z]{3}\.\s*[A-J]\.\s+[A-Z]")  # "A. Incorrect. B. Correct."
 _REFUSED = re.compile(r"(?i)[.:)]\s*;|[\s,;]*\b(?:or|not)\b")
 _HEDGE = re.compile(
@@ -47,7 +47,9 @@ def _names_another(letter: str, rest: str) -> bool:
     """Whether what follows a letter offers another one. "A because (B) is wrong" and "C. Vitamin A" do not."""
     if _LIST_OF_LETTERS.fullmatch(rest) or _REFUSED.match(rest):
         return True
-    if any(other != letter for other in _COLON_LABEL.findall(rest)) or _SENTENCE_LABEL.search(rest):
+    # Behind "C." a colon may be of the option's text: "C. Vitamin A: for the eyes"
+    labels = (_LABEL if rest.startswith(":") else _CLAUSE_LABEL).findall(rest)
+    if any(other != letter for other in labels) or _SENTENCE_LABEL.search(rest):
         return True
     second, third = (re.search(rf"(?<![\w(]){chr(ord(letter) + step)}[.)]\s", rest) for step in (1, 2))
     if second and third and second.start() < third.start():  # the options one after the other

@@ -84,7 +84,8 @@ def test_choice_letters(response):
     "response",
     [
         "A or C", "A, C", "A/C", "AC", "C or A", r"\boxed{C, A}", r"\boxed{A} and \boxed{C}", "Carbon", "", "C and D",
-        "C: no\nD: yes", "C. Incorrect. D. Correct.", "C) D) A)", "C. 3 D. 5 E. 7", "The answer is C: 3, D: 5",
+        "C: no\nD: yes", "C: no, D: yes, C: no", "C. Incorrect. D. Correct.", "C) D) A)", "C. 3 D. 5 E. 7",
+        "The answer is C: 3, D: 5",
         "C is wrong", "<answer>A. apples B. pears C. plums</answer>", r"\boxed{C: no, D: yes}", "C. or the second",
         "C; not C", "C. (d)", "C. D. A", "<think>C", "I think it is C", "The answer is C or D",
         "<answer>A or B or C</answer>", "<answer></answer>", r"\boxed{}",
