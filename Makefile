@@ -29,7 +29,7 @@ help: ## This list
 	@echo
 	@echo "Variables of the experiments:"
 	@echo "  PRESET=paper|single-gpu|tiny   8 x 80 GB, 1 x 80 GB, or 2 CPU cores (default: $(PRESET))"
-	@echo "  MODEL= TEACHER= DATA=          hub id or local path in place of the paper's"
+	@echo "  MODEL= DATA=                   hub id or local path in place of the paper's; TEACHER= too for VA-OPD"
 	@echo "  SEED= OUT= GPUS=               seed, folder of all runs (runs), number of GPUs (the preset's)"
 	@echo "  ARGS='--field value'           any other setting; --dry_run prints settings, memory and commands"
 	@echo "Other: PYTHON=python3.12 makes .venv with that Python; PY=python runs in an environment of yours;"
@@ -50,7 +50,7 @@ demo-model-%: $(READY)
 	$(PY) -m $*.data base runs/$*/tiny/models/base
 
 demo-va_opd: $(READY) ## VA-OPD beside standard OPD on real handwritten digits
-	$(PY) -m va_opd.loop --config va_opd/configs/tiny.yaml $(OPTIONS)
+	$(PY) -m va_opd.loop --config va_opd/configs/tiny.yaml $(VA_OPTIONS)
 
 demo-srpo: $(READY) ## SRPO beside GRPO and SDPO on additions
 	$(PY) -m srpo.loop --config srpo/configs/tiny.yaml $(OPTIONS)
@@ -106,8 +106,11 @@ clean: ## Remove .venv, .venv-vllm and caches; runs/ stays
 # --- Experiments: EXPERIMENT and PRESET choose the config; a variable that is set becomes a flag ---
 
 EXPERIMENT ?= geo3k
-OPTIONS = $(strip $(if $(MODEL),--model '$(MODEL)') $(if $(TEACHER),--teacher '$(TEACHER)') $(if $(DATA),--data '$(DATA)') \
-	$(if $(SEED),--seed $(SEED)) $(if $(OUT),--out '$(OUT)') $(ARGS))
+SHARED = $(strip $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(if $(SEED),--seed $(SEED)) \
+	$(if $(OUT),--out '$(OUT)') $(ARGS))
+VA_OPTIONS = $(strip $(if $(TEACHER),--teacher '$(TEACHER)') $(SHARED))
+OPTIONS = $(if $(TEACHER),$(error TEACHER=$(TEACHER) is for the targets of VA-OPD; SRPO and R-Diverse have no other \
+	model as teacher: leave it out))$(SHARED)
 
 GPUS_paper := 8
 GPUS_single-gpu := 1
@@ -123,7 +126,7 @@ CONFIG = $(or $($(1)-$(PRESET)),$(error no config for $(1) with PRESET=$(PRESET)
 va_opd-geo3k: $(READY) ## VA-OPD, Table 1: Geometry3K, 8B to 2B; baselines, evaluation, table, figures
 va_opd-virl39k: $(READY) ## VA-OPD, Table 2: the same on ViRL39K
 va_opd-geo3k va_opd-virl39k:
-	$(PY) -m va_opd.loop $(call CONFIG,$@) --gpus $(or $(GPUS),$(GPUS_$(PRESET))) $(OPTIONS)
+	$(PY) -m va_opd.loop $(call CONFIG,$@) --gpus $(or $(GPUS),$(GPUS_$(PRESET))) $(VA_OPTIONS)
 
 TINY_SEEDS := 0,1,2
 srpo-qwen3-8b-paper := --config srpo/configs/qwen3_8b.yaml --datasets all
@@ -161,7 +164,7 @@ eval-srpo: $(READY) ## Tables against the paper and figures, from finished runs 
 	$(PY) -m benchmarks.srpo --config $(word 2,$(call CONFIG,srpo-$(or $(filter qwen3-%,$(EXPERIMENT)),qwen3-8b))) $(OPTIONS)
 
 eval-va_opd: $(READY) ## Table against the paper and figures, from finished runs of EXPERIMENT=geo3k|virl39k
-	$(PY) -m benchmarks.va_opd $(call CONFIG,va_opd-$(EXPERIMENT)) $(OPTIONS)
+	$(PY) -m benchmarks.va_opd $(call CONFIG,va_opd-$(EXPERIMENT)) $(VA_OPTIONS)
 
 report: $(READY) ## Every run in one page: runs/report.html, and the same as report.md
 	$(PY) -m benchmarks.report $(if $(OUT),--runs '$(OUT)') $(ARGS)

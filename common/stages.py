@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 from .preemption import EXIT_CODE, Preempted, call, sigterm_raises
@@ -12,6 +14,30 @@ from .preemption import EXIT_CODE, Preempted, call, sigterm_raises
 SIGN_OF_LIFE = 20  # seconds between two lines about commands that run side by side
 
 Command = tuple[str, list[str]]  # a name for its log, and the words of it
+
+
+def chosen(name: str, text: str, known: Collection[str] = ()) -> list[str]:
+    """The entries of a comma list, of `known` ones where it is given: all of those for "all".
+
+    Raises `ValueError` for an unknown entry, and for one that comes twice: two commands would write into one folder.
+    """
+    entries = list(known) if text == "all" and known else text.split(",")
+    if unknown := [entry for entry in entries if known and entry not in known]:
+        raise ValueError(f"unknown {name} {unknown}; choose among {', '.join(known)}, or all")
+    if len(set(entries)) < len(entries):
+        raise ValueError(f"{name} must differ, got {text}: two runs would write into one folder")
+    return entries
+
+
+def check_packages(vllm: bool, gpus: int, sharding: str) -> None:
+    """Raises `ValueError` when an experiment needs packages that only a GPU machine has, and they are missing."""
+    needed = {"vllm": vllm, "deepspeed": gpus > 1 and sharding.startswith("zero")}
+    missing = [name for name, wanted in needed.items() if wanted and find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"these settings need {' and '.join(missing)}, which this Python does not have: install the environment "
+            'of a GPU machine ("On GPUs" in README.md), or try PRESET=tiny'
+        )
 
 
 def launcher(gpus: int, sharding: str) -> list[str]:

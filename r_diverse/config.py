@@ -74,6 +74,7 @@ class PhaseConfig(GRPOConfig):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     save_steps: float = field(default=UPDATES, metadata={"help": "Optimizer steps between two checkpoints."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    doctor_steps: int = field(default=20, metadata={"help": "Steps between health lines; 0 = off."})
 
     def __post_init__(self):
         _check(
@@ -90,7 +91,7 @@ class PhaseConfig(GRPOConfig):
                 "top_p": _SHARE,
                 "learning_rate": _AMOUNT,
                 "delta": (lambda value: value is None or value > 1, "must be above 1, or none"),
-                **dict.fromkeys(("save_steps", "logging_steps", "epsilon"), _AMOUNT),
+                **dict.fromkeys(("save_steps", "logging_steps", "doctor_steps", "epsilon"), _AMOUNT),
                 "epsilon_high": _or_none(_AMOUNT),
             },
         )

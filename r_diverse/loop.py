@@ -4,7 +4,7 @@
     python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --penalty r_zero     # the baseline
     python -m r_diverse.loop --config r_diverse/configs/tiny.yaml --more 1                 # one iteration more
     python -m r_diverse.loop --config r_diverse/configs/tiny.yaml --variants r_diverse,r_zero --seeds 0,1,2
-    python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --dry_run            # settings, memory, stages
+    python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --dry_run            # settings, memory, commands
 
 With --variants or --seeds, each run is a command of its own and a report of all of them comes last. Started again
 after a kill, a run goes on in the stage where it was. `--challenger.field value` and `--solver.field value` set the
@@ -37,7 +37,7 @@ from common.evaluation import ServerEngine
 from common.once import StageError, digest, once, read_counts
 from common.preemption import call
 from common.runs import RunFolder, fingerprint, read_jsonl
-from common.stages import launcher, run_experiment, shown
+from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
 
 from . import analysis, data, evaluate
 
@@ -388,17 +388,19 @@ def _main(argv: list[str]) -> int:
     known, rest = parser.parse_known_args(argv)
     fields = ["--config", known.config, *rest]
     settings = parse(fields)
-    variants = list(VARIANT_FLAGS) if known.variants == "all" else (known.variants or "").split(",")
-    if unknown := set(variants) - {*VARIANT_FLAGS, ""}:
-        raise ValueError(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANT_FLAGS)}")
+    variants = chosen("variants", known.variants, VARIANT_FLAGS) if known.variants else [""]
+    seeds = chosen("seeds", known.seeds or str(settings.run.seed))
+    stages = experiment(settings, fields, variants, seeds, known.more) if known.variants or known.seeds else []
     if known.dry_run or settings.run.dry_run:
-        print(dry_run(settings))
-    elif known.variants or known.seeds:
-        seeds = (known.seeds or str(settings.run.seed)).split(",")
-        return experiment(settings, fields, variants, seeds, known.more)
-    else:
-        versions.announce("r_diverse.loop")
-        play(with_more(settings, known.more))
+        print(dry_run(settings), *(f"$ {shown(command)}" for stage in stages for command in stage), sep="\n")
+        return 0
+    uses_vllm = settings.run.engine == "vllm" or settings.challenger.use_vllm or settings.solver.use_vllm
+    check_packages(uses_vllm, settings.run.gpus, settings.run.sharding)
+    if stages:
+        run = settings.run
+        return run_experiment("r_diverse.loop", stages, Path(run.out) / "r_diverse" / run.experiment / "logs")
+    versions.announce("r_diverse.loop")
+    play(with_more(settings, known.more))
     return 0
 
 
@@ -412,11 +414,10 @@ def with_more(settings: Settings, more: int | None) -> Settings:
     return settings._replace(run=dataclasses.replace(settings.run, iterations=target))
 
 
-def experiment(settings: Settings, fields: list[str], variants: list[str], seeds: list[str], more: int | None) -> int:
-    """All runs, then the report; on a machine without GPU two runs side by side."""
-    for name, values in (("variants", variants), ("seeds", seeds)):
-        if len(set(values)) < len(values):
-            raise ValueError(f"{name} must differ, got {','.join(values)}: two runs would write into one folder")
+def experiment(
+    settings: Settings, fields: list[str], variants: list[str], seeds: list[str], more: int | None
+) -> list[list[Command]]:
+    """Stages in order: the base of the embedded task, all runs, the report. The variant "" is that of the fields."""
     python, run = [sys.executable, "-m"], settings.run
     runs = [
         (
@@ -427,10 +428,10 @@ def experiment(settings: Settings, fields: list[str], variants: list[str], seeds
         for seed in seeds
         for name in variants
     ]
-    plan = [runs, [("report", [*python, "benchmarks.r_diverse", *fields])]]
+    stages = [runs, [("report", [*python, "benchmarks.r_diverse", *fields])]]
     if run.benchmarks == "arithmetic" and run.coder == "rules":  # the embedded task, whose base is taught here
-        plan.insert(0, [("make-base", [*python, "r_diverse.data", "base", run.model])])
-    return run_experiment("r_diverse.loop", plan, Path(run.out) / "r_diverse" / run.experiment / "logs")
+        stages.insert(0, [("make-base", [*python, "r_diverse.data", "base", run.model])])
+    return stages
 
 
 def dry_run(settings: Settings) -> str:

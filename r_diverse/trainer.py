@@ -20,13 +20,12 @@ from trl import GRPOTrainer
 from . import objective
 from ._trl import EpochSampler
 from .config import RDiverseConfig
+from .doctor import DoctorCallback
 from .memory import MemoryBank
 from .questions import Challenge, read_challenge
 from .skills import SkillEncoder
 
 logger = logging.getLogger(__name__)
-
-LARGE_GAP = 0.1  # nats a token between trainer and rollout engine; rounding to bfloat16 makes about 0.01
 
 # m extracted answers to each question (None: no answer); None in place of a list where the engine failed
 Solver = Callable[[Sequence[str], int], Sequence[Sequence[str | None] | None]]
@@ -46,6 +45,8 @@ class PhaseTrainer(GRPOTrainer):
                 f"train_dataset has {len(self.train_dataset)} prompts, fewer than the {prompts} of one generation "
                 "batch: lower per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation"
             )
+        if self.args.doctor_steps:
+            self.add_callback(DoctorCallback(self.args.doctor_steps))
         if self.accelerator.is_main_process and not self.is_deepspeed_enabled:  # which keeps float32 copies
             warn_of_half_precision(self.model)
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -66,18 +67,12 @@ class PhaseTrainer(GRPOTrainer):
         )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's, which leaves out the check of the rollout engine's weights where it does not correct for them."""
+        """Also logs the gap between trainer and rollout engine, which TRL logs only where it corrects for it."""
         batch = super()._generate_and_score_completions(inputs)
         if "sampling_per_token_logps" in batch and "old_per_token_logps" in batch:
             logps = (batch["old_per_token_logps"], batch["sampling_per_token_logps"])
             gap = self.accelerator.gather(logps_gap(*logps, batch["completion_mask"], self.top_p)).mean().item()
             self._metrics["train" if self.model.training else "eval"]["sampling/logps_gap"].append(gap)
-            if gap > LARGE_GAP and self.accelerator.is_main_process:
-                logger.warning(
-                    "trainer and rollout engine differ by %.2g nats on a sampled token: check the weight sync and, on "
-                    "a vLLM server, --logprobs-mode processed_logprobs",
-                    gap,
-                )
         return batch
 
 
@@ -209,7 +204,8 @@ class ChallengerReward:
         worst = objective.memory_penalty(1.0, 1.0, *limits) if self._remembers() else 0.0
         penalties = objective.memory_penalty(p_max, p_mean, *limits) if self._remembers() else np.zeros(len(rows))
         memory[valid] = objective.scatter_penalty(penalties, ok, worst)
-        return repetition, memory, {"p_max": p_max, "p_mean": p_mean, "encoded": int(ok.sum())}
+        bank = 0 if self.bank is None else len(self.bank)
+        return repetition, memory, {"p_max": p_max, "p_mean": p_mean, "encoded": int(ok.sum()), "bank": bank}
 
     def _remembers(self) -> bool:
         return self.config.beta > 0 and len(self.bank) > 0
@@ -255,6 +251,7 @@ def batch_figures(parts: dict[str, Any]) -> dict[str, float]:
         questions = [q for q, good in zip(parts["questions"], valid, strict=True) if good]
         figures["challenger/distinct"] = len(set(questions)) / len(questions)
     if "encoded" in parts:
+        figures["challenger/bank"] = parts["bank"]
         figures["challenger/encoded"] = parts["encoded"] / max(valid.sum(), 1)
         if parts["encoded"]:
             figures |= {f"challenger/{name}": parts[name].mean() for name in ("p_max", "p_mean")}

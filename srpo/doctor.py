@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 FIGURES = (
     ("reward", "reward {:.3f}"),
+    ("reward_std", "spread {:.2f}"),
     ("route/correct", "correct {:.0%}"),
     ("route/sdpo", "to SDPO {:.0%}"),
     ("route/teacher_available", "teacher available {:.0%}"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from .train import dry_run, parse  # says in one line what is missing without common/
 
 # isort: split
-from common.stages import Command, launcher, run_experiment, shown
+from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
 
 VARIANT_FLAGS = {
     "srpo": ["--routing", "srpo"],
@@ -32,7 +32,9 @@ BENCHMARKS = ("chemistry", "physics", "biology", "materials", "tooluse")
 def main(argv: list[str] | None = None) -> int:
     """Exit code of the first command that failed, 2 for a mistake in the arguments, 130 for Ctrl-C, else 0."""
     formatter = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(prog="srpo.loop", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        prog="srpo.loop", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument(
         "--variants", default="grpo,sdpo,srpo", help=f"comma list of {', '.join(VARIANT_FLAGS)}, or all"
@@ -46,11 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     fields = ["--config", known.config, *rest]
     try:
         args, config = parse([*fields, "--dry_run"] if known.dry_run else fields)
-        variants = list(VARIANT_FLAGS) if known.variants == "all" else known.variants.split(",")
-        if unknown := set(variants) - set(VARIANT_FLAGS):
-            raise ValueError(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANT_FLAGS)}")
-        datasets = BENCHMARKS if known.datasets == "all" else (known.datasets or args.dataset).split(",")
-        seeds = (known.seeds or str(config.seed)).split(",")
+        variants = chosen("variants", known.variants, VARIANT_FLAGS)
+        datasets = chosen("datasets", known.datasets, BENCHMARKS) if known.datasets else [args.dataset]
+        seeds = chosen("seeds", known.seeds or str(config.seed))
+        if not known.dry_run:
+            check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
         stages = plan(fields, args, config, variants, datasets, seeds, launcher(known.gpus, known.sharding))
     except (ValueError, OSError) as error:
         print(f"srpo.loop: {' '.join(str(error).split())}", file=sys.stderr)

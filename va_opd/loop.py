@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from .evaluate import benchmark_names
-from .train import dry_run, parse  # says in one line what is missing without common/
+from .train import ScriptArguments, dry_run, parse  # says in one line what is missing without common/
 
 # isort: split
-from common.stages import Command, launcher, run_experiment, shown
+from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
 
 # The variants of Table 1 and Fig. 4a as flags of va_opd.train
 VARIANT_FLAGS = {
@@ -33,9 +33,12 @@ VARIANT_FLAGS = {
 def main(argv: list[str] | None = None) -> int:
     """Exit code of the first command that failed, 2 for a mistake in the arguments, 130 for Ctrl-C, else 0."""
     formatter = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(prog="va_opd.loop", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        prog="va_opd.loop", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True)
-    parser.add_argument("--variants", default="opd,va_opd", help=f"comma list of {', '.join(VARIANT_FLAGS)}")
+    parser.add_argument("--variants", default="opd,va_opd", help=f"comma list of {', '.join(VARIANT_FLAGS)}, or all")
+    parser.add_argument("--seeds", help="comma list; by default the config's seed")
     parser.add_argument("--gpus", type=int, default=1, help="processes for training; 1 starts no launcher")
     parser.add_argument("--sharding", default="zero2", help="accelerate config of TRL used for several GPUs")
     parser.add_argument("--dry_run", action="store_true")
@@ -44,10 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, config = parse([*fields, "--dry_run"] if known.dry_run else fields)
         benchmark_names(args)  # a name that is not there would show only after the training
-        variants = [name for name in known.variants.split(",") if name]
-        if unknown := set(variants) - set(VARIANT_FLAGS):
-            raise ValueError(f"unknown variants {sorted(unknown)}; choose among {', '.join(VARIANT_FLAGS)}")
-        stages = plan(fields, args, variants, launcher(known.gpus, known.sharding))
+        variants = chosen("variants", known.variants, VARIANT_FLAGS)
+        seeds = chosen("seeds", known.seeds or str(config.seed))
+        if not known.dry_run:
+            check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
+        stages = plan(fields, args, variants, seeds, launcher(known.gpus, known.sharding))
     except (ValueError, OSError) as error:
         print(f"va_opd.loop: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -61,10 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     return run_experiment("va_opd.loop", stages, Path(args.out) / "va_opd" / args.experiment / "logs")
 
 
-def plan(fields: list[str], args, variants: list[str], launch: list[str]) -> list[list[Command]]:
+def plan(
+    fields: list[str], args: ScriptArguments, variants: list[str], seeds: list[str], launch: list[str]
+) -> list[list[Command]]:
     """Stages in order; the commands of one stage do not need each other."""
     python = [sys.executable, "-m"]
-    flags = {name: fields + VARIANT_FLAGS[name] for name in variants}
+    flags = {
+        f"{name}-seed{seed}": [*fields, "--seed", seed, *VARIANT_FLAGS[name]] for seed in seeds for name in variants
+    }
     evaluations = [(f"evaluate-{name}", [*python, "va_opd.evaluate", "run", *f]) for name, f in flags.items()]
     evaluations.append(("evaluate-base", [*python, "va_opd.evaluate", "base", *fields]))
     stages = [

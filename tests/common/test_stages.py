@@ -1,7 +1,9 @@
 """Experiments as stages of commands: order, side by side, failures, Ctrl-C."""
 
+import importlib
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +103,31 @@ def test_accelerate_reads_the_configs_as_the_methods_need_them(sharding, kind, s
     assert config.distributed_type == kind
     section = config.deepspeed_config if kind == "DEEPSPEED" else getattr(config, "fsdp_config", {})
     assert {name: section.get(name) for name in settings} == settings
+
+
+def test_a_comma_list_is_checked_before_anything_runs():
+    assert stages.chosen("variants", "all", {"a": [], "b": []}) == ["a", "b"]
+    assert stages.chosen("seeds", "0,1") == ["0", "1"]
+    with pytest.raises(ValueError, match=r"unknown variants \['c', ''\]; choose among a, b, or all"):
+        stages.chosen("variants", "a,c,", ("a", "b"))
+    with pytest.raises(ValueError, match="seeds must differ, got 0,0"):
+        stages.chosen("seeds", "0,0")
+
+
+def test_missing_packages_of_a_gpu_machine_are_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(stages, "find_spec", lambda name: None)
+    stages.check_packages(vllm=False, gpus=1, sharding="zero3")
+    stages.check_packages(vllm=False, gpus=8, sharding="fsdp2")
+    with pytest.raises(ValueError, match=r"need vllm and deepspeed.*README\.md"):
+        stages.check_packages(vllm=True, gpus=8, sharding="zero2")
+
+
+@pytest.mark.parametrize("method", ["va_opd", "srpo", "r_diverse"])
+def test_flags_of_make_are_passed_on_whole(method, capsys):
+    """DATA= and SEED= are --data and --seed, of which --datasets and --seeds must not be taken for the long form."""
+    main = importlib.import_module(f"{method}.loop").main
+    config = Path(__file__).parents[2] / method / "configs" / "tiny.yaml"
+    assert main(["--config", str(config), "--variants", "all", "--data", "mine", "--seed", "7", "--dry_run"]) == 0
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    commands = [line for line in commands if f"{method}.data " not in line]
+    assert commands and all("--data mine --seed 7" in line for line in commands)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from r_diverse import ChallengerReward, MemoryBank, PhaseTrainer, RDiverseConfig, SkillEncoder, objective
+from r_diverse import ChallengerReward, MemoryBank, PhaseTrainer, RDiverseConfig, SkillEncoder, doctor, objective
 from r_diverse.questions import Challenge
 from r_diverse.skills import Program
 from r_diverse.trainer import batch_figures, logps_gap
@@ -253,7 +254,39 @@ def test_figures_of_a_batch(tmp_path):
     assert figures["challenger/uncertainty"] == pytest.approx(0.4)
     assert figures["challenger/p_max"] == pytest.approx(0.96)
     assert figures["challenger/encoded"] == 1
+    assert figures["challenger/bank"] == 3
     assert all(isinstance(value, float) for value in figures.values())
+
+
+@pytest.mark.parametrize(
+    ("logs", "message"),
+    [
+        ({"challenger/valid": 0.4}, "have the asked form"),
+        ({"challenger/consistency": 0.05}, "hardly ever agree"),
+        ({"challenger/unanswered": 0.2}, "look at its log"),
+        ({"challenger/encoded": 0.4}, "became a program"),
+        ({"frac_reward_zero_std": 0.9}, "no gradient"),
+        ({"completions/clipped_ratio": 0.6}, "truncated"),
+        ({"entropy": 0.001}, "collapsed"),
+        ({"sampling/logps_gap": 0.2}, "weight sync"),
+    ],
+)
+def test_the_doctor_warns_in_words(logs, message):
+    (warning,) = doctor.diagnose({"reward": 0.5, **logs})
+    assert message in warning
+    assert doctor.diagnose(dict.fromkeys(logs)) == []
+
+
+def test_the_doctor_line_comes_at_the_first_log_and_then_every_few_steps(capsys):
+    callback = doctor.DoctorCallback(every=20)
+    logs = {"reward": 0.25, "challenger/bank": 640.0, "challenger/valid": 0.3}
+    for step in (4, 8, 24):
+        callback.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=step), None, logs)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[doctor] step 4: reward 0.250; valid 30%; questions in memory 640"
+    assert lines[1].startswith("[doctor] WARNING: fewer than half")
+    assert [line for line in lines if "step" in line.split(":")[0]] == [lines[0], lines[2]]
+    assert "step 24" in lines[2]
 
 
 def test_score_needs_no_process_group(tmp_path):
