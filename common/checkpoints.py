@@ -1,7 +1,8 @@
 """Checkpoints from which a run resumes exactly, or which are known to be of no use.
 
-transformers writes the files of a checkpoint one after another, takes a cut or missing one as it finds it, forgets at
-each start what it has summed since the last log line, and goes on for one step where it resumes at the last one.
+transformers writes the files of a checkpoint one after another, deletes the older ones before callbacks have written
+theirs, does not notice missing or cut files, forgets at each start what it has summed since the last log line, and
+goes on for one step where it resumes at the last one.
 """
 
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from .runs import (
     UNFINISHED,
@@ -72,7 +74,8 @@ def _check_processes(checkpoint: Path, trainer: Any) -> None:
 
 
 class ExactCheckpoints(TrainerCallback):
-    """Marks whole checkpoints, keeps the sums of the next log line in them, and stops a run that has had all steps.
+    """Marks whole checkpoints, deletes older ones only then, keeps the sums of the next log line in them, and stops a
+    run that has had all steps.
 
     Args:
         trainer: a TRL trainer.
@@ -82,14 +85,19 @@ class ExactCheckpoints(TrainerCallback):
 
     def __init__(self, trainer: Any, checkpoint: Path | None, keep_weights: bool):
         self.trainer, self.checkpoint, self.keep_weights = trainer, checkpoint, keep_weights
+        self.limit: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.limit, args.save_total_limit = args.save_total_limit, None  # else the only whole one goes too early
         if self.checkpoint:
             self._restore_sums(_sums_file(self.checkpoint, args))
         if state.global_step >= state.max_steps:
             control.should_training_stop, control.should_save = True, False
             self.trainer.get_batch_samples = lambda *_: ([], None)  # the loop looks at `control` after a batch only
             self.trainer.model.train()  # else TRL's last log line would be one of an evaluation
+
+    def on_train_end(self, args, state, control, **kwargs):
+        args.save_total_limit = self.limit
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
@@ -122,6 +130,7 @@ class ExactCheckpoints(TrainerCallback):
         self.trainer._metrics["train"].update(sums["_metrics"])
 
     def _tidy(self, args: TrainingArguments, state: TrainerState) -> None:
+        rotate_checkpoints(args.output_dir, self.limit)
         for step, folder in checkpoints(args.output_dir).items():
             if step >= state.global_step:
                 continue

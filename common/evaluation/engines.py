@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -125,9 +127,27 @@ def _reason(error: Exception) -> str:
 
 
 def stop_ids(declared: int | list[int] | None, tokenizer) -> list[int]:
-    """Every end-of-turn id that the model's generation config declares, and the tokenizer's."""
+    """Every end that the model's generation config declares, the tokenizer's, and that of a turn in its template."""
     declared = [] if declared is None else declared if isinstance(declared, list) else [declared]
-    return sorted({*declared, tokenizer.eos_token_id} - {None})
+    return sorted({*declared, tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None})
+
+
+def turn_end_id(tokenizer) -> int | None:
+    """The special token that closes an assistant's turn in the chat template, if there is one.
+
+    Base models such as Qwen3-4B-Base declare only `<|endoftext|>` as their end, while their template and what is
+    trained on it end a turn with `<|im_end|>`: without it, what counts as the answer may be one to a made-up turn.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@answer@"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:  # it asks for more than two turns
+        return None
+    ids = tokenizer(text.rpartition("@answer@")[2], add_special_tokens=False)["input_ids"]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((index for index in ids if index in special), None)
 
 
 def never_sampled(processor, config) -> list[int]:
@@ -152,6 +172,7 @@ class ServerEngine:
         workers: requests at the same time.
         timeout: seconds for one request.
         retries: of one request, with growing pauses.
+        stop_token_ids: `turn_end_id` of a model whose generation config does not declare it; vLLM's parameter.
 
     `generate` raises `ConnectionError` if no request of a call succeeds, but for refusals of one and the same prompt.
     """
@@ -165,6 +186,7 @@ class ServerEngine:
         workers: int = 128,
         timeout: float = 1200.0,
         retries: int = 4,
+        stop_token_ids: Sequence[int] = (),
     ):
         try:
             import openai
@@ -175,6 +197,7 @@ class ServerEngine:
         self.base_url, self.model, self.workers = base_url, model, workers
         self.name = model
         self.template_options = chat_template_kwargs or {}
+        self.stops = list(stop_token_ids)
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion | None]:
         with ThreadPoolExecutor(self.workers) as pool:
@@ -197,6 +220,7 @@ class ServerEngine:
     def _one(self, prompt: Prompt, decoding: Decoding, seed: int) -> Completion | Exception:
         extra = {"top_k": decoding.top_k or -1, "chat_template_kwargs": self.template_options}
         extra |= {"repetition_penalty": 1.0, "min_p": 0.0}  # else `vllm serve` takes what the model's config declares
+        extra |= {"stop_token_ids": self.stops} if self.stops else {}
         try:
             reply = self.client.chat.completions.create(
                 model=self.model,

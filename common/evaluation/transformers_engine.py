@@ -42,6 +42,7 @@ class TransformersEngine:
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.name = model.name_or_path
+        self.stops = stop_ids(model.generation_config.eos_token_id, self.tokenizer)
         # In Qwen's and GLM's vision families: what a row's images add to the positions of later tokens, as (B, 1)
         self.offsets = next((module for module in model.modules() if "rope_deltas" in vars(module)), None)
 
@@ -55,7 +56,7 @@ class TransformersEngine:
 
     def _live(self, order: list[int], work: _Work) -> Iterator[tuple[int, list[int]]]:
         """(prompt, generated ids) as they finish, by rows that leave and join one batch."""
-        stops = torch.tensor(self._stop_ids(), dtype=torch.long, device=self.model.device)
+        stops = torch.tensor(self.stops, dtype=torch.long, device=self.model.device)
         waiting, batch = list(order), None
         while waiting or batch:
             if free := min(self.batch_size - len(batch or ()), len(waiting)):
@@ -127,7 +128,7 @@ class TransformersEngine:
             logits_processor=sampling,
             max_new_tokens=count,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self._stop_ids(),
+            eos_token_id=self.stops,
             suppress_tokens=never_sampled(self.processor, self.model.config) or None,
             repetition_penalty=1.0,  # some models declare another one, which vLLM's offline engine leaves out
             do_sample=False,
@@ -152,11 +153,7 @@ class TransformersEngine:
         )
 
     def _completion(self, ids: list[int]) -> Completion:
-        stops = set(self._stop_ids())
-        length = next((i + 1 for i, token in enumerate(ids) if token in stops), None)
+        length = next((i + 1 for i, token in enumerate(ids) if token in self.stops), None)
         kept = ids if length is None else ids[:length]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return Completion(text=text, num_tokens=len(kept), finish_reason="length" if length is None else "stop")
-
-    def _stop_ids(self) -> list[int]:
-        return stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)

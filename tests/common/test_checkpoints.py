@@ -1,5 +1,6 @@
 """A stopped or killed run ends with the same files as a straight one, and never trains from half a checkpoint."""
 
+import inspect
 import json
 import os
 import shutil
@@ -10,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from accelerate import PartialState
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
 import r_diverse.train
 import srpo.train
 import va_opd.train
-from common.checkpoints import ExactCheckpoints, resume_point
+from common.checkpoints import LOG_SUMS, ExactCheckpoints, resume_point
 from common.preemption import SaveOnSigterm
 from common.runs import (
     atomic_write_text,
@@ -237,6 +240,21 @@ def test_a_checkpoint_of_other_code_is_used(srpo_runs, capsys):
     assert srpo_runs.content("other")["weights"] == srpo_runs.content("straight")["weights"]
 
 
+def test_what_is_used_of_transformers():
+    """An upgrade that renames a sum, or counts on another order of saving, fails here."""
+    loop = inspect.getsource(Trainer)
+    for name in (*LOG_SUMS, "_tr_loss"):
+        assert f"self.{name}" in loop
+    assert list(inspect.signature(Trainer.get_batch_samples).parameters)[1:] == [
+        "epoch_iterator",
+        "num_batches",
+        "device",
+    ]
+    assert list(inspect.signature(rotate_checkpoints).parameters)[:2] == ["output_dir", "save_total_limit"]
+    saving = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert saving.index("_save_checkpoint(") < saving.index("callback_handler.on_save(")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 
@@ -300,6 +318,23 @@ def test_two_processes_stop_at_the_same_step_and_go_on(sharding, models, tmp_pat
     for rank in two_processes(__file__, tmp_path, sharding):
         assert rank["codes"] == [143, 0]
         assert rank["stopped"] == rank["straight"]
+
+
+def test_the_older_checkpoint_goes_only_when_the_newer_one_is_whole(models, tmp_path, monkeypatch):
+    """A phase of R-Diverse keeps one, which transformers would delete before the next can be resumed from."""
+    runs = Runs("r_diverse", (), models, tmp_path)
+
+    def killed(folder: Path) -> None:
+        if folder.name == "checkpoint-8":
+            raise KeyboardInterrupt
+        complete_checkpoint(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.checkpoints.complete_checkpoint", killed)
+        assert runs.run("killed") == 130
+    assert last_checkpoint(runs.path("killed")).name == "checkpoint-4"
+    assert runs.run("killed") == 0
+    assert runs.content("killed") == runs.content("straight")
 
 
 def test_deepspeeds_parts_are_looked_at_and_freed(tmp_path):

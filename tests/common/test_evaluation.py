@@ -25,6 +25,7 @@ from common.evaluation import (
     summarize,
 )
 from common.evaluation import __main__ as command
+from common.evaluation.engines import turn_end_id
 from common.evaluation.run import generate_samples, rescore
 from common.evaluation.scoring import score_records
 from common.runs import read_jsonl
@@ -276,6 +277,27 @@ def test_length_and_truncation(engine):
     assert (completion.num_tokens, completion.finish_reason) == (3, "length")
 
 
+def test_the_end_of_a_turn_stops_a_base_model_too(monkeypatch):
+    """As Qwen3-4B-Base has it: `<|endoftext|>` is the only end that is declared, its template has another."""
+    model, tokenizer = tiny_qwen3()
+    turn_end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert turn_end_id(tokenizer) == turn_end
+    base = TransformersEngine(model, tokenizer)
+    assert base.stops == sorted({tokenizer.eos_token_id, turn_end})
+    text = r"So \boxed{5}<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n\boxed{4}"
+    completion = base._completion(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert completion.text == r"So \boxed{5}" and completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('three turns') }}"])
+def test_a_template_without_an_end_of_turn_adds_none(template):
+    tokenizer = tiny_qwen3()[1]
+    tokenizer.chat_template = template
+    assert turn_end_id(tokenizer) is None
+
+
 def test_the_chat_template_gets_its_options(engine):
     model, tokenizer = engine.model, engine.tokenizer
     kept = tokenizer.chat_template
@@ -482,8 +504,11 @@ def test_a_server_is_asked_once_a_prompt_with_its_seed(chat_server):
     done = engine.generate(asked("a", "b", "c"), Decoding(0.7, 0.9, 11, 40), [5, 6, 7])
     assert done == [Completion("<a>", 5, "length"), Completion("<b>", 6, "length"), Completion("<c>", 7, "length")]
     request = chat_server.asked[0]
+    assert "stop_token_ids" not in request  # other servers than vLLM's do not know it
     assert (request["temperature"], request["top_p"], request["max_tokens"], request["top_k"]) == (0.7, 0.9, 11, 40)
     assert request["chat_template_kwargs"] == {"enable_thinking": False}
+    server_engine(chat_server, stop_token_ids=[2]).generate(asked("d"), Decoding(), [1])
+    assert chat_server.asked[-1]["stop_token_ids"] == [2]
 
 
 def test_a_prompt_that_a_server_refuses(chat_server, tmp_path):
