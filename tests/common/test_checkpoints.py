@@ -13,6 +13,7 @@ import yaml
 from accelerate import PartialState
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
+from trl import DistillationTrainer, GRPOTrainer, SFTTrainer
 
 import r_diverse.train
 import srpo.train
