@@ -241,16 +241,14 @@ def test_a_checkpoint_of_other_code_is_used(srpo_runs, capsys):
     assert srpo_runs.content("other")["weights"] == srpo_runs.content("straight")["weights"]
 
 
-def test_what_is_used_of_transformers():
-    """An upgrade that renames a sum, or counts on another order of saving, fails here."""
-    loop = inspect.getsource(Trainer)
-    for name in (*LOG_SUMS, "_tr_loss"):
-        assert f"self.{name}" in loop
-    assert list(inspect.signature(Trainer.get_batch_samples).parameters)[1:] == [
-        "epoch_iterator",
-        "num_batches",
-        "device",
-    ]
+@pytest.mark.parametrize("trainer", [GRPOTrainer, DistillationTrainer, SFTTrainer])
+def test_what_is_used_of_transformers(trainer):
+    """An upgrade that renames a sum, or that saves in another order, fails here."""
+    sources = "".join(map(inspect.getsource, trainer.__mro__[:-1]))
+    for name in (*LOG_SUMS, "_tr_loss", "_metrics"):
+        assert f"self.{name}" in sources
+    given = ["epoch_iterator", "num_batches", "device"]
+    assert list(inspect.signature(Trainer.get_batch_samples).parameters)[1:] == given
     assert list(inspect.signature(rotate_checkpoints).parameters)[:2] == ["output_dir", "save_total_limit"]
     saving = inspect.getsource(Trainer._maybe_log_save_evaluate)
     assert saving.index("_save_checkpoint(") < saving.index("callback_handler.on_save(")
