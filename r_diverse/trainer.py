@@ -22,7 +22,7 @@ from ._trl import EpochSampler
 from .config import RDiverseConfig
 from .doctor import DoctorCallback
 from .memory import MemoryBank
-from .questions import Challenge, read_challenge
+from .questions import Challenge, read_challenge, turn_end_id
 from .skills import SkillEncoder
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class PhaseTrainer(GRPOTrainer):
                 f"train_dataset has {len(self.train_dataset)} prompts, fewer than the {prompts} of one generation "
                 "batch: lower per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation"
             )
+        self._stop_at_the_end_of_a_turn()
         if self.args.doctor_steps:
             self.add_callback(DoctorCallback(self.args.doctor_steps))
         if self.accelerator.is_main_process and not self.is_deepspeed_enabled:  # which keeps float32 copies
@@ -55,6 +56,17 @@ class PhaseTrainer(GRPOTrainer):
                 "under FSDP every rank must load the KL reference, which else is zeros on all but the first: add "
                 "--fsdp_cpu_ram_efficient_loading false to accelerate launch"
             )
+
+    def _stop_at_the_end_of_a_turn(self) -> None:
+        """TRL knows the ends that the model and its tokenizer declare; base models leave out that of a turn."""
+        end = turn_end_id(self._tokenizer)
+        if end is None or end in self.eos_token_ids:
+            return
+        self.eos_token_ids = [*self.eos_token_ids, end]
+        if self.use_vllm:
+            self.vllm_generation.generation_kwargs |= {"stop_token_ids": self.eos_token_ids}
+        else:
+            self.generation_config.eos_token_id = self.eos_token_ids
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         return EpochSampler(

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from common.tiny import tiny_qwen3
 from r_diverse import ChallengerReward, MemoryBank, PhaseTrainer, RDiverseConfig, SkillEncoder, doctor, objective
+from r_diverse.config import SolverConfig
 from r_diverse.questions import Challenge
 from r_diverse.skills import Program
 from r_diverse.trainer import batch_figures, logps_gap
@@ -309,6 +312,30 @@ def test_what_is_overridden_in_trl():
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     for name in ("old_per_token_logps", "sampling_per_token_logps"):
         assert f'output["{name}"]' in source
+
+
+def test_rollouts_of_a_base_model_stop_at_the_end_of_a_turn(tmp_path):
+    """As Qwen3-4B-Base has it: `<|endoftext|>` is the only end that model and tokenizer declare."""
+    model, tokenizer = tiny_qwen3(hidden=32)
+    turn_end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    config = SolverConfig(
+        str(tmp_path), per_device_train_batch_size=5, max_steps=1, max_completion_length=64, top_p=1.0, beta=0.0,
+        bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False,
+    )  # fmt: skip
+    seen = []
+
+    def reward(completions, completion_ids, **columns):
+        seen.extend(completion_ids)
+        return [0.0] * len(completions)
+
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i}+{i}="}]} for i in range(4)])
+    trainer = PhaseTrainer(model, reward, config, train_dataset=rows, processing_class=tokenizer)
+    assert trainer.eos_token_ids == [tokenizer.eos_token_id, turn_end]
+    trainer.train()
+    assert any(ids[-1] == turn_end for ids in seen)
+    assert not any(turn_end in ids[:-1] for ids in seen)
 
 
 def test_the_gap_of_two_engines_leaves_out_the_nucleus():
