@@ -20,7 +20,8 @@ _LIST_OF_LETTERS = re.compile(  # "C. D", "A) B) C)", "A. (b)", "C or d"; but "D
 )
 _LABEL, _CLAUSE_LABEL = re.compile(r"\b([A-J]):\s"), re.compile(r"[.;,]\s*([A-J]):\s")  # "A: no, B: yes"
 _SENTENCE_LABEL = re.compile(r"[a-z]{3}\.\s*[A-J]\.\s+[A-Z]")  # "A. Incorrect. B. Correct."
-_REFUSED = re.compile(r"(?i)[.:)]\s*;|[\s,;]*\b(?:or|not)\b")
+_REFUSED = re.compile(r"(?i)[.:)]\s*;|[\s,;]*\bnot\b")
+_DOUBTED = re.compile(r"(?i)[)\]}.:,;*\s]*\bor\b")
 _HEDGE = re.compile(
     r"(?i)\b(?:maybe|perhaps|possibly|probably|also|either|or|could|might|may|wait|actually|sure|unless|both|alternatively)\b|;\s*\(?[A-J]\b"
 )
@@ -39,8 +40,13 @@ def chosen_letter(answer: str) -> str | None:
         return None
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", normalise(answer)).replace("**", "").strip("{} ")
     found = _CHOICE.fullmatch(text)
-    letter = (found[1] or found[2]).upper() if found else ""
-    return None if not found or _names_another(letter, found["rest"] or "") else letter
+    if not found:
+        return None
+    letter = (found[1] or found[2]).upper()
+    behind = re.search(rf"(?is)\b{letter}\b(.*)", answer)  # not in `text`, where "or" may be a semicolon
+    if behind and _DOUBTED.match(behind[1]):
+        return None
+    return None if _names_another(letter, found["rest"] or "") else letter
 
 
 def _names_another(letter: str, rest: str) -> bool:

@@ -67,6 +67,7 @@ def test_maj_at_k_of_every_order_is_that_of_a_plain_count(n):
         (lambda: avg_at_k([[1], []]), "problem 1 has no samples"),
         (lambda: avg_at_k([[1.5]]), r"outside \[0, 1\]"),
         (lambda: avg_at_k([[float("nan")]]), r"outside \[0, 1\]"),
+        (lambda: avg_at_k([[1, None]]), r"outside \[0, 1\]"),
         (lambda: pass_at_k([[1, 0], [1]], 2), "k must be between 1 and the 1 samples"),
         (lambda: pass_at_k([[1, 0]], 0), "k must be between"),
         (lambda: pass_at_k([[0.5]], 1), "0 or 1"),
@@ -106,6 +107,11 @@ def test_the_interval_is_never_empty_at_the_ends(value, problems, samples):
     assert 0 <= low <= value <= high <= 1
     assert high - low > 0.05
     assert (low, high) == interval([[value]] * problems)  # more samples of the same problems are no new problems
+
+
+@pytest.mark.parametrize("problems", [1, 2, 30])
+def test_equal_problems_with_spread_inside_count_once_each(problems):
+    assert interval([[1, 0]] * problems) == interval([[0.5]] * problems)
 
 
 def test_the_interval_holds_the_estimate_and_widens_with_the_level():

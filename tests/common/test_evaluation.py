@@ -27,9 +27,10 @@ from common.evaluation import (
 from common.evaluation import __main__ as command
 from common.evaluation.engines import turn_end_id
 from common.evaluation.run import generate_samples, rescore
-from common.evaluation.scoring import score_records
+from common.evaluation.scoring import bbeh_row, reward_scorer, score_records
 from common.runs import read_jsonl
 from common.tiny import tiny_qwen3
+from common.verifiers import choice_reward
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLED = Decoding(temperature=1.0, max_new_tokens=6)
@@ -225,6 +226,46 @@ def test_several_samples_at_temperature_zero_are_refused(tmp_path):
     with pytest.raises(ValueError, match="2 samples at temperature 0"):
         evaluate(Echo(), numbers(), tmp_path, samples=2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "right"),
+    [
+        (r"\boxed{(A)}", "(A)", True),
+        ("The answer is a.", "(A)", True),
+        ("The answer is (a)", "A", True),
+        ("The answer is (B)", "(A)", False),
+        ("The answer is 25.0", "25", True),
+        ("The answer is 25.5", "25", False),
+        ("The answer is yes, no, Yes", "yes,no, yes", True),
+        ("The answer is 1, 2", "[1, 2]", True),
+        (r"\boxed{[1, 2]}", "1,2", True),
+        ("The answer is Why?", "why", True),
+        ("The answer is why", "why?", False),
+        ("The answer is 'it'", "it", True),
+        (r"\boxed{$x$}", "x", True),
+        ("<answer>$5x</answer>", "5", False),
+        (r"<answer>\text{abc</answer>", "ab", False),
+        ("<answer>(bc</answer>", "b", False),
+        (r"The answer is $\boxed{\text{Maybe}}$", "maybe", True),
+        (r"The answer is \texttt{ab}.", "AB", True),
+        (r"\boxed{\text{ab} c}", "ab", False),
+        ("<answer>ab}</answer>", "ab", False),
+        ("<answer>**ab**.\ncd</answer>", "ab", True),
+        (r"<answer>$\text{ab}$.</answer>", " ab ", True),
+    ],
+)
+def test_the_match_of_bbeh(response, gold, right):
+    assert bbeh_row(response, {"answer": gold}) is (Verdict.CORRECT if right else Verdict.WRONG)
+    assert bbeh_row("no idea", {"answer": "no idea"}) is Verdict.NO_ANSWER
+
+
+def test_a_reward_function_as_a_scorer():
+    score, release = reward_scorer(choice_reward), reward_scorer(choice_reward, compatible=True)
+    responses = ["<answer>B</answer>", "<answer>A</answer>", "The answer is B", "no idea"]
+    row = {"answer": "B"}
+    assert [str(score(response, row)) for response in responses] == ["correct", "wrong", "correct", "no_answer"]
+    assert [str(release(response, row)) for response in responses] == ["correct", "wrong", *["unparseable"] * 2]
 
 
 def test_an_incomplete_table_is_no_result():

@@ -35,6 +35,7 @@ def test_the_last_assistant_message_counts():
     parts = [{"role": "assistant", "content": [{"type": "text", "text": r"\boxed{2}"}]}]
     empty = [{"role": "assistant", "content": None}]
     assert math_reward([turns, parts, empty, []], answer=["2"] * 4) == [1.0, 1.0, 0.0, 0.0]
+    assert math_reward([[*turns, {"role": "tool", "content": r"\boxed{3}"}]], answer=["2"]) == [1.0]
 
 
 @pytest.mark.parametrize("reward", GOLD_REWARDS)
@@ -51,6 +52,8 @@ def test_an_unusable_gold_never_rewards():
     assert choice_reward(["A"], answer=["Paris"]) == [None]
     assert numeric_reward([r"\boxed{x}"], answer=["x"]) == [None]
     assert tool_call_reward(["{}"], answer=["not json"]) == [None]
+    listed = {"name": "f", "arguments": [1]}
+    assert tool_call_reward([json.dumps(listed)], answer=[listed]) == [None]
 
 
 def test_verdicts_are_logged_as_shares_of_the_rows_with_gold():
@@ -72,7 +75,9 @@ def test_verdicts_are_logged_as_shares_of_the_rows_with_gold():
         r"\boxed{C. Vitamin A: for the eyes}", r"\boxed{C. Group A: 5, Group B: 3}", r"\boxed{C. Washington, D.C.}",
         r"\boxed{C. John F. Kennedy and Lyndon B. Johnson}", r"\boxed{C. The U.S. v. E. C. Knight}", "C) OR gate",
         r"\boxed{C. E. coli, S. aureus, B. subtilis and A. baumannii}", "C. Is not a function", "C. 0.5 A. 5 V",
-        "A looks right, but no. The answer is C",
+        "A looks right, but no. The answer is C", "Choice C", "C is correct", "C is right", "C, as I said",
+        "C. I am sure", "C. A dog may bark", "C. pH may rise", "C. Boron may burn", "C: pH: 7", "C. The mayor of A",
+        "{C}", r"\boxed{\text{C. Neon}}", "C non-metal",
         "The answer is C because A and B are wrong", r"$\boxed{\textbf{C}}$",
     ],
 )  # fmt: skip
@@ -87,12 +92,45 @@ def test_choice_letters(response):
         "C: no\nD: yes", "C: no, D: yes, C: no", "C. Incorrect. D. Correct.", "C) D) A)", "C. 3 D. 5 E. 7",
         "The answer is C: 3, D: 5",
         "C is wrong", "<answer>A. apples B. pears C. plums</answer>", r"\boxed{C: no, D: yes}", "C. or the second",
-        "C; not C", "C. (d)", "C. D. A", "<think>C", "I think it is C", "The answer is C or D",
+        "<answer>C or the second</answer>", "<answer>(C), or the second</answer>", "<answer>C, OR else</answer>",
+        "C; not C", "C. (d)", "C. D. A",
+        "C. D", "C. x, (b)", "C. x, b.", "C, NOT D", "<think>C", "I think it is C", "The answer is C or D",
         "<answer>A or B or C</answer>", "<answer></answer>", r"\boxed{}",
     ],
 )  # fmt: skip
 def test_hedges_and_other_words_are_no_choice(response):
     assert choice_reward([response], answer=["C"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "maybe", "perhaps", "possibly", "probably", "also", "either", "could", "might", "may", "wait", "actually",
+        "sure", "unless", "both", "alternatively", "or",
+    ],
+)  # fmt: skip
+def test_an_option_and_a_hedge_are_no_choice(word):
+    responses = ["C. Neon, then B", f"C. Neon, {word} B", f"C. Neon. {word.title()} B"]
+    assert choice_reward(responses, answer=["C"] * 3) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ", B isn't it", ", B is non-metal", ", B is wrong", ", B is incorrect", ", B is FALSE", ", rather than B",
+        " because B fails", " since B fails", " as B is not it",
+    ],
+)  # fmt: skip
+def test_a_letter_that_is_denied_is_no_second_choice(rest):
+    assert choice_reward([f"C{rest}", "C, B fails"], answer=["C", "C"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("gold", "letter"), [("c", "C"), ("(c)", "C"), ("C: Neon", "C"), ("C) Neon", "C"), ("C Neon", "C"), ("E", "E")]
+)
+def test_the_letter_of_a_gold_answer(gold, letter):
+    assert choice_reward([letter, "D"], answer=[gold, gold]) == [1.0, 0.0]
+    assert choice_reward(["E"], answer=["e"]) == [None]  # Euler's number
 
 
 def test_a_gold_number_is_no_letter():
@@ -157,17 +195,23 @@ def test_other_tool_calls_are_wrong(response):
     assert tool_call_reward([response], answer=[CALL]) == [0.0]
 
 
+def test_a_tool_call_that_is_no_object_is_wrong():
+    assert tool_call_reward([[{"role": "assistant", "tool_calls": ["search"]}]], answer=[CALL]) == [0.0]
+
+
 def test_format_reward():
     good = [r"\boxed{5}", r"<think>a</think>\boxed{5}", r"a</think>\boxed{5}", "The answer is 5", talk("Answer: 5")]
     bad = ["5", r"<think>\boxed{5}", r"</think><think>\boxed{5}", r"<think>a</think><think>b</think>\boxed{5}", ""]
+    bad += [r"</think>\boxed{5}<think>"]
     assert format_reward(good, answer=["5"] * 5) == [1.0] * 5
-    assert format_reward(bad) == [0.0] * 5
+    assert format_reward(bad) == [0.0] * 6
 
 
 def test_length_penalty():
     ids = [[0] * size for size in (10, 80, 90, 100, 500)]
     assert length_penalty(["x"] * 5, completion_ids=ids, max_length=100, buffer=20) == [0.0, 0.0, -0.5, -1.0, -1.0]
     assert length_penalty(["x" * 90, talk("x" * 100)], max_length=100, buffer=20) == [-0.5, -1.0]
+    assert length_penalty(["", "x"], max_length=1, buffer=1) == [0.0, -1.0]
     with pytest.raises(ValueError, match="buffer"):
         length_penalty(["x"], max_length=100, buffer=0)
 
@@ -179,6 +223,15 @@ def test_shares_of_the_letters_are_logged(compatible):
     choice_reward(responses, answer=["A"] * 5, log_metric=logged.__setitem__, compatible=compatible)
     letters = {name: value for name, value in logged.items() if name.startswith("letter/")}
     assert letters == {"letter/A": 0.5, "letter/B": 0.25, "letter/C": 0.25, "letter/D": 0.0}
+
+
+@pytest.mark.parametrize(("compatible", "unread"), [(False, (0.2, 0.4)), (True, (0.6, 0.0))])
+def test_verdicts_of_letters_are_logged(compatible, unread):
+    logged = {}
+    responses = ["<answer>A</answer>", "<answer>B</answer>", "<answer>none</answer>", "no idea", "none"]
+    choice_reward(responses, answer=["A"] * 5, log_metric=logged.__setitem__, compatible=compatible)
+    assert logged["verdict/correct"] == logged["verdict/wrong"] == 0.2
+    assert (logged["verdict/unparseable"], logged["verdict/no_answer"]) == unread
 
 
 @pytest.mark.parametrize(
@@ -214,3 +267,8 @@ def test_unusable_gold_answers_are_named_at_loading(reward, row, message):
     }
     with pytest.raises(ValueError, match=message):
         check_gold(reward, [{"answer": good[reward]}, row])
+
+
+def test_an_empty_gold_letter_is_named_at_loading_in_the_form_of_the_release_too():
+    with pytest.raises(ValueError, match="row 0 has answer='', which choice_reward cannot use"):
+        check_gold(choice_reward, [{"answer": ""}], compatible=True)

@@ -208,6 +208,8 @@ def test_a_view_of_earlier_iterations_never_meets_its_own_rows(tmp_path):
     assert {r["iteration"] for r in view.sample(50, seed=0)} == {1}
     assert bank.before(1).penalty(own).tolist() == [0] * 7
     assert view.before(3).iterations == {1: 5}
+    (later := view.before(3)).reload()
+    assert later.iterations == {1: 5}
     assert bank.iterations == {1: 5, 2: 7, 3: 4}
     assert view.fingerprint() == fill(MemoryBank(tmp_path / "b"), {1: 5}).fingerprint() != bank.fingerprint()
     with pytest.raises(ValueError, match="embeddings have 3 dimensions"):

@@ -245,6 +245,11 @@ def test_repetition_sees_directions_alone_and_any_precision():
     assert np.array_equal(objective.repetition_penalty(rows.astype(np.float16)), expected)
 
 
+def test_a_threshold_may_be_as_large_as_the_largest_distance():
+    assert objective.repetition_penalty(angles(0, 170), 2).tolist() == [1, 1]
+    assert objective.repetition_penalty(angles(0, 180), 2).tolist() == [0.5, 0.5]
+
+
 def test_repetition_of_degenerate_batches():
     assert objective.repetition_penalty(np.zeros((0, 4))).tolist() == []
     assert objective.repetition_penalty(np.ones((1, 4))).tolist() == [1.0]
@@ -265,6 +270,7 @@ def test_repetition_of_degenerate_batches():
         ([[1, 0]] * 3, {"batch_size": 2}, "batch_size=2 is less than the 3"),
         ([[1, 0]] * 3, {"distance_threshold": 0}, "distance_threshold=0"),
         ([[1, 0]] * 3, {"distance_threshold": math.nan}, "distance_threshold=nan"),
+        ([[1, 0]] * 3, {"distance_threshold": 2.1}, "distance_threshold=2.1"),
     ],
 )
 def test_repetition_refuses(embeddings, options, message):
@@ -318,6 +324,14 @@ def test_bleu_is_that_of_nltk_to_the_last_bit(seed):
         assert distances[i, j] == distances[j, i] == 1 - score
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_bleu_against_a_memory_equals_the_definition(seed):
+    rng = np.random.default_rng(seed)
+    questions, memory = [*texts(rng, 20, 25), ""], [*texts(rng, 9, 25), ""]
+    expected = [[ref_bleu(q.split(), m.split()) for m in memory] for q in questions]
+    assert objective.bleu_similarity(questions, memory) == pytest.approx(np.array(expected), abs=1e-12)
+
+
 def test_r_zeros_penalty_is_the_share_of_the_cluster():
     questions = texts(np.random.default_rng(7), 40, 25)
     clusters = ref_average_linkage(objective.bleu_distances(questions), 0.5)
@@ -366,6 +380,7 @@ def test_memory_penalty_of_arrays_and_other_settings():
     assert got == pytest.approx([0.25 * 0.8 + 0.75 * 0.1, 0.25 * 0.1 + 0.75 * 0.1])
     assert objective.memory_penalty([0.9], [0.9], gamma=1) == pytest.approx([0.4])
     assert objective.memory_penalty([0.9], [0.9], gamma=0) == pytest.approx([0.65])
+    assert objective.memory_penalty([0.5], [0.5], tau_max=-0.5, tau_mean=-1) == pytest.approx([1.25])
 
 
 @pytest.mark.parametrize(
@@ -418,6 +433,11 @@ def test_reward_equals_the_definition_and_stays_in_its_range():
     assert got[valid].max() <= 0.5
 
 
+def test_the_largest_penalty_of_a_memory_without_free_similarity():
+    memory = objective.memory_penalty(1, 1, tau_max=-1, tau_mean=-1)
+    assert objective.challenger_reward([0.5], [0.0], [memory], [True], invalid_reward=-4).tolist() == [-1.5]
+
+
 def test_an_empty_memory_leaves_r_zeros_reward():
     s, repetition = np.array([0.5, 0.9, 0.0]), np.array([0.1, 0.2, 1.0])
     got = objective.challenger_reward(s, repetition, np.zeros(3), [True] * 3)
@@ -465,6 +485,7 @@ def test_all_invalid_and_what_stands_beside_an_invalid_output():
         (([0.5], [math.nan], [0], [True]), "repetition of row 0 is nan"),
         (([0.5], [1.5], [0], [True]), "repetition of row 0 is 1.5"),
         (([0.5], [0.5], [-0.1], [True]), "memory_penalty of row 0 is -0.1"),
+        (([0.5], [0.5], [2.1], [True]), "memory_penalty of row 0 is 2.1"),
         (([1.5], [0.5], [0], [True]), "consistency of row 0 is 1.5"),
         (([0.5, 0.5], [0.5], [0], [True]), "one value a question"),
         (([0.5], [0.5], [0], [True], -1), "alpha=-1"),
@@ -516,6 +537,7 @@ def test_the_band_is_not_cut_by_rounding():
         ("证明 2 + 2 = 4", "4", "proof"),
         ("A Box holds 3 balls.", "3", "box_in_question"),
         ("Find x.", r"\text{even}", "text_in_answer"),
+        ("Find x.", r"\Text{even}", "text_in_answer"),
     ],
 )
 def test_reasons_to_drop(question, majority, reason):

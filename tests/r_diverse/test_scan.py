@@ -48,6 +48,30 @@ def test_the_nearest_row_is_the_one_of_float64(kind, size):
     assert np.take_along_axis(products, found[:, None], 1)[:, 0] == pytest.approx(products.max(1), abs=1e-15)
 
 
+def test_near_copies_are_told_apart():
+    """In float32 their products are equal up to rounding; few rows are near, so only those are computed."""
+    rng = np.random.default_rng(3)
+    rows, queries = gaussian(rng, 4000, 96), gaussian(rng, 40, 96).astype(np.float64)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    for i, query in enumerate(queries):
+        rows[20 * i : 20 * i + 9] = unit(query + 1e-7 * rng.standard_normal((9, 96)))
+    found = _scan.nearest_rows(queries, blocks(rows, 1000))
+    products = queries @ rows.T.astype(np.float64)
+    assert np.take_along_axis(products, found[:, None], 1)[:, 0] == pytest.approx(products.max(1), abs=1e-15)
+
+
+@pytest.mark.parametrize("size", [100, 4000])
+def test_of_equal_rows_the_first_is_found(size):
+    rows = gaussian(np.random.default_rng(6), 4000, 96)
+    rows[[17, 18, 300]] = rows[1234]
+    assert _scan.nearest_rows(rows[[1234]].astype(np.float64), blocks(rows, size)).tolist() == [17]
+
+
+def test_the_error_of_the_rows_counts_where_that_of_the_query_is_zero():
+    rows, queries = gaussian(np.random.default_rng(5), 500, 96), np.eye(96)
+    assert _scan.nearest_rows(queries, blocks(rows, 64)).tolist() == rows.argmax(0).tolist()
+
+
 def test_the_error_bounds_every_product():
     """The difference of two products is never above the bound: rows that are off by half a level in one direction."""
     rng = np.random.default_rng(1)
@@ -61,6 +85,14 @@ def test_the_error_bounds_every_product():
     differences = np.linalg.norm(rows - found * found_scale, axis=1)
     assert differences.max() == pytest.approx(error, rel=1e-4)
     assert (np.abs(rows @ (rows - found * found_scale).T) <= length * error * (1 + 1e-6)).all()
+
+
+def test_the_error_is_that_of_the_row_that_is_off_most():
+    rows = gaussian(np.random.default_rng(4), 50, 96)
+    rows[0] = np.eye(96)[0]  # its codes are exact
+    codes, (scale, error) = _scan.encode(rows)
+    assert error == pytest.approx(np.linalg.norm(rows - codes * scale, axis=1).max(), rel=1e-6)
+    assert error > 0.01
 
 
 def test_few_rows_are_looked_at_closely(monkeypatch):
@@ -84,4 +116,9 @@ def test_what_is_used_of_torch():
     product = torch._int_mm(torch.cat([ones] * 16), ones.repeat(16, 1).T)
     assert product.dtype == torch.int32
     assert (product == 127 * 127 * 8192).all()
-    assert _scan.is_fast() in (True, False)
+    assert _scan.is_fast() is torch.cpu._is_vnni_supported()
+
+
+def test_without_torch_it_is_not_fast(monkeypatch):
+    monkeypatch.setattr(_scan.importlib.util, "find_spec", lambda name: None)
+    assert _scan.is_fast() is False

@@ -156,6 +156,7 @@ GOLD = '[{"Action": "search", "Action_Input": "{\\"q\\": \\"x\\", \\"n\\": 1}"}]
         ('Action: search\nAction Input: {"n": 1, "q": "x"} and so on', 1.0, 1.0),
         ('Action: search\nAction Input: {"n": 1, "q": "x"} or {"n": 2, "q": "x"}', 1.0, 0.0),
         ('Action: search\nAction Input: {"n": 1, "q": "x"}\nAction Input: {}', 1.0, 0.0),
+        ('Action: search\nAction Input: {"n": 1, "q": "x"}\nAction Input:{}', 1.0, 0.0),
         ('Action: search\nAction Input: {"n": 1, "q": "x"} {note}\nThought: an Action Input: here', 1.0, 1.0),
         ('<think>perhaps\nAction: search\nAction Input: {"n": 1, "q": "x"}', 1.0, 0.0),
         ('Action: search\nAction Input: {"q": "x"}\nAction Input: {"n": 1}', 1.0, 0.0),

@@ -568,7 +568,7 @@ def test_loss_against_the_definition(seed, routing):
     if routing == "grpo":
         distill = torch.zeros_like(distill)
     counted = mask * distill[:, None] if routing.startswith("sdpo") else mask
-    got = objective.routed_loss(routing, grpo, sdpo, weights, distill, mask, counted.sum(), mix_weight=0.9)
+    got = objective.routed_loss(routing, grpo, sdpo, weights, distill, mask, counted.sum())
     expected = ref_loss(routing, *(x.numpy() for x in (grpo, sdpo, weights, distill, mask)))
     assert got.item() == pytest.approx(expected, rel=1e-12)
     if routing == "srpo":

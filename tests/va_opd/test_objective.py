@@ -318,6 +318,12 @@ def test_equal_va_gives_uniform_weights_but_still_two_groups():
     assert c[0].tolist() == pytest.approx([0.0625] * 2 + [0.25 * 0.5 / 8] * 8)
 
 
+@pytest.mark.parametrize("weighting", objective.WEIGHTINGS)
+def test_rollouts_of_one_token(weighting):
+    _, c = objective.coefficients(torch.zeros(4, 1), torch.ones(4, 1), 2, weighting)
+    assert c.tolist() == [[0.5]] * 4
+
+
 def test_ungrouped_rollouts_have_uniform_tokens():
     va, mask = random_batch(19, 2, 2, 9)
     ungrouped = torch.tensor([True, False, False, True])
@@ -458,6 +464,13 @@ def test_pixelation_leaves_a_constant_image_alone(mode, colour, palette):
     np.testing.assert_array_equal(pixels(objective.pixelate(image)), pixels(image))
 
 
+def test_a_transparent_colour_of_a_palette_stays_transparent():
+    image = Image.new("P", (61, 37), 3)
+    image.putpalette([5, 6, 7] * 3 + [100, 150, 201])
+    image.info["transparency"] = 3
+    assert objective.pixelate(image).convert("RGBA").getextrema()[3] == (0, 0)
+
+
 def test_pixelation_of_a_palette_image_looks_like_that_of_its_colours():
     image = random_image("P")
     expected = objective.pixelate(image.convert("RGB"))
@@ -546,8 +559,10 @@ def test_sampled_logps_do_not_depend_on_the_chunk(rows):
     )
 
 
-def test_sampled_logps_of_nothing():
-    got = objective.sampled_logps(torch.zeros(0, 4), torch.zeros(7, 4), torch.zeros(0, dtype=torch.long))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampled_logps_of_nothing(dtype):
+    hidden, weight = torch.zeros(0, 4, dtype=dtype), torch.zeros(7, 4, dtype=dtype)
+    got = objective.sampled_logps(hidden, weight, torch.zeros(0, dtype=torch.long))
     assert got.shape == (0,)
     assert got.dtype == torch.float32
 

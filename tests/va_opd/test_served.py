@@ -137,6 +137,8 @@ def test_token_logps_in_parts_against_the_whole(softcap, biased):
     torch.testing.assert_close(ours, logps.gather(1, tokens).float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy, -(logps.exp() * logps).sum(-1).float(), rtol=1e-5, atol=1e-5)
     assert not entropy.requires_grad
+    whole, _ = objective.token_logps(hidden, weight, tokens)
+    torch.testing.assert_close(whole[:, 0], objective.sampled_logps(hidden, weight, tokens[:, 0]))
     leaves = [x for x in (hidden, weight, bias) if x is not None]
     gradients = torch.autograd.grad((factors * ours).sum(), leaves)
     references = torch.autograd.grad((factors * logps.gather(1, tokens)).sum(), leaves)
