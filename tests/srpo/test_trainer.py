@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -433,6 +433,17 @@ def test_row_order_and_padding_do_not_matter(make, fixed):
 
 
 @pytest.mark.parametrize("routing", ROUTED)
+def test_a_tokenizer_that_pads_with_the_end_of_sequence_has_the_same_loss(make, fixed, routing):
+    """The end of a rollout is one of its tokens."""
+    expected = step(make(routing=routing))
+    model, tokenizer = policy()
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = make(model=(model, tokenizer), routing=routing)
+    assert_same_step(step(trainer), expected)
+    assert trainer._tokenizer.pad_token_id == trainer._tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("routing", ROUTED)
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_groups_of_equal_rewards_give_a_finite_attached_zero(make, fixed, routing, value):
     loss, gradients = step(make(routing=routing, reward=always(value)))
@@ -625,6 +636,77 @@ def test_the_average_follows_the_policy_by_hand(make, fixed):
     assert not torch.equal(history[1]["model.norm.weight"], start["model.norm.weight"])
 
 
+def weights_after_each_step(trainer) -> list[dict[str, torch.Tensor]]:
+    """The policy's weights at the start, and (filled by training) after each optimizer step."""
+    history = [copy.deepcopy(trainer.model.state_dict())]
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            history.append(copy.deepcopy(trainer.model.state_dict()))
+
+    trainer.add_callback(Record())
+    return history
+
+
+def assert_teacher_is(trainer, history: list[dict[str, torch.Tensor]]) -> None:
+    """theta' <- 0.8 theta' + 0.2 theta over the weights after the first ones."""
+    for name, got in trainer.teacher.model.state_dict().items():
+        expected = history[0][name]
+        for weights in history[1:]:
+            expected = 0.8 * expected + 0.2 * weights[name]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(history[1]["model.norm.weight"], history[0]["model.norm.weight"])
+
+
+def test_the_average_moves_once_an_optimizer_step(make, fixed):
+    """Not at each of its four micro-batches."""
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = make(teacher_update_rate=0.2, max_steps=2, **batch)
+    history = weights_after_each_step(trainer)
+    trainer.train()
+    assert len(history) == 3
+    assert_teacher_is(trainer, history)
+
+
+def test_the_average_stays_where_the_optimizer_step_was_skipped(make, fixed, monkeypatch):
+    """As the gradient scaler of float16 skips one whose gradients are not finite: the second of three."""
+    trainer = make(teacher_update_rate=0.2, max_steps=3)
+    history, skips = weights_after_each_step(trainer), iter([False, True, False])
+    update = torch.optim.AdamW.step
+
+    def optimizer_step(optimizer, *args, **kwargs):
+        optimizer.was_skipped = next(skips)
+        return None if optimizer.was_skipped else update(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", optimizer_step)
+    monkeypatch.setattr(
+        type(trainer.accelerator),
+        "optimizer_step_was_skipped",
+        property(lambda accelerator: trainer.optimizer.optimizer.was_skipped),
+    )
+    trainer.train()
+    assert torch.equal(history[2]["model.norm.weight"], history[1]["model.norm.weight"])
+    assert_teacher_is(trainer, [history[0], history[1], history[3]])
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    assert ["teacher/distance" in log for log in logged] == [True, False, True]
+
+
+@pytest.mark.parametrize("kind", ["ema", "frozen", "current"])
+def test_the_self_teacher_has_no_dropout(make, fixed, kind):
+    """The policy has, while it trains."""
+    entropy = []
+    for dropout in (0.0, 0.9):
+        model, tokenizer = policy()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = dropout
+        trainer = make(model=(model, tokenizer), teacher=kind)
+        loss, _ = step(trainer)
+        assert trainer.model.training
+        entropy.append((trainer._metrics["train"]["teacher/entropy"], loss))
+    assert entropy[0][0] == entropy[1][0]
+    assert entropy[0][1] != entropy[1][1]
+
+
 def test_a_bfloat16_policy_has_a_float32_teacher(make, fixed):
     model, tokenizer = policy()
     trainer = make(model=(model.bfloat16(), tokenizer), learning_rate=1e-5, max_steps=3)
@@ -748,6 +830,32 @@ def test_a_long_demonstration_is_cut_and_the_instruction_stays():
     with pytest.raises(ValueError, match="leaves no room.*max_reprompt_length") as error:
         teacher_prompt_ids([prompt], ["abc"], tokenize, tokenizer, plain)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [None, {"enable_thinking": True}])
+def test_the_teachers_prompt_is_tokenized_as_the_policys(make, fixed, options):
+    """With the options of the chat template: by default Qwen3's empty thinking block stands at the end of both."""
+    model, tokenizer = policy()
+    tokenizer.chat_template += "{%- if not enable_thinking | default(true) %}<think></think>{%- endif %}"
+    trainer = make(model=(model, tokenizer), chat_template_kwargs=options)
+    scored, hidden_states = {}, trainer.teacher.hidden_states
+
+    def record(policy, prompts, batch, *args):
+        scored.update(prompts, own=batch["prompt_ids"])
+        return hidden_states(policy, prompts, batch, *args)
+
+    trainer.teacher.hidden_states = record
+    step(trainer)
+    own, kept = scored.pop("own"), trainer.last_rollouts
+    assert scored.keys() == set(kept["distill"].nonzero().flatten().tolist()) != set()
+    for row, ids in scored.items():
+        shown = objective.teacher_prompt(kept["prompts"][row], kept["texts"][kept["donor"][row]])
+        options = trainer.args.chat_template_kwargs
+        expected = tokenizer.apply_chat_template(shown, add_generation_prompt=True, **options)["input_ids"]
+        assert ids == expected
+        ending = tokenizer("<|im_start|>assistant\n" + "<think></think>" * (not options["enable_thinking"]))
+        assert ids[-len(ending["input_ids"]) :] == own[row, -len(ending["input_ids"]) :].tolist()
+        assert ids[-len(ending["input_ids"]) :] == ending["input_ids"]
 
 
 def test_a_template_of_ones_own_and_content_in_parts():
@@ -912,3 +1020,69 @@ def test_defaults_are_the_papers(tmp_path, routing, rate, beta):
     assert (config.temperature, config.top_p, config.top_k) == (1.0, 1.0, 0)  # of the rollouts
     assert config.chat_template_kwargs == {"enable_thinking": False}
     assert (config.warmup_steps, config.lr_scheduler_type, config.weight_decay) == (10, "constant_with_warmup", 0.01)
+
+
+# --- learning ----------------------------------------------------------------
+
+
+LEARNING = {"lr_scheduler_type": "constant", "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("routing", ["srpo", "mix"])
+def test_the_policy_learns_from_its_rewards(make, routing):
+    """Half of its rollouts start with a letter of even code, then nearly all."""
+
+    def reward(completions, **columns) -> list[float]:
+        return [float(bool(text := c[0]["content"]) and ord(text[0]) % 2 == 0) for c in completions]
+
+    settings = {"max_steps": 40, "learning_rate": 2e-2, "per_device_train_batch_size": 32, "num_generations": 8}
+    trainer = make(data=rows(8), routing=routing, reward=reward, max_completion_length=2, **LEARNING | settings)
+    trainer.train()
+    rewards = [log["reward"] for log in trainer.state.log_history if "loss" in log]
+    assert sum(rewards[:3]) / 3 < 0.7, rewards
+    assert sum(rewards[-5:]) / 5 > 0.85, rewards
+
+
+def test_the_policy_learns_the_self_teacher(make, fixed):
+    """SDPO alone, towards a teacher of other weights that stays as it is, on fixed rollouts."""
+    trainer = make(routing="sdpo", teacher="frozen", max_steps=40, learning_rate=3e-3, **LEARNING)
+    other = policy(seed=1)[0].state_dict()
+    trainer.teacher.model.load_state_dict(other)
+    trainer.train()
+    losses = [log["loss/sdpo"] for log in trainer.state.log_history if "loss" in log]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3]), losses
+
+
+# (loss, grad_norm) with torch 2.13.0 on one CPU thread, transformers 5.17.0, trl 1.16.0, Python 3.11, x86-64 AVX-512
+GOLDEN = [
+    (-0.1292381, 2.2138846),
+    (-0.1696981, 1.9126748),
+    (-0.1653481, 1.4746188),
+    (-0.1270850, 1.3141891),
+    (-0.1406267, 1.0512645),
+    (-0.1573659, 1.3189962),
+    (-0.1408734, 0.7780223),
+    (-0.1624491, 1.2805436),
+    (-0.1666552, 1.1565793),
+    (-0.1406377, 0.7415963),
+]
+
+
+def set_weights(model: torch.nn.Module, seed: int, scale: float) -> None:
+    """Fixed weights of every matrix, whatever the library's initialization draws."""
+    with torch.no_grad():
+        for i, (_, parameter) in enumerate(sorted(model.named_parameters())):
+            if parameter.ndim > 1:
+                values = np.random.default_rng([seed, i]).standard_normal(tuple(parameter.shape))
+                parameter.copy_(torch.from_numpy(scale * values))
+
+
+def test_golden_trajectory(make, fixed):
+    """Ten steps on fixed rollouts. A change here is a change of the method, of TRL or of the tiny model."""
+    model, tokenizer = policy()
+    set_weights(model, 1, 0.3)
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = make(model=(model, tokenizer), max_steps=10, learning_rate=3e-3, **LEARNING, **batch)
+    trainer.train()
+    got = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+    assert np.array(got) == pytest.approx(np.array(GOLDEN), rel=1e-3), got
