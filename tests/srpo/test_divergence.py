@@ -229,10 +229,13 @@ def test_on_a_gpu_as_on_the_cpu(tiles, dtype, settings, softcap):
         )
         hidden, teacher_hidden, given = (tensor.detach().to(device) for tensor in (*made[1::2], coefficients))
         wanted = [tensor.requires_grad_() for tensor in (hidden, *student[:2])]
-        value = chunked_divergence(student, hidden, teacher, teacher_hidden, given, 0.7, **settings)
+        own = torch.empty(N, device=device)
+        value = chunked_divergence(
+            student, hidden, teacher, teacher_hidden, given, 0.7, **settings, student_entropy=own
+        )
         gradients = torch.autograd.grad((value * given).sum(), wanted)
         entropy = chunked_entropy(teacher, teacher_hidden, 0.7)
-        return [tensor.detach().float().cpu() for tensor in (value, entropy, *gradients)]
+        return [tensor.detach().float().cpu() for tensor in (value, entropy, own, *gradients)]
 
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for got, expected in zip(run("cuda"), run("cpu"), strict=True):
