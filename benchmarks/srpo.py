@@ -109,9 +109,8 @@ def report(args: ScriptArguments) -> str:
         drawn = figures(folder / "figures", dataset, mine)
         parts += [
             f"## {dataset}",
-            f"{args.eval_samples} samples a problem at temperature {args.eval_temperature}, top-p {args.eval_top_p}. "
-            "*Best* is chosen on the test problems, as in the paper, and optimistic; the interval is 95 % over "
-            "problems, of the last checkpoint.",
+            f"{decodings(mine, dataset)} *Best* is chosen on the test problems, as in the paper, and optimistic; the "
+            "interval is 95 % over problems, of the last checkpoint.",
             accuracy_table(mine),
             differences(mine),
             letter_table(mine),
@@ -148,11 +147,29 @@ def _curve_points(run: Path) -> list[dict[str, Any]]:
     return [{**point, "step": point["step"] / _steps_per_batch(run)} for point in curve(run)["curve"]]
 
 
+def decodings(runs: dict[tuple[str, str], Path], dataset: str) -> str:
+    """How the runs of a data set were evaluated, as their records say; a warning where it was not in one way."""
+    found: dict[str, list[str]] = {}
+    for (name, seed), run in runs.items():
+        record = json.loads((_last_evaluation(run) / f"{dataset}.json").read_text())
+        used = record["decoding"]
+        how = f"{record['samples']} samples a problem at temperature {used['temperature']}, top-p {used['top_p']}"
+        found.setdefault(how, []).append(NAMES[name] + (f" seed {seed}" if name != "base" else ""))
+    if len(found) == 1:
+        return f"{next(iter(found))}."
+    lines = [f"{', '.join(names)}: {how}" for how, names in found.items()]
+    return f"Evaluated in different ways, so that the rows do not compare: {'; '.join(lines)}."
+
+
+def _last_evaluation(run: Path) -> Path:
+    step = curve(run)["curve"][-1]["step"]
+    folder = run / "eval" / f"checkpoint-{step}"
+    return folder if folder.exists() else run / "eval" / "base"
+
+
 def last_scores(run: Path, dataset: str) -> list[list[float]]:
     """Scores by problem and sample of the last checkpoint, problems in the order of their ids."""
-    step = curve(run)["curve"][-1]["step"]
-    name = f"checkpoint-{step}" if (run / "eval" / f"checkpoint-{step}").exists() else "base"
-    return scores_by_question(run / "eval" / name, dataset)
+    return scores_by_question(_last_evaluation(run), dataset)
 
 
 def accuracy_table(runs: dict[tuple[str, str], Path]) -> str:

@@ -65,7 +65,7 @@ class SRPOConfig(GRPOConfig):
 
         advantage_scale (`bool`, *optional*, defaults to `False`):
             Divide advantages by the standard deviation of their group, as in the paper's displayed equation. Its text
-            and configuration do not.
+            and configuration do not. TRL adds 1e-4 to the deviation, the SDPO release 1e-6.
 
         > Parameters that control prompts and logs
 
@@ -126,10 +126,9 @@ class SRPOConfig(GRPOConfig):
             self.learning_rate = LEARNING_RATES[self.routing]
         if self.entropy_beta is None:
             self.entropy_beta = 1.0 if self.routing == "srpo" else 0.0
-        if self.chat_template_kwargs is None:
-            self.chat_template_kwargs = {"enable_thinking": False}
         self._check_fields()
-        super().__post_init__()
+        super().__post_init__()  # which reads a dict given as JSON
+        self.chat_template_kwargs = {"enable_thinking": False, **(self.chat_template_kwargs or {})}
         check_template(self.reprompt_template)
         if self.routing != "grpo":
             self._check_loss()
@@ -184,6 +183,8 @@ class SRPOConfig(GRPOConfig):
             ("off_policy_mask_threshold", None),
             ("entropy_coef", 0.0),
             ("use_adaptive_entropy", False),
+            ("cast_lm_head_to_fp32", False),
+            ("multi_objective_aggregation", "sum_then_normalize"),  # the other divides by deviations in any case
         ):
             if getattr(self, name) != needed:
                 raise ValueError(

@@ -35,6 +35,7 @@ def chunked_divergence(
     top_k: int | None = 100,
     alpha: float = 0.5,
     tail: bool = True,
+    student_entropy: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`objective.jsd_topk_tail` of each token from hidden states, (N,) in nats.
 
@@ -46,6 +47,8 @@ def chunked_divergence(
         student_hidden: (N, H), carries the gradient, as does the student's head.
         teacher_hidden: (N, H_teacher).
         coefficients: (N,).
+        student_entropy: (N,) float32 to which the student's entropy in nats over the whole vocabulary is written; it
+            takes one more pass over the logits that are there.
     """
     return _ChunkedDivergence.apply(
         student_hidden,
@@ -57,12 +60,15 @@ def chunked_divergence(
         _near_one(coefficients.detach().float()),
         (temperature, top_k, alpha, tail),
         torch.is_grad_enabled(),
+        student_entropy,
     )
 
 
 class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, student, teacher, teacher_hidden, coefficients, settings, training):
+    def forward(
+        ctx, hidden, weight, bias, student, teacher, teacher_hidden, coefficients, settings, training, student_entropy
+    ):
         divergence = torch.empty(len(hidden), device=hidden.device)
         wanted = [training and needed for needed in ctx.needs_input_grad[:3]]
         with student.gathered(), teacher.gathered():
@@ -77,8 +83,9 @@ class _ChunkedDivergence(torch.autograd.Function):
             tensors = torch.empty(2, rows, vocab_size, device=hidden.device)
             for part in _parts(len(hidden), rows):
                 tile, given = tensors[:, : len(hidden[part])], coefficients[part] if any(wanted) else None
+                entropy = None if student_entropy is None else student_entropy[part]
                 divergence[part], gradient = fold(
-                    tile, student, teacher, hidden[part], teacher_hidden[part], given, settings
+                    tile, student, teacher, hidden[part], teacher_hidden[part], given, settings, entropy
                 )
                 if gradient is not None:
                     into, *head = totals
@@ -101,7 +108,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             None if total is None else total.mul_(factor).to(dtype)
             for total, dtype in zip(totals, ctx.dtypes, strict=True)
         ]
-        return *gradients, *(None,) * 6
+        return *gradients, *(None,) * 7
 
 
 def over_support(
@@ -112,9 +119,11 @@ def over_support(
     teacher_hidden: torch.Tensor,
     coefficients: torch.Tensor | None,
     settings: tuple,
+    entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Divergences (R,) over the student's top-k and the tail, and the gradient (R, V) of the sum of coefficients *
-    divergence in the student's products with its head; both made in `tile`, room of (2, R, V).
+    divergence in the student's products with its head; both made in `tile`, room of (2, R, V). The student's entropy
+    goes to `entropy` (R,).
 
     A divergence depends on K logits and the logsumexp of all, whose gradient is the probabilities.
     """
@@ -126,6 +135,8 @@ def over_support(
     chosen = logits.gather(1, support)
     log_sum = chosen[:, :1] - probabilities.gather(1, support[:, :1]).log()  # of the likeliest token: far from 0
     slope = None if coefficients is None else _slope(student, logits, temperature)
+    if entropy is not None:
+        entropy.copy_(torch.special.entr(probabilities, out=logits).sum(1))
     teacher.logits(teacher_hidden, logits, temperature)
     target = objective.kept_logps(logits.gather(1, support), _log_sum(logits), tail)
     if coefficients is None:
@@ -147,11 +158,15 @@ def over_vocabulary(
     teacher_hidden: torch.Tensor,
     coefficients: torch.Tensor | None,
     settings: tuple,
+    entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`over_support` where every token is in the support, by autograd."""
     temperature, _, alpha, _ = settings
     logits = student.logits(hidden, tile[0], temperature)
     target = teacher.logits(teacher_hidden, tile[1], temperature).log_softmax(1)
+    if entropy is not None:
+        probabilities = torch.softmax(logits, 1, out=tile[1])
+        entropy.copy_(torch.special.entr(probabilities, out=probabilities).sum(1))
     if coefficients is None:
         return objective.jensen_shannon(logits.log_softmax(1), target, alpha), None
     slope = _slope(student, logits, temperature)

@@ -24,14 +24,20 @@ FIGURES = (
 )
 
 
-def routing_figures(routing, distill: torch.Tensor, lengths: torch.Tensor, num_generations: int) -> dict[str, float]:
-    """The `route/` metrics (Fig. 5) of a generation batch over all ranks, from (B,) tensors."""
+def routing_figures(
+    routing, distill: torch.Tensor, policy: torch.Tensor, lengths: torch.Tensor, num_generations: int
+) -> dict[str, float]:
+    """The `route/` metrics (Fig. 5) and lengths of a generation batch over all ranks, from (B,) tensors.
+
+    `distill` and `policy` are the rows with the distillation and the GRPO loss, `lengths` those of the rollouts as
+    they were generated.
+    """
     correct = routing.correct
     solved = correct.view(-1, num_generations).float().mean(1)
     figures = {
         "route/correct": correct,
         "route/sdpo": distill,
-        "route/grpo": ~distill,
+        "route/grpo": policy,
         "route/teacher_available": routing.has_sibling,
         "route/lone_success": correct & ~routing.has_sibling,
         "route/all_wrong_groups": solved == 0,

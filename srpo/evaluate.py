@@ -5,9 +5,11 @@
 
 Writes `eval/<checkpoint>/<benchmark>.json` with the sample records beside it, and `eval/curve.json`: accuracy over
 steps and over hours of training, from which the paper's numbers come (best within 1, 5 and 10 hours; also last and
-mean). Interrupted, it goes on where it stopped; finished, it does nothing.
+mean). Interrupted, it goes on where it stopped; finished, it does nothing, and refuses settings that are not the
+record's.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from .train import ScriptArguments, load_splits_of, models, parse, run_path, tra
 # isort: split
 from common.cli import is_done, run_main
 from common.evaluation import Benchmark, Decoding, TransformersEngine, VLLMEngine, evaluate
+from common.evaluation.run import question_fingerprint
 from common.runs import atomic_write_json
 
 WHAT = ("run", "base")
@@ -66,17 +69,67 @@ def score(model: str, args: ScriptArguments, config: SRPOConfig, out: Path) -> d
     """Accuracy, interval, length and truncation of a model on the test problems."""
     benchmark = benchmark_of(args, config)
     path = out / f"{benchmark.name}.json"
+    settings = settings_of(model, benchmark, args, config)
     if path.exists():
         report = json.loads(path.read_text())
+        check_settings(report, settings, out)
     else:
         engine = build_engine(model, args, config)
         report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
+        report["strict"] = args.strict  # the harness does not know of it
+        atomic_write_json(path, report)
     return {
         "accuracy": report["avg@k"],
         "interval": report["interval"],
         "mean_tokens": report["mean_tokens"],
         "truncated": report["truncated"],
     }
+
+
+def settings_of(model: str, benchmark: Benchmark, args: ScriptArguments, config: SRPOConfig) -> dict[str, Any]:
+    """What the record of an evaluation must agree with, under the record's names; known before a model is loaded."""
+    return {
+        "model": model,
+        "rows": question_fingerprint(benchmark),
+        "decoding": dataclasses.asdict(benchmark.decoding),
+        "samples": args.eval_samples,
+        "seed": config.seed,
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "strict": args.strict,
+    }
+
+
+def check_settings(record: dict[str, Any], settings: dict[str, Any], out: Path) -> None:
+    """Raises `ValueError` where the record of a finished evaluation is one of other settings.
+
+    Of the model of a run's own checkpoint the name is not compared: its folder may have been moved. Older records lack
+    some settings.
+    """
+    theirs, ours = (_by_field({**found.pop("decoding", {}), **found}) for found in (dict(record), dict(settings)))
+    if Path(ours["model"]).is_relative_to(out.parents[1]):
+        del ours["model"]
+    differences = [
+        f"{name}={theirs[name]!r} and not {value!r}"
+        for name, value in ours.items()
+        if name in theirs and theirs[name] != value
+    ]
+    if differences:
+        raise ValueError(
+            f"{out} holds an evaluation with {', '.join(differences)}: give the settings of the record, or move the "
+            f"folder {out.parent} away to evaluate anew"
+        )
+
+
+def _by_field(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under the names of the fields that the user gives."""
+    names = {
+        "samples": "eval_samples",
+        "temperature": "eval_temperature",
+        "top_p": "eval_top_p",
+        "max_new_tokens": "max_completion_length",
+        "rows": "test problems (data, eval_limit)",
+    }
+    return {names.get(name, name): value for name, value in settings.items()}
 
 
 def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:

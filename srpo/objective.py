@@ -63,6 +63,14 @@ def distilled_rows(routing: Routing, kind: str = "srpo") -> torch.Tensor:
     return rows[kind]
 
 
+def policy_rows(distill: torch.Tensor, kind: str = "srpo") -> torch.Tensor:
+    """Rows (B,) bool that get the GRPO loss, given the distilled ones: SRPO's others, in Advantage Mix and GRPO all,
+    in SDPO and its variants none."""
+    if kind == "srpo":
+        return ~distill
+    return torch.full_like(distill, kind in ("grpo", "mix"))
+
+
 def random_donors(
     correct: torch.Tensor, num_generations: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:

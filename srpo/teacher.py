@@ -22,11 +22,37 @@ from .lm_head import LMHead, lm_head, response_hidden_states
 from .offload import Offloaded
 from .reprompt import batches, teacher_inputs
 
-TEACHER_KINDS = ("ema", "frozen", "current")
+# Settings of a LoRA config that change more of the merged model than W + scale B A of whole layers
+NOT_MERGED = (
+    "use_dora",
+    "trainable_token_indices",
+    "lora_bias",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
 
 
 def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None))
+
+
+def check_mergeable(adapters: dict[str, Any]) -> None:
+    """Raises `ValueError` for adapters (PEFT's configs by name) whose merged weight is not W + scale B A, the only one
+    that `SelfTeacher.update` averages."""
+    for config in adapters.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        wrong = [f"{name}={value!r}" for name in NOT_MERGED if (value := getattr(config, name, None))]
+        if kind != "LORA" or wrong:
+            raise ValueError(
+                "teacher='ema' averages the merged weights of plain LoRA: leave "
+                f"{', '.join(wrong) or f'peft_type={kind}'} out of peft_config, or set teacher='current' or 'frozen'"
+            )
 
 
 class SelfTeacher:
@@ -51,6 +77,8 @@ class SelfTeacher:
         if kind == "ema" and self.sharded and is_peft_model(policy):
             where = "ZeRO-3" if self.zero3 else "FSDP"
             raise ValueError(f"teacher='ema' with LoRA does not run under {where}: use ZeRO-2, or teacher='frozen'")
+        if kind == "ema" and not self.factors and is_peft_model(policy):
+            check_mergeable(policy.peft_config)
         if (kind == "ema" and not self.factors) or (kind == "frozen" and not is_peft_model(policy)):
             self.model = self._copy(policy)
         of = policy if self.factors else self.model

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from .trainer import SRPOTrainer
 
+ROUTES = {"grpo": "policy", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
 FOLLOW = ("generation_batch_size",)  # TRL sets it from the batch, and refuses both
 
 
@@ -201,11 +202,21 @@ class RecordCallback(TrainerCallback):
 
     def __init__(self, folder: RunFolder, trainer, checkpoint: Path | None):
         self.folder, self.trainer = folder, trainer
-        self.started = time.monotonic() - (train_seconds(checkpoint) if checkpoint else 0.0)
+        self.seconds = train_seconds(checkpoint) if checkpoint else 0.0
+        self.started = time.monotonic()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Only steps count: checkpoints of SRPO hold a teacher, and would take more of its budget than GRPO's."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.monotonic() - self.started
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
-        self.folder.log({"step": state.global_step, "train_seconds": time.monotonic() - self.started, **logs})
+        self.folder.log({"step": state.global_step, "train_seconds": self.seconds, **logs})
         shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
         if shown:
             print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
@@ -216,7 +227,7 @@ class RecordCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Seconds of training up to the checkpoint, by which the paper's budgets of 1, 5 and 10 hours choose."""
         newest = self.folder.path / f"checkpoint-{state.global_step}"
-        (newest / "train_seconds.json").write_text(json.dumps(time.monotonic() - self.started))
+        (newest / "train_seconds.json").write_text(json.dumps(self.seconds))
 
 
 def train_seconds(checkpoint: Path) -> float:
@@ -233,7 +244,7 @@ def rollout_records(rollouts: dict[str, Any], count: int) -> list[dict[str, Any]
             "prompt": rollouts["prompts"][row],
             "response": rollouts["texts"][row],
             "reward": round(float(rollouts["rewards"][row]), 5),
-            "route": "sdpo" if rollouts["distill"][row] else "grpo",
+            "route": "+".join(name for name, key in ROUTES.items() if rollouts[key][row]) or "none",
             "donor": int(rollouts["donor"][row]),
         }
         for row in range(min(count, len(rollouts["texts"])))
@@ -271,7 +282,9 @@ def memory_parts(
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     tokens = config.per_device_train_batch_size * config.max_completion_length
     quantized = plan.in_4_bits(args.model, parameters, args.load_in_4bit)
-    routed, hidden = 0.4 * rows * min(800, config.max_completion_length), shape.width * (2 if config.bf16 else 4)
+    # Of the dtype of the teacher's last norm, which autocast leaves as it is: a float32 copy gives float32 states
+    hidden = shape.width * (4 if config.teacher == "ema" and not zero3 else each.weight)
+    routed = 0.4 * rows * min(800, config.max_completion_length)
     return {
         **plan.model_bytes("policy", parameters, trained_parameters(args, parameters), each, pieces, quantized),
         f"self-teacher, {config.teacher}": teacher * of_teacher,

@@ -28,7 +28,7 @@ from .lm_head import lm_head, response_hidden_states, sampled_logps
 from .reprompt import teacher_prompt_ids
 from .teacher import SelfTeacher, SelfTeacherCallback
 
-# Means over the tokens of a step: entropy and loss on tokens of the GRPO branch with an advantage, and divergence
+# Means over the tokens of a step that have one: the policy's entropy, and the loss of each branch
 LOSS_FIGURES = ("entropy", "loss/grpo", "loss/sdpo")
 
 
@@ -87,7 +87,11 @@ class SRPOTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list):
         self._is_first_turn = True
-        return super()._generate(prompts)
+        generated = super()._generate(prompts)
+        _, completion_ids, tool_mask, *_ = generated
+        # Before TRL masks truncated rollouts: those have a length, too
+        self._lengths = [sum(row) for row in tool_mask] if tool_mask else [len(ids) for ids in completion_ids]
+        return generated
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if self._is_first_turn:  # in later ones a prompt holds the rollout so far and the results of its tools
@@ -120,13 +124,16 @@ class SRPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _route(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Logs the routes; unless `routing="grpo"`, what the loss needs of the distilled rows of this rank."""
-        args, rewards = self.args, self._rollouts["rewards"]
+        args, rewards, self.last_rollouts = self.args, self._rollouts["rewards"], {}
         if args.routing == "grpo" and not rewards.isfinite().all():
             return {}  # TRL leaves such a rollout out of its group; a route it has none
         routing = objective.route(rewards, self.num_generations, args.reward_threshold)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-        lengths = self.accelerator.gather(mask.sum(1))
-        distill = objective.distilled_rows(routing, args.routing) & (lengths > 0)  # masked truncated rows have none
+        counts = self.accelerator.gather(mask.sum(1)) > 0  # not so of truncated rows that are masked
+        distill = objective.distilled_rows(routing, args.routing) & counts
+        policy = objective.policy_rows(distill, args.routing) & counts
+        donors = torch.where(distill, self._donors(routing), -1)
+        lengths = self.accelerator.gather(torch.tensor(self._lengths, device=mask.device))
         start = len(mask) * self.accelerator.process_index
         here = slice(start, start + len(mask))
         texts = self._tokenizer.batch_decode(self._rollouts["completion_ids"], skip_special_tokens=True)
@@ -135,13 +142,13 @@ class SRPOTrainer(GRPOTrainer):
             "texts": texts,
             "rewards": rewards[here],
             "distill": distill[here],
-            "donor": routing.donor[here],
+            "policy": policy[here],
+            "donor": donors[here],
         }
-        for name, value in routing_figures(routing, distill, lengths, self.num_generations).items():
+        for name, value in routing_figures(routing, distill, policy, lengths, self.num_generations).items():
             self._record(name, value)
         if args.routing == "grpo":
             return {}
-        donors = self._donors(routing)
         entropy = self._self_distillation(batch, mask, distill[here], donors[here], gather_object(texts))
         return self._loss_inputs(mask, distill, entropy, here)
 
@@ -214,7 +221,8 @@ class SRPOTrainer(GRPOTrainer):
             for name, (total, count) in zip(
                 LOSS_FIGURES, self.accelerator.gather(self._loss_sums[None]).sum(0).tolist(), strict=True
             ):
-                self._record(name, total / count if count else float("nan"))
+                if count:
+                    self._record(name, total / count)
             self._loss_sums = None
         return loss
 
@@ -231,8 +239,8 @@ class SRPOTrainer(GRPOTrainer):
         num_tokens = num_tokens * self.current_gradient_accumulation_steps / args.steps_per_generation
 
         # A row that is distilled, or has no advantage, needs no log-probabilities
-        policy_rows = {"srpo": ~rows, "mix": torch.ones_like(rows)}.get(args.routing, torch.zeros_like(rows))
-        policy, routed = mask & (policy_rows & (advantages != 0))[:, None], mask & rows[:, None]
+        policy_rows = objective.policy_rows(rows, args.routing) & (advantages != 0)
+        policy, routed = mask & policy_rows[:, None], mask & rows[:, None]
         logps_N, entropy_N = sampled_logps(head, hidden[policy], inputs["completion_ids"][policy], self.temperature)
         logps = torch.zeros_like(mask, dtype=logps_N.dtype).masked_scatter(policy, logps_N)
         grpo = tis * objective.grpo_token_loss(
@@ -240,20 +248,31 @@ class SRPOTrainer(GRPOTrainer):
         )
         weights = inputs["entropy_weights"]
         coefficients = tis * objective.distillation_coefficients(args.routing, weights, rows, mask, args.mix_weight)
-        sdpo_N = self._divergence(head, hidden[routed], inputs["row"][rows].tolist(), coefficients[routed])
+        sdpo_N, student_entropy_N = self._divergence(
+            head, hidden[routed], inputs["row"][rows].tolist(), coefficients[routed]
+        )
         sdpo = tis * torch.zeros_like(mask, dtype=sdpo_N.dtype).masked_scatter(routed, sdpo_N)
         loss = objective.routed_loss(args.routing, grpo, sdpo, weights, rows, mask, num_tokens, args.mix_weight)
-        sums = ((entropy_N, policy), (grpo[policy], policy), (sdpo_N, routed))
+        entropy = torch.zeros_like(mask, dtype=torch.float32).masked_scatter(policy, entropy_N.detach().float())
+        entropy = entropy.masked_scatter(routed, student_entropy_N)  # the same on tokens of both branches
+        sums = ((entropy, policy | routed), (grpo[policy], policy), (sdpo_N, routed))
         return loss, torch.stack([torch.stack([x.detach().float().sum(), m.sum()]) for x, m in sums])
 
-    def _divergence(self, head, hidden: torch.Tensor, rows: list[int], coefficients: torch.Tensor) -> torch.Tensor:
-        """Divergence (N,) between student and self-teacher on the tokens of the distilled `rows`."""
+    def _divergence(
+        self, head, hidden: torch.Tensor, rows: list[int], coefficients: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """On the tokens of the distilled `rows`, divergence (N,) between student and self-teacher, and the student's
+        entropy (N,)."""
+        entropy = torch.zeros(len(hidden), device=hidden.device)
         if not rows and not self.teacher.sharded:  # a sharded head is gathered by all ranks or by none
-            return hidden.new_zeros(0, dtype=torch.float32)
+            return hidden.new_zeros(0, dtype=torch.float32), entropy
         args, teacher_hidden = self.args, [self._teacher_hidden[row] for row in rows]
         teacher_hidden = torch.cat(teacher_hidden or [hidden.detach()])
         settings = (self.temperature, args.distillation_topk, ALPHAS[args.divergence], args.tail)
-        return chunked_divergence(head, hidden, self._teacher_head, teacher_hidden, coefficients, *settings)
+        divergence = chunked_divergence(
+            head, hidden, self._teacher_head, teacher_hidden, coefficients, *settings, entropy
+        )
+        return divergence, entropy
 
     # Checkpoints
 

@@ -95,6 +95,12 @@ def test_thinking_can_be_turned_on(make):
     assert make(chat_template_kwargs={"enable_thinking": True}).chat_template_kwargs == {"enable_thinking": True}
 
 
+@pytest.mark.parametrize("given", [{"custom": 1}, '{"custom": 1}'], ids=["dict", "json"])
+def test_thinking_stays_off_beside_other_options_of_the_template(make, given):
+    assert make(chat_template_kwargs=given).chat_template_kwargs == {"enable_thinking": False, "custom": 1}
+    assert make(chat_template_kwargs={}).chat_template_kwargs == {"enable_thinking": False}
+
+
 # --- what it refuses ----------------------------------------------------------------
 
 
@@ -134,6 +140,8 @@ ONLY_GRPO = [
     ("top_entropy_quantile", 0.2),
     ("off_policy_mask_threshold", 0.5),
     ("entropy_coef", 0.01),
+    ("cast_lm_head_to_fp32", True),
+    ("multi_objective_aggregation", "normalize_then_sum"),
     ("steps_per_generation", 4),
 ]
 

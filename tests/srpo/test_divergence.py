@@ -61,8 +61,12 @@ def test_divergence_and_gradient_against_float64(tiles, settings, head):
     student, hidden, teacher, teacher_hidden = given
     settings = {"temperature": 1.0, "top_k": 100, "alpha": 0.5, "tail": True, **settings}
     coefficients = torch.linspace(-1, 2, N)
-    got = chunked_divergence(*given, coefficients, **settings)
+    entropy = torch.empty(N)
+    got = chunked_divergence(*given, coefficients, **settings, student_entropy=entropy)
+    assert torch.equal(got, chunked_divergence(*given, coefficients, **settings))
     temperature = settings.pop("temperature")
+    probabilities = naive_logits(student, hidden, temperature).softmax(-1)
+    torch.testing.assert_close(entropy.double(), torch.special.entr(probabilities).sum(-1), rtol=1e-4, atol=1e-5)
     naive = objective.jsd_topk_tail(
         naive_logits(student, hidden, temperature), naive_logits(teacher, teacher_hidden, temperature), **settings
     )
@@ -80,7 +84,8 @@ def test_a_student_that_is_all_but_certain(top_k):
     with torch.no_grad():
         student.bias[7] += 150
         student.bias[9] = -math.inf  # ruled out
-    value = chunked_divergence(*given, torch.ones(N), top_k=top_k)
+    value = chunked_divergence(*given, torch.ones(N), top_k=top_k, student_entropy=(entropy := torch.empty(N)))
+    assert (entropy < 1e-20).all()  # and no nan of what is ruled out
     naive = objective.jsd_topk_tail(naive_logits(student, hidden, 1), naive_logits(teacher, teacher_hidden, 1), top_k)
     torch.testing.assert_close(value.double(), naive, rtol=1e-4, atol=1e-5)
     value.sum().backward()
@@ -179,8 +184,8 @@ def test_logits_are_computed_once_and_only_for_what_is_needed(top_k):
     for trained in (True, False):
         student = student._replace(weight=student.weight.detach().requires_grad_(trained))
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-            value = chunked_divergence(student, hidden, teacher, teacher_hidden, torch.ones(N), top_k=top_k)
-            value.sum().backward()
+            given = (student, hidden, teacher, teacher_hidden, torch.ones(N))
+            chunked_divergence(*given, top_k=top_k, student_entropy=torch.empty(N)).sum().backward()
         products = 6 + 8 + 6 * (2 if trained else 1)
         assert counter.get_total_flops() == 2 * N * VOCAB * products, trained
 
@@ -224,10 +229,13 @@ def test_on_a_gpu_as_on_the_cpu(tiles, dtype, settings, softcap):
         )
         hidden, teacher_hidden, given = (tensor.detach().to(device) for tensor in (*made[1::2], coefficients))
         wanted = [tensor.requires_grad_() for tensor in (hidden, *student[:2])]
-        value = chunked_divergence(student, hidden, teacher, teacher_hidden, given, 0.7, **settings)
+        own = torch.empty(N, device=device)
+        value = chunked_divergence(
+            student, hidden, teacher, teacher_hidden, given, 0.7, **settings, student_entropy=own
+        )
         gradients = torch.autograd.grad((value * given).sum(), wanted)
         entropy = chunked_entropy(teacher, teacher_hidden, 0.7)
-        return [tensor.detach().float().cpu() for tensor in (value, entropy, *gradients)]
+        return [tensor.detach().float().cpu() for tensor in (value, entropy, own, *gradients)]
 
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for got, expected in zip(run("cuda"), run("cpu"), strict=True):

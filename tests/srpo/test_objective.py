@@ -288,6 +288,15 @@ def test_random_donors_are_uniform_over_the_correct_siblings():
     assert again[0].equal(again[1])
 
 
+def test_rows_with_the_grpo_loss():
+    """Every rollout has a loss in SRPO; in Advantage Mix all have GRPO's."""
+    routing = objective.route(torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]), 4)
+    expected = {"srpo": [True, False, False, True] + [True] * 4, "grpo": [True] * 8, "mix": [True] * 8}
+    for kind in objective.ROUTINGS:
+        distill = objective.distilled_rows(routing, kind)
+        assert objective.policy_rows(distill, kind).tolist() == expected.get(kind, [False] * 8), kind
+
+
 @pytest.mark.parametrize("function", [objective.route, objective.group_advantages])
 @pytest.mark.parametrize(
     ("rewards", "group", "message"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,26 @@ def test_the_memory_estimate_by_hand(capsys):
         assert "95 checkpoints x 14.90" in printed
 
 
+@pytest.mark.parametrize(
+    ("fields", "sharding", "size"),
+    [
+        ([], "zero2", 4),  # a float32 average has float32 states, autocast or not
+        ([], "zero3", 2),  # there it computes in the policy's dtype
+        (["--teacher", "frozen", "--policy_dtype", "bfloat16"], "none", 2),
+        (["--teacher", "current"], "none", 4),
+    ],
+)
+def test_the_teachers_cached_states_have_its_dtype(capsys, fields, sharding, size):
+    gpus = "1" if sharding == "none" else "8"
+    fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--gpus", gpus, *fields, "--dry_run"]
+    assert loop.main([*fields, "--sharding", "zero2" if sharding == "none" else sharding]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cached teacher hidden states" in line]
+    _, config = train.parse(["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run"])
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    expected = size * 4096 * 0.4 * rows * 800
+    assert float(line.split()[0]) == pytest.approx(expected / 2**30, abs=0.005)
+
+
 def test_the_self_teacher_is_cut_under_fsdp_too(capsys):
     fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--gpus", "8", "--sharding", "fsdp2", "--dry_run"]
     assert loop.main(fields) == 0
@@ -206,6 +227,7 @@ def test_a_run_is_recorded_done_once_and_not_overwritten_by_another(config, caps
     samples = read_jsonl(run / "samples.jsonl")
     assert {"prompt", "response", "reward", "route", "donor", "step"} == samples[0].keys()
     assert {sample["route"] for sample in samples} == {"grpo", "sdpo"}
+    assert all((sample["donor"] >= 0) == (sample["route"] == "sdpo") for sample in samples)
     assert not list(run.glob("checkpoint-2/optimizer*")) + list(run.glob("checkpoint-2/self_teacher*"))
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     capsys.readouterr()
@@ -225,6 +247,32 @@ def test_the_saved_settings_are_the_same_run_again(config, tmp_path):
     again_args, again = train.parse(["--config", str(saved), "--out", args.out])
     assert changed_settings(again_args, again, train.FOLLOW) == changed_settings(args, settings, train.FOLLOW)
     assert again.output_dir == settings.output_dir
+
+
+def test_the_hours_of_a_budget_are_those_of_steps(config, tmp_path, monkeypatch):
+    """A slow disk, or a teacher in the checkpoint, is no training; resumed, the seconds go on."""
+    save = train.models.PreTrainedModel.save_pretrained
+
+    def slow(self, *arguments, **options):
+        time.sleep(1)
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(train.models.PreTrainedModel, "save_pretrained", slow)
+    fields = ["--config", str(config), "--max_steps", "2", "--save_steps", "1"]
+    assert train.main(fields) == 0
+    run = tmp_path / "runs/srpo/small-additions/srpo-seed0"
+    logged = {line["step"]: line["train_seconds"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
+    steps = {line["step"]: line["step_time"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
+    for step in (1, 2):
+        assert train.train_seconds(run / f"checkpoint-{step}") == logged[step]
+    assert logged[1] >= steps[1]
+    assert steps[2] <= logged[2] - logged[1] < steps[2] + 0.9
+
+
+def test_seconds_go_on_from_the_checkpoint(tmp_path):
+    (tmp_path / "train_seconds.json").write_text("7200.5")
+    assert train.RecordCallback(None, None, tmp_path).seconds == 7200.5
+    assert train.RecordCallback(None, None, None).seconds == 0.0
 
 
 def run_until(config: Path, step: int | None, *fields: str) -> int:
@@ -268,6 +316,72 @@ def test_evaluation_of_every_checkpoint_and_the_budgets(config, tmp_path, easy):
     records = read_jsonl(folder / "checkpoint-6/additions/samples.jsonl")
     assert len(records) == 40 * 2
     assert evaluate.main(["nothing"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["--eval_temperature", "0.6"], "eval_temperature=1.0 and not 0.6"),
+        (["--eval_top_p", "0.5"], "eval_top_p=0.95 and not 0.5"),
+        (["--eval_samples", "3"], "eval_samples=2 and not 3"),
+        (["--eval_limit", "30"], "test problems (data, eval_limit)="),
+        (["--max_completion_length", "5"], "max_completion_length=4 and not 5"),
+        (["--chat_template_kwargs", '{"enable_thinking": true}'], "chat_template_kwargs={'enable_thinking': False}"),
+        (["--strict", "true"], "strict=False and not True"),
+        (["--seed", "1"], "seed=0 and not 1"),
+        (["--model", "{other}"], "and not"),
+    ],
+)
+def test_a_result_of_other_settings_is_refused(evaluated, other_policy, capsys, monkeypatch, fields, message):
+    """Before, `evaluate base` said the old number whatever was asked."""
+    config, folder = evaluated
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: pytest.fail("a model was loaded"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert evaluate.main(["base", "--config", str(config)]) == 0  # done: nothing is loaded
+    capsys.readouterr()
+    fields = [field.replace("{other}", other_policy) for field in fields]
+    assert evaluate.main(["base", "--config", str(config), *fields]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line and f"move the folder {folder / 'eval'} away" in line
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def evaluated(policy, tmp_path_factory) -> tuple[Path, Path]:
+    """Config and folder of an evaluated policy before training."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    config = folder / "small.yaml"
+    config.write_text(yaml.safe_dump({**SMALL, "model": policy, "out": str(folder / "runs")}))
+    assert evaluate.main(["base", "--config", str(config)]) == 0
+    return config, folder / "runs/srpo/small-additions/base"
+
+
+@pytest.fixture(scope="module")
+def other_policy(policy, tmp_path_factory) -> str:
+    return shutil.copytree(policy, tmp_path_factory.mktemp("other") / "policy").as_posix()
+
+
+def test_the_report_says_what_the_records_say(evaluated, tmp_path):
+    """Not the settings of its own command line; and that evaluations differ."""
+    _, folder = evaluated
+    runs = {("base", "-"): folder}
+    assert report.decodings(runs, "additions") == "2 samples a problem at temperature 1.0, top-p 0.95."
+    other = shutil.copytree(folder, tmp_path / "grpo")
+    path = other / "eval/base/additions.json"
+    path.write_text(path.read_text().replace('"temperature": 1.0', '"temperature": 0.6'))
+    assert report.decodings({**runs, ("grpo", "0"): other}, "additions") == (
+        "Evaluated in different ways, so that the rows do not compare: base: 2 samples a problem at temperature 1.0, "
+        "top-p 0.95; GRPO seed 0: 2 samples a problem at temperature 0.6, top-p 0.95."
+    )
+
+
+def test_a_run_folder_that_was_moved_keeps_its_results(config, tmp_path, easy, monkeypatch):
+    assert train.main(["--config", str(config)]) == evaluate.main(["run", "--config", str(config)]) == 0
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: pytest.fail("a model was loaded"))
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    fields = ["--config", str(config), "--out", str(tmp_path / "moved")]
+    assert evaluate.main(["run", *fields]) == 0
+    assert evaluate.main(["run", *fields, "--eval_samples", "3"]) == 2
 
 
 def test_budgets_leave_out_what_came_later():

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -22,6 +22,7 @@ from common.tiny import tiny_qwen3
 from srpo import SRPOConfig, SRPOTrainer, _trl, lm_head, objective
 from srpo.reprompt import teacher_prompt_ids
 from srpo.teacher import SelfTeacher
+from srpo.train import rollout_records
 
 ROUTED = ("srpo", "sdpo", "sdpo_incorrect", "sdpo_correct", "mix")
 
@@ -192,6 +193,7 @@ def test_bf16_reaches_student_teacher_and_heads(make, fixed, monkeypatch, bf16):
     step(trainer)
     dtype = torch.bfloat16 if bf16 else torch.float32
     assert seen == {(name, dtype) for name in ("student", "teacher", "divergence", "logps")}
+    assert {states.dtype for states in trainer._teacher_hidden.values()} == {torch.float32}  # as `memory_parts` counts
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -245,21 +247,28 @@ def test_advantages_are_those_of_the_paper_before_routing(make, fixed, scale):
     rewards = trainer._rollouts["rewards"]
     expected = objective.group_advantages(rewards, 4, scale)
     got = trainer._buffered_inputs[0]["advantages"]
-    # TRL shuffles the rows of a batch and has epsilon 1e-4
-    torch.testing.assert_close(got.sort().values, expected.sort().values, rtol=1e-3, atol=1e-4)
+    if scale:  # TRL adds 1e-4 to the deviation, where the SDPO release adds 1e-6
+        deviation = rewards.view(-1, 4).std(1, keepdim=True)
+        expected = (expected.view(-1, 4) * (deviation + 1e-6) / (deviation + 1e-4)).flatten()
+    torch.testing.assert_close(got.sort().values, expected.sort().values)  # TRL shuffles the rows of a batch
 
 
 # --- the loss against references ----------------------------------------------------------------
 
 
-def response_logits(model, prompt_ids: list[int], response: list[int]) -> torch.Tensor:
+def response_logits(model, prompt_ids: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
     """(T, V) float64 logits of a response, from the model's public forward on this row alone."""
     ids = torch.tensor([prompt_ids + response], device=model.device)
-    return model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1].double()
+    return model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1].double() / temperature
 
 
-def reference_loss(trainer, routing: str, beta: float) -> torch.Tensor:
-    """The equations of the paper row by row, full logits, float64; divergence by TRL's own function."""
+def reference_loss(
+    trainer, routing: str, beta: float, temperature: float = 1.0, masks: list[list[int]] | None = None
+) -> torch.Tensor:
+    """The equations of the paper row by row, full logits, float64; divergence by TRL's own function.
+
+    `masks`: 0 on the tokens of each rollout that the policy has not written.
+    """
     kept = trainer._rollouts
     rewards, responses = kept["rewards"].tolist(), kept["completion_ids"]
     texts = trainer._tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -271,13 +280,17 @@ def reference_loss(trainer, routing: str, beta: float) -> torch.Tensor:
         correct = rewards[i] >= 0.5
         advantage = rewards[i] - sum(rewards[j] for j in group) / 4
         prompt = kept["prompts"][i]
+        own = torch.tensor(masks[i] if masks else [1] * len(response), device=model.device).double()
         student = response_logits(
-            model, tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"], response
+            model,
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"],
+            response,
+            temperature,
         )
         logps = student.log_softmax(-1).gather(1, torch.tensor(response, device=student.device)[:, None])[:, 0]
-        grpo.append(-(logps - logps.detach()).exp() * advantage)
+        grpo.append(-(logps - logps.detach()).exp() * advantage * own)
         routed = (
-            bool(donors)
+            bool(donors and own.any())
             and {
                 "srpo": not correct,
                 "sdpo": True,
@@ -296,16 +309,15 @@ def reference_loss(trainer, routing: str, beta: float) -> torch.Tensor:
             "input_ids"
         ]
         with torch.no_grad():
-            scored = response_logits(teacher, ids, response)
+            scored = response_logits(teacher, ids, response, temperature)
         p = scored.softmax(-1)
-        entropies.append((i, -(p * p.log()).sum(-1)))
-        sdpo.append(
-            compute_topk_self_distillation_loss(
-                student, scored, distillation_topk=100, distillation_alpha=0.5, distillation_add_tail=True
-            )
+        entropies.append((i, -(p * p.log()).sum(-1), own))
+        divergence = compute_topk_self_distillation_loss(
+            student, scored, distillation_topk=100, distillation_alpha=0.5, distillation_add_tail=True
         )
-    raw = {i: (-beta * h).exp() for i, h in entropies}
-    mean = torch.cat(list(raw.values())).mean()
+        sdpo.append(divergence * own)
+    raw = {i: (-beta * h).exp() for i, h, _ in entropies}
+    mean = torch.cat([raw[i][own.bool()] for i, _, own in entropies]).mean()
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for i, routed in enumerate(distilled):
         weighted = raw[i] / mean * sdpo[i] if routed else sdpo[i]
@@ -315,23 +327,68 @@ def reference_loss(trainer, routing: str, beta: float) -> torch.Tensor:
             total = total + weighted.sum()
         elif routing == "srpo":
             total = total + grpo[i].sum()
-    counted = [len(r) for r, d in zip(responses, distilled, strict=True) if d or routing in ("srpo", "mix")]
+    lengths = [sum(mask) for mask in masks] if masks else [len(response) for response in responses]
+    counted = [n for n, d in zip(lengths, distilled, strict=True) if d or routing in ("srpo", "mix")]
     return total / sum(counted)
 
 
-@pytest.mark.parametrize("routing", ROUTED)
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_loss_and_gradients_against_float64(make, fixed, routing, beta):
-    trainer = make(routing=routing, entropy_beta=beta, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    with torch.no_grad():  # a teacher that differs from the student
+def move_teacher(trainer) -> None:
+    """So that it differs from the student."""
+    with torch.no_grad():
         for p in trainer.teacher.model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    loss, gradients = step(trainer)
-    expected = reference_loss(trainer, routing, beta)
+
+
+def assert_step_is(trainer, expected, loss: float, gradients: dict[str, torch.Tensor]) -> None:
     assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
     names, parameters = zip(*trainer.model.named_parameters(), strict=True)
     for name, gradient in zip(names, torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(gradients[name], gradient.float(), rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("routing", ROUTED)
+@pytest.mark.parametrize(("beta", "temperature"), [(0.0, 1.0), (1.0, 1.0), (1.0, 0.6)])
+def test_loss_and_gradients_against_float64(make, fixed, routing, beta, temperature):
+    """Both distributions, and the entropy of the weights, are those of the temperature of the rollouts."""
+    settings = {"routing": routing, "entropy_beta": beta, "temperature": temperature}
+    trainer = make(**settings, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    move_teacher(trainer)
+    loss, gradients = step(trainer)
+    assert_step_is(trainer, reference_loss(trainer, routing, beta, temperature), loss, gradients)
+
+
+def environment_masks(monkeypatch) -> list[list[int]]:
+    """Of each rollout of one step the second token is its environment's, of rollout 2 every token."""
+    masks, whole = [], GRPOTrainer._generate
+
+    def generate(self, prompts):
+        prompt_ids, completion_ids, _, *rest = whole(self, prompts)
+        masks[:] = [[int(i != 2 and t != 1) for t in range(len(ids))] for i, ids in enumerate(completion_ids)]
+        return prompt_ids, completion_ids, [list(mask) for mask in masks], *rest
+
+    monkeypatch.setattr(GRPOTrainer, "_generate", generate)
+    return masks
+
+
+@pytest.mark.parametrize("routing", ROUTED)
+def test_tokens_of_tools_and_environments_have_no_loss_and_no_route(make, fixed, monkeypatch, routing):
+    masks = environment_masks(monkeypatch)
+
+    def reward(completions, **columns):
+        return [float(i % 2) for i in range(len(completions))]
+
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "entropy_beta": 1.0}
+    trainer = make(routing=routing, reward=reward, **settings)
+    move_teacher(trainer)
+    loss, gradients = step(trainer)
+    assert_step_is(trainer, reference_loss(trainer, routing, 1.0, masks=masks), loss, gradients)
+    assert not trainer.last_rollouts["distill"][2] and not trainer.last_rollouts["policy"][2]
+    assert trainer.last_rollouts["distill"][0] == (routing != "sdpo_correct")
+    metrics = trainer._metrics["train"]
+    assert metrics["teacher/scored_over_needed"] == [1.0]
+    lengths = torch.tensor([sum(mask) for mask in masks]).float()
+    assert metrics["length/wrong"] == [lengths[::2].mean().item()]
+    assert metrics["length/correct"] == [lengths[1::2].mean().item()]
 
 
 @pytest.mark.parametrize("routing", ["srpo", "mix"])
@@ -376,6 +433,17 @@ def test_row_order_and_padding_do_not_matter(make, fixed):
 
 
 @pytest.mark.parametrize("routing", ROUTED)
+def test_a_tokenizer_that_pads_with_the_end_of_sequence_has_the_same_loss(make, fixed, routing):
+    """The end of a rollout is one of its tokens."""
+    expected = step(make(routing=routing))
+    model, tokenizer = policy()
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = make(model=(model, tokenizer), routing=routing)
+    assert_same_step(step(trainer), expected)
+    assert trainer._tokenizer.pad_token_id == trainer._tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("routing", ROUTED)
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_groups_of_equal_rewards_give_a_finite_attached_zero(make, fixed, routing, value):
     loss, gradients = step(make(routing=routing, reward=always(value)))
@@ -400,7 +468,12 @@ def test_masked_truncated_rollouts_are_neither_scored_nor_trained(make, fixed, m
     assert math.isfinite(loss)
     assert any(g.any() for g in gradients.values())
     assert trainer.last_rollouts["distill"].tolist() == [False, False, True, False] * 2
+    assert trainer.last_rollouts["policy"].tolist() == [True, False, False, False] * 2
     assert trainer._metrics["train"]["teacher/scored_over_needed"] == [1.0]
+    lengths = [len(ids) for ids in trainer._rollouts["completion_ids"]]  # they have a length all the same
+    assert trainer._metrics["train"]["length/wrong"] == [
+        pytest.approx(sum(n for i, n in enumerate(lengths) if i % 4) / 6)
+    ]
 
 
 def test_a_lone_success_has_no_donor_and_is_trained_by_grpo(make, fixed):
@@ -428,6 +501,104 @@ def test_random_demonstrations_are_correct_siblings_and_depend_on_the_seed(make,
         assert donors[4] in (5, 6, 7)
         seen.add(donors[0])
     assert seen == {1, 2, 3}
+    seen = set()
+    for trainer.state.global_step in range(20):  # and on the step
+        seen.add(trainer._donors(routing)[0].item())
+    assert seen == {1, 2, 3}
+
+
+@pytest.mark.parametrize("demonstration", ["first", "random"])
+def test_the_donor_that_is_recorded_is_the_one_that_was_shown(make, fixed, monkeypatch, demonstration):
+    shown = []
+
+    def record(prompts, demonstrations, *args):
+        shown.extend(demonstrations)
+        return teacher_prompt_ids(prompts, demonstrations, *args)
+
+    monkeypatch.setattr("srpo.trainer.teacher_prompt_ids", record)
+    reward = [0.0, 1.0, 1.0, 1.0] * 2
+    first = 0
+    for seed in range(4):
+        shown.clear()
+        trainer = make(reward=lambda completions, **columns: reward, demonstration=demonstration, seed=seed)
+        step(trainer)
+        donors, texts = trainer.last_rollouts["donor"].tolist(), trainer.last_rollouts["texts"]
+        assert [texts[donors[0]], texts[donors[4]]] == shown
+        assert donors[1:4] == donors[5:] == [-1] * 3  # nothing was shown for them
+        first += donors[0] == 1
+    assert (first == 4) == (demonstration == "first")
+
+
+@pytest.mark.parametrize(
+    ("routing", "labels"),
+    [
+        ("srpo", ["grpo", "sdpo", "sdpo", "grpo"]),
+        ("grpo", ["grpo"] * 4),
+        ("sdpo", ["sdpo"] * 4),
+        ("sdpo_incorrect", ["none", "sdpo", "sdpo", "none"]),
+        ("sdpo_correct", ["sdpo", "none", "none", "sdpo"]),
+        ("mix", ["grpo+sdpo"] * 4),
+    ],
+)
+def test_routes_are_the_losses_that_a_rollout_has(make, fixed, routing, labels):
+    """In the second group no rollout is correct: GRPO's, or none's."""
+    trainer = make(routing=routing, reward=lambda completions, **columns: [1.0, 0.0, 0.0, 1.0, *[0.0] * 4])
+    step(trainer)
+    labels = [*labels, *["grpo" if routing in ("srpo", "grpo", "mix") else "none"] * 4]
+    assert [record["route"] for record in rollout_records(trainer.last_rollouts, 8)] == labels
+    metrics = trainer._metrics["train"]
+    for name in ("grpo", "sdpo"):
+        assert metrics[f"route/{name}"] == [sum(name in label for label in labels) / 8], name
+
+
+def test_the_threshold_of_the_configuration_is_the_one_of_the_routes(make, fixed):
+    rewards = [0.1, 0.3, 0.1, 0.6, *[0.1] * 4]
+    for threshold, correct in ((0.2, [1, 3]), (0.5, [3]), (0.05, range(8)), (0.9, [])):
+        trainer = make(reward=lambda completions, **columns: rewards, reward_threshold=threshold)
+        step(trainer)
+        distilled = [i in (0, 1, 2) and i not in correct and 3 in correct for i in range(8)]
+        assert trainer.last_rollouts["distill"].tolist() == distilled, threshold
+        assert trainer._metrics["train"]["route/correct"] == [len(correct) / 8]
+
+
+# --- what is logged ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("routing", ROUTED)
+def test_the_policys_entropy_on_the_tokens_that_the_loss_sees(make, fixed, routing):
+    """At the rollouts' temperature, each token once, whatever the micro-batches."""
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = make(routing=routing, temperature=0.6, max_steps=1, learning_rate=0.0, **batch)
+    trainer.train()
+    kept, values = trainer._rollouts, []
+    advantages = objective.group_advantages(kept["rewards"], 4)
+    for i, response in enumerate(kept["completion_ids"]):
+        if trainer.last_rollouts["distill"][i] or (trainer.last_rollouts["policy"][i] and advantages[i]):
+            prompt = trainer._tokenizer.apply_chat_template(kept["prompts"][i], add_generation_prompt=True)
+            with torch.no_grad():
+                logits = response_logits(trainer.model, prompt["input_ids"], response, 0.6)
+            values.append(torch.special.entr(logits.softmax(-1)).sum(-1))
+    logged = [log["entropy"] for log in trainer.state.log_history if "loss" in log]
+    assert logged == [pytest.approx(torch.cat(values).mean().item(), rel=1e-4)]
+
+
+@pytest.mark.parametrize("routing", ROUTED)
+def test_a_figure_that_does_not_exist_is_left_out(make, fixed, routing):
+    trainer = make(routing=routing, max_steps=1)
+    trainer.train()
+    (line,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert ("loss/grpo" in line) == (routing in ("srpo", "mix"))
+    assert "loss/sdpo" in line and "entropy" in line
+    trainer = make(routing=routing, max_steps=1, reward=always(0.0))  # no token has a loss
+    trainer.train()
+    (line,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert not {"loss/grpo", "loss/sdpo", "entropy"} & line.keys()
+    assert all(value is not None for value in line.values())
+
+
+def test_the_doctor_sees_the_collapse_of_sdpo(make, fixed, capsys):
+    make(routing="sdpo", max_steps=1, doctor_steps=1, model=policy(sharp=1e4)).train()
+    assert "entropy has collapsed" in capsys.readouterr().out
 
 
 # --- the self-teacher ----------------------------------------------------------------
@@ -463,6 +634,77 @@ def test_the_average_follows_the_policy_by_hand(make, fixed):
         assert parameter.dtype == torch.float32
         assert not parameter.requires_grad
     assert not torch.equal(history[1]["model.norm.weight"], start["model.norm.weight"])
+
+
+def weights_after_each_step(trainer) -> list[dict[str, torch.Tensor]]:
+    """The policy's weights at the start, and (filled by training) after each optimizer step."""
+    history = [copy.deepcopy(trainer.model.state_dict())]
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            history.append(copy.deepcopy(trainer.model.state_dict()))
+
+    trainer.add_callback(Record())
+    return history
+
+
+def assert_teacher_is(trainer, history: list[dict[str, torch.Tensor]]) -> None:
+    """theta' <- 0.8 theta' + 0.2 theta over the weights after the first ones."""
+    for name, got in trainer.teacher.model.state_dict().items():
+        expected = history[0][name]
+        for weights in history[1:]:
+            expected = 0.8 * expected + 0.2 * weights[name]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(history[1]["model.norm.weight"], history[0]["model.norm.weight"])
+
+
+def test_the_average_moves_once_an_optimizer_step(make, fixed):
+    """Not at each of its four micro-batches."""
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = make(teacher_update_rate=0.2, max_steps=2, **batch)
+    history = weights_after_each_step(trainer)
+    trainer.train()
+    assert len(history) == 3
+    assert_teacher_is(trainer, history)
+
+
+def test_the_average_stays_where_the_optimizer_step_was_skipped(make, fixed, monkeypatch):
+    """As the gradient scaler of float16 skips one whose gradients are not finite: the second of three."""
+    trainer = make(teacher_update_rate=0.2, max_steps=3)
+    history, skips = weights_after_each_step(trainer), iter([False, True, False])
+    update = torch.optim.AdamW.step
+
+    def optimizer_step(optimizer, *args, **kwargs):
+        optimizer.was_skipped = next(skips)
+        return None if optimizer.was_skipped else update(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", optimizer_step)
+    monkeypatch.setattr(
+        type(trainer.accelerator),
+        "optimizer_step_was_skipped",
+        property(lambda accelerator: trainer.optimizer.optimizer.was_skipped),
+    )
+    trainer.train()
+    assert torch.equal(history[2]["model.norm.weight"], history[1]["model.norm.weight"])
+    assert_teacher_is(trainer, [history[0], history[1], history[3]])
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    assert ["teacher/distance" in log for log in logged] == [True, False, True]
+
+
+@pytest.mark.parametrize("kind", ["ema", "frozen", "current"])
+def test_the_self_teacher_has_no_dropout(make, fixed, kind):
+    """The policy has, while it trains."""
+    entropy = []
+    for dropout in (0.0, 0.9):
+        model, tokenizer = policy()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = dropout
+        trainer = make(model=(model, tokenizer), teacher=kind)
+        loss, _ = step(trainer)
+        assert trainer.model.training
+        entropy.append((trainer._metrics["train"]["teacher/entropy"], loss))
+    assert entropy[0][0] == entropy[1][0]
+    assert entropy[0][1] != entropy[1][1]
 
 
 def test_a_bfloat16_policy_has_a_float32_teacher(make, fixed):
@@ -535,6 +777,26 @@ def test_the_averaged_head_of_a_quantized_policy_is_not_the_policys(make, fixed)
     assert not torch.allclose(head.weight, adapted.get_output_embeddings().weight)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_dora", True), ("trainable_token_indices", [20, 30]), ("lora_bias", True)]
+)
+def test_an_adapter_that_is_more_than_a_product_is_refused_with_the_average(make, name, value):
+    """DoRA's magnitude, trained tokens and biases are no part of B A: the average would lack them without a word."""
+    adapter = peft.LoraConfig(**{**LORA, name: value})
+    for routing in ("srpo", "sdpo"):
+        with pytest.raises(ValueError, match=rf"leave {name}=.* out of peft_config, or set teacher=") as error:
+            make(peft_config=adapter, routing=routing)
+        assert "\n" not in str(error.value)
+    make(peft_config=adapter, routing="grpo")  # which has no teacher
+    loss, _ = step(make(peft_config=adapter, teacher="current"))
+    assert math.isfinite(loss)
+
+
+def test_another_kind_of_adapter_is_refused_with_the_average(make):
+    with pytest.raises(ValueError, match="leave peft_type=IA3 out of peft_config, or set teacher="):
+        make(peft_config=peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+
+
 def test_lora_on_the_head_is_refused(make):
     with pytest.raises(ValueError, match="lm_head"):
         make(peft_config=peft.LoraConfig(target_modules=["lm_head"]))
@@ -568,6 +830,32 @@ def test_a_long_demonstration_is_cut_and_the_instruction_stays():
     with pytest.raises(ValueError, match="leaves no room.*max_reprompt_length") as error:
         teacher_prompt_ids([prompt], ["abc"], tokenize, tokenizer, plain)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [None, {"enable_thinking": True}])
+def test_the_teachers_prompt_is_tokenized_as_the_policys(make, fixed, options):
+    """With the options of the chat template: by default Qwen3's empty thinking block stands at the end of both."""
+    model, tokenizer = policy()
+    tokenizer.chat_template += "{%- if not enable_thinking | default(true) %}<think></think>{%- endif %}"
+    trainer = make(model=(model, tokenizer), chat_template_kwargs=options)
+    scored, hidden_states = {}, trainer.teacher.hidden_states
+
+    def record(policy, prompts, batch, *args):
+        scored.update(prompts, own=batch["prompt_ids"])
+        return hidden_states(policy, prompts, batch, *args)
+
+    trainer.teacher.hidden_states = record
+    step(trainer)
+    own, kept = scored.pop("own"), trainer.last_rollouts
+    assert scored.keys() == set(kept["distill"].nonzero().flatten().tolist()) != set()
+    for row, ids in scored.items():
+        shown = objective.teacher_prompt(kept["prompts"][row], kept["texts"][kept["donor"][row]])
+        options = trainer.args.chat_template_kwargs
+        expected = tokenizer.apply_chat_template(shown, add_generation_prompt=True, **options)["input_ids"]
+        assert ids == expected
+        ending = tokenizer("<|im_start|>assistant\n" + "<think></think>" * (not options["enable_thinking"]))
+        assert ids[-len(ending["input_ids"]) :] == own[row, -len(ending["input_ids"]) :].tolist()
+        assert ids[-len(ending["input_ids"]) :] == ending["input_ids"]
 
 
 def test_a_template_of_ones_own_and_content_in_parts():
@@ -732,3 +1020,69 @@ def test_defaults_are_the_papers(tmp_path, routing, rate, beta):
     assert (config.temperature, config.top_p, config.top_k) == (1.0, 1.0, 0)  # of the rollouts
     assert config.chat_template_kwargs == {"enable_thinking": False}
     assert (config.warmup_steps, config.lr_scheduler_type, config.weight_decay) == (10, "constant_with_warmup", 0.01)
+
+
+# --- learning ----------------------------------------------------------------
+
+
+LEARNING = {"lr_scheduler_type": "constant", "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("routing", ["srpo", "mix"])
+def test_the_policy_learns_from_its_rewards(make, routing):
+    """Half of its rollouts start with a letter of even code, then nearly all."""
+
+    def reward(completions, **columns) -> list[float]:
+        return [float(bool(text := c[0]["content"]) and ord(text[0]) % 2 == 0) for c in completions]
+
+    settings = {"max_steps": 40, "learning_rate": 2e-2, "per_device_train_batch_size": 32, "num_generations": 8}
+    trainer = make(data=rows(8), routing=routing, reward=reward, max_completion_length=2, **LEARNING | settings)
+    trainer.train()
+    rewards = [log["reward"] for log in trainer.state.log_history if "loss" in log]
+    assert sum(rewards[:3]) / 3 < 0.7, rewards
+    assert sum(rewards[-5:]) / 5 > 0.85, rewards
+
+
+def test_the_policy_learns_the_self_teacher(make, fixed):
+    """SDPO alone, towards a teacher of other weights that stays as it is, on fixed rollouts."""
+    trainer = make(routing="sdpo", teacher="frozen", max_steps=40, learning_rate=3e-3, **LEARNING)
+    other = policy(seed=1)[0].state_dict()
+    trainer.teacher.model.load_state_dict(other)
+    trainer.train()
+    losses = [log["loss/sdpo"] for log in trainer.state.log_history if "loss" in log]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3]), losses
+
+
+# (loss, grad_norm) with torch 2.13.0 on one CPU thread, transformers 5.17.0, trl 1.16.0, Python 3.11, x86-64 AVX-512
+GOLDEN = [
+    (-0.1292381, 2.2138846),
+    (-0.1696981, 1.9126748),
+    (-0.1653481, 1.4746188),
+    (-0.1270850, 1.3141891),
+    (-0.1406267, 1.0512645),
+    (-0.1573659, 1.3189962),
+    (-0.1408734, 0.7780223),
+    (-0.1624491, 1.2805436),
+    (-0.1666552, 1.1565793),
+    (-0.1406377, 0.7415963),
+]
+
+
+def set_weights(model: torch.nn.Module, seed: int, scale: float) -> None:
+    """Fixed weights of every matrix, whatever the library's initialization draws."""
+    with torch.no_grad():
+        for i, (_, parameter) in enumerate(sorted(model.named_parameters())):
+            if parameter.ndim > 1:
+                values = np.random.default_rng([seed, i]).standard_normal(tuple(parameter.shape))
+                parameter.copy_(torch.from_numpy(scale * values))
+
+
+def test_golden_trajectory(make, fixed):
+    """Ten steps on fixed rollouts. A change here is a change of the method, of TRL or of the tiny model."""
+    model, tokenizer = policy()
+    set_weights(model, 1, 0.3)
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = make(model=(model, tokenizer), max_steps=10, learning_rate=3e-3, **LEARNING, **batch)
+    trainer.train()
+    got = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+    assert np.array(got) == pytest.approx(np.array(GOLDEN), rel=1e-3), got
