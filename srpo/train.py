@@ -2,7 +2,7 @@
 
     python -m srpo.train --config srpo/configs/single_gpu.yaml                                             # one GPU
     accelerate launch --config_file zero3.yaml --num_processes 8 -m srpo.train --config srpo/configs/qwen3_8b.yaml
-    python -m srpo.train --config srpo/configs/qwen3_8b.yaml --dry_run            # resolved settings, memory, command
+    python -m srpo.train --config srpo/configs/qwen3_8b.yaml --dry_run            # resolved settings and memory
 
 `--routing`: srpo, grpo, sdpo, sdpo_incorrect, sdpo_correct, mix; `--entropy_beta 0` is SRPO without dynamic weighting.
 Deviations from the paper and expected numbers: srpo/README.md. The whole experiment: `python -m srpo.loop`.
@@ -70,7 +70,7 @@ class ScriptArguments:
     engine: str = field(
         default="transformers", metadata={"help": "Of evaluation.", "choices": ["transformers", "vllm"]}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Print settings, memory estimate, command; train nothing."})
+    dry_run: bool = field(default=False, metadata={"help": "Print settings and a memory estimate; train nothing."})
 
 
 def main(argv: list[str] | None = None) -> int:

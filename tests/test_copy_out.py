@@ -199,6 +199,7 @@ def test_the_entry_point_of_a_copied_folder_says_what_it_needs(copied, method, e
         command = ["-c", f"{block}; runpy.run_module('{method}.{entry}', run_name='__main__', alter_sys=True)"]
     process = run_alone(command, copied)
     said = [line for line in (process.stdout + process.stderr).splitlines() if line.strip()]
+    said = [line for line in said if "gemm_4bit" not in line]  # bitsandbytes', where it is installed
     assert process.returncode != 0
     assert len(said) == 1, said
     assert "common" in said[0]
