@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .config import VAOPDConfig
 from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, digits_correct, load_splits, with_completions
@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
 METHODS = ("va_opd", "opd", "sft", "kd", "grpo")
 AFTER_TRAINING = ("benchmarks", "benchmark_data", "eval_limit")  # may change without another training
@@ -159,7 +159,7 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
             folder.finish()
 
 
-def record(folder: RunFolder, trainer: Trainer, checkpoint: Path | None) -> None:
+def record(folder: RunFolder, trainer: "Trainer", checkpoint: Path | None) -> None:
     """From here on the trainer's logs go to the folder; lines after the checkpoint will come again."""
     step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
     folder.truncate_logs(step)
@@ -193,7 +193,7 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") 
     return RunFolder.open(run_path(args, config), settings, data=prints, seed=config.seed)
 
 
-def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> Trainer:
+def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
     """The TRL trainer of `args.method` with student, teacher and rows in place."""
     trainer = _trainer_of_method(args, config, splits)
     if args.load_in_4bit:
@@ -201,7 +201,7 @@ def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDi
     return trainer
 
 
-def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> Trainer:
+def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
     from .checks import ban_tokens, check_same_tokens
@@ -401,7 +401,7 @@ class RecordCallback(TrainerCallback):
 
     SHOWN = ("loss", "reward", "kl/high", "kl/low", "va/mean", "entropy", "step_time")
 
-    def __init__(self, folder: RunFolder, trainer: Trainer):
+    def __init__(self, folder: RunFolder, trainer: "Trainer"):
         self.folder, self.trainer = folder, trainer
 
     def on_log(self, args, state, control, logs=None, **kwargs):
