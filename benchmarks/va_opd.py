@@ -90,16 +90,17 @@ def report(args: ScriptArguments, seed: int) -> str:
     scores = {
         name: {kind: sample_scores(run, args, kind) for kind in ("true", "pixelated")} for name, run in runs.items()
     }
+    last = {name: found for name, run in runs.items() if (found := last_checkpoint_scores(run, args)) is not None}
     rollouts = {name: read_jsonl(run / "eval" / "va_tokens.jsonl") for name, run in runs.items()}
     drawn = figures(folder / "figures", args, runs, scores, rollouts)
     problems = len(next(iter(scores.values()))["true"])
     results = vision_results(folder, seed)
     parts = [
         f"# VA-OPD, experiment {args.experiment}, seed {seed}",
-        f"{problems} held-out problems, {args.eval_samples} samples each at temperature {args.eval_temperature}; "
-        "intervals are 95 %, clustered by problem.",
-        measured_table(scores, rollouts),
-        difference_line(scores),
+        f"{problems} held-out problems, {decoding_line(runs, args)}; intervals are 95 %, clustered by problem.",
+        selection_line(last),
+        measured_table(scores, rollouts, last),
+        difference_line(scores, last),
         seeds_table(folder, args),
         "## The paper's Table 1 (8B -> 2B, Geometry3K)",
         "*Ours*: the rule-based score in percent, its difference from the paper's, its 95 % interval; n is the number "
@@ -125,13 +126,49 @@ def sample_scores(run: Path, args: ScriptArguments, kind: str) -> list[list[floa
     return scores_by_question(run / "eval", benchmark_name(args, kind == "pixelated"))
 
 
-def measured_table(scores: dict[str, dict[str, list]], rollouts: dict[str, list[dict]]) -> str:
+def decoding_line(runs: dict[str, Path], args: ScriptArguments) -> str:
+    """Samples and temperature as the evaluations recorded them, with the models where they differ."""
+    kinds: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        record = json.loads((run / "eval" / f"{benchmark_name(args)}.json").read_text())
+        kind = f"{record['samples']} samples each at temperature {record['decoding']['temperature']}"
+        kinds.setdefault(kind, []).append(NAMES[name])
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "; ".join(f"{kind} ({', '.join(names)})" for kind, names in kinds.items())
+
+
+def last_checkpoint_scores(run: Path, args: ScriptArguments) -> list[list[float]] | None:
+    """`sample_scores` of the last checkpoint, where the evaluated one was chosen by its scores; else None."""
+    path = run / "eval" / "selection.json"
+    if not path.exists():
+        return None
+    last = max(map(int, json.loads(path.read_text())["accuracy"]))
+    return scores_by_question(run / "eval" / f"checkpoint-{last}", benchmark_name(args))
+
+
+def selection_line(last: dict[str, list]) -> str:
+    """Says which accuracies are too good because the same problems chose the checkpoint."""
+    if not last:
+        return ""
+    return (
+        f"Checkpoint chosen on these problems: {', '.join(NAMES[name] for name in last)}. The best of several "
+        "checkpoints is too good on the problems that chose it, and intervals and p-values do not know of the choice. "
+        "The last checkpoint, which nothing chose, stands beside it. For models not named here there was no choice."
+    )
+
+
+def with_interval(scores: list[list[float]]) -> str:
+    return f"{avg_at_k(scores):.3f} [{', '.join(f'{x:.3f}' for x in interval(scores))}]"
+
+
+def measured_table(scores: dict[str, dict[str, list]], rollouts: dict[str, list[dict]], last: dict[str, list]) -> str:
+    """`last`: scores of the last checkpoint, of the models whose checkpoint was chosen; no column without any."""
     rows = []
     for name in scores:
-        cells = [
-            f"{avg_at_k(scores[name][kind]):.3f} [{', '.join(f'{x:.3f}' for x in interval(scores[name][kind]))}]"
-            for kind in ("true", "pixelated")
-        ]
+        cells = [with_interval(scores[name][kind]) for kind in ("true", "pixelated")]
+        if last:
+            cells.insert(1, with_interval(last[name]) if name in last else "")
         va = np.concatenate([record["va"] for record in rollouts[name]])
         ranked = np.sort(va)[::-1]
         top = ranked[: max(1, round(0.1 * len(va)))].sum() / max(va.sum(), 1e-12)
@@ -144,6 +181,8 @@ def measured_table(scores: dict[str, dict[str, list]], rollouts: dict[str, list[
         "VA in the top 10 % of tokens",
         "digits among the top 20 % tokens by VA",
     ]
+    if last:
+        columns.insert(2, "accuracy, last checkpoint")
     return plots.table_markdown(rows, columns)
 
 
@@ -157,14 +196,23 @@ def digit_share(rollouts: list[dict[str, Any]]) -> float:
     return float(np.mean(selected))
 
 
-def difference_line(scores: dict[str, dict[str, list]]) -> str:
+def difference_line(scores: dict[str, dict[str, list]], last: dict[str, list]) -> str:
     if not {"opd", "va_opd"} <= scores.keys():
         return ""
-    difference, low, high, p_value = paired_difference(scores["va_opd"]["true"], scores["opd"]["true"])
-    return (
-        f"VA-OPD minus Standard OPD on the same problems: {difference:+.3f} [{low:+.3f}, {high:+.3f}], "
-        f"p = {p_value:.2g} (one seed: the interval is over problems, not over trainings)."
-    )
+    parts = [("", scores["va_opd"]["true"], scores["opd"]["true"])]
+    if {"opd", "va_opd"} <= last.keys():
+        parts = [
+            (" (checkpoint chosen on these problems)", *parts[0][1:]),
+            (", last checkpoints", last["va_opd"], last["opd"]),
+        ]
+    lines = []
+    for which, ours, theirs in parts:
+        difference, low, high, p_value = paired_difference(ours, theirs)
+        lines.append(
+            f"VA-OPD minus Standard OPD on the same problems{which}: {difference:+.3f} [{low:+.3f}, {high:+.3f}], "
+            f"p = {p_value:.2g} (one seed: the interval is over problems, not over trainings)."
+        )
+    return "\n\n".join(lines)
 
 
 def seeds_table(folder: Path, args: ScriptArguments) -> str:
@@ -185,7 +233,9 @@ def seeds_table(folder: Path, args: ScriptArguments) -> str:
         return ""
     columns = ["variant", "seeds", "mean accuracy", "standard deviation", "95 % of the mean", "seed: accuracy"]
     table = plots.table_markdown(rows, columns)
-    return "## All seeds\n\n" + table
+    chosen = any(folder.glob("*-seed*/eval/selection.json"))
+    note = "Checkpoints chosen on these problems, see above.\n\n" if chosen else ""
+    return "## All seeds\n\n" + note + table
 
 
 def vision_results(folder: Path, seed: int) -> dict[str, dict[str, dict[str, Any]]]:

@@ -35,7 +35,7 @@ from common.runs import atomic_write_json
 from common.tiny import tiny_qwen3_vl
 from va_opd import VAOPDConfig, VAOPDTrainer, siblings
 from va_opd._trl import MULTIMODAL_KEYS
-from va_opd.lm_head import lm_head, sampled_logps
+from va_opd.lm_head import lm_head, logps_within
 
 K = 4
 # Published shapes; the vision tower last
@@ -189,7 +189,7 @@ def full_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[tor
             length = part["completion_ids"].size(1)
             hidden = trainer._get_last_hidden_state(teacher, logits_to_keep=length, **inputs)
             ids, mask = part["completion_ids"], part["completion_mask"]
-            logps.append(sampled_logps(lm_head(teacher), hidden, ids, mask, trainer.vocab_size)[mask.bool()])
+            logps.append(logps_within(lm_head(teacher), hidden, ids, mask, trainer.vocab_size)[mask.bool()])
         results.append(torch.cat(logps))
     return results
 

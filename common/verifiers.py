@@ -46,11 +46,15 @@ def math_reward(
     completions: Sequence[Completion],
     answer: Sequence[str | None] | None = None,
     log_metric: LogMetric | None = None,
+    which: str = "last",
     **columns,
 ) -> list[float | None]:
-    """1.0 where the final answer is mathematically the gold answer, else 0.0; None for an unusable gold answer."""
+    """1.0 where the final answer is mathematically the gold answer, else 0.0; None for an unusable gold answer.
+
+    `which`: the "last" or the "first" answer that a completion commits to.
+    """
     golds = _column("answer", answer, completions)
-    verdicts = grade_many([_text(completion) for completion in completions], golds)
+    verdicts = grade_many([_text(completion) for completion in completions], golds, which=which)
     return _rewards(verdicts, golds, log_metric)
 
 

@@ -77,27 +77,49 @@ class VAOPDConfig(DistillationConfig):
             Print the line of health figures at the first log and about every so many steps. `0` turns it off.
     """
 
-    weighting: str = field(default="va", metadata={"help": "Objective.", "choices": list(WEIGHTINGS)})
+    weighting: str = field(
+        default="va", metadata={"help": "Weights of rollouts and tokens.", "choices": list(WEIGHTINGS)}
+    )
     num_generations: int = field(default=4, metadata={"help": "K, rollouts of one prompt."})
-    degradation_ratio: float = field(default=0.1, metadata={"help": "Side of the pixelated view, as a share."})
+    degradation_ratio: float = field(
+        default=0.1, metadata={"help": "Side of the pixelated view as a share of the image's."}
+    )
     pixelate_at: str = field(
         default="model", metadata={"help": "Size at which images are pixelated.", "choices": ["model", "raw"]}
     )
-    rollout_temperature: float = field(default=1.0, metadata={"help": "tau, softmax over siblings."})
-    va_eps: float = field(default=1e-6, metadata={"help": "epsilon beside the standard deviation."})
+    rollout_temperature: float = field(
+        default=1.0, metadata={"help": "tau, temperature of the softmax over sibling rollouts."}
+    )
+    va_eps: float = field(default=1e-6, metadata={"help": "epsilon, added to the standard deviation of mean VA."})
     top_fraction: float = field(default=0.2, metadata={"help": "p_v, share of tokens in the high-VA group."})
     high_weight: float = field(default=0.5, metadata={"help": "lambda, weight share of the high-VA group."})
-    random_ties: bool = field(default=False, metadata={"help": "Draw tokens of equal VA at random."})
-    va_floor: float | None = field(default=None, metadata={"help": "Uniform tokens below this mean VA."})
-    kl_temperature: float = field(default=1.0, metadata={"help": "Softmax temperature in the KL."})
-    teacher_offload: bool = field(default=False, metadata={"help": "Teacher in host memory between its passes."})
+    random_ties: bool = field(
+        default=False, metadata={"help": "Rank tokens of equal VA at random, not in token order."}
+    )
+    va_floor: float | None = field(
+        default=None, metadata={"help": "Rollouts whose mean VA is lower have their tokens weighted alike."}
+    )
+    kl_temperature: float = field(default=1.0, metadata={"help": "Softmax temperature of both models in the KL."})
+    teacher_offload: bool = field(
+        default=False, metadata={"help": "Keep the teacher in host memory between its passes."}
+    )
     teacher_server: str | None = field(default=None, metadata={"help": "Address of a vLLM server of the teacher."})
-    teacher_mode: str = field(default="exact", metadata={"help": "The KL.", "choices": list(TEACHER_MODES)})
-    teacher_top_k: int = field(default=20, metadata={"help": "Tokens of the teacher in teacher_topk."})
-    teacher_server_timeout: float = field(default=600.0, metadata={"help": "Seconds for a request."})
+    teacher_mode: str = field(
+        default="exact", metadata={"help": "How the KL to the teacher is computed.", "choices": list(TEACHER_MODES)}
+    )
+    teacher_top_k: int = field(
+        default=20, metadata={"help": "Likeliest tokens of the teacher that teacher_topk uses."}
+    )
+    teacher_server_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds that a request may wait for the teacher server."}
+    )
     teacher_parity_limit: float = field(default=0.05, metadata={"help": "Largest mean gap of served logps, in nats."})
-    max_prompt_length: int = field(default=8192, metadata={"help": "A longer prompt is an error."})
-    doctor_steps: int = field(default=50, metadata={"help": "Steps between health lines; 0 = off."})
+    max_prompt_length: int = field(
+        default=8192, metadata={"help": "Longest prompt in tokens; a longer one is an error."}
+    )
+    doctor_steps: int = field(
+        default=50, metadata={"help": "Steps between two doctor lines, the figures of health; 0 = off."}
+    )
 
     # TRL's and transformers' fields whose default is moved to the paper's value
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature of the rollouts."})
@@ -107,7 +129,9 @@ class VAOPDConfig(DistillationConfig):
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Of the schedule."})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the learning-rate schedule."}
+    )
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up, in steps or as a share below 1."})
 
     def __post_init__(self):

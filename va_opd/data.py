@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 MIN_PIXELS, MAX_PIXELS = 262_144, 4_194_304  # image budget of the paper's framework
+MAX_ASPECT = 200  # longer side / shorter side, above which Qwen-VL's processors raise an error
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def load_rows(
     dataset = _load_split(source, split)
     dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     dataset = _standard_columns(dataset, source)
-    _check_images(dataset, source, num_proc)
+    _check_images(dataset, source, min_pixels, max_pixels, num_proc)
     dataset = dataset.map(
         lambda row: {"prompt": _messages(template.replace("{problem}", row["problem"]), len(row["images"]))},
         desc=f"prompts of {split}",
@@ -85,11 +86,15 @@ def validation_ids(dataset: Dataset, size: int = 200, seed: int = 42) -> list[in
 def fit_budget(image: PILImage.Image, min_pixels: int, max_pixels: int) -> PILImage.Image:
     """The image upright, in RGB, and scaled, its aspect kept, until its area lies within the budget in pixels."""
     image = ImageOps.exif_transpose(image).convert("RGB")
-    area = image.width * image.height
+    size = budget_size(image.size, min_pixels, max_pixels)
+    return image if size == image.size else image.resize(size, PILImage.Resampling.BICUBIC)
+
+
+def budget_size(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of `fit_budget` of an image of that size."""
+    area = size[0] * size[1]
     scale = (max_pixels / area) ** 0.5 if area > max_pixels else max(1.0, (min_pixels / area) ** 0.5)
-    if scale == 1.0:
-        return image
-    return image.resize([max(1, int(side * scale)) for side in image.size], PILImage.Resampling.BICUBIC)
+    return size if scale == 1.0 else tuple(max(1, int(side * scale)) for side in size)
 
 
 def _budget_transform(min_pixels: int, max_pixels: int) -> Callable[[dict], dict]:
@@ -165,10 +170,10 @@ def _as_files(images, folder: Path) -> list[dict]:
     return [{"bytes": None, "path": str(folder / i)} if isinstance(i, str) else i for i in images]
 
 
-def _check_images(dataset: Dataset, source: str, num_proc: int | None) -> None:
+def _check_images(dataset: Dataset, source: str, min_pixels: int, max_pixels: int, num_proc: int | None) -> None:
     """Decodes every image once, so that a broken file stops the run at its start and not in step 900."""
     checked = dataset.map(
-        lambda row: {"fault": _fault(row["images"])},
+        lambda row: {"fault": _fault(row["images"], min_pixels, max_pixels)},
         remove_columns=dataset.column_names,
         num_proc=num_proc,
         load_from_cache_file=False,  # a cached verdict would not notice that a file has changed
@@ -182,11 +187,16 @@ def _check_images(dataset: Dataset, source: str, num_proc: int | None) -> None:
         )
 
 
-def _fault(images: list[dict]) -> str:
+def _fault(images: list[dict], min_pixels: int, max_pixels: int) -> str:
+    """What is wrong with the first image that a processor will not read; empty for none."""
     for image in images:
         try:
             with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
                 opened.load()
+                size = budget_size(opened.size, min_pixels, max_pixels)  # whose rounding changes the aspect
+                if max(size) > MAX_ASPECT * min(size):
+                    shown = f"{opened.width} x {opened.height}, in the image budget {size[0]} x {size[1]}"
+                    return f"{shown}: one side is over {MAX_ASPECT} times the other"
         except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
             return f"{type(error).__name__}: {error}".replace("\n", " ")
     return ""

@@ -33,7 +33,7 @@ def degraded_pixel_values(
     num_images = sum(len(row) for row in images)
     degraded: list[Image.Image] = []
     seen: dict[tuple[int, int], int] = {}  # (group, number of the image in its row): its place in `degraded`
-    places = []  # of the degraded image in the place of each image of the batch
+    places = []  # For each image, its index in `degraded`
     for group, row in zip(groups, images, strict=True):
         for i, image in enumerate(row):
             grid = next(grids) if grids else None

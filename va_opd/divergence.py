@@ -27,7 +27,9 @@ def chunked_reverse_kl(
     Args:
         student_hidden: (N, H_student), carries the gradient, as does the student's head.
         teacher_hidden: (N, H_teacher).
+        student, teacher: the heads of both models, of the same V rows.
         coefficients: (N,), at least 0.
+        temperature: by which both models' logits are divided.
     """
     return _ReverseKL.apply(
         student_hidden,
@@ -44,6 +46,16 @@ def chunked_reverse_kl(
 
 
 class _ReverseKL(torch.autograd.Function):
+    """`chunked_reverse_kl`. Arguments of the forward pass:
+
+    hidden, weight, bias: the student's states (N, H), and its head (V, H) and (V,) or None: what may need a gradient.
+    student: the same head with its scale and soft cap, which autograd cannot see inside a tuple.
+    teacher_hidden, teacher: the teacher's states (N, H_teacher) and head.
+    coefficients: (N,) float32, the largest of them 1.
+    temperature: by which logits are divided.
+    training: whether to compute gradients; inside a forward pass autograd does not say so.
+    """
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, student, teacher_hidden, teacher, coefficients, temperature, training):
         kl, entropy = torch.empty(2, len(hidden), device=hidden.device)
@@ -141,8 +153,8 @@ def reverse_kl_in_place(
     """KL(student || teacher) and the student's entropy, (R,) each, of products with the heads.
 
     Args:
-        tile: (3, R, V), the products of student and teacher, and room. The student's become the gradient of the sum
-            of coefficients * KL in them.
+        tile: (3, R, V), the products of student and teacher, and scratch space. The student's become the gradient of
+            the sum of coefficients * KL in them.
         coefficients: (R,).
         s_scale, s_softcap, t_scale, t_softcap: what the models make of the products.
         inv_t: 1 over the temperature.

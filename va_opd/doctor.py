@@ -62,7 +62,13 @@ def diagnose(logs: Mapping[str, float]) -> list[str]:
 def va_figures(
     va: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor, high: torch.Tensor, num_generations: int
 ) -> dict[str, float]:
-    """The `va/` metrics of an optimizer step from (B, T) VA, mask and high-VA group and (B,) rollout weights."""
+    """The `va/` metrics of an optimizer step; `va/zero_in_high` only where some rollout has a high-VA group.
+
+    Args:
+        va, mask, high: (B, T) VA, response tokens, high-VA groups (empty in a row without one), of rows with images.
+        weights: (B,) rollout weights.
+        num_generations: K; siblings are consecutive rows.
+    """
     valid = mask.bool()
     sorted_va = va[valid].sort(descending=True).values
     top = sorted_va[: max(1, round(0.1 * len(sorted_va)))].sum() / sorted_va.sum().clamp(min=1e-12)
@@ -74,8 +80,9 @@ def va_figures(
         "va/group_sigma": means.std(1, correction=0).mean(),
         "va/weight_min": weights.min(),
         "va/weight_max": weights.max(),
-        "va/zero_in_high": (va[high] == 0).float().mean(),
     }
+    if high.any():
+        figures["va/zero_in_high"] = (va[high] == 0).float().mean()
     return {name: value.item() for name, value in figures.items()}
 
 
@@ -86,7 +93,7 @@ class DoctorCallback(TrainerCallback):
         self.every, self.next_step = every, 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "va/mean" not in (logs or {}) or state.global_step < self.next_step:
+        if not state.is_world_process_zero or "loss" not in (logs or {}) or state.global_step < self.next_step:
             return
         self.next_step = state.global_step + self.every
         figures = [text.format(logs[name]) for name, text in FIGURES if logs.get(name) is not None]

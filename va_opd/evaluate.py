@@ -6,7 +6,8 @@ on `--benchmarks`, such as wemath,mathvista (the paper's eight: common/evaluatio
     python -m va_opd.evaluate teacher --config va_opd/configs/tiny.yaml
 
 Writes `eval/<benchmark>.json` with the sample records beside it, and `eval/va_tokens.jsonl`: held-out rollouts of the
-model with the VA of each token. Interrupted, it goes on where it stopped; finished, it does nothing.
+model with the VA of each token. Interrupted, it goes on where it stopped; finished, it does nothing. It refuses other
+settings than those of the results (`eval/settings.json`), so that no old number passes for a new one.
 """
 
 import copy
@@ -14,7 +15,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,10 +25,13 @@ from .objective import pixelate
 from .train import (
     ScriptArguments,
     build_engine,
+    claim,
+    data_settings,
     load_splits_of,
     load_teacher,
     models,
     parse,
+    question_digest,
     rollout_records,
     run_path,
 )
@@ -38,6 +42,9 @@ from common.answers import grade
 from common.cli import is_done, run_main
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
 from common.runs import append_jsonl, atomic_write_json, read_jsonl
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 WHAT = ("run", "base", "teacher")
 
@@ -54,18 +61,26 @@ def _main(argv: list[str]) -> None:
 
 
 def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> None:
+    """Evaluates what is missing of one model, see the top of this file.
+
+    Raises `ValueError` for a run that is not finished, and for results of other settings.
+    """
     run = run_path(args, config)
     if what == "run" and not is_done(run):
         raise ValueError(f"{run} holds no finished run: run va_opd.train with the same settings first")
+    if what == "run":
+        check_trained(run, args)
     out = (run if what == "run" else run.with_name(f"{what}-seed{config.seed}")) / "eval"
     rows = load_splits_of(args)["validation"]
+    names = [name for name in benchmark_names(args) if not is_evaluated(out, name, args.eval_limit)]
+    has_results = any(out.rglob("*.jsonl"))
+    claim(out / "settings.json", settings_of(what, args, config, rows), has_results, known_settings(what, out))
     if what == "run":
         model = str(best_checkpoint(run, args, config, rows) if args.select_checkpoint else run / "model")
     else:
         model = args.model if what == "base" else args.teacher
     held_out = (benchmark_of(args, rows), benchmark_of(args, rows, config.degradation_ratio))
     missing = [benchmark for benchmark in held_out if not (out / f"{benchmark.name}.json").exists()]
-    names = [name for name in benchmark_names(args) if not is_evaluated(out, name, args.eval_limit)]
     engine = build_engine(args, model, config) if missing or names else None
     for benchmark in (*missing, *(paper_benchmark(args, name) for name in names)):  # one at a time in memory
         report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
@@ -74,10 +89,61 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
         score_visual_advantage(model, args, config, rows, out)  # a paper's teacher is too large to be both models
 
 
+def check_trained(run: Path, args: ScriptArguments) -> None:
+    """Raises `ValueError` where the run was trained from another student or by another teacher."""
+    trained = json.loads((run / "manifest.json").read_text())["config"]
+    for name in ("model", "teacher"):
+        ours = getattr(args, name)
+        if trained.get(name, ours) != ours:
+            raise ValueError(
+                f"{run} was trained with {name}={trained[name]!r}, these settings have {ours!r}: set {name} back, or "
+                "choose another experiment"
+            )
+
+
+def settings_of(what: str, args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> dict[str, Any]:
+    """What decides the results in a folder, but for `eval_limit`, which each benchmark has its own record of.
+
+    The model of a run is in its folder; which of its checkpoints, the settings decide.
+    """
+    models_of = {
+        "run": ("model", "teacher", "select_checkpoint"),
+        "base": ("model", "teacher"),
+        "teacher": ("teacher",),
+    }
+    names = ("temperature", "top_p", "max_completion_length", "degradation_ratio", "pixelate_at", "seed")
+    return {
+        **{name: getattr(args, name) for name in (*models_of[what], "eval_samples", "eval_temperature")},
+        **{name: getattr(config, name) for name in names},
+        **data_settings(args),
+        "validation_size": args.validation_size,
+        "data": question_digest(rows),
+    }
+
+
+def known_settings(what: str, out: Path) -> dict[str, Any]:
+    """What the records in a folder without settings.json, of an earlier version, say of their settings."""
+    for path in sorted(out.rglob("*.json")):
+        record = json.loads(path.read_text())
+        if "decoding" in record:
+            known = {"eval_samples": record["samples"], "eval_temperature": record["decoding"]["temperature"]}
+            model = {"base": {"model": record["model"]}, "teacher": {"teacher": record["model"]}}.get(what, {})
+            return {**model, **known, "seed": record["seed"]}
+    return {}
+
+
 def is_evaluated(out: Path, name: str, limit: int | None) -> bool:
-    """Whether there is a result on so many questions; with another limit `evaluate` says what is in the way."""
+    """Whether there is a result; `ValueError` for one on another number of questions."""
     path, rows = out / f"{name}.json", BENCHMARKS[name].rows
-    return path.exists() and json.loads(path.read_text())["questions"] == min(limit or rows, rows)
+    if not path.exists():
+        return False
+    found, wanted = json.loads(path.read_text())["questions"], min(limit or rows, rows)
+    if found != wanted:
+        raise ValueError(
+            f"{path} is of {found} questions, this evaluation has eval_limit for {wanted}: set it to {found}, or move "
+            f"the file and the folder {out / name} away to evaluate anew"
+        )
+    return True
 
 
 def shown(score: float | None) -> str:
@@ -98,8 +164,11 @@ def paper_benchmark(args: ScriptArguments, name: str) -> Benchmark:
     return dataclasses.replace(benchmark, decoding=decoding)
 
 
-def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows) -> Path:
-    """The checkpoint with the highest avg@k on the held-out problems, ties to the earlier one, as in the paper."""
+def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> Path:
+    """The checkpoint with the highest avg@k on the held-out problems, ties to the earlier one, as in the paper.
+
+    Its own accuracy there is then too good by chance: selection.json holds those of all checkpoints.
+    """
     steps = sorted(
         int(path.name.split("-")[1]) for path in run.glob("checkpoint-*") if any(path.glob("*.safetensors"))
     )
@@ -125,7 +194,7 @@ def benchmark_name(args: ScriptArguments, pixelated: bool = False) -> str:
     return ("digits" if args.dataset == "digits" else "geo3k_validation") + ("_pixelated" if pixelated else "")
 
 
-def benchmark_of(args: ScriptArguments, rows, ratio: float | None = None) -> Benchmark:
+def benchmark_of(args: ScriptArguments, rows: "Dataset", ratio: float | None = None) -> Benchmark:
     """The held-out problems as a benchmark, with images pixelated if a ratio is given. The first answer counts."""
 
     def images(row: dict[str, Any]) -> list:
@@ -146,7 +215,7 @@ def benchmark_of(args: ScriptArguments, rows, ratio: float | None = None) -> Ben
     )
 
 
-def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfig, rows, out: Path) -> None:
+def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfig, rows: "Dataset", out: Path) -> None:
     """One rollout of the model for each held-out problem and the teacher's VA on it (Figs. 2a and 4b)."""
     config = copy.copy(config)
     config.doctor_steps, config.use_vllm, config.output_dir = 0, False, str(out / "trainer")

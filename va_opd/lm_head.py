@@ -40,7 +40,14 @@ class LMHead(NamedTuple):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> None:
-        """From the gradient of `project`, adds those of hidden states, weight and bias to float32 sums, if wanted."""
+        """Backward of `project`: adds the gradients to the given float32 buffers; None is skipped.
+
+        Args:
+            gradient: (N, V) of the products.
+            hidden: (N, H) states of which the products were.
+            into: (N, H) buffer for the gradient of the states.
+            weight, bias: (V, H) and (V,) buffers for those of the head.
+        """
         dtype = chunked_divergence._compute_dtype(hidden)
         hidden = hidden.to(dtype)
         for start, end in self._slices():
@@ -111,10 +118,18 @@ def logit_scale(config: PretrainedConfig) -> float:
     return scaling if config.model_type == "hyperclovax" else 1 / scaling
 
 
-def sampled_logps(
+def logps_within(
     head: LMHead, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
-    """Float32 log-probabilities (B, T) in nats of `tokens` (B, T) from `hidden` (B, T, H); 0 outside `mask`."""
+    """`objective.sampled_logps` through a head, of the tokens within a mask only.
+
+    Args:
+        head: of (V, H) weights, of which the rows from `vocab_size` on are cut off.
+        hidden: (..., H) states, from which `tokens` (...) are predicted.
+        mask: (...).
+
+    Returns (...) float32 in nats, 0 outside the mask.
+    """
     mask = mask.bool()
     with maybe_gather_lm_head_ctx(head.weight, head.bias):
         bias = None if head.bias is None else head.bias[:vocab_size]

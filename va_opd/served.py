@@ -148,7 +148,7 @@ class ServedTeacher:
             scores = self._scores(batch, images, urls, everything, self.top_k)
         true = [logps[:, 0] for _, logps in scores]
         first = range(min(num_generations, len(images)))  # a rank may have fewer than a prompt has
-        if trainer.args.doctor_steps and not trainer.last_rollouts:
+        if trainer._measures_null():
             again = torch.cat([logps[:, 0] for _, logps in self._scores(batch, images, urls, first, self.top_k)])
             trainer._record("va/null", (again - torch.cat(true[: len(first)])).abs().max().item())
         degraded = list(true)
@@ -273,6 +273,7 @@ def scoring_request(model: str, ids: list[int], parts: list[dict[str, str]], top
 
 
 def png_url(image: Image.Image) -> str:
+    """The image as a data URL, without loss."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

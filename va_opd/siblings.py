@@ -19,10 +19,11 @@ from transformers.cache_utils import DynamicLayer
 
 from ._trl import MULTIMODAL_KEYS, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-# Tokens of padding that a pass less is worth. On a GPU the launches of a pass take as long as about a thousand tokens
-# of an 8B model, on a CPU next to nothing.
+# Padding tokens that cost as much as one more forward pass. On a GPU the launches of a pass take as long as about a
+# thousand tokens of an 8B model, on a CPU next to nothing.
 PASS_TOKENS = {"cuda": 1024, "cpu": 16}
-MOST_TOKENS = 32768  # that a pass holds, prompts counted for each rollout: more of them only take memory
+# Most tokens in one pass; a prompt counts once for each of its rollouts. More would only take memory
+MOST_TOKENS = 32768
 
 
 def take_rows(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:

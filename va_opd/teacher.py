@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from . import siblings
 from .divergence import chunked_reverse_kl
-from .lm_head import lm_head, sampled_logps
+from .lm_head import lm_head, logps_within
 from .offload import Offloaded
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Teacher:
                 views[1]["pixel_values"] = trainer._degraded_pixel_values(batch, images, num_generations)
         with trainer._timed("teacher"):
             hidden, logps = self.score(views, parts, shared)
-        if trainer.args.doctor_steps and not trainer.last_rollouts:  # equal images must give VA 0, else it is noise
+        if trainer._measures_null():  # equal images must give VA 0, else it is noise
             _, (a, b) = self.score([batch, dict(batch)], parts[:1], shared)
             trainer._record("va/null", (a - b).abs().max().item())
         return {"teacher_hidden_states": hidden}, logps[0], logps[-1]
@@ -127,7 +127,7 @@ class Teacher:
             states = trainer._forward_redirection(trainer.teacher_model, model, self._states, model, part, shared)
             head, tokens = lm_head(model), part[0]["completion_ids"][mask]
             for found, of_view in zip(logps, states, strict=True):
-                found[rows] = sampled_logps(head, of_view, tokens, torch.ones_like(tokens), trainer.vocab_size)
+                found[rows] = logps_within(head, of_view, tokens, torch.ones_like(tokens), trainer.vocab_size)
             hidden[rows] = states[0].split(mask.sum(1).tolist())
         return [row for rows in hidden.values() for row in rows], [torch.cat(list(x.values())) for x in logps]
 

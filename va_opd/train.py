@@ -2,14 +2,16 @@
 
     python -m va_opd.train --config va_opd/configs/geo3k_single_gpu.yaml                                      # one GPU
     accelerate launch --config_file zero2.yaml --num_processes 8 -m va_opd.train --config va_opd/configs/geo3k.yaml
-    python -m va_opd.train --config va_opd/configs/geo3k.yaml --dry_run true       # resolved settings, memory, command
+    python -m va_opd.train --config va_opd/configs/geo3k.yaml --dry_run true       # resolved settings and memory
 
 `--method`: va_opd (with `--weighting va|rollout|token|none`), opd (= va_opd with weighting none), sft, kd, grpo.
 Deviations from the paper and expected numbers: va_opd/README.md. The whole experiment: `python -m va_opd.loop`.
 """
 
 import dataclasses
+import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,15 +28,16 @@ try:
     from common import models, plan, preemption, verifiers, versions
     from common.checkpoints import resume_point
     from common.cli import changed_settings, is_done, parse_fields, run_main
-    from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
-    from common.runs import RunFolder, append_jsonl, fingerprint, read_jsonl
+    from common.evaluation import Decoding, Engine, Prompt, TransformersEngine, VLLMEngine
+    from common.runs import RunFolder, append_jsonl, atomic_write_json, fingerprint, read_jsonl
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
     sys.exit("va_opd.train also needs the folder common/ of the project beside va_opd/; the trainer alone does not")
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedModel, Trainer
 
 METHODS = ("va_opd", "opd", "sft", "kd", "grpo")
 AFTER_TRAINING = ("benchmarks", "benchmark_data", "eval_limit")  # may change without another training
@@ -53,9 +56,11 @@ class ScriptArguments:
     )
     experiment: str = field(default="geo3k", metadata={"help": "Name of the folder that holds the variants' runs."})
     dataset: str = field(default="geo3k", metadata={"help": "geo3k, virl39k or digits (embedded)."})
-    data: str | None = field(default=None, metadata={"help": "Hub id or local folder to read instead."})
-    validation_data: str | None = field(default=None, metadata={"help": "Same, for the validation problems."})
-    method: str = field(default="va_opd", metadata={"help": "What to train.", "choices": list(METHODS)})
+    data: str | None = field(default=None, metadata={"help": "Hub id or local folder to read the data set from."})
+    validation_data: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder of the validation problems."}
+    )
+    method: str = field(default="va_opd", metadata={"help": "Training method.", "choices": list(METHODS)})
     out: str = field(default="runs", metadata={"help": "Folder of all runs."})
     template: str = field(default="{problem}", metadata={"help": "Prompt; the paper adds nothing to the problem."})
     limit: int | None = field(default=None, metadata={"help": "Use only so many training prompts."})
@@ -64,28 +69,36 @@ class ScriptArguments:
         default=True,
         metadata={"help": "Evaluate the checkpoint that is best on the held-out problems (paper), or the last."},
     )
-    min_pixels: int = field(default=MIN_PIXELS, metadata={"help": "Image budget, smallest area."})
-    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Image budget, largest area."})
+    min_pixels: int = field(
+        default=MIN_PIXELS, metadata={"help": "Smallest area of an image in pixels; smaller ones are enlarged."}
+    )
+    max_pixels: int = field(
+        default=MAX_PIXELS, metadata={"help": "Largest area of an image in pixels; larger ones are reduced."}
+    )
     lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0 trains all weights."})
     load_in_4bit: bool = field(
         default=False, metadata={"help": "QLoRA: the frozen weights in 4 bits; with lora_rank."}
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of student and teacher, such as flash_attention_2."}
+    )
     grpo_beta: float = field(default=0.01, metadata={"help": "KL weight of the GRPO baseline (EasyR1's)."})
     eval_samples: int = field(default=8, metadata={"help": "Samples a problem in evaluation (paper: avg@8)."})
-    eval_temperature: float = field(default=1.0, metadata={"help": "Of evaluation (paper: 1.0)."})
-    eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once with transformers."})
+    eval_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature in evaluation (paper: 1.0)."})
+    eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once in evaluation with transformers."})
     benchmarks: str = field(
         default="", metadata={"help": "Comma list of benchmarks to evaluate on besides the held-out problems."}
     )
     benchmark_data: str | None = field(
-        default=None, metadata={"help": "Folder with a file such as wemath.parquet of each, instead of the hub."}
+        default=None, metadata={"help": "Folder of local benchmark files such as wemath.parquet."}
     )
-    eval_limit: int | None = field(default=None, metadata={"help": "Only so many questions of each benchmark."})
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "Evaluate on only so many questions of each benchmark."}
+    )
     engine: str = field(
-        default="transformers", metadata={"help": "Of evaluation.", "choices": ["transformers", "vllm"]}
+        default="transformers", metadata={"help": "What generates in evaluation.", "choices": ["transformers", "vllm"]}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Print settings, memory estimate, command; train nothing."})
+    dry_run: bool = field(default=False, metadata={"help": "Print settings and a memory estimate; train nothing."})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,10 +125,12 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
 
 
 def variant(args: ScriptArguments, config: VAOPDConfig) -> str:
+    """Name of what is trained, as in the report: "va_opd", "opd", "token_only", "sft", ..."""
     return VARIANTS[config.weighting] if args.method in ("va_opd", "opd") else args.method
 
 
 def run_path(args: ScriptArguments, config: VAOPDConfig) -> Path:
+    """Folder of the run: OUT/va_opd/EXPERIMENT/VARIANT-seedK."""
     return Path(args.out) / "va_opd" / args.experiment / f"{variant(args, config)}-seed{config.seed}"
 
 
@@ -144,7 +159,7 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
             folder.finish()
 
 
-def record(folder: RunFolder, trainer, checkpoint: Path | None) -> None:
+def record(folder: RunFolder, trainer: "Trainer", checkpoint: Path | None) -> None:
     """From here on the trainer's logs go to the folder; lines after the checkpoint will come again."""
     step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
     folder.truncate_logs(step)
@@ -168,7 +183,8 @@ def load_splits_of(args: ScriptArguments) -> "DatasetDict":
     )
 
 
-def open_run(args: ScriptArguments, config: VAOPDConfig, splits) -> RunFolder:
+def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> RunFolder:
+    """The run's folder; `RunFolderError` where it holds a run with other settings or data."""
     prints = {
         name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
         for name, rows in splits.items()
@@ -177,7 +193,7 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits) -> RunFolder:
     return RunFolder.open(run_path(args, config), settings, data=prints, seed=config.seed)
 
 
-def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
+def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
     """The TRL trainer of `args.method` with student, teacher and rows in place."""
     trainer = _trainer_of_method(args, config, splits)
     if args.load_in_4bit:
@@ -185,10 +201,10 @@ def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits):
     return trainer
 
 
-def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits):
+def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-    from .checks import check_same_tokens
+    from .checks import ban_tokens, check_same_tokens
     from .engine import VLLMRollouts
     from .trainer import VAOPDTrainer
 
@@ -209,10 +225,15 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits):
             peft_config=lora,
         )
     if args.method == "grpo":
+        if args.grpo_beta and not lora and models.adapter_base(args.model):
+            raise ValueError(
+                f"model {args.model!r} holds a LoRA adapter, but TRL would load the KL reference of "
+                f"grpo_beta={args.grpo_beta} without it: set grpo_beta to 0, or train a lora_rank above 0"
+            )
+        settings = shared_settings(ban_tokens(config, processor, student), GRPOConfig)
         trainer = GRPOTrainer(
-            # With a KL term TRL loads the reference by its name; with LoRA it is the student without its adapter
-            model=args.model if args.grpo_beta and not lora else student,
-            args=GRPOConfig(**shared_settings(config, GRPOConfig), beta=args.grpo_beta, epsilon=0.2, loss_type="grpo"),
+            model=student,  # TRL loads the KL reference by its name, with its dtype and attention
+            args=GRPOConfig(**settings, beta=args.grpo_beta, epsilon=0.2, loss_type="grpo"),
             reward_funcs=[reward_of(args)],
             train_dataset=splits["train"],
             processing_class=processor,
@@ -234,7 +255,8 @@ def loads_teacher(args: ScriptArguments, config: VAOPDConfig) -> bool:
     return args.teacher_parity or not config.teacher_server
 
 
-def load_teacher(args: ScriptArguments, config: VAOPDConfig):
+def load_teacher(args: ScriptArguments, config: VAOPDConfig) -> "PreTrainedModel":
+    """The teacher in the precision in which it scores, still on the CPU."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     return models.load_model(args.teacher, dtype=dtype, attn_implementation=args.attn_implementation)
 
@@ -247,10 +269,11 @@ def shared_settings(config: VAOPDConfig, target: type) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names - {"beta"}}
 
 
-def reward_of(args: ScriptArguments):
-    """The monitoring reward of the paper's framework as GRPO's reward; the exact sentence for digits."""
+def reward_of(args: ScriptArguments) -> Callable[..., list[float | None]]:
+    """GRPO's reward: the first answer counts, as in the paper's monitoring reward and in evaluation; for digits the
+    exact sentence."""
     if args.dataset != "digits":
-        return verifiers.math_reward
+        return first_answer_reward
 
     def digits_reward(completions, answer, **columns) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
@@ -259,7 +282,12 @@ def reward_of(args: ScriptArguments):
     return digits_reward
 
 
-def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows):
+def first_answer_reward(completions, answer, **columns) -> list[float | None]:
+    """`verifiers.math_reward` of the first answer that each completion commits to."""
+    return verifiers.math_reward(completions, answer, which="first", **columns)
+
+
+def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> "Dataset":
     """Rows with a `completion` sampled once from the teacher: all of them for kd (sequence-level distillation), only
     the ones with a correct answer for sft (the paper's CoT-SFT, whose data it does not publish)."""
     cache = Path(args.out) / "va_opd" / args.experiment / f"teacher-seed{config.seed}" / "responses.jsonl"
@@ -280,8 +308,12 @@ def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows):
     return with_completions(chosen, [responses[row_id] for row_id in chosen["id"]])
 
 
-def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows, cache: Path) -> None:
-    """Appends one teacher response a row to `cache`, `TEACHER_ROWS` at a time; rows that are there are skipped."""
+def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset", cache: Path) -> None:
+    """Appends one teacher response a row to `cache`, `TEACHER_ROWS` at a time; rows that are there are skipped.
+
+    Raises `ValueError` where the responses there are of another teacher, decoding or data.
+    """
+    claim(cache.with_name("settings.json"), teacher_settings(args, config, rows), cache.exists())
     done = {record["id"] for record in read_jsonl(cache)} if cache.exists() else set()
     missing = [index for index, row_id in enumerate(rows["id"]) if row_id not in done]
     if not missing:
@@ -298,14 +330,70 @@ def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows, cache: Path
             append_jsonl(cache, {"id": row["id"], "response": completion.text})
 
 
-def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig):
+def teacher_settings(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> dict[str, Any]:
+    """What decides the teacher's responses."""
+    names = ("temperature", "top_p", "max_completion_length", "seed")
+    return {
+        "teacher": args.teacher,
+        **{name: getattr(config, name) for name in names},
+        **data_settings(args),
+        "limit": args.limit,
+        "data": question_digest(rows),
+    }
+
+
+def data_settings(args: ScriptArguments) -> dict[str, Any]:
+    """What is made of a row's text and images."""
+    return {name: getattr(args, name) for name in ("dataset", "template", "min_pixels", "max_pixels")}
+
+
+def question_digest(rows: "Dataset") -> str:
+    """Digest of ids, prompts and answers, without the images, which would have to be decoded."""
+    columns = rows.select_columns(["id", "prompt", "answer"])
+    return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in columns])
+
+
+def claim(path: Path, settings: dict[str, Any], has_results: bool, older: dict[str, Any] | None = None) -> None:
+    """Ties a folder of results to the settings that decide them, which the first call writes to `path`.
+
+    Args:
+        has_results: whether the folder holds results, which keep it from being claimed anew.
+        older: what is known of the settings of results without such a file.
+
+    Raises `ValueError` where the results are of other settings, or say nothing of them.
+    """
+    if not has_results:
+        atomic_write_json(path, settings)
+        return
+    try:
+        theirs = json.loads(path.read_text()) if path.exists() else dict(older or {})
+        differing = [name for name, value in settings.items() if theirs.get(name, value) != value]
+    except (ValueError, AttributeError):
+        theirs = {}
+    if not theirs:
+        raise ValueError(
+            f"{path.parent} holds results, but no readable {path.name} that says of which settings: move the folder "
+            "away to make them anew"
+        )
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{path.parent} holds results of {name}={theirs[name]!r}, these settings have {settings[name]!r}: set "
+            f"{name} back, or move the folder away to make them anew"
+        )
+
+
+def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig) -> Engine:
+    """The engine of `args.engine`, which generates with `model`, a hub id or a local folder."""
     if args.engine == "vllm":
         return VLLMEngine(model)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     device = "cpu" if config.use_cpu else None
-    return TransformersEngine(
+    engine = TransformersEngine(
         models.load_model(model, dtype=dtype, device=device), models.load_processor(model), args.eval_batch_size
     )
+    engine.name = model  # a merged adapter calls itself by its base
+    return engine
 
 
 class RecordCallback(TrainerCallback):
@@ -313,7 +401,7 @@ class RecordCallback(TrainerCallback):
 
     SHOWN = ("loss", "reward", "kl/high", "kl/low", "va/mean", "entropy", "step_time")
 
-    def __init__(self, folder: RunFolder, trainer):
+    def __init__(self, folder: RunFolder, trainer: "Trainer"):
         self.folder, self.trainer = folder, trainer
 
     def on_log(self, args, state, control, logs=None, **kwargs):

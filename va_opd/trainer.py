@@ -23,7 +23,7 @@ from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
 from .doctor import DoctorCallback, va_figures
 from .engine import VLLMRollouts
-from .lm_head import lm_head, sampled_logps, without_padding
+from .lm_head import lm_head, logps_within, without_padding
 from .served import ServedTeacher
 from .teacher import Teacher
 
@@ -92,6 +92,7 @@ class VAOPDTrainer(DistillationTrainer):
         self.banned_ids = checks.banned_ids(processing_class, self.model.config)
         self.last_rollouts: dict[str, Any] = {}
         self._kl_sums: torch.Tensor | None = None
+        self._null_is_due = args.doctor_steps > 0
         self.teacher = ServedTeacher(self) if args.teacher_server else Teacher(self)
         self.engine = VLLMRollouts(self.vllm_generation) if self.use_vllm else None
         if args.doctor_steps:
@@ -146,7 +147,7 @@ class VAOPDTrainer(DistillationTrainer):
             hidden = self._forward_redirection(self.model_wrapped, student, self._hidden_states, student, part)
         head, tokens = lm_head(student), part["completion_ids"][siblings.loss_mask(part)]
         head = head._replace(scale=head.scale / self.temperature)
-        logps = sampled_logps(head, hidden, tokens, torch.ones_like(tokens), self.vocab_size)
+        logps = logps_within(head, hidden, tokens, torch.ones_like(tokens), self.vocab_size)
         return self.accelerator.gather(self.engine.gap(logps, count, self.top_p)).mean().item()
 
     def _prepare_inputs(self, generation_batch):
@@ -163,8 +164,8 @@ class VAOPDTrainer(DistillationTrainer):
 
     @torch.no_grad()
     def _score(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """B times what the teacher leaves for the loss, (B, T) coefficients and high-VA mask, P in
-        `num_items_in_batch`."""
+        """What the loss needs beside the batch: the teacher's states as lists of B tensors, and of (B, T) the
+        coefficients and the tokens inside and outside the high-VA group; P in `num_items_in_batch`."""
         args, train = self.args, self.model.training
         num_generations, weighting = (args.num_generations, args.weighting) if train else (1, "none")
         mask = siblings.loss_mask(batch).long()
@@ -177,7 +178,8 @@ class VAOPDTrainer(DistillationTrainer):
             torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask.bool(), x) for x in (logps, logps_degraded)
         )
         va = objective.visual_advantage(logps, logps_degraded, mask * has_image[:, None])
-        va_all, mask_all, ungrouped = self._gather(va), self._gather(mask), ~self._gather(has_image)
+        va_all, mask_all, has_image_all = self._gather(va), self._gather(mask), self._gather(has_image)
+        ungrouped = ~has_image_all
         if args.va_floor is not None:
             ungrouped = ungrouped | (objective.mean_over_tokens(va_all, mask_all) < args.va_floor)
         weights, coefficients = objective.coefficients(
@@ -192,9 +194,13 @@ class VAOPDTrainer(DistillationTrainer):
             ungrouped,
             self._ties(),
         )
-        high = objective.high_tokens(va_all, mask_all, args.top_fraction, self._ties())
-        for name, value in va_figures(va_all, mask_all, weights, high, num_generations).items():
-            self._record(name, value)
+        # For the logs only, where a row without groups has neither high nor low tokens
+        grouped = mask_all.bool() & ~ungrouped[:, None]
+        high = grouped & objective.high_tokens(va_all, mask_all, args.top_fraction, self._ties())
+        if has_image_all.any():  # a row without an image has no VA that could be 0
+            rows = (x[has_image_all] for x in (va_all, mask_all, weights, high))
+            for name, value in va_figures(*rows, num_generations).items():
+                self._record(name, value)
         start = len(mask) * self.accelerator.process_index
         here, length = slice(start, start + len(mask)), mask.size(1)
         self.last_rollouts = {
@@ -209,6 +215,7 @@ class VAOPDTrainer(DistillationTrainer):
             **kept,
             "coefficients": coefficients[here, :length],
             "high_tokens": high[here, :length],
+            "low_tokens": (grouped & ~high)[here, :length],
             # TRL divides the loss by this and undoes the averaging over ranks: with P it is the mean over prompts
             "num_items_in_batch": torch.tensor(len(va_all) / num_generations, device=mask.device),
         }
@@ -246,8 +253,7 @@ class VAOPDTrainer(DistillationTrainer):
         kl = torch.zeros_like(mask, dtype=kl_N.dtype).masked_scatter(mask, kl_N)
         num_prompts = len(mask) if num_items_in_batch is None else num_items_in_batch
         loss = objective.grouped_kl_loss(kl, inputs["coefficients"], num_prompts)
-        high = inputs["high_tokens"]
-        low = mask & ~high
+        high, low = inputs["high_tokens"], inputs["low_tokens"]
         sums = torch.stack([kl[high].sum(), high.sum(), kl[low].sum(), low.sum()]).detach()
         self._kl_sums = sums if self._kl_sums is None else self._kl_sums + sums
         return loss, entropy_N.detach().sum(), mask.sum()
@@ -258,8 +264,9 @@ class VAOPDTrainer(DistillationTrainer):
         # means over all its tokens, whatever the micro-batches
         if self.accelerator.sync_gradients or not self.model.training:
             kl_high, n_high, kl_low, n_low = self.accelerator.gather(self._kl_sums[None]).sum(0).tolist()
-            self._record("kl/high", kl_high / n_high if n_high else float("nan"))
-            self._record("kl/low", kl_low / n_low if n_low else float("nan"))
+            for name, kl, count in (("kl/high", kl_high, n_high), ("kl/low", kl_low, n_low)):
+                if count:
+                    self._record(name, kl / count)
             self._kl_sums = None
         return loss
 
@@ -279,6 +286,13 @@ class VAOPDTrainer(DistillationTrainer):
 
     def _record(self, name: str, value: float) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _measures_null(self) -> bool:
+        """True once, at the first training batch: of an evaluation before, the doctor would not see the figure."""
+        due = self._null_is_due and self.model.training
+        if due:
+            self._null_is_due = False
+        return due
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -23,6 +23,12 @@ def talk(text):
     return [{"role": "assistant", "content": text}]
 
 
+def test_math_reward_of_the_first_answer():
+    texts = [r"\boxed{1}, no, \boxed{2}", "The answer is 2."]
+    assert math_reward(texts, answer=["1", "2"], which="first") == [1.0, 1.0]
+    assert math_reward(texts, answer=["1", "2"]) == [0.0, 1.0]
+
+
 def test_math_reward_on_text_and_conversations():
     texts = [r"\boxed{\frac{1}{2}}", "the answer is 0.5", "0.5", r"\boxed{5 \text{ or } 7}"]
     golds = ["0.5", "1/2", "0.5", "5"]

@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 from sklearn.datasets import load_digits
 
+from common.tiny import tiny_qwen3_vl
 from va_opd import data
 
 
@@ -84,6 +85,20 @@ def test_a_truncated_image_is_found_at_the_start_and_again_after_a_good_run(tmp_
         file.truncate(300)
     with pytest.raises(ValueError, match="unreadable images .*id 0"):
         data.load_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(("size", "wrong"), [((8000, 20), True), ((20, 3980), True), ((3900, 20), False)])
+def test_an_image_too_narrow_for_the_processor_is_found_at_the_start(tmp_path, size, wrong):
+    PILImage.new("L", size).save(tmp_path / "a.png")
+    rows = [{"problem": "Find y.", "images": [], "answer": "3"}, {"problem": "x?", "images": ["a.png"], "answer": "3"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if wrong:
+        message = f"id 1: {size[0]} x {size[1]}, in the image budget .*: one side is over 200 times the .*remove"
+        with pytest.raises(ValueError, match=message):
+            data.load_rows(str(tmp_path), "train")
+    else:
+        (image,) = data.load_rows(str(tmp_path), "train")[1]["images"]
+        tiny_qwen3_vl(hidden=32)[1].image_processor(images=[image])
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,24 @@ def test_rollouts_of_one_token(weighting):
     assert c.tolist() == [[0.5]] * 4
 
 
+def test_the_token_masks_of_fig_2b_are_settings():
+    """Each takes a tenth of the tokens out of the loss and weighs the others alike."""
+    va, mask = torch.rand(50, 20, generator=torch.Generator().manual_seed(0)), torch.ones(50, 20)
+    weights, none = torch.full((50,), 0.25), torch.zeros(50, 20)
+
+    def kept(va, top_fraction, high_weight, generator=None):
+        coefficients = objective.token_coefficients(va, mask, weights, top_fraction, high_weight, generator)
+        assert torch.allclose(coefficients[coefficients > 0], torch.tensor(0.25 / 18))
+        assert (coefficients > 0).sum(1).tolist() == [18] * 50
+        return coefficients > 0
+
+    assert (va.masked_fill(~kept(va, 0.1, 0.0), 2).amin(1) == va.amin(1)).all()  # the highest are out
+    assert va.masked_fill(kept(va, 0.1, 0.0), 2).amin(1).ge(va.masked_fill(~kept(va, 0.1, 0.0), -1).amax(1)).all()
+    assert va.masked_fill(kept(va, 0.9, 1.0), -1).amax(1).le(va.masked_fill(~kept(va, 0.9, 1.0), 2).amin(1)).all()
+    drawn = kept(none, 0.1, 0.0, torch.Generator().manual_seed(0))  # VA is 0 where the degraded view is the true one
+    assert (~drawn).sum(0).min() >= 1  # no place is safe, 5 hits are expected
+
+
 def test_ungrouped_rollouts_have_uniform_tokens():
     va, mask = random_batch(19, 2, 2, 9)
     ungrouped = torch.tensor([True, False, False, True])

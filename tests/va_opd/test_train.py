@@ -8,8 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import peft
 import pytest
+import torch
+import trl
 import yaml
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
@@ -17,10 +21,12 @@ from PIL import Image
 
 from benchmarks import va_opd as report
 from common.cli import changed_settings
-from common.evaluation import BENCHMARKS, Decoding, load_benchmark, score_responses
-from common.runs import last_checkpoint, read_jsonl
+from common.evaluation import BENCHMARKS, Completion, Decoding, load_benchmark, score_responses
+from common.runs import atomic_write_json, last_checkpoint, read_jsonl, write_jsonl
 from common.tiny import tiny_qwen3_vl
 from va_opd import evaluate, loop, train
+from va_opd.checks import banned_ids
+from va_opd.data import digit_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "va_opd" / "configs").glob("*.yaml"))
@@ -277,9 +283,186 @@ def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(
         assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
     selection = json.loads((folder / "va_opd-seed0/eval/selection.json").read_text())
     assert selection["best"] == 2 and set(selection["accuracy"]) == {"2"}
+    assert "Checkpoint chosen on these problems: VA-OPD." in report
+    assert "| accuracy, last checkpoint |" in report
     before = (folder / "va_opd-seed0/eval/digits/samples.jsonl").stat().st_mtime_ns
     assert loop.main(fields) == 0
     assert (folder / "va_opd-seed0/eval/digits/samples.jsonl").stat().st_mtime_ns == before
+
+
+# --- results belong to their settings ----------------------------------------------------------------
+
+
+def test_results_of_other_settings_are_refused_without_loading_a_model(config, tiny_models, capsys, monkeypatch):
+    fields = ["--config", str(config)]
+    assert evaluate.main(["base", *fields]) == 0
+    out = train.run_path(*train.parse(fields)).with_name("base-seed0") / "eval"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    monkeypatch.delattr(evaluate, "build_engine")
+    monkeypatch.delattr(evaluate, "VAOPDTrainer")
+    others = {
+        "eval_temperature": ("0.5", "1.0"),
+        "eval_samples": ("2", "1"),
+        "model": (tiny_models["teacher"], repr(tiny_models["student"])),
+        "teacher": (tiny_models["student"], repr(tiny_models["teacher"])),
+        "degradation_ratio": ("0.5", "0.1"),
+        "validation_size": ("4", "8"),
+    }
+    for name, (other, found) in others.items():
+        capsys.readouterr()
+        assert evaluate.main(["base", *fields, f"--{name}", other]) == 2
+        assert f"{out} holds results of {name}={found}, these settings have" in capsys.readouterr().err
+    assert evaluate.main(["base", *fields]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+    args, _ = train.parse([*fields, "--eval_temperature", "0.5", "--eval_samples", "2"])
+    assert "8 held-out problems, 1 samples each at temperature 1.0;" in report.report(args, 0)  # of the record
+
+    (out / "settings.json").unlink()  # as an earlier version left the folder: its records say enough
+    assert evaluate.main(["base", *fields]) == 0
+    for name in ("eval_temperature", "eval_samples", "model"):
+        capsys.readouterr()
+        assert evaluate.main(["base", *fields, f"--{name}", others[name][0]]) == 2
+        assert f"{out} holds results of {name}={others[name][1]}" in capsys.readouterr().err
+
+
+def test_a_run_is_evaluated_with_the_models_that_it_was_trained_with(config, tiny_models, capsys):
+    fields = ["--config", str(config), "--max_steps", "1"]
+    assert train.main(fields) == 0
+    for name, other in (("model", "teacher"), ("teacher", "student")):
+        capsys.readouterr()
+        assert evaluate.main(["run", *fields, f"--{name}", tiny_models[other]]) == 2
+        assert f"was trained with {name}=" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_failed_before_its_first_result_leaves_the_folder_free(config, capsys):
+    fields = ["--config", str(config)]
+    assert evaluate.main(["base", *fields, "--model", "/nowhere"]) == 2
+    args, settings = train.parse(fields)
+    rows = train.load_splits_of(args)["validation"]
+    out = train.run_path(args, settings).with_name("base-seed0") / "eval"
+    assert json.loads((out / "settings.json").read_text())["model"] == "/nowhere"
+    train.claim(out / "settings.json", evaluate.settings_of("base", args, settings, rows), any(out.rglob("*.jsonl")))
+    assert json.loads((out / "settings.json").read_text())["model"] == args.model
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_results_that_do_not_say_of_which_settings_are_refused(tmp_path, content):
+    path = tmp_path / "settings.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match="no readable settings.json that says of which settings: move the folder"):
+        train.claim(path, {"seed": 0}, True)
+
+
+class Parrot:
+    """An engine that answers with its name and the seed of the row."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def generate(self, prompts, decoding, seeds):
+        return [Completion(f"{self.name} {seed}", 1, "stop") for seed in seeds]
+
+
+def test_the_teachers_responses_are_not_reused_for_other_settings(config, tmp_path, tiny_models, monkeypatch):
+    monkeypatch.setattr(train, "build_engine", lambda args, model, config: Parrot(model))
+    cache = tmp_path / "cache" / "responses.jsonl"
+
+    def sample(*fields: str) -> list:
+        args, settings = train.parse(["--config", str(config), "--method", "kd", *fields])
+        train.sample_teacher(args, settings, train.load_splits_of(args)["train"], cache)
+        return read_jsonl(cache)
+
+    responses = sample()
+    cache.write_text("".join(json.dumps(record) + "\n" for record in responses[:40]))  # interrupted
+    assert sample() == responses and sample("--method", "sft") == responses and len(responses) == 64
+    for name, other in {
+        "teacher": tiny_models["student"],
+        "temperature": "0.9",
+        "top_p": "0.5",
+        "max_completion_length": "5",
+        "seed": "1",
+        "template": "Please: {problem}",
+        "max_pixels": "1000",
+        "limit": "32",
+    }.items():
+        with pytest.raises(ValueError, match=f"cache holds results of {name}=.*move the folder away"):
+            sample(f"--{name}", other)
+    monkeypatch.setattr(train, "load_splits_of", lambda args: {"train": digit_rows("test", 64, seed=0)})
+    with pytest.raises(ValueError, match="cache holds results of data="):
+        sample()
+    cache.with_name("settings.json").unlink()
+    with pytest.raises(ValueError, match="no readable settings.json"):
+        sample()
+
+
+def test_the_report_shows_the_last_checkpoint_beside_the_chosen_one(tmp_path, config):
+    args, _ = train.parse(["--config", str(config)])
+    scores = {"opd": {4: [1, 0, 0, 0], 12: [0, 0, 0, 1]}, "va_opd": {4: [1, 1, 1, 0], 12: [1, 1, 0, 0]}}
+    for name, by_step in scores.items():
+        out = tmp_path / f"{name}-seed0" / "eval"
+        atomic_write_json(out / "selection.json", {"accuracy": dict.fromkeys(map(str, by_step), 0.5), "best": 4})
+        for step, values in by_step.items():
+            records = [{"id": str(i), "sample": 0, "score": value} for i, value in enumerate(values)]
+            write_jsonl(out / f"checkpoint-{step}" / "digits" / "scored.jsonl", records)
+    last = {name: report.last_checkpoint_scores(tmp_path / f"{name}-seed0", args) for name in scores}
+    assert last["va_opd"] == [[1], [1], [0], [0]]
+    assert report.last_checkpoint_scores(tmp_path, args) is None and report.selection_line({}) == ""
+    best = {name: {"true": [[v] for v in by_step[4]]} for name, by_step in scores.items()}
+    chosen, plain = report.difference_line(best, last).split("\n\n")
+    assert "(checkpoint chosen on these problems): +0.500" in chosen and "last checkpoints: +0.250" in plain
+    assert report.difference_line(best, {}).startswith("VA-OPD minus Standard OPD on the same problems: +0.500")
+
+
+# --- the GRPO baseline ----------------------------------------------------------------
+
+
+def grpo_trainer(config: Path, *fields: str):
+    args, settings = train.parse(["--config", str(config), "--method", "grpo", *fields])
+    return train.build_trainer(args, settings, train.load_splits_of(args))
+
+
+def test_grpo_samples_no_image_token_and_loads_the_student_once(config, monkeypatch):
+    loaded, load = [], train.models.load_model
+    monkeypatch.setattr(train.models, "load_model", lambda name, **given: loaded.append(name) or load(name, **given))
+    trainer = grpo_trainer(config, "--attn_implementation", "eager")
+    banned = banned_ids(trainer.processing_class, trainer.model.config)
+    assert set(trainer.generation_config.suppress_tokens) == banned and trainer.model.config.image_token_id in banned
+    assert len(loaded) == 1
+    for model in (trainer.model, trainer.ref_model):
+        assert model.config._attn_implementation == "eager" and model.dtype == torch.float32
+
+
+def test_grpo_samples_no_image_token_under_vllm(config, monkeypatch):
+    class Fake:
+        def __init__(self, model, args, **given):
+            self.model, self.args = model, args
+            self.vllm_generation = SimpleNamespace(generate=None, mode="colocate")
+
+    monkeypatch.setattr(trl, "GRPOTrainer", Fake)
+    trainer = grpo_trainer(config, "--use_vllm", "true")
+    allowed = set(trainer.args.generation_kwargs["allowed_token_ids"])
+    assert trainer.args.use_vllm and not {trainer.model.config.image_token_id} & allowed
+    assert len(allowed) > 100
+
+
+def test_grpo_refuses_a_reference_that_would_lack_the_students_adapter(config, tmp_path, tiny_models):
+    base = train.models.load_model(tiny_models["student"])
+    adapter = tmp_path / "adapter"
+    peft.get_peft_model(base, train.models.lora_config(2)).save_pretrained(adapter)
+    train.models.load_processor(tiny_models["student"]).save_pretrained(adapter)
+    with pytest.raises(ValueError, match="holds a LoRA adapter, but TRL would load the KL reference"):
+        grpo_trainer(config, "--model", str(adapter))
+
+
+def test_the_reward_is_of_the_answer_that_evaluation_scores():
+    args = train.ScriptArguments(model="s", teacher="t", dataset="geo3k")
+    rows = [{"id": "0", "prompt": [], "images": [], "answer": "3"}]
+    score, reward = evaluate.benchmark_of(args, rows).score, train.reward_of(args)
+    for text, right in ((r"\boxed{3}. No, \boxed{4}", 1.0), (r"\boxed{4}. No, \boxed{3}", 0.0), ("none", 0.0)):
+        message = [{"role": "assistant", "content": text}]
+        assert reward([text], answer=["3"]) == reward([message], answer=["3"]) == [score(text, rows[0])] == [right]
 
 
 def test_a_failing_stage_stops_the_experiment(config, capfd, monkeypatch):
@@ -320,7 +503,7 @@ def test_a_model_is_evaluated_on_the_benchmarks_of_the_config(config, vision_dat
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     capsys.readouterr()
     assert evaluate.main(["base", *fields]) == 2  # the records of four questions are not those of all
-    assert "holds records with rows=" in capsys.readouterr().err
+    assert "mmstar.json is of 4 questions, this evaluation has eval_limit for 8" in capsys.readouterr().err
     text = report.report(*_seeded(fields))
     assert "n=4 |" in text and "| CoT-SFT | 39.7 |  | 64.4 |  |" in text
 

@@ -935,6 +935,27 @@ def test_padding_does_not_change_the_step(make, monkeypatch, multiple):
     assert_same_step(step(make(pad_to_multiple_of=multiple)), step(make()))
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_tokenizer_that_pads_with_its_end_of_sequence_gives_the_same_step(make, monkeypatch, drawn):
+    """Only masks, never ids, tell padding from the end of a rollout."""
+    if not drawn:
+        fixed_rollouts(monkeypatch)
+    steps = []
+    for same in (False, True):
+        student, teacher, processor = models()
+        boost = torch.zeros(student.get_output_embeddings().weight.size(0))
+        boost[processor.tokenizer.eos_token_id] = 3.0  # drawn rollouts end early; the loss does not call the head
+        student.get_output_embeddings().register_forward_hook(lambda m, a, out, boost=boost: out + boost)
+        if same:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        trainer = make(parts=(student, teacher, processor))
+        assert (processor.tokenizer.pad_token_id == processor.tokenizer.eos_token_id) is same
+        steps.append(step(trainer))
+    masks = [micro[0]["completion_mask"] for *_, micro in steps]
+    assert torch.equal(*masks) and len(set(masks[0].sum(1).tolist())) > 1
+    assert_same_step(*steps)
+
+
 def test_coefficients_follow_their_rows_through_sorting(make, monkeypatch):
     fixed_rollouts(monkeypatch)
     trainer = make(per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -976,6 +997,37 @@ def test_rollouts_under_the_floor_have_uniform_tokens(make, monkeypatch):
     (batch,) = step(trainer)[2]
     for c, mask in zip(batch["coefficients"], batch["completion_mask"], strict=True):
         assert c[mask.bool()].unique().numel() == 1
+    logged = trainer._metrics["train"]
+    assert not {"va/zero_in_high", "kl/high", "kl/low"} & logged.keys()  # there are no groups
+    assert logged["va/mean"][0] > 0  # of which the floor takes nothing away
+
+
+def test_rows_without_an_image_are_in_no_figure_of_va(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    rows = mixed_rows(2)
+    trainer = make(rows=rows, shuffle_dataset=False)
+    _, _, (batch,) = step(trainer)
+    kl = reference_kl(trainer.model, trainer.teacher_model, batch, trainer.vocab_size).detach()
+    alone = make(rows=rows[1:], per_device_train_batch_size=4)
+    step(alone)
+    logged, expected = ({k: v[-1] for k, v in t._metrics["train"].items()} for t in (trainer, alone))
+    names = [name for name in expected if name.startswith("va/")] + ["kl/high", "kl/low"]
+    assert {"va/mean", "va/positive_share", "va/top10_mass", "va/group_sigma", "va/zero_in_high"} <= set(names)
+    for name in names:
+        assert logged[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+    images = torch.tensor(batch["num_images"]).bool()[:, None] & batch["completion_mask"].bool()
+    assert torch.equal(batch["high_tokens"] | batch["low_tokens"], images)
+    assert logged["kl/high"] == pytest.approx(kl[batch["high_tokens"]].mean().item(), rel=1e-4)
+
+
+def test_nothing_is_said_of_va_where_no_row_has_an_image(make, capsys):
+    trainer = make(rows=[{"prompt": prompt(i)} for i in range(4)], doctor_steps=1, max_steps=1)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    figures = {name for name in line if name.startswith(("va/", "kl/"))}
+    assert "loss" in line and figures <= {"va/null"}
+    out = capsys.readouterr().out
+    assert "[doctor] step 1: entropy" in out and "VA is 0" not in out
 
 
 def test_logged_kl_does_not_depend_on_micro_batches(make, monkeypatch):
@@ -1079,6 +1131,21 @@ def test_evaluation_loss_against_the_reference(make, monkeypatch):
     (batch,) = seen
     kl, mask = reference_kl(trainer.model, trainer.teacher_model, batch, trainer.vocab_size), batch["completion_mask"]
     assert loss == pytest.approx(((kl * mask).sum(1) / mask.sum(1)).mean().item(), rel=1e-4)
+
+
+def test_an_evaluation_before_training_does_not_hide_the_null_check(make, capsys, monkeypatch):
+    trainer = make(doctor_steps=1, max_steps=2, eval_on_start=True, eval_strategy="steps", eval_rows=image_rows(4))
+    score, noise = trainer.teacher.score, torch.Generator().manual_seed(0)
+
+    def noisy(*arguments):
+        hidden, logps = score(*arguments)
+        return hidden, [x + 0.1 * torch.rand(x.shape, generator=noise) for x in logps]
+
+    monkeypatch.setattr(trainer.teacher, "score", noisy)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "va/null" in line or "eval_va/null" in line]
+    assert [line["step"] for line in lines] == [1] and lines[0]["va/null"] > 1e-3
+    assert "WARNING: the teacher's log-probabilities differ between two passes" in capsys.readouterr().out
 
 
 def test_doctor_line_and_warnings(make, capsys):
