@@ -82,7 +82,8 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
     trainer.train(resume_from_checkpoint=str(folder / out / "checkpoint-2") if resume else None)
     trainer.save_model(str(folder / out / "model"))
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {"logs": [{n: line[n] for n in COMPARED} for line in lines], "model": str(folder / out / "model")}
+    logs = [{n: line[n] for n in COMPARED if n in line} for line in lines]  # text alone has no VA
+    return {"logs": logs, "model": str(folder / out / "model")}
 
 
 def all_cases(folder: Path) -> dict[str, Any]:
