@@ -2,7 +2,8 @@
 
 A stage owns a folder. STARTED.json, written first, says from which inputs; DONE.json, written last, has the digests of
 inputs and outputs, counts and versions. A finished stage is skipped, a started one goes on, one with other inputs is
-refused.
+refused. So is a finished one with another file: up to `SMALL` bytes by content, above by size alone, since weights
+would take minutes to read at every start.
 """
 
 import hashlib
@@ -32,7 +33,8 @@ def once(folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, 
         inputs: what decides the result beside the run's settings: digests of the stages before, numbers, names.
         work: makes the files of the folder and returns counts. Called again after a kill, it must end with the same.
 
-    Raises `StageError` where the folder was started from other inputs, or where a file changed after the stage ended.
+    Raises `StageError` where the folder was started from other inputs, or where a file is missing, has another size
+    or, up to `SMALL` bytes, another content than when the stage ended.
     """
     for name in ("STARTED.json", "DONE.json"):
         if (folder / name).exists():
@@ -68,6 +70,11 @@ def digest(done: dict[str, Any]) -> str:
 def read_counts(folder: Path) -> dict[str, Any]:
     """What a finished stage has counted."""
     return _read_json(folder / "DONE.json")["counts"]
+
+
+def read_inputs(folder: Path) -> dict[str, Any]:
+    """What a finished stage was made from."""
+    return _read_json(folder / "DONE.json").get("inputs", {})
 
 
 def _outputs(folder: Path) -> list[Path]:

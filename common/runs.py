@@ -197,7 +197,15 @@ class RunFolder:
         self.path, self.manifest = path, manifest
 
     @classmethod
-    def open(cls, path: str | Path, config: dict[str, Any], *, data: dict[str, str], seed: int) -> "RunFolder":
+    def open(
+        cls,
+        path: str | Path,
+        config: dict[str, Any],
+        *,
+        data: dict[str, str],
+        seed: int,
+        free: dict[str, Any] | None = None,
+    ) -> "RunFolder":
         """Starts a run in a new folder, or goes on with the same run in its own.
 
         Args:
@@ -205,6 +213,8 @@ class RunFolder:
             config: settings that define the run, of JSON types.
             data: fingerprint of each data set by name.
             seed: of the run.
+            free: settings that may change from one start to the next: config.yaml has the newest, nothing compares
+                them.
 
         Raises `RunFolderError` where the folder holds a run with other settings or data, or something else.
         """
@@ -223,8 +233,9 @@ class RunFolder:
             folder = cls(path, manifest)
             if not folder.is_done:
                 folder._write(state="running")  # first, for it says whose folder this is
-            if not (path / "config.yaml").exists():
-                atomic_write_text(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            if free is not None or not (path / "config.yaml").exists():
+                settings = config | _plain(free or {})
+                atomic_write_text(path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
             return folder
         except OSError as error:
             raise RunFolderError(

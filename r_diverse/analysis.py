@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.decomposition import PCA
 
-from .objective import repetition_penalty
+from . import objective
 
 BLOCK = 1024  # rows compared at a time
 ROUNDING = 1e-6  # of a cosine between float32 unit vectors
@@ -60,9 +60,7 @@ def cross_repetition(embeddings: ArrayLike, earlier: ArrayLike, threshold: float
 
 def cluster_sizes(embeddings: ArrayLike, distance_threshold: float = 0.5) -> np.ndarray:
     """Sizes of the skill clusters behind P_rep, the largest first: integers whose sum is N."""
-    share = repetition_penalty(embeddings, distance_threshold)
-    size, rows = np.unique(np.rint(share * len(share)).astype(int), return_counts=True)
-    return np.repeat(size, rows // np.maximum(size, 1))[::-1]
+    return objective.cluster_sizes(objective.repetition_penalty(embeddings, distance_threshold))
 
 
 def batch_cosines(embeddings: ArrayLike) -> np.ndarray:
@@ -141,34 +139,6 @@ def _word_pairs(text: str) -> Counter[tuple[str, str]]:
     marked = re.sub(r"\d+(?:[.,]\d+)*", "0", text.lower())
     words = re.findall(r"\w+|[^\w\s]", marked)
     return Counter(pairwise(["", *words, ""])) if words else Counter()
-
-
-# --- entropy of the Challenger (Fig. 4) ---
-
-
-def token_entropy(logits: ArrayLike) -> np.ndarray:
-    """Entropy of the next-token distribution in nats: (..., V) logits, -inf for a token that cannot come -> (...,)."""
-    logits = np.asarray(logits, np.float64)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    weights = np.exp(shifted)
-    total = weights.sum(axis=-1)
-    product = np.where(weights > 0, weights * np.where(weights > 0, shifted, 0), 0)
-    return np.log(total) - product.sum(axis=-1) / total
-
-
-def challenger_entropy(entropy: ArrayLike, mask: ArrayLike) -> float:
-    """Mean entropy of all tokens of the Challenger's rollouts, each token alike, in nats.
-
-    Args:
-        entropy: (B, T) of each token, as from `token_entropy`.
-        mask: (B, T), 1 for tokens that the Challenger wrote.
-
-    NaN if no token is marked.
-    """
-    entropy, mask = np.asarray(entropy, np.float64), np.asarray(mask, bool)
-    if entropy.shape != mask.shape:
-        raise ValueError(f"entropy {entropy.shape} and mask {mask.shape} must have the same shape")
-    return float(entropy[mask].mean()) if mask.any() else float("nan")
 
 
 # --- skill map ---

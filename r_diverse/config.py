@@ -1,6 +1,8 @@
 """Settings of a self-play run, and of its two phases on top of TRL's, with the values of R-Diverse (arXiv 2602.13103)
 and, where it is silent, of R-Zero (arXiv 2508.05004) and its release."""
 
+import contextlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +42,17 @@ def _check(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> 
             is_valid = False
         if not is_valid:
             raise ValueError(f"{name} {rule}, got {value!r}")
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    """A mapping from one, from its JSON text (a flag), or from nothing."""
+    given = {} if value is None else value
+    if isinstance(given, str):
+        with contextlib.suppress(ValueError):  # what is no JSON is no mapping either
+            given = json.loads(given)
+    if not isinstance(given, dict):
+        raise ValueError(f"""{name} must be a mapping such as '{{"enable_thinking": false}}', got {value!r}""")
+    return given
 
 
 def _or_none(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
@@ -132,6 +145,8 @@ class RDiverseConfig:
     r"""
     Settings of one self-play run. The settings of its phases are [`ChallengerConfig`] and [`SolverConfig`].
 
+    Raises `ValueError` for a value that means nothing, with the name of its field.
+
     Parameters:
         > Parameters of the run
 
@@ -141,11 +156,18 @@ class RDiverseConfig:
             Runs are in `<out>/r_diverse/<experiment>/<variant>-seed<seed>`.
         iterations (`int`, *optional*, defaults to `5`):
             T. May be raised later: a finished run goes on from where it stands.
+        chat_template_kwargs (`dict`, *optional*, defaults to `{}`):
+            Of the base's chat template wherever it is applied: both phases, the reward, generating, labelling, the
+            gate and the evaluation. `{"enable_thinking": false}` for a model that thinks. A model without a template
+            gets R-Zero's plain form, see [`~r_diverse.questions.PLAIN_TEMPLATE`].
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Print settings, sizes, memory and commands, and run nothing.
 
         > Parameters of the Challenger's reward
 
         penalty (`str`, *optional*, defaults to `"r_diverse"`):
-            `"r_diverse"` is Eq. 11; `"r_zero"` is R-Zero's reward, without memory and replay; `"none"` only R_unc.
+            `"r_diverse"` is Eq. 11; `"r_zero"` is R-Zero's reward, without memory and replay; `"none"` only R_unc,
+            also without them.
         measure (`str`, *optional*, defaults to `"sam"`):
             Of similarity, in both penalties. `"sam"` embeds the solver program; `"question"` the question itself
             (Table 2, without abstraction); `"program_text"` takes BLEU of programs (without embeddings);
@@ -157,7 +179,10 @@ class RDiverseConfig:
         distance_threshold (`float`, *optional*, defaults to `0.5`):
             Of the clusters; R-Zero's, the paper's is not disclosed.
         m_reward (`int`, *optional*, defaults to `10`):
-            Answers of the Solver to each question of the Challenger's training.
+            m, answers of the Solver to each question of the Challenger's training.
+        boxed_only (`bool`, *optional*, defaults to `True`):
+            Only what stands in a box is an answer of the Solver, in rewards, labels and the gate, as in R-Zero.
+            `False` also takes "The answer is 5" and "#### 5". Benchmarks have rules of their own.
 
         > Parameters of the Solver's questions
 
@@ -174,7 +199,68 @@ class RDiverseConfig:
         r_zero_words (`bool`, *optional*, defaults to `True`):
             R-Zero's word rules, see [`~r_diverse.objective.drop_reason`].
         replay_fraction (`float`, *optional*):
-            rho, share of past questions in the Solver's data. By default 0.3 with `penalty="r_diverse"`, else 0.
+            rho, share of past questions in the Solver's data. By default 0.3 with `penalty="r_diverse"`, else 0, for
+            the baselines have no memory.
+
+        > Parameters of generation
+
+        question_temperature, question_top_p, question_tokens (*optional*, default to `1.0`, `0.95`, `4096`):
+            Sampling and longest output of the frozen Challenger that writes the candidates. Its rollouts in training
+            have those of the phase.
+        answer_temperature, answer_top_p, answer_top_k, answer_tokens (*optional*):
+            Sampling and longest answer of the Solver in the reward, for labels and in the gate: 1.0, 1.0, 40 and 4,096
+            by default. `answer_top_k=0` is off.
+        challenger_system, challenger_user, solver_system (`str`, *optional*):
+            Messages of the prompts, see [`~r_diverse.questions`]; an empty system message is left out.
+
+        > Parameters of skills (SAM)
+
+        coder (`str`, *optional*, defaults to `"Qwen/Qwen2.5-Coder-7B-Instruct"`):
+            Who writes the solver programs: hub id or local folder. `"rules"` are for arithmetic, without a model.
+        coder_chat (`bool`, *optional*, defaults to `True`):
+            Ask in the coder's chat template. `False` is completion, the paper's literal option, for base models.
+        encoder (`str`, *optional*, defaults to `"jinaai/jina-code-embeddings-1.5b"`):
+            Who embeds them: hub id or local folder of sentence-transformers. `"minilm"` is the small model that comes
+            as a package. The paper's default forbids commercial use.
+
+        > Parameters of evaluation
+
+        benchmarks (`str`, *optional*, defaults to R-Zero's seven of maths):
+            Comma list, evaluated for the base and after each iteration; `"none"` for none, `"arithmetic"` is the
+            embedded test.
+        data (`str`, *optional*):
+            Folder of local copies of the benchmarks.
+        eval_samples (`int`, *optional*, defaults to `4`):
+            Samples a question of the embedded test.
+        eval_limit (`int`, *optional*):
+            Only the first questions of each benchmark.
+
+        > Parameters of the machine
+
+        engine (`str`, *optional*, defaults to `"transformers"`):
+            Who generates outside of the phases' own rollouts: `"transformers"` in this process, or `"vllm"` servers.
+        engine_memory, reward_memory (`float`, *optional*, default to `0.85`, `0.3`):
+            Share of a GPU's memory of a vLLM server on its own, and of each beside the Challenger's training.
+        server_tensor_parallel (`int`, *optional*, defaults to `1`):
+            GPUs that hold one replica of a served model together. Must divide the number of GPUs that serve.
+        max_model_len (`int`, *optional*):
+            Longest prompt and answer together, in tokens, that the servers of Challenger and Solver make room for. By
+            default the model's own limit.
+        engine_batch (`int`, *optional*, defaults to `64`):
+            Prompts at once with transformers.
+        policy_dtype (`str`, *optional*, defaults to `"float32"`):
+            Weights in training: `"float32"` or `"bfloat16"`, in which most updates at 1e-6 are rounded away.
+        lora_rank (`int`, *optional*, defaults to `0`):
+            Train a LoRA adapter of this rank and merge it at the end of the phase; 0 trains all weights.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            QLoRA: the frozen weights in 4 bits. Needs `lora_rank`.
+        attn_implementation (`str`, *optional*):
+            Of transformers in training, such as `"flash_attention_2"`.
+        gpus (`int`, *optional*, defaults to `0`):
+            Processes of the training phases; with `engine="vllm"` half of them train the Challenger and half serve.
+            0 runs all in one process.
+        sharding (`str`, *optional*, defaults to `"zero2"`):
+            Name of one of TRL's accelerate configs, for several GPUs.
 
         > Parameters beyond the paper, off by default
 
@@ -182,10 +268,13 @@ class RDiverseConfig:
             Validity gate: the base model, which no phase has trained, answers each usable question so often, and its
             majority must be the label.
         alarm (`str`, *optional*, defaults to `"off"`):
-            `"warn"` prints, `"stop"` ends the run when an iteration collapses: more than `alarm_duplicates` of its
-            questions repeat one of the batch or of the past, fewer than `alarm_yield` of the candidates are usable,
-            less than `alarm_labels` of the labels are right (known for arithmetic), or the Challenger's token entropy
-            is below `alarm_entropy`.
+            `"warn"` prints, `"stop"` ends the run when an iteration collapses, as the next five say.
+        alarm_duplicates, alarm_cluster (`float`, *optional*, both default to `0.9`):
+            Share of the usable questions above which it is a collapse that they repeat one of the iteration or of the
+            past (cosine 0.9), and that they are one skill cluster (`distance_threshold`).
+        alarm_yield, alarm_labels, alarm_entropy (`float`, *optional*, default to `0.02`, `0.0`, `0.0`):
+            Share of usable candidates, share of right labels (known for arithmetic) and the Challenger's token entropy
+            in nats, below which it is a collapse.
     """
 
     model: str = field(metadata={"help": "Base of both roles: hub id or local folder."})
@@ -193,6 +282,9 @@ class RDiverseConfig:
     out: str = field(default="runs", metadata={"help": "Folder of all runs."})
     seed: int = field(default=0, metadata={"help": "Of everything that is random."})
     iterations: int = field(default=5, metadata={"help": "T, how far the run goes."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Of the base's chat template, such as '{\"enable_thinking\": false}'."}
+    )
 
     penalty: str = field(default="r_diverse", metadata={"help": f"One of {', '.join(PENALTIES)}."})
     measure: str = field(default="sam", metadata={"help": f"Of similarity: one of {', '.join(MEASURES)}."})
@@ -203,6 +295,7 @@ class RDiverseConfig:
     tau_mean: float = field(default=0.25, metadata={"help": "Mean similarity that is free."})
     distance_threshold: float = field(default=0.5, metadata={"help": "Between clusters."})
     m_reward: int = field(default=10, metadata={"help": "Answers a question in the reward."})
+    boxed_only: bool = field(default=True, metadata={"help": "Only a box holds an answer, in rewards and labels."})
 
     candidates: int = field(default=8000, metadata={"help": "Outputs of the Challenger in a round."})
     min_questions: int = field(default=512, metadata={"help": "Usable questions that an iteration needs."})
@@ -216,6 +309,7 @@ class RDiverseConfig:
     gate_samples: int = field(default=0, metadata={"help": "Answers of the base in the validity gate; 0 = no gate."})
     alarm: str = field(default="off", metadata={"help": f"At a collapse: one of {', '.join(ALARMS)}."})
     alarm_duplicates: float = field(default=0.9, metadata={"help": "Share of repeated questions."})
+    alarm_cluster: float = field(default=0.9, metadata={"help": "Share of questions in one skill cluster."})
     alarm_yield: float = field(default=0.02, metadata={"help": "Share of usable candidates."})
     alarm_labels: float = field(default=0.0, metadata={"help": "Share of right labels, where it can be known."})
     alarm_entropy: float = field(default=0.0, metadata={"help": "Nats a token of the Challenger's rollouts."})
@@ -240,6 +334,8 @@ class RDiverseConfig:
     )
     engine_memory: float = field(default=0.85, metadata={"help": "Share of GPU memory of a vLLM engine on its own."})
     reward_memory: float = field(default=0.3, metadata={"help": "The same beside the Challenger's trainer."})
+    server_tensor_parallel: int = field(default=1, metadata={"help": "GPUs of one replica of a vLLM server."})
+    max_model_len: int | None = field(default=None, metadata={"help": "Longest prompt and answer of vLLM servers."})
     engine_batch: int = field(default=64, metadata={"help": "Prompts at once with transformers."})
     policy_dtype: str = field(default="float32", metadata={"help": "Weights in training: float32 or bfloat16."})
     lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0 trains all weights."})
@@ -258,6 +354,7 @@ class RDiverseConfig:
     def __post_init__(self):
         if self.replay_fraction is None:
             self.replay_fraction = 0.3 if self.penalty == "r_diverse" else 0.0
+        self.chat_template_kwargs = _mapping("chat_template_kwargs", self.chat_template_kwargs)
         _check(
             self,
             {
@@ -268,11 +365,16 @@ class RDiverseConfig:
                 "policy_dtype": _one_of(("float32", "bfloat16")),
                 "seed": (lambda value: value >= 0, "must be at least 0"),
                 **dict.fromkeys(("iterations", "candidates", "min_questions", "max_rounds", "engine_batch"), _COUNT),
-                **dict.fromkeys(("question_tokens", "answer_tokens", "eval_samples"), _COUNT),
+                **dict.fromkeys(
+                    ("question_tokens", "answer_tokens", "eval_samples", "server_tensor_parallel"), _COUNT
+                ),
+                "max_model_len": _or_none(_COUNT),
                 **dict.fromkeys(("m_reward", "m_label"), _GROUP),
                 **dict.fromkeys(("alpha", "beta"), (_AMOUNT[0], f"{_AMOUNT[1]}: it weighs a penalty")),
                 **dict.fromkeys(("question_temperature", "answer_temperature"), _AMOUNT),
-                **dict.fromkeys(("alarm_duplicates", "alarm_yield", "alarm_labels", "alarm_entropy"), _AMOUNT),
+                **dict.fromkeys(
+                    ("alarm_duplicates", "alarm_cluster", "alarm_yield", "alarm_labels", "alarm_entropy"), _AMOUNT
+                ),
                 **dict.fromkeys(("question_top_p", "answer_top_p"), _SHARE),
                 "answer_top_k": (lambda value: value >= 0, "must be at least 0, which is off"),
                 "low": (lambda value: 0 <= value <= self.high, "must be in [0, high]"),
@@ -285,4 +387,25 @@ class RDiverseConfig:
         )
         if self.penalty != "r_diverse" and self.measure != "sam":
             raise ValueError(f"measure={self.measure!r} needs penalty='r_diverse', got penalty={self.penalty!r}")
+        if self.penalty != "r_diverse" and self.replay_fraction:
+            raise ValueError(
+                f"replay_fraction={self.replay_fraction} needs penalty='r_diverse', got penalty={self.penalty!r}: the "
+                "baselines remember nothing that could be replayed; leave replay_fraction out"
+            )
+        self._check_servers()
         lowest_valid_reward(self.alpha, self.beta, self.gamma, self.tau_max, self.tau_mean)  # checks the last three
+
+    @property
+    def trainer_gpus(self) -> int:
+        """GPUs that train the Challenger: all, or beside servers the first half, as in R-Zero; one GPU is shared."""
+        return max(1, self.gpus // 2 if self.engine == "vllm" else self.gpus)
+
+    def _check_servers(self) -> None:
+        """Each stage with servers needs whole replicas."""
+        beside = max(1, self.gpus - self.trainer_gpus)
+        for number in (beside, max(1, self.gpus)):
+            if self.engine == "vllm" and number % self.server_tensor_parallel:
+                raise ValueError(
+                    f"server_tensor_parallel={self.server_tensor_parallel} does not divide {number}, the GPUs that "
+                    f"serve in one of the stages with gpus={self.gpus}: change one of the two"
+                )

@@ -5,9 +5,11 @@
 The paper's method has no data: the Challenger writes the questions. Needs `common/`.
 """
 
+import itertools
 import random
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +19,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from common._extract import boxes_of, own_words
 from common.answers import extract_answer, grade_many, same_answer
 from common.evaluation import Decoding, Engine, Prompt, TransformersEngine, generate_samples
 from common.once import read_counts
 from common.runs import read_jsonl, write_jsonl
+from common.verifiers import math_reward
 
 from . import analysis, objective
+from .budget import Budget
 from .config import RDiverseConfig
 from .memory import MemoryBank
 from .questions import challenger_prompt, last_box, read_challenge, solver_prompt
@@ -58,14 +63,44 @@ def answer_decoding(run: RDiverseConfig) -> Decoding:
     return Decoding(run.answer_temperature, run.answer_top_p, run.answer_tokens, run.answer_top_k)
 
 
+def answer_of(response: str, run: RDiverseConfig) -> str | None:
+    """The Solver's answer. A response without a closed box has none, as in R-Zero, unless `boxed_only` is off."""
+    if run.boxed_only and not boxes_of(own_words(response)):
+        return None
+    return extract_answer(response)
+
+
+def boxed_reward(completions, answer=None, log_metric=None, **columns) -> list[float | None]:
+    """`math_reward`, but a response without a closed box gets 0: the Solver's reward with `boxed_only`."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    boxed = [text if boxes_of(own_words(text)) else "" for text in texts]
+    return math_reward(boxed, answer, log_metric, **columns)
+
+
+_late: set[frozenset[str]] = set()  # pairs that took too long: they would again, also the other way round
+_LATE_SIZE = 20_000
+_number = itertools.count(1)
+
+
 def same(first: str, second: str) -> bool:
-    """Whether two answers of the Solver mean the same, within a second."""
-    return same_answer(first, second, timeout=SAME_SECONDS)
+    """Whether two answers of the Solver mean the same, within a second: one that takes longer is another answer."""
+    pair = frozenset((first, second))
+    if pair in _late:
+        return False
+    started = time.monotonic()
+    alike = same_answer(first, second, timeout=SAME_SECONDS)
+    if not alike and time.monotonic() - started > 0.95 * SAME_SECONDS:
+        if len(_late) >= _LATE_SIZE:
+            _late.clear()
+        _late.add(pair)
+        ready_to_compare()  # the late process was killed: the next pairs must not wait in vain for its successor
+    return alike
 
 
 def ready_to_compare() -> None:
     """Waits for the process that compares formulas: the first comparisons would be too late on a loaded machine."""
-    grade_many([r"\boxed{x}"], [r"\int_{0}^{x} 1 dt"])
+    n = next(_number)  # another formula each time: of a known one no process would be asked
+    grade_many([rf"\boxed{{{n}x}}"], [rf"\int_{{0}}^{{x}} {n} dt"])
 
 
 def generate(folder: Path, engine: Engine, run: RDiverseConfig, key: str) -> dict[str, Any]:
@@ -89,13 +124,18 @@ def label(folder: Path, engine: Engine, run: RDiverseConfig, raw: Path) -> dict[
     path = folder / "samples.jsonl"
     generate_samples(engine, rows, path, run.m_label, answer_decoding(run), run.seed, BATCH, keep_refused=True)
     ready_to_compare()
-    answers = _answers(path) if rows else {}
-    labelled = [_labelled(row["id"], row["question"], answers[row["id"]], run) for row in rows]
+    answers = _answers(path, run) if rows else {}
+    budgets = [Budget(same) for _ in rows]
+    labelled = [
+        _labelled(row["id"], row["question"], answers[row["id"]], run, budget)
+        for row, budget in zip(rows, budgets, strict=True)
+    ]
     write_jsonl(folder / "labelled.jsonl", labelled)
     dropped = Counter(row["drop"] or "usable" for row in labelled)
     shares = [row["consistency"] for row in labelled]
     histogram = np.histogram(shares, bins=np.arange(12) / 10 - 0.05)[0].tolist()  # s = 0, 0.1, ..., 1
-    return {"questions": len(rows), **dict(sorted(dropped.items())), "consistency": histogram}
+    counts = {"questions": len(rows), **dict(sorted(dropped.items())), "consistency": histogram}
+    return counts | _cut(budgets)
 
 
 def gate(folder: Path, engine: Engine, run: RDiverseConfig, labelled: Path) -> dict[str, Any]:
@@ -107,24 +147,32 @@ def gate(folder: Path, engine: Engine, run: RDiverseConfig, labelled: Path) -> d
         engine, asked, path, run.gate_samples, answer_decoding(run), run.seed + 1, BATCH, keep_refused=True
     )
     ready_to_compare()
-    answers = _answers(path) if rows else {}
-    for row in rows:
-        majority, row["gate_consistency"] = objective.self_consistency(answers[row["id"]], same)
+    answers = _answers(path, run) if rows else {}
+    budgets = [Budget(same) for _ in rows]
+    for row, budget in zip(rows, budgets, strict=True):
+        majority, row["gate_consistency"] = objective.self_consistency(answers[row["id"]], budget)
         agrees = majority is not None and (same(majority, row["answer"]) or same(row["answer"], majority))
         row["drop"] = None if agrees else "gate"
     write_jsonl(folder / "labelled.jsonl", rows)
-    return {"questions": len(rows), "usable": sum(row["drop"] is None for row in rows)}
+    return {"questions": len(rows), "usable": sum(row["drop"] is None for row in rows)} | _cut(budgets)
 
 
-def _answers(path: Path) -> dict[str, list[str | None]]:
+def _cut(budgets: Sequence[Budget]) -> dict[str, int]:
+    """Number of questions whose time ended before all their answers were compared, where there are any."""
+    late = sum(budget.cut > 0 for budget in budgets)
+    return {"late": late} if late else {}
+
+
+def _answers(path: Path, run: RDiverseConfig) -> dict[str, list[str | None]]:
     answers: dict[str, list[str | None]] = {}
     for record in read_jsonl(path):
-        answers.setdefault(record["id"], []).append(extract_answer(record["response"]))
+        answers.setdefault(record["id"], []).append(answer_of(record["response"], run))
     return answers
 
 
-def _labelled(key: str, challenge, answers: list[str | None], run: RDiverseConfig) -> dict[str, Any]:
-    majority, consistency = objective.self_consistency(answers, same)
+def _labelled(key: str, challenge, answers: list[str | None], run: RDiverseConfig, budget: Budget) -> dict[str, Any]:
+    """The record of a question; `budget` compares its answers."""
+    majority, consistency = objective.self_consistency(answers, budget)
     return {
         "id": key,
         "question": challenge.question,

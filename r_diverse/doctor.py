@@ -12,15 +12,20 @@ FIGURES = (
     ("challenger/consistency", "self-consistency {:.2f}"),
     ("challenger/uncertainty", "uncertainty {:.2f}"),
     ("challenger/repetition", "P_rep {:.3f}"),
+    ("challenger/clusters", "clusters {:.0f}"),
+    ("challenger/largest_cluster", "largest cluster {:.0%}"),
+    ("challenger/median_cosine", "median cosine {:.2f}"),
     ("challenger/memory", "P_MAP {:.3f}"),
     ("challenger/bank", "questions in memory {:.0f}"),
     ("challenger/encoded", "with a program {:.0%}"),
     ("challenger/unanswered", "unanswered {:.0%}"),
+    ("challenger/late", "compared too late {:.0%}"),
     ("entropy", "entropy {:.3f}"),
     ("completions/mean_length", "length {:.0f}"),
     ("completions/clipped_ratio", "truncated {:.0%}"),
     ("sampling/logps_gap", "trainer/engine logps gap {:.2g}"),
 )
+LARGE_CLUSTER = 0.9  # share of the questions; above it P_rep is the same for nearly all of them
 LARGE_GAP = 0.1  # nats a token between trainer and rollout engine; rounding to bfloat16 makes about 0.01
 
 
@@ -44,6 +49,17 @@ def diagnose(logs: Mapping[str, float]) -> list[str]:
         (
             logs.get("challenger/encoded", 1.0) < 0.5,
             "fewer than half of the valid questions became a program: check coder and coder_chat",
+        ),
+        (
+            logs.get("challenger/largest_cluster", 0.0) > LARGE_CLUSTER,
+            "more than 90 % of the questions are one cluster, so P_rep is nearly the same for each and gives no "
+            "gradient: if challenger/median_cosine is above 0.5, take another encoder or a lower distance_threshold; "
+            "else the Challenger repeats itself",
+        ),
+        (
+            logs.get("challenger/late", 0.0) > 0.1,
+            "for more than a tenth of the questions the time ended before all answers were compared, and the rest "
+            "counts as different: give the run more of the machine's cores, or the Solver's answers are hard formulas",
         ),
         (
             logs.get("frac_reward_zero_std", 0.0) > 0.8,

@@ -1,11 +1,11 @@
-"""Who generates the programs of SAM, greedily and from token ids: transformers, vLLM's offline engine, or a server."""
+"""Who generates the programs of SAM, greedily and from token ids: transformers, or a server such as `vllm serve`."""
 
 import importlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class TransformersEngine:
     Args:
         model: a causal model on its device.
         tokenizer: the model's.
-        name: of the model; needed where the model does not know it.
+        name: of the model for caches and banks. Default: the model's own name and, from the hub, its commit; needed
+            where the model knows neither.
     """
 
     def __init__(self, model, tokenizer, batch_size: int = 16, name: str | None = None):
@@ -85,27 +86,6 @@ class TransformersEngine:
         return Generation(text, bool(found) or end < len(ids))
 
 
-class VLLMEngine:
-    """Generates with vLLM's offline engine.
-
-    Args:
-        llm: a running `vllm.LLM`, or a model for which one is started with `options`.
-    """
-
-    def __init__(self, llm: Any = CODER, **options: Any):
-        self.llm = need("vllm", "vllm", "vllm").LLM(model=llm, **options) if isinstance(llm, str) else llm
-        self.name = self.llm.llm_engine.model_config.model
-
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: str) -> list[Generation]:
-        sampling = need("vllm", "vllm", "vllm").SamplingParams
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(ids)} for ids in prompts],
-            sampling(temperature=0.0, max_tokens=max_new_tokens, stop=[stop]),
-            use_tqdm=False,
-        )
-        return [Generation(out.outputs[0].text, out.outputs[0].finish_reason == "stop") for out in outputs]
-
-
 class ServerEngine:
     """Generates on a server that speaks OpenAI's completions and takes token ids, such as `vllm serve`.
 
@@ -114,6 +94,7 @@ class ServerEngine:
     Args:
         base_url: such as "http://localhost:8000/v1".
         model: its name on the server.
+        name: of the model for caches and banks, such as one with its revision. Default: `model`.
         api_key: never taken from the environment: a key for another service must not go to this one.
         workers: requests at the same time.
         timeout: seconds for one request.
@@ -131,10 +112,11 @@ class ServerEngine:
         workers: int = 32,
         timeout: float = 600.0,
         retries: int = 4,
+        name: str | None = None,
     ):
         self._openai = need("openai", "openai", "skills")
         self._client = self._openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
-        self.base_url, self.name, self.workers = base_url, model, workers
+        self.base_url, self.model, self.workers, self.name = base_url, model, workers, name or model
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: str) -> list[Generation | None]:
         with ThreadPoolExecutor(self.workers) as pool:
@@ -159,7 +141,7 @@ class ServerEngine:
     def _one(self, ids: list[int], max_new_tokens: int, stop: str) -> Generation | Exception:
         try:
             reply = self._client.completions.create(
-                model=self.name,
+                model=self.model,
                 prompt=ids,
                 temperature=0.0,
                 max_tokens=max_new_tokens,

@@ -1,5 +1,7 @@
 """How good a Solver is: its benchmarks, and the embedded test."""
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,13 @@ from .data import test_questions
 from .questions import solver_prompt
 
 # isort: split
-from common.evaluation import Benchmark, Decoding, Engine, evaluate, load_benchmark
+from common.evaluation import Benchmark, Completion, Decoding, Engine, Prompt, evaluate, load_benchmark
 
 
 def score(folder: Path, engine: Engine, run: RDiverseConfig) -> dict[str, Any]:
     """Accuracy of a Solver on the run's benchmarks."""
     results = {}
-    for name in filter(None, (part.strip() for part in run.benchmarks.split(","))):
+    for name in benchmark_names(run):
         benchmark = (
             arithmetic_benchmark(run) if name == "arithmetic" else load_benchmark(name, run.data, run.eval_limit)
         )
@@ -23,8 +25,32 @@ def score(folder: Path, engine: Engine, run: RDiverseConfig) -> dict[str, Any]:
     return results
 
 
+def benchmark_names(run: RDiverseConfig) -> list[str]:
+    """Of the comma list, without blanks."""
+    return [name for part in run.benchmarks.split(",") if (name := part.strip())]
+
+
+class Recorded:
+    """Engine of a model whose answers are all recorded; `name` and `template_options` are those of the records."""
+
+    def __init__(self, name: str, template_options: dict[str, Any]):
+        self.name, self.template_options = name, template_options
+
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
+        raise ValueError(f"{len(prompts)} answers of {self.name} are not recorded: evaluate it with an engine")
+
+
+def copy_answers(source: Path, target: Path, run: RDiverseConfig) -> None:
+    """Copies the records of the run's benchmarks, not their scores; those of other questions `score` refuses."""
+    for name in benchmark_names(run):
+        if (source / name / "samples.jsonl").exists():
+            (target / name).mkdir(parents=True, exist_ok=True)
+            for file in ("identity.json", "samples.jsonl"):
+                shutil.copyfile(source / name / file, target / name / file)
+
+
 def arithmetic_benchmark(run: RDiverseConfig) -> Benchmark:
-    """The embedded test questions, sampled as the Solver's answers are."""
+    """The embedded test questions, sampled at temperature 1 from the whole distribution."""
     rows = test_questions()[: run.eval_limit]
     return Benchmark(
         "arithmetic",

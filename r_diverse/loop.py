@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,17 +27,18 @@ from transformers.utils import logging
 
 from .config import RDiverseConfig
 from .memory import MemoryBank
+from .questions import PLAIN_TEMPLATE
 from .servers import free_port, serving, vllm_command
-from .train import PHASES, Settings, challenger, local_engine, parse, skill_encoder, solver
+from .train import PHASES, Settings, challenger, local_engine, parse, revised, skill_encoder, solver
 
 # isort: split
 # after .train, which says in one line that common/ is missing
 from common import models, plan, versions
 from common.cli import run_main
 from common.evaluation import ServerEngine
-from common.once import StageError, digest, once, read_counts
+from common.once import StageError, digest, once, read_counts, read_inputs
 from common.preemption import call
-from common.runs import RunFolder, fingerprint, read_jsonl
+from common.runs import RunFolder, check_writable, fingerprint, read_jsonl
 from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
 
 from . import analysis, data, evaluate
@@ -52,6 +54,9 @@ VARIANT_FLAGS = {
     "no_code": ["--measure", "question"],
     "no_embedding": ["--measure", "program_text"],
 }
+
+
+REWARD_BATCH = 2048  # questions: as many as the paper's reward clusters
 
 
 class Sources(NamedTuple):
@@ -107,18 +112,34 @@ def finished_iterations(root: Path) -> int:
 def play(settings: Settings) -> None:
     """Runs the iterations that are missing. `ValueError` for what the user can mend."""
     run, root = settings.run, run_path(settings.run)
-    base = fingerprint(Path(run.model)) if Path(run.model).is_dir() else run.model
     logging.disable_progress_bar()  # of loading and saving weights, several times in each stage
     models.load_config(run.model)  # a mistyped model must not leave a folder behind
-    folder = RunFolder.open(root, settings.plain(), data={"model": base}, seed=run.seed)
+    used = model_digests(run)
     try:
-        with FileLock(root / ".lock", timeout=0), folder:
+        check_writable(root)
+    except OSError as error:
+        raise ValueError(f"{root} cannot be written ({error.strerror or error}): choose another --out") from error
+    try:  # the lock first: a second process must not touch the folder
+        with (
+            FileLock(root / ".lock", timeout=0),
+            RunFolder.open(root, settings.plain(), data=used, seed=run.seed, free=settings.free()) as folder,
+        ):
             if finished_iterations(root) < run.iterations:
                 folder.restart()
-            SelfPlay(settings, root, base).run()
+            SelfPlay(settings, root, used["model"]).run()
             folder.finish()
     except Timeout as error:
         raise ValueError(f"{root} is in use by another process: wait for it, or choose another --out") from error
+
+
+def model_digests(run: RDiverseConfig) -> dict[str, str]:
+    """What tells whether base, coder and encoder are the same: a digest of a folder's files, or the hub's commit."""
+    names = {"model": run.model}
+    if run.coder != "rules" and run.measure != "question":
+        names["coder"] = run.coder
+    if run.encoder != "minilm":
+        names["encoder"] = run.encoder
+    return {key: fingerprint(Path(name)) if Path(name).is_dir() else revised(name) for key, name in names.items()}
 
 
 class SelfPlay:
@@ -174,7 +195,8 @@ class SelfPlay:
         """Labelled files and their digests: rounds of candidates until there are enough usable questions."""
         run, files, digests = self.run_config, [], []
         author = str(self._folder(t, "challenger") / "model")
-        for k in range(1, run.max_rounds + 1):
+        rounds = max(run.max_rounds, self._finished_rounds(t))  # those that are done count, whatever max_rounds is now
+        for k in range(1, rounds + 1):
             done = self._stage(
                 t, f"generate_{k}", {"challenger": self._models["challenger"]},
                 lambda folder, k=k: self._with_engine(author, folder, data.generate, f"iteration {t}, round {k}"),
@@ -197,10 +219,16 @@ class SelfPlay:
             if (found := len(data.usable(files))) >= self._needed():
                 return files, digests
         raise StageError(
-            f"iteration {t} has {found} usable questions after {run.max_rounds} rounds of {run.candidates}, "
+            f"iteration {t} has {found} usable questions after {rounds} rounds of {run.candidates}, "
             f"{self._needed()} are needed: look at the drop reasons in {file.parent}/DONE.json; raise max_rounds, or "
             "begin another run with more candidates or a lower min_questions and a smaller batch of the Solver"
         )
+
+    def _finished_rounds(self, t: int) -> int:
+        count, last = 0, "gate" if self.run_config.gate_samples else "label"
+        while (self._folder(t, f"{last}_{count + 1}") / "DONE.json").exists():
+            count += 1
+        return count
 
     def _needed(self) -> int:
         """At least one generation batch of the Solver: with fewer prompts it would not train at all."""
@@ -228,7 +256,7 @@ class SelfPlay:
             return {}
         with contextlib.ExitStack() as stack:
             urls = self._reward_servers(stack, sources.solver, folder)
-            self._launch("challenger", t, urls, self._trainer_gpus())
+            self._launch("challenger", t, urls, list(range(self.run_config.trainer_gpus)))
         return {}
 
     def _train_solver(self, folder: Path, sources: Sources, t: int) -> dict[str, Any]:
@@ -243,7 +271,7 @@ class SelfPlay:
         with contextlib.ExitStack() as stack:
             url = None
             if run.engine == "vllm" and run.coder != "rules" and run.measure != "question":
-                url = stack.enter_context(self._server(run.coder, folder, run.engine_memory / 2, None))
+                url = stack.enter_context(self._coder_server(folder, run.engine_memory / 2, None))
             return data.embed(folder, skill_encoder(run, self.root / "programs", url), rows)
 
     def _alarm(self, t: int, rounds: int) -> None:
@@ -266,10 +294,35 @@ class SelfPlay:
 
     def _evaluate(self, t: int, model: str) -> None:
         inputs = {"solver": self._models["solver"]}
-        if self.run_config.benchmarks in ("", "none"):
-            self._stage(t, "evaluate", inputs, lambda folder: {})
-        else:
-            self._stage(t, "evaluate", inputs, lambda folder: self._with_engine(model, folder, evaluate.score))
+
+        def work(folder: Path) -> dict[str, Any]:
+            if self.run_config.benchmarks in ("", "none"):
+                return {}
+            known = self._known_base(folder, model) if t == 0 else None
+            return known or self._with_engine(model, folder, evaluate.score)
+
+        self._stage(t, "evaluate", inputs, work)
+
+    def _known_base(self, folder: Path, model: str) -> dict[str, Any] | None:
+        """The base's scores by the answers that another run of the experiment has, if it asked the same."""
+        run, draft = self.run_config, folder / ".known"
+        engine = evaluate.Recorded(_place(model, self.root), run.chat_template_kwargs)
+        shutil.rmtree(draft, ignore_errors=True)
+        if any(folder.glob("*/")):  # begun already
+            return None
+        for done in sorted(self.root.parent.glob("*-seed*/iteration_0/evaluate/DONE.json")):
+            try:
+                if read_inputs(done.parent) == {"solver": self.base}:
+                    evaluate.copy_answers(done.parent, draft, run)
+                    counts = evaluate.score(draft, engine, run)
+                    for path in draft.iterdir():
+                        path.rename(folder / path.name)
+                    return counts
+            except ValueError:  # other benchmarks, samples, decoding or questions
+                continue
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        return None
 
     # Engines and child processes
 
@@ -281,16 +334,28 @@ class SelfPlay:
             engine.name = _place(model, self.root)
             return work(folder, engine, run, *arguments)
         with self._server(model, folder, run.engine_memory, None) as url:
-            engine = ServerEngine(url, model)
+            engine = ServerEngine(url, model, run.chat_template_kwargs)
             engine.name = _place(model, self.root)
             return work(folder, engine, run, *arguments)
 
+    def _server(self, model: str, folder: Path, memory: float, gpus: list[int] | None):
+        """A server of the base or of a phase's model."""
+        template = None if models.load_processor(model).chat_template else PLAIN_TEMPLATE
+        options = {"max_model_len": self.run_config.max_model_len, "chat_template": template}
+        return self._served(model, folder, memory, gpus, **options)
+
+    def _coder_server(self, folder: Path, memory: float, gpus: list[int] | None):
+        return self._served(self.run_config.coder, folder, memory, gpus)
+
     @contextlib.contextmanager
-    def _server(self, model: str, folder: Path, memory: float, gpus: list[int] | None) -> Iterator[str]:
-        port, replicas = free_port(), len(gpus) if gpus else max(1, self.run_config.gpus)
+    def _served(
+        self, model: str, folder: Path, memory: float, gpus: list[int] | None, **options: Any
+    ) -> Iterator[str]:
+        port, together = free_port(), self.run_config.server_tensor_parallel
+        replicas = (len(gpus) if gpus else max(1, self.run_config.gpus)) // together
         visible = ",".join(map(str, gpus)) if gpus else None
         log = folder / "logs" / f"server-{port}.log"
-        with serving(vllm_command(model, port, memory, replicas), port, log, visible) as url:
+        with serving(vllm_command(model, port, memory, replicas, together, **options), port, log, visible) as url:
             yield url
 
     def _reward_servers(self, stack: contextlib.ExitStack, opponent: str, folder: Path) -> list[str]:
@@ -298,16 +363,11 @@ class SelfPlay:
         run = self.run_config
         if run.engine != "vllm":
             return []
-        gpus = list(range(len(self._trainer_gpus()), run.gpus)) or [0]
+        gpus = list(range(run.trainer_gpus, run.gpus)) or [0]
         flags = ["--solver_url", stack.enter_context(self._server(opponent, folder, run.reward_memory, gpus))]
         if run.penalty == "r_diverse" and run.coder != "rules" and run.measure in ("sam", "program_text"):
-            flags += ["--coder_url", stack.enter_context(self._server(run.coder, folder, run.reward_memory, gpus))]
+            flags += ["--coder_url", stack.enter_context(self._coder_server(folder, run.reward_memory, gpus))]
         return flags
-
-    def _trainer_gpus(self) -> list[int]:
-        """All, or with servers the first half, as in R-Zero; a single GPU is shared."""
-        gpus = self.run_config.gpus
-        return list(range(gpus if self.run_config.engine != "vllm" else max(1, gpus // 2)))
 
     def _launch(self, phase: str, t: int, flags: list[str], gpus: list[int]) -> None:
         words = [*launcher(len(gpus), self.run_config.sharding), "r_diverse.train", phase, "--iteration", str(t)]
@@ -363,7 +423,16 @@ def check_alarm(
     for share, where in ((inside, "another one of this iteration"), (across, "one of an earlier iteration")):
         if share > run.alarm_duplicates:
             return f"{share:.0%} of the questions of iteration {iteration} repeat {where}"
-    return None
+    return _giant_cluster(run, now[:REWARD_BATCH], iteration)
+
+
+def _giant_cluster(run: RDiverseConfig, embeddings: np.ndarray, iteration: int) -> str | None:
+    if len(embeddings) < 2:
+        return None
+    largest = analysis.cluster_sizes(embeddings, run.distance_threshold)[0] / len(embeddings)
+    median = np.median(analysis.batch_cosines(embeddings))
+    where = f"of the questions of iteration {iteration} are one skill cluster, median cosine {median:.2f}"
+    return f"{largest:.0%} {where}" if largest > run.alarm_cluster else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,10 +507,10 @@ def dry_run(settings: Settings) -> str:
     """Resolved settings, sizes of both phases and memory a process, as text."""
     run = settings.run
     lines = [f"run folder: {run_path(run)}", "settings:"]
-    for name, value in settings.plain().items():
+    for name, value in (settings.plain() | settings.free()).items():
         text = " ".join(str(value).split())
         lines.append(f"  {name}: {text if len(text) < 100 else text[:97] + '...'}")
-    trainers = {"challenger": max(1, run.gpus // 2 if run.engine == "vllm" else run.gpus), "solver": max(1, run.gpus)}
+    trainers = {"challenger": run.trainer_gpus, "solver": max(1, run.gpus)}
     for phase in PHASES:
         config, processes = getattr(settings, phase), trainers[phase]
         update = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
@@ -474,7 +543,30 @@ def memory_parts(settings: Settings, phase: str, parameters: float, processes: i
         **plan.model_bytes(phase, parameters, trained, each, pieces, quantized),
         "KL reference": reference * each.weight * parameters / pieces.weights,
         **plan.engine_bytes(config),
+        **(reward_parts(run, parameters) if phase == "challenger" else {}),
     }
+
+
+def reward_parts(run: RDiverseConfig, parameters: float) -> dict[str, float]:
+    """Bytes of what a training process of the Challenger holds for its reward: all that no server has."""
+    served = run.engine == "vllm" and run.gpus > 0
+    skills = run.penalty == "r_diverse" and run.measure != "question_text"
+    held = {} if served else {"Solver of the reward": parameters}
+    if skills and not served and run.coder != "rules" and run.measure != "question":
+        held["coder"] = _size(run.coder)
+    if skills and run.encoder != "minilm":
+        held["encoder"] = _size(run.encoder)
+    parts = {f"{name}, 2 bytes each": 2 * number for name, number in held.items() if number is not None}
+    unknown = [name for name, number in held.items() if number is None]
+    return parts | {f"{name}, not counted: its size is not known": 0.0 for name in unknown}
+
+
+def _size(name: str) -> float | None:
+    """Parameters of a coder or encoder, None where they cannot be known."""
+    try:
+        return models.parameter_count(name if Path(name).exists() else name.upper())  # ...-1.5b
+    except ValueError:
+        return None
 
 
 if __name__ == "__main__":

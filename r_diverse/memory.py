@@ -114,6 +114,11 @@ class MemoryBank:
         return {t: len(segment.embeddings) for t, segment in self._segments.items()}
 
     @property
+    def written_with(self) -> str | None:
+        """Name of the encoder of the rows; before the first row the name given, if one was."""
+        return self._manifest["encoder"] if self._manifest["iterations"] else self.encoder
+
+    @property
     def dim(self) -> int | None:
         """D, None before the first row."""
         return self._manifest["dim"] if self._manifest["iterations"] else None

@@ -187,6 +187,19 @@ def _cluster_share(distances: np.ndarray, threshold: float, batch_size: int | No
     return np.bincount(labels)[labels] / size
 
 
+def cluster_sizes(shares: ArrayLike, batch_size: int | None = None) -> np.ndarray:
+    """Sizes of the clusters behind P_rep, the largest first: integers whose sum is B.
+
+    Args:
+        shares: (B,) P_rep of each question, as from `repetition_penalty` or `bleu_repetition_penalty`.
+        batch_size: what the shares were divided by. Default: B.
+    """
+    shares = np.asarray(shares, np.float64)
+    whole = len(shares) if batch_size is None else batch_size
+    size, rows = np.unique(np.rint(shares * whole).astype(int), return_counts=True)
+    return np.repeat(size, rows // np.maximum(size, 1))[::-1]
+
+
 # --- memory ---
 
 
@@ -262,6 +275,18 @@ def challenger_reward(
             f"format would pay; set it below {lowest_valid_reward(alpha, beta)}, the bound with the paper's thresholds"
         )
     return reward
+
+
+def r_zero_formless_reward(repetition: ArrayLike, alpha: float = 1.0) -> np.ndarray:
+    """R-Zero's reward of an output without the form: -1 - P_rep in its release, which has alpha = 1.
+
+    For another alpha it is -max(1, alpha) - alpha P_rep, so that it stays below the lowest valid reward, -alpha.
+
+    Args:
+        repetition: (B,) P_rep of the outputs, where one without the form counts as the empty text.
+        alpha: weight of P_rep, 0 or more.
+    """
+    return -max(1.0, alpha) - alpha * np.asarray(repetition, np.float64)
 
 
 def lowest_valid_reward(

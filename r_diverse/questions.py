@@ -26,6 +26,13 @@ The whole problem, with a single answer that can be checked.
 CHALLENGER_USER = "Write one new, challenging reasoning problem now. Use the format of the instructions."
 SOLVER_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
+# R-Zero's form for a model whose tokenizer has no chat template: "system: ...", then "user: ...", and nothing after it
+PLAIN_TEMPLATE = (
+    "{%- if bos_token %}{{- bos_token }}{%- endif %}"
+    r"{%- for m in messages %}{{- m['role'] + ': ' + m['content'] }}{%- if not loop.last %}{{- '\n' }}{%- endif %}"
+    "{%- endfor %}"
+)
+
 OPEN, CLOSE = "<question>", "</question>"
 BOX = "\\boxed{"
 

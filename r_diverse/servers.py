@@ -18,14 +18,30 @@ POLL_SECONDS = 0.5
 
 
 def vllm_command(
-    model: str, port: int, memory: float, replicas: int = 1, max_model_len: int | None = None
+    model: str,
+    port: int,
+    memory: float,
+    replicas: int = 1,
+    tensor_parallel: int = 1,
+    max_model_len: int | None = None,
+    chat_template: str | None = None,
 ) -> list[str]:
-    """`vllm serve` for one model, on each of `replicas` GPUs with a share `memory` of it."""
+    """`vllm serve` for one model, with a share `memory` of each GPU.
+
+    Args:
+        replicas: copies of the model, each on `tensor_parallel` GPUs.
+        max_model_len: tokens of prompt and answer together; None is the model's own limit.
+        chat_template: Jinja text for a model that has none.
+    """
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(port)]
     command += ["--host", "127.0.0.1", "--gpu-memory-utilization", str(memory), "--served-model-name", model]
     if replicas > 1:
         command += ["--data-parallel-size", str(replicas)]
-    return command + (["--max-model-len", str(max_model_len)] if max_model_len else [])
+    if tensor_parallel > 1:
+        command += ["--tensor-parallel-size", str(tensor_parallel)]
+    if max_model_len:
+        command += ["--max-model-len", str(max_model_len)]
+    return command + (["--chat-template", chat_template] if chat_template else [])
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
     phi_SAM(q) = normalize(Encoder(Code(q)))
 
-A coder writes the program: a language model (`ModelCoder` on transformers, on vLLM or on an OpenAI-compatible server)
-or rules for plain arithmetic (`arithmetic.ArithmeticCoder`). An encoder makes the vector (`SentenceEncoder`). What
-models write is data from end to end: programs are parsed, never compiled, imported or run, and no question can write a
-control token into a prompt.
+A coder writes the program: a language model (`ModelCoder` on transformers or on an OpenAI-compatible server) or rules
+for plain arithmetic (`arithmetic.ArithmeticCoder`). An encoder makes the vector (`SentenceEncoder`). What models write
+is data from end to end: programs are parsed, never compiled, imported or run, and no question can write a control
+token into a prompt.
 
 A question without an acceptable program has no vector. Its row is NaN and `ok` is False, so that it can never pass for
 a new skill by mistake: give it the upper bound of each penalty (`objective.scatter_penalty`) and keep it out of memory
@@ -385,7 +385,7 @@ class ModelCoder:
     `def solver(`. Prompts are rendered and tokenized here, so all engines see the same tokens.
 
     Args:
-        engine: `TransformersEngine`, `VLLMEngine` or `ServerEngine`.
+        engine: `TransformersEngine` or `ServerEngine`.
         tokenizer: the model's.
         chat: the prompt is a user turn of the chat template, for Qwen2.5-Coder-7B-Instruct. False is the literal
             option for base models: plain completion after "Output:", as in the paper, which names no Instruct model.
@@ -472,7 +472,8 @@ class SentenceEncoder:
         model: a hub id, a local folder or a `SentenceTransformer`.
         batch_size: texts at once; they are sorted by length.
         max_tokens: longer texts are cut there, or at the model's own limit if that is lower.
-        name: what banks and logs call the encoder. Default: the model, its revision and the limit.
+        name: what banks and logs call the encoder. Default: the id or folder, for one of the hub the commit that was
+            loaded (else the `revision` asked for), and the limit. The files of a local folder are not looked at.
         centre: texts whose mean unit vector is the origin: it is subtracted from each unit vector, so that cosines do
             not measure what all programs share ("def solver ..."). Small general encoders need it, since all their
             cosines are near 1. Not in the paper; off by default.
@@ -497,7 +498,7 @@ class SentenceEncoder:
         self.model = (model if given else library.SentenceTransformer(model, **options)).eval()
         self.model.max_seq_length = min(self.model.max_seq_length or max_tokens, max_tokens)
         self.batch_size, self.dim = batch_size, self.model.get_embedding_dimension()
-        label = name or " ".join(filter(None, (str(model), options.get("revision"))))
+        label = name or " ".join(filter(None, (str(model), _commit(self.model) or options.get("revision"))))
         self.name = f"{label} ({self.model.max_seq_length} tokens)"
         self._centre = np.zeros(self.dim)
         if len(centre):
@@ -517,6 +518,12 @@ class SentenceEncoder:
             convert_to_numpy=True,
         )
         return vectors.astype(np.float64)
+
+
+def _commit(model: Any) -> str | None:
+    """The hub's commit of a `SentenceTransformer`, None for a local one."""
+    config = getattr(getattr(model[0], "auto_model", None), "config", None) if len(model) else None
+    return getattr(config, "_commit_hash", None)
 
 
 def minilm(batch_size: int = 64, centre: Sequence[str] = (), device: str | None = None) -> SentenceEncoder:

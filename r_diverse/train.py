@@ -18,24 +18,31 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import AutoConfig, PrinterCallback, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import UPDATES, ChallengerConfig, PhaseConfig, RDiverseConfig, SolverConfig
 from .memory import MemoryBank
-from .questions import solver_prompt
+from .questions import PLAIN_TEMPLATE, solver_prompt
 from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
 from .trainer import ChallengerReward, PhaseTrainer
 
 try:
     from common import models, preemption, verifiers
-    from common.answers import extract_answer
     from common.checkpoints import resume_point
     from common.cli import changed_fields, parse_fields, read_config, run_main
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
     from common.runs import append_jsonl, read_jsonl, truncate_jsonl
 
-    from .data import answer_decoding, challenger_rows, ready_to_compare, same, solver_rows
+    from .data import (
+        answer_decoding,
+        answer_of,
+        boxed_reward,
+        challenger_rows,
+        ready_to_compare,
+        same,
+        solver_rows,
+    )
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -57,6 +64,10 @@ class Settings(NamedTuple):
         run = {name: value for name, value in dataclasses.asdict(self.run).items() if name not in FREE}
         return run | {name: _changed(getattr(self, name)) for name in PHASES}
 
+    def free(self) -> dict[str, Any]:
+        """The fields of the run that may change while it waits, but those of the command itself."""
+        return {name: getattr(self.run, name) for name in FREE if name not in ("out", "dry_run")}
+
 
 def _changed(phase: PhaseConfig) -> dict[str, Any]:
     updates = {"steps_per_generation": phase.steps_per_generation}
@@ -66,10 +77,14 @@ def _changed(phase: PhaseConfig) -> dict[str, Any]:
 
 # Not part of what a run is: how far it goes, when it gives up, where it is, and the machine
 FREE = (
-    *("iterations", "max_rounds", "alarm", "alarm_duplicates", "alarm_yield", "alarm_labels", "alarm_entropy"),
-    *("out", "data", "dry_run", "sharding", "engine_memory", "reward_memory"),
+    *("iterations", "max_rounds", "alarm", "alarm_duplicates", "alarm_cluster", "alarm_yield", "alarm_labels"),
+    *("alarm_entropy", "out", "data", "dry_run", "sharding", "engine_memory", "reward_memory"),
+    "server_tensor_parallel",
 )
-FOLLOWING = ("generation_batch_size", "steps_per_generation", "use_cpu", "output_dir", "dataloader_pin_memory")
+FOLLOWING = (
+    *("generation_batch_size", "steps_per_generation", "use_cpu", "output_dir", "dataloader_pin_memory"),
+    "chat_template_kwargs",
+)
 
 
 def parse(argv: list[str]) -> Settings:
@@ -109,7 +124,19 @@ def parse(argv: list[str]) -> Settings:
     settings = Settings(*parsed, argv)
     for phase in (settings.challenger, settings.solver):
         models.check_lora(settings.run.lora_rank, settings.run.load_in_4bit, phase.use_vllm)
+    for name in PHASES:
+        _take_template_options(name, getattr(settings, name), settings.run.chat_template_kwargs)
     return settings
+
+
+def _take_template_options(name: str, phase: PhaseConfig, options: dict[str, Any]) -> None:
+    """The phases render prompts as the engines do: else the Solver would be asked otherwise than it is trained."""
+    if phase.chat_template_kwargs not in (None, {}, options):
+        raise ValueError(
+            f"{name}.chat_template_kwargs={phase.chat_template_kwargs!r} disagrees with the run's {options!r}: set "
+            "chat_template_kwargs of the run alone, it holds for all phases and engines"
+        )
+    phase.chat_template_kwargs = options or None
 
 
 def _turned_off(key: str) -> str | None:
@@ -148,13 +175,34 @@ class EngineSolver:
         answers = self.engine.generate(prompts, answer_decoding(self.run), seeds)
         rows = [answers[i : i + m] for i in range(0, len(answers), m)]
         rows = [[a if a and a.finish_reason != "refused" else None for a in row] for row in rows]
-        return [None if None in row else [extract_answer(answer.text) for answer in row] for row in rows]
+        return [None if None in row else [answer_of(answer.text, self.run) for answer in row] for row in rows]
+
+
+def load_tokenizer(model: str):
+    """The tokenizer of a base or phase; with R-Zero's plain form where it has no chat template."""
+    tokenizer = models.load_processor(model)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    return tokenizer
 
 
 def local_engine(model: str, run: RDiverseConfig) -> TransformersEngine:
+    """An engine of the base or of a phase's model, in this process."""
+    loaded, tokenizer = _loaded(model), load_tokenizer(model)
+    return TransformersEngine(loaded, tokenizer, run.engine_batch, run.chat_template_kwargs)
+
+
+def _loaded(model: str):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return TransformersEngine(models.load_model(model, dtype, device), models.load_processor(model), run.engine_batch)
+    return models.load_model(model, torch.bfloat16 if device == "cuda" else torch.float32, device)
+
+
+def revised(model: str) -> str:
+    """A model's name with the hub's commit that is loaded under it, where that is known; a folder's name as it is."""
+    try:
+        commit = getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
+    except (OSError, ValueError):  # not every encoder has a config that transformers knows
+        commit = None
+    return f"{model} {commit}" if commit else model
 
 
 def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None) -> SkillEncoder:
@@ -171,9 +219,9 @@ def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None
     else:
         tokenizer = models.load_processor(run.coder)
         if coder_url:
-            engine = CoderServer(coder_url, run.coder)
+            engine = CoderServer(coder_url, run.coder, name=revised(run.coder))
         else:
-            engine = LocalCoder(local_engine(run.coder, run).model, tokenizer, run.engine_batch)
+            engine = LocalCoder(_loaded(run.coder), tokenizer, run.engine_batch, name=revised(run.coder))
         coder = ModelCoder(engine, tokenizer, chat=run.coder_chat)
     centre = arithmetic_programs() if rules and coder is not None else ()
     encoder = minilm(centre=centre) if run.encoder == "minilm" else SentenceEncoder(run.encoder)
@@ -195,7 +243,8 @@ def challenger(
 ) -> None:
     """Phase A: trains the Challenger at `model` against the frozen Solver `solver`, into `folder`."""
     run = settings.run
-    engine = ServerEngine(solver_url, solver) if solver_url else local_engine(solver, run)
+    options = run.chat_template_kwargs
+    engine = ServerEngine(solver_url, solver, options) if solver_url else local_engine(solver, run)
     needs_skills = run.penalty == "r_diverse" and run.measure != "question_text"
     needs_bank = run.penalty == "r_diverse" and run.beta > 0
     root = folder.parent.parent
@@ -216,7 +265,7 @@ def solver(settings: Settings, folder: Path, model: str, data: Path, iteration: 
     run = settings.run
     config = _phase(settings, "solver", folder, iteration)
     rows = solver_rows(read_jsonl(data), run.solver_system)
-    train_phase(config, model, verifiers.math_reward, rows, run)
+    train_phase(config, model, boxed_reward if run.boxed_only else verifiers.math_reward, rows, run)
 
 
 def _phase(settings: Settings, name: str, folder: Path, iteration: int):
@@ -239,7 +288,7 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
     policy = models.load_model(
         model, dtype, attn_implementation=run.attn_implementation, load_in_4bit=run.load_in_4bit
     )
-    tokenizer, lora = models.load_processor(model), models.lora_config(run.lora_rank)
+    tokenizer, lora = load_tokenizer(model), models.lora_config(run.lora_rank)
     trainer = PhaseTrainer(policy, reward, config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     if run.load_in_4bit:
         models.float32_adapters(trainer.model)

@@ -17,8 +17,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from trl import GRPOTrainer
 
-from . import objective
+from . import analysis, objective
 from ._trl import EpochSampler
+from .budget import Budget
 from .config import RDiverseConfig
 from .doctor import DoctorCallback
 from .memory import MemoryBank
@@ -116,9 +117,12 @@ class ChallengerReward:
     Args:
         config: which reward.
         solver: the frozen Solver, called on each process with the valid questions of its slice and a seed.
-        same: whether two answers mean the same. It must bound its own time.
+        same: whether two answers mean the same. It must bound its own time; all comparisons of a question have
+            `budget.QUESTION_SECONDS`, after which answers count as different.
         skills: SAM. Not needed with `penalty` "r_zero" or "none".
         bank: M_t; it is read and not written. Not needed with `beta=0`.
+
+    Raises `ValueError` for a reward that lacks `skills` or `bank`, and for a bank whose vectors another encoder made.
 
     After each call `last_batch` on the main process holds the parts of all rewards by name, each with B rows. A row
     gets None, no gradient, where the engine could not answer its question.
@@ -140,6 +144,12 @@ class ChallengerReward:
             raise ValueError(
                 f"beta={config.beta} weighs similarity to a memory: pass bank, a MemoryBank, or set beta=0"
             )
+        vectors = config.penalty == "r_diverse" and config.measure in ("sam", "question") and config.beta > 0
+        if vectors and bank.written_with not in (None, skills.name):
+            raise ValueError(
+                f"bank {bank.path} has encoder={bank.written_with!r}, skills has name={skills.name!r}: their vectors "
+                "cannot be compared; pass the SkillEncoder that wrote the bank, or start a new bank"
+            )
         self.config, self.solver, self.same, self.skills, self.bank = config, solver, same, skills, bank
         self.last_batch: dict[str, Any] = {}
 
@@ -147,7 +157,8 @@ class ChallengerReward:
         step = 0 if trainer_state is None else trainer_state.global_step
         slice_ = _together(lambda: self._questioned([_text(c) for c in completions], step))
         rows = gather_object(slice_)
-        parts = _on_main(lambda: self.score([row[0] for row in rows], [row[1] for row in rows]))
+        late = sum(row[2] for row in rows)
+        parts = _on_main(lambda: self.score([row[0] for row in rows], [row[1] for row in rows]) | {"late": late})
         if PartialState().is_main_process:
             self.last_batch = parts
         if log_metric is not None:
@@ -157,8 +168,9 @@ class ChallengerReward:
         rewards = parts["reward"][start : start + len(slice_)].tolist()
         return [None if np.isnan(reward) else reward for reward in rewards]
 
-    def _questioned(self, outputs: list[str], step: int) -> list[tuple[Challenge, float]]:
-        """Each output's question and the Solver's self-consistency on it (NaN: none measured)."""
+    def _questioned(self, outputs: list[str], step: int) -> list[tuple[Challenge, float, bool]]:
+        """Each output's question, the Solver's self-consistency on it (NaN: none measured), and whether the time ended
+        before all its answers were compared."""
         challenges = [read_challenge(output) for output in outputs]
         questions = sorted({challenge.question for challenge in challenges if challenge.valid})
         answers = self.solver(questions, step) if questions else []
@@ -166,11 +178,14 @@ class ChallengerReward:
             raise ValueError(
                 f"the solver gave {len(answers)} rows of answers to {len(questions)} questions: one to each"
             )
-        consistency = {
-            question: np.nan if row is None else objective.self_consistency(row, self.same)[1]
-            for question, row in zip(questions, answers, strict=True)
-        }
-        return [(c, consistency[c.question] if c.valid else np.nan) for c in challenges]
+        found = {question: self._consistency(row) for question, row in zip(questions, answers, strict=True)}
+        return [(c, *(found[c.question] if c.valid else (np.nan, False))) for c in challenges]
+
+    def _consistency(self, answers: Sequence[str | None] | None) -> tuple[float, bool]:
+        if answers is None:
+            return np.nan, False
+        same = Budget(self.same)
+        return objective.self_consistency(answers, same)[1], same.cut > 0
 
     def score(self, challenges: Sequence[Challenge], consistency: Sequence[float]) -> dict[str, Any]:
         """Parts of the reward of a whole batch, without any process group: arrays (B,) and lists by name."""
@@ -185,8 +200,8 @@ class ChallengerReward:
         reward = objective.challenger_reward(
             consistency, repetition, memory, valid, config.alpha, config.beta, invalid
         )
-        if config.penalty == "r_zero":  # its release: every output without the form gets -1 - P_rep
-            reward[~valid] = -1 - repetition[~valid]
+        if config.penalty == "r_zero":  # which has a reward of its own for an output without the form
+            reward[~valid] = objective.r_zero_formless_reward(repetition[~valid], config.alpha)
         return {
             "questions": [challenge.question for challenge in challenges],
             "failures": [challenge.failure for challenge in challenges],
@@ -204,20 +219,28 @@ class ChallengerReward:
             return nothing, nothing, {}
         if self.config.penalty == "r_zero":  # an output without the form is the empty text, as in its release
             texts = [challenge.question if challenge.valid else "" for challenge in challenges]
-            return objective.bleu_repetition_penalty(texts, self.config.distance_threshold), nothing, {}
+            repetition = objective.bleu_repetition_penalty(texts, self.config.distance_threshold)
+            return repetition, nothing, {"clusters": objective.cluster_sizes(repetition[valid], size)}
         questions = [challenge.question for challenge in challenges if challenge.valid]
         text = self.config.measure in ("program_text", "question_text")
         rows, ok = self._texts(questions) if text else self.skills.encode(questions)
         rows = [row for row, good in zip(rows, ok, strict=True) if good] if text else rows[ok]
         repetition, memory = nothing.copy(), nothing.copy()
-        repetition[valid] = objective.scatter_penalty(self._repetition(rows, text, size), ok, 1.0)
-        p_max, p_mean = self._similarity(rows, text)
-        limits = (self.config.gamma, self.config.tau_max, self.config.tau_mean)
-        worst = objective.memory_penalty(1.0, 1.0, *limits) if self._remembers() else 0.0
-        penalties = objective.memory_penalty(p_max, p_mean, *limits) if self._remembers() else np.zeros(len(rows))
-        memory[valid] = objective.scatter_penalty(penalties, ok, worst)
-        bank = 0 if self.bank is None else len(self.bank)
-        return repetition, memory, {"p_max": p_max, "p_mean": p_mean, "encoded": int(ok.sum()), "bank": bank}
+        shares = self._repetition(rows, text, size)
+        repetition[valid] = objective.scatter_penalty(shares, ok, 1.0)
+        extra = {"encoded": int(ok.sum()), "clusters": objective.cluster_sizes(shares, size)}
+        if not text and len(rows) > 1:
+            extra["median_cosine"] = float(np.median(analysis.batch_cosines(rows)))
+        if self.config.beta > 0:
+            extra["bank"] = len(self.bank)
+        if self._remembers():
+            p_max, p_mean = self._similarity(rows, text)
+            limits = (self.config.gamma, self.config.tau_max, self.config.tau_mean)
+            worst = objective.memory_penalty(1.0, 1.0, *limits)
+            penalties = objective.memory_penalty(p_max, p_mean, *limits)
+            memory[valid] = objective.scatter_penalty(penalties, ok, worst)
+            extra |= {"p_max": p_max, "p_mean": p_mean}
+        return repetition, memory, extra
 
     def _remembers(self) -> bool:
         return self.config.beta > 0 and len(self.bank) > 0
@@ -236,9 +259,9 @@ class ChallengerReward:
         return objective.repetition_penalty(rows, self.config.distance_threshold, batch_size=size)
 
     def _similarity(self, rows, text: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Highest and mean similarity of each encoded question to the memory; zeros without one."""
-        if not (self._remembers() and len(rows)):
-            return np.zeros(len(rows)), np.zeros(len(rows))
+        """Highest and mean similarity of each encoded question to the memory."""
+        if not len(rows):
+            return np.zeros(0), np.zeros(0)
         if not text:
             return self.bank.similarity(rows)
         past, ok = self._texts([row["question"] for row in self.bank.records(np.arange(len(self.bank)))])
@@ -248,7 +271,7 @@ class ChallengerReward:
 
 
 def batch_figures(parts: dict[str, Any]) -> dict[str, float]:
-    """Means of a reward batch for the log; what no row has is left out."""
+    """Means of a reward batch for the log; what no row has, or what was not measured, is left out."""
     valid, failures = parts["valid"], Counter(failure for failure in parts["failures"] if failure)
     consistency, size = parts["consistency"][valid], len(parts["valid"])
     figures = {"challenger/valid": valid.mean()}
@@ -262,12 +285,23 @@ def batch_figures(parts: dict[str, Any]) -> dict[str, float]:
             figures["challenger/uncertainty"] = objective.uncertainty(measured).mean()
         questions = [q for q, good in zip(parts["questions"], valid, strict=True) if good]
         figures["challenger/distinct"] = len(set(questions)) / len(questions)
+        figures["challenger/late"] = parts.get("late", 0) / valid.sum()
     if "encoded" in parts:
-        figures["challenger/bank"] = parts["bank"]
         figures["challenger/encoded"] = parts["encoded"] / max(valid.sum(), 1)
-        if parts["encoded"]:
-            figures |= {f"challenger/{name}": parts[name].mean() for name in ("p_max", "p_mean")}
-    return {name: float(value) for name, value in figures.items()}
+    figures |= {f"challenger/{name}": parts[name] for name in ("bank", "median_cosine") if name in parts}
+    return {name: float(value) for name, value in (figures | _spread(parts)).items()}
+
+
+def _spread(parts: dict[str, Any]) -> dict[str, float]:
+    """Clusters of a reward batch, and its similarity to the memory."""
+    figures, sizes = {}, parts.get("clusters", ())
+    if sum(sizes) > 1:  # of a single question there is nothing to say
+        figures = {"challenger/clusters": len(sizes), "challenger/largest_cluster": sizes[0] / sum(sizes)}
+    if len(p_max := parts.get("p_max", ())):
+        figures |= {"challenger/p_max": p_max.mean(), "challenger/p_mean": parts["p_mean"].mean()}
+        figures |= {f"challenger/p_max_p{q}": np.percentile(p_max, q) for q in (10, 50, 90)}
+        figures |= {f"challenger/p_mean_p{q}": np.percentile(parts["p_mean"], q) for q in (10, 50, 90)}
+    return figures
 
 
 def _text(completion: Any) -> str:

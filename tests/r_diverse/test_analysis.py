@@ -147,25 +147,6 @@ def test_same_wording_of_long_texts_is_fast():
     assert not analysis.same_wording("(" * 100_000, ")" * 100_000)
 
 
-# --- entropy ---
-
-
-def test_token_entropy():
-    assert analysis.token_entropy(np.zeros((2, 3, 8))) == pytest.approx(np.full((2, 3), math.log(8)))
-    assert analysis.token_entropy([1000.0, -1000.0, -np.inf]) == 0.0
-    logits = np.random.default_rng(0).normal(size=(4, 11)) * 3
-    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    np.testing.assert_allclose(analysis.token_entropy(logits + 500), -(p * np.log(p)).sum(-1))
-
-
-def test_challenger_entropy_weighs_tokens_alike():
-    entropy, mask = [[1.0, 2.0, 9.0], [4.0, 9.0, 9.0]], [[1, 1, 0], [1, 0, 0]]
-    assert analysis.challenger_entropy(entropy, mask) == pytest.approx(7 / 3)
-    assert math.isnan(analysis.challenger_entropy(entropy, np.zeros((2, 3))))
-    with pytest.raises(ValueError, match="same shape"):
-        analysis.challenger_entropy(entropy, [1, 1])
-
-
 # --- skill map ---
 
 

@@ -73,6 +73,11 @@ def test_sizes_of_the_phases(make):
         ("replay_fraction", 0.3),
         ("gate_samples", 0),
         ("alarm", "off"),
+        ("alarm_cluster", 0.9),
+        ("boxed_only", True),
+        ("chat_template_kwargs", {}),
+        ("server_tensor_parallel", 1),
+        ("max_model_len", None),
         ("question_temperature", 1.0),
         ("question_top_p", 0.95),
         ("answer_temperature", 1.0),
@@ -90,7 +95,9 @@ def test_values_of_the_run(field, value):
 @pytest.mark.parametrize("penalty", ["r_zero", "none"])
 def test_the_baselines_have_no_replay(penalty):
     assert RDiverseConfig("model", penalty=penalty).replay_fraction == 0
-    assert RDiverseConfig("model", penalty=penalty, replay_fraction=0.2).replay_fraction == 0.2
+    assert RDiverseConfig("model", penalty=penalty, replay_fraction=0.0).replay_fraction == 0
+    with pytest.raises(ValueError, match=rf"replay_fraction=0.2 needs penalty='r_diverse', got penalty='{penalty}'"):
+        RDiverseConfig("model", penalty=penalty, replay_fraction=0.2)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +130,16 @@ def test_the_baselines_have_no_replay(penalty):
         ({"question_top_p": -1.0}, r"question_top_p must be in \(0, 1\]"),
         ({"answer_top_k": -1}, "answer_top_k must be at least 0"),
         ({"alarm_duplicates": float("nan")}, "alarm_duplicates must be at least 0"),
+        ({"alarm_cluster": -1.0}, "alarm_cluster must be at least 0"),
+        ({"chat_template_kwargs": "thinking"}, "chat_template_kwargs must be a mapping such as .* got 'thinking'"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs must be a mapping"),
+        ({"max_model_len": 0}, "max_model_len must be at least 1, and whole, or none"),
+        ({"server_tensor_parallel": 0}, "server_tensor_parallel must be at least 1"),
+        (
+            {"server_tensor_parallel": 8, "gpus": 8, "engine": "vllm"},
+            "server_tensor_parallel=8 does not divide 4, the GPUs that serve in one of the stages with gpus=8",
+        ),
+        ({"server_tensor_parallel": 2, "gpus": 1, "engine": "vllm"}, "server_tensor_parallel=2 does not divide 1"),
         ({"gamma": 1.5}, "gamma=1.5 is outside"),
         ({"tau_max": 2.0}, "tau_max=2.0 is outside"),
         ({"distance_threshold": 0.0}, "distance_threshold must be in"),
@@ -157,5 +174,15 @@ def test_bad_phases(make, fields, message):
         make(ChallengerConfig, **fields)
 
 
-def test_every_field_of_the_run_has_a_help_text():
-    assert all(field.metadata.get("help") for field in dataclasses.fields(RDiverseConfig))
+def test_every_field_of_the_run_has_a_help_text_and_is_described():
+    fields = dataclasses.fields(RDiverseConfig)
+    assert all(field.metadata.get("help") for field in fields)
+    heads = [line for line in RDiverseConfig.__doc__.splitlines() if line.endswith(":") and line.startswith(" " * 8)]
+    described = {word.strip() for head in heads for word in head.partition("(")[0].strip(" :").split(",")}
+    assert {field.name for field in fields} <= described
+
+
+def test_the_gpus_that_train_beside_servers():
+    for gpus, engine, expected in ((8, "vllm", 4), (5, "vllm", 2), (1, "vllm", 1), (8, "transformers", 8)):
+        assert RDiverseConfig("model", gpus=gpus, engine=engine).trainer_gpus == expected
+    RDiverseConfig("model", gpus=8, engine="vllm", server_tensor_parallel=4)

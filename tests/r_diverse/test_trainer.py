@@ -13,6 +13,7 @@ from trl.trainer.utils import RepeatSampler
 
 from common.tiny import tiny_qwen3
 from r_diverse import ChallengerReward, MemoryBank, PhaseTrainer, RDiverseConfig, SkillEncoder, doctor, objective
+from r_diverse.budget import Budget
 from r_diverse.config import SolverConfig
 from r_diverse.questions import Challenge
 from r_diverse.skills import Program
@@ -268,6 +269,8 @@ def test_figures_of_a_batch(tmp_path):
         ({"challenger/consistency": 0.05}, "hardly ever agree"),
         ({"challenger/unanswered": 0.2}, "look at its log"),
         ({"challenger/encoded": 0.4}, "became a program"),
+        ({"challenger/largest_cluster": 0.95}, "one cluster"),
+        ({"challenger/late": 0.2}, "before all answers were compared"),
         ({"frac_reward_zero_std": 0.9}, "no gradient"),
         ({"completions/clipped_ratio": 0.6}, "truncated"),
         ({"entropy": 0.001}, "collapsed"),
@@ -290,6 +293,110 @@ def test_the_doctor_line_comes_at_the_first_log_and_then_every_few_steps(capsys)
     assert lines[1].startswith("[doctor] WARNING: fewer than half")
     assert [line for line in lines if "step" in line.split(":")[0]] == [lines[0], lines[2]]
     assert "step 24" in lines[2]
+
+
+def test_one_giant_cluster_is_seen():
+    """Pairwise cosine 0.7: P_rep is 1 for each question, which gives no gradient, and no two repeat each other."""
+
+    class Alike(Table):
+        dim = 65
+
+        def encode(self, texts):
+            rows = np.full((len(texts), 65), 0.0)
+            rows[:, 0] = math.sqrt(0.7)
+            rows[np.arange(len(texts)), [1 + int(text.split()[1]) for text in texts]] = math.sqrt(0.3)
+            return rows
+
+    outputs = [output(f"question {i}") for i in range(64)]
+    figures = {}
+    _, reward = reward_of(
+        RDiverseConfig("m", beta=0.0), outputs, skills=SkillEncoder(Alike(), Alike()), log_metric=figures.__setitem__
+    )
+    assert set(reward.last_batch["repetition"]) == {1.0}
+    assert figures["challenger/clusters"] == 1
+    assert figures["challenger/largest_cluster"] == 1
+    assert figures["challenger/median_cosine"] == pytest.approx(0.7)
+    (warning,) = doctor.diagnose(figures)
+    assert "one cluster" in warning and "median_cosine" in warning
+
+
+def test_clusters_of_a_batch(tmp_path):
+    outputs = [output("alike 1"), output("same 1"), output("far 1"), output("bad 1"), "no form"]
+    _, reward = reward_of(RDiverseConfig("m"), outputs, memory=bank(tmp_path))
+    figures = batch_figures(reward.last_batch)
+    assert figures["challenger/clusters"] == 2  # of the three questions with a vector
+    assert figures["challenger/largest_cluster"] == pytest.approx(2 / 3)
+    assert figures["challenger/median_cosine"] == pytest.approx(-0.8)
+    words = ["one two three four five", "one two three four five", "a b c d e"]
+    _, reward = reward_of(RDiverseConfig("m", penalty="r_zero"), [*map(output, words), "no form"], skills=None)
+    figures = batch_figures(reward.last_batch)
+    assert figures["challenger/largest_cluster"] == pytest.approx(2 / 3)
+    assert "challenger/median_cosine" not in figures
+
+
+def test_similarity_is_logged_where_it_was_measured_only(tmp_path):
+    names = {"challenger/p_max", "challenger/p_mean", "challenger/p_max_p50", "challenger/p_mean_p90"}
+    outputs = [output("alike 1"), output("far 1")]
+    for config, memory in (
+        (RDiverseConfig("m"), MemoryBank(tmp_path / "empty")),
+        (RDiverseConfig("m", beta=0.0), None),
+    ):
+        _, reward = reward_of(config, outputs, memory=memory)
+        assert not names & batch_figures(reward.last_batch).keys()
+    _, reward = reward_of(RDiverseConfig("m"), outputs, memory=bank(tmp_path / "bank"))
+    figures = batch_figures(reward.last_batch)
+    assert names <= figures.keys()
+    assert figures["challenger/p_max_p10"] < figures["challenger/p_max_p50"] < figures["challenger/p_max_p90"]
+
+
+def test_a_bank_of_another_encoder_is_refused_before_anything_is_asked(tmp_path):
+    memory = MemoryBank(tmp_path / "a", "A")
+    memory.add(["q"], np.array([[1.0, 0.0]]), ["1"], iteration=1)
+    for written in (memory, MemoryBank(tmp_path / "a").before(2), MemoryBank(tmp_path / "new", "A")):
+        with pytest.raises(ValueError, match="has encoder='A', skills has name='table > table'"):
+            ChallengerReward(RDiverseConfig("m"), solver(0.5), lambda a, b: False, skills(), written)
+    ChallengerReward(RDiverseConfig("m"), solver(0.5), lambda a, b: False, skills(), MemoryBank(tmp_path / "none"))
+    texts = RDiverseConfig("m", measure="question_text")  # which compares no vectors
+    ChallengerReward(texts, solver(0.5), lambda a, b: False, None, memory)
+
+
+def test_breaking_the_form_does_not_pay_with_a_heavier_r_zero_penalty():
+    """Four equal questions of which all answers agree: the worst valid output."""
+    outputs = [output("the same words")] * 4 + ["no form"]
+    rewards, _ = reward_of(RDiverseConfig("m", penalty="r_zero", alpha=3.0), outputs, share=1.0, skills=None)
+    assert rewards[4] < min(rewards[:4]) == pytest.approx(-3 * 0.8)
+
+
+def test_the_time_of_a_question_is_bounded_and_counted():
+    now, calls = [0.0], []
+
+    def slow(first, second):
+        calls.append((first, second))
+        now[0] += 1.0
+        return False
+
+    budget = Budget(slow, seconds=10, clock=lambda: now[0])
+    assert objective.self_consistency([str(i) for i in range(10)], budget) == ("0", 0.1)
+    assert (now[0], len(calls), budget.cut) == (10, 10, 80)
+    fresh = Budget(slow, seconds=10, clock=lambda: now[0])
+    assert objective.self_consistency(["1", "2"], fresh)[1] == 0.5
+    assert fresh.cut == 0
+
+
+def test_each_question_has_a_budget_of_its_own(monkeypatch):
+    budgets = []
+
+    class Short(Budget):
+        def __init__(self, same):
+            super().__init__(same, seconds=0.0)
+            budgets.append(self)
+
+    monkeypatch.setattr("r_diverse.trainer.Budget", Short)
+    figures = {}
+    outputs = [output("a"), output("b"), "none"]
+    reward_of(RDiverseConfig("m", penalty="none"), outputs, skills=None, log_metric=figures.__setitem__)
+    assert len(budgets) == 2
+    assert figures["challenger/late"] == 1
 
 
 def test_score_needs_no_process_group(tmp_path):
