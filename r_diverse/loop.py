@@ -29,13 +29,12 @@ from .config import RDiverseConfig
 from .memory import MemoryBank
 from .questions import PLAIN_TEMPLATE
 from .servers import free_port, serving, vllm_command
-from .train import PHASES, Settings, challenger, local_engine, parse, revised, skill_encoder, solver
+from .train import PHASES, Settings, challenger, local_engine, parse, revised, server_engine, skill_encoder, solver
 
 # isort: split
 # after .train, which says in one line that common/ is missing
 from common import models, plan, versions
 from common.cli import run_main
-from common.evaluation import ServerEngine
 from common.once import StageError, digest, once, read_counts, read_inputs
 from common.preemption import call
 from common.runs import RunFolder, check_writable, fingerprint, read_jsonl
@@ -334,7 +333,7 @@ class SelfPlay:
             engine.name = _place(model, self.root)
             return work(folder, engine, run, *arguments)
         with self._server(model, folder, run.engine_memory, None) as url:
-            engine = ServerEngine(url, model, run.chat_template_kwargs)
+            engine = server_engine(url, model, run)
             engine.name = _place(model, self.root)
             return work(folder, engine, run, *arguments)
 

@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import UPDATES, ChallengerConfig, PhaseConfig, RDiverseConfig, SolverConfig
 from .memory import MemoryBank
-from .questions import PLAIN_TEMPLATE, solver_prompt
+from .questions import PLAIN_TEMPLATE, solver_prompt, turn_end_id
 from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
 from .trainer import ChallengerReward, PhaseTrainer
 
@@ -185,6 +185,12 @@ def load_tokenizer(model: str):
     return tokenizer
 
 
+def server_engine(url: str, model: str, run: RDiverseConfig) -> ServerEngine:
+    """An engine of the base or of a phase's model, on a vLLM server."""
+    end = turn_end_id(load_tokenizer(model))  # base models do not declare it, so the server does not know it
+    return ServerEngine(url, model, run.chat_template_kwargs, stop_token_ids=[] if end is None else [end])
+
+
 def local_engine(model: str, run: RDiverseConfig) -> TransformersEngine:
     """An engine of the base or of a phase's model, in this process."""
     loaded, tokenizer = _loaded(model), load_tokenizer(model)
@@ -243,8 +249,7 @@ def challenger(
 ) -> None:
     """Phase A: trains the Challenger at `model` against the frozen Solver `solver`, into `folder`."""
     run = settings.run
-    options = run.chat_template_kwargs
-    engine = ServerEngine(solver_url, solver, options) if solver_url else local_engine(solver, run)
+    engine = server_engine(solver_url, solver, run) if solver_url else local_engine(solver, run)
     needs_skills = run.penalty == "r_diverse" and run.measure != "question_text"
     needs_bank = run.penalty == "r_diverse" and run.beta > 0
     root = folder.parent.parent

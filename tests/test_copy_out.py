@@ -136,7 +136,8 @@ def written(completions, **columns):  # random letters have no form: give them o
 
 shared = dict(report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1, beta=0.0,
     save_strategy="no", learning_rate=1e-3, disable_tqdm=True, max_steps=4)
-bank, skills = MemoryBank("bank", "letters"), SkillEncoder(None, Letters())
+skills = SkillEncoder(None, Letters())
+bank = MemoryBank("bank", skills.name)
 challenger, solver = model(0), model(1)
 for t in (1, 2):
     reward = ChallengerReward(RDiverseConfig("mine", measure="question"), ask, same, skills, bank.before(t))

@@ -7,7 +7,10 @@ import time
 
 import pytest
 
+from common.tiny import tiny_qwen3
+from r_diverse import RDiverseConfig
 from r_diverse.servers import free_port, serving, vllm_command
+from r_diverse.train import server_engine
 
 SERVER = """
 import http.server, subprocess, sys
@@ -88,3 +91,16 @@ def test_the_command_of_vllm():
     for flag in ("--data-parallel-size", "--tensor-parallel-size", "--max-model-len", "--chat-template"):
         assert flag not in vllm_command("m", 1, 0.5)
     assert vllm_command("m", 1, 0.5, chat_template="{{ x }}")[-2:] == ["--chat-template", "{{ x }}"]
+
+
+def test_a_server_of_a_base_model_is_told_the_end_of_a_turn(tmp_path):
+    pytest.importorskip("openai")
+    model, tokenizer = tiny_qwen3(hidden=32)
+    turn_end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|endoftext|>"
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    run = RDiverseConfig(str(tmp_path), chat_template_kwargs={"enable_thinking": False})
+    engine = server_engine("http://127.0.0.1:9/v1", str(tmp_path), run)
+    assert engine.stops == [turn_end]
+    assert engine.template_options == {"enable_thinking": False}
