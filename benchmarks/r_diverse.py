@@ -157,14 +157,22 @@ def history(run: Path) -> list[dict[str, Any]]:
         math_avg, overall_avg, *_ = estimates(run / f"iteration_{t}" / "evaluate")
         row |= {"math_avg": math_avg and math_avg.value, "overall_avg": overall_avg and overall_avg.value}
         if t:
-            usable = [c.get("usable", 0) for name, c in stage.items() if name.startswith("label_")]
-            row |= {"usable": sum(usable), **{k: stage["filter"][k] for k in ("label_accuracy", "bank", "replayed")}}
+            row |= {
+                "usable": usable_questions(stage),
+                **{k: stage["filter"][k] for k in ("label_accuracy", "bank", "replayed")},
+            }
             logged = read_jsonl(run / f"iteration_{t}" / "challenger" / "metrics.jsonl")
             row["entropy"] = _mean([line["entropy"] for line in logged if "entropy" in line])
             row |= {name: _mean([line[name] for line in logged if name in line]) for name in REWARD}
             row |= next((found for found in table if found["iteration"] == t), {})
         rows.append({k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and np.isnan(v))})
     return rows
+
+
+def usable_questions(stage: dict[str, dict[str, Any]]) -> int:
+    """Questions of an iteration that its last check let through: the validity gate where there is one, else labels."""
+    last = "gate_" if any(name.startswith("gate_") for name in stage) else "label_"
+    return sum(counts.get("usable", 0) for name, counts in stage.items() if name.startswith(last))
 
 
 def _counts(folder: Path) -> dict[str, dict[str, Any]]:
@@ -298,7 +306,7 @@ def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
 
 
 def evaluation_folders(runs: dict[tuple[str, str], Path]) -> dict[tuple[str, int], list[Path]]:
-    """(variant, iteration) -> the evaluation of each seed; the base is evaluated once, in the first run."""
+    """(variant, iteration) -> the evaluation of each seed; of the base, which every run has, that of the first run."""
     found: dict[tuple[str, int], list[Path]] = defaultdict(list)
     for (name, _), run in runs.items():
         for t in range(0 if not found else 1, finished_iterations(run) + 1):

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from common.once import StageError, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
-from r_diverse import MemoryBank, loop  # noqa: E402
+from r_diverse import MemoryBank, budget, loop  # noqa: E402
 from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, finished_iterations, main, run_path, variant  # noqa: E402
 from r_diverse.skills import Program  # noqa: E402
 from r_diverse.train import parse  # noqa: E402
@@ -144,6 +144,7 @@ def test_a_finished_run_does_nothing_again(base, finished, capsys):
 def test_another_iteration_goes_on(base, finished, tmp_path):
     assert again(base, finished, iterations=3) == 0
     assert finished_iterations(finished) == 3
+    assert yaml.safe_load((finished / "config.yaml").read_text())["iterations"] == 3
     settings = parse(small(base, finished.parents[2]))
     assert loop.with_more(settings, 1).run.iterations == 4
     with pytest.raises(ValueError, match="more must be at least 1"):
@@ -234,9 +235,93 @@ def test_another_base_model_is_refused(base, finished, capsys):
 def test_two_processes_cannot_share_a_run(base, finished, capsys):
     from filelock import FileLock
 
+    before = {name: (finished / name).read_bytes() for name in ("manifest.json", "config.yaml")}
     with FileLock(finished / ".lock"):
         assert again(base, finished) == 2
+        assert again(base, finished, iterations=9) == 2
     assert "is in use by another process" in capsys.readouterr().err
+    assert {name: (finished / name).read_bytes() for name in before} == before  # the other one's
+
+
+def test_config_yaml_is_the_run_again_with_what_may_change(base, finished, tmp_path):
+    settings = parse(["--config", str(finished / "config.yaml"), f"--out={finished.parents[2]}"])
+    recorded = json.loads((finished / "manifest.json").read_text())["config"]
+    assert settings.plain() == {**recorded, "chat_template_kwargs": {}}
+    assert not set(recorded) & set(loop.Settings.free(settings))
+    config = tmp_path / "c.yaml"
+    free = ["--iterations=7", "--sharding=zero3", "--alarm=stop", "--alarm_cluster=0.5", "--reward_memory=0.1"]
+    settings = parse(["--model=m", *free, "--max_rounds=9", "--server_tensor_parallel=1", f"--data={tmp_path}"])
+    config.write_text(yaml.safe_dump(settings.plain() | settings.free()))
+    assert parse(["--config", str(config)])[:3] == settings[:3]
+
+
+def test_rounds_that_are_done_count_whatever_max_rounds_is(base, tmp_path):
+    flags = small(base, tmp_path, candidates=8, min_questions=12, max_rounds=6, penalty="none", benchmarks="none")
+    assert main(["--config", _empty_config(tmp_path), *flags]) == 0
+    folder = tmp_path / "r_diverse/small/no_penalty-seed0"
+    assert (folder / "iteration_1/label_2/DONE.json").exists()
+    before = digests(folder / "iteration_1")
+    assert main(["--config", _empty_config(tmp_path), *flags, "--max_rounds=1"]) == 0
+    assert digests(folder / "iteration_1") == before
+
+
+def test_another_local_encoder_or_coder_under_the_same_name_is_refused(base, tmp_path, capsys):
+    """Its files count, not its name; a hub id has the commit that is loaded."""
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "weights").write_text("A")
+    run = parse([f"--model={base}", f"--encoder={encoder}", f"--coder={encoder}"]).run
+    first = loop.model_digests(run)
+    assert set(first) == {"model", "coder", "encoder"}
+    (encoder / "weights").write_text("B")
+    second = loop.model_digests(run)
+    assert second["model"] == first["model"]
+    assert second["encoder"] != first["encoder"] and second["coder"] != first["coder"]
+    assert set(loop.model_digests(parse([f"--model={base}", "--coder=rules", "--encoder=minilm"]).run)) == {"model"}
+
+
+def test_a_hub_id_has_the_commit_that_is_loaded(monkeypatch):
+    from types import SimpleNamespace
+
+    from r_diverse import train
+
+    def known(name):
+        if name == "unknown":
+            raise OSError("no such model")
+        return SimpleNamespace(_commit_hash="abc" if name == "hub/id" else None)
+
+    monkeypatch.setattr(train, "AutoConfig", SimpleNamespace(from_pretrained=known))
+    assert [train.revised(name) for name in ("hub/id", "folder", "unknown")] == ["hub/id abc", "folder", "unknown"]
+
+
+def test_the_base_is_asked_once_by_the_runs_of_a_seed(base, tmp_path, monkeypatch):
+    flags = small(base, tmp_path, candidates=16)
+    assert main(["--config", _empty_config(tmp_path), *flags, "--penalty=none"]) == 0
+    asked = []
+    with_engine = loop.SelfPlay._with_engine
+    monkeypatch.setattr(
+        loop.SelfPlay, "_with_engine", lambda self, *a: asked.append(a[1].parent.name) or with_engine(self, *a)
+    )
+    settings = parse(["--config", _empty_config(tmp_path), *flags, "--penalty=r_zero"])
+    players = [
+        loop.SelfPlay(settings, run_path(settings.run), loop.model_digests(settings.run)["model"]),
+        loop.SelfPlay(other := parse([*settings.argv, "--eval_limit=5"]), tmp_path / "o", "another base"),
+    ]
+    players[0]._evaluate(0, str(base))
+    assert asked == []
+    first, second = (tmp_path / f"r_diverse/small/{n}-seed0/iteration_0/evaluate" for n in ("no_penalty", "r_zero"))
+    for name in ("arithmetic.json", "arithmetic/samples.jsonl", "arithmetic/scored.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert not (second / ".known").exists()
+    done = [json.loads((folder / "DONE.json").read_text()) for folder in (first, second)]
+    assert done[0]["counts"] == done[1]["counts"]
+    # Other questions, another base: asked anew
+    players[1].root = run_path(other.run).with_name("no_sam-seed0")
+    players[1]._evaluate(0, str(base))
+    players[1].base, players[1]._models = players[0].base, players[0]._models
+    players[1].root = run_path(other.run).with_name("no_code-seed0")
+    players[1]._evaluate(0, str(base))
+    assert asked == ["iteration_0", "iteration_0"]
 
 
 def test_too_few_questions_end_with_a_message(base, tmp_path, capsys):
@@ -333,6 +418,98 @@ def test_the_alarm_knows_repeats_and_yields():
     assert "only 40% of the labels" in loop.check_alarm(strict, 1, [distinct], 8, labels=0.4, entropy=1.0)
     assert "entropy has fallen to 0.050" in loop.check_alarm(strict, 1, [distinct], 8, labels=0.6, entropy=0.05)
     assert loop.check_alarm(strict, 1, [distinct], 8, labels=None, entropy=None) is None
+
+
+def test_the_alarm_knows_one_giant_cluster():
+    """64 vectors with pairwise cosine 0.7: no two are repeats, and P_rep is 1 for each."""
+    rows = np.hstack([np.full((64, 1), 0.7**0.5), np.eye(64) * 0.3**0.5])
+    run = parse(["--model=m", "--alarm=warn"]).run
+    problem = loop.check_alarm(run, 1, [rows], 64)
+    assert problem == "100% of the questions of iteration 1 are one skill cluster, median cosine 0.70"
+    assert loop.check_alarm(parse(["--model=m", "--alarm_cluster=1"]).run, 1, [rows], 64) is None
+    assert loop.check_alarm(parse(["--model=m", "--alarm_yield=0"]).run, 1, [rows[:0]], 64) is None
+
+
+def test_late_comparisons_are_remembered_both_ways(monkeypatch):
+    from r_diverse import data
+
+    asked, now, waited = [], [0.0], []
+
+    def slow(first, second, timeout):
+        asked.append((first, second))
+        now[0] += timeout if "sum" in first + second else 0.0
+        return False
+
+    monkeypatch.setattr(data, "same_answer", slow)
+    monkeypatch.setattr(data, "_late", set())
+    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(data, "ready_to_compare", lambda: waited.append(1))
+    assert not any([data.same("sum", "1"), data.same("1", "sum"), data.same("sum", "1"), data.same("1", "2")])
+    assert asked == [("sum", "1"), ("1", "2")]
+    assert len(waited) == 1  # for the process that takes the place of the one that was killed
+
+
+def test_labels_of_hostile_answers_are_bounded_and_counted(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from common.evaluation import Completion
+    from common.runs import write_jsonl
+    from r_diverse import data
+
+    monkeypatch.setattr(data, "Budget", lambda same: budget.Budget(same, seconds=0.0))
+    run = parse(["--model=m", "--m_label=3"]).run
+    write_jsonl(tmp_path / "raw.jsonl", [{"sample": 0, "response": "<question>q</question>\\boxed{1}"}])
+    engine = SimpleNamespace(name="e", generate=lambda p, d, s: [Completion(f"\\boxed{{{i}}}", 1, "stop") for i in s])
+    counts = data.label(tmp_path, engine, run, tmp_path / "raw.jsonl")
+    assert (counts["questions"], counts["late"]) == (1, 1)
+
+
+def test_the_memory_of_a_challenger_without_servers_counts_its_reward():
+    fields = ["--model=org/Base-4B", "--gpus=8"]
+    parts = loop.reward_parts(parse(fields).run, 4e9)
+    assert parts == {
+        "Solver of the reward, 2 bytes each": 8e9,
+        "coder, 2 bytes each": 14e9,
+        "encoder, 2 bytes each": 3e9,
+    }
+    assert list(loop.reward_parts(parse([*fields, "--engine=vllm"]).run, 4e9)) == ["encoder, 2 bytes each"]
+    assert list(loop.reward_parts(parse([*fields, "--penalty=none"]).run, 4e9)) == [
+        "Solver of the reward, 2 bytes each"
+    ]
+    unknown = loop.reward_parts(parse([*fields, "--engine=vllm", "--encoder=some/encoder"]).run, 4e9)
+    assert unknown == {"encoder, not counted: its size is not known": 0.0}
+    text = dry_run(parse([*fields, "--sharding=zero2"]))
+    assert (
+        "Solver of the reward, 2 bytes each"
+        in text.split("process of the challenger")[1].split("process of the solver")[0]
+    )
+
+
+def test_servers_have_replicas_of_several_gpus(tmp_path, monkeypatch, base):
+    import contextlib
+
+    started = []
+
+    @contextlib.contextmanager
+    def serving(command, port, log, gpus):
+        started.append((command, gpus))
+        yield "url"
+
+    monkeypatch.setattr(loop, "serving", serving)
+    fields = ["--gpus=8", "--engine=vllm", "--server_tensor_parallel=2", "--max_model_len=512"]
+    player = loop.SelfPlay(parse([f"--model={base}", *fields]), tmp_path, "base")
+    with contextlib.ExitStack() as stack:
+        flags = player._reward_servers(stack, str(base), tmp_path)
+    assert flags == ["--solver_url", "url", "--coder_url", "url"]
+    for command, gpus in started:
+        assert gpus == "4,5,6,7"
+        assert command[command.index("--data-parallel-size") + 1] == "2"
+        assert command[command.index("--tensor-parallel-size") + 1] == "2"
+    assert "--max-model-len" in started[0][0] and "--max-model-len" not in started[1][0]  # the coder has its own limit
+    with player._server(str(base), tmp_path, 0.9, None):
+        command, gpus = started[-1]
+    assert gpus is None and command[command.index("--data-parallel-size") + 1] == "4"
+    assert "--chat-template" not in command
 
 
 def test_some_questions_are_there_to_be_read(finished):

@@ -133,3 +133,9 @@ def test_differences_are_combined_over_seeds(tmp_path):
     assert "R-Diverse minus R-Zero, 2 seeds, iteration 1, amc23: +0.222 ± 0.157 [-1.190, +1.634]" in text
     del runs["r_zero", "1"]
     assert "seeds" not in report.differences(runs)
+
+
+def test_usable_is_what_passed_the_gate():
+    labels = {"label_1": {"usable": 5}, "label_2": {"questions": 3}, "filter": {"current": 4}}
+    assert report.usable_questions(labels) == 5
+    assert report.usable_questions({**labels, "gate_1": {"usable": 2}, "gate_2": {"usable": 0}}) == 2
