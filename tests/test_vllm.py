@@ -201,7 +201,7 @@ def test_a_label_server_that_is_killed_in_a_batch(self_play, model_path, tmp_pat
         return ask(*arguments)
 
     serve = loop.vllm_command  # on a CPU vLLM cannot cut a prompt of a request with a seed in two
-    monkeypatch.setattr(loop, "vllm_command", lambda *a: [*serve(*a), "--max-num-batched-tokens", "16384"])
+    monkeypatch.setattr(loop, "vllm_command", lambda *a, **k: [*serve(*a, **k), "--max-num-batched-tokens", "16384"])
     straight, processes = label("straight"), started_servers(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(ServerEngine, "_one", ask_and_kill)
@@ -217,7 +217,7 @@ def test_a_label_server_that_is_killed_in_a_batch(self_play, model_path, tmp_pat
 def test_a_coder_on_a_server(self_play, model_path, tmp_path, monkeypatch):
     local = engines.TransformersEngine(transformers_engine(model_path).model, char_tokenizer())
     serve = loop.vllm_command
-    monkeypatch.setattr(loop, "vllm_command", lambda *a: [*serve(*a), "--dtype", "float32"])  # its own is bfloat16
+    monkeypatch.setattr(loop, "vllm_command", lambda *a, **k: [*serve(*a, **k), "--dtype", "float32"])  # its own is bfloat16
     prompts = [char_tokenizer().encode(f"# {i}+{7 * i}=?") for i in range(20)]
     with self_play("run")._server(model_path, tmp_path, 0.5, None) as url:
         coder = engines.ServerEngine(url, model_path)
