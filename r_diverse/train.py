@@ -61,27 +61,27 @@ class Settings(NamedTuple):
 
     def plain(self) -> dict[str, Any]:
         """What defines the run, as plain values: every field of the run, and the changed ones of its phases."""
-        run = {name: value for name, value in dataclasses.asdict(self.run).items() if name not in FREE}
+        run = {name: value for name, value in dataclasses.asdict(self.run).items() if name not in MAY_CHANGE}
         return run | {name: _changed(getattr(self, name)) for name in PHASES}
 
     def free(self) -> dict[str, Any]:
         """The fields of the run that may change while it waits, but those of the command itself."""
-        return {name: getattr(self.run, name) for name in FREE if name not in ("out", "dry_run")}
+        return {name: getattr(self.run, name) for name in MAY_CHANGE if name not in ("out", "dry_run")}
 
 
 def _changed(phase: PhaseConfig) -> dict[str, Any]:
     updates = {"steps_per_generation": phase.steps_per_generation}
     followed = phase.steps_per_generation == UPDATES * phase.gradient_accumulation_steps
-    return changed_fields(phase, FOLLOWING) | ({} if followed else updates)
+    return changed_fields(phase, DERIVED) | ({} if followed else updates)
 
 
 # Not part of what a run is: how far it goes, when it gives up, where it is, and the machine
-FREE = (
+MAY_CHANGE = (
     *("iterations", "max_rounds", "alarm", "alarm_duplicates", "alarm_cluster", "alarm_yield", "alarm_labels"),
     *("alarm_entropy", "out", "data", "dry_run", "sharding", "engine_memory", "reward_memory"),
     "server_tensor_parallel",
 )
-FOLLOWING = (
+DERIVED = (
     *("generation_batch_size", "steps_per_generation", "use_cpu", "output_dir", "dataloader_pin_memory"),
     "chat_template_kwargs",
 )

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .trainer import SRPOTrainer
 
 ROUTES = {"grpo": "policy", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
-FOLLOW = ("generation_batch_size",)  # TRL sets it from the batch, and refuses both
+DERIVED = ("generation_batch_size",)  # TRL sets it from the batch, and refuses both
 
 
 @dataclass
@@ -153,7 +153,7 @@ def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
         for name, rows in splits.items()
     }
     return RunFolder.open(
-        run_path(args, config), changed_settings(args, config, FOLLOW), data=prints, seed=config.seed
+        run_path(args, config), changed_settings(args, config, DERIVED), data=prints, seed=config.seed
     )
 
 
@@ -253,7 +253,7 @@ def rollout_records(rollouts: dict[str, Any], count: int) -> list[dict[str, Any]
 
 def dry_run(args: ScriptArguments, config: SRPOConfig, processes: int = 1, sharding: str = "none") -> str:
     """Resolved settings, size of an update, memory a process and disk space, as text."""
-    lines = plan.settings_lines(run_path(args, config), changed_settings(args, config, FOLLOW))
+    lines = plan.settings_lines(run_path(args, config), changed_settings(args, config, DERIVED))
     lines.append(plan.update_line(config, processes))
     parameters, sharding = models.parameter_count(args.model), sharding if processes > 1 else "none"
     if parameters is None:

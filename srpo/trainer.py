@@ -126,7 +126,7 @@ class SRPOTrainer(GRPOTrainer):
         """Logs the routes; unless `routing="grpo"`, what the loss needs of the distilled rows of this rank."""
         args, rewards, self.last_rollouts = self.args, self._rollouts["rewards"], {}
         if args.routing == "grpo" and not rewards.isfinite().all():
-            return {}  # TRL leaves such a rollout out of its group; a route it has none
+            return {}  # TRL leaves such a rollout out of its group, and it cannot be routed
         routing = objective.route(rewards, self.num_generations, args.reward_threshold)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
         counts = self.accelerator.gather(mask.sum(1)) > 0  # not so of truncated rows that are masked

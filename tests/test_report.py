@@ -22,7 +22,7 @@ from common.evaluation import Benchmark, Completion, evaluate
 from common.once import once
 from common.runs import RunFolder, append_jsonl, atomic_write_json, write_jsonl
 from srpo.evaluate import within_budgets
-from srpo.train import FOLLOW
+from srpo.train import DERIVED
 from srpo.train import parse as parse_srpo
 from va_opd.train import parse as parse_va_opd
 
@@ -222,7 +222,7 @@ def test_the_commands_have_the_settings_of_their_runs(made, monkeypatch):
     for line in lines:
         words = shlex.split(line, comments=True) if ".train " in line else []
         if words[:2] == ["python", "-m"]:
-            parse, follow = {"va_opd.train": (parse_va_opd, ()), "srpo.train": (parse_srpo, FOLLOW)}[words[2]]
+            parse, follow = {"va_opd.train": (parse_va_opd, ()), "srpo.train": (parse_srpo, DERIVED)}[words[2]]
             args, config = parse(words[3:])
             found[config.output_dir] = {**vars(config), **changed_settings(args, config, follow)}
     assert sorted(found) == [

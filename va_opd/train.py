@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
 METHODS = ("va_opd", "opd", "sft", "kd", "grpo")
-AFTER_TRAINING = ("benchmarks", "benchmark_data", "eval_limit")  # may change without another training
+MAY_CHANGE = ("benchmarks", "benchmark_data", "eval_limit")  # may change without another training
 TEACHER_ROWS = 256  # responses of the teacher between two writes: an engine fills its batch from so many
 VARIANTS = {"va": "va_opd", "none": "opd", "rollout": "rollout_only", "token": "token_only"}
 
@@ -189,7 +189,7 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") 
         name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
         for name, rows in splits.items()
     }
-    settings = changed_settings(args, config, AFTER_TRAINING)
+    settings = changed_settings(args, config, MAY_CHANGE)
     return RunFolder.open(run_path(args, config), settings, data=prints, seed=config.seed)
 
 
