@@ -8,7 +8,7 @@ from . import objective
 from .lm_head import LMHead
 
 TILE_BYTES = 3 * 2**28  # for logits
-AUTOGRAD = 12  # (R, V) tensors that it holds at once of a divergence over the whole vocabulary
+AUTOGRAD = 12  # (R, V) tensors alive at once in autograd, for a divergence over the whole vocabulary
 
 
 @torch.no_grad()

@@ -128,8 +128,8 @@ class SelfTeacher:
 
     @contextmanager
     def view(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """The model to call, in evaluation mode: the copy, or the policy; that without its adapter for LoRA's frozen
-        teacher, with the averaged one for QLoRA's average."""
+        """The model to call, in evaluation mode: the copy where there is one, else the policy, with LoRA as a frozen
+        teacher without its adapter, with QLoRA as an EMA teacher with the averaged one."""
         if self.model is not None:
             self.model.eval()
             with self.offloaded.on_device() if self.offloaded else nullcontext():
