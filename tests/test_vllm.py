@@ -209,7 +209,7 @@ def test_a_label_server_that_is_killed_in_a_batch(self_play, model_path, tmp_pat
             ConnectionError, match="the same command goes on.*; the server ended with exit code -9; the"
         ):
             label("killed")
-    assert len(read_jsonl(tmp_path / "killed" / "samples.jsonl")) == 512
+    assert 512 <= len(read_jsonl(tmp_path / "killed" / "samples.jsonl")) < 600  # some may have been answered before
     assert label("killed") == straight
 
 
