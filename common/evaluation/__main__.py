@@ -20,6 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--benchmark", required=True, help="such as math500; an unknown name lists them")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--server", help="instead of --engine: address of a server, such as http://localhost:8000/v1")
+    parser.add_argument(
+        "--tokenizer",
+        help="with --server: hub id or local folder of its model, whose template's end of a turn then ends a response "
+        "(base models do not declare it)",
+    )
     parser.add_argument("--samples", type=int, help="a question; default: the benchmark's")
     parser.add_argument("--data", help="local file or folder instead of the hub")
     parser.add_argument("--limit", type=int, help="only the first questions")
@@ -76,7 +81,9 @@ def _engine(args: argparse.Namespace, options: dict):
     from . import ServerEngine, TransformersEngine, VLLMEngine
 
     if args.server:
-        return ServerEngine(args.server, args.model, options)
+        return ServerEngine(args.server, args.model, options, stop_token_ids=_turn_end(args.tokenizer))
+    if args.tokenizer:
+        raise ValueError(f"tokenizer {args.tokenizer!r} is for a --server: leave it out")
     if args.engine == "vllm":
         engine_options = _json_options("engine_options", args.engine_options, '{"max_model_len": 8192}')
         return VLLMEngine(args.model, options, **{"seed": args.seed, **engine_options})
@@ -87,6 +94,20 @@ def _engine(args: argparse.Namespace, options: dict):
     cuda = torch.cuda.is_available()
     model = load_model(args.model, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
     return TransformersEngine(model, load_processor(args.model), args.batch_size, options)
+
+
+def _turn_end(tokenizer: str | None) -> list[int]:
+    if tokenizer is None:
+        return []
+    from common.models import load_processor
+
+    from .engines import turn_end_id
+
+    processor = load_processor(tokenizer)
+    end = turn_end_id(getattr(processor, "tokenizer", processor))
+    if end is None:
+        raise ValueError(f"tokenizer {tokenizer!r} has no chat template that closes a turn by a token: leave it out")
+    return [end]
 
 
 def _json_options(name: str, text: str, example: str) -> dict:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from common.answers import Verdict
 from common.evaluation import (
@@ -467,6 +468,8 @@ def test_the_command_prints_value_interval_and_rates(tmp_path, capsys):
         (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
         (["--batch_size", "0"], "batch_size must be at least 1"),
         (["--samples", "0"], "samples must be at least 1, got 0"),
+        (["--tokenizer", "x"], "tokenizer 'x' is for a --server"),
+        (["--server", "http://127.0.0.1:9/v1", "--tokenizer", "/nowhere"], "there is no such folder"),
         (["--chat_template_kwargs", '{"tokenize": false}'], "chat_template_kwargs must leave out tokenize"),
         (["--benchmark", "math500"], "30 rows where 500 are expected"),
     ],
@@ -550,6 +553,23 @@ def test_a_server_is_asked_once_a_prompt_with_its_seed(chat_server):
     assert request["chat_template_kwargs"] == {"enable_thinking": False}
     server_engine(chat_server, stop_token_ids=[2]).generate(asked("d"), Decoding(), [1])
     assert chat_server.asked[-1]["stop_token_ids"] == [2]
+
+
+def test_a_server_hears_of_the_end_of_a_turn(chat_server, tmp_path, capsys):
+    """And records made without it are not mixed with those made with it."""
+    pytest.importorskip("openai")
+    model_folder(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    server = ["--server", f"http://127.0.0.1:{chat_server.server_port}/v1"]
+    named = [*server, "--tokenizer", str(tmp_path / "model")]
+    assert command.main(arguments(tmp_path, "out", *named)) == 0
+    assert all(asked["stop_token_ids"] == [turn_end_id(tokenizer)] for asked in chat_server.asked)
+    assert command.main(arguments(tmp_path, "out", *server)) == 2
+    assert f"stop_token_ids=[{turn_end_id(tokenizer)}], this evaluation has []" in capsys.readouterr().err
+    model_folder(tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    assert command.main(arguments(tmp_path, "other", *server, "--tokenizer", str(tmp_path / "plain"))) == 2
+    assert "no chat template that closes a turn" in capsys.readouterr().err
 
 
 def test_a_prompt_that_a_server_refuses(chat_server, tmp_path):
