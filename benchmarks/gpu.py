@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # is_available() must not start CUDA before the fork
 
 WORKS = {  # name of the result: module and arguments
-    "va_opd_loss": "va_opd_loss --student 2048 --teacher 4096 --head_rows 0 --most 60 --repeats 5",
+    "va_opd_loss": "va_opd_loss --student 2048 --teacher 4096 --head_rows --most 60 --repeats 5",
     "srpo_loss": "srpo_loss --rows 1024 2048 4096 8192 --student 4096 --teacher 4096 --most 60 --repeats 3",
     "va_opd_scoring": "va_opd_scoring --real --repeats 3",
     "srpo_step": "srpo_step --real 4B --response 800 --repeats 2 --kinds srpo 'sdpo (trl)' grpo",

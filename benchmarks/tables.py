@@ -77,18 +77,18 @@ def answers(result: Result) -> list[list[str]]:
 
 
 def r_diverse_reward(result: Result) -> list[list[str]]:
-    peer = result["r_zero_pairwise"]["seconds"]
-    rows = [["R-Zero's penalty, bit for bit, s", "R-Zero", *_pair(result["r_zero"]["seconds"], peer)]]
-    rows += [
-        [f"R-Diverse's reward, bank of {b['rows']:,} rows, s", "R-Zero", *_pair(b["reward_seconds"], peer)]
-        for b in result["bank"]
-    ]
-    seconds = [result["r_zero"]["seconds"], *(bank["reward_seconds"] for bank in result["bank"])]
-    aims = ["300 x", *({10**4: "300 x", 10**6: "10 s"}.get(bank["rows"], "") for bank in result["bank"])]
-    slopes = ["", *[growth([bank["rows"] for bank in result["bank"]], seconds[1:])] * len(result["bank"])]
-    return [
-        [*row, f"{peer / s:.1f} x", aim, slope] for row, s, aim, slope in zip(rows, seconds, aims, slopes, strict=True)
-    ]
+    found = {int(count): entry for count, entry in result["r_zero"].items()}
+    ours, theirs = ([entry[side] for entry in found.values()] for side in ("seconds", "pairwise_seconds"))
+    peer, slopes = theirs[-1], growth(list(found), ours, theirs)
+    figures = [*_pair(ours[-1], peer), f"{peer / ours[-1]:.1f} x", "300 x", slopes]
+    rows = [[f"R-Zero's penalty of {max(found):,} questions, bit for bit, s", "R-Zero", *figures]]
+    seconds = [bank["reward_seconds"] for bank in result["bank"]]
+    slopes = growth([bank["rows"] for bank in result["bank"]], seconds)
+    for count, taken in zip((bank["rows"] for bank in result["bank"]), seconds, strict=True):
+        aim = {10**4: "300 x", 10**6: "10 s"}.get(count, "")
+        work = f"R-Diverse's reward, bank of {count:,} rows, s"
+        rows.append([work, "R-Zero", *_pair(taken, peer), f"{peer / taken:.1f} x", aim, slopes])
+    return rows
 
 
 def evaluation(result: Result) -> list[list[str]]:
@@ -143,11 +143,15 @@ def va_opd_scoring(result: Result) -> list[list[str]]:
                 else f"teacher scoring, {name}"
             )
             rows.append([f"{what}, s", "TRL's way", *_pair(ours, theirs), ratio, aim, slopes])
-    added = result["whole step"]["va_over_opd"]
-    plain = statistics.median(step["step"] for step in result["whole step"]["steps"]) / (1 + added["median"])
-    share = "+{median:.1%} [{low:.1%}, {high:.1%}]".format(**added)
-    pair = _pair(plain * (1 + added["median"]), plain)
-    return [*rows, ["VA-OPD's whole step, s", "our own OPD", *pair, share, "+3 %"]]
+    found = {name: entry for name, entry in result.items() if name.startswith("whole step")}
+    ours = [statistics.median(step["step"] for step in entry["steps"]) for entry in found.values()]
+    added = [entry["va_over_opd"] for entry in found.values()]
+    plain = [step / (1 + more["median"]) for step, more in zip(ours, added, strict=True)]
+    slopes = growth([entry["response"] for entry in found.values()], ours, plain)
+    for name, more, *pair in zip(found, added, ours, plain, strict=True):
+        share = "{median:+.1%} [{low:.1%}, {high:.1%}]".format(**more)
+        rows.append([f"VA-OPD's {name}, s", "our own OPD", *_pair(*pair), share, "+3 %", slopes])
+    return rows
 
 
 def va_opd_loss(result: Result) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """Peak memory and time of VA-OPD's loss, the weighted reverse KL over the full vocabulary, forward and backward.
 
     python -m benchmarks.va_opd_loss                           # CPU, about 11 minutes
-    python -m benchmarks.va_opd_loss --student 2048 --teacher 4096 --head_rows 0 --most 60 --repeats 5      # a GPU
+    python -m benchmarks.va_opd_loss --student 2048 --teacher 4096 --head_rows --most 60 --repeats 5      # a GPU
 
 `naive` holds the logits of both models, `trl` is the path of TRL's trainer, its tiled kernel, which computes logits
 twice, `liger` Liger's fused JSD, which needs a GPU and weighs all tokens alike, `ours` computes logits once, in tiles
@@ -163,10 +163,10 @@ def parser(name: str, rows: list[int]) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    asked = parser("va_opd_loss", [256, 1024, 4096])
+    asked = parser("va_opd_loss", [256, 512, 1024, 4096])
     asked.description = __doc__
     asked.add_argument("--heads", type=int, nargs=2, default=[2048, 4096], help="true widths: 2B and 8B")
-    asked.add_argument("--head_rows", type=int, default=256, help="0 leaves them out")
+    asked.add_argument("--head_rows", type=int, nargs="*", default=[64, 128, 256], help="none leaves them out")
     options = asked.parse_args(argv)
     if options.child:
         child(loss_of, options.child)
@@ -180,9 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     shared = {"loss": loss_of, "module": "benchmarks.va_opd_loss", "paths": PATHS}
     shared |= {"repeats": options.repeats, "most": options.most}
     found = measure(rows=options.rows, widths=[options.student, options.teacher], **shared)
-    head_rows = [options.head_rows] if options.head_rows else []
-    true = measure(rows=head_rows, widths=options.heads, **shared)
-    print(table(found, options.rows), table(true, head_rows), sep="\n\n")
+    true = measure(rows=options.head_rows, widths=options.heads, **shared)
+    print(table(found, options.rows), table(true, options.head_rows), sep="\n\n")
     settings = {key: value for key, value in vars(options).items() if key not in ("child", "out")}
     atomic_write_json(options.out, {"settings": settings, **machine("trl"), "paths": found, "true heads": true})
 

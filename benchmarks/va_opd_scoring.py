@@ -415,7 +415,10 @@ def main(argv: list[str] | None = None) -> None:
             results[size] = student(options, folder, options.prompt // 4 // part, options.response // part)
             print(size, results[size]["ratio"], results[size]["loss_and_gradient_norm"], flush=True)
         prompt = options.prompt if options.real else options.prompt // 4
-        results["whole step"] = whole_step(options, folder, prompt, options.response)
+        for part in (1,) if options.real else (1, 2, 4):
+            size = f"whole step, size 1/{part}"
+            results[size] = whole_step(options, folder, prompt // part, options.response // part)
+            print(size, results[size]["va_over_opd"], flush=True)
     results["predicted"] = predicted()
     print(table(results))
     atomic_write_json(options.out, results)
@@ -430,9 +433,12 @@ def table(results: dict[str, Any]) -> str:
             counts = [f"{c['tokens']:,} / {c['patches']:,}" for c in found["counted"].values()]
             rows.append([name, f"{ours:.2f}", f"{theirs:.2f}", ratio, *counts])
     columns = ["work", "ours, s", "TRL's way, s", "ratio", "ours, tokens / patches", "TRL's, tokens / patches"]
-    added = "{median:.1%} [{low:.1%}, {high:.1%}]".format(**results["whole step"]["va_over_opd"])
-    lines = [f"{name}: {value:.3g}" for name, value in results["predicted"].items()]
-    figures = [f"VA over plain OPD, whole step: {added}", *lines]
+    added = {name: found["va_over_opd"] for name, found in results.items() if name.startswith("whole step")}
+    figures = [
+        f"VA over plain OPD, {name}: {{median:.1%}} [{{low:.1%}}, {{high:.1%}}]".format(**x)
+        for name, x in added.items()
+    ]
+    figures += [f"{name}: {value:.3g}" for name, value in results["predicted"].items()]
     return "\n".join([plots.table_markdown(rows, columns), "", *figures])
 
 
