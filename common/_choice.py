@@ -21,7 +21,7 @@ _LIST_OF_LETTERS = re.compile(  # "C. D", "A) B) C)", "A. (b)", "C or d"; but "D
 _LABEL, _CLAUSE_LABEL = re.compile(r"\b([A-J]):\s"), re.compile(r"[.;,]\s*([A-J]):\s")  # "A: no, B: yes"
 _SENTENCE_LABEL = re.compile(r"[a-z]{3}\.\s*[A-J]\.\s+[A-Z]")  # "A. Incorrect. B. Correct."
 _REFUSED = re.compile(r"(?i)[.:)]\s*;|[\s,;]*\bnot\b")
-_DOUBTED = re.compile(r"[\s,;*]*\b(?i:or)\b|[)\]}.:,;*\s]*\bor\b")  # but "C) OR gate" is an option
+_DOUBTED = re.compile(r"[\s,;*]*\b(?i:or)\b|[()\[\]{}.:,;*/$\\\s]*\bor\b")  # but "C) OR gate" is an option
 _HEDGE = re.compile(
     r"(?i)\b(?:maybe|perhaps|possibly|probably|also|either|or|could|might|may|wait|actually|sure|unless|both|alternatively)\b|;\s*\(?[A-J]\b"
 )

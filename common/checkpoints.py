@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
 from .runs import (
     UNFINISHED,
@@ -130,7 +129,8 @@ class ExactCheckpoints(TrainerCallback):
         self.trainer._metrics["train"].update(sums["_metrics"])
 
     def _tidy(self, args: TrainingArguments, state: TrainerState) -> None:
-        rotate_checkpoints(args.output_dir, self.limit)
+        if self.limit and self.limit > 0:
+            self._rotate(args, state)
         for step, folder in checkpoints(args.output_dir).items():
             if step >= state.global_step:
                 continue
@@ -139,6 +139,14 @@ class ExactCheckpoints(TrainerCallback):
             elif self.keep_weights:
                 for path in [path for pattern in ONLY_TO_RESUME for path in folder.glob(pattern)]:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _rotate(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Keeps the newest `limit` and the best. What lies beyond this step is not whole: the run would have gone on
+        from there."""
+        found = checkpoints(args.output_dir)
+        kept = [folder for step, folder in found.items() if step <= state.global_step][-self.limit :]
+        for folder in set(found.values()) - {*kept, Path(state.best_model_checkpoint or "")}:
+            shutil.rmtree(folder)
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

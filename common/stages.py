@@ -19,9 +19,12 @@ Command = tuple[str, list[str]]  # a name for its log, and the words of it
 def chosen(name: str, text: str, known: Collection[str] = ()) -> list[str]:
     """The entries of a comma list, of `known` ones where it is given: all of those for "all".
 
-    Raises `ValueError` for an unknown entry, and for one that comes twice: two commands would write into one folder.
+    Raises `ValueError` for none, for an unknown one, and for one that comes twice: two commands would write into one
+    folder.
     """
-    entries = list(known) if text == "all" and known else text.split(",")
+    entries = list(known) if text == "all" and known else [entry for entry in text.split(",") if entry]
+    if not entries:
+        raise ValueError(f"{name} names nothing, got {text!r}")
     if unknown := [entry for entry in entries if known and entry not in known]:
         raise ValueError(f"unknown {name} {unknown}; choose among {', '.join(known)}, or all")
     if len(set(entries)) < len(entries):

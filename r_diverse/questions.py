@@ -74,7 +74,9 @@ def turn_end_id(tokenizer: Any) -> int | None:
     turns = [*_messages("", "?"), {"role": "assistant", "content": "@answer@"}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateError:  # it asks for more than two turns
+    except (TemplateError, TypeError, ValueError):  # it asks for more than two turns, or content as parts
+        return None
+    if "@answer@" not in text:
         return None
     ids = tokenizer(text.rpartition("@answer@")[2], add_special_tokens=False)["input_ids"]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -102,12 +102,14 @@ def settings_of(model: str, benchmark: Benchmark, args: ScriptArguments, config:
 def check_settings(record: dict[str, Any], settings: dict[str, Any], out: Path) -> None:
     """Raises `ValueError` where the record of a finished evaluation is one of other settings.
 
-    Of the model of a run's own checkpoint the name is not compared: its folder may have been moved. Older records lack
-    some settings.
+    Of the model of a run's own checkpoint the name is not compared: its folder may have been moved. The policy before
+    training is evaluated once for all seeds of training. Older records lack some settings.
     """
     theirs, ours = (_by_field({**found.pop("decoding", {}), **found}) for found in (dict(record), dict(settings)))
     if Path(ours["model"]).is_relative_to(out.parents[1]):
         del ours["model"]
+    if out.name == "base":
+        del ours["seed"]
     differences = [
         f"{name}={theirs[name]!r} and not {value!r}"
         for name, value in ours.items()
@@ -153,12 +155,14 @@ def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
 def build_engine(model: str, args: ScriptArguments, config: SRPOConfig):
     if args.engine == "vllm":
         return VLLMEngine(model, chat_template_kwargs=config.chat_template_kwargs)
-    return TransformersEngine(
+    engine = TransformersEngine(
         models.load_model(model, device="cpu" if config.use_cpu else None),
         models.load_processor(model),
         args.eval_batch_size,
         chat_template_kwargs=config.chat_template_kwargs,
     )
+    engine.name = model  # of an adapter's folder, not its base
+    return engine
 
 
 def within_budgets(curve: list[dict[str, Any]]) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, config = parse([*fields, "--dry_run"] if known.dry_run else fields)
         variants = chosen("variants", known.variants, VARIANT_FLAGS)
-        datasets = chosen("datasets", known.datasets, BENCHMARKS) if known.datasets else [args.dataset]
+        own = known.datasets in (None, args.dataset)
+        datasets = [args.dataset] if own else chosen("datasets", known.datasets, BENCHMARKS)
         seeds = chosen("seeds", known.seeds or str(config.seed))
         if not known.dry_run:
             check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)

@@ -74,7 +74,7 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
     rows = load_splits_of(args)["validation"]
     names = [name for name in benchmark_names(args) if not is_evaluated(out, name, args.eval_limit)]
     has_results = any(out.rglob("*.jsonl"))
-    claim(out / "settings.json", settings_of(what, args, config, rows), has_results, known_settings(what, out))
+    claim(out / "settings.json", settings_of(what, args, config, rows), has_results)
     if what == "run":
         model = str(best_checkpoint(run, args, config, rows) if args.select_checkpoint else run / "model")
     else:
@@ -119,17 +119,6 @@ def settings_of(what: str, args: ScriptArguments, config: VAOPDConfig, rows: "Da
         "validation_size": args.validation_size,
         "data": question_digest(rows),
     }
-
-
-def known_settings(what: str, out: Path) -> dict[str, Any]:
-    """What the records in a folder without settings.json, of an earlier version, say of their settings."""
-    for path in sorted(out.rglob("*.json")):
-        record = json.loads(path.read_text())
-        if "decoding" in record:
-            known = {"eval_samples": record["samples"], "eval_temperature": record["decoding"]["temperature"]}
-            model = {"base": {"model": record["model"]}, "teacher": {"teacher": record["model"]}}.get(what, {})
-            return {**model, **known, "seed": record["seed"]}
-    return {}
 
 
 def is_evaluated(out: Path, name: str, limit: int | None) -> bool:

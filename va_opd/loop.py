@@ -74,17 +74,20 @@ def plan(
         f"{name}-seed{seed}": [*fields, "--seed", seed, *VARIANT_FLAGS[name]] for seed in seeds for name in variants
     }
     evaluations = [(f"evaluate-{name}", [*python, "va_opd.evaluate", "run", *f]) for name, f in flags.items()]
-    evaluations.append(("evaluate-base", [*python, "va_opd.evaluate", "base", *fields]))
+    untrained = ["base", "teacher"] if args.dataset == "digits" or args.benchmarks else ["base"]
+    evaluations += [
+        (f"evaluate-{what}-seed{seed}", [*python, "va_opd.evaluate", what, *fields, "--seed", seed])
+        for seed in seeds
+        for what in untrained
+    ]
     stages = [
         [(f"train-{name}", [*launch, "va_opd.train", *f]) for name, f in flags.items()],
         evaluations,
-        [("report", [*python, "benchmarks.va_opd", *fields])],
+        [("report", [*python, "benchmarks.va_opd", *fields, "--seed", seeds[0]])],
     ]
     if args.dataset == "digits":
         readers = {"teacher": args.teacher, "base": args.model}
         stages.insert(0, [(f"make-{name}", [*python, "va_opd.data", name, path]) for name, path in readers.items()])
-    if args.dataset == "digits" or args.benchmarks:
-        evaluations.append(("evaluate-teacher", [*python, "va_opd.evaluate", "teacher", *fields]))
     return stages
 
 

@@ -353,20 +353,17 @@ def question_digest(rows: "Dataset") -> str:
     return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in columns])
 
 
-def claim(path: Path, settings: dict[str, Any], has_results: bool, older: dict[str, Any] | None = None) -> None:
+def claim(path: Path, settings: dict[str, Any], has_results: bool) -> None:
     """Ties a folder of results to the settings that decide them, which the first call writes to `path`.
 
-    Args:
-        has_results: whether the folder holds results, which keep it from being claimed anew.
-        older: what is known of the settings of results without such a file.
-
+    `has_results` is whether the folder holds results, which keep it from being claimed anew.
     Raises `ValueError` where the results are of other settings, or say nothing of them.
     """
     if not has_results:
         atomic_write_json(path, settings)
         return
     try:
-        theirs = json.loads(path.read_text()) if path.exists() else dict(older or {})
+        theirs = json.loads(path.read_text()) if path.exists() else {}
         differing = [name for name, value in settings.items() if theirs.get(name, value) != value]
     except (ValueError, AttributeError):
         theirs = {}

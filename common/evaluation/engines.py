@@ -140,10 +140,16 @@ def turn_end_id(tokenizer) -> int | None:
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@answer@"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateError:  # it asks for more than two turns
+    texts = {"user": "?", "assistant": "@answer@"}
+    for as_content in (str, lambda text: [{"type": "text", "text": text}]):  # some VLMs' templates read parts only
+        turns = [{"role": role, "content": as_content(text)} for role, text in texts.items()]
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+        except (TemplateError, TypeError, ValueError):  # it asks for more than two turns, or for the other form
+            continue
+        if "@answer@" in text:
+            break
+    else:
         return None
     ids = tokenizer(text.rpartition("@answer@")[2], add_special_tokens=False)["input_ids"]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from accelerate import PartialState
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 from trl import DistillationTrainer, GRPOTrainer, SFTTrainer
 
 import r_diverse.train
@@ -249,7 +248,6 @@ def test_what_is_used_of_transformers(trainer):
         assert f"self.{name}" in sources
     given = ["epoch_iterator", "num_batches", "device"]
     assert list(inspect.signature(Trainer.get_batch_samples).parameters)[1:] == given
-    assert list(inspect.signature(rotate_checkpoints).parameters)[:2] == ["output_dir", "save_total_limit"]
     saving = inspect.getsource(Trainer._maybe_log_save_evaluate)
     assert saving.index("_save_checkpoint(") < saving.index("callback_handler.on_save(")
 
@@ -334,6 +332,31 @@ def test_the_older_checkpoint_goes_only_when_the_newer_one_is_whole(models, tmp_
     assert last_checkpoint(runs.path("killed")).name == "checkpoint-4"
     assert runs.run("killed") == 0
     assert runs.content("killed") == runs.content("straight")
+
+
+def test_what_a_kill_left_beyond_the_step_is_not_taken_for_the_newest(models, tmp_path, monkeypatch):
+    """Killed while checkpoint-8 is written, gone on from 4, stopped at 6: that one stays and not the rest of 8."""
+    monkeypatch.setitem(SETTINGS, "srpo", {**SETTINGS["srpo"], "save_total_limit": 1})
+    monkeypatch.setattr(srpo.train, "reward_of", lambda *_: even_length)
+    runs = Runs("srpo", (), models, tmp_path)
+    sigterm_at(monkeypatch, 4)
+    assert runs.run("stopped") == 143
+    begin_checkpoint(runs.path("stopped") / "checkpoint-8")
+    sigterm_at(monkeypatch, 6)
+    assert runs.run("stopped") == 143
+    assert [folder.name for folder in runs.path("stopped").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert runs.run("stopped") == 0
+    assert runs.content("stopped") == runs.content("straight")
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    for step in (2, 4, 6, 8):
+        checkpoint_of(tmp_path, step, processes=1, deepspeed=False)
+    callback = ExactCheckpoints(None, None, keep_weights=True)
+    callback.limit = 2
+    state = SimpleNamespace(global_step=8, save_steps=2, best_model_checkpoint=str(tmp_path / "checkpoint-4"))
+    callback._tidy(trainer(tmp_path, 1, deepspeed=False).args, state)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
 
 
 def test_deepspeeds_parts_are_looked_at_and_freed(tmp_path):

@@ -32,6 +32,7 @@ from common.evaluation.scoring import bbeh_row, reward_scorer, score_records
 from common.runs import read_jsonl
 from common.tiny import tiny_qwen3
 from common.verifiers import choice_reward
+from r_diverse import questions as questions_of_r_diverse
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLED = Decoding(temperature=1.0, max_new_tokens=6)
@@ -333,11 +334,28 @@ def test_the_end_of_a_turn_stops_a_base_model_too(monkeypatch):
     assert completion.text == r"So \boxed{5}" and completion.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('three turns') }}"])
+def test_a_template_that_reads_content_as_parts_has_an_end_of_turn_too():
+    tokenizer = tiny_qwen3()[1]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{% for part in m['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    assert turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+# None, one that shows the question only, one that wants three turns, one without text, one that cannot be rendered
+NO_END = [
+    None, "{{ messages[0]['content'] }}<|im_end|>", "{{ raise_exception('three turns') }}", "<|im_start|><|im_end|>",
+    "{{ messages[0]['content'] + 1 }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", NO_END)
 def test_a_template_without_an_end_of_turn_adds_none(template):
     tokenizer = tiny_qwen3()[1]
     tokenizer.chat_template = template
     assert turn_end_id(tokenizer) is None
+    assert questions_of_r_diverse.turn_end_id(tokenizer) is None
 
 
 def test_the_chat_template_gets_its_options(engine):

@@ -107,9 +107,11 @@ def test_accelerate_reads_the_configs_as_the_methods_need_them(sharding, kind, s
 
 def test_a_comma_list_is_checked_before_anything_runs():
     assert stages.chosen("variants", "all", {"a": [], "b": []}) == ["a", "b"]
-    assert stages.chosen("seeds", "0,1") == ["0", "1"]
-    with pytest.raises(ValueError, match=r"unknown variants \['c', ''\]; choose among a, b, or all"):
-        stages.chosen("variants", "a,c,", ("a", "b"))
+    assert stages.chosen("seeds", "0,1,") == ["0", "1"]
+    with pytest.raises(ValueError, match="seeds names nothing, got ','"):
+        stages.chosen("seeds", ",")
+    with pytest.raises(ValueError, match=r"unknown variants \['c'\]; choose among a, b, or all"):
+        stages.chosen("variants", "a,c", ("a", "b"))
     with pytest.raises(ValueError, match="seeds must differ, got 0,0"):
         stages.chosen("seeds", "0,0")
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import get_peft_model
 
 from benchmarks import srpo as report
+from common import models
 from common.cli import changed_settings
 from common.runs import last_checkpoint, read_jsonl
 from common.tiny import tiny_qwen3
@@ -328,7 +330,6 @@ def test_evaluation_of_every_checkpoint_and_the_budgets(config, tmp_path, easy):
         (["--max_completion_length", "5"], "max_completion_length=4 and not 5"),
         (["--chat_template_kwargs", '{"enable_thinking": true}'], "chat_template_kwargs={'enable_thinking': False}"),
         (["--strict", "true"], "strict=False and not True"),
-        (["--seed", "1"], "seed=0 and not 1"),
         (["--model", "{other}"], "and not"),
     ],
 )
@@ -344,6 +345,26 @@ def test_a_result_of_other_settings_is_refused(evaluated, other_policy, capsys, 
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line and f"move the folder {folder / 'eval'} away" in line
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_policy_before_training_is_evaluated_once_for_all_seeds(evaluated, monkeypatch):
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: pytest.fail("a model was loaded"))
+    assert evaluate.main(["base", "--config", str(evaluated[0]), "--seed", "1"]) == 0
+
+
+def test_a_run_is_evaluated_with_the_seed_of_its_record(tmp_path):
+    with pytest.raises(ValueError, match="seed=0 and not 1"):
+        evaluate.check_settings({"seed": 0}, {"model": "m", "seed": 1}, tmp_path / "run/eval/checkpoint-2")
+
+
+def test_an_adapters_folder_is_its_own_model(evaluated, policy, tmp_path):
+    """The record once named its base, and the second call was refused."""
+    config, _ = evaluated
+    adapter = get_peft_model(models.load_model(policy), models.lora_config(2))
+    adapter.save_pretrained(tmp_path / "adapter")
+    models.load_processor(policy).save_pretrained(tmp_path / "adapter")
+    fields = ["--config", str(config), "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "runs")]
+    assert [evaluate.main(["base", *fields]) for _ in range(2)] == [0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -413,6 +434,12 @@ def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(config, t
     assert train.main(fields) == evaluate.main(["run", *fields]) == 0
     assert "done already" in capsys.readouterr().out
     assert samples.stat().st_mtime_ns == before
+
+
+def test_the_configs_own_dataset_may_be_named(config, capsys):
+    assert loop.main(["--config", str(config), "--datasets", "additions", "--dry_run"]) == 0
+    assert loop.main(["--config", str(config), "--datasets", "all", "--dry_run"]) == 0
+    assert loop.main(["--config", str(config), "--datasets", "chemistrie", "--dry_run"]) == 2
 
 
 def test_unknown_variants_are_one_sentence(config, capsys):
