@@ -235,6 +235,8 @@ VOLTS = ["75 + 13.3 cos(250t - 57.7°)V", "75 + 23.3 cos(250t - 57.7°)V", "45 +
         ("(A) or rather (C).", "C"),
         ("It is B , not A , so B .", "B"),
         (f"I get a voltage of {VOLTS[2].upper()} here", "C"),
+        ("it may be 95 v", None),  # five words
+        ("it may well be 95 v", "D"),
         ("none of them", None),  # there a random letter
         ("", None),
     ],
@@ -253,6 +255,10 @@ def test_mmmu_letter(text, letter):
         ("It could be the mitral valve", ["Mitral valve", "bicuspid valve"], True),
         ("so the answer is Cb", ["b"], False),  # a single character needs a space beside it
         ("30 at first\nso 31", ["30"], False),  # a key phrase there hides the other line
+        ("so 30 = x", ["30"], False),  # in the last line "=" is one, and the shortest tail counts
+        ("x = 30 is 7", ["30"], False),
+        ("so 30 = x\nindeed", ["30"], True),
+        ("so 7 is it\n30 all over", ["30"], False),
     ],
 )
 def test_mmmu_open(text, golds, right):
@@ -301,6 +307,10 @@ def test_mathvista_value(kind, text, value):
         ("free-form", "0.5 m", "50cm", True),
         ("free-form", "14", "14", True),
         ("multi-choice", "C", "C", True),
+        ("multi-choice", "C", "C because (B) is far too long", True),
+        ("free-form", "the red and blue lines", "The red and blue lines.", True),  # five words
+        ("free-form", "all the red and blue lines", "All the red and blue lines.", False),
+        ("free-form", "14", "I think that it is \\boxed{14}", True),
     ],
 )
 def test_mathverse(kind, gold, answer, right):
@@ -334,6 +344,22 @@ def test_yes_or_no(text, word):
 )
 def test_ocrbench_contains(text, answers, formula, right):
     assert ocrbench_contains(text, answers, formula) is right
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "response", "verdict"),
+    [
+        ("ocrbench", {"dataset": "HME100k", "answer": ["x ="]}, "x=5", Verdict.CORRECT),
+        ("ocrbench", {"dataset": "IIIT5K", "answer": ["x ="]}, "x=5", Verdict.WRONG),
+        ("mmmu", {"question_type": "multiple-choice", "options": "['blue', 'red']", "answer": "B"}, "Red.", "correct"),
+        ("mmmu", {"question_type": "open", "answer": "30"}, "It is 30", "correct"),
+        ("mmstar", {"answer": "B"}, "Answer: B", "correct"),
+        ("mmstar", {"answer": "B"}, "who knows", "no_answer"),
+        ("mmstar", {"answer": "B"}, "\\boxed{who knows}", "unparseable"),
+    ],
+)
+def test_a_row_is_read_by_its_own_rule_and_then_by_ours(name, row, response, verdict):
+    assert VISION[name].score(response, row) is Verdict(verdict)
 
 
 def test_option_letter():
@@ -459,6 +485,29 @@ def test_with_one_value_a_cluster_intervals_and_differences_are_students():
     assert metric.difference(a, b) == pytest.approx((metric(a)["score"] - metric(b)["score"], low, high, test.pvalue))
     with pytest.raises(ValueError, match="different questions"):
         metric.difference(a, b[:-1])
+
+
+def test_a_clusters_pull_is_the_slope_of_the_headline_over_its_weight():
+    """With several values a cluster and two components; the slopes by differences of the weighted headline."""
+    units = {
+        "a": {"x": [1.0, 0.0, 0.5], "y": [1.0], "z": [0.0, 0.0]},
+        "b": {"x": [0.0, 1.0], "y": [1.0, 1.0, 0.5]},  # and z has none
+    }
+
+    def headline_of(weights: dict[str, float]) -> float:
+        rates = []
+        for clusters in units.values():
+            total = sum(weights[name] * sum(values) for name, values in clusters.items())
+            rates.append(total / sum(weights[name] * len(values) for name, values in clusters.items()))
+        return sum(rates) / len(rates)
+
+    ones, step = dict.fromkeys("xyz", 1.0), 1e-6
+    pulls = {n: (headline_of(ones | {n: 1 + step}) - headline_of(ones | {n: 1 - step})) / (2 * step) for n in "xyz"}
+    spread = (3 / 2 * sum(pull**2 for pull in pulls.values())) ** 0.5 * stats.t.ppf(0.975, 2)
+    found = StructuredMetric(lambda records: units)([])
+    assert found["score"] == pytest.approx(headline_of(ones))
+    expected = [max(0.0, found["score"] - spread), min(1.0, found["score"] + spread)]
+    assert found["interval"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_intervals_are_never_empty():
