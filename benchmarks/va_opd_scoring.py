@@ -1,6 +1,6 @@
 """VA-OPD's teacher scoring and student pass beside TRL's way, on the same rollouts in one run.
 
-    python -m benchmarks.va_opd_scoring                        # CPU, about 15 minutes
+    python -m benchmarks.va_opd_scoring                        # CPU, 6 to 15 minutes
     python -m benchmarks.va_opd_scoring --real                 # a GPU with 80 GB: Qwen3-VL-2B and 8B
 
 Three works. Teacher scoring of the siblings of a prompt in both views: one pass over image and prompt a view, then one
