@@ -1,6 +1,7 @@
 """An experiment as stages of commands: printed before they run, side by side on a CPU, stopped together."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -135,4 +136,4 @@ def _end(logs: Path, name: str, lines: int) -> list[str]:
 
 def shown(command: Command) -> str:
     """A command as one would type it."""
-    return " ".join("python" if word == sys.executable else word for word in command[1])
+    return shlex.join("python" if word == sys.executable else word for word in command[1])

@@ -390,7 +390,7 @@ class RDiverseConfig:
         if self.penalty != "r_diverse" and self.replay_fraction:
             raise ValueError(
                 f"replay_fraction={self.replay_fraction} needs penalty='r_diverse', got penalty={self.penalty!r}: the "
-                "baselines remember nothing that could be replayed; leave replay_fraction out"
+                "baselines remember nothing that could be replayed; set replay_fraction to 0"
             )
         self._check_servers()
         lowest_valid_reward(self.alpha, self.beta, self.gamma, self.tau_max, self.tau_mean)  # checks the last three
@@ -401,7 +401,13 @@ class RDiverseConfig:
         return max(1, self.gpus // 2 if self.engine == "vllm" else self.gpus)
 
     def _check_servers(self) -> None:
-        """Each stage with servers needs whole replicas."""
+        """Each stage with servers needs whole replicas, and a context that holds an answer."""
+        longest = max(self.question_tokens, self.answer_tokens)
+        if self.engine == "vllm" and self.max_model_len is not None and self.max_model_len <= longest:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} is for prompt and answer together, and question_tokens or "
+                f"answer_tokens alone is {longest}: raise it, or lower them"
+            )
         beside = max(1, self.gpus - self.trainer_gpus)
         for number in (beside, max(1, self.gpus)):
             if self.engine == "vllm" and number % self.server_tensor_parallel:

@@ -4,7 +4,7 @@
     python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --penalty r_zero     # the baseline
     python -m r_diverse.loop --config r_diverse/configs/tiny.yaml --more 1                 # one iteration more
     python -m r_diverse.loop --config r_diverse/configs/tiny.yaml --variants r_diverse,r_zero --seeds 0,1,2
-    python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --dry_run            # settings, memory, commands
+    python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --dry_run            # settings, memory
 
 With --variants or --seeds, each run is a command of its own and a report of all of them comes last. Started again
 after a kill, a run goes on in the stage where it was. `--challenger.field value` and `--solver.field value` set the
@@ -44,8 +44,8 @@ from . import analysis, data, evaluate
 
 VARIANT_FLAGS = {
     "r_diverse": [],
-    "r_zero": ["--penalty", "r_zero"],
-    "no_penalty": ["--penalty", "none"],
+    "r_zero": ["--penalty", "r_zero", "--replay_fraction", "0"],  # which config.yaml or a flag may set for R-Diverse
+    "no_penalty": ["--penalty", "none", "--replay_fraction", "0"],
     "no_map": ["--beta", "0", "--replay_fraction", "0"],
     "no_map_penalty": ["--beta", "0"],
     "no_replay": ["--replay_fraction", "0"],

@@ -79,11 +79,11 @@ def _changed(phase: PhaseConfig) -> dict[str, Any]:
 MAY_CHANGE = (
     *("iterations", "max_rounds", "alarm", "alarm_duplicates", "alarm_cluster", "alarm_yield", "alarm_labels"),
     *("alarm_entropy", "out", "data", "dry_run", "sharding", "engine_memory", "reward_memory"),
-    "server_tensor_parallel",
+    *("server_tensor_parallel", "max_model_len"),
 )
 DERIVED = (
     *("generation_batch_size", "steps_per_generation", "use_cpu", "output_dir", "dataloader_pin_memory"),
-    "chat_template_kwargs",
+    *("chat_template_kwargs", "doctor_steps"),
 )
 
 

@@ -47,8 +47,8 @@ class PhaseTrainer(GRPOTrainer):
                 "batch: lower per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation"
             )
         self._stop_at_the_end_of_a_turn()
-        if self.args.doctor_steps:
-            self.add_callback(DoctorCallback(self.args.doctor_steps))
+        if steps := getattr(self.args, "doctor_steps", 0):  # TRL's own config has none
+            self.add_callback(DoctorCallback(steps))
         if self.accelerator.is_main_process and not self.is_deepspeed_enabled:  # which keeps float32 copies
             warn_of_half_precision(self.model)
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -65,7 +65,9 @@ class PhaseTrainer(GRPOTrainer):
             return
         self.eos_token_ids = [*self.eos_token_ids, end]
         if self.use_vllm:
-            self.vllm_generation.generation_kwargs |= {"stop_token_ids": self.eos_token_ids}
+            own = self.vllm_generation.generation_kwargs or {}
+            stops = sorted({*own.get("stop_token_ids", []), *self.eos_token_ids})
+            self.vllm_generation.generation_kwargs = {**own, "stop_token_ids": stops}
         else:
             self.generation_config.eos_token_id = self.eos_token_ids
 
@@ -286,8 +288,8 @@ def batch_figures(parts: dict[str, Any]) -> dict[str, float]:
         questions = [q for q, good in zip(parts["questions"], valid, strict=True) if good]
         figures["challenger/distinct"] = len(set(questions)) / len(questions)
         figures["challenger/late"] = parts.get("late", 0) / valid.sum()
-    if "encoded" in parts:
-        figures["challenger/encoded"] = parts["encoded"] / max(valid.sum(), 1)
+    if "encoded" in parts and valid.any():
+        figures["challenger/encoded"] = parts["encoded"] / valid.sum()
     figures |= {f"challenger/{name}": parts[name] for name in ("bank", "median_cosine") if name in parts}
     return {name: float(value) for name, value in (figures | _spread(parts)).items()}
 

@@ -35,8 +35,8 @@ def evaluate(
     """Generates, records and scores; returns the metrics, which are also in `<out>/<benchmark>.json`.
 
     Records go to `<out>/<benchmark>/samples.jsonl`, `batch` at a time: a kill loses at most one batch, and a second
-    call goes on with what is missing. Raises `ValueError` where the records belong to another model, question set,
-    decoding or end of a response.
+    call goes on with what is missing. Raises `ValueError` where the records belong to another model, question set or
+    decoding.
     """
     samples = benchmark.samples if samples is None else samples
     decoding = decoding or benchmark.decoding
@@ -52,7 +52,6 @@ def evaluate(
         "rows": question_fingerprint(benchmark),
         "decoding": dataclasses.asdict(decoding),
         "chat_template_kwargs": getattr(engine, "template_options", {}),
-        "stop_token_ids": getattr(engine, "stops", []),
         "samples": samples,
         "seed": seed,
     }

@@ -1,6 +1,7 @@
 """Experiments as stages of commands: order, side by side, failures, Ctrl-C."""
 
 import importlib
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ def test_stages_run_in_order(tmp_path, two_cores, capfd):
     ]
     assert stages.run_experiment("x", plan, tmp_path / "logs") == 0
     assert log.read_text() == "abbc"
-    assert "$ python -c open(" in capfd.readouterr().out
+    assert "$ python -c 'open(" in capfd.readouterr().out
 
 
 def test_a_free_place_is_taken_at_once(tmp_path, two_cores, capfd):
@@ -114,6 +115,11 @@ def test_a_comma_list_is_checked_before_anything_runs():
         stages.chosen("variants", "a,c", ("a", "b"))
     with pytest.raises(ValueError, match="seeds must differ, got 0,0"):
         stages.chosen("seeds", "0,0")
+
+
+def test_a_shown_command_can_be_pasted():
+    words = [sys.executable, "-m", "srpo.train", "--chat_template_kwargs", '{"enable_thinking": false}', "--x", ""]
+    assert shlex.split(stages.shown(("name", words))) == ["python", *words[1:]]
 
 
 def test_missing_packages_of_a_gpu_machine_are_named_with_the_remedy(monkeypatch):

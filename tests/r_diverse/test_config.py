@@ -112,6 +112,7 @@ def test_the_baselines_have_no_replay(penalty):
         ({"m_label": 1}, "m_label must be at least 2"),
         ({"candidates": 0}, "candidates must be at least 1"),
         ({"max_rounds": 0}, "max_rounds must be at least 1"),
+        ({"engine": "vllm", "max_model_len": 4096}, "is for prompt and answer together"),
         ({"low": 0.9}, r"low must be in \[0, high\]"),
         ({"high": 1.1}, "high must be at most 1"),
         ({"replay_fraction": 1.0}, r"replay_fraction must be in \[0, 1\)"),

@@ -496,7 +496,7 @@ def test_servers_have_replicas_of_several_gpus(tmp_path, monkeypatch, base):
         yield "url"
 
     monkeypatch.setattr(loop, "serving", serving)
-    fields = ["--gpus=8", "--engine=vllm", "--server_tensor_parallel=2", "--max_model_len=512"]
+    fields = ["--gpus=8", "--engine=vllm", "--server_tensor_parallel=2", "--max_model_len=5120"]
     player = loop.SelfPlay(parse([f"--model={base}", *fields]), tmp_path, "base")
     with contextlib.ExitStack() as stack:
         flags = player._reward_servers(stack, str(base), tmp_path)
@@ -594,6 +594,8 @@ def test_a_broken_config_is_one_sentence(tmp_path, capsys):
 @pytest.mark.parametrize("name", VARIANT_FLAGS)
 def test_variants_name_their_folders(name):
     assert variant(parse(["--model=m", *VARIANT_FLAGS[name]]).run) == name
+    # Beside R-Diverse with a replay of its own the baselines still have none
+    assert parse(["--model=m", "--replay_fraction=0.2", *VARIANT_FLAGS[name]]).run
 
 
 def test_an_experiment_is_a_list_of_commands():
@@ -601,7 +603,7 @@ def test_an_experiment_is_a_list_of_commands():
     (make_base,), runs, (report,) = experiment(parse(fields), fields, ["r_diverse", "r_zero"], ["0", "1"], 1)
     assert make_base[1][-2:] == ["base", "runs/r_diverse/tiny/models/base"]
     assert [name for name, _ in runs] == ["r_diverse-seed0", "r_zero-seed0", "r_diverse-seed1", "r_zero-seed1"]
-    assert runs[1][1][-6:] == ["--penalty", "r_zero", "--seed", "0", "--more", "1"]
+    assert runs[1][1][-6:] == ["--replay_fraction", "0", "--seed", "0", "--more", "1"]
     assert report[1][2] == "benchmarks.r_diverse"
     assert run_path(parse(fields).run) == Path("runs/r_diverse/tiny/r_diverse-seed0")
 
@@ -612,7 +614,7 @@ def test_a_dry_run_prints_the_commands_of_an_experiment_and_runs_nothing(monkeyp
     assert main([*fields, "--dry_run"]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ python -m ")]
     assert len(printed) == 4
-    assert printed[2].endswith("--penalty r_zero --seed 3")
+    assert printed[2].endswith("--penalty r_zero --replay_fraction 0 --seed 3")
 
 
 def test_an_experiment_makes_no_model_under_the_name_of_a_published_one():
