@@ -451,6 +451,13 @@ def test_rollouts_of_a_base_model_stop_at_the_end_of_a_turn(tmp_path):
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i}+{i}="}]} for i in range(4)])
     trainer = PhaseTrainer(model, reward, config, train_dataset=rows, processing_class=tokenizer)
     assert trainer.eos_token_ids == [tokenizer.eos_token_id, turn_end]
+    assert trainer.generation_config.eos_token_id == trainer.eos_token_ids  # TRL only masks what comes behind an end
+    trainer.use_vllm, trainer.eos_token_ids = True, [tokenizer.eos_token_id]
+    trainer.vllm_generation = SimpleNamespace(generation_kwargs={"stop_token_ids": [77], "min_p": 0.1})
+    trainer._stop_at_the_end_of_a_turn()
+    assert set(trainer.vllm_generation.generation_kwargs.pop("stop_token_ids")) == {77, *trainer.eos_token_ids}
+    assert trainer.vllm_generation.generation_kwargs == {"min_p": 0.1} and turn_end in trainer.eos_token_ids
+    trainer.use_vllm = False
     trainer.train()
     assert any(ids[-1] == turn_end for ids in seen)
     assert not any(turn_end in ids[:-1] for ids in seen)
