@@ -5,6 +5,8 @@
 The paper's method has no data: the Challenger writes the questions. Needs `common/`.
 """
 
+from __future__ import annotations  # datasets is imported where it is used: `--help` needs none
+
 import itertools
 import random
 import re
@@ -13,11 +15,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from common._extract import boxes_of, own_words
 from common.answers import extract_answer, grade_many, same_answer
@@ -33,6 +34,9 @@ from .memory import MemoryBank
 from .questions import challenger_prompt, last_box, read_challenge, solver_prompt
 from .skills import SkillEncoder
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 BATCH = 512  # responses between two writes
 SAME_SECONDS = 1.0  # for one comparison of two answers of the Solver
 
@@ -45,11 +49,15 @@ _EXPRESSION = re.compile(r"(\d{1,4})((?:[-+*]\d{1,4}){1,4})")
 
 def challenger_rows(number: int, system: str, user: str) -> Dataset:
     """The one prompt, `number` times: the Challenger gets no data."""
+    from datasets import Dataset
+
     return Dataset.from_list([{"prompt": challenger_prompt(system, user)}] * number)
 
 
 def solver_rows(questions: Sequence[dict[str, Any]], system: str) -> Dataset:
     """Records with `question` and `answer` (the label) as prompts."""
+    from datasets import Dataset
+
     return Dataset.from_list(
         [{"prompt": solver_prompt(row["question"], system), "answer": row["answer"]} for row in questions]
     )

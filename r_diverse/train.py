@@ -7,6 +7,8 @@ A phase resumes from its last checkpoint and does nothing when it is done. The s
 `challenger:` and `solver:` of the config, `--challenger.field value` on the command line.
 """
 
+from __future__ import annotations  # the trainer is imported where it is used: `--help` needs none
+
 import argparse
 import dataclasses
 import json
@@ -14,7 +16,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 from accelerate import PartialState
@@ -25,7 +27,9 @@ from .config import UPDATES, ChallengerConfig, PhaseConfig, RDiverseConfig, Solv
 from .memory import MemoryBank
 from .questions import PLAIN_TEMPLATE, solver_prompt, turn_end_id
 from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
-from .trainer import ChallengerReward, PhaseTrainer
+
+if TYPE_CHECKING:
+    from .trainer import ChallengerReward
 
 try:
     from common import models, preemption, verifiers
@@ -248,6 +252,8 @@ def challenger(
     coder_url: str | None = None,
 ) -> None:
     """Phase A: trains the Challenger at `model` against the frozen Solver `solver`, into `folder`."""
+    from .trainer import ChallengerReward
+
     run = settings.run
     engine = server_engine(solver_url, solver, run) if solver_url else local_engine(solver, run)
     needs_skills = run.penalty == "r_diverse" and run.measure != "question_text"
@@ -283,6 +289,8 @@ def _phase(settings: Settings, name: str, folder: Path, iteration: int):
 
 def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: Callable[[], list] = list) -> None:
     """Trains from `model`, or goes on from the last checkpoint, and saves the model last."""
+    from .trainer import PhaseTrainer
+
     set_seed(config.seed)
     folder, main = Path(config.output_dir), PartialState().is_main_process
     if run.lora_rank and is_deepspeed_zero3_enabled():

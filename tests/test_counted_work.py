@@ -1,5 +1,8 @@
 """Counted work that a later change must not lose: the largest tensor of a loss, the requests of SAM."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -89,3 +92,16 @@ def test_sam_asks_once_for_each_new_question(tmp_path):
     assert (one_by_one["texts"], ours["texts"]) == (8, 6)
     assert all(work["failures"] == 0 for work in (one_by_one, ours, again))
     assert found["largest_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("command", ["va_opd.train", "srpo.train", "r_diverse.loop"])
+def test_help_imports_no_data_sets_trainer_or_engine(command):
+    heavy = {"datasets", "trl.trainer.grpo_trainer", "trl.trainer.distillation_trainer", "matplotlib", "faiss", "vllm"}
+    code = (
+        "import atexit, runpy, sys\n"
+        f"atexit.register(lambda: print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr))\n"
+        "sys.argv[1:] = ['--help']\n"
+        f"runpy.run_module({command!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]"

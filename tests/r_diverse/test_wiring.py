@@ -13,7 +13,7 @@ from common import models
 from common.evaluation import Completion, Decoding, Prompt
 from common.runs import read_jsonl
 from common.tiny import tiny_qwen3
-from r_diverse import MemoryBank, SkillEncoder, loop, train
+from r_diverse import MemoryBank, SkillEncoder, loop, train, trainer
 from r_diverse.questions import PLAIN_TEMPLATE
 from r_diverse.skills import Program
 from r_diverse.train import EngineSolver, parse
@@ -96,7 +96,7 @@ def played(tmp_path_factory):
         texts = [f"<question>{QUESTIONS[i % 4]}</question>\\boxed{{{i % 3}}}" for i in range(len(prompt_ids))]
         return [[*self._tokenizer(text)["input_ids"], self._tokenizer.eos_token_id] for text in texts], None
 
-    class Watched(train.PhaseTrainer):
+    class Watched(trainer.PhaseTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             path = Path(self.args.output_dir)
@@ -117,7 +117,7 @@ def played(tmp_path_factory):
             patch.setattr(module, "local_engine", log.engine)
             patch.setattr(module, "skill_encoder", skills)
         patch.setattr(loop.SelfPlay, "_stage", noted)
-        patch.setattr(train, "PhaseTrainer", Watched)
+        patch.setattr(trainer, "PhaseTrainer", Watched)
         patch.setattr(GRPOTrainer, "_generate_single_turn", rollouts)
         fields = {"model": base, "out": out, **FIELDS}
         fields |= {f"{phase}.{name}": value for phase in ("challenger", "solver") for name, value in QUIET.items()}
