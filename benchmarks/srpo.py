@@ -119,7 +119,8 @@ def report(args: ScriptArguments) -> str:
     parts += [
         "## The paper's Table 1",
         "Best avg@16 in percent within 1 / 5 / 10 hours of training. *Ours*: the first seed, its difference from the "
-        "paper's and its 95 % interval over problems. An empty cell was not run.",
+        "paper's and its 95 % interval over problems; *ended at* where the training was shorter than the budget. An "
+        "empty cell was not run.",
         paper_table(args.experiment, runs),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -280,7 +281,10 @@ def _ours(curves: list[list[dict[str, Any]]], paper: str) -> str:
             value = sum(point["accuracy"] for point in best) / len(best)
             below, above = (math.hypot(*(p["accuracy"] - p["interval"][i] for p in best)) / len(best) for i in (0, 1))
             difference = "" if number is None else f" ({100 * value - number:+.1f})"
-            cells.append(f"{100 * value:.1f}{difference} [{100 * (value - below):.1f}, {100 * (value + above):.1f}]")
+            end = min(points[-1]["hours"] for points in curves)
+            short = f" ended at {end:.1f} h" if 0 < end < hours else ""  # the base was not trained
+            interval_ = f"[{100 * (value - below):.1f}, {100 * (value + above):.1f}]"
+            cells.append(f"{100 * value:.1f}{difference} {interval_}{short}")
     return " / ".join(cells)
 
 

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -95,25 +95,32 @@ def same_answer(prediction: str, gold: str, *, timeout: float = 5.0, policy: Pol
     return _check(_as_text(prediction), _as_text(gold), timeout, policy).verdict is Verdict.CORRECT
 
 
-def check(response: str, gold: str, *, which: str = "last", timeout: float = 5.0, policy: Policy = _DEFAULT) -> Check:
+def check(
+    response: str,
+    gold: str,
+    *,
+    which: str = "last",
+    whole: bool = False,
+    timeout: float = 5.0,
+    policy: Policy = _DEFAULT,
+) -> Check:
     """Extract the answer of a response, compare it with `gold`, and say why; limits and errors as in `same_answer`.
 
-    `which`: the "last" or the "first" answer that the response commits to (`extract_answer`).
+    `which`: the "last" or the "first" answer that the response commits to (`extract_answer`). `whole`: a response that
+    commits to none is an answer as a whole, such as "58" or "x = 58".
     """
-    answer = extract_answer(_as_text(response), which)
+    answer = _answer_of(_as_text(response), which, whole)
     return _check(answer, _as_text(gold), timeout, policy)
 
 
-def judge(
-    response: str, gold: str, *, which: str = "last", timeout: float = 5.0, policy: Policy = _DEFAULT
-) -> Verdict:
-    """The verdict of `check`."""
-    return check(response, gold, which=which, timeout=timeout, policy=policy).verdict
+def judge(response: str, gold: str, **options: Any) -> Verdict:
+    """The verdict of `check`, whose options it takes."""
+    return check(response, gold, **options).verdict
 
 
-def grade(response: str, gold: str, *, which: str = "last", timeout: float = 5.0, policy: Policy = _DEFAULT) -> bool:
+def grade(response: str, gold: str, **options: Any) -> bool:
     """`judge(...)` is CORRECT."""
-    return judge(response, gold, which=which, timeout=timeout, policy=policy) is Verdict.CORRECT
+    return judge(response, gold, **options) is Verdict.CORRECT
 
 
 def grade_many(
@@ -123,6 +130,7 @@ def grade_many(
     workers: int | None = None,
     timeout: float = 5.0,
     which: str = "last",
+    whole: bool = False,
     policy: Policy = _DEFAULT,
 ) -> list[Verdict]:
     """`judge` for each pair, in order, with up to `workers` processes for the pairs that need algebra.
@@ -138,7 +146,7 @@ def grade_many(
     for i, (response, gold) in enumerate(
         _progress(zip(responses, golds, strict=True), len(golds), "Checking answers")
     ):
-        answer = extract_answer(_as_text(response), which)
+        answer = _answer_of(_as_text(response), which, whole)
         settled = _settle(answer, _as_text(gold), time.monotonic() + timeout, policy)
         verdicts.append(settled.verdict if isinstance(settled, Check) else None)
         if isinstance(settled, _Request):
@@ -180,6 +188,14 @@ def _as_text(value: object) -> str:
     if value is None or value != value:
         return ""
     return value if isinstance(value, str) else str(value)
+
+
+def _answer_of(response: str, which: str, whole: bool) -> str | None:
+    answer = extract_answer(response, which)
+    if answer is None and whole:
+        text = own_words(response).strip()
+        return text if text and len(text) <= MAX_CHARS else None
+    return answer
 
 
 def _check(answer: str | None, gold: str, timeout: float, policy: Policy) -> Check:

@@ -47,14 +47,16 @@ def math_reward(
     answer: Sequence[str | None] | None = None,
     log_metric: LogMetric | None = None,
     which: str = "last",
+    whole: bool = False,
     **columns,
 ) -> list[float | None]:
     """1.0 where the final answer is mathematically the gold answer, else 0.0; None for an unusable gold answer.
 
-    `which`: the "last" or the "first" answer that a completion commits to.
+    `which`: the "last" or the "first" answer that a completion commits to. `whole`: one that commits to none is an
+    answer as a whole.
     """
     golds = _column("answer", answer, completions)
-    verdicts = grade_many([_text(completion) for completion in completions], golds, which=which)
+    verdicts = grade_many([_text(completion) for completion in completions], golds, which=which, whole=whole)
     return _rewards(verdicts, golds, log_metric)
 
 

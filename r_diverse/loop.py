@@ -134,7 +134,7 @@ def play(settings: Settings) -> None:
 def model_digests(run: RDiverseConfig) -> dict[str, str]:
     """What tells whether base, coder and encoder are the same: a digest of a folder's files, or the hub's commit."""
     names = {"model": run.model}
-    if run.coder != "rules" and run.measure != "question":
+    if run.coder != "rules" and run.needs_coder:
         names["coder"] = run.coder
     if run.encoder != "minilm":
         names["encoder"] = run.encoder
@@ -269,7 +269,7 @@ class SelfPlay:
         run = self.run_config
         with contextlib.ExitStack() as stack:
             url = None
-            if run.engine == "vllm" and run.coder != "rules" and run.measure != "question":
+            if run.engine == "vllm" and run.coder != "rules" and run.needs_coder:
                 url = stack.enter_context(self._coder_server(folder, run.engine_memory / 2, None))
             return data.embed(folder, skill_encoder(run, self.root / "programs", url), rows)
 
@@ -364,7 +364,7 @@ class SelfPlay:
             return []
         gpus = list(range(run.trainer_gpus, run.gpus)) or [0]
         flags = ["--solver_url", stack.enter_context(self._server(opponent, folder, run.reward_memory, gpus))]
-        if run.penalty == "r_diverse" and run.coder != "rules" and run.measure in ("sam", "program_text"):
+        if run.penalty == "r_diverse" and run.coder != "rules" and run.needs_coder:
             flags += ["--coder_url", stack.enter_context(self._coder_server(folder, run.reward_memory, gpus))]
         return flags
 
@@ -551,7 +551,7 @@ def reward_parts(run: RDiverseConfig, parameters: float) -> dict[str, float]:
     served = run.engine == "vllm" and run.gpus > 0
     skills = run.penalty == "r_diverse" and run.measure != "question_text"
     held = {} if served else {"Solver of the reward": parameters}
-    if skills and not served and run.coder != "rules" and run.measure != "question":
+    if skills and not served and run.coder != "rules" and run.needs_coder:
         held["coder"] = _size(run.coder)
     if skills and run.encoder != "minilm":
         held["encoder"] = _size(run.encoder)

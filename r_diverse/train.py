@@ -222,7 +222,7 @@ def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None
     from .engines import TransformersEngine as LocalCoder
 
     rules = run.coder == "rules"
-    if run.measure == "question":
+    if not run.needs_coder:
         coder = None
     elif rules:
         coder = ArithmeticCoder()

@@ -12,6 +12,7 @@ record's.
 import dataclasses
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def score(model: str, args: ScriptArguments, config: SRPOConfig, out: Path) -> d
         report = json.loads(path.read_text())
         check_settings(report, settings, out)
     else:
-        engine = build_engine(model, args, config)
-        report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
+        with closing(build_engine(model, args, config)) as engine:
+            report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
         report["strict"] = args.strict  # the harness does not know of it
         atomic_write_json(path, report)
     return {
@@ -152,7 +153,8 @@ def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
     )
 
 
-def build_engine(model: str, args: ScriptArguments, config: SRPOConfig):
+def build_engine(model: str, args: ScriptArguments, config: SRPOConfig) -> TransformersEngine | VLLMEngine:
+    """The engine of `args.engine`, which generates with `model`, a hub id or a local folder; to be closed."""
     if args.engine == "vllm":
         return VLLMEngine(model, chat_template_kwargs=config.chat_template_kwargs)
     engine = TransformersEngine(
@@ -168,14 +170,17 @@ def build_engine(model: str, args: ScriptArguments, config: SRPOConfig):
 def within_budgets(curve: list[dict[str, Any]]) -> dict[str, Any]:
     """Best, mean and last accuracy over the whole curve and within each budget of training hours.
 
-    The best is chosen on the test problems, as in the paper; it is optimistic, so the others stand beside it.
+    The best is chosen on the test problems, as in the paper; it is optimistic, so the others stand beside it. `hours`
+    is how long was trained: less than the budget where the run ended before.
     """
-    table = {}
+    table, end = {}, curve[-1]["hours"]
     for hours in (*BUDGETS, None):
         inside = [point["accuracy"] for point in curve if hours is None or point["hours"] <= hours]
         if inside:
             name = "all" if hours is None else f"{hours}h"
-            table[name] = {"best": max(inside), "mean": sum(inside) / len(inside), "last": inside[-1]}
+            trained = end if hours is None else min(hours, end)
+            best, mean = max(inside), sum(inside) / len(inside)
+            table[name] = {"best": best, "mean": mean, "last": inside[-1], "hours": trained}
     return table
 
 

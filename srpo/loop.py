@@ -77,7 +77,8 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
         evaluations.append((f"evaluate-base-{dataset}", [*python, "srpo.evaluate", "base", *shared]))
         for seed in seeds:
             for name in variants:
-                flags = [*shared, "--seed", seed, *VARIANT_FLAGS[name], *_steps_of(name, config)]
+                steps = _steps_of(config, args.grpo_steps) if name == "grpo" else []
+                flags = [*shared, "--seed", seed, *VARIANT_FLAGS[name], *steps]
                 label = f"{name}-{dataset}-seed{seed}"
                 trainings.append((f"train-{label}", [*launch, "srpo.train", *flags]))
                 evaluations.append((f"evaluate-{label}", [*python, "srpo.evaluate", "run", *flags]))
@@ -87,18 +88,28 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
     return stages
 
 
-def _steps_of(name: str, config) -> list[str]:
-    """GRPO's four optimizer steps a generation batch (Table 3), where the batch divides; the others take one.
+def _steps_of(config, steps: int) -> list[str]:
+    """Flags for `steps` optimizer steps a generation batch; the batch stays as it is.
 
-    The paper's steps, of warm-up too, are batches; TRL's are optimizer steps.
+    The paper's steps, of warm-up too, are batches; TRL's are optimizer steps. `ValueError` where it does not divide.
     """
-    accumulation = config.gradient_accumulation_steps
-    if name != "grpo" or accumulation % 4:
+    accumulation, rows = config.gradient_accumulation_steps, config.per_device_train_batch_size
+    if steps == 1:
         return []
-    flags = ["--steps_per_generation", str(accumulation), "--gradient_accumulation_steps", str(accumulation // 4)]
+    if steps > 1 and accumulation % steps == 0:
+        flags = ["--steps_per_generation", str(accumulation), "--gradient_accumulation_steps"]
+        flags.append(str(accumulation // steps))
+    elif steps > 1 and rows % steps == 0:
+        flags = ["--steps_per_generation", str(steps * accumulation)]
+        flags += ["--per_device_train_batch_size", str(rows // steps)]
+    else:
+        raise ValueError(
+            f"neither gradient_accumulation_steps={accumulation} nor per_device_train_batch_size={rows} is a multiple "
+            f"of grpo_steps={steps}, which GRPO takes a generation batch: change one of them"
+        )
     for field in ("max_steps", "save_steps", "warmup_steps"):
         if getattr(config, field) >= 1:  # below, it is a share of all steps
-            flags += [f"--{field}", str(int(4 * getattr(config, field)))]
+            flags += [f"--{field}", str(int(steps * getattr(config, field)))]
     return flags
 
 

@@ -62,6 +62,9 @@ class ScriptArguments:
     )
     policy_dtype: str = field(default="float32", metadata={"help": "Weights of the policy: float32 or bfloat16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
+    grpo_steps: int = field(
+        default=4, metadata={"help": "Optimizer steps a generation batch of routing grpo (Table 3: 4)."}
+    )
     eval_samples: int = field(default=16, metadata={"help": "Samples a problem in evaluation (paper: avg@16)."})
     eval_temperature: float = field(default=0.6, metadata={"help": "Of evaluation (paper: 0.6)."})
     eval_top_p: float = field(default=0.95, metadata={"help": "Of evaluation (paper: 0.95)."})
@@ -92,8 +95,20 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
     models.check_lora(args.lora_rank, args.load_in_4bit, config.use_vllm)
+    if config.routing == "grpo":
+        check_grpo_steps(args, config)
     config.output_dir = str(run_path(args, config))
     return args, config
+
+
+def check_grpo_steps(args: ScriptArguments, config: SRPOConfig) -> None:
+    """Raises `ValueError` for GRPO with other steps a generation batch than it is said to have."""
+    steps = config.num_iterations * config.steps_per_generation / config.gradient_accumulation_steps
+    if steps != args.grpo_steps:
+        raise ValueError(
+            f"routing grpo would take {steps:g} optimizer steps a generation batch, grpo_steps={args.grpo_steps}: "
+            "python -m srpo.loop --variants grpo splits the batch (its --dry_run shows the flags), or set grpo_steps"
+        )
 
 
 def variant(config: SRPOConfig) -> str:

@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import sys
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
@@ -100,6 +101,19 @@ def test_answers_are_those_of_transformers(tmp_path):
     assert engine.stops == [2, SECOND_STOP]
     engine.bias = None  # the ban is needed: without it rows without a text are drawn
     assert engine.generate(chats(60), greedy, range(60)) != answers
+
+
+def test_a_closed_engine_frees_its_model_and_makes_room_for_the_next(model_path):
+    """An experiment evaluates one checkpoint after the other in one process, then trains or loads a teacher."""
+    for _ in range(2):
+        engine = VLLMEngine(model_path, **FLOAT32)
+        core = engine.llm.llm_engine.engine_core.engine_core
+        model = weakref.ref(core.model_executor.driver_worker.worker.model_runner.model)
+        assert len(engine.generate(chats(2), Decoding(max_new_tokens=4), range(2))) == 2
+        del core
+        engine.close()
+        assert model() is None
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(

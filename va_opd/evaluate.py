@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +82,11 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
         model = args.model if what == "base" else args.teacher
     held_out = (benchmark_of(args, rows), benchmark_of(args, rows, config.degradation_ratio))
     missing = [benchmark for benchmark in held_out if not (out / f"{benchmark.name}.json").exists()]
-    engine = build_engine(args, model, config) if missing or names else None
-    for benchmark in (*missing, *(paper_benchmark(args, name) for name in names)):  # one at a time in memory
-        report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
-        print(f"{out.parent.name}: {benchmark.name} = {shown(headline(report)[0])}", flush=True)
+    if missing or names:
+        with closing(build_engine(args, model, config)) as engine:
+            for benchmark in (*missing, *(paper_benchmark(args, name) for name in names)):  # one at a time in memory
+                report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
+                print(f"{out.parent.name}: {benchmark.name} = {shown(headline(report)[0])}", flush=True)
     if not (out / "va.json").exists() and (what != "teacher" or args.dataset == "digits"):
         score_visual_advantage(model, args, config, rows, out)  # a paper's teacher is too large to be both models
 
@@ -170,8 +172,8 @@ def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows:
         if (out / f"{benchmark.name}.json").exists():
             report = json.loads((out / f"{benchmark.name}.json").read_text())
         else:
-            engine = build_engine(args, str(checkpoint), config)
-            report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
+            with closing(build_engine(args, str(checkpoint), config)) as engine:
+                report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
         accuracy[step] = report["avg@k"]
     best = max(accuracy, key=lambda step: (accuracy[step], -step))
     atomic_write_json(run / "eval" / "selection.json", {"accuracy": accuracy, "best": best})
@@ -192,7 +194,7 @@ def benchmark_of(args: ScriptArguments, rows: "Dataset", ratio: float | None = N
     def score(response: str, row: dict[str, Any]) -> float:
         if args.dataset == "digits":
             return float(digits_correct(response, row))
-        return float(grade(response, row["answer"], which="first"))
+        return float(grade(response, row["answer"], which="first", whole=True))  # as the rules of Table 1 do
 
     return Benchmark(
         name=benchmark_name(args, ratio is not None),

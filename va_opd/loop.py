@@ -80,7 +80,13 @@ def plan(
         for seed in seeds
         for what in untrained
     ]
+    responses = [  # by one process: an engine does not start among those of a launcher
+        (f"teacher-seed{seed}", [*python, "va_opd.train", *fields, "--seed", seed, "--sample_only", "true"])
+        for seed in seeds
+        if {"sft", "kd"} & set(variants)
+    ]
     stages = [
+        *([responses] if responses else []),
         [(f"train-{name}", [*launch, "va_opd.train", *f]) for name, f in flags.items()],
         evaluations,
         [("report", [*python, "benchmarks.va_opd", *fields, "--seed", seeds[0]])],

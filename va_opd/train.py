@@ -12,7 +12,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ try:
     from common import models, plan, preemption, verifiers, versions
     from common.checkpoints import resume_point
     from common.cli import changed_settings, is_done, parse_fields, run_main
-    from common.evaluation import Decoding, Engine, Prompt, TransformersEngine, VLLMEngine
+    from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
     from common.runs import RunFolder, append_jsonl, atomic_write_json, fingerprint, read_jsonl
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
@@ -98,6 +98,9 @@ class ScriptArguments:
     engine: str = field(
         default="transformers", metadata={"help": "What generates in evaluation.", "choices": ["transformers", "vllm"]}
     )
+    sample_only: bool = field(
+        default=False, metadata={"help": "Sample the teacher's responses for methods sft and kd; train nothing."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print settings and a memory estimate; train nothing."})
 
 
@@ -110,6 +113,8 @@ def _main(argv: list[str]) -> None:
     args, config = parse(argv)
     if args.dry_run:
         print(dry_run(args, config, *plan.launched()))
+    elif args.sample_only:
+        sample_teacher(args, config, load_splits_of(args)["train"])
     else:
         train(args, config)
 
@@ -202,8 +207,9 @@ def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDi
 
 
 def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
-    from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+    from trl import GRPOConfig, SFTConfig, SFTTrainer
 
+    from .baselines import ResumableGRPOTrainer
     from .checks import ban_tokens, check_same_tokens
     from .engine import VLLMRollouts
     from .trainer import VAOPDTrainer
@@ -231,9 +237,18 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
                 f"grpo_beta={args.grpo_beta} without it: set grpo_beta to 0, or train a lora_rank above 0"
             )
         settings = shared_settings(ban_tokens(config, processor, student), GRPOConfig)
-        trainer = GRPOTrainer(
+        grpo = GRPOConfig(
+            **settings,
+            beta=args.grpo_beta,
+            epsilon=0.2,
+            loss_type="grpo",
+            # vLLM's log-probabilities are within the nucleus, so TRL's ratio, a product over the tokens of a rollout,
+            # would take nearly all weight from long ones
+            vllm_importance_sampling_correction=False,
+        )
+        trainer = ResumableGRPOTrainer(
             model=student,  # TRL loads the KL reference by its name, with its dtype and attention
-            args=GRPOConfig(**settings, beta=args.grpo_beta, epsilon=0.2, loss_type="grpo"),
+            args=grpo,
             reward_funcs=[reward_of(args)],
             train_dataset=splits["train"],
             processing_class=processor,
@@ -283,51 +298,63 @@ def reward_of(args: ScriptArguments) -> Callable[..., list[float | None]]:
 
 
 def first_answer_reward(completions, answer, **columns) -> list[float | None]:
-    """`verifiers.math_reward` of the first answer that each completion commits to."""
-    return verifiers.math_reward(completions, answer, which="first", **columns)
+    """`verifiers.math_reward` of the first answer that each completion commits to, or of all of it without one."""
+    return verifiers.math_reward(completions, answer, which="first", whole=True, **columns)
 
 
 def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> "Dataset":
-    """Rows with a `completion` sampled once from the teacher: all of them for kd (sequence-level distillation), only
-    the ones with a correct answer for sft (the paper's CoT-SFT, whose data it does not publish)."""
-    cache = Path(args.out) / "va_opd" / args.experiment / f"teacher-seed{config.seed}" / "responses.jsonl"
-    if PartialState().is_main_process:
-        sample_teacher(args, config, rows, cache)
-    PartialState().wait_for_everyone()
-    responses = {record["id"]: record["response"] for record in read_jsonl(cache)}
-    reward = reward_of(args)
-    keep = [
-        index
-        for index, (row_id, answer) in enumerate(zip(rows["id"], rows["answer"], strict=True))
-        if args.method == "kd" or reward([responses[row_id]], answer=[answer])[0] == 1.0
-    ]
-    if not keep:
-        raise ValueError(f"none of the teacher's {len(rows)} responses is correct: method sft has nothing to train on")
-    print(f"{args.method}: {len(keep)} of {len(rows)} teacher responses used", flush=True)
-    chosen = rows.select(keep)
-    return with_completions(chosen, [responses[row_id] for row_id in chosen["id"]])
+    """Rows with a `completion` sampled once from the teacher: the complete ones for kd (sequence-level distillation),
+    of these the ones with a correct answer for sft (the paper's CoT-SFT, whose data it does not publish).
 
-
-def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset", cache: Path) -> None:
-    """Appends one teacher response a row to `cache`, `TEACHER_ROWS` at a time; rows that are there are skipped.
-
-    Raises `ValueError` where the responses there are of another teacher, decoding or data.
+    A response that was cut at the token limit would teach to stop there. Raises `ValueError` where none is left, and
+    in the processes of a launcher where the responses are not sampled yet.
     """
+    records = {record["id"]: record for record in read_jsonl(sample_teacher(args, config, rows))}
+    complete = [index for index, row_id in enumerate(rows["id"]) if records[row_id]["finish_reason"] != "length"]
+    responses, answers = [records[row_id]["response"] for row_id in rows["id"]], rows["answer"]
+    reward = reward_of(args)
+    keep = [i for i in complete if args.method == "kd" or reward([responses[i]], answer=[answers[i]])[0] == 1.0]
+    if not keep:
+        raise ValueError(
+            f"method {args.method} has nothing to train on: of the teacher's {len(rows)} responses {len(complete)} "
+            "are complete, and none of these is correct; raise max_completion_length, or take another teacher"
+        )
+    if PartialState().is_main_process:
+        print(f"{args.method}: {len(keep)} of the teacher's {len(rows)} responses used", flush=True)
+    return with_completions(rows.select(keep), [responses[i] for i in keep])
+
+
+def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> Path:
+    """The file with one teacher response a row, to which the missing ones are added, `TEACHER_ROWS` at a time.
+
+    Raises `ValueError` where the responses there are of another teacher, decoding or data, and where some are missing
+    in the processes of a launcher: an engine would join their process group.
+    """
+    cache = Path(args.out) / "va_opd" / args.experiment / f"teacher-seed{config.seed}" / "responses.jsonl"
     claim(cache.with_name("settings.json"), teacher_settings(args, config, rows), cache.exists())
-    done = {record["id"] for record in read_jsonl(cache)} if cache.exists() else set()
+    found = read_jsonl(cache) if cache.exists() else []
+    done = {record["id"] for record in found if "finish_reason" in record}  # older ones do not say if they are whole
     missing = [index for index, row_id in enumerate(rows["id"]) if row_id not in done]
     if not missing:
-        return
-    engine = build_engine(args, args.teacher, config)
+        return cache
+    if PartialState().num_processes > 1:
+        raise ValueError(
+            f"{cache} lacks {len(missing)} of {len(rows)} responses of the teacher: sample them first, by the same "
+            "command without a launcher and with --sample_only true"
+        )
     decoding = Decoding(
         temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_completion_length
     )
-    for start in range(0, len(missing), TEACHER_ROWS):
-        part = [rows[index] for index in missing[start : start + TEACHER_ROWS]]
-        prompts = [Prompt(messages=row["prompt"], images=row["images"]) for row in part]
-        seeds = [config.seed + index for index in missing[start : start + TEACHER_ROWS]]
-        for row, completion in zip(part, engine.generate(prompts, decoding, seeds), strict=True):
-            append_jsonl(cache, {"id": row["id"], "response": completion.text})
+    with closing(build_engine(args, args.teacher, config)) as engine:
+        for start in range(0, len(missing), TEACHER_ROWS):
+            part = [rows[index] for index in missing[start : start + TEACHER_ROWS]]
+            prompts = [Prompt(messages=row["prompt"], images=row["images"]) for row in part]
+            seeds = [config.seed + index for index in missing[start : start + TEACHER_ROWS]]
+            for row, completion in zip(part, engine.generate(prompts, decoding, seeds), strict=True):
+                record = {"response": completion.text, "finish_reason": completion.finish_reason}
+                append_jsonl(cache, {"id": row["id"], **record})
+            print(f"teacher: {len(done) + start + len(part)} of {len(rows)} responses", flush=True)
+    return cache
 
 
 def teacher_settings(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> dict[str, Any]:
@@ -380,8 +407,8 @@ def claim(path: Path, settings: dict[str, Any], has_results: bool) -> None:
         )
 
 
-def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig) -> Engine:
-    """The engine of `args.engine`, which generates with `model`, a hub id or a local folder."""
+def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig) -> TransformersEngine | VLLMEngine:
+    """The engine of `args.engine`, which generates with `model`, a hub id or a local folder; to be closed."""
     if args.engine == "vllm":
         return VLLMEngine(model)
     dtype = torch.bfloat16 if config.bf16 else torch.float32

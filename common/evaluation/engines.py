@@ -1,6 +1,7 @@
 """Who generates: vLLM's offline engine, a server or transformers (in its own module), behind one small interface."""
 
 import base64
+import gc
 import io
 import math
 import os
@@ -88,6 +89,19 @@ class VLLMEngine:
         self.stops = stop_ids(config.try_get_generation_config().get("eos_token_id"), self.llm.get_tokenizer())
         # The lowest bias that vLLM takes; a list of all other tokens would go with every request
         self.bias = dict.fromkeys(never_sampled(processor, config.hf_config), -100.0)
+
+    def close(self) -> None:
+        """Frees the GPU for what comes next in this process; `generate` fails from then on.
+
+        vLLM hides what it holds from the garbage collector until its engine is shut down.
+        """
+        import torch
+
+        core, self.llm = self.llm.llm_engine.engine_core, None
+        core.shutdown()
+        del core
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
         from vllm import SamplingParams

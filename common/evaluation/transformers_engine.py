@@ -46,6 +46,11 @@ class TransformersEngine:
         # In Qwen's and GLM's vision families: what a row's images add to the positions of later tokens, as (B, 1)
         self.offsets = next((module for module in model.modules() if "rope_deltas" in vars(module)), None)
 
+    def close(self) -> None:
+        """Frees the model, if the caller holds it no more; `generate` fails from then on."""
+        self.model = self.offsets = None
+        torch.cuda.empty_cache()
+
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
         work = _Work([self._render(prompt) for prompt in prompts], [p.images for p in prompts], seeds, decoding)

@@ -96,6 +96,20 @@ def test_extraction(response, last, first):
     assert extract_answer(response, which="first") == first
 
 
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        ("58", Verdict.CORRECT), ("x = 58", Verdict.CORRECT), ("<think>57</think> 58", Verdict.CORRECT),
+        ("57", Verdict.WRONG), (r"58, so \boxed{57}", Verdict.WRONG), ("58. Answer: 57", Verdict.WRONG),
+        ("<think>58", Verdict.NO_ANSWER), ("", Verdict.NO_ANSWER), ("58 " * 2000, Verdict.NO_ANSWER),
+    ],
+)  # fmt: skip
+def test_a_response_without_a_commitment_is_an_answer_as_a_whole_where_that_is_asked(response, verdict):
+    assert judge(response, "58", whole=True) == verdict == grade_many([response], ["58"], whole=True)[0]
+    if verdict is Verdict.CORRECT:
+        assert judge(response, "58") is Verdict.NO_ANSWER
+
+
 def test_extraction_refuses_an_unknown_rule():
     with pytest.raises(ValueError, match="which"):
         extract_answer("5", which="best")

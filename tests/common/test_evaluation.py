@@ -1,11 +1,13 @@
 """The harness: benchmarks, engines, records that survive a kill, metrics that follow from records."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -295,6 +297,15 @@ def engine():
 
 def prompts(count: int) -> list[Prompt]:
     return [Prompt([{"role": "user", "content": "?" * (1 + 3 * i % 7)}]) for i in range(count)]
+
+
+def test_a_closed_engine_holds_no_model():
+    model, tokenizer = tiny_qwen3(hidden=32)
+    engine, held = TransformersEngine(model, tokenizer), weakref.ref(model)
+    del model
+    engine.close()
+    gc.collect()
+    assert held() is None
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(engine):

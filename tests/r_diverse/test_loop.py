@@ -255,6 +255,12 @@ def test_config_yaml_is_the_run_again_with_what_may_change(base, finished, tmp_p
     assert parse(["--config", str(config)])[:3] == settings[:3]
 
 
+def test_how_often_the_doctor_speaks_is_not_what_a_run_is():
+    plain = parse(["--model=m"]).plain()
+    assert parse(["--model=m", "--challenger.doctor_steps=3", "--solver.doctor_steps=0"]).plain() == plain
+    assert parse(["--model=m", "--solver.top_p=0.5"]).plain() != plain
+
+
 def test_rounds_that_are_done_count_whatever_max_rounds_is(base, tmp_path):
     flags = small(base, tmp_path, candidates=8, min_questions=12, max_rounds=6, penalty="none", benchmarks="none")
     assert main(["--config", _empty_config(tmp_path), *flags]) == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from common.tiny import tiny_qwen3
@@ -177,6 +177,7 @@ def test_nothing_valid_asks_nobody():
     assert asked.calls == []
     assert figures["challenger/valid"] == 0
     assert figures["challenger/failure/no_question"] == pytest.approx(2 / 3)
+    assert "challenger/encoded" not in figures  # a share of nothing
 
 
 def test_equal_questions_are_asked_once_and_by_step():
@@ -461,6 +462,26 @@ def test_rollouts_of_a_base_model_stop_at_the_end_of_a_turn(tmp_path):
     trainer.train()
     assert any(ids[-1] == turn_end for ids in seen)
     assert not any(turn_end in ids[:-1] for ids in seen)
+
+
+def test_trls_own_config_will_do(tmp_path):
+    model, tokenizer = tiny_qwen3(hidden=32)
+    config = GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_steps=1, max_completion_length=4,
+        bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": "1+1="}])
+    trainer = PhaseTrainer(
+        model,
+        lambda completions, **columns: [0.0, 1.0, 0.0, 1.0],
+        config,
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    before = model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert trainer.state.global_step == 1 and not torch.equal(before, model.lm_head.weight)
+    assert not any(isinstance(callback, doctor.DoctorCallback) for callback in trainer.callback_handler.callbacks)
 
 
 def test_the_gap_of_two_engines_leaves_out_the_nucleus():

@@ -29,6 +29,7 @@ SMALL = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,
     "num_generations": 4,
+    "grpo_steps": 1,
     "max_steps": 6,
     "learning_rate": 1.0e-3,
     "max_completion_length": 4,
@@ -115,6 +116,33 @@ def test_the_papers_grpo_takes_four_steps_a_batch(capsys):
         "--steps_per_generation 8 --gradient_accumulation_steps 2 --max_steps 1900 --save_steps 20 --warmup_steps 40"
     )
     assert flags in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "flags"),
+    [
+        ("--gradient_accumulation_steps 8", "--steps_per_generation 8 --gradient_accumulation_steps 2"),
+        ("--gradient_accumulation_steps 1", "--steps_per_generation 4 --per_device_train_batch_size 8"),
+        ("--gradient_accumulation_steps 6", "--steps_per_generation 24 --per_device_train_batch_size 8"),
+        ("--gradient_accumulation_steps 6 --grpo_steps 3", "--steps_per_generation 6 --gradient_accumulation_steps 2"),
+    ],
+)
+def test_grpo_splits_any_batch_that_divides_and_keeps_it_whole(fields, flags):
+    given = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--per_device_train_batch_size", "32", "--use_cpu"]
+    args, config = train.parse([*given, *fields.split()])
+    steps = loop._steps_of(config, args.grpo_steps)
+    assert " ".join(steps[:4]) == flags
+    _, split = train.parse([*given, *fields.split(), "--routing", "grpo", *steps])
+    assert split.generation_batch_size == config.generation_batch_size
+    assert split.max_steps == args.grpo_steps * config.max_steps
+
+
+def test_grpo_never_takes_other_steps_than_it_says(config, capsys):
+    assert "grpo_steps=4: python -m srpo.loop" in fails(capsys, config, "--routing", "grpo", "--grpo_steps", "4")
+    capsys.readouterr()
+    assert loop.main(["--config", str(config), "--variants", "grpo", "--grpo_steps", "3", "--dry_run"]) == 2
+    assert "is a multiple of grpo_steps=3" in capsys.readouterr().err
+    assert loop.main(["--config", str(config), "--variants", "srpo", "--grpo_steps", "3", "--dry_run"]) == 0
 
 
 def test_the_memory_estimate_by_hand(capsys):
@@ -314,7 +342,9 @@ def test_evaluation_of_every_checkpoint_and_the_budgets(config, tmp_path, easy):
     table = json.loads((folder / "curve.json").read_text())
     assert [point["step"] for point in table["curve"]] == [2, 4, 6]
     accuracy = [point["accuracy"] for point in table["curve"]]
-    assert table["1h"] == {"best": max(accuracy), "mean": pytest.approx(sum(accuracy) / 3), "last": accuracy[-1]}
+    found = table["1h"]
+    assert found.pop("hours") == table["curve"][-1]["hours"]
+    assert found == {"best": max(accuracy), "mean": pytest.approx(sum(accuracy) / 3), "last": accuracy[-1]}
     records = read_jsonl(folder / "checkpoint-6/additions/samples.jsonl")
     assert len(records) == 40 * 2
     assert evaluate.main(["nothing"]) == 2
@@ -408,10 +438,12 @@ def test_a_run_folder_that_was_moved_keeps_its_results(config, tmp_path, easy, m
 def test_budgets_leave_out_what_came_later():
     curve = [{"hours": hours, "accuracy": value} for hours, value in ((0.5, 0.2), (0.9, 0.6), (4.0, 0.4), (11.0, 0.9))]
     table = evaluate.within_budgets(curve)
-    assert table["1h"] == {"best": 0.6, "mean": pytest.approx(0.4), "last": 0.6}
+    assert table["1h"] == {"best": 0.6, "mean": pytest.approx(0.4), "last": 0.6, "hours": 1}
     assert table["5h"]["last"] == table["10h"]["last"] == 0.4
     assert table["all"]["best"] == 0.9
     assert "1h" not in evaluate.within_budgets(curve[2:])
+    assert (table["10h"]["hours"], table["all"]["hours"]) == (10, 11.0)
+    assert evaluate.within_budgets(curve[:3])["10h"] == {**evaluate.within_budgets(curve[:3])["all"], "hours": 4.0}
 
 
 def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(config, tmp_path, capsys, monkeypatch):

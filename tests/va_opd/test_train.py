@@ -24,7 +24,7 @@ from common.cli import changed_settings
 from common.evaluation import BENCHMARKS, Completion, Decoding, load_benchmark, score_responses
 from common.runs import atomic_write_json, last_checkpoint, read_jsonl, write_jsonl
 from common.tiny import tiny_qwen3_vl
-from va_opd import evaluate, loop, train
+from va_opd import baselines, evaluate, loop, train
 from va_opd.checks import banned_ids
 from va_opd.data import digit_rows
 
@@ -268,6 +268,7 @@ def test_the_baselines_train_from_the_same_entry_point(config, method, tmp_path,
     # Random models never answer right: let every other response count, so that sft has rows and grpo a signal
     counter = iter(range(10_000))
     monkeypatch.setattr(train, "digits_correct", lambda response, row: next(counter) % 2 == 0)
+    monkeypatch.setattr(train, "build_engine", lambda args, model, config: Parrot(model))
     assert train.main(["--config", str(config), "--method", method, "--max_steps", "2"]) == 0
     run = tmp_path / f"runs/va_opd/small/{method}-seed0"
     assert (run / "model" / "model.safetensors").exists()
@@ -277,8 +278,47 @@ def test_the_baselines_train_from_the_same_entry_point(config, method, tmp_path,
         assert len({record["id"] for record in responses}) == 64
 
 
-def test_sft_without_a_correct_teacher_response_says_so(config, capsys):
-    assert "none of the teacher's 64 responses is correct" in fails(capsys, config, "--method", "sft")
+@pytest.mark.parametrize(("method", "complete"), [("sft", 64), ("kd", 0)])
+def test_a_teacher_without_a_usable_response_is_said(config, capsys, monkeypatch, method, complete):
+    monkeypatch.setattr(Parrot, "finish_reason", "stop" if complete else "length")
+    monkeypatch.setattr(train, "build_engine", lambda args, model, config: Parrot("wrong"))
+    said = fails(capsys, config, "--method", method)
+    assert f"method {method} has nothing to train on: of the teacher's 64 responses {complete} are complete" in said
+
+
+def test_truncated_responses_of_the_teacher_teach_nothing(config, monkeypatch):
+    class Cut(Parrot):
+        def generate(self, prompts, decoding, seeds):
+            return [Completion(f"{seed}", 1, "length" if seed % 4 == 0 else "stop") for seed in seeds]
+
+    monkeypatch.setattr(train, "build_engine", lambda args, model, config: Cut("teacher"))
+    args, settings = train.parse(["--config", str(config), "--method", "kd"])
+    rows = train.teacher_rows(args, settings, train.load_splits_of(args)["train"])
+    assert [row[0]["content"] for row in rows["completion"]] == [str(i) for i in range(64) if i % 4]
+
+
+def test_responses_are_sampled_by_a_process_of_its_own(config, capsys, monkeypatch):
+    """Among the processes of a launcher an engine would join their process group, and end it."""
+    made = []
+    monkeypatch.setattr(train, "build_engine", lambda args, model, config: made.append(Parrot(model)) or made[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
+        patch.setattr(train, "train", lambda args, config: train.teacher_rows(args, config, rows))
+        rows = train.load_splits_of(train.parse(["--config", str(config)])[0])["train"]
+        said = fails(capsys, config, "--method", "kd")
+        assert "lacks 64 of 64 responses" in said and "--sample_only true" in said and not made
+        patch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=1))
+        assert train.main(["--config", str(config), "--sample_only", "true"]) == 0
+        assert len(made) == 1 and made[0].closed
+        patch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
+        assert train.main(["--config", str(config), "--method", "kd"]) == 0
+    assert len(made) == 1
+    args, _ = train.parse(["--config", str(config)])
+    stages = loop.plan(["--config", str(config)], args, ["opd", "kd", "sft"], ["0", "1"], ["launch"])
+    sampled = [command for name, command in stages[1] if name.startswith("teacher-seed")]
+    assert [command[command.index("--seed") + 1] for command in sampled] == ["0", "1"]
+    assert all("launch" not in command and "--sample_only" in command for command in sampled)
+    assert not any("--sample_only" in c for stage in loop.plan([], args, ["opd"], ["0"], []) for _, c in stage)
 
 
 def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(
@@ -368,21 +408,25 @@ def test_results_that_do_not_say_of_which_settings_are_refused(tmp_path, content
 class Parrot:
     """An engine that answers with its name and the seed of the row."""
 
+    finish_reason, closed = "stop", False
+
     def __init__(self, name: str):
         self.name = name
 
     def generate(self, prompts, decoding, seeds):
-        return [Completion(f"{self.name} {seed}", 1, "stop") for seed in seeds]
+        return [Completion(f"{self.name} {seed}", 1, self.finish_reason) for seed in seeds]
+
+    def close(self):
+        self.closed = True
 
 
 def test_the_teachers_responses_are_not_reused_for_other_settings(config, tmp_path, tiny_models, monkeypatch):
     monkeypatch.setattr(train, "build_engine", lambda args, model, config: Parrot(model))
-    cache = tmp_path / "cache" / "responses.jsonl"
+    cache = tmp_path / "runs/va_opd/small/teacher-seed0/responses.jsonl"
 
     def sample(*fields: str) -> list:
         args, settings = train.parse(["--config", str(config), "--method", "kd", *fields])
-        train.sample_teacher(args, settings, train.load_splits_of(args)["train"], cache)
-        return read_jsonl(cache)
+        return read_jsonl(train.sample_teacher(args, settings, train.load_splits_of(args)["train"]))
 
     responses = sample()
     cache.write_text("".join(json.dumps(record) + "\n" for record in responses[:40]))  # interrupted
@@ -392,15 +436,14 @@ def test_the_teachers_responses_are_not_reused_for_other_settings(config, tmp_pa
         "temperature": "0.9",
         "top_p": "0.5",
         "max_completion_length": "5",
-        "seed": "1",
         "template": "Please: {problem}",
         "max_pixels": "1000",
         "limit": "32",
     }.items():
-        with pytest.raises(ValueError, match=f"cache holds results of {name}=.*move the folder away"):
+        with pytest.raises(ValueError, match=f"teacher-seed0 holds results of {name}=.*move the folder away"):
             sample(f"--{name}", other)
     monkeypatch.setattr(train, "load_splits_of", lambda args: {"train": digit_rows("test", 64, seed=0)})
-    with pytest.raises(ValueError, match="cache holds results of data="):
+    with pytest.raises(ValueError, match="teacher-seed0 holds results of data="):
         sample()
     cache.with_name("settings.json").unlink()
     with pytest.raises(ValueError, match="no readable settings.json"):
@@ -450,11 +493,23 @@ def test_grpo_samples_no_image_token_under_vllm(config, monkeypatch):
             self.model, self.args = model, args
             self.vllm_generation = SimpleNamespace(generate=None, mode="colocate")
 
-    monkeypatch.setattr(trl, "GRPOTrainer", Fake)
+    monkeypatch.setattr(baselines, "ResumableGRPOTrainer", Fake)
     trainer = grpo_trainer(config, "--use_vllm", "true")
     allowed = set(trainer.args.generation_kwargs["allowed_token_ids"])
     assert trainer.args.use_vllm and not {trainer.model.config.image_token_id} & allowed
+    assert not trainer.args.vllm_importance_sampling_correction  # at top-p 0.95 it would punish length
     assert len(allowed) > 100
+
+
+def test_a_resumed_grpo_sees_the_prompts_of_the_uninterrupted_one(config):
+    def epochs(*numbers: int) -> list[list[int]]:
+        sampler = grpo_trainer(config)._get_train_sampler()
+        return [(sampler.set_epoch(number), list(sampler))[1] for number in numbers]
+
+    first, second = epochs(0, 1)
+    assert first != second and epochs(1) == [second]
+    own = {name for name, value in vars(baselines.ResumableGRPOTrainer).items() if callable(value)}
+    assert own == {"_get_train_sampler"} and hasattr(trl.GRPOTrainer, "_get_train_sampler")
 
 
 def test_grpo_refuses_a_reference_that_would_lack_the_students_adapter(config, tmp_path, tiny_models):
@@ -470,7 +525,8 @@ def test_the_reward_is_of_the_answer_that_evaluation_scores():
     args = train.ScriptArguments(model="s", teacher="t", dataset="geo3k")
     rows = [{"id": "0", "prompt": [], "images": [], "answer": "3"}]
     score, reward = evaluate.benchmark_of(args, rows).score, train.reward_of(args)
-    for text, right in ((r"\boxed{3}. No, \boxed{4}", 1.0), (r"\boxed{4}. No, \boxed{3}", 0.0), ("none", 0.0)):
+    boxed = ((r"\boxed{3}. No, \boxed{4}", 1.0), (r"\boxed{4}. No, \boxed{3}", 0.0))
+    for text, right in (*boxed, ("none", 0.0), ("x = 3", 1.0), ("4", 0.0), ("3. Answer: 4", 0.0)):
         message = [{"role": "assistant", "content": text}]
         assert reward([text], answer=["3"]) == reward([message], answer=["3"]) == [score(text, rows[0])] == [right]
 

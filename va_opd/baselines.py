@@ -1,0 +1,19 @@
+"""What the paper's GRPO baseline changes in TRL's trainer: the order of the prompts survives a resumption."""
+
+from trl import GRPOTrainer
+
+from ._trl import SiblingSampler
+
+
+class ResumableGRPOTrainer(GRPOTrainer):
+    """TRL's trainer; a run that was killed and resumed sees the prompts that the uninterrupted one would have seen."""
+
+    def _get_train_sampler(self, dataset=None) -> SiblingSampler:
+        return SiblingSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
