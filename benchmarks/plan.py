@@ -271,8 +271,7 @@ def published() -> list[Published]:
     )
     return [
         Published("VA-OPD 8B to 2B, 8 x A100", 19 * hour / 655, "Fig. 5, 19 h", own("va_opd", "a100")),
-        Published("GRPO 8B, 8 x H20", 91.5, "SRPO paper, Fig. 4b",
-                  own("srpo", "h20", 821, routing="grpo", grpo_steps="1")),
+        Published("GRPO 8B, 8 x H20", 91.5, "SRPO paper, Fig. 4b", own("srpo", "h20", 821, routing="grpo")),
         Published("SDPO 8B, 8 x H20", 83.7, "SRPO paper, Fig. 4b", own("srpo", "h20", 256, routing="sdpo")),
         Published("SRPO 8B, 8 x H20", 75.8, "Fig. 4b; length between the two", own("srpo", "h20", 538)),
         Published("R-Diverse 4B iteration, 8 x H20", 6 * hour, "paper, 6 h", own("r_diverse", "h20")),

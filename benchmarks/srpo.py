@@ -81,7 +81,8 @@ CURVES = {
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        args, _ = parse(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        args, _ = parse([*words, "--dry_run"])  # settings of a GPU run can be read without one
         print(report(args))
         print(f"Written to {report_folder(args)}: report.md, figures/")
         return 0

@@ -69,7 +69,8 @@ NAMES = {
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        args, config = parse(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        args, config = parse([*words, "--dry_run"])  # settings of a GPU run can be read without one
         print(report(args, config.seed))
         print(f"Written to {experiment_folder(args)}: report.md, figures/")
         return 0

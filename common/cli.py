@@ -124,12 +124,17 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
         if key not in known | {"config", "help"}:
             close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    if "--dry_run" in argv and not torch.cuda.is_available():
+    if any(_is_dry_run(argument) for argument in argv) and not torch.cuda.is_available():
         argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
     parsed = TrlParser(classes).parse_args_and_config(argv)
     for part in parsed:
         _check_numbers(part)
     return parsed
+
+
+def _is_dry_run(argument: str) -> bool:
+    name, _, value = argument.partition("=")
+    return name in ("--dry_run", "--dry-run") and value.lower() not in ("false", "0", "no")
 
 
 def read_config(path: str, configs: str) -> dict[str, Any]:

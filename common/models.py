@@ -143,6 +143,11 @@ def load_model(
     From a folder with a LoRA adapter: its base with the adapter merged in.
     """
     if base := adapter_base(name):
+        if load_in_4bit:
+            raise ValueError(
+                f"model {name!r} holds a LoRA adapter, which cannot be merged into weights in 4 bits: save the merged "
+                "model first (load_model(...).save_pretrained(...)), or set load_in_4bit to false"
+            )
         model = load_model(base, dtype, device, attn_implementation)
         return PeftModel.from_pretrained(model, name).merge_and_unload()
     config = load_config(name)

@@ -7,6 +7,7 @@ Whole files are written to a temporary name in the same folder, fsynced and rena
 in one write. JSON has no NaN or infinity: they are written as null.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,13 +18,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 PACKAGES = (
     "torch",
@@ -185,6 +187,24 @@ def complete_checkpoint(folder: Path) -> None:
     for parent in parents:
         _sync_folder(parent)
     atomic_write_json(folder / COMPLETE, sizes)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keeps other processes from working in a folder while this one does; a kill frees it.
+
+    Raises `ValueError` where another one is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{folder} is in use by another process: wait for it, or choose another out") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 FORMAT = 2  # of the manifest: before, settings turned off were not recorded

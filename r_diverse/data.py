@@ -326,7 +326,7 @@ def train_base(out: Path, until: float = 0.3, max_steps: int = 2000, seed: int =
             if shares["accuracy"] >= until and shares["form"] >= 0.9:
                 break
     else:
-        raise RuntimeError(f"the base reaches {shares} after {max_steps} steps; try another --seed")
+        raise ValueError(f"the base reaches {shares} after {max_steps} steps; try another --seed")
     save_whole(out, model, tokenizer)
     return shares
 

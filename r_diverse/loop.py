@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from .config import RDiverseConfig
@@ -37,7 +36,7 @@ from common import models, plan, versions
 from common.cli import run_main
 from common.once import StageError, digest, once, read_counts, read_inputs
 from common.preemption import call
-from common.runs import RunFolder, check_writable, fingerprint, read_jsonl
+from common.runs import RunFolder, check_writable, exclusive, fingerprint, read_jsonl
 from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
 
 from . import analysis, data, evaluate
@@ -118,17 +117,14 @@ def play(settings: Settings) -> None:
         check_writable(root)
     except OSError as error:
         raise ValueError(f"{root} cannot be written ({error.strerror or error}): choose another --out") from error
-    try:  # the lock first: a second process must not touch the folder
-        with (
-            FileLock(root / ".lock", timeout=0),
-            RunFolder.open(root, settings.plain(), data=used, seed=run.seed, free=settings.free()) as folder,
-        ):
-            if finished_iterations(root) < run.iterations:
-                folder.restart()
-            SelfPlay(settings, root, used["model"]).run()
-            folder.finish()
-    except Timeout as error:
-        raise ValueError(f"{root} is in use by another process: wait for it, or choose another --out") from error
+    with (  # the lock first: a second process must not touch the folder
+        exclusive(root),
+        RunFolder.open(root, settings.plain(), data=used, seed=run.seed, free=settings.free()) as folder,
+    ):
+        if finished_iterations(root) < run.iterations:
+            folder.restart()
+        SelfPlay(settings, root, used["model"]).run()
+        folder.finish()
 
 
 def model_digests(run: RDiverseConfig) -> dict[str, str]:

@@ -286,7 +286,7 @@ def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int 
             if accuracy["plain"] >= until and accuracy["demonstration"] >= 0.8:
                 break
     else:
-        raise RuntimeError(f"the base reaches {accuracy} after {max_steps} steps; try another --seed")
+        raise ValueError(f"the base reaches {accuracy} after {max_steps} steps; try another --seed")
     save_whole(out, model, tokenizer)
     return accuracy
 

@@ -27,7 +27,7 @@ try:
     from common import models, plan, preemption, versions
     from common.checkpoints import resume_point
     from common.cli import changed_settings, is_done, parse_fields, run_main
-    from common.runs import RunFolder, fingerprint
+    from common.runs import RunFolder, exclusive, fingerprint
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     args, config = parse(argv)
+    if config.routing == "grpo":
+        check_grpo_steps(args, config)
     if args.dry_run:
         print(dry_run(args, config, *plan.launched()))
     else:
@@ -95,8 +97,6 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
     models.check_lora(args.lora_rank, args.load_in_4bit, config.use_vllm)
-    if config.routing == "grpo":
-        check_grpo_steps(args, config)
     config.output_dir = str(run_path(args, config))
     return args, config
 
@@ -137,8 +137,14 @@ def train(args: ScriptArguments, config: SRPOConfig) -> None:
     if main_process:
         versions.announce("srpo.train")
     trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
+    with exclusive(run_path(args, config)) if main_process else nullcontext():
+        run(args, config, splits, trainer)
+
+
+def run(args: ScriptArguments, config: SRPOConfig, splits: "DatasetDict", trainer: "SRPOTrainer") -> None:
+    """Trains in the run folder, which no other process touches."""
     checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder
-    folder = open_run(args, config, splits) if main_process else None
+    folder = open_run(args, config, splits) if PartialState().is_main_process else None
     with folder or nullcontext():
         if folder is not None:
             record(folder, trainer, checkpoint)

@@ -361,7 +361,12 @@ def test_ours_beside_the_papers_table():
     points = [(0.5, 0.60, [0.5, 0.7]), (4.0, 0.80, [0.7, 0.9]), (9.0, 0.70, [0.6, 0.8])]
     curve = [{"hours": h, "accuracy": a, "interval": i} for h, a, i in points]
     one = srpo._ours([curve], "69.2 / 81.8 / 83.0")
-    assert one == "60.0 (-9.2) [50.0, 70.0] / 80.0 (-1.8) [70.0, 90.0] / 80.0 (-3.0) [70.0, 90.0]"
+    assert one == "60.0 (-9.2) [50.0, 70.0] / 80.0 (-1.8) [70.0, 90.0] / 80.0 (-3.0) [70.0, 90.0] ended at 9.0 h"
+    longer = [*curve, {"hours": 10.5, "accuracy": 0.1, "interval": [0.0, 0.2]}]
+    assert srpo._ours([longer], "69.2 / 81.8 / 83.0") == one.removesuffix(" ended at 9.0 h")
+    assert (
+        srpo._ours([[{"hours": 0.0, "accuracy": 0.5, "interval": [0.4, 0.6]}]], "41.1") == "50.0 (+8.9) [40.0, 60.0]"
+    )
     assert srpo._ours([curve], "41.1") == "60.0 (+18.9) [50.0, 70.0]"
     assert srpo._ours([curve] * 4, "").startswith("60.0 [55.0, 65.0] / ")  # four independent errors of 0.1: 0.05
 

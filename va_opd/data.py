@@ -353,7 +353,7 @@ def train_reader(name: str, out: Path, seed: int = 0) -> float:
     )
     trainer.train()
     if stop.accuracy < 0.5:
-        raise RuntimeError(f"the {name} reads {stop.accuracy:.0%} after {reader.max_steps} steps; try another --seed")
+        raise ValueError(f"the {name} reads {stop.accuracy:.0%} after {reader.max_steps} steps; try another --seed")
     save_whole(out, model, processor)
     return stop.accuracy
 

@@ -29,7 +29,7 @@ try:
     from common.checkpoints import resume_point
     from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
-    from common.runs import RunFolder, append_jsonl, atomic_write_json, fingerprint, read_jsonl
+    from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -153,8 +153,14 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
     if main_process:
         versions.announce("va_opd.train")
     trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
+    with exclusive(run_path(args, config)) if main_process else nullcontext():
+        run(args, config, splits, trainer)
+
+
+def run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict", trainer: "Trainer") -> None:
+    """Trains in the run folder, which no other process touches."""
     checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder
-    folder = open_run(args, config, splits) if main_process else None
+    folder = open_run(args, config, splits) if PartialState().is_main_process else None
     with folder or nullcontext():
         if folder is not None:
             record(folder, trainer, checkpoint)

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, help="a question; default: the benchmark's")
     parser.add_argument("--data", help="local file or folder instead of the hub")
     parser.add_argument("--limit", type=int, help="only the first questions")
-    several = "; {} for several samples of a greedy one"
+    several = "; {} for several samples of a greedy one without --temperature"
     for name, value in SEVERAL.items():
         parser.add_argument(f"--{name}", type=float, help=f"default: the benchmark's{several.format(value)}")
     parser.add_argument("--max_new_tokens", type=int, help="default: the benchmark's")
@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder of records and metrics; default: runs/evaluation/ and the model's name")
     args = parser.parse_args(argv)
-    args.out = args.out or str(Path("runs/evaluation") / Path(args.model or args.responses or "").stem)
+    name = Path(args.model).name if args.model else Path(args.responses or "").stem
+    args.out = args.out or str(Path("runs/evaluation") / name)
     from common.cli import run_main  # torch: `--help` need not wait for it
 
     return run_main("common.evaluation", lambda _: print(_report(_run(args))), [])
@@ -93,7 +94,9 @@ def _engine(args: argparse.Namespace, options: dict):
 
     cuda = torch.cuda.is_available()
     model = load_model(args.model, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
-    return TransformersEngine(model, load_processor(args.model), args.batch_size, options)
+    engine = TransformersEngine(model, load_processor(args.model), args.batch_size, options)
+    engine.name = args.model  # of an adapter's folder, not its base
+    return engine
 
 
 def _turn_end(tokenizer: str | None) -> list[int]:

@@ -184,12 +184,12 @@ def load_benchmark(name: str, data: str | Path | None = None, limit: int | None 
             f"benchmark {name}: {data or source.hub_id} has {len(table)} rows where {source.rows} are expected: it is "
             "another version or incomplete; pass --data the full set, and --limit for a part of it"
         )
-    rows = []
+    rows, folder = [], data and _folder_of(Path(data).expanduser(), name)
     for number, row in enumerate(table):
         if number == limit:
             break
         try:
-            rows.append({"id": str(number), **_question(source, row, data)})
+            rows.append({"id": str(number), **_question(source, row, folder)})
             if None in rows[-1].get("images", ()):
                 raise ValueError(f"benchmark {name}: row {number} has no image where its prompt names one")
         except KeyError as error:
@@ -198,17 +198,22 @@ def load_benchmark(name: str, data: str | Path | None = None, limit: int | None 
     return Benchmark(name, rows, source.score, source.decoding, source.samples, source.metric, columns)
 
 
-def _question(source: Source, row: Row, data: str | Path | None) -> Row:
+def _question(source: Source, row: Row, folder: Path | None) -> Row:
     question = {name: row[name] for name in source.columns}
     question |= {"prompt": source.prompt(row), "answer": source.answer(row)}
     if source.images is not None:
-        question["images"] = [_file_of(image, data) for image in source.images(row)]
+        question["images"] = [_file_of(image, folder) for image in source.images(row)]
     return question
 
 
-def _file_of(image: Any, data: str | Path | None) -> Any:
+def _file_of(image: Any, folder: Path | None) -> Any:
     """An image that is a path is beside the file that names it."""
-    return {"path": str(Path(data).expanduser().parent / image), "bytes": None} if isinstance(image, str) else image
+    return {"path": str(folder / image), "bytes": None} if isinstance(image, str) else image
+
+
+def _folder_of(path: Path, name: str) -> Path:
+    file = _file(path, name)
+    return file if file.is_dir() else file.parent
 
 
 def _undecoded(table):

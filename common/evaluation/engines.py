@@ -213,7 +213,10 @@ class ServerEngine:
         except ImportError as error:
             raise ImportError("engine server needs openai: pip install openai") from error
         self._error, self._refusal = openai.OpenAIError, openai.BadRequestError
-        self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
+        try:
+            self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
+        except Exception as error:  # of the HTTP library, which is not ours to name
+            raise ValueError(f"server {base_url!r} is no address ({error}): write http://HOST:PORT/v1") from error
         self.base_url, self.model, self.workers = base_url, model, workers
         self.name = model
         self.template_options = chat_template_kwargs or {}

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.runs import append_jsonl, atomic_write_json, fingerprint, read_jsonl, write_jsonl
+from common.runs import append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl, write_jsonl
 
 from .benchmarks import Benchmark
 from .engines import Decoding, Engine, Prompt
@@ -36,7 +36,7 @@ def evaluate(
 
     Records go to `<out>/<benchmark>/samples.jsonl`, `batch` at a time: a kill loses at most one batch, and a second
     call goes on with what is missing. Raises `ValueError` where the records belong to another model, question set or
-    decoding.
+    decoding, and where another process is at work on them.
     """
     samples = benchmark.samples if samples is None else samples
     decoding = decoding or benchmark.decoding
@@ -55,9 +55,10 @@ def evaluate(
         "samples": samples,
         "seed": seed,
     }
-    _claim(path.with_name("identity.json"), identity)
-    generate_samples(engine, benchmark.rows, path, samples, decoding, seed, batch)
-    return rescore(benchmark, out)
+    with exclusive(path.parent):
+        _claim(path.with_name("identity.json"), identity)
+        generate_samples(engine, benchmark.rows, path, samples, decoding, seed, batch)
+        return rescore(benchmark, out)
 
 
 def generate_samples(

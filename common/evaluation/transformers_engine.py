@@ -41,6 +41,8 @@ class TransformersEngine:
         self.template_options = chat_template_kwargs or {}
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # as TRL does
         self.name = model.name_or_path
         self.stops = stop_ids(model.generation_config.eos_token_id, self.tokenizer)
         # In Qwen's and GLM's vision families: what a row's images add to the positions of later tokens, as (B, 1)
@@ -108,6 +110,7 @@ class TransformersEngine:
     def _inputs(self, rows: list[int], work: _Work):
         images = [list(work.images[i]) for i in rows]
         options = {"images": images} if any(images) else {}
+        options["add_special_tokens"] = False  # the chat template has written the first one already
         given = self.processor(
             text=[work.texts[i] for i in rows], padding=True, padding_side="left", return_tensors="pt", **options
         )

@@ -1,5 +1,6 @@
 """The harness: benchmarks, engines, records that survive a kill, metrics that follow from records."""
 
+import copy
 import gc
 import json
 import os
@@ -10,7 +11,9 @@ import time
 import weakref
 from pathlib import Path
 
+import peft
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from common.answers import Verdict
@@ -31,7 +34,8 @@ from common.evaluation import __main__ as command
 from common.evaluation.engines import turn_end_id
 from common.evaluation.run import generate_samples, rescore
 from common.evaluation.scoring import bbeh_row, reward_scorer, score_records
-from common.runs import read_jsonl
+from common.models import lora_config
+from common.runs import exclusive, read_jsonl
 from common.tiny import tiny_qwen3
 from common.verifiers import choice_reward
 from r_diverse import questions as questions_of_r_diverse
@@ -297,6 +301,55 @@ def engine():
 
 def prompts(count: int) -> list[Prompt]:
     return [Prompt([{"role": "user", "content": "?" * (1 + 3 * i % 7)}]) for i in range(count)]
+
+
+def test_a_prompt_has_the_special_tokens_of_its_template_only():
+    """Gemma's and Llama's tokenizers put a first token before what their templates have begun with it already."""
+    model, tokenizer = tiny_qwen3(hidden=32)
+    plain = TransformersEngine(model, tokenizer).generate(prompts(3), Decoding(max_new_tokens=4), range(3))
+    first = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
+    assert tokenizer("?")["input_ids"][0] == first[1]
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.generate(prompts(3), Decoding(max_new_tokens=4), range(3)) == plain
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end():
+    model, tokenizer = tiny_qwen3(hidden=32)
+    plain = TransformersEngine(model, tokenizer).generate(prompts(3), Decoding(max_new_tokens=4), range(3))
+    tokenizer.pad_token = None
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.generate(prompts(3), Decoding(max_new_tokens=4), range(3)) == plain
+
+
+def test_two_adapters_of_one_base_are_two_models(tmp_path, capsys):
+    model, tokenizer = tiny_qwen3(hidden=32)
+    for folder in (tmp_path / "base", *(tmp_path / name / "model" for name in ("a", "b"))):
+        saved = model if folder.name == "base" else peft.get_peft_model(copy.deepcopy(model), lora_config(2))
+        if folder.name != "base":
+            saved.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        saved.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    data = tmp_path / "gsm8k.jsonl"
+    rows = [{"question": "1+1?", "answer": "#### 2"}] * 1319
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--benchmark", "gsm8k", "--data", str(data), "--limit", "1", "--max_new_tokens", "2"]
+    words += ["--out", str(tmp_path / "out")]
+    assert command.main(["--model", str(tmp_path / "a/model"), *words]) == 0
+    assert command.main(["--model", str(tmp_path / "b/model"), *words]) == 2
+    assert "holds records with model=" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_another_process_is_at_is_refused(tmp_path, engine):
+    benchmark = Benchmark("b", [{"id": "0", "prompt": prompts(1)[0].messages, "answer": "1"}], lambda *_: 1.0)
+    with exclusive(tmp_path / "b"), pytest.raises(ValueError, match="in use by another process"):
+        evaluate(engine, benchmark, tmp_path)
+    assert not (tmp_path / "b" / "samples.jsonl").exists()
+
+
+def test_a_mistyped_address_of_a_server_is_one_sentence():
+    with pytest.raises(ValueError, match="server 'http://localhost:80OO/v1' is no address"):
+        ServerEngine("http://localhost:80OO/v1", "m")
 
 
 def test_a_closed_engine_holds_no_model():

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 
@@ -57,6 +58,16 @@ def test_a_tiny_model_comes_back_from_its_folder(tmp_path, build):
     assert models.parameter_count(str(tmp_path)) == model.num_parameters()
     assert models.is_vlm(model.config) == (build is not tiny_qwen3)
     assert models.load_model(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_an_adapter_is_not_merged_into_weights_in_4_bits(tmp_path):
+    model, _ = tiny_qwen3(hidden=32)
+    model.save_pretrained(tmp_path / "base")
+    adapter = peft.get_peft_model(models.load_model(str(tmp_path / "base")), models.lora_config(2))
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert models.load_model(str(tmp_path / "adapter")).num_parameters() == model.num_parameters()
+    with pytest.raises(ValueError, match="holds a LoRA adapter, which cannot be merged into weights in 4 bits"):
+        models.load_model(str(tmp_path / "adapter"), load_in_4bit=True)
 
 
 def test_a_processor_saved_without_video_comes_back_where_torchvision_is(tmp_path, monkeypatch):

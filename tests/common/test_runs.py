@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from common import runs
-from common.runs import RunFolder, RunFolderError
+from common.runs import RunFolder, RunFolderError, exclusive
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, DATA = {"learning_rate": 1e-3, "name": "a"}, {"train": "abc"}
@@ -94,6 +94,23 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(RunFolderError, match="no run folder"):
         opened(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_one_process_at_a_time_works_in_a_folder_and_a_kill_frees_it(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom common.runs import exclusive\nfrom pathlib import Path\n"
+    )
+    code += f"with exclusive(Path({str(tmp_path)!r})):\n    print('in', flush=True)\n    input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(ValueError, match="is in use by another process: wait for it, or choose another out"):
+            exclusive(tmp_path).__enter__()
+        other.kill()
+    with exclusive(tmp_path), pytest.raises(ValueError, match="in use"):
+        exclusive(tmp_path).__enter__()
+    with exclusive(tmp_path):
+        pass
 
 
 def test_a_broken_manifest_and_a_file_in_the_way_are_one_sentence(tmp_path):

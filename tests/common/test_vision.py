@@ -185,9 +185,10 @@ def test_images_named_in_a_json_file_are_beside_it(tmp_path):
     (tmp_path / "1.png").write_bytes(picture(90)["bytes"])
     rows = [{"question": "What is written?", "image": "1.png", "answer": ["A"], "dataset": "svt"}] * 1000
     (tmp_path / "ocrbench.json").write_text(json.dumps(rows))
-    engine = Watcher()
-    evaluate(engine, load_benchmark("ocrbench", tmp_path / "ocrbench.json", limit=1), tmp_path / "out", samples=1)
-    assert [image.getpixel((0, 0))[0] for image in engine.images] == [90]
+    for number, data in enumerate((tmp_path / "ocrbench.json", tmp_path)):
+        engine = Watcher()
+        evaluate(engine, load_benchmark("ocrbench", data, limit=1), tmp_path / f"out{number}", samples=1)
+        assert [image.getpixel((0, 0))[0] for image in engine.images] == [90]
 
 
 # --- the rules on the examples that the benchmarks' authors publish, and on what they must not read ------------------

@@ -16,7 +16,7 @@ from peft import get_peft_model
 from benchmarks import srpo as report
 from common import models
 from common.cli import changed_settings
-from common.runs import last_checkpoint, read_jsonl
+from common.runs import exclusive, last_checkpoint, read_jsonl
 from common.tiny import tiny_qwen3
 from srpo import doctor, evaluate, loop, train
 
@@ -241,6 +241,20 @@ def test_steps_are_counted_in_generation_batches(tmp_path):
 def test_a_mistake_is_one_sentence_and_leaves_nothing(config, capsys, fields, message, tmp_path):
     assert message in fails(capsys, config, *fields)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(config, capsys):
+    folder = train.run_path(*train.parse(["--config", str(config)]))
+    with exclusive(folder):
+        assert "is in use by another process" in fails(capsys, config)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--dry_run=true", "--dry-run"])
+def test_settings_for_gpus_can_be_looked_at_without_one(flag, capsys):
+    assert train.main(["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), flag]) == 0
+    assert report.main(["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--out", "/nowhere"]) == 2
+    assert "bf16" not in capsys.readouterr().err
 
 
 def test_a_run_is_recorded_done_once_and_not_overwritten_by_another(config, capsys, tmp_path, easy):

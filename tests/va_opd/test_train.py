@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks import va_opd as report
 from common.cli import changed_settings
 from common.evaluation import BENCHMARKS, Completion, Decoding, load_benchmark, score_responses
-from common.runs import atomic_write_json, last_checkpoint, read_jsonl, write_jsonl
+from common.runs import atomic_write_json, exclusive, last_checkpoint, read_jsonl, write_jsonl
 from common.tiny import tiny_qwen3_vl
 from va_opd import baselines, evaluate, loop, train
 from va_opd.checks import banned_ids
@@ -202,6 +202,20 @@ def test_a_truncated_image_stops_the_run_at_its_start(config, capsys, tmp_path):
     with (folder / "train.png").open("r+b") as file:
         file.truncate(60)
     assert "unreadable images" in fails(capsys, config, "--dataset", "geo3k", "--data", str(folder))
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(config, capsys):
+    folder = train.run_path(*train.parse(["--config", str(config)]))
+    with exclusive(folder):
+        assert "is in use by another process" in fails(capsys, config)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--dry_run=true", "--dry-run"])
+def test_settings_for_gpus_can_be_looked_at_without_one(flag, capsys):
+    assert train.main(["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), flag]) == 0
+    assert report.main(["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), "--out", "/nowhere"]) == 2
+    assert "bf16" not in capsys.readouterr().err
 
 
 def test_a_run_is_recorded_done_once_and_not_overwritten_by_another(config, capsys, tmp_path):
