@@ -40,7 +40,10 @@ from common._extract import extract_answer, own_words
 from common._normalise import MAX_CHARS, key, normalise, within_limits
 from common._units import number, split_unit
 
+BARE_WORDS = 5  # a response of so few words is an answer, not a text that has one; MMMU's script draws the same line
+
 __all__ = [
+    "BARE_WORDS",
     "Check",
     "Policy",
     "Verdict",
@@ -107,7 +110,7 @@ def check(
     """Extract the answer of a response, compare it with `gold`, and say why; limits and errors as in `same_answer`.
 
     `which`: the "last" or the "first" answer that the response commits to (`extract_answer`). `whole`: a response that
-    commits to none is an answer as a whole, such as "58" or "x = 58".
+    commits to none and has at most `BARE_WORDS` words is an answer as a whole, such as "58" or "x = 58".
     """
     answer = _answer_of(_as_text(response), which, whole)
     return _check(answer, _as_text(gold), timeout, policy)
@@ -194,7 +197,7 @@ def _answer_of(response: str, which: str, whole: bool) -> str | None:
     answer = extract_answer(response, which)
     if answer is None and whole:
         text = own_words(response).strip()
-        return text if text and len(text) <= MAX_CHARS else None
+        return text if 0 < len(text.split()) <= BARE_WORDS and len(text) <= MAX_CHARS else None
     return answer
 
 

@@ -124,7 +124,7 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
         if key not in known | {"config", "help"}:
             close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    if any(_is_dry_run(argument) for argument in argv) and not torch.cuda.is_available():
+    if "use_cpu" in known and any(map(_is_dry_run, argv)) and not torch.cuda.is_available():
         argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
     parsed = TrlParser(classes).parse_args_and_config(argv)
     for part in parsed:
@@ -165,8 +165,8 @@ def _check_numbers(part: Any) -> None:
 
 def changed_settings(args: Any, config: Any, follow: tuple[str, ...] = ()) -> dict[str, Any]:
     """Every field of `args`, and those of `config` that are not at their default: with `--config` on it, the same run
-    again. `out`, `dry_run`, paths made from other fields and the fields in `follow` are left out."""
-    skipped = {"out", "dry_run", "output_dir", "dataloader_pin_memory", *follow}
+    again. `out`, modes of the command, paths made from other fields and the fields in `follow` are left out."""
+    skipped = {"out", "dry_run", "sample_only", "output_dir", "dataloader_pin_memory", *follow}
     chosen = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in skipped}
     return chosen | changed_fields(config, skipped)
 

@@ -253,9 +253,9 @@ class RunFolder:
             folder = cls(path, manifest)
             if not folder.is_done:
                 folder._write(state="running")  # first, for it says whose folder this is
-            if free is not None or not (path / "config.yaml").exists():
-                settings = config | _plain(free or {})
-                atomic_write_text(path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+            file, text = path / "config.yaml", yaml.safe_dump(config | _plain(free or {}), sort_keys=False)
+            if not file.exists() or (free is not None and file.read_text() != text):
+                atomic_write_text(file, text)
             return folder
         except OSError as error:
             raise RunFolderError(

@@ -52,8 +52,8 @@ def math_reward(
 ) -> list[float | None]:
     """1.0 where the final answer is mathematically the gold answer, else 0.0; None for an unusable gold answer.
 
-    `which`: the "last" or the "first" answer that a completion commits to. `whole`: one that commits to none is an
-    answer as a whole.
+    `which`: the "last" or the "first" answer that a completion commits to. `whole`: a short one
+    that commits to none is an answer as a whole.
     """
     golds = _column("answer", answer, completions)
     verdicts = grade_many([_text(completion) for completion in completions], golds, which=which, whole=whole)

@@ -171,7 +171,7 @@ class RDiverseConfig:
         measure (`str`, *optional*, defaults to `"sam"`):
             Of similarity, in both penalties. `"sam"` embeds the solver program; `"question"` the question itself
             (Table 2, without abstraction); `"program_text"` takes BLEU of programs (without embeddings);
-            `"question_text"` BLEU of questions (without SAM). Of the two on questions no program is written at all.
+            `"question_text"` BLEU of questions (without SAM).
         alpha, beta (`float`, *optional*, default to `1.0`):
             Weights of P_rep and P_MAP. `beta=0` is Table 2's "without similarity penalties".
         gamma, tau_max, tau_mean (`float`, *optional*, default to `0.5`, `0.5`, `0.25`):
@@ -394,11 +394,6 @@ class RDiverseConfig:
             )
         self._check_servers()
         lowest_valid_reward(self.alpha, self.beta, self.gamma, self.tau_max, self.tau_mean)  # checks the last three
-
-    @property
-    def needs_coder(self) -> bool:
-        """Whether programs are written for the questions: for the reward, or to follow a baseline's diversity."""
-        return self.measure in ("sam", "program_text")
 
     @property
     def trainer_gpus(self) -> int:

@@ -220,12 +220,15 @@ def select(
     embeddings = np.load(embedded / "embeddings.npy")
     encoder = read_counts(embedded)["encoder"]
     remembers = run.penalty == "r_diverse"
+    by_vector = remembers and run.measure != "question_text"  # without SAM texts are compared, and none is lost to it
     ok = np.isfinite(embeddings).all(1) if len(rows) else np.zeros(0, bool)
-    kept = [i for i in range(len(rows)) if ok[i] or not remembers]
+    kept = [i for i in range(len(rows)) if ok[i] or not by_vector]
     current = [{k: rows[i][k] for k in ("question", "answer")} for i in kept]
     bank, replayed = MemoryBank(bank_path, encoder), []
     if remembers:
-        columns = [row["question"] for row in current], embeddings[kept], [row["answer"] for row in current]
+        vectors = embeddings[kept]
+        vectors[~ok[kept]] = np.eye(1, vectors.shape[1])  # a bank wants one; nothing reads it
+        columns = [row["question"] for row in current], vectors, [row["answer"] for row in current]
         bank.add(*columns, iteration)
         number = objective.replay_count(len(current), run.replay_fraction)
         replayed = bank.before(iteration).sample(number, seed=1000 * run.seed + iteration)
@@ -299,7 +302,7 @@ def train_base(out: Path, until: float = 0.3, max_steps: int = 2000, seed: int =
 
     Teaching stops once `until` of the test kinds' questions are right and 90 % of the outputs have the form: after a
     fixed number of steps so small a model knows anything between a tenth and nine tenths. Returns both shares. Raises
-    `RuntimeError` if it never gets there.
+    `ValueError` if it never gets there.
     """
     from common.models import save_whole
     from common.tiny import answer_loss, tiny_qwen3

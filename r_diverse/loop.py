@@ -130,7 +130,7 @@ def play(settings: Settings) -> None:
 def model_digests(run: RDiverseConfig) -> dict[str, str]:
     """What tells whether base, coder and encoder are the same: a digest of a folder's files, or the hub's commit."""
     names = {"model": run.model}
-    if run.coder != "rules" and run.needs_coder:
+    if run.coder != "rules" and run.measure != "question":
         names["coder"] = run.coder
     if run.encoder != "minilm":
         names["encoder"] = run.encoder
@@ -265,7 +265,7 @@ class SelfPlay:
         run = self.run_config
         with contextlib.ExitStack() as stack:
             url = None
-            if run.engine == "vllm" and run.coder != "rules" and run.needs_coder:
+            if run.engine == "vllm" and run.coder != "rules" and run.measure != "question":
                 url = stack.enter_context(self._coder_server(folder, run.engine_memory / 2, None))
             return data.embed(folder, skill_encoder(run, self.root / "programs", url), rows)
 
@@ -360,7 +360,7 @@ class SelfPlay:
             return []
         gpus = list(range(run.trainer_gpus, run.gpus)) or [0]
         flags = ["--solver_url", stack.enter_context(self._server(opponent, folder, run.reward_memory, gpus))]
-        if run.penalty == "r_diverse" and run.coder != "rules" and run.needs_coder:
+        if run.penalty == "r_diverse" and run.coder != "rules" and run.measure in ("sam", "program_text"):
             flags += ["--coder_url", stack.enter_context(self._coder_server(folder, run.reward_memory, gpus))]
         return flags
 
@@ -547,7 +547,7 @@ def reward_parts(run: RDiverseConfig, parameters: float) -> dict[str, float]:
     served = run.engine == "vllm" and run.gpus > 0
     skills = run.penalty == "r_diverse" and run.measure != "question_text"
     held = {} if served else {"Solver of the reward": parameters}
-    if skills and not served and run.coder != "rules" and run.needs_coder:
+    if skills and not served and run.coder != "rules" and run.measure != "question":
         held["coder"] = _size(run.coder)
     if skills and run.encoder != "minilm":
         held["encoder"] = _size(run.encoder)

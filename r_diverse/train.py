@@ -222,7 +222,7 @@ def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None
     from .engines import TransformersEngine as LocalCoder
 
     rules = run.coder == "rules"
-    if not run.needs_coder:
+    if run.measure == "question":
         coder = None
     elif rules:
         coder = ArithmeticCoder()

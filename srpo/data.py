@@ -256,7 +256,7 @@ def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int 
     A self-teacher helps only if it can read its longer prompt, so each step also has rows with a demonstration.
     Teaching stops once `until` of the held-out sums are right and 80 % of them with a demonstration: after a fixed
     number of steps so small a model knows anything between a tenth and nine tenths, depending on the seed. Raises
-    `RuntimeError` if it never gets there.
+    `ValueError` if it never gets there.
     """
     from common.models import save_whole
     from common.tiny import answer_loss, tiny_qwen3

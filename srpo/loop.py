@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .train import dry_run, parse  # says in one line what is missing without common/
+from .train import dry_run, parse, steps_of  # says in one line what is missing without common/
 
 # isort: split
 from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
@@ -89,13 +89,19 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
 
 
 def _steps_of(config, steps: int) -> list[str]:
-    """Flags for `steps` optimizer steps a generation batch; the batch stays as it is.
+    """Flags for `steps` optimizer steps a generation batch, if it has others; the batch stays as it is.
 
     The paper's steps, of warm-up too, are batches; TRL's are optimizer steps. `ValueError` where it does not divide.
     """
     accumulation, rows = config.gradient_accumulation_steps, config.per_device_train_batch_size
-    if steps == 1:
+    now = steps_of(config)
+    if now == steps:
         return []
+    if now != 1:
+        raise ValueError(
+            f"the config's batch takes {now:g} optimizer steps already, grpo_steps={steps}: set steps_per_generation "
+            f"to gradient_accumulation_steps={accumulation}, or grpo_steps"
+        )
     if steps > 1 and accumulation % steps == 0:
         flags = ["--steps_per_generation", str(accumulation), "--gradient_accumulation_steps"]
         flags.append(str(accumulation // steps))

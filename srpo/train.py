@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from .trainer import SRPOTrainer
 
 ROUTES = {"grpo": "policy", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
-DERIVED = ("generation_batch_size",)  # TRL sets it from the batch, and refuses both
+# TRL sets the first from the batch, and refuses both; the second only says what a GRPO batch's own fields have to be
+DERIVED = ("generation_batch_size", "grpo_steps")
 
 
 @dataclass
@@ -103,12 +104,17 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
 
 def check_grpo_steps(args: ScriptArguments, config: SRPOConfig) -> None:
     """Raises `ValueError` for GRPO with other steps a generation batch than it is said to have."""
-    steps = config.num_iterations * config.steps_per_generation / config.gradient_accumulation_steps
+    steps = steps_of(config)
     if steps != args.grpo_steps:
         raise ValueError(
             f"routing grpo would take {steps:g} optimizer steps a generation batch, grpo_steps={args.grpo_steps}: "
             "python -m srpo.loop --variants grpo splits the batch (its --dry_run shows the flags), or set grpo_steps"
         )
+
+
+def steps_of(config: SRPOConfig) -> float:
+    """Optimizer steps a generation batch."""
+    return config.num_iterations * config.steps_per_generation / config.gradient_accumulation_steps
 
 
 def variant(config: SRPOConfig) -> str:
@@ -174,7 +180,11 @@ def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
         for name, rows in splits.items()
     }
     return RunFolder.open(
-        run_path(args, config), changed_settings(args, config, DERIVED), data=prints, seed=config.seed
+        run_path(args, config),
+        changed_settings(args, config, DERIVED),
+        data=prints,
+        seed=config.seed,
+        free={"grpo_steps": args.grpo_steps},
     )
 
 

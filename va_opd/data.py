@@ -314,7 +314,7 @@ READERS = {"teacher": Reader(hidden=128, max_steps=600), "base": Reader(hidden=6
 def train_reader(name: str, out: Path, seed: int = 0) -> float:
     """Trains READERS[name] with TRL's `SFTTrainer` into `out`; returns its greedy accuracy on fresh rows of "train".
 
-    Raises `RuntimeError` for one that did not learn to read: less than half of the rows right.
+    Raises `ValueError` for one that did not learn to read: less than half of the rows right.
     """
     from trl import SFTConfig, SFTTrainer
 

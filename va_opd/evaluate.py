@@ -42,7 +42,7 @@ from .trainer import VAOPDTrainer
 from common.answers import grade
 from common.cli import is_done, run_main
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
-from common.runs import append_jsonl, atomic_write_json, read_jsonl
+from common.runs import append_jsonl, atomic_write_json, exclusive, read_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,7 +88,8 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
                 report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
                 print(f"{out.parent.name}: {benchmark.name} = {shown(headline(report)[0])}", flush=True)
     if not (out / "va.json").exists() and (what != "teacher" or args.dataset == "digits"):
-        score_visual_advantage(model, args, config, rows, out)  # a paper's teacher is too large to be both models
+        with exclusive(out):  # a paper's teacher is too large to be both models
+            score_visual_advantage(model, args, config, rows, out)
 
 
 def check_trained(run: Path, args: ScriptArguments) -> None:

@@ -304,7 +304,7 @@ def reward_of(args: ScriptArguments) -> Callable[..., list[float | None]]:
 
 
 def first_answer_reward(completions, answer, **columns) -> list[float | None]:
-    """`verifiers.math_reward` of the first answer that each completion commits to, or of all of it without one."""
+    """`verifiers.math_reward` of the first answer that each completion commits to, or of a short one as a whole."""
     return verifiers.math_reward(completions, answer, which="first", whole=True, **columns)
 
 
@@ -323,7 +323,7 @@ def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") ->
     if not keep:
         raise ValueError(
             f"method {args.method} has nothing to train on: of the teacher's {len(rows)} responses {len(complete)} "
-            "are complete, and none of these is correct; raise max_completion_length, or take another teacher"
+            "are complete, and for sft none of these is correct; raise max_completion_length, or take another teacher"
         )
     if PartialState().is_main_process:
         print(f"{args.method}: {len(keep)} of the teacher's {len(rows)} responses used", flush=True)
@@ -351,7 +351,7 @@ def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") 
     decoding = Decoding(
         temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_completion_length
     )
-    with closing(build_engine(args, args.teacher, config)) as engine:
+    with exclusive(cache.parent), closing(build_engine(args, args.teacher, config)) as engine:
         for start in range(0, len(missing), TEACHER_ROWS):
             part = [rows[index] for index in missing[start : start + TEACHER_ROWS]]
             prompts = [Prompt(messages=row["prompt"], images=row["images"]) for row in part]

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from common._extract import own_words
-from common.answers import Verdict, chosen_letter, exact_number, extract_answer, same_answer
+from common.answers import BARE_WORDS, Verdict, chosen_letter, exact_number, extract_answer, same_answer
 
 Row = dict[str, Any]
 Units = dict[str, dict[str, list[float]]]  # of each component, by cluster: values in [0, 1] whose mean it is
 
-BARE_WORDS = 5  # a response of so few words is an answer, not a text that has one; MMMU's script draws the same line
 _WEMATH = re.compile(r"Answer\s*>?\s*[>:][\s<>:.*(]*([A-H])(?![A-Za-z]| [a-z])")
 _MMSTAR = re.compile(r"(?:\(|option |the answer is )?([a-d])(?![a-z]| [a-z])")
 _NUMBERS = (

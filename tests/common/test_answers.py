@@ -101,6 +101,7 @@ def test_extraction(response, last, first):
     [
         ("58", Verdict.CORRECT), ("x = 58", Verdict.CORRECT), ("<think>57</think> 58", Verdict.CORRECT),
         ("57", Verdict.WRONG), (r"58, so \boxed{57}", Verdict.WRONG), ("58. Answer: 57", Verdict.WRONG),
+        ("In triangle ABC, we know AB = 58", Verdict.NO_ANSWER),
         ("<think>58", Verdict.NO_ANSWER), ("", Verdict.NO_ANSWER), ("58 " * 2000, Verdict.NO_ANSWER),
     ],
 )  # fmt: skip

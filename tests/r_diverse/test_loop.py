@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from common.once import StageError, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
-from r_diverse import MemoryBank, budget, loop  # noqa: E402
+from r_diverse import MemoryBank, RDiverseConfig, budget, data, loop  # noqa: E402
 from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, finished_iterations, main, run_path, variant  # noqa: E402
 from r_diverse.skills import Program  # noqa: E402
 from r_diverse.train import parse  # noqa: E402
@@ -370,6 +370,30 @@ def test_questions_without_programs_end_the_run_before_the_solver(base, tmp_path
     assert main(["--config", _empty_config(tmp_path), *small(base, tmp_path)]) == 2
     assert "iteration 1 has 0 questions with a solver program, 4 make a batch of the Solver" in capsys.readouterr().err
     assert not (tmp_path / "r_diverse/small/r_diverse-seed0/iteration_1/solver").exists()
+
+
+@pytest.mark.parametrize(("fields", "kept"), [({}, 3), ({"measure": "question_text"}, 4), ({"penalty": "r_zero"}, 4)])
+def test_a_question_without_a_program_is_lost_where_vectors_are_compared_only(tmp_path, fields, kept):
+    rows = [
+        {"question": f"{i}+{i}", "answer": str(2 * i), "consistency": 0.5, "own_answer": "", "answers": []}
+        for i in range(4)
+    ]
+    embedded = tmp_path / "embed"
+
+    def embed(folder):
+        vectors = np.eye(4)
+        vectors[1] = np.nan
+        np.save(folder / "embeddings.npy", vectors)
+        return {"encoder": "table"}
+
+    once(embedded, {}, embed)
+    (tmp_path / "filter").mkdir()
+    run = RDiverseConfig("m", **fields)
+    counts = data.select(tmp_path / "filter", run, 1, rows, embedded, tmp_path / "bank")
+    assert counts["current"] == kept
+    assert counts["bank"] == (0 if run.penalty == "r_zero" else kept)
+    questions = {row["question"] for row in read_jsonl(tmp_path / "filter/solver_data.jsonl")}
+    assert ("1+1" in questions) == (kept == 4)
 
 
 def test_a_path_with_blanks(base, tmp_path):

@@ -137,6 +137,26 @@ def test_grpo_splits_any_batch_that_divides_and_keeps_it_whole(fields, flags):
     assert split.max_steps == args.grpo_steps * config.max_steps
 
 
+def test_a_batch_that_is_split_already_is_not_split_again():
+    """As in the config.yaml of a finished GRPO run."""
+    given = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--use_cpu", "--routing", "grpo"]
+    _, config = train.parse([*given, "--steps_per_generation", "8", "--gradient_accumulation_steps", "2"])
+    assert loop._steps_of(config, 4) == []
+    with pytest.raises(ValueError, match="takes 4 optimizer steps already, grpo_steps=2: set steps_per_gen"):
+        loop._steps_of(config, 2)
+
+
+def test_the_steps_of_grpo_are_not_what_another_run_is(config, capsys):
+    """They are asked for when GRPO is added to finished runs."""
+    assert train.main(["--config", str(config), "--max_steps", "2"]) == 0
+    assert train.main(["--config", str(config), "--max_steps", "2", "--grpo_steps", "2"]) == 0
+    assert "done already" in capsys.readouterr().out
+    grpo = ["--routing", "grpo", "--max_steps", "2", "--grpo_steps", "1"]
+    assert train.main(["--config", str(config), *grpo]) == 0
+    folder = train.run_path(*train.parse(["--config", str(config), *grpo]))
+    assert train.main(["--config", str(folder / "config.yaml"), "--out", str(folder.parents[2])]) == 0
+
+
 def test_grpo_never_takes_other_steps_than_it_says(config, capsys):
     assert "grpo_steps=4: python -m srpo.loop" in fails(capsys, config, "--routing", "grpo", "--grpo_steps", "4")
     capsys.readouterr()
