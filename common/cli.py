@@ -30,7 +30,7 @@ SERVER_FIELDS = (
     "teacher_server",
     "teacher_server_timeout",
 )
-COUNTS = ("limit", "eval_limit", "eval_samples", "eval_batch_size")
+COUNTS = ("limit", "eval_limit", "eval_samples", "eval_batch_size", "grpo_steps")
 # What Python and safetensors, and what torch.save say of it
 FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
 

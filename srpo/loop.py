@@ -77,7 +77,7 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
         evaluations.append((f"evaluate-base-{dataset}", [*python, "srpo.evaluate", "base", *shared]))
         for seed in seeds:
             for name in variants:
-                steps = _steps_of(config, args.grpo_steps) if name == "grpo" else []
+                steps = _split_batch(config, args.grpo_steps) if name == "grpo" else []
                 flags = [*shared, "--seed", seed, *VARIANT_FLAGS[name], *steps]
                 label = f"{name}-{dataset}-seed{seed}"
                 trainings.append((f"train-{label}", [*launch, "srpo.train", *flags]))
@@ -88,7 +88,7 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
     return stages
 
 
-def _steps_of(config, steps: int) -> list[str]:
+def _split_batch(config, steps: int) -> list[str]:
     """Flags for `steps` optimizer steps a generation batch, if it has others; the batch stays as it is.
 
     The paper's steps, of warm-up too, are batches; TRL's are optimizer steps. `ValueError` where it does not divide.
@@ -102,21 +102,18 @@ def _steps_of(config, steps: int) -> list[str]:
             f"the config's batch takes {now:g} optimizer steps already, grpo_steps={steps}: set steps_per_generation "
             f"to gradient_accumulation_steps={accumulation}, or grpo_steps"
         )
-    if steps > 1 and accumulation % steps == 0:
-        flags = ["--steps_per_generation", str(accumulation), "--gradient_accumulation_steps"]
-        flags.append(str(accumulation // steps))
-    elif steps > 1 and rows % steps == 0:
-        flags = ["--steps_per_generation", str(steps * accumulation)]
-        flags += ["--per_device_train_batch_size", str(rows // steps)]
+    if accumulation % steps == 0:
+        split = {"steps_per_generation": accumulation, "gradient_accumulation_steps": accumulation // steps}
+    elif rows % steps == 0:
+        split = {"steps_per_generation": steps * accumulation, "per_device_train_batch_size": rows // steps}
     else:
         raise ValueError(
             f"neither gradient_accumulation_steps={accumulation} nor per_device_train_batch_size={rows} is a multiple "
             f"of grpo_steps={steps}, which GRPO takes a generation batch: change one of them"
         )
-    for field in ("max_steps", "save_steps", "warmup_steps"):
-        if getattr(config, field) >= 1:  # below, it is a share of all steps
-            flags += [f"--{field}", str(int(steps * getattr(config, field)))]
-    return flags
+    counts = {name: getattr(config, name) for name in ("max_steps", "save_steps", "warmup_steps")}
+    split |= {name: int(steps * count) for name, count in counts.items() if count >= 1}  # below, a share of all steps
+    return [word for name, value in split.items() for word in (f"--{name}", str(value))]
 
 
 if __name__ == "__main__":

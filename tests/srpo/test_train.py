@@ -130,7 +130,7 @@ def test_the_papers_grpo_takes_four_steps_a_batch(capsys):
 def test_grpo_splits_any_batch_that_divides_and_keeps_it_whole(fields, flags):
     given = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--per_device_train_batch_size", "32", "--use_cpu"]
     args, config = train.parse([*given, *fields.split()])
-    steps = loop._steps_of(config, args.grpo_steps)
+    steps = loop._split_batch(config, args.grpo_steps)
     assert " ".join(steps[:4]) == flags
     _, split = train.parse([*given, *fields.split(), "--routing", "grpo", *steps])
     assert split.generation_batch_size == config.generation_batch_size
@@ -141,9 +141,9 @@ def test_a_batch_that_is_split_already_is_not_split_again():
     """As in the config.yaml of a finished GRPO run."""
     given = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--use_cpu", "--routing", "grpo"]
     _, config = train.parse([*given, "--steps_per_generation", "8", "--gradient_accumulation_steps", "2"])
-    assert loop._steps_of(config, 4) == []
+    assert loop._split_batch(config, 4) == []
     with pytest.raises(ValueError, match="takes 4 optimizer steps already, grpo_steps=2: set steps_per_gen"):
-        loop._steps_of(config, 2)
+        loop._split_batch(config, 2)
 
 
 def test_the_steps_of_grpo_are_not_what_another_run_is(config, capsys):
@@ -256,6 +256,7 @@ def test_steps_are_counted_in_generation_batches(tmp_path):
         (["--max_prompt_length", "5"], "no prompt fits max_prompt_length=5"),
         (["--policy_dtype", "float8"], "policy_dtype must be"),
         (["--steps_per_generation", "4"], "must equal gradient_accumulation_steps"),
+        (["--grpo_steps", "0"], "grpo_steps must be at least 1, got 0"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(config, capsys, fields, message, tmp_path):
