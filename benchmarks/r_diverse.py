@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -381,7 +382,8 @@ def skill_map(run: Path, path: Path, title: str) -> Path:
         ax.scatter(*places.T, s=12 + 4 * counts, alpha=0.6, color=plots.PALETTE[0], linewidths=0)
         ax.set_title(f"iteration {t}: {len(part)} questions", fontsize=9)
         ax.grid(alpha=0.25)
-    figure.suptitle(f"{title}: skills of the usable questions (area: how many)", fontsize=10)
+    text = f"{title}: skills of the usable questions (area: how many)"
+    figure.suptitle("\n".join(textwrap.wrap(text, 42 * len(vectors))), fontsize=10)  # one panel is narrow
     return plots.save(figure, path)
 
 

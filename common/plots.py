@@ -51,9 +51,11 @@ def training_curves(
                 [(line["step"], line[metric]) for line in lines if line.get(metric) is not None], dtype=float
             )
             if len(points):
-                axes.plot(*_smoothed(points, smooth).T, label=name, color=PALETTE[number % len(PALETTE)])
+                shown = _smoothed(points, smooth)
+                marker = "o" if len(shown) == 1 else None  # a line of one point would not be seen
+                axes.plot(*shown.T, marker=marker, label=name, color=PALETTE[number % len(PALETTE)])
         axes.set(xlabel=unit, ylabel=metrics[metric])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         _light(axes)
         if place == 1:
             names = axes.get_legend_handles_labels()

@@ -71,3 +71,17 @@ def test_bars_with_a_missing_condition_and_values_at_the_ends(tmp_path):
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0], [3.0, 2.0, 0.0, 0.0]])
 def test_cumulative_mass(tmp_path, values):
     assert drawn(plots.cumulative_mass({"x": np.array(values)}, tmp_path / "a.png")).std() > 1
+
+
+def test_a_single_point_is_seen(tmp_path, monkeypatch):
+    """After the first iteration of self-play a series has one."""
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.training_curves(
+        {"a": [{"step": 1, "loss": 2.0}], "b": [{"step": s, "loss": s} for s in range(5)]}, {"loss": "l"}, tmp_path
+    )
+    (axes,) = drawn[0].axes
+    assert [line.get_marker() for line in axes.lines] == ["o", "None"]
+    plots.training_curves({"a": [{"step": 1, "loss": 2.0}]}, {"loss": "l"}, tmp_path)
+    drawn[1].draw_without_rendering()
+    assert all(tick == int(tick) for tick in drawn[1].axes[0].get_xticks())
