@@ -87,6 +87,7 @@ def run(main: Callable[[Path], Any]) -> None:
         _deepspeed_without_compiler()
     folder = Path(sys.argv[1])
     torch.save(main(folder), folder / f"rank{os.environ['RANK']}.pt")
+    PartialState().destroy_process_group()  # else gloo's threads may abort a process whose work is done
 
 
 def _fsdp_on_a_cpu() -> None:
