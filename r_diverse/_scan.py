@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 LEVELS = 127
 ROUNDING = 1e-6  # more than float32 rows and float64 sums can be off
-PIECE = 256  # rows that are gathered at a time
-PART = 256  # queries of one thread at a time
-DENSE = 32  # gathering one row costs as much as multiplying so many
+SUM_ROUNDING = 255 * LEVELS * 2.0**-22  # the float32 product of codes is off by less than this for each dimension
+ROWS = 1024  # rows multiplied at a time
+DENSE = 8  # one product alone costs as much as so many in a matrix
 
 
 class Block(NamedTuple):
@@ -43,7 +42,7 @@ def is_fast() -> bool:
         return False
     import torch
 
-    return torch.cpu._is_vnni_supported()
+    return torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
 
 
 def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:
@@ -56,57 +55,82 @@ def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:
         queries: (B, D) float64 unit vectors.
         blocks: all rows, numbered in order.
     """
-    import torch
-
     scales = np.abs(queries).max(1) / LEVELS
     codes = np.rint(queries / scales[:, None]).astype(np.int8)
     errors = np.linalg.norm(queries - codes * scales[:, None], axis=1)
+    multiply = _multiplier(codes)
     best, where, start = np.full(len(queries), -np.inf), np.zeros(len(queries), np.int64), 0
-    parts = [slice(i, i + PART) for i in range(0, len(queries), PART)]
-    # Threads share the work since numpy lets go of the interpreter in all that takes long here
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for block in blocks:
-            products = torch._int_mm(torch.from_numpy(codes), torch.from_numpy(np.array(block.codes)).T).numpy()
-            known = best
-            if start == 0:  # later a search in the block itself would rule out few rows more
-                known = _products(queries, block.rows, np.arange(len(queries)), products.argmax(1))
-            slack = errors + (1 + errors) * block.error + ROUNDING
-            least = np.ceil((known - slack) / (scales * block.scale)).astype(np.int32)
-            search = partial(_search, queries, block.rows, products, least, best, where, start)
-            list(pool.map(search, parts))
-            start += len(block.rows)
+    for block in _pieces(blocks):
+        products = multiply(block.codes)
+        known = best
+        if start == 0:  # later a search in the block itself would rule out few rows more
+            known = np.einsum("bd,bd->b", queries, block.rows[products.argmax(0)].astype(np.float64))
+        slack = errors + (1 + errors) * block.error + ROUNDING
+        least = (known - slack) / (scales * block.scale) - codes.shape[1] * SUM_ROUNDING
+        values, found = _highest(queries, block.rows, products >= least.astype(np.float32))
+        better = values > best
+        best[better], where[better] = values[better], found[better] + start
+        start += len(block.rows)
     return where
 
 
-def _search(queries, rows, products, least, best, where, start, part: slice) -> None:
-    """Updates `best` and `where` of a part of the queries with the rows whose products reach `least`."""
-    values, found = _highest(queries[part], rows, products[part] >= least[part, None])
-    better = values > best[part]
-    best[part][better], where[part][better] = values[better], found[better] + start
+def _pieces(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Blocks whose products stay in the processor's cache."""
+    for block in blocks:
+        for i in range(0, len(block.rows), ROWS):
+            yield block._replace(rows=block.rows[i : i + ROWS], codes=block.codes[i : i + ROWS])
+
+
+def _multiplier(codes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from (n, D) int8 to its products with the codes (B, D) int8 of the queries, (n, B) float32.
+
+    By PyTorch's quantized linear layer, whose weights are the queries, laid out once, and whose inputs have no sign.
+    """
+    import torch
+
+    weights = torch.ops.onednn.qlinear_prepack(torch.from_numpy(codes), [ROWS, codes.shape[1]])
+    layer, ones, zeros = torch.ops.onednn.qlinear_pointwise, torch.ones(len(codes)), torch.zeros(len(codes)).long()
+
+    def multiply(rows: np.ndarray) -> np.ndarray:
+        unsigned = torch.from_numpy(rows.view(np.uint8) ^ 128)  # the code plus 128
+        output = layer(unsigned, 1.0, 128, weights, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        return output.numpy()
+
+    return multiply
 
 
 def _highest(queries: np.ndarray, rows: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Highest inner product of each query with its candidates among the rows, and the row; -inf without candidates."""
-    which, row = np.divmod(np.flatnonzero(candidates), candidates.shape[1])  # many times as fast as `nonzero`
+    """Highest inner product of each query with its candidates among the rows, and the row; -inf without candidates.
+
+    candidates: (rows, queries) bool.
+    """
+    row, which = np.divmod(np.flatnonzero(candidates), candidates.shape[1])  # many times as fast as `nonzero`
     if len(row) * DENSE > candidates.size:
         products = queries @ rows.T.astype(np.float64)
-        return products.max(1, initial=-np.inf), products.argmax(1)
-    highest, best = np.full(len(queries), -np.inf), np.zeros(len(queries), np.int64)
-    if not len(row):
-        return highest, best
-    rough = _products(queries.astype(np.float32), rows, which, row)
-    starts = np.flatnonzero(np.diff(which, prepend=-1))
-    margin = 2 * rows.shape[1] * np.finfo(np.float32).eps  # more than the sums of two unit vectors can be off
-    near = rough >= np.repeat(np.maximum.reduceat(rough, starts), np.diff([*starts, len(which)])) - margin
-    which, row = which[near], row[near]
+        return products.max(1), products.argmax(1)
+    order = np.argsort(which, kind="stable")
+    which, row = which[order], row[order]
     values = _products(queries, rows, which, row)
     order = np.lexsort((-row, values))  # so that the highest, and of equal ones the first row, is written last
+    highest, best = np.full(len(queries), -np.inf), np.zeros(len(queries), np.int64)
     highest[which[order]], best[which[order]] = values[order], row[order]
     return highest, best
 
 
 def _products(queries: np.ndarray, rows: np.ndarray, which: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """queries[which] . rows[row] in the format of the queries, in pieces that stay in the processor's cache."""
-    pieces = [slice(i, i + PIECE) for i in range(0, len(row), PIECE)]
-    found = [np.einsum("bd,bd->b", queries[which[p]], rows[row[p]].astype(queries.dtype)) for p in pieces]
-    return np.concatenate([np.zeros(0, queries.dtype), *found])
+    """queries[which] . rows[row] in float64, `which` ascending, without a copy of a row for each product."""
+    import torch
+
+    used, column = np.unique(row, return_inverse=True)
+    starts = np.searchsorted(which, np.arange(len(queries) + 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        wanted = torch.sparse_csr_tensor(
+            torch.from_numpy(starts),
+            torch.from_numpy(column),
+            torch.zeros(len(row), dtype=torch.float64),
+            (len(queries), len(used)),
+            check_invariants=True,
+        )
+    chosen = torch.from_numpy(rows[used].astype(np.float64))
+    return torch.sparse.sampled_addmm(wanted, torch.from_numpy(queries), chosen.T, beta=0.0).values().numpy()

@@ -110,12 +110,21 @@ def test_few_rows_are_looked_at_closely(monkeypatch):
     assert 100 <= sum(counted) < 100 * 4000 // 50
 
 
-def test_what_is_used_of_torch():
-    """A private kernel: int8 times int8 is int32, without overflow at the largest codes."""
-    ones = torch.full((2, 8192), 127, dtype=torch.int8)
-    product = torch._int_mm(torch.cat([ones] * 16), ones.repeat(16, 1).T)
-    assert product.dtype == torch.int32
-    assert (product == 127 * 127 * 8192).all()
+@pytest.mark.parametrize("dim", [1, 96, 1536, 8192])
+def test_products_of_codes(dim):
+    """By a kernel without a public name: no sum overflows, and those beyond 2**24 are off by rounding alone."""
+    rng = np.random.default_rng(0)
+    rows, queries = (rng.integers(-127, 128, (count, dim)).astype(np.int8) for count in (5, 3))
+    rows[0], rows[1], queries[0], queries[1] = 127, -127, 127, -127
+    products = _scan._multiplier(queries)(rows)
+    exact = rows.astype(np.int64) @ queries.astype(np.int64).T
+    assert products.shape == (5, 3) and products.dtype == np.float32
+    assert np.abs(products - exact).max() <= _scan.SUM_ROUNDING * dim
+    if dim <= 96:
+        assert (products == exact).all()
+
+
+def test_where_it_is_fast():
     assert _scan.is_fast() is torch.cpu._is_vnni_supported()
 
 
