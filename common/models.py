@@ -165,7 +165,8 @@ def load_model(
 
 
 def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """The processor of a vision-language model, or the tokenizer of a text model.
+    """The processor of a vision-language model, or the tokenizer of a text model; it pads on the left, as generation
+    does.
 
     Without torchvision, `AutoProcessor` fails for families with a video processor, or quietly returns the tokenizer,
     and training would then never see an image. So those families are put together here, without video; a folder saved
@@ -173,10 +174,10 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     """
     config = load_config(name)
     if not is_vlm(config):
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, padding_side="left")
     without_video = importlib.util.find_spec("torchvision") is None or _saved_without_video(name)
     if config.model_type in IMAGE_ONLY and without_video:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         return IMAGE_ONLY[config.model_type](image_processor, tokenizer, chat_template=tokenizer.chat_template)
     try:
@@ -191,6 +192,7 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
             f"{name!r} ({config.model_type}) reads images, but only a {type(processor).__name__} was found: save its "
             "processor into the folder, or install torchvision (the build that matches torch)"
         )
+    processor.tokenizer.padding_side = "left"
     return processor
 
 

@@ -242,7 +242,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if (path / "manifest.json").exists():
-                manifest = _same_run(path, config, data, seed)
+                manifest = _same_run(path, config, data, seed, free or {})
                 manifest["resumed"] = [*manifest["resumed"], _now()]
             elif any(not file.name.startswith(".") for file in path.iterdir()):  # but a killed writer's draft
                 raise RunFolderError(
@@ -299,7 +299,7 @@ class RunFolder:
         atomic_write_json(self.path / "manifest.json", self.manifest)
 
 
-def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
+def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: dict) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         theirs = {
@@ -314,7 +314,8 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict
             f"{path}/manifest.json cannot be read ({error!r}): choose another out= or delete the folder"
         ) from error
     ours = {**config, "seed": seed, **{f"data {k}": v for k, v in data.items()}}
-    for name in sorted(ours.keys() | theirs.keys() if recorded else ours.keys() & theirs.keys()):
+    names = ours.keys() | theirs.keys() if recorded else ours.keys() & theirs.keys()
+    for name in sorted(names - free.keys()):  # what may change today, an older version has recorded
         if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name)):
             wanted, found = (repr(side[name]) if name in side else "its default" for side in (ours, theirs))
             raise RunFolderError(

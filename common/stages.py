@@ -44,6 +44,16 @@ def check_packages(vllm: bool, gpus: int, sharding: str) -> None:
         )
 
 
+def one_gpu() -> None:
+    """Hides all GPUs but the first from a process without a launcher, before it looks at them.
+
+    transformers would wrap a model in `nn.DataParallel` over all that it sees, which TRL's trainers refuse and its
+    `SFTTrainer` lets multiply the batch.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
 def launcher(gpus: int, sharding: str) -> list[str]:
     """Start of a training command: plain Python, or accelerate with one of the configs that TRL ships."""
     if gpus <= 1:

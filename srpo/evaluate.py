@@ -16,6 +16,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .config import SRPOConfig
 from .data import reward_of
 from .train import ScriptArguments, load_splits_of, models, parse, run_path, train_seconds
@@ -25,6 +27,7 @@ from common.cli import is_done, run_main
 from common.evaluation import Benchmark, Decoding, TransformersEngine, VLLMEngine, evaluate
 from common.evaluation.run import question_fingerprint
 from common.runs import atomic_write_json
+from common.stages import one_gpu
 
 WHAT = ("run", "base")
 BUDGETS = (1, 5, 10)  # hours of training, Table 1
@@ -36,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
+    one_gpu()
     if not argv or argv[0] not in WHAT:
         raise ValueError(f"first argument must be one of {', '.join(WHAT)}; got {argv[:1]}")
     args, config = parse(argv[1:])
@@ -157,8 +161,9 @@ def build_engine(model: str, args: ScriptArguments, config: SRPOConfig) -> Trans
     """The engine of `args.engine`, which generates with `model`, a hub id or a local folder; to be closed."""
     if args.engine == "vllm":
         return VLLMEngine(model, chat_template_kwargs=config.chat_template_kwargs)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
     engine = TransformersEngine(
-        models.load_model(model, device="cpu" if config.use_cpu else None),
+        models.load_model(model, dtype=dtype, device=config.device),
         models.load_processor(model),
         args.eval_batch_size,
         chat_template_kwargs=config.chat_template_kwargs,

@@ -28,6 +28,7 @@ try:
     from common.checkpoints import resume_point
     from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.runs import RunFolder, exclusive, fingerprint
+    from common.stages import one_gpu
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 ROUTES = {"grpo": "policy", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
 # TRL sets the first from the batch, and refuses both; the second only says what a GRPO batch's own fields have to be
 DERIVED = ("generation_batch_size", "grpo_steps")
+# May change without another training; evaluation ties its results to those that decide them
+MAY_CHANGE = ("engine", "eval_batch_size", "eval_samples", "eval_temperature", "eval_top_p", "eval_limit")
 
 
 @dataclass
@@ -83,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
+    one_gpu()
     args, config = parse(argv)
     if config.routing == "grpo":
         check_grpo_steps(args, config)
@@ -142,6 +146,7 @@ def train(args: ScriptArguments, config: SRPOConfig) -> None:
         return
     if main_process:
         versions.announce("srpo.train")
+        print(plan.update_line(config, PartialState().num_processes), flush=True)
     trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
     with exclusive(run_path(args, config)) if main_process else nullcontext():
         run(args, config, splits, trainer)
@@ -181,10 +186,10 @@ def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
     }
     return RunFolder.open(
         run_path(args, config),
-        changed_settings(args, config, DERIVED),
+        changed_settings(args, config, (*DERIVED, *MAY_CHANGE)),
         data=prints,
         seed=config.seed,
-        free={"grpo_steps": args.grpo_steps},
+        free={name: getattr(args, name) for name in ("grpo_steps", *MAY_CHANGE)},
     )
 
 

@@ -66,11 +66,18 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
     )
 
 
-def check_teacher(args: VAOPDConfig, teacher_model: str | PreTrainedModel | None, tools: list | None) -> None:
-    """Raises `ValueError` where no teacher is named, where one in shards is to be offloaded, and for what a served one
-    cannot score."""
+def check_teacher(
+    args: VAOPDConfig, student: str | PreTrainedModel, teacher_model: str | PreTrainedModel | None, tools: list | None
+) -> None:
+    """Raises `ValueError` where no teacher is named, where it is blind and the student is not, where one in shards is
+    to be offloaded, and for what a served one cannot score."""
     if teacher_model is None and not args.teacher_server:
         raise ValueError("teacher_model is required: pass the teacher, or set teacher_server to a server of it")
+    if teacher_model is not None and _reads_images(student) and not _reads_images(teacher_model):
+        raise ValueError(
+            "the student reads images, the teacher does not: it would score every rollout blindly, and VA would be 0 "
+            "everywhere; choose a vision-language teacher"
+        )
     if args.teacher_offload and is_deepspeed_zero3_enabled():
         raise ValueError(
             "teacher_offload=True has nothing to do under ZeRO-3, which shards the teacher: leave it out, or set "
@@ -113,6 +120,10 @@ def match_vocabulary_size(model: str | PreTrainedModel, teacher: str | PreTraine
 
 def _config(model: str | PreTrainedModel) -> PretrainedConfig:
     return AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+
+
+def _reads_images(model: str | PreTrainedModel) -> bool:
+    return getattr(_config(model), "vision_config", None) is not None
 
 
 def check_fsdp(plugin) -> None:

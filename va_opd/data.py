@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,8 +59,6 @@ def load_rows(
     relative to the folder), `answer`, `id` (else the row number). `template` wraps the problem; the paper has none.
     Raises `ValueError` naming the source, the column or the image that is at fault, and the remedy.
     """
-    from datasets import Image, Sequence
-
     dataset = _load_split(source, split)
     dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     dataset = _standard_columns(dataset, source)
@@ -68,7 +67,6 @@ def load_rows(
         lambda row: {"prompt": _messages(template.replace("{problem}", row["problem"]), len(row["images"]))},
         desc=f"prompts of {split}",
     )
-    dataset = dataset.cast_column("images", Sequence(Image()))
     return dataset.with_transform(_budget_transform(min_pixels, max_pixels))
 
 
@@ -97,10 +95,20 @@ def budget_size(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tupl
     return size if scale == 1.0 else tuple(max(1, int(side * scale)) for side in size)
 
 
+@lru_cache(maxsize=64)
+def _decoded(data: bytes | None, path: str | None, min_pixels: int, max_pixels: int) -> PILImage.Image:
+    """The image in its budget. TRL's loader reads a generation batch anew for each sibling and each micro-batch."""
+    with PILImage.open(io.BytesIO(data) if data else path) as image:
+        return fit_budget(image, min_pixels, max_pixels)
+
+
 def _budget_transform(min_pixels: int, max_pixels: int) -> Callable[[dict], dict]:
     def transform(batch: dict) -> dict:
         if "images" in batch:
-            batch["images"] = [[fit_budget(i, min_pixels, max_pixels) for i in images] for images in batch["images"]]
+            batch["images"] = [
+                [_decoded(image["bytes"], image["path"], min_pixels, max_pixels) for image in images]
+                for images in batch["images"]
+            ]
         if "prompt" in batch:  # a column of mixed parts comes back with "text": None on image parts
             batch["prompt"] = [
                 [
@@ -287,6 +295,11 @@ def load_splits(
         raise ValueError(f"dataset must be digits, {' or '.join(SOURCES)}; got {dataset!r}")
     hub_id, geo3k = SOURCES[dataset].hub_id, SOURCES["geo3k"].hub_id
     validation_source = validation_source or (source if dataset == "geo3k" and source else geo3k)
+    if validation_source == source and Path(source).expanduser().is_file():
+        raise ValueError(
+            f"data {source!r} is one file, whose rows would be trained on and held out: name a file or folder of the "
+            "problems to hold out as validation_data, or a folder with both splits as data"
+        )
     train = load_rows(source or hub_id, "train", limit, **options)
     expected = SOURCES[dataset].rows["train"]
     if limit is None and (source or hub_id) == hub_id and len(train) != expected:

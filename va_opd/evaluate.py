@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from .config import VAOPDConfig
 from .data import digits_correct
@@ -30,6 +31,7 @@ from .train import (
     data_settings,
     load_splits_of,
     load_teacher,
+    loads_teacher,
     models,
     parse,
     question_digest,
@@ -43,6 +45,7 @@ from common.answers import grade
 from common.cli import is_done, run_main
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
 from common.runs import append_jsonl, atomic_write_json, exclusive, read_jsonl
+from common.stages import one_gpu
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
+    one_gpu()
     if not argv or argv[0] not in WHAT:
         raise ValueError(f"first argument must be one of {', '.join(WHAT)}; got {argv[:1]}")
     evaluate_model(argv[0], *parse(argv[1:]))
@@ -211,9 +215,15 @@ def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfi
     """One rollout of the model for each held-out problem and the teacher's VA on it (Figs. 2a and 4b)."""
     config = copy.copy(config)
     config.doctor_steps, config.use_vllm, config.output_dir = 0, False, str(out / "trainer")
+    # The trainer checks the batch of a training, which had more processes
+    config.per_device_train_batch_size, config.gradient_accumulation_steps = config.num_generations, 1
+    local = loads_teacher(args, config)
+    if local:  # then no server has to be there
+        config.teacher_server, config.teacher_mode = None, "exact"
+    student = models.load_model(model, torch.bfloat16 if config.bf16 else torch.float32)
     trainer = VAOPDTrainer(
-        model=models.load_model(model),
-        teacher_model=load_teacher(args, config),
+        model=student.requires_grad_(False),
+        teacher_model=load_teacher(args, config) if local else None,
         args=config,
         eval_dataset=rows,
         processing_class=models.load_processor(args.model),

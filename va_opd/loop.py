@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from .evaluate import benchmark_names
-from .train import ScriptArguments, dry_run, parse  # says in one line what is missing without common/
+from .train import ScriptArguments, dry_run, loads_teacher, parse  # says in one line what is missing without common/
 
 # isort: split
 from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         seeds = chosen("seeds", known.seeds or str(config.seed))
         if not known.dry_run:
             check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
-        stages = plan(fields, args, variants, seeds, launcher(known.gpus, known.sharding))
+        local = loads_teacher(args, config)
+        stages = plan(fields, args, variants, seeds, launcher(known.gpus, known.sharding), local)
     except (ValueError, OSError) as error:
         print(f"va_opd.loop: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -66,15 +67,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan(
-    fields: list[str], args: ScriptArguments, variants: list[str], seeds: list[str], launch: list[str]
+    fields: list[str],
+    args: ScriptArguments,
+    variants: list[str],
+    seeds: list[str],
+    launch: list[str],
+    local_teacher: bool = True,
 ) -> list[list[Command]]:
-    """Stages in order; the commands of one stage do not need each other."""
+    """Stages in order; the commands of one stage do not need each other. A teacher that only a server can hold is not
+    evaluated."""
     python = [sys.executable, "-m"]
     flags = {
         f"{name}-seed{seed}": [*fields, "--seed", seed, *VARIANT_FLAGS[name]] for seed in seeds for name in variants
     }
     evaluations = [(f"evaluate-{name}", [*python, "va_opd.evaluate", "run", *f]) for name, f in flags.items()]
-    untrained = ["base", "teacher"] if args.dataset == "digits" or args.benchmarks else ["base"]
+    with_teacher = args.dataset == "digits" or (args.benchmarks and local_teacher)
+    untrained = ["base", "teacher"] if with_teacher else ["base"]
     evaluations += [
         (f"evaluate-{what}-seed{seed}", [*python, "va_opd.evaluate", what, *fields, "--seed", seed])
         for seed in seeds

@@ -30,6 +30,7 @@ try:
     from common.cli import changed_settings, is_done, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
     from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl
+    from common.stages import one_gpu
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -40,7 +41,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
 METHODS = ("va_opd", "opd", "sft", "kd", "grpo")
-MAY_CHANGE = ("benchmarks", "benchmark_data", "eval_limit")  # may change without another training
+# May change without another training; evaluation ties its results to those that decide them
+MAY_CHANGE = (
+    "benchmarks", "benchmark_data", "eval_limit", "eval_samples", "eval_temperature", "eval_batch_size", "engine",
+    "select_checkpoint",
+)  # fmt: skip
 TEACHER_ROWS = 256  # responses of the teacher between two writes: an engine fills its batch from so many
 VARIANTS = {"va": "va_opd", "none": "opd", "rollout": "rollout_only", "token": "token_only"}
 
@@ -110,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
+    one_gpu()
     args, config = parse(argv)
     if args.dry_run:
         print(dry_run(args, config, *plan.launched()))
@@ -152,6 +158,7 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
         return
     if main_process:
         versions.announce("va_opd.train")
+        print(plan.update_line(config, PartialState().num_processes), flush=True)
     trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
     with exclusive(run_path(args, config)) if main_process else nullcontext():
         run(args, config, splits, trainer)
@@ -200,8 +207,8 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") 
         name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
         for name, rows in splits.items()
     }
-    settings = changed_settings(args, config, MAY_CHANGE)
-    return RunFolder.open(run_path(args, config), settings, data=prints, seed=config.seed)
+    settings, free = changed_settings(args, config, MAY_CHANGE), {name: getattr(args, name) for name in MAY_CHANGE}
+    return RunFolder.open(run_path(args, config), settings, data=prints, seed=config.seed, free=free)
 
 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
@@ -418,9 +425,8 @@ def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig) -> Tran
     if args.engine == "vllm":
         return VLLMEngine(model)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    device = "cpu" if config.use_cpu else None
     engine = TransformersEngine(
-        models.load_model(model, dtype=dtype, device=device), models.load_processor(model), args.eval_batch_size
+        models.load_model(model, dtype=dtype, device=config.device), models.load_processor(model), args.eval_batch_size
     )
     engine.name = model  # a merged adapter calls itself by its base
     return engine

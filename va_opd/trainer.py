@@ -63,9 +63,11 @@ class VAOPDTrainer(DistillationTrainer):
         if processing_class is None:
             raise ValueError("processing_class is required: pass the student's processor")
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        # TRL pads prompts itself, on the left, but takes which of their tokens are an image's from the processor
+        tokenizer.padding_side = "left"
         if isinstance(teacher_model, str):
             checks.check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(teacher_model))
-        checks.check_teacher(args, teacher_model, kwargs.get("tools"))
+        checks.check_teacher(args, model, teacher_model, kwargs.get("tools"))
         if teacher_model is not None:
             checks.match_vocabulary_size(model, teacher_model, len(tokenizer))
         super().__init__(

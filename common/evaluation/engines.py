@@ -5,8 +5,10 @@ import gc
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,7 +67,8 @@ class VLLMEngine:
     """Generates with vLLM's offline engine; needs the extra `vllm`. Each prompt has its own seed.
 
     The engine runs in this process: scheduling is then deterministic, and a killed run leaves no process that holds
-    GPU memory. `engine_options` are those of `vllm.LLM`, such as `max_model_len`, `dtype` and `tensor_parallel_size`.
+    GPU memory. `engine_options` are those of `vllm.LLM`, such as `dtype` and `tensor_parallel_size`; by default
+    `max_model_len` is what fits into the GPU's memory, up to the model's own. A LoRA adapter is merged into its base.
     Raises `ValueError` for options or a model that vLLM does not take, and `generate` for a prompt that is too long.
     """
 
@@ -78,7 +81,8 @@ class VLLMEngine:
         from common.models import load_processor
 
         try:
-            self.llm, self.name = LLM(model=model, **engine_options), model
+            with _whole(model, engine_options.get("dtype")) as folder:
+                self.llm, self.name = LLM(model=folder, **{"max_model_len": -1, **engine_options}), model
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ValueError(
                 f"vLLM does not start {model} with engine_options={engine_options}: {_reason(error)}; change them, or "
@@ -132,6 +136,24 @@ class VLLMEngine:
             Completion(out.outputs[0].text, len(out.outputs[0].token_ids), out.outputs[0].finish_reason)
             for out in outputs
         ]
+
+
+@contextmanager
+def _whole(model: str, dtype: str | None) -> Iterator[str]:
+    """`model`, or for a folder with a LoRA adapter a temporary one with the adapter merged into its base, in bfloat16
+    or the `dtype` float32: vLLM applies adapters to some layers of some families only."""
+    from common.models import adapter_base, load_model, load_processor
+
+    if not adapter_base(model):
+        yield model
+        return
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="merged_") as folder:
+        merged = load_model(model)  # in float32, so that a small adapter is rounded once
+        merged.to(torch.float32 if dtype == "float32" else torch.bfloat16).save_pretrained(folder)
+        load_processor(model).save_pretrained(folder)
+        yield folder
 
 
 def _reason(error: Exception) -> str:

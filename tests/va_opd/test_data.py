@@ -55,6 +55,26 @@ def test_training_and_validation_come_from_their_own_splits(geometry):
     )
 
 
+def test_one_file_is_not_trained_on_and_held_out(geometry):
+    file = str(geometry / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="is one file, whose rows .* name a file or folder .* as validation_data"):
+        data.load_splits("geo3k", file, validation_size=2)
+    splits = data.load_splits("geo3k", file, str(geometry), validation_size=5)
+    assert len(splits["train"]) == 4 and len(splits["validation"]) == 5
+
+
+def test_an_image_is_decoded_once_for_all_siblings_and_micro_batches(geometry, monkeypatch):
+    rows, opened = data.load_rows(str(geometry), "train"), []
+    original = data.fit_budget
+    monkeypatch.setattr(data, "fit_budget", lambda image, *budget: opened.append(1) or original(image, *budget))
+    data._decoded.cache_clear()
+    order = [0, 0, 1, 1, 2, 2, 3, 3] * 3
+    images = [rows[i]["images"][0] for i in order]
+    assert len(opened) == 4
+    assert all(images[k] is images[k % 8] for k in range(len(order)))
+    assert images[0].tobytes() != images[2].tobytes()
+
+
 def test_validation_ids_are_a_seeded_sorted_draw_without_repeats():
     rows = Dataset.from_dict({"id": list(range(300))})
     ids = data.validation_ids(rows)

@@ -20,6 +20,7 @@ from datasets import Image as ImageColumn
 from PIL import Image
 
 from benchmarks import va_opd as report
+from common import stages
 from common.cli import changed_settings
 from common.evaluation import BENCHMARKS, Completion, Decoding, load_benchmark, score_responses
 from common.runs import atomic_write_json, exclusive, last_checkpoint, read_jsonl, write_jsonl
@@ -604,6 +605,90 @@ def test_benchmarks_may_be_added_to_a_finished_run(config, tmp_path, capsys):
     capsys.readouterr()
     assert train.main(["--config", str(config), "--max_steps", "1", "--benchmarks", "mmstar"]) == 0
     assert "done already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [["--engine", "vllm"], ["--eval_batch_size", "3"], ["--eval_samples", "2"], ["--eval_temperature", "0.5"]],
+)
+def test_how_to_evaluate_may_change_after_a_training(config, capsys, fields):
+    command = ["--config", str(config), "--max_steps", "1", "--save_strategy", "no"]
+    assert train.main(command) == 0
+    run = train.run_path(*train.parse(command))
+    manifest = json.loads((run / "manifest.json").read_text())
+    name = fields[0].removeprefix("--")
+    atomic_write_json(run / "manifest.json", manifest | {"config": manifest["config"] | {name: "of an older version"}})
+    capsys.readouterr()
+    assert train.main([*command, *fields]) == 0
+    assert "done already" in capsys.readouterr().out
+    assert str(yaml.safe_load((run / "config.yaml").read_text())[name]) == fields[1]
+
+
+def test_evaluation_is_one_process_whatever_the_training_was(config, capsys):
+    """A training on 8 GPUs may have one rollout a process; the evaluation after it has no other processes."""
+    command = ["--config", str(config), "--max_steps", "1", "--save_strategy", "no"]
+    assert train.main(command) == 0
+    batch = ["--per_device_train_batch_size", "1"]
+    args, settings = train.parse([*command, *batch])
+    rows = train.load_splits_of(args)["validation"]
+    run = train.run_path(args, settings)
+    evaluate.score_visual_advantage(str(run / "model"), args, settings, rows, run / "eval")
+    assert json.loads((run / "eval/va.json").read_text())["tokens"] > 0
+
+
+def test_a_teacher_that_only_a_server_can_hold_is_loaded_nowhere(config, monkeypatch):
+    served = ["--teacher_server", "http://127.0.0.1:9", "--teacher_mode", "sampled_token"]
+    args, settings = train.parse(["--config", str(config), *served, "--teacher_parity", "false"])
+    monkeypatch.setattr(evaluate, "load_teacher", lambda *_: pytest.fail("the teacher is loaded"))
+    seen = {}
+
+    def trainer(**parts):
+        seen.update(parts)
+        raise InterruptedError
+
+    monkeypatch.setattr(evaluate, "VAOPDTrainer", trainer)
+    with pytest.raises(InterruptedError):
+        evaluate.score_visual_advantage(args.model, args, settings, [], Path(args.out))
+    assert seen["teacher_model"] is None and seen["args"].teacher_server == served[1]
+    args.dataset = "geo3k"
+    args.benchmarks = "mmstar"
+    for local in (True, False):
+        stages = loop.plan([], args, ["opd"], ["0"], [], local)
+        assert local is any("teacher" in words for stage in stages for _, words in stage)
+
+
+def test_a_local_teacher_needs_no_server_in_evaluation(config):
+    served = ["--teacher_server", "http://127.0.0.1:9", "--teacher_mode", "sampled_token"]
+    args, settings = train.parse(["--config", str(config), *served])
+    rows = train.load_splits_of(args)["validation"]
+    out = Path(args.out) / "eval"
+    evaluate.score_visual_advantage(args.model, args, settings, rows, out)
+    assert json.loads((out / "va.json").read_text())["tokens"] > 0
+    assert settings.teacher_server == served[1]
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "left"),
+    [(None, None, "0"), ("3,5", None, "3"), ("", None, ""), ("GPU-a,GPU-b", None, "GPU-a"), ("3,5", "1", "3,5")],
+)
+def test_a_process_without_a_launcher_sees_one_gpu(monkeypatch, visible, rank, left):
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("LOCAL_RANK", rank)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    stages.one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+    for main in (train.main, evaluate.main):
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert main(["--config", "nowhere.yaml"]) == 2
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+def test_the_engine_is_where_the_trainer_would_be(config, monkeypatch):
+    args, settings = train.parse(["--config", str(config)])
+    monkeypatch.setattr(type(settings), "device", torch.device("meta"), raising=False)
+    assert train.build_engine(args, args.model, settings).model.device.type == "meta"
 
 
 def test_the_paper_presets_evaluate_student_and_teacher_on_the_eight(capsys):

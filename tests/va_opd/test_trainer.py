@@ -32,6 +32,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -883,6 +884,33 @@ def test_a_teacher_that_lacks_tokens_is_one_clear_sentence(make):
     student, teacher, processor = models()
     teacher.resize_token_embeddings(len(processor.tokenizer) - 2)
     with pytest.raises(ValueError, match="must be of one tokenizer family"):
+        make(parts=(student, teacher, processor))
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "gemma3"])
+def test_a_processor_that_pads_on_the_right_trains_the_same(tmp_path, monkeypatch, family):
+    """TRL pads prompts on the left, and takes from the processor's padding which of their tokens are an image's."""
+    fixed_rollouts(monkeypatch)
+    runs = {}
+    for side in ("left", "right"):
+        parts = models(family)
+        parts[2].tokenizer.padding_side = side
+        rows = [{**row, "prompt": prompt(0 if i else 8)} for i, row in enumerate(image_rows(2))]
+        rows[1]["prompt"][0]["content"] += "?" * 9
+        loss, gradients, (batch,) = step(build(tmp_path / side, rows, parts=parts))
+        runs[side] = loss, gradients
+        assert batch["prompt_mask"].sum(1).unique().numel() == 2  # prompts of two lengths
+        for name in {"mm_token_type_ids", "token_type_ids"} & batch.keys():
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+            assert torch.equal(batch[name] == 1, ids == parts[0].config.image_token_id)
+    assert runs["left"][0] == runs["right"][0]
+    assert_same_step(runs["left"], runs["right"])
+
+
+def test_a_teacher_without_eyes_is_one_clear_sentence(make):
+    student, _, processor = models()
+    teacher = Qwen3ForCausalLM(Qwen3Config(**_text_config(student.config.get_text_config().vocab_size, 32, 1)))
+    with pytest.raises(ValueError, match="the student reads images, the teacher does not: .* vision-language teacher"):
         make(parts=(student, teacher, processor))
 
 
