@@ -180,6 +180,11 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
         r"^\\text\{([^{}]*,[^{}]*)\}$|^\\text\{(?i:(?:the )?(?:final )?answer is) ([^{}]*)\}$",
         r"\1\2",
     ),
+    (  # a number with its unit, all of it in roman type
+        r"\text",
+        r"^\\text\{ ?(-?\d[\d.,/]*) ?(?!(?:st|nd|rd|th)\b)([A-Za-z][^{}\d,;]*(?:\^?[23])?)\}$",
+        r"\1\\text{ \2}",
+    ),
     (r"\text", r"(\\text\{[^{}]*?) ?\\cdot ?(?=[^{}]*\})", r"\1 "),
     (r"\text", r"\\text\{ ?(?i:([+-]|positive |negative )? ?infinity) ?\}", r"\1 infinity "),
     (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),

@@ -101,6 +101,8 @@ L = 1 L: l liter litre | mL = 1/1000 L: ml milliliter millilitre | gal = 1 gal: 
 $ = 1 $: ¤ dollar USD buck | cent = 1/100 $: ¢ | € = 1 €: euro EUR | £ = 1 £: GBP | ¥ = 1 ¥: yen yuan RMB CNY JPY
 ₹ = 1 ₹: rupee INR Rs
 % = 1 %: percent percentage pct | deg = 1 deg: degree | rad = 1 rad: radian | degC = 1 degC | degF = 1 degF
+kPa = 1000 Pa: kilopascal | MPa = 1000000 Pa: megapascal | atm = 101325 Pa: atmosphere | kHz = 1000 Hz: kilohertz
+MHz = 1000000 Hz: megahertz | GHz = 1000000000 Hz: gigahertz | mmol = 1/1000 mol: millimole | kN = 1000 N: kilonewton
 K = 1 K: kelvin | N = 1 N: newton | J = 1 J: joule | kJ = 1000 J: kilojoule | W = 1 W: watt | kW = 1000 W: kilowatt
 V = 1 V: volt | A = 1 A: amp ampere | Hz = 1 Hz: hertz | Pa = 1 Pa: pascal | mol = 1 mol: mole | C = 1 C: coulomb
 person = 1 person: people person | unit = 1 unit | point = 1 point: pt pts
@@ -157,6 +159,8 @@ def split_unit(text: str, keep: frozenset[str] = frozenset()) -> tuple[str, Unit
     if sign := _PREFIXED.fullmatch(text):
         value, trailing = split_unit(sign[3])
         unit = _parse_unit(sign[2])
+        if trailing and any(power > 0 and (base, power) not in unit.powers for base, power in trailing.powers):
+            return text, None  # 50K are no kelvins of dollars
         return sign[1] + value, unit if trailing is None else _merge(unit, trailing)
     if both := _two_units(text):
         return both

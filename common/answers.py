@@ -219,11 +219,12 @@ def _settle(answer: str | None, gold: str, deadline: float, policy: Policy) -> C
         return Check(Verdict.CORRECT, answer, "text", "text")
     if len(gold) > MAX_CHARS or len(answer) > MAX_CHARS:
         return Check(Verdict.GOLD_UNPARSEABLE if len(gold) > MAX_CHARS else Verdict.UNPARSEABLE, answer, "", "size")
-    p, g = (normalise(extract_answer(text) or own_words(text)) for text in (answer, gold))
+    stated = extract_answer(answer) or own_words(answer)
+    p, g = normalise(stated), normalise(extract_answer(gold) or own_words(gold))
     if not p or not g:
         return Check(Verdict.NO_ANSWER if g else Verdict.GOLD_UNPARSEABLE, answer)
     if letter := gold_letter(g):
-        chosen = chosen_letter(p)
+        chosen = chosen_letter(stated)  # in normal form "or" may be a semicolon
         if chosen or g.isupper():  # a small letter may be a variable
             return Check(Verdict.CORRECT if chosen == letter else Verdict.WRONG, answer, "choice", "choice")
     if key(p) != key(g) and not (within_limits(p) and within_limits(g)):

@@ -23,7 +23,7 @@ from .runs import (
     last_checkpoint,
 )
 
-ONLY_TO_RESUME = ("optimizer*", "self_teacher*", "global_step*")
+ONLY_TO_RESUME = ("optimizer*", "self_teacher*", "global_step*", "pytorch_model_fsdp*")
 LOG_SUMS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
 
 
@@ -32,8 +32,9 @@ def resume_point(trainer: Any) -> Path | None:
 
     Newer ones that are not whole are named on stderr, and so is another number of processes than at its saving.
     Raises `RunFolderError` where checkpoints were damaged and none is left, and `ValueError` where DeepSpeed's states
-    do not fit this launch.
+    do not fit this launch, or where checkpoints would have no weights.
     """
+    check_saves_weights(trainer)
     args = trainer.args
     found, checkpoint = checkpoints(args.output_dir), last_checkpoint(args.output_dir)
     faults = {}
@@ -54,6 +55,23 @@ def resume_point(trainer: Any) -> Path | None:
     if checkpoint:
         _check_processes(checkpoint, trainer)
     return checkpoint
+
+
+def check_saves_weights(trainer: Any) -> None:
+    """Raises `ValueError` for accelerate configs with which checkpoints hold shards only, which no model is loaded
+    from."""
+    state = trainer.accelerator.state
+    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
+        raise ValueError(
+            f"fsdp_state_dict_type is {state.fsdp_plugin.state_dict_type}, with which checkpoints have no weights "
+            "that can be evaluated: set it to FULL_STATE_DICT in the accelerate config, as in TRL's fsdp2.yaml"
+        )
+    plugin = getattr(state, "deepspeed_plugin", None) if trainer.is_deepspeed_enabled else None
+    if plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
+        raise ValueError(
+            "zero3_save_16bit_model is off, so that checkpoints have no weights that can be evaluated: set it to true "
+            "in the accelerate config, as in TRL's zero3.yaml"
+        )
 
 
 def _check_processes(checkpoint: Path, trainer: Any) -> None:

@@ -30,6 +30,11 @@ SERVER_FIELDS = (
     "teacher_server",
     "teacher_server_timeout",
 )
+# Of a trainer's configuration: how it fits a machine, and who watches; another value is the same training
+MACHINE_FIELDS = (
+    *("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode", "dataloader_num_workers"),
+    *("teacher_offload", "report_to", "run_name"),
+)
 COUNTS = ("limit", "eval_limit", "eval_samples", "eval_batch_size", "grpo_steps")
 # What Python and safetensors, and what torch.save say of it
 FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
@@ -41,6 +46,7 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
 
     With TRACEBACK=1 in the environment the error is raised as it is.
     """
+    _reach_this_machine_directly()
     try:
         with sigterm_raises():
             code = command(sys.argv[1:] if argv is None else argv) or 0
@@ -56,6 +62,13 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
             raise
         print(f"{name}: {_sentence(error)} (TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+
+
+def _reach_this_machine_directly() -> None:
+    """Servers that this process and its children start are on this machine, where the proxy of a cluster is not."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [*filter(None, known.split(",")), "127.0.0.1", "localhost"]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(dict.fromkeys(hosts))
 
 
 def _end_process_group() -> None:
@@ -182,6 +195,11 @@ def changed_fields(config: Any, skipped: Collection[str] = ()) -> dict[str, Any]
         if f.init and f.name not in skipped and value != default and value != [] and (plain or turned_off):
             chosen[f.name] = str(value.value) if hasattr(value, "value") else value
     return chosen
+
+
+def machine_settings(config: Any) -> dict[str, Any]:
+    """The `MACHINE_FIELDS` that a trainer's configuration has."""
+    return {name: getattr(config, name) for name in MACHINE_FIELDS if hasattr(config, name)}
 
 
 def is_done(run: Path) -> bool:

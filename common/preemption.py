@@ -1,13 +1,16 @@
-"""SIGTERM, by which a scheduler takes a machine back: training saves a checkpoint and ends, the same command goes on.
+"""SIGTERM, by which a scheduler takes a machine back, and SIGHUP of a lost terminal: training saves a checkpoint and
+ends, the same command goes on.
 
 transformers' own `enable_jit_checkpoint` saves between the micro-batches of a step and on each rank by itself, and the
 caller cannot tell a run that was stopped from one that has ended.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,15 +22,18 @@ from transformers import TrainerCallback
 from .checkpoints import ExactCheckpoints
 
 EXIT_CODE = 128 + signal.SIGTERM
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
 
 
 class Preempted(KeyboardInterrupt):
-    """The process was told to end by SIGTERM. What is on disk is enough to go on."""
+    """The process was told to end by SIGTERM or SIGHUP. What is on disk is enough to go on."""
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Inside, SIGTERM raises `Preempted` in the main thread, so that files and child processes are cleared up."""
+    """Inside, SIGTERM and SIGHUP raise `Preempted` in the main thread, so that files and child processes are cleared
+    up."""
     owner = os.getpid()
 
     def stop(*_) -> None:
@@ -45,16 +51,26 @@ def _handled(handler: Callable[..., None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only there Python takes handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    taken = [number for number, was in before.items() if was is not signal.SIG_IGN]  # as nohup leaves SIGHUP
+    for number in taken:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+def end_with_parent() -> None:
+    """The `preexec_fn` of a child process that SIGTERM ends when the thread that started it is gone, if by SIGKILL."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def call(words: Sequence[str], environment: dict[str, str]) -> int:
-    """Exit code of a command; if this process is interrupted meanwhile, the command is told to end and waited for."""
-    process = subprocess.Popen(words, env=environment)
+    """Exit code of a command; if this process is interrupted or killed meanwhile, the command is told to end."""
+    process = subprocess.Popen(words, env=environment, preexec_fn=end_with_parent)
     try:
         return process.wait()
     except BaseException:

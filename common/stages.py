@@ -5,12 +5,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-from .preemption import EXIT_CODE, Preempted, call, sigterm_raises
+from .preemption import EXIT_CODE, Preempted, call, end_with_parent, sigterm_raises
 
 SIGN_OF_LIFE = 20  # seconds between two lines about commands that run side by side
 
@@ -50,8 +50,27 @@ def one_gpu() -> None:
     transformers would wrap a model in `nn.DataParallel` over all that it sees, which TRL's trainers refuse and its
     `SFTTrainer` lets multiply the batch.
     """
-    if "LOCAL_RANK" not in os.environ:
+    import torch
+
+    if "LOCAL_RANK" not in os.environ and torch.cuda.is_available():
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def visible(gpus: Iterable[int]) -> str:
+    """CUDA_VISIBLE_DEVICES of a child process for some of the GPUs that this one may use, counted from 0.
+
+    Raises `ValueError` where it may not use so many.
+    """
+    wanted, allowed = list(gpus), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is None:
+        return ",".join(map(str, wanted))
+    names = [name for name in allowed.split(",") if name]
+    if max(wanted) >= len(names):
+        raise ValueError(
+            f"GPU number {max(wanted)} is needed, but CUDA_VISIBLE_DEVICES={allowed!r} leaves {len(names)}: lower "
+            "gpus, or let the process see more"
+        )
+    return ",".join(names[number] for number in wanted)
 
 
 def launcher(gpus: int, sharding: str) -> list[str]:
@@ -117,7 +136,9 @@ def _pool(commands: list[Command], width: int, logs: Path, environment: dict[str
                 name, words = waiting.pop(0)
                 print(f"$ {shown((name, words))}", flush=True)
                 with (logs / f"{name}.log").open("w") as log:
-                    running[name] = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                    running[name] = subprocess.Popen(
+                        words, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_parent
+                    )
             time.sleep(0.2)
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 print(f"  {time.monotonic() - started:4.0f} s  {name}: ended", flush=True)

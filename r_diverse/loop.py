@@ -14,6 +14,7 @@ phases.
 import argparse
 import contextlib
 import dataclasses
+import gc
 import os
 import shutil
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from transformers.utils import logging
 
 from .config import RDiverseConfig
@@ -34,10 +36,11 @@ from .train import PHASES, Settings, challenger, local_engine, parse, revised, s
 # after .train, which says in one line that common/ is missing
 from common import models, plan, versions
 from common.cli import run_main
+from common.evaluation import BENCHMARKS
 from common.once import StageError, digest, once, read_counts, read_inputs
-from common.preemption import call
+from common.preemption import call, end_with_parent
 from common.runs import RunFolder, check_writable, exclusive, fingerprint, read_jsonl
-from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
+from common.stages import Command, check_packages, chosen, launcher, one_gpu, run_experiment, shown, visible
 
 from . import analysis, data, evaluate
 
@@ -112,6 +115,11 @@ def play(settings: Settings) -> None:
     run, root = settings.run, run_path(settings.run)
     logging.disable_progress_bar()  # of loading and saving weights, several times in each stage
     models.load_config(run.model)  # a mistyped model must not leave a folder behind
+    if models.adapter_base(run.model):
+        raise ValueError(
+            f"model {run.model!r} holds a LoRA adapter, which neither TRL's KL reference nor vLLM's servers would "
+            "have: save the merged model first (common.models.load_model(...).save_pretrained(...), and its tokenizer)"
+        )
     used = model_digests(run)
     try:
         check_writable(root)
@@ -179,6 +187,8 @@ class SelfPlay:
         fresh = not (folder / "DONE.json").exists()
         done = once(folder, inputs, work)
         if fresh:
+            gc.collect()  # models in reference cycles; the next stage's servers and trainers want the memory
+            torch.cuda.empty_cache()
             counts = {key: value for key, value in done["counts"].items() if not isinstance(value, list)}
             print(
                 f"iteration {t}, {name}: " + (", ".join(f"{k} {_shown(v)}" for k, v in counts.items()) or "done"),
@@ -348,9 +358,10 @@ class SelfPlay:
     ) -> Iterator[str]:
         port, together = free_port(), self.run_config.server_tensor_parallel
         replicas = (len(gpus) if gpus else max(1, self.run_config.gpus)) // together
-        visible = ",".join(map(str, gpus)) if gpus else None
         log = folder / "logs" / f"server-{port}.log"
-        with serving(vllm_command(model, port, memory, replicas, together, **options), port, log, visible) as url:
+        command = vllm_command(model, port, memory, replicas, together, **options)
+        seen = visible(gpus) if gpus else None
+        with serving(command, port, log, seen, preexec_fn=end_with_parent) as url:
             yield url
 
     def _reward_servers(self, stack: contextlib.ExitStack, opponent: str, folder: Path) -> list[str]:
@@ -368,7 +379,7 @@ class SelfPlay:
         words = [*launcher(len(gpus), self.run_config.sharding), "r_diverse.train", phase, "--iteration", str(t)]
         words += [*flags, *self.settings.argv]
         print(f"$ {shown((phase, words))}", flush=True)
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible(gpus)}
         if code := call(words, environment):
             raise StageError(f"iteration {t}, {phase}: its command ended with exit code {code}")
 
@@ -460,12 +471,29 @@ def _main(argv: list[str]) -> int:
         return 0
     uses_vllm = settings.run.engine == "vllm" or settings.challenger.use_vllm or settings.solver.use_vllm
     check_packages(uses_vllm, settings.run.gpus, settings.run.sharding)
+    if settings.run.gpus:
+        visible(range(settings.run.gpus))
+    else:
+        one_gpu()
+    check_context(settings.run)
     if stages:
         run = settings.run
         return run_experiment("r_diverse.loop", stages, Path(run.out) / "r_diverse" / run.experiment / "logs")
     versions.announce("r_diverse.loop")
     play(with_more(settings, known.more))
     return 0
+
+
+def check_context(run: RDiverseConfig) -> None:
+    """Raises `ValueError` where the servers' context has no room for the answers of a benchmark."""
+    if run.engine != "vllm" or run.max_model_len is None:
+        return
+    for name in evaluate.benchmark_names(run):
+        if name in BENCHMARKS and run.max_model_len <= (tokens := BENCHMARKS[name].decoding.max_new_tokens):
+            raise ValueError(
+                f"max_model_len={run.max_model_len} is for prompt and answer together, and {name} asks for answers of "
+                f"up to {tokens} tokens: raise it, or leave {name} out of benchmarks"
+            )
 
 
 def with_more(settings: Settings, more: int | None) -> Settings:

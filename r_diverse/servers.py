@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,11 +11,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 READY_SECONDS = 1800  # loading 8B weights from a cold network disk and compiling
 POLL_SECONDS = 0.5
+CAUSE = re.compile(r"\b(?:\w+Error|OutOfMemory\w*): ")
 
 
 def vllm_command(
@@ -46,18 +48,29 @@ def vllm_command(
 
 @contextlib.contextmanager
 def serving(
-    command: Sequence[str], port: int, log: Path, gpus: str | None = None, ready_seconds: float = READY_SECONDS
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    gpus: str | None = None,
+    ready_seconds: float = READY_SECONDS,
+    preexec_fn: Callable[[], None] | None = None,
 ) -> Iterator[str]:
     """Address of the server, such as http://127.0.0.1:8000/v1, while it runs; its group is ended afterwards.
 
-    `gpus` is its CUDA_VISIBLE_DEVICES. Raises `ConnectionError` where it ends or does not answer in time; the message
-    has the end of its log. So has a `ConnectionError` from inside if the server has ended meanwhile.
+    `gpus` is its CUDA_VISIBLE_DEVICES, `preexec_fn` as in `subprocess.Popen`. Raises `ConnectionError` where it ends
+    or does not answer in time; the message has the end of its log. So has a `ConnectionError` from inside if the
+    server has ended meanwhile.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ) if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=preexec_fn,
         )
     try:
         _wait_until_ready(process, port, log, ready_seconds)
@@ -95,8 +108,10 @@ def _ended(process: subprocess.Popen, log: Path) -> str:
 
 
 def _end_of(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-5:]
-    return f"the end of {log}: {' | '.join(lines)}"
+    """The last lines, and before them the first that tells of an error: vLLM's last ones only say "see above"."""
+    lines = log.read_text(errors="replace").splitlines()
+    cause = next((line for line in lines[:-5] if CAUSE.search(line)), None)
+    return f"the end of {log}: {' | '.join([*([cause, '...'] if cause else []), *lines[-5:]])}"
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -15,6 +15,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 try:
     from common import models, preemption, verifiers
     from common.checkpoints import resume_point
-    from common.cli import changed_fields, parse_fields, read_config, run_main
+    from common.cli import MACHINE_FIELDS, changed_fields, machine_settings, parse_fields, read_config, run_main
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
-    from common.runs import append_jsonl, read_jsonl, truncate_jsonl
+    from common.runs import append_jsonl, exclusive, read_jsonl, truncate_jsonl
 
     from .data import (
         answer_decoding,
@@ -70,20 +71,22 @@ class Settings(NamedTuple):
 
     def free(self) -> dict[str, Any]:
         """The fields of the run that may change while it waits, but those of the command itself."""
-        return {name: getattr(self.run, name) for name in MAY_CHANGE if name not in ("out", "dry_run")}
+        run = {name: getattr(self.run, name) for name in MAY_CHANGE if name not in ("out", "dry_run")}
+        phases = {name: machine_settings(getattr(self, name)) for name in PHASES}
+        return run | {f"{name}.{key}": value for name, fields in phases.items() for key, value in fields.items()}
 
 
 def _changed(phase: PhaseConfig) -> dict[str, Any]:
     updates = {"steps_per_generation": phase.steps_per_generation}
     followed = phase.steps_per_generation == UPDATES * phase.gradient_accumulation_steps
-    return changed_fields(phase, DERIVED) | ({} if followed else updates)
+    return changed_fields(phase, (*DERIVED, *MACHINE_FIELDS)) | ({} if followed else updates)
 
 
 # Not part of what a run is: how far it goes, when it gives up, where it is, and the machine
 MAY_CHANGE = (
     *("iterations", "max_rounds", "alarm", "alarm_duplicates", "alarm_cluster", "alarm_yield", "alarm_labels"),
     *("alarm_entropy", "out", "data", "dry_run", "sharding", "engine_memory", "reward_memory"),
-    *("server_tensor_parallel", "max_model_len"),
+    *("server_tensor_parallel", "max_model_len", "engine_batch"),
 )
 DERIVED = (
     *("generation_batch_size", "steps_per_generation", "use_cpu", "output_dir", "dataloader_pin_memory"),
@@ -101,6 +104,7 @@ def parse(argv: list[str]) -> Settings:
         section = content.pop(name, None) or {}
         if not isinstance(section, dict):
             raise ValueError(f"section {name!r} of the config must map fields to values, got {section!r}")
+        section |= {key: content.pop(f"{name}.{key}") for key in MACHINE_FIELDS if f"{name}.{key}" in content}
         words[name] += _flags({key: _turned_off(key) if value is None else value for key, value in section.items()})
     words["run"] += _flags(content)
     rest = list(argv)
@@ -309,7 +313,8 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
     trainer.remove_callback(PrinterCallback)
     if main:
         trainer.add_callback(PhaseLog(folder, checkpoint, samples))
-    preemption.train(trainer, checkpoint)
+    with exclusive(folder) if main else nullcontext():  # from one that a killed loop has left behind
+        preemption.train(trainer, checkpoint)
     trainer.save_model(str(folder / ("adapter" if lora else "model")))
     if main:
         if lora:  # the next phases start from whole weights

@@ -80,6 +80,8 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
         splits = additions()
     elif dataset in SUBJECTS:
         folder = None if source is None else _folder(Path(source).expanduser(), SUBJECTS[dataset].folder)
+        if folder is None:
+            check_source(dataset, None)
         splits = _local(folder) if folder else _from_hub(dataset, source or HUB_ID)
         check_counts(dataset, splits)
     else:
@@ -88,6 +90,15 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
     if limit is not None:
         splits["train"] = splits["train"].select(range(min(limit, len(splits["train"]))))
     return splits
+
+
+def check_source(dataset: str, source: str | None) -> None:
+    """Raises `ValueError` for a benchmark that is in a release's files only, and none are given."""
+    if source is None and dataset in SUBJECTS and SUBJECTS[dataset].domain is None:
+        raise ValueError(
+            f"{dataset} is on no hub: set data to a folder with the train.json and test.json of the SDPO release, or "
+            "leave it out of datasets"
+        )
 
 
 def _folder(source: Path, name: str) -> Path | None:
@@ -146,10 +157,6 @@ def _from_hub(dataset: str, source: str) -> DatasetDict:
     from datasets import load_dataset
 
     subject = SUBJECTS[dataset]
-    if subject.domain is None:
-        raise ValueError(
-            "tooluse is on no hub: set data to a folder with the train.json and test.json of the SDPO release"
-        )
     try:
         rows = load_dataset(source, split="test")
     except Exception as error:

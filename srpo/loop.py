@@ -9,10 +9,12 @@ started again after a kill, the experiment goes on. Other `--field value` pairs 
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
-from .train import dry_run, parse, steps_of  # says in one line what is missing without common/
+from .data import check_source
+from .train import dry_run, load_splits_of, parse, steps_of  # says in one line what is missing without common/
 
 # isort: split
 from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
@@ -52,8 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         own = known.datasets in (None, args.dataset)
         datasets = [args.dataset] if own else chosen("datasets", known.datasets, BENCHMARKS)
         seeds = chosen("seeds", known.seeds or str(config.seed))
+        for dataset in datasets:
+            check_source(dataset, args.data)
         if not known.dry_run:
             check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
+            for dataset in datasets:  # what is missing would show only after the trainings on those before
+                load_splits_of(dataclasses.replace(args, dataset=dataset))
         stages = plan(fields, args, config, variants, datasets, seeds, launcher(known.gpus, known.sharding))
     except (ValueError, OSError) as error:
         print(f"srpo.loop: {' '.join(str(error).split())}", file=sys.stderr)

@@ -55,6 +55,14 @@ def check_mergeable(adapters: dict[str, Any]) -> None:
             )
 
 
+def autocast(accelerator, dtype: torch.dtype):
+    """For a teacher of that dtype. accelerate's is none under DeepSpeed, which casts the policy's weights, but not a
+    float32 average."""
+    if accelerator.mixed_precision == "bf16" and dtype == torch.float32:
+        return torch.autocast(accelerator.device.type, torch.bfloat16)
+    return accelerator.autocast()
+
+
 class SelfTeacher:
     """Scores the policy's rollouts under a longer prompt.
 
@@ -123,7 +131,10 @@ class SelfTeacher:
             raise ValueError(
                 "under ZeRO-3 the teacher is loaded from the policy's name: pass model as a path or hub id"
             )
-        teacher = create_model_from_path(name, dtype=policy.dtype).requires_grad_(False)
+        attention = policy.config._attn_implementation
+        # TRL's device_map, "auto" on a GPU, is none that transformers takes beside ZeRO-3
+        teacher = create_model_from_path(name, dtype=policy.dtype, device_map=None, attn_implementation=attention)
+        teacher.requires_grad_(False)
         return prepare_deepspeed(teacher, self.accelerator)
 
     @contextmanager
@@ -194,7 +205,7 @@ class SelfTeacher:
             return states, head
 
     def _forward(self, teacher: nn.Module, unwrapped: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        with self.accelerator.autocast():
+        with autocast(self.accelerator, unwrapped.dtype):
             if self.sharded:
                 return ForwardRedirection()(teacher, unwrapped, response_hidden_states, unwrapped, inputs)
             return response_hidden_states(unwrapped, inputs)  # past DDP, which would wait for ranks without such rows
@@ -242,7 +253,8 @@ class SelfTeacher:
         """Of a model, or those of them that training can change."""
         for name, parameter in self.accelerator.unwrap_model(model).named_parameters():
             if parameter.requires_grad or not trained:
-                yield name, self._shard(parameter)
+                # FSDP's activation checkpointing wraps layers of the policy alone
+                yield name.replace("_checkpoint_wrapped_module.", ""), self._shard(parameter)
 
     def _policy_values(self, policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Weights that training can change, under the average's names, adapters merged if it is of merged ones."""

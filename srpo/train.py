@@ -26,7 +26,7 @@ from .data import load_splits, reward_of
 try:
     from common import models, plan, preemption, versions
     from common.checkpoints import resume_point
-    from common.cli import changed_settings, is_done, parse_fields, run_main
+    from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
     from common.runs import RunFolder, exclusive, fingerprint
     from common.stages import one_gpu
 except ModuleNotFoundError as error:
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 ROUTES = {"grpo": "policy", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
 # TRL sets the first from the batch, and refuses both; the second only says what a GRPO batch's own fields have to be
 DERIVED = ("generation_batch_size", "grpo_steps")
-# May change without another training; evaluation ties its results to those that decide them
-MAY_CHANGE = ("engine", "eval_batch_size", "eval_samples", "eval_temperature", "eval_top_p", "eval_limit")
+# May change without another training: fingerprints tell the data, evaluation ties its results to those that decide
+MAY_CHANGE = ("data", "engine", "eval_batch_size", "eval_samples", "eval_temperature", "eval_top_p", "eval_limit")
 
 
 @dataclass
@@ -101,6 +101,8 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     args, config = parse_fields(argv, (ScriptArguments, SRPOConfig), "srpo/configs/")
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
+    if config.max_completion_length is None:
+        raise ValueError("max_completion_length must be a number of tokens here: evaluation and memory need a limit")
     models.check_lora(args.lora_rank, args.load_in_4bit, config.use_vllm)
     config.output_dir = str(run_path(args, config))
     return args, config
@@ -186,10 +188,10 @@ def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
     }
     return RunFolder.open(
         run_path(args, config),
-        changed_settings(args, config, (*DERIVED, *MAY_CHANGE)),
+        changed_settings(args, config, (*DERIVED, *MAY_CHANGE, *MACHINE_FIELDS)),
         data=prints,
         seed=config.seed,
-        free={name: getattr(args, name) for name in ("grpo_steps", *MAY_CHANGE)},
+        free={name: getattr(args, name) for name in ("grpo_steps", *MAY_CHANGE)} | machine_settings(config),
     )
 
 

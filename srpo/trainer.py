@@ -26,7 +26,7 @@ from .divergence import chunked_divergence, chunked_entropy
 from .doctor import DoctorCallback, routing_figures, weight_figures
 from .lm_head import lm_head, response_hidden_states, sampled_logps
 from .reprompt import teacher_prompt_ids
-from .teacher import SelfTeacher, SelfTeacherCallback
+from .teacher import SelfTeacher, SelfTeacherCallback, autocast
 
 # Means over the tokens of a step that have one: the policy's entropy, and the loss of each branch
 LOSS_FIGURES = ("entropy", "loss/grpo", "loss/sdpo")
@@ -182,7 +182,7 @@ class SRPOTrainer(GRPOTrainer):
                 self._tokenizer.pad_token_id,
             )
             # The head is gathered once on every rank, however many rows it has
-            with self._teacher_head.gathered(), self.accelerator.autocast():
+            with self._teacher_head.gathered(), autocast(self.accelerator, self._teacher_head.weight.dtype):
                 for row, hidden in self._teacher_hidden.items():
                     entropy[row, mask[row].bool()] = chunked_entropy(self._teacher_head, hidden, self.temperature)
         return entropy
@@ -215,7 +215,7 @@ class SRPOTrainer(GRPOTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         # The redirected forward passes by the autocast that accelerate puts around a model's own
         with self.accelerator.autocast():
-            loss, sums = self._forward_redirection(model, unwrapped, self._routed_loss, unwrapped, inputs)
+            loss, sums = self._redirected(model, unwrapped, inputs)
         self._loss_sums = sums if self._loss_sums is None else self._loss_sums + sums
         if self.accelerator.sync_gradients:  # once a step: means over all its tokens, whatever the micro-batches
             for name, (total, count) in zip(
@@ -225,6 +225,18 @@ class SRPOTrainer(GRPOTrainer):
                     self._record(name, total / count)
             self._loss_sums = None
         return loss
+
+    def _redirected(self, model, unwrapped, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_routed_loss` inside the forward of the wrapped model. FSDP rounds what goes in and comes out to bfloat16:
+        the weights of the loss pass by it, and the value of the loss and what is logged do."""
+        exact = {}
+
+        def routed(student):
+            exact["loss"], exact["sums"] = self._routed_loss(student, inputs)
+            return exact["loss"]
+
+        loss = self._forward_redirection(model, unwrapped, routed, unwrapped).float()
+        return loss + (exact["loss"] - loss).detach(), exact["sums"]
 
     def _routed_loss(self, model, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a micro-batch (Section 3.3), and sums and counts of what is logged.
@@ -269,9 +281,10 @@ class SRPOTrainer(GRPOTrainer):
         args, teacher_hidden = self.args, [self._teacher_hidden[row] for row in rows]
         teacher_hidden = torch.cat(teacher_hidden or [hidden.detach()])
         settings = (self.temperature, args.distillation_topk, ALPHAS[args.divergence], args.tail)
-        divergence = chunked_divergence(
-            head, hidden, self._teacher_head, teacher_hidden, coefficients, *settings, entropy
-        )
+        with autocast(self.accelerator, self._teacher_head.weight.dtype):
+            divergence = chunked_divergence(
+                head, hidden, self._teacher_head, teacher_hidden, coefficients, *settings, entropy
+            )
         return divergence, entropy
 
     # Checkpoints

@@ -27,7 +27,7 @@ from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, digits_correct, load_splits, 
 try:
     from common import models, plan, preemption, verifiers, versions
     from common.checkpoints import resume_point
-    from common.cli import changed_settings, is_done, parse_fields, run_main
+    from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
     from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl
     from common.stages import one_gpu
@@ -207,7 +207,8 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") 
         name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
         for name, rows in splits.items()
     }
-    settings, free = changed_settings(args, config, MAY_CHANGE), {name: getattr(args, name) for name in MAY_CHANGE}
+    settings = changed_settings(args, config, (*MAY_CHANGE, *MACHINE_FIELDS))
+    free = {name: getattr(args, name) for name in MAY_CHANGE} | machine_settings(config)
     return RunFolder.open(run_path(args, config), settings, data=prints, seed=config.seed, free=free)
 
 

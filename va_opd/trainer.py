@@ -247,6 +247,7 @@ class VAOPDTrainer(DistillationTrainer):
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         """Sum of coefficient * KL over the rows of a micro-batch, divided by the prompts of the step."""
+        inputs = {**inputs, "coefficients": self._coefficients}  # FSDP has rounded those in `inputs` to bfloat16
         mask = siblings.loss_mask(inputs)
         # The redirected forward, in which this runs, passes by the autocast that accelerate puts around a model's own
         with self.accelerator.autocast():
@@ -261,6 +262,7 @@ class VAOPDTrainer(DistillationTrainer):
         return loss, entropy_N.detach().sum(), mask.sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._coefficients = inputs["coefficients"]
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Reduced here and not in `_compute_loss`, so that no collective runs inside a wrapped forward; once a step:
         # means over all its tokens, whatever the micro-batches

@@ -484,3 +484,33 @@ def test_public_answer_pairs():
 def test_a_box_changes_no_verdict():
     rows = [row for row in scored_cases() if row["form"] == "answer" and "</think>" not in row["prediction"]]
     assert [row["id"] for row in rows if verdict_of(row) != verdict_of(row, in_box=True)] == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        *((answer, gold, True) for answer in (r"\text{5 cm}", r"\mathrm{5 cm}") for gold in ("5", r"5\text{ cm}")),
+        ("5 cm", r"\text{5 cm}", True),
+        (r"\text{5 cm}", "5 m", False),
+        (r"\text{3/4 cup}", r"\frac{3}{4}", True),
+        (r"\text{5 m/s^2}", r"5\text{ m/s}^2", True),
+        (r"\text{3 apples}", r"\text{3 oranges}", False),
+        (r"\text{2 or 3}", "2", False),
+        (r"\text{3 dozen}", "3", False),
+        (r"\text{1st place}", r"\text{1st place}", True),
+        (r"\text{1st place}", "1", False),
+        ("5 kPa", "5000 Pa", True),
+        ("5 kPa", "5", True),
+        (r"\$50K", "50", False),
+        (r"\$50m", "50", False),
+        (r"\$50", "50", True),
+        (r"\$50 dollars", "50", True),
+        ("C or none of these", "C", False),
+        ("A or it depends", "A", False),
+        ("C. Neon or argon gas", "C", True),
+        ("(C) Neon", "C", True),
+    ],
+)
+def test_units_in_roman_type_thousands_of_dollars_and_hedged_letters(answer, gold, same):
+    assert same_answer(answer, gold) is same
+    assert grade(f"So it is \\boxed{{{answer}}}.", gold) is same

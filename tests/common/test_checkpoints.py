@@ -17,7 +17,7 @@ from trl import DistillationTrainer, GRPOTrainer, SFTTrainer
 import r_diverse.train
 import srpo.train
 import va_opd.train
-from common.checkpoints import LOG_SUMS, ExactCheckpoints, resume_point
+from common.checkpoints import LOG_SUMS, ExactCheckpoints, check_saves_weights, resume_point
 from common.preemption import SaveOnSigterm
 from common.runs import (
     atomic_write_text,
@@ -275,7 +275,32 @@ def trainer(path: Path, processes: int, deepspeed: bool, rank: int = 0) -> Simpl
     args = SimpleNamespace(
         output_dir=str(path), world_size=processes, process_index=rank, save_strategy="steps", save_total_limit=None
     )
-    return SimpleNamespace(args=args, is_deepspeed_enabled=deepspeed)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None))
+    return SimpleNamespace(args=args, is_deepspeed_enabled=deepspeed, is_fsdp_enabled=False, accelerator=accelerator)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "deepspeed", "message"),
+    [
+        ("SHARDED_STATE_DICT", None, "set it to FULL_STATE_DICT"),
+        ("StateDictType.FULL_STATE_DICT", None, None),
+        (None, (3, False), "zero3_save_16bit_model is off"),
+        (None, (3, True), None),
+        (None, (2, False), None),
+    ],
+)
+def test_a_config_whose_checkpoints_have_no_weights_is_refused(fsdp, deepspeed, message):
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type=fsdp))
+    if deepspeed:
+        state.deepspeed_plugin = SimpleNamespace(zero_stage=deepspeed[0], zero3_save_16bit_model=deepspeed[1])
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=bool(fsdp), is_deepspeed_enabled=bool(deepspeed), accelerator=SimpleNamespace(state=state)
+    )
+    if message is None:
+        check_saves_weights(trainer)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_saves_weights(trainer)
 
 
 def test_another_number_of_processes_is_said(tmp_path, capsys):

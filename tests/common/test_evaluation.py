@@ -683,3 +683,14 @@ def test_a_server_gets_images_as_data(chat_server):
     image, text = chat_server.asked[0]["messages"][-1]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     assert text == {"type": "text", "text": "What?"}
+
+
+@pytest.mark.parametrize(("rows", "known"), [(674, True), (675, True), (673, False)])
+def test_both_copies_of_olympiadbench_are_whole(tmp_path, rows, known):
+    lines = [{"question": f"{i}?", "final_answer": [str(i)]} for i in range(rows)]
+    (tmp_path / "olympiadbench.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    if known:
+        assert len(load_benchmark("olympiadbench", tmp_path).rows) == rows
+    else:
+        with pytest.raises(ValueError, match="673 rows where 674 are expected"):
+            load_benchmark("olympiadbench", tmp_path)

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -208,3 +210,60 @@ sys.exit(run_experiment("x", [[("child", [sys.executable, "-c", {child!r}])]], P
     process.terminate()
     assert process.wait(timeout=60) == 143
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_a_command_ends_with_a_killed_experiment(tmp_path, side_by_side):
+    """Else it would train on beside the one that is started again."""
+    child = "import os, time, pathlib; pathlib.Path(str(os.getpid())).touch(); time.sleep(60)"
+    commands = [("child", [sys.executable, "-c", child])] * (2 if side_by_side else 1)
+    parent = f"""
+import sys
+from pathlib import Path
+from common import stages
+stages.os.cpu_count = lambda: 2
+commands = [(name, [sys.executable, *words[1:]]) for name, words in {commands!r}]
+commands = [(f"{{name}}{{i}}", words) for i, (name, words) in enumerate(commands)]
+stages.run_experiment("x", [commands], Path("logs"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment)
+    while len(pids := [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]) < len(commands):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}/exe").exists() for pid in pids):
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in pids)
+
+
+def test_a_lost_terminal_is_as_sigterm_and_nohup_holds(capsys, monkeypatch):
+    def command(_):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.2)
+
+    assert run_main("x.y", command, []) == 143
+    assert "x.y: stopped" in capsys.readouterr().err
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_main("x.y", command, []) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_servers_on_this_machine_are_reached_without_the_proxy(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "example.org")
+    monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
+    for _ in range(2):  # commands call commands
+        assert run_main("x.y", lambda _: 0, []) == 0
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org,127.0.0.1,localhost"
+    assert urllib.request.proxy_bypass("127.0.0.1:8000") and urllib.request.proxy_bypass("example.org")
+    assert not urllib.request.proxy_bypass("elsewhere.org")
+    with httpx.Client() as client:
+        served, hub = (client._transport_for_url(httpx.URL(url)) for url in ("http://127.0.0.1:1", "http://a.org"))
+    assert served is not hub

@@ -139,3 +139,21 @@ def test_flags_of_make_are_passed_on_whole(method, capsys):
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
     commands = [line for line in commands if f"{method}.data " not in line]
     assert commands and all("--data mine --seed 7" in line for line in commands)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "wanted", "seen"),
+    [(None, [2, 3], "2,3"), ("4,5,6,7", [2, 3], "6,7"), ("GPU-a,GPU-b", [1], "GPU-b"), ("3", [0], "3")],
+)
+def test_children_see_the_gpus_that_the_process_may_use(monkeypatch, allowed, wanted, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    assert stages.visible(wanted) == seen
+
+
+@pytest.mark.parametrize(("allowed", "count"), [("4,5", 2), ("", 0)])
+def test_more_gpus_than_the_process_may_use_are_one_sentence(monkeypatch, allowed, count):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    with pytest.raises(ValueError, match=f"GPU number 3 is needed, but CUDA_VISIBLE_DEVICES=.* leaves {count}: lower"):
+        stages.visible(range(4))

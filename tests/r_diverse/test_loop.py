@@ -1,5 +1,6 @@
 """A self-play run on a tiny model: its stages, refusals, kills. This file is also the program that gets killed."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,12 +12,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
+from common import models  # noqa: E402
 from common.once import StageError, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
 from r_diverse import MemoryBank, RDiverseConfig, budget, data, loop  # noqa: E402
@@ -515,13 +518,20 @@ def test_the_memory_of_a_challenger_without_servers_counts_its_reward():
     )
 
 
-def test_servers_have_replicas_of_several_gpus(tmp_path, monkeypatch, base):
+@pytest.mark.parametrize(
+    ("allowed", "seen"), [(None, "4,5,6,7"), ("8,9,10,11,12,13,14,15", "12,13,14,15"), ("0,1", None)]
+)
+def test_servers_have_replicas_of_several_gpus(tmp_path, monkeypatch, base, allowed, seen):
     import contextlib
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
 
     started = []
 
     @contextlib.contextmanager
-    def serving(command, port, log, gpus):
+    def serving(command, port, log, gpus, preexec_fn):
         started.append((command, gpus))
         yield "url"
 
@@ -529,10 +539,14 @@ def test_servers_have_replicas_of_several_gpus(tmp_path, monkeypatch, base):
     fields = ["--gpus=8", "--engine=vllm", "--server_tensor_parallel=2", "--max_model_len=5120"]
     player = loop.SelfPlay(parse([f"--model={base}", *fields]), tmp_path, "base")
     with contextlib.ExitStack() as stack:
+        if seen is None:
+            with pytest.raises(ValueError, match="GPU number 7 is needed"):
+                player._reward_servers(stack, str(base), tmp_path)
+            return
         flags = player._reward_servers(stack, str(base), tmp_path)
     assert flags == ["--solver_url", "url", "--coder_url", "url"]
     for command, gpus in started:
-        assert gpus == "4,5,6,7"
+        assert gpus == seen
         assert command[command.index("--data-parallel-size") + 1] == "2"
         assert command[command.index("--tensor-parallel-size") + 1] == "2"
     assert "--max-model-len" in started[0][0] and "--max-model-len" not in started[1][0]  # the coder has its own limit
@@ -711,3 +725,22 @@ if __name__ == "__main__":
     _, status = os.waitpid(forked(commands[0]), 0)
     code, hit = killed_run(commands[1], runs[1] / "r_diverse/small/r_diverse-seed0", seed=0)
     print(json.dumps({"codes": [os.waitstatus_to_exitcode(status), code], "hit": hit}))
+
+
+def test_an_adapter_is_no_model_to_begin_with(tmp_path, base, capsys):
+    adapter = tmp_path / "adapter"
+    model = models.load_model(str(base))
+    peft.get_peft_model(model, models.lora_config(2)).save_pretrained(adapter)
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--model", str(adapter), "--out", str(tmp_path)]
+    assert loop.main(fields) == 2
+    assert "holds a LoRA adapter" in capsys.readouterr().err
+    assert not (tmp_path / "r_diverse").exists()
+
+
+def test_a_context_without_room_for_a_benchmarks_answers_is_said_at_the_start():
+    run = RDiverseConfig("m", engine="vllm", gpus=1, max_model_len=8192, benchmarks="math500,mmlu_pro")
+    with pytest.raises(ValueError, match="max_model_len=8192 .* mmlu_pro asks for answers of up to 8192 tokens"):
+        loop.check_context(run)
+    loop.check_context(dataclasses.replace(run, max_model_len=16384))
+    loop.check_context(dataclasses.replace(run, benchmarks="math500"))
+    loop.check_context(dataclasses.replace(run, max_model_len=None))

@@ -72,6 +72,19 @@ def test_a_server_that_dies_says_why(tmp_path):
         pass
 
 
+def test_the_cause_is_shown_where_the_last_lines_only_point_to_it(tmp_path):
+    lines = ["INFO starting", "(EngineCore) ValueError: Free memory on device cuda:0 (3/80 GiB) is less than desired"]
+    lines += [f"frame {i}" for i in range(9)] + [
+        "RuntimeError: Engine core initialization failed. See root cause above."
+    ]
+    command = [sys.executable, "-c", f"import sys; print({chr(10).join(lines)!r}); sys.exit(1)"]
+    with (
+        pytest.raises(ConnectionError, match=r"Free memory on device cuda:0 .* \| \.\.\. \| frame 5 .*See root cause"),
+        serving(command, free_port(), tmp_path / "server.log", ready_seconds=30),
+    ):
+        pass
+
+
 def test_a_server_that_never_answers_is_given_up(tmp_path):
     command = [sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)"]
     with (

@@ -157,6 +157,16 @@ def test_the_steps_of_grpo_are_not_what_another_run_is(config, capsys):
     assert train.main(["--config", str(folder / "config.yaml"), "--out", str(folder.parents[2])]) == 0
 
 
+@pytest.mark.parametrize("field", ["engine", "eval_samples", "vllm_gpu_memory_utilization"])
+def test_how_to_evaluate_and_what_fits_a_machine_may_change(config, field):
+    values = {"engine": ("transformers", "vllm"), "eval_samples": (1, 2), "vllm_gpu_memory_utilization": (0.3, 0.6)}
+    for value in values[field]:
+        args, settings = train.parse(["--config", str(config), f"--{field}", str(value)])
+        with train.open_run(args, settings, train.load_splits_of(args)) as folder:
+            assert yaml.safe_load((folder.path / "config.yaml").read_text())[field] == value
+            assert field not in json.loads((folder.path / "manifest.json").read_text())["config"]
+
+
 def test_grpo_never_takes_other_steps_than_it_says(config, capsys):
     assert "grpo_steps=4: python -m srpo.loop" in fails(capsys, config, "--routing", "grpo", "--grpo_steps", "4")
     capsys.readouterr()
@@ -257,6 +267,7 @@ def test_steps_are_counted_in_generation_batches(tmp_path):
         (["--policy_dtype", "float8"], "policy_dtype must be"),
         (["--steps_per_generation", "4"], "must equal gradient_accumulation_steps"),
         (["--grpo_steps", "0"], "grpo_steps must be at least 1, got 0"),
+        (["--max_completion_length", "none"], "max_completion_length must be a number of tokens"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(config, capsys, fields, message, tmp_path):
@@ -505,8 +516,19 @@ def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(config, t
 
 def test_the_configs_own_dataset_may_be_named(config, capsys):
     assert loop.main(["--config", str(config), "--datasets", "additions", "--dry_run"]) == 0
-    assert loop.main(["--config", str(config), "--datasets", "all", "--dry_run"]) == 0
+    assert loop.main(["--config", str(config), "--datasets", "all", "--data", "d", "--dry_run"]) == 0
     assert loop.main(["--config", str(config), "--datasets", "chemistrie", "--dry_run"]) == 2
+
+
+def test_data_that_is_missing_is_said_before_the_first_training(config, capsys, tmp_path, monkeypatch):
+    paper = ["--config", str(config), "--datasets", "all"]
+    for fields in (paper, [*paper, "--dry_run"]):
+        assert loop.main(fields) == 2
+        assert "tooluse is on no hub" in capsys.readouterr().err
+    monkeypatch.setattr(loop, "run_experiment", lambda *_: pytest.fail("a training has begun"))
+    (tmp_path / "data/chemistry").mkdir(parents=True)
+    assert loop.main([*paper, "--data", str(tmp_path / "data")]) == 2
+    assert "holds no test.json" in capsys.readouterr().err
 
 
 def test_unknown_variants_are_one_sentence(config, capsys):

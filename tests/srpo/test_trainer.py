@@ -4,7 +4,9 @@ import copy
 import inspect
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils._pytree import tree_map
 from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
@@ -19,7 +22,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen3
-from srpo import SRPOConfig, SRPOTrainer, _trl, lm_head, objective
+from srpo import SRPOConfig, SRPOTrainer, _trl, lm_head, objective, teacher
 from srpo.reprompt import teacher_prompt_ids
 from srpo.teacher import SelfTeacher
 from srpo.train import rollout_records
@@ -194,6 +197,65 @@ def test_bf16_reaches_student_teacher_and_heads(make, fixed, monkeypatch, bf16):
     dtype = torch.bfloat16 if bf16 else torch.float32
     assert seen == {(name, dtype) for name in ("student", "teacher", "divergence", "logps")}
     assert {states.dtype for states in trainer._teacher_hidden.values()} == {torch.float32}  # as `memory_parts` counts
+
+
+def test_the_teacher_computes_in_bf16_where_accelerate_has_no_autocast(make, fixed, monkeypatch):
+    """As under DeepSpeed, which casts the policy's weights; the average is float32."""
+    seen, project = {"teacher": set(), "head": set()}, lm_head.project
+    trainer = make(bf16=True)
+
+    def record(tile, hidden, weight, bias, start, end, dtype):
+        if weight is trainer._teacher_head.weight:
+            seen["head"].add(dtype)
+        project(tile, hidden, weight, bias, start, end, dtype)
+
+    monkeypatch.setattr(lm_head, "project", record)
+    monkeypatch.setattr(trainer.accelerator, "autocast", lambda *_: nullcontext())
+    layer = trainer.teacher.model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda m, a, out: seen["teacher"].add(out.dtype))
+    step(trainer)
+    assert seen == {"teacher": {torch.bfloat16}, "head": {torch.bfloat16}}
+
+
+def test_a_copy_under_zero3_is_placed_by_deepspeed(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        teacher, "create_model_from_path", lambda name, **options: seen.update(options) or torch.nn.Linear(1, 1)
+    )
+    monkeypatch.setattr(teacher, "prepare_deepspeed", lambda model, accelerator: model)
+    config = SimpleNamespace(_name_or_path="m", _attn_implementation="flash_attention_2")
+    policy, owner = SimpleNamespace(config=config, dtype=torch.bfloat16), SimpleNamespace(accelerator=None)
+    copy = teacher.SelfTeacher._zero3_copy(owner, policy)
+    assert not any(weight.requires_grad for weight in copy.parameters())
+    assert seen == {"dtype": torch.bfloat16, "device_map": None, "attn_implementation": "flash_attention_2"}
+
+
+def as_fsdp(redirect):
+    """FSDP2 with bfloat16: what goes into the forward of the whole model and comes out of it is rounded."""
+
+    def rounded(tree):
+        return tree_map(lambda x: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x, tree)
+
+    return lambda model, unwrapped, method, *args: rounded(redirect(model, unwrapped, method, *rounded(args)))
+
+
+def test_fsdps_rounding_passes_by_the_loss(make, fixed, monkeypatch, tmp_path):
+    """With rounded weights the gradient of the divergence would be of other coefficients than the loss."""
+    runs = []
+    for rounds in (False, True):
+        trainer = make(output_dir=tmp_path / f"{rounds}")
+        plain = trainer._loss_inputs
+
+        def with_ratio(mask, *arguments, plain=plain):  # as with rollouts of vLLM
+            ratio = 0.5 + torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
+            return plain(mask, *arguments) | {"importance_sampling_ratio": ratio}
+
+        monkeypatch.setattr(trainer, "_loss_inputs", with_ratio)
+        if rounds:
+            monkeypatch.setattr(trainer, "_forward_redirection", as_fsdp(trainer._forward_redirection))
+        runs.append((*step(trainer), {name: trainer._metrics["train"][name] for name in ("entropy", "loss/sdpo")}))
+    assert runs[0][0] == runs[1][0] and runs[0][2] == runs[1][2]
+    assert_same_step(runs[0], runs[1])
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

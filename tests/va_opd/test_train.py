@@ -609,9 +609,12 @@ def test_benchmarks_may_be_added_to_a_finished_run(config, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "fields",
-    [["--engine", "vllm"], ["--eval_batch_size", "3"], ["--eval_samples", "2"], ["--eval_temperature", "0.5"]],
+    [
+        *(["--engine", "vllm"], ["--eval_batch_size", "3"], ["--eval_samples", "2"], ["--eval_temperature", "0.5"]),
+        *(["--vllm_gpu_memory_utilization", "0.4"], ["--teacher_offload", "True"], ["--run_name", "again"]),
+    ],
 )
-def test_how_to_evaluate_may_change_after_a_training(config, capsys, fields):
+def test_how_to_evaluate_and_what_fits_a_machine_may_change(config, capsys, fields):
     command = ["--config", str(config), "--max_steps", "1", "--save_strategy", "no"]
     assert train.main(command) == 0
     run = train.run_path(*train.parse(command))
@@ -676,6 +679,7 @@ def test_a_process_without_a_launcher_sees_one_gpu(monkeypatch, visible, rank, l
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     stages.one_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == left
     for main in (train.main, evaluate.main):

@@ -392,6 +392,26 @@ def test_bf16_reaches_student_and_head_and_leaves_the_teacher(make, monkeypatch,
     assert seen == {("student", dtype), ("head", dtype), ("teacher", torch.float32)}
 
 
+def test_fsdps_rounding_passes_by_the_coefficients(make, monkeypatch, tmp_path):
+    """FSDP2 with bfloat16 rounds what goes into the forward of the whole model."""
+    fixed_rollouts(monkeypatch)
+    runs = []
+    for rounds in (False, True):
+        trainer = make(output_dir=tmp_path / f"{rounds}")
+        redirect = trainer._forward_redirection
+
+        def rounded(model, unwrapped, method, *args, redirect=redirect):
+            student, batch, *rest = args
+            batch = {**batch, "coefficients": batch["coefficients"].bfloat16()}
+            return redirect(model, unwrapped, method, student, batch, *rest)
+
+        if rounds:
+            monkeypatch.setattr(trainer, "_forward_redirection", rounded)
+        runs.append(step(trainer))
+    assert runs[0][0] == runs[1][0]
+    assert_same_step(*runs)
+
+
 # --- the loss against references ----------------------------------------------------------------
 
 
