@@ -19,6 +19,7 @@ from benchmarks.vllm_gap import with_video
 os.environ.update(vllm_on_cpu.SETTINGS)  # before vLLM reads them
 
 import numpy as np
+import peft
 import torch
 from datasets import Dataset
 from PIL import Image
@@ -114,6 +115,25 @@ def test_a_closed_engine_frees_its_model_and_makes_room_for_the_next(model_path)
         engine.close()
         assert model() is None
     assert not torch.distributed.is_initialized()
+
+
+def test_an_adapter_is_merged_first_and_the_context_is_what_fits(model_path, tmp_path):
+    base = models.load_model(model_path)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(base, models.lora_config(4))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    char_tokenizer().save_pretrained(tmp_path / "adapter")
+    engine = VLLMEngine(str(tmp_path / "adapter"), dtype="float32", enforce_eager=True)
+    answers = engine.generate(chats(20), Decoding(max_new_tokens=24), range(20))
+    assert engine.name == str(tmp_path / "adapter")
+    assert engine.llm.model_config.max_model_len == 512  # the model's own
+    engine.close()
+    merged = TransformersEngine(models.load_model(str(tmp_path / "adapter")), char_tokenizer())
+    assert answers == merged.generate(chats(20), Decoding(max_new_tokens=24), range(20))
+    assert answers != transformers_engine(model_path).generate(chats(20), Decoding(max_new_tokens=24), range(20))
 
 
 @pytest.mark.parametrize(
@@ -410,6 +430,8 @@ def test_a_cpu_trainer_has_no_nccl(model_path, tmp_path):
 def test_a_lost_weight_sync_shows_in_the_log(kind, model_path, tmp_path, capfd):
     vllm_on_cpu.register()
     trainer = make_trainer(kind, model_path, tmp_path)
+    if kind is PhaseTrainer:  # every prompt of a Challenger is the same text: the seed alone tells two runs apart
+        assert torch.initial_seed() == trainer.args.seed
     trainer.train()
     print(f"{kind.__name__}: gap {gaps(trainer)}")
     assert gaps(trainer)

@@ -6,9 +6,8 @@ import io
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,9 +79,10 @@ class VLLMEngine:
             raise ImportError("engine vllm needs vLLM: pip install 'post-training-reference[vllm]'") from error
         from common.models import load_processor
 
+        self.merged = _merged(model, engine_options.get("dtype"))  # vLLM reads in it later, too
+        folder = self.merged.name if self.merged else model
         try:
-            with _whole(model, engine_options.get("dtype")) as folder:
-                self.llm, self.name = LLM(model=folder, **{"max_model_len": -1, **engine_options}), model
+            self.llm, self.name = LLM(model=folder, **{"max_model_len": -1, **engine_options}), model
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ValueError(
                 f"vLLM does not start {model} with engine_options={engine_options}: {_reason(error)}; change them, or "
@@ -106,6 +106,8 @@ class VLLMEngine:
         del core
         gc.collect()
         torch.cuda.empty_cache()
+        if self.merged:
+            self.merged.cleanup()
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
         from vllm import SamplingParams
@@ -138,22 +140,20 @@ class VLLMEngine:
         ]
 
 
-@contextmanager
-def _whole(model: str, dtype: str | None) -> Iterator[str]:
-    """`model`, or for a folder with a LoRA adapter a temporary one with the adapter merged into its base, in bfloat16
-    or the `dtype` float32: vLLM applies adapters to some layers of some families only."""
+def _merged(model: str, dtype: str | None) -> tempfile.TemporaryDirectory | None:
+    """For a folder with a LoRA adapter, a temporary one with the adapter merged into its base, in bfloat16 or the
+    `dtype` float32: vLLM applies adapters to some layers of some families only. None for any other model."""
     from common.models import adapter_base, load_model, load_processor
 
     if not adapter_base(model):
-        yield model
-        return
+        return None
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="merged_") as folder:
-        merged = load_model(model)  # in float32, so that a small adapter is rounded once
-        merged.to(torch.float32 if dtype == "float32" else torch.bfloat16).save_pretrained(folder)
-        load_processor(model).save_pretrained(folder)
-        yield folder
+    folder = tempfile.TemporaryDirectory(prefix="merged_")
+    merged = load_model(model)  # in float32, so that a small adapter is rounded once
+    merged.to(torch.float32 if dtype == "float32" else torch.bfloat16).save_pretrained(folder.name)
+    load_processor(model).save_pretrained(folder.name)
+    return folder
 
 
 def _reason(error: Exception) -> str:

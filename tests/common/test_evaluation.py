@@ -460,7 +460,7 @@ SRPO = {
 @pytest.mark.parametrize("name", MATH)
 def test_the_math_files_have_the_registered_rows(shared_data, name):
     benchmark = load_benchmark(name, str(shared_data / "math" / f"{name}.jsonl"))
-    assert len(benchmark.rows) == BENCHMARKS[name].rows
+    assert len(benchmark.rows) in (BENCHMARKS[name].rows, *BENCHMARKS[name].also)
     assert all(row["answer"] for row in benchmark.rows)
     assert benchmark.samples == 1 or benchmark.decoding.temperature > 0
     assert "\\boxed{}" in benchmark.rows[0]["prompt"][0]["content"]
@@ -469,7 +469,7 @@ def test_the_math_files_have_the_registered_rows(shared_data, name):
 @pytest.mark.parametrize("name", SRPO)
 def test_the_srpo_files_have_the_registered_rows_and_score_their_gold(shared_data, name):
     benchmark = load_benchmark(name, str(shared_data / SRPO[name]))
-    assert len(benchmark.rows) == BENCHMARKS[name].rows
+    assert len(benchmark.rows) in (BENCHMARKS[name].rows, *BENCHMARKS[name].also)
     assert (benchmark.samples, benchmark.decoding.temperature, benchmark.decoding.top_p) == (16, 0.6, 0.95)
     if name != "tooluse":
         rows = benchmark.rows
