@@ -80,8 +80,8 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
         splits = additions()
     elif dataset in SUBJECTS:
         folder = None if source is None else _folder(Path(source).expanduser(), SUBJECTS[dataset].folder)
-        if folder is None:
-            check_source(dataset, None)
+        if folder is None and (problem := missing_source(dataset)):
+            raise ValueError(problem)
         splits = _local(folder) if folder else _from_hub(dataset, source or HUB_ID)
         check_counts(dataset, splits)
     else:
@@ -92,13 +92,14 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
     return splits
 
 
-def check_source(dataset: str, source: str | None) -> None:
-    """Raises `ValueError` for a benchmark that is in a release's files only, and none are given."""
-    if source is None and dataset in SUBJECTS and SUBJECTS[dataset].domain is None:
-        raise ValueError(
-            f"{dataset} is on no hub: set data to a folder with the train.json and test.json of the SDPO release, or "
-            "leave it out of datasets"
-        )
+def missing_source(dataset: str, source: str | None = None) -> str | None:
+    """What to do for a benchmark that is in a release's files only, where none are given; None for any other."""
+    if source is not None or dataset not in SUBJECTS or SUBJECTS[dataset].domain is not None:
+        return None
+    return (
+        f"{dataset} is on no hub: set data to a folder with the train.json and test.json of the SDPO release, or "
+        "leave it out of datasets"
+    )
 
 
 def _folder(source: Path, name: str) -> Path | None:

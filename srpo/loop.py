@@ -13,7 +13,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from .data import check_source
+from .data import missing_source
 from .train import dry_run, load_splits_of, parse, steps_of  # says in one line what is missing without common/
 
 # isort: split
@@ -54,11 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         own = known.datasets in (None, args.dataset)
         datasets = [args.dataset] if own else chosen("datasets", known.datasets, BENCHMARKS)
         seeds = chosen("seeds", known.seeds or str(config.seed))
-        for dataset in datasets:
-            check_source(dataset, args.data)
+        missing = [problem for dataset in datasets if (problem := missing_source(dataset, args.data))]
         if not known.dry_run:
             check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
-            for dataset in datasets:  # what is missing would show only after the trainings on those before
+            if missing:  # it would show only after the trainings on the data sets before
+                raise ValueError(missing[0])
+            for dataset in datasets:
                 load_splits_of(dataclasses.replace(args, dataset=dataset))
         stages = plan(fields, args, config, variants, datasets, seeds, launcher(known.gpus, known.sharding))
     except (ValueError, OSError) as error:
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             dry_run(args, config, max(1, known.gpus), known.sharding),
             *(f"$ {shown(c)}" for stage in stages for c in stage),
+            *(f"missing: {problem}" for problem in missing),
             sep="\n",
         )
         return 0
