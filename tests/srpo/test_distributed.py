@@ -141,3 +141,4 @@ def test_two_processes_equal_one(two_processes, tmp_path, monkeypatch, case):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort a process whose work is done

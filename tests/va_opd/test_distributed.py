@@ -174,3 +174,4 @@ def test_some_rollouts_were_longer_on_one_rank(two_processes):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort a process whose work is done
