@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from common._extract import boxes_of
+from common._units import is_unit
 
 __all__ = ["BRACKET", "BROKEN", "MAX_CHARS", "OPENING", "key", "normalise", "within_limits"]
 
@@ -180,11 +181,6 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
         r"^\\text\{([^{}]*,[^{}]*)\}$|^\\text\{(?i:(?:the )?(?:final )?answer is) ([^{}]*)\}$",
         r"\1\2",
     ),
-    (  # a number with its unit, all of it in roman type
-        r"\text",
-        r"^\\text\{ ?(-?\d[\d.,/]*) ?(?!(?:st|nd|rd|th)\b)([A-Za-z][^{}\d,;]*(?:\^?[23])?)\}$",
-        r"\1\\text{ \2}",
-    ),
     (r"\text", r"(\\text\{[^{}]*?) ?\\cdot ?(?=[^{}]*\})", r"\1 "),
     (r"\text", r"\\text\{ ?(?i:([+-]|positive |negative )? ?infinity) ?\}", r"\1 infinity "),
     (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),
@@ -263,6 +259,8 @@ _QUOTED = re.compile(r"([\"'`])(.*)\1")
 _NUMERAL = re.compile(r"-?\d+(?:[./]\d+)?", re.ASCII)
 _STARS_STOP = re.compile(r"\*\.$")
 _TAIL = re.compile(r"(?:[\s.,;:]|\\)+$|[\s.]+(?=\}+$)")
+# A number with its unit, all of it in roman type; a letter that touches the number may be a variable
+_ROMAN = re.compile(r"\\text\{ ?(-?\d[\d.,/]*)(?: | ?(?=[A-Za-z]{2}))([A-Za-z][^{}]*)\}")
 _SPACE = re.compile(r"(?<!\d) | (?!\d)")
 _BRACED_CHAR = re.compile(r"([_^])\{(\w)\}(?!\w)")
 
@@ -284,6 +282,8 @@ def normalise(text: str) -> str:
         text = content if (start, end) == (0, len(text)) else f"{text[:start]}{{{content}}}{text[end:]}"
     if "\\" in text:
         text = _apply(_LATEX_RULES, text)
+        if (roman := _ROMAN.fullmatch(text)) and is_unit(roman[2]):
+            text = rf"{roman[1]}\text{{ {roman[2]}}}"
     text = _apply(_PLAIN_RULES, text)
     text = _SCALE.sub(lambda m: rf" \cdot 10^{{{_SCALES[m[2].lower()]}}}{m[1] or ''}", text).replace("\\text{}", "")
     return (text if text[-1:].isalnum() else _TAIL.sub("", text)).strip()

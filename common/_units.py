@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["AMBIGUOUS", "Unit", "conversion", "decimals", "is_lowest_terms", "number", "split_unit"]
+__all__ = ["AMBIGUOUS", "Unit", "conversion", "decimals", "is_lowest_terms", "is_unit", "number", "split_unit"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numerals
@@ -135,6 +135,7 @@ _NO_UNIT = re.compile(  # words that change the value before them, and hedges
 _UNIT_TEXT = re.compile(r"[^\W_][\w ./^{},'%$-]*|[%$¤€£¥₹¢]")
 _FACTOR = re.compile(r"(per\b|/|[^\s/^\d.,]+)\.?(?: ?\^\{?(-?\d)\}?|([23])(?!\d))?")  # a name of a unit and its power
 _TRIGONOMETRIC = re.compile(r"(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])")  # their degrees are no unit of the result
+_MAGNITUDE = re.compile(r"\d ?[KkMmBb]$")
 _PREFIXED = re.compile(r"(-? ?)([¤€£¥₹]|(?:USD|EUR|GBP|INR|RMB|CNY|Rs)\.?(?= ?\d)) ?(.+)")
 _TRAILING = re.compile(
     r"(?P<value>.*(?:[\d)}\]]|\\pi|(?<=[A-Za-z]) ?(?=\\text))) ?"
@@ -159,7 +160,7 @@ def split_unit(text: str, keep: frozenset[str] = frozenset()) -> tuple[str, Unit
     if sign := _PREFIXED.fullmatch(text):
         value, trailing = split_unit(sign[3])
         unit = _parse_unit(sign[2])
-        if trailing and any(power > 0 and (base, power) not in unit.powers for base, power in trailing.powers):
+        if _MAGNITUDE.search(sign[3]):
             return text, None  # 50K are no kelvins of dollars
         return sign[1] + value, unit if trailing is None else _merge(unit, trailing)
     if both := _two_units(text):
@@ -230,6 +231,12 @@ def _parse_unit(text: str) -> Unit | None:
         scale *= _UNITS[name][0] ** exponent
         total[_UNITS[name][1]] += exponent
     return Unit(scale, tuple(sorted(total.items())), frozenset(others))
+
+
+def is_unit(text: str) -> bool:
+    """Whether a text is made of known units alone."""
+    unit = _parse_unit(text)
+    return unit is not None and not unit.others
 
 
 def conversion(p: Unit, g: Unit) -> Fraction | None:

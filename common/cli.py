@@ -32,8 +32,8 @@ SERVER_FIELDS = (
 )
 # Of a trainer's configuration: how it fits a machine, and who watches; another value is the same training
 MACHINE_FIELDS = (
-    *("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode", "dataloader_num_workers"),
-    *("teacher_offload", "report_to", "run_name"),
+    *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "dataloader_num_workers", "teacher_offload"),
+    *("report_to", "run_name", "ddp_timeout"),
 )
 COUNTS = ("limit", "eval_limit", "eval_samples", "eval_batch_size", "grpo_steps")
 # What Python and safetensors, and what torch.save say of it
@@ -66,9 +66,11 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
 
 def _reach_this_machine_directly() -> None:
     """Servers that this process and its children start are on this machine, where the proxy of a cluster is not."""
-    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    hosts = [*filter(None, known.split(",")), "127.0.0.1", "localhost"]
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(dict.fromkeys(hosts))
+    names = ("no_proxy", "NO_PROXY")
+    hosts = [host.strip() for name in names for host in os.environ.get(name, "").split(",") if host.strip()]
+    if "*" not in hosts:  # which is all, but not as one of several
+        hosts = dict.fromkeys([*hosts, "127.0.0.1", "localhost"])
+        os.environ.update(dict.fromkeys(names, ",".join(hosts)))
 
 
 def _end_process_group() -> None:

@@ -191,6 +191,6 @@ def unknown_line(names: Iterable[str]) -> str:
 
 
 def disk_line(count: int | None, kept: str, each: float, resume: float) -> str:
-    """GiB of a run: `count` times the weights that stay, and once what only resuming needs."""
+    """GiB of a run: `count` times the weights that stay, and what only resuming needs, twice while it is saved."""
     number = "number of" if count is None else count
-    return f"disk a run, GiB: {number} {kept} x {each / GIB:.2f}, and {resume / GIB:.2f} to resume"
+    return f"disk a run, GiB: {number} {kept} x {each / GIB:.2f}, and 2 x {resume / GIB:.2f} to resume"

@@ -314,8 +314,8 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: d
             f"{path}/manifest.json cannot be read ({error!r}): choose another out= or delete the folder"
         ) from error
     ours = {**config, "seed": seed, **{f"data {k}": v for k, v in data.items()}}
-    names = ours.keys() | theirs.keys() if recorded else ours.keys() & theirs.keys()
-    for name in sorted(names - free.keys()):  # what may change today, an older version has recorded
+    ours, theirs = _without(ours, free), _without(theirs, free)  # of which an older version has recorded some
+    for name in sorted(ours.keys() | theirs.keys() if recorded else ours.keys() & theirs.keys()):
         if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name)):
             wanted, found = (repr(side[name]) if name in side else "its default" for side in (ours, theirs))
             raise RunFolderError(
@@ -323,6 +323,15 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: d
                 "the folder"
             )
     return manifest
+
+
+def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Settings but those of some names, of which "section.name" is one in a dict."""
+    kept = {name: value for name, value in settings.items() if name not in names}
+    for section, _, inner in (name.partition(".") for name in names):
+        if inner and isinstance(kept.get(section), dict):
+            kept[section] = {name: value for name, value in kept[section].items() if name != inner}
+    return kept
 
 
 def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:

@@ -9,12 +9,17 @@ from collections.abc import Collection, Iterable
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .preemption import EXIT_CODE, Preempted, call, end_with_parent, sigterm_raises
 
 SIGN_OF_LIFE = 20  # seconds between two lines about commands that run side by side
 
 Command = tuple[str, list[str]]  # a name for its log, and the words of it
+
+
+class OneGPUEach(list):
+    """A stage of commands that use one GPU each: on several they run side by side."""
 
 
 def chosen(name: str, text: str, known: Collection[str] = ()) -> list[str]:
@@ -44,16 +49,14 @@ def check_packages(vllm: bool, gpus: int, sharding: str) -> None:
         )
 
 
-def one_gpu() -> None:
-    """Hides all GPUs but the first from a process without a launcher, before it looks at them.
+def on_one_gpu(config: Any) -> Any:
+    """The trainer's configuration, which without a launcher is to use the first GPU of those that are there.
 
-    transformers would wrap a model in `nn.DataParallel` over all that it sees, which TRL's trainers refuse and its
+    transformers would wrap the model in `nn.DataParallel` over all of them, which TRL's trainers refuse and its
     `SFTTrainer` lets multiply the batch.
     """
-    import torch
-
-    if "LOCAL_RANK" not in os.environ and torch.cuda.is_available():
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
 def visible(gpus: Iterable[int]) -> str:
@@ -98,19 +101,21 @@ def run_experiment(name: str, stages: list[list[Command]], logs: Path) -> int:
 
 
 def run_stages(stages: list[list[Command]], logs: Path) -> int:
-    """Runs the stages; on a machine without GPU, two commands of a stage at a time, one core and one log file each.
+    """Runs the stages; on a machine without GPU, two commands of a stage at a time, one core and one log file each; of
+    a stage `OneGPUEach` one command on each GPU.
 
     Exit code of the first command that failed, else 0.
     """
     import torch
 
-    cpu = not torch.cuda.is_available()
-    width = min(2, os.cpu_count() or 1) if cpu else 1
+    cpu, gpus = not torch.cuda.is_available(), torch.cuda.device_count()
     # One thread each: two processes with two threads spin against each other, and a sum would depend on the company
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if cpu else {})}
     for stage in stages:
+        each = not cpu and isinstance(stage, OneGPUEach)
+        width = min(2, os.cpu_count() or 1) if cpu else gpus if each else 1
         side_by_side = min(width, len(stage)) > 1
-        code = _pool(stage, width, logs, environment) if side_by_side else _in_turn(stage, environment)
+        code = _pool(stage, width, logs, environment, each) if side_by_side else _in_turn(stage, environment)
         if code:
             return code
     return 0
@@ -125,19 +130,28 @@ def _in_turn(commands: list[Command], environment: dict[str, str]) -> int:
     return 0
 
 
-def _pool(commands: list[Command], width: int, logs: Path, environment: dict[str, str]) -> int:
-    """`width` at a time, each writing to its log; when one fails the others are stopped."""
+def _pool(
+    commands: list[Command], width: int, logs: Path, environment: dict[str, str], one_gpu_each: bool = False
+) -> int:
+    """`width` at a time, each writing to its log, and each on a GPU of its own if asked for; when one fails the others
+    are stopped."""
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, running = list(commands), {}
+    waiting, running, places = list(commands), {}, {}
     started = spoken = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < width:
                 name, words = waiting.pop(0)
+                places[name] = min(set(range(width)) - {places[other] for other in running})
+                gpu = {"CUDA_VISIBLE_DEVICES": visible([places[name]])} if one_gpu_each else {}
                 print(f"$ {shown((name, words))}", flush=True)
                 with (logs / f"{name}.log").open("w") as log:
                     running[name] = subprocess.Popen(
-                        words, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_parent
+                        words,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env={**environment, **gpu},
+                        preexec_fn=end_with_parent,
                     )
             time.sleep(0.2)
             for name in [name for name, process in running.items() if process.poll() is not None]:

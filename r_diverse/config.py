@@ -87,6 +87,9 @@ class PhaseConfig(GRPOConfig):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     save_steps: float = field(default=UPDATES, metadata={"help": "Optimizer steps between two checkpoints."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    ddp_timeout: int = field(
+        default=7200, metadata={"help": "Seconds that processes wait while the first one measures the rewards."}
+    )
     doctor_steps: int = field(default=20, metadata={"help": "Steps between health lines; 0 = off."})
 
     def __post_init__(self):

@@ -37,7 +37,8 @@ from .skills import SkillEncoder
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BATCH = 512  # responses between two writes
+# Responses between two writes, which are all waited for: of servers on several GPUs many more are under way at a time
+BATCH = {"transformers": 512, "vllm": 4096}
 SAME_SECONDS = 1.0  # for one comparison of two answers of the Solver
 
 # How often a kind of question is taught; in the test all are equally frequent
@@ -116,7 +117,7 @@ def generate(folder: Path, engine: Engine, run: RDiverseConfig, key: str) -> dic
     decoding = Decoding(run.question_temperature, run.question_top_p, run.question_tokens)
     rows = [{"id": key, "prompt": challenger_prompt(run.challenger_system, run.challenger_user)}]
     path = folder / "samples.jsonl"
-    generate_samples(engine, rows, path, run.candidates, decoding, run.seed, BATCH)
+    generate_samples(engine, rows, path, run.candidates, decoding, run.seed, BATCH[run.engine])
     failures = Counter(read_challenge(record["response"]).failure or "valid" for record in read_jsonl(path))
     return {"outputs": run.candidates, **dict(sorted(failures.items()))}
 
@@ -130,7 +131,9 @@ def label(folder: Path, engine: Engine, run: RDiverseConfig, raw: Path) -> dict[
         if challenge.valid
     ]
     path = folder / "samples.jsonl"
-    generate_samples(engine, rows, path, run.m_label, answer_decoding(run), run.seed, BATCH, keep_refused=True)
+    generate_samples(
+        engine, rows, path, run.m_label, answer_decoding(run), run.seed, BATCH[run.engine], keep_refused=True
+    )
     ready_to_compare()
     answers = _answers(path, run) if rows else {}
     budgets = [Budget(same) for _ in rows]
@@ -152,7 +155,7 @@ def gate(folder: Path, engine: Engine, run: RDiverseConfig, labelled: Path) -> d
     asked = [{"id": row["id"], "prompt": solver_prompt(row["question"], run.solver_system)} for row in rows]
     path = folder / "samples.jsonl"
     generate_samples(
-        engine, asked, path, run.gate_samples, answer_decoding(run), run.seed + 1, BATCH, keep_refused=True
+        engine, asked, path, run.gate_samples, answer_decoding(run), run.seed + 1, BATCH[run.engine], keep_refused=True
     )
     ready_to_compare()
     answers = _answers(path, run) if rows else {}

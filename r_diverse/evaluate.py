@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import RDiverseConfig
-from .data import test_questions
+from .data import BATCH, test_questions
 from .questions import solver_prompt
 
 # isort: split
@@ -20,7 +20,7 @@ def score(folder: Path, engine: Engine, run: RDiverseConfig) -> dict[str, Any]:
         benchmark = (
             arithmetic_benchmark(run) if name == "arithmetic" else load_benchmark(name, run.data, run.eval_limit)
         )
-        metrics = evaluate(engine, benchmark, folder, seed=run.seed)
+        metrics = evaluate(engine, benchmark, folder, seed=run.seed, batch=BATCH[run.engine])
         results[name] = {"avg@k": metrics["avg@k"], "interval": metrics["interval"], "parsed": metrics["parsed"]}
     return results
 

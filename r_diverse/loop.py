@@ -40,7 +40,7 @@ from common.evaluation import BENCHMARKS
 from common.once import StageError, digest, once, read_counts, read_inputs
 from common.preemption import call, end_with_parent
 from common.runs import RunFolder, check_writable, exclusive, fingerprint, read_jsonl
-from common.stages import Command, check_packages, chosen, launcher, one_gpu, run_experiment, shown, visible
+from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown, visible
 
 from . import analysis, data, evaluate
 
@@ -473,8 +473,6 @@ def _main(argv: list[str]) -> int:
     check_packages(uses_vllm, settings.run.gpus, settings.run.sharding)
     if settings.run.gpus:
         visible(range(settings.run.gpus))
-    else:
-        one_gpu()
     check_context(settings.run)
     if stages:
         run = settings.run

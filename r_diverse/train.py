@@ -14,14 +14,15 @@ import dataclasses
 import json
 import sys
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 from accelerate import PartialState
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, set_seed
+from transformers.integrations import deepspeed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import UPDATES, ChallengerConfig, PhaseConfig, RDiverseConfig, SolverConfig
@@ -38,6 +39,7 @@ try:
     from common.cli import MACHINE_FIELDS, changed_fields, machine_settings, parse_fields, read_config, run_main
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
     from common.runs import append_jsonl, exclusive, read_jsonl, truncate_jsonl
+    from common.stages import on_one_gpu
 
     from .data import (
         answer_decoding,
@@ -196,7 +198,10 @@ def load_tokenizer(model: str):
 def server_engine(url: str, model: str, run: RDiverseConfig) -> ServerEngine:
     """An engine of the base or of a phase's model, on a vLLM server."""
     end = turn_end_id(load_tokenizer(model))  # base models do not declare it, so the server does not know it
-    return ServerEngine(url, model, run.chat_template_kwargs, stop_token_ids=[] if end is None else [end])
+    workers = min(512, 128 * max(1, run.gpus))  # a replica on each GPU; more threads would only wait for each other
+    return ServerEngine(
+        url, model, run.chat_template_kwargs, workers=workers, stop_token_ids=[] if end is None else [end]
+    )
 
 
 def local_engine(model: str, run: RDiverseConfig) -> TransformersEngine:
@@ -233,7 +238,7 @@ def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None
     else:
         tokenizer = models.load_processor(run.coder)
         if coder_url:
-            engine = CoderServer(coder_url, run.coder, name=revised(run.coder))
+            engine = CoderServer(coder_url, run.coder, workers=256, name=revised(run.coder))
         else:
             engine = LocalCoder(_loaded(run.coder), tokenizer, run.engine_batch, name=revised(run.coder))
         coder = ModelCoder(engine, tokenizer, chat=run.coder_chat)
@@ -259,20 +264,34 @@ def challenger(
     from .trainer import ChallengerReward
 
     run = settings.run
-    engine = server_engine(solver_url, solver, run) if solver_url else local_engine(solver, run)
     needs_skills = run.penalty == "r_diverse" and run.measure != "question_text"
     needs_bank = run.penalty == "r_diverse" and run.beta > 0
     root = folder.parent.parent
+    with whole_models():
+        engine = server_engine(solver_url, solver, run) if solver_url else local_engine(solver, run)
+        skills = skill_encoder(run, root / "programs", coder_url) if needs_skills else None
     reward = ChallengerReward(
         run,
         EngineSolver(engine, run, salt=1000 * run.seed + iteration),
         same,
-        skill_encoder(run, root / "programs", coder_url) if needs_skills else None,
+        skills,
         MemoryBank(root / "bank").before(iteration) if needs_bank else None,
     )
     config = _phase(settings, "challenger", folder, iteration)
     rows = challenger_rows(config.generation_batch_size, run.challenger_system, run.challenger_user)
     train_phase(config, model, reward, rows, run, lambda: _challenger_samples(reward))
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Inside, models are loaded whole also under ZeRO-3, where transformers cuts what it loads over all processes:
+    those of the reward are called by the main process alone."""
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def solver(settings: Settings, folder: Path, model: str, data: Path, iteration: int) -> None:
@@ -288,7 +307,7 @@ def _phase(settings: Settings, name: str, folder: Path, iteration: int):
     seed = zlib.crc32(f"{settings.run.seed}/{iteration}/{name}".encode()) % 2**31
     changes = {"output_dir": str(folder), "seed": seed, "generation_batch_size": None}  # TRL refuses both batch fields
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-    return type(config)(**{**fields, **changes})
+    return on_one_gpu(type(config)(**{**fields, **changes}))
 
 
 def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: Callable[[], list] = list) -> None:

@@ -27,7 +27,6 @@ from common.cli import is_done, run_main
 from common.evaluation import Benchmark, Decoding, TransformersEngine, VLLMEngine, evaluate
 from common.evaluation.run import question_fingerprint
 from common.runs import atomic_write_json
-from common.stages import one_gpu
 
 WHAT = ("run", "base")
 BUDGETS = (1, 5, 10)  # hours of training, Table 1
@@ -39,7 +38,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    one_gpu()
     if not argv or argv[0] not in WHAT:
         raise ValueError(f"first argument must be one of {', '.join(WHAT)}; got {argv[:1]}")
     args, config = parse(argv[1:])

@@ -17,7 +17,7 @@ from .data import missing_source
 from .train import dry_run, load_splits_of, parse, steps_of  # says in one line what is missing without common/
 
 # isort: split
-from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
+from common.stages import Command, OneGPUEach, check_packages, chosen, launcher, run_experiment, shown
 
 VARIANT_FLAGS = {
     "srpo": ["--routing", "srpo"],
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             dry_run(args, config, max(1, known.gpus), known.sharding),
             *(f"$ {shown(c)}" for stage in stages for c in stage),
+            f"the disk has to hold the checkpoints of {len(variants) * len(datasets) * len(seeds)} runs",
             *(f"missing: {problem}" for problem in missing),
             sep="\n",
         )
@@ -90,7 +91,7 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
                 label = f"{name}-{dataset}-seed{seed}"
                 trainings.append((f"train-{label}", [*launch, "srpo.train", *flags]))
                 evaluations.append((f"evaluate-{label}", [*python, "srpo.evaluate", "run", *flags]))
-    stages = [trainings, evaluations, [("report", [*python, "benchmarks.srpo", *fields])]]
+    stages = [trainings, OneGPUEach(evaluations), [("report", [*python, "benchmarks.srpo", *fields])]]
     if Path(args.model).parent.name == "models" and Path(args.model).name in ("base", "smollm2"):
         stages.insert(0, [("make-policy", [*python, "srpo.data", Path(args.model).name, args.model])])
     return stages

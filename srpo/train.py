@@ -28,7 +28,7 @@ try:
     from common.checkpoints import resume_point
     from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
     from common.runs import RunFolder, exclusive, fingerprint
-    from common.stages import one_gpu
+    from common.stages import on_one_gpu
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 ROUTES = {"grpo": "policy", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
 # TRL sets the first from the batch, and refuses both; the second only says what a GRPO batch's own fields have to be
 DERIVED = ("generation_batch_size", "grpo_steps")
-# May change without another training: fingerprints tell the data, evaluation ties its results to those that decide
-MAY_CHANGE = ("data", "engine", "eval_batch_size", "eval_samples", "eval_temperature", "eval_top_p", "eval_limit")
+# May change without another training; evaluation ties its results to those that decide them
+MAY_CHANGE = ("engine", "eval_batch_size", "eval_samples", "eval_temperature", "eval_top_p", "eval_limit")
 
 
 @dataclass
@@ -86,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    one_gpu()
     args, config = parse(argv)
     if config.routing == "grpo":
         check_grpo_steps(args, config)
@@ -209,7 +208,7 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> "SRPOTra
     trainer = SRPOTrainer(
         policy,
         reward_of(args.dataset, args.strict),
-        config,
+        on_one_gpu(config),
         train_dataset=short_prompts(splits["train"], tokenizer, config),
         processing_class=tokenizer,
         peft_config=models.lora_config(args.lora_rank),

@@ -111,7 +111,9 @@ def test_number_of_checkpoints():
     assert plan.checkpoint_count(475, 5) == 95
     assert plan.checkpoint_count(100, 0.25) == 4
     assert plan.checkpoint_count(None, 50) is None
-    assert "GiB: number of checkpoints x 2.00, and 1.00" in plan.disk_line(None, "checkpoints", 2 * plan.GIB, plan.GIB)
+    assert "GiB: number of checkpoints x 2.00, and 2 x 1.00 to resume" in plan.disk_line(
+        None, "checkpoints", 2 * plan.GIB, plan.GIB
+    )
 
 
 # --- formulas, by hand ---

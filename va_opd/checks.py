@@ -15,6 +15,8 @@ from .config import VAOPDConfig
 
 logger = logging.get_logger(__name__)
 
+MOST_BIASES = 1024  # of a request to vLLM on a GPU
+
 
 def check_batch(args: VAOPDConfig, train_dataset) -> None:
     """Raises `ValueError` for another configuration, and unless an optimizer step holds whole groups of siblings and
@@ -152,9 +154,17 @@ def ban_tokens(args: VAOPDConfig, processing_class, model: str | PreTrainedModel
     config, options = _config(model), dict(args.generation_kwargs or {})
     banned = banned_ids(processing_class, config)
     if args.use_vllm:
-        # A list of ids reaches both the colocated engine and, as JSON, the server; vLLM has no list of banned ids
-        allowed = options.get("allowed_token_ids") or range(config.get_text_config().vocab_size)
-        options["allowed_token_ids"] = sorted(set(allowed) - banned)
+        # vLLM has no list of banned ids. The lowest bias that it takes reaches both the colocated engine and, as JSON,
+        # the server; on a GPU it takes no list of allowed ids as long as a vocabulary
+        options["logit_bias"] = {**(options.get("logit_bias") or {}), **dict.fromkeys(sorted(banned), -100.0)}
+        if options.get("allowed_token_ids"):
+            options["allowed_token_ids"] = sorted(set(options["allowed_token_ids"]) - banned)
+        if len(options["logit_bias"]) > MOST_BIASES:
+            raise ValueError(
+                f"{len(banned)} ids must not be sampled, most of them rows that pad the vocabulary, and vLLM takes at "
+                f"most {MOST_BIASES}: call resize_token_embeddings(len(tokenizer)) on the student, or set use_vllm to "
+                "false"
+            )
     else:
         options["suppress_tokens"] = sorted(banned | set(options.get("suppress_tokens") or []))
     args = copy.copy(args)

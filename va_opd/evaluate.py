@@ -45,7 +45,7 @@ from common.answers import grade
 from common.cli import is_done, run_main
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
 from common.runs import append_jsonl, atomic_write_json, exclusive, read_jsonl
-from common.stages import one_gpu
+from common.stages import on_one_gpu
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    one_gpu()
     if not argv or argv[0] not in WHAT:
         raise ValueError(f"first argument must be one of {', '.join(WHAT)}; got {argv[:1]}")
     evaluate_model(argv[0], *parse(argv[1:]))
@@ -213,7 +212,7 @@ def benchmark_of(args: ScriptArguments, rows: "Dataset", ratio: float | None = N
 
 def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfig, rows: "Dataset", out: Path) -> None:
     """One rollout of the model for each held-out problem and the teacher's VA on it (Figs. 2a and 4b)."""
-    config = copy.copy(config)
+    config = on_one_gpu(copy.copy(config))
     config.doctor_steps, config.use_vllm, config.output_dir = 0, False, str(out / "trainer")
     # The trainer checks the batch of a training, which had more processes
     config.per_device_train_batch_size, config.gradient_accumulation_steps = config.num_generations, 1

@@ -16,7 +16,7 @@ from .evaluate import benchmark_names
 from .train import ScriptArguments, dry_run, loads_teacher, parse  # says in one line what is missing without common/
 
 # isort: split
-from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown
+from common.stages import Command, OneGPUEach, check_packages, chosen, launcher, run_experiment, shown
 
 # The variants of Table 1 and Fig. 4a as flags of va_opd.train
 VARIANT_FLAGS = {
@@ -96,7 +96,7 @@ def plan(
     stages = [
         *([responses] if responses else []),
         [(f"train-{name}", [*launch, "va_opd.train", *f]) for name, f in flags.items()],
-        evaluations,
+        OneGPUEach(evaluations),
         [("report", [*python, "benchmarks.va_opd", *fields, "--seed", seeds[0]])],
     ]
     if args.dataset == "digits":

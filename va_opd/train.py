@@ -30,7 +30,7 @@ try:
     from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
     from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl
-    from common.stages import one_gpu
+    from common.stages import on_one_gpu
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -115,7 +115,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    one_gpu()
     args, config = parse(argv)
     if args.dry_run:
         print(dry_run(args, config, *plan.launched()))
@@ -214,7 +213,7 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") 
 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
     """The TRL trainer of `args.method` with student, teacher and rows in place."""
-    trainer = _trainer_of_method(args, config, splits)
+    trainer = _trainer_of_method(args, on_one_gpu(config), splits)
     if args.load_in_4bit:
         models.float32_adapters(trainer.model)
     return trainer
@@ -262,7 +261,7 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
         )
         trainer = ResumableGRPOTrainer(
             model=student,  # TRL loads the KL reference by its name, with its dtype and attention
-            args=grpo,
+            args=on_one_gpu(grpo),
             reward_funcs=[reward_of(args)],
             train_dataset=splits["train"],
             processing_class=processor,
@@ -273,7 +272,7 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
         return trainer
     return SFTTrainer(
         model=student,
-        args=SFTConfig(**shared_settings(config, SFTConfig), max_length=None),
+        args=on_one_gpu(SFTConfig(**shared_settings(config, SFTConfig), max_length=None)),
         train_dataset=teacher_rows(args, config, splits["train"]),
         processing_class=processor,
         peft_config=lora,
@@ -376,6 +375,7 @@ def teacher_settings(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset"
     names = ("temperature", "top_p", "max_completion_length", "seed")
     return {
         "teacher": args.teacher,
+        "engine": args.engine,
         **{name: getattr(config, name) for name in names},
         **data_settings(args),
         "limit": args.limit,

@@ -256,14 +256,18 @@ def test_a_lost_terminal_is_as_sigterm_and_nohup_holds(capsys, monkeypatch):
 
 
 def test_servers_on_this_machine_are_reached_without_the_proxy(monkeypatch):
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "example.org")
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("NO_PROXY", "example.org")
     monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
     for _ in range(2):  # commands call commands
         assert run_main("x.y", lambda _: 0, []) == 0
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org,127.0.0.1,localhost"
     assert urllib.request.proxy_bypass("127.0.0.1:8000") and urllib.request.proxy_bypass("example.org")
     assert not urllib.request.proxy_bypass("elsewhere.org")
+    monkeypatch.setenv("no_proxy", "*")
+    assert run_main("x.y", lambda _: 0, []) == 0
+    assert os.environ["no_proxy"] == "*"  # which means all where it is alone
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with httpx.Client() as client:
         served, hub = (client._transport_for_url(httpx.URL(url)) for url in ("http://127.0.0.1:1", "http://a.org"))
     assert served is not hub

@@ -250,3 +250,15 @@ def test_fingerprints_tell_values_files_and_folders_apart(tmp_path):
     assert len({first, runs.fingerprint(tmp_path / "a"), runs.fingerprint(tmp_path / "a/y")}) == 3
     assert runs.fingerprint({"a": 1, "b": 2}) == runs.fingerprint({"b": 2, "a": 1})
     assert runs.fingerprint([1, 2]) != runs.fingerprint([2, 1])
+
+
+def test_what_may_change_today_an_older_version_has_recorded(tmp_path):
+    """At the top, and in a section of the settings."""
+    old = {"rate": 1, "engine": "vllm", "solver": {"memory": 0.4, "steps": 9}}
+    with RunFolder.open(tmp_path / "run", old, data={}, seed=0):
+        pass
+    new, free = {"rate": 1, "solver": {"steps": 9}}, {"engine": "transformers", "solver.memory": 0.3}
+    with RunFolder.open(tmp_path / "run", new, data={}, seed=0, free=free):
+        pass
+    with pytest.raises(RunFolderError, match="belongs to a run with solver="):
+        RunFolder.open(tmp_path / "run", {**new, "solver": {"steps": 8}}, data={}, seed=0, free=free)

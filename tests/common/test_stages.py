@@ -157,3 +157,18 @@ def test_more_gpus_than_the_process_may_use_are_one_sentence(monkeypatch, allowe
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
     with pytest.raises(ValueError, match=f"GPU number 3 is needed, but CUDA_VISIBLE_DEVICES=.* leaves {count}: lower"):
         stages.visible(range(4))
+
+
+def test_commands_of_one_gpu_each_share_the_gpus(tmp_path, monkeypatch):
+    """Three commands on two of the machine's GPUs; a launcher's stage has all of them, one command after the other."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    tell = "import os, time; open({!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' '); time.sleep(0.3)"
+    each, whole = (tell.format(str(tmp_path / name)) for name in ("each", "whole"))
+    commands = [python(f"e{i}", each) for i in range(3)]
+    plan = [stages.OneGPUEach(commands), [python(f"w{i}", whole) for i in range(2)]]
+    assert stages.run_experiment("x", plan, tmp_path / "logs") == 0
+    seen = (tmp_path / "each").read_text().split()
+    assert sorted(seen[:2]) == ["4", "5"] and len(seen) == 3 and seen[2] in ("4", "5")
+    assert (tmp_path / "whole").read_text().split() == ["4,5", "4,5"]

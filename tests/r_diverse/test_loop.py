@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import yaml
+from transformers.integrations import deepspeed
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
@@ -22,7 +24,7 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 from common import models  # noqa: E402
 from common.once import StageError, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
-from r_diverse import MemoryBank, RDiverseConfig, budget, data, loop  # noqa: E402
+from r_diverse import MemoryBank, RDiverseConfig, budget, data, loop, train  # noqa: E402
 from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, finished_iterations, main, run_path, variant  # noqa: E402
 from r_diverse.skills import Program  # noqa: E402
 from r_diverse.train import parse  # noqa: E402
@@ -744,3 +746,29 @@ def test_a_context_without_room_for_a_benchmarks_answers_is_said_at_the_start():
     loop.check_context(dataclasses.replace(run, max_model_len=16384))
     loop.check_context(dataclasses.replace(run, benchmarks="math500"))
     loop.check_context(dataclasses.replace(run, max_model_len=None))
+
+
+def test_the_models_of_the_reward_are_whole_under_zero3(tmp_path, base, monkeypatch):
+    """Only the main process calls them; transformers would cut all that is loaded while ZeRO-3 is configured."""
+
+    class Config:
+        def is_zero3(self):
+            return True
+
+    seen, config = {}, Config()
+
+    def record(name):
+        return lambda *_: seen.update({name: deepspeed.is_deepspeed_zero3_enabled()})
+
+    def stop(*_):
+        raise InterruptedError
+
+    for name in ("local_engine", "skill_encoder"):
+        monkeypatch.setattr(train, name, record(name))
+    monkeypatch.setattr("r_diverse.trainer.ChallengerReward", stop)
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", weakref.ref(config))
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    with pytest.raises(InterruptedError):
+        train.challenger(parse([f"--model={base}"]), tmp_path, str(base), str(base), 1)
+    assert seen == {"local_engine": False, "skill_encoder": False}
+    assert deepspeed.is_deepspeed_zero3_enabled()

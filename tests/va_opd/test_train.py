@@ -18,9 +18,9 @@ import yaml
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from PIL import Image
+from transformers import TrainingArguments
 
 from benchmarks import va_opd as report
-from common import stages
 from common.cli import changed_settings
 from common.evaluation import BENCHMARKS, Completion, Decoding, load_benchmark, score_responses
 from common.runs import atomic_write_json, exclusive, last_checkpoint, read_jsonl, write_jsonl
@@ -510,10 +510,10 @@ def test_grpo_samples_no_image_token_under_vllm(config, monkeypatch):
 
     monkeypatch.setattr(baselines, "ResumableGRPOTrainer", Fake)
     trainer = grpo_trainer(config, "--use_vllm", "true")
-    allowed = set(trainer.args.generation_kwargs["allowed_token_ids"])
-    assert trainer.args.use_vllm and not {trainer.model.config.image_token_id} & allowed
+    options = trainer.args.generation_kwargs
+    assert trainer.args.use_vllm and options["logit_bias"][trainer.model.config.image_token_id] == -100.0
+    assert not options.keys() & {"allowed_token_ids", "suppress_tokens"}
     assert not trainer.args.vllm_importance_sampling_correction  # at top-p 0.95 it would punish length
-    assert len(allowed) > 100
 
 
 def test_a_resumed_grpo_sees_the_prompts_of_the_uninterrupted_one(config):
@@ -670,23 +670,15 @@ def test_a_local_teacher_needs_no_server_in_evaluation(config):
     assert settings.teacher_server == served[1]
 
 
-@pytest.mark.parametrize(
-    ("visible", "rank", "left"),
-    [(None, None, "0"), ("3,5", None, "3"), ("", None, ""), ("GPU-a,GPU-b", None, "GPU-a"), ("3,5", "1", "3,5")],
-)
-def test_a_process_without_a_launcher_sees_one_gpu(monkeypatch, visible, rank, left):
-    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("LOCAL_RANK", rank)):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    stages.one_gpu()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
-    for main in (train.main, evaluate.main):
-        if visible:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert main(["--config", "nowhere.yaml"]) == 2
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+@pytest.mark.parametrize("method", ["va_opd", "grpo"])
+def test_a_process_without_a_launcher_trains_on_one_gpu_of_eight(config, monkeypatch, method):
+    args, settings = train.parse(["--config", str(config), "--method", method])
+    settings._n_gpu = 0  # not looked at yet, or, as here, on a CPU
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self._n_gpu or 8))
+    trainer = train.build_trainer(args, settings, train.load_splits_of(args))
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == settings.per_device_train_batch_size
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
 
 
 def test_the_engine_is_where_the_trainer_would_be(config, monkeypatch):
