@@ -20,7 +20,8 @@ def score(folder: Path, engine: Engine, run: RDiverseConfig) -> dict[str, Any]:
         benchmark = (
             arithmetic_benchmark(run) if name == "arithmetic" else load_benchmark(name, run.data, run.eval_limit)
         )
-        metrics = evaluate(engine, benchmark, folder, seed=run.seed, batch=BATCH[run.engine])
+        options = {"batch": BATCH["vllm"]} if run.engine == "vllm" else {}
+        metrics = evaluate(engine, benchmark, folder, seed=run.seed, **options)
         results[name] = {"avg@k": metrics["avg@k"], "interval": metrics["interval"], "parsed": metrics["parsed"]}
     return results
 
