@@ -222,6 +222,7 @@ def started_servers(monkeypatch) -> list:
 @pytest.mark.slow
 def test_a_label_server_that_is_killed_in_a_batch(self_play, model_path, tmp_path, monkeypatch):
     raw, asked, ask = write_outputs(tmp_path / "raw.jsonl", 60), itertools.count(1), ServerEngine._one
+    monkeypatch.setitem(data.BATCH, "vllm", 512)
 
     def label(folder: str) -> bytes:
         (tmp_path / folder).mkdir(exist_ok=True)
