@@ -49,7 +49,7 @@ def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:
     """Number of the row with the highest inner product with each query, (B,) int64.
 
     For codes q', x' of a query q and a row x, |q.x - q'.x'| <= |q - q'| |x| + |q'| |x - x'|, and the lengths of both
-    differences are known. What may still be the highest is computed in float32, what is left then in float64.
+    differences are known. What may still be the highest is computed in float64.
 
     Args:
         queries: (B, D) float64 unit vectors.
