@@ -20,6 +20,7 @@ def score(folder: Path, engine: Engine, run: RDiverseConfig) -> dict[str, Any]:
         benchmark = (
             arithmetic_benchmark(run) if name == "arithmetic" else load_benchmark(name, run.data, run.eval_limit)
         )
+        # A batch is waited for; servers on several GPUs would idle for most of a short one
         options = {"batch": BATCH["vllm"]} if run.engine == "vllm" else {}
         metrics = evaluate(engine, benchmark, folder, seed=run.seed, **options)
         results[name] = {"avg@k": metrics["avg@k"], "interval": metrics["interval"], "parsed": metrics["parsed"]}
