@@ -3,6 +3,7 @@
 `tests/r_diverse/test_trainer.py` pins the signatures.
 """
 
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 from packaging.specifiers import SpecifierSet
@@ -20,8 +21,17 @@ __all__ = ["SUPPORTED_TRL", "EpochSampler"]
 
 class EpochSampler(RepeatSampler):
     """TRL's sampler, with an order of each epoch that depends on seed and epoch only: a resumed run sees the prompts
-    that the uninterrupted one would have seen."""
+    that the uninterrupted one would have seen.
 
-    def set_epoch(self, epoch: int) -> None:
+    `epoch` gives the epoch when an iteration starts: accelerate's loaders announce it by `set_epoch`, but not to the
+    sampler of a resumed run on several processes, whose loader skips batches behind one more wrapper.
+    """
+
+    def __init__(self, *arguments, epoch: Callable[[], int], **options):
+        super().__init__(*arguments, **options)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + epoch)
+            self.generator.manual_seed((self.seed or 0) + self.epoch())
+        return super().__iter__()

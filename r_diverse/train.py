@@ -132,8 +132,7 @@ def parse(argv: list[str]) -> Settings:
         except ValueError as error:
             raise ValueError(f"{error}" if name == "run" else f"{name}: {error}") from error
     settings = Settings(*parsed, argv)
-    for phase in (settings.challenger, settings.solver):
-        models.check_lora(settings.run.lora_rank, settings.run.load_in_4bit, phase.use_vllm)
+    models.check_lora(settings.run.lora_rank, settings.run.load_in_4bit)
     for name in PHASES:
         _take_template_options(name, getattr(settings, name), settings.run.chat_template_kwargs)
     return settings
@@ -328,6 +327,8 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
     trainer = PhaseTrainer(policy, reward, config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     if run.load_in_4bit:
         models.float32_adapters(trainer.model)
+    if run.lora_rank and hasattr(trainer, "vllm_generation"):
+        models.sync_sums(trainer.vllm_generation)
     checkpoint = resume_point(trainer)
     trainer.remove_callback(PrinterCallback)
     if main:

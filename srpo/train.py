@@ -102,7 +102,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
     if config.max_completion_length is None:
         raise ValueError("max_completion_length must be a number of tokens here: evaluation and memory need a limit")
-    models.check_lora(args.lora_rank, args.load_in_4bit, config.use_vllm)
+    models.check_lora(args.lora_rank, args.load_in_4bit)
     config.output_dir = str(run_path(args, config))
     return args, config
 
@@ -215,6 +215,8 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> "SRPOTra
     )
     if args.load_in_4bit:
         models.float32_adapters(trainer.model)
+    if args.lora_rank and hasattr(trainer, "vllm_generation"):
+        models.sync_sums(trainer.vllm_generation)
     return trainer
 
 

@@ -82,6 +82,7 @@ class SRPOTrainer(GRPOTrainer):
             batch_size=self.args.generation_batch_size // self.num_generations,
             repeat_count=self.num_iterations * self.args.steps_per_generation,
             shuffle=self.shuffle_dataset,
+            epoch=lambda: int(self.state.epoch or 0),
             seed=self.args.seed,
         )
 

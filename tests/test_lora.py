@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 from common import models, tiny
 from common.runs import read_jsonl
@@ -212,8 +215,6 @@ def test_wrong_settings_of_lora_are_one_sentence(prepared, monkeypatch):
     _, build, _ = prepared
     with pytest.raises(ValueError, match="^load_in_4bit trains an adapter on frozen weights: set lora_rank too"):
         build("--lora_rank", "0", "--load_in_4bit", "true")
-    with pytest.raises(ValueError, match="^load_in_4bit does not go with use_vllm: at each weight sync"):
-        build("--load_in_4bit", "true", "--use_vllm", "true")
     with monkeypatch.context() as patch:
         patch.setattr(models.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match="^load_in_4bit needs the package bitsandbytes: pip install"):
@@ -229,27 +230,56 @@ def test_wrong_settings_of_lora_end_a_self_play_run_before_it_starts():
     words = ["--model", "x", "--load_in_4bit", "true", "--solver.bf16", "false", "--challenger.bf16", "false"]
     with pytest.raises(ValueError, match="^load_in_4bit trains an adapter on frozen weights"):
         parse(words)
-    with pytest.raises(ValueError, match="^load_in_4bit does not go with use_vllm"):
-        parse([*words, "--lora_rank", "4", "--solver.use_vllm", "true"])
     assert parse([*words, "--lora_rank", "4"]).run.load_in_4bit
 
 
-@pytest.mark.qlora
-def test_why_weights_in_4_bits_do_not_go_with_vllm(tmp_path):
-    """Without that drift the refusal could go."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = models.load_model(save(*tiny.tiny_qwen3(hidden=64), tmp_path / "model"), load_in_4bit=True)
-    model = get_peft_model(model, models.lora_config(4))
+@pytest.mark.parametrize("load_in_4bit", [False, pytest.param(True, marks=pytest.mark.qlora)])
+@pytest.mark.parametrize("make", [tiny.tiny_qwen3, tiny.tiny_qwen3_vl])
+def test_a_weight_sync_sends_the_trained_model_and_leaves_its_weights(make, load_in_4bit, tmp_path):
+    if load_in_4bit:
+        pytest.importorskip("bitsandbytes")
+    source = save(*make(hidden=64), tmp_path / "model")
+    model = models.load_model(source, torch.bfloat16, load_in_4bit=load_in_4bit)
+    model = get_peft_model(model, models.lora_config(4)).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    before = copies(dict(model.named_parameters()))
+    generation = weight_sync(model)
+    models.sync_sums(generation)
+    for _ in range(2):
+        sent = dict(generation._iter_named_params())
+        assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert model.merge_adapter.__func__ is type(model.base_model).merge_adapter
+
+    engine = models.load_model(source)
+    with torch.no_grad():
+        base = engine(input_ids=IDS).logits
+        assert sent.keys() == dict(engine.named_parameters()).keys()
+        engine.load_state_dict(sent, strict=False)
+        got, expected = engine(input_ids=IDS).logits, model(input_ids=IDS).logits.float()
+    assert (got - expected).norm() < 0.02 * (got - base).norm()
+
+
+def weight_sync(model):
+    """TRL's walk over the weights at a sync, without an engine."""
+    generation = object.__new__(VLLMGeneration)
+    accelerator = Accelerator()
+    generation.model, generation.accelerator, generation._dist = model, accelerator, DistributedBackend(accelerator)
+    return generation
+
+
+def test_why_a_weight_sync_must_not_merge(tmp_path):
+    """Without that drift `models.sync_sums` could go."""
+    model = get_peft_model(tiny.tiny_qwen3(hidden=64)[0].bfloat16(), models.lora_config(4))
     layer = model.get_base_model().model.layers[0].mlp.up_proj
-    torch.nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
-
-    def weight() -> torch.Tensor:
-        return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-
-    before = weight()
-    model.merge_adapter()
-    model.unmerge_adapter()
-    assert (weight() - before).norm() / before.norm() > 1e-3
+    before = layer.weight.detach().clone()
+    generation = weight_sync(model)
+    for _ in range(20):
+        layer.lora_B["default"].weight.data += 1e-3 * torch.randn_like(layer.lora_B["default"].weight)
+        list(generation._iter_named_params())
+    adapter = layer.get_delta_weight("default")
+    assert (layer.weight - before).norm() > 0.02 * adapter.norm()
 
 
 @pytest.mark.parametrize("method", METHODS)

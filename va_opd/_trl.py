@@ -3,6 +3,7 @@
 `tests/va_opd/test_trainer.py` pins the signatures of these names and of the trainer's private methods.
 """
 
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 from packaging.specifiers import SpecifierSet
@@ -44,8 +45,17 @@ MULTIMODAL_KEYS = (
 
 class SiblingSampler(RepeatSampler):
     """Each prompt K times in a row; the order of an epoch depends on seed and epoch only, so that a resumed run sees
-    the prompts that the uninterrupted one would have seen."""
+    the prompts that the uninterrupted one would have seen.
 
-    def set_epoch(self, epoch: int) -> None:
+    `epoch` gives the epoch when an iteration starts: accelerate's loaders announce it by `set_epoch`, but not to the
+    sampler of a resumed run on several processes, whose loader skips batches behind one more wrapper.
+    """
+
+    def __init__(self, *arguments, epoch: Callable[[], int], **options):
+        super().__init__(*arguments, **options)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + epoch)
+            self.generator.manual_seed((self.seed or 0) + self.epoch())
+        return super().__iter__()

@@ -127,7 +127,7 @@ def _main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
     args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
-    models.check_lora(args.lora_rank, args.load_in_4bit, config.use_vllm)
+    models.check_lora(args.lora_rank, args.load_in_4bit)
     if args.method == "opd":
         config.weighting = "none"
     config.output_dir = str(run_path(args, config))
@@ -216,6 +216,8 @@ def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDi
     trainer = _trainer_of_method(args, on_one_gpu(config), splits)
     if args.load_in_4bit:
         models.float32_adapters(trainer.model)
+    if args.lora_rank and hasattr(trainer, "vllm_generation"):
+        models.sync_sums(trainer.vllm_generation)
     return trainer
 
 

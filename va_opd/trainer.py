@@ -111,6 +111,7 @@ class VAOPDTrainer(DistillationTrainer):
             batch_size=batch // args.num_generations,
             repeat_count=args.gradient_accumulation_steps,
             shuffle=self.shuffle_dataset,
+            epoch=lambda: int(self.state.epoch or 0),
             seed=args.seed,
         )
 

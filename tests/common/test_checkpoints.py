@@ -321,9 +321,10 @@ def test_states_cut_for_other_processes_are_refused(tmp_path, processes, deepspe
 
 
 def stopped_and_straight(folder: Path) -> dict:
-    """In each of two processes, of which the second gets SIGTERM."""
+    """In each of two processes, of which the second gets SIGTERM, two steps into an epoch of three."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(srpo.train, "reward_of", lambda *_: even_length)
+        patch.setitem(SETTINGS, "srpo", {**SETTINGS["srpo"], "limit": 12})
         runs = Runs("srpo", (), {"text": str(folder / "text")}, folder)
         if os.environ["RANK"] == "1":
             sigterm_at(patch, 5)

@@ -1207,8 +1207,9 @@ def test_doctor_line_and_warnings(make, capsys):
 # --- order of the prompts and resuming ----------------------------------------------------------------
 
 
-def sampler(n: int, k: int = 3, prompts: int = 2, seed: int = 5) -> _trl.SiblingSampler:
-    return _trl.SiblingSampler(range(n), mini_repeat_count=k, batch_size=prompts, repeat_count=2, seed=seed)
+def sampler(n: int, k: int = 3, prompts: int = 2, seed: int = 5, epoch: int = 0) -> _trl.SiblingSampler:
+    options = {"batch_size": prompts, "repeat_count": 2, "seed": seed}
+    return _trl.SiblingSampler(range(n), mini_repeat_count=k, epoch=lambda: epoch, **options)
 
 
 def test_sampler_keeps_siblings_together_and_covers_each_epoch():
@@ -1222,18 +1223,12 @@ def test_sampler_keeps_siblings_together_and_covers_each_epoch():
 
 
 def test_sampler_order_depends_on_seed_and_epoch_only():
-    straight = sampler(8)
-    epochs = []
-    for epoch in range(3):
-        straight.set_epoch(epoch)
-        epochs.append(list(straight))
+    straight, epoch = sampler(8), iter(range(3))
+    straight.epoch = lambda: next(epoch)
+    epochs = [list(straight) for _ in range(3)]
     assert epochs[0] != epochs[1] != epochs[2]
-    resumed = sampler(8)
-    resumed.set_epoch(2)
-    assert list(resumed) == epochs[2]
-    other = sampler(8, seed=6)
-    other.set_epoch(2)
-    assert list(other) != epochs[2]
+    assert list(sampler(8, epoch=2)) == epochs[2]
+    assert list(sampler(8, seed=6, epoch=2)) != epochs[2]
 
 
 def weights_of(trainer: VAOPDTrainer) -> dict[str, torch.Tensor]:
