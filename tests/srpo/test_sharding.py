@@ -10,6 +10,8 @@ import pytest
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder not in sys.path]
@@ -72,6 +74,7 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
     settings = dict(settings)
     # As in srpo.train, config and process group are there: while they are, models are loaded in shards
     policy = folder / settings.pop("policy", "tied")
+    lora = models.lora_config(4) if settings.pop("lora", False) else None
     trainer = tests.build(
         folder / out,
         tests.rows(2),
@@ -81,7 +84,7 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
         save_strategy="steps",
         save_steps=2,
         learning_rate=1e-3,
-        peft_config=models.lora_config(4) if settings.pop("lora", False) else None,
+        peft_config=lora,
         shuffle_dataset=False,
         per_device_train_batch_size=settings.pop("batch", 8) // PROCESSES,
         **settings,
@@ -92,7 +95,22 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
     logs = [{name: line[name] for name in COMPARED if line.get(name) is not None} for line in lines]
     average = sum(tensor.numel() for tensor in trainer.teacher.average.values())
-    return {"logs": logs, "model": str(folder / out / "model"), "averaged_here": average}
+    result = {"logs": logs, "model": str(folder / out / "model"), "averaged_here": average}
+    if lora:
+        result["sent"] = str(folder / out / f"sent-{trainer.accelerator.process_index}.pt")
+        torch.save(sent_to_an_engine(trainer), result["sent"])
+    return result
+
+
+def sent_to_an_engine(trainer) -> dict[str, torch.Tensor]:
+    """What a weight sync to vLLM sends from this process, twice, since it must leave the weights as they are."""
+    generation = object.__new__(VLLMGeneration)
+    generation.model, generation.accelerator = trainer.model, trainer.accelerator
+    generation._dist = DistributedBackend(trainer.accelerator)
+    models.sync_sums(generation)
+    first, second = ({n: w.detach().clone() for n, w in generation._iter_named_params()} for _ in range(2))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    return first
 
 
 def sharded_teacher() -> str:
@@ -135,6 +153,9 @@ def test_two_processes_train_as_one(sharding, single, tmp_path):
         assert len(single) - len(rank) == (sharding != "zero2")  # the case that is refused there
         for case, expected in ((case, single[case]) for case in single if case in rank):
             assert_same_run(rank[case], expected, case)
+            if "sent" in expected:
+                merged = dict(models.load_model(rank[case]["model"]).named_parameters())
+                torch.testing.assert_close(torch.load(rank[case]["sent"]), {n: w.data for n, w in merged.items()})
         assert rank["resumed"]["logs"] == rank["straight"]["logs"]
         share = rank["straight"]["averaged_here"] / single["straight"]["averaged_here"]
         assert share == pytest.approx(1.0 if sharding == "zero2" else 0.5, rel=0.01)
