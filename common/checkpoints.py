@@ -30,9 +30,9 @@ LOG_SUMS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_token
 def resume_point(trainer: Any) -> Path | None:
     """The newest whole checkpoint of a trainer's run, None where there is nothing to resume from.
 
-    Newer ones that are not whole are named on stderr, and so is another number of processes than at its saving.
-    Raises `RunFolderError` where checkpoints were damaged and none is left, and `ValueError` where DeepSpeed's states
-    do not fit this launch, or where checkpoints would have no weights.
+    Newer ones that are not whole are named on stderr. Raises `RunFolderError` where checkpoints were damaged and none
+    is left, and `ValueError` where they are of another number of processes, or DeepSpeed's and this launch has none,
+    and where checkpoints would have no weights.
     """
     check_saves_weights(trainer)
     args = trainer.args
@@ -75,18 +75,14 @@ def check_saves_weights(trainer: Any) -> None:
 
 
 def _check_processes(checkpoint: Path, trainer: Any) -> None:
+    """The sizes of micro-batches are a run's own, so that other processes would make other batches and epochs."""
     before, now = len(list(checkpoint.glob("rng_state*.pth"))), trainer.args.world_size
-    cut = any(checkpoint.glob("global_step*"))  # DeepSpeed's, a part for each process
-    if cut != trainer.is_deepspeed_enabled or (cut and before != now):
+    cut = any(checkpoint.glob("global_step*"))  # DeepSpeed's states
+    if cut != trainer.is_deepspeed_enabled or before != now:
         raise ValueError(
-            f"{checkpoint} was saved by {before} processes with{'' if cut else 'out'} DeepSpeed and cannot be read by "
-            f"{now} with{'' if trainer.is_deepspeed_enabled else 'out'} it: launch as before, or choose another out="
-        )
-    if before != now and trainer.args.process_index == 0:
-        print(
-            f"{checkpoint} holds the random states of {before} processes, now there are {now}: rollouts will differ "
-            "from those of an undisturbed run",
-            file=sys.stderr,
+            f"{checkpoint} was saved by {before} processes with{'' if cut else 'out'} DeepSpeed and the run cannot go "
+            f"on with {now} with{'' if trainer.is_deepspeed_enabled else 'out'} it: launch as before, or choose "
+            "another out="
         )
 
 

@@ -46,6 +46,11 @@ def check_support(trainer) -> None:
         )
     if trainer._is_vlm:
         raise ValueError("SRPOTrainer is for text: the self-teacher's prompt would lose the images")
+    if trainer.environment_factories is not None:
+        raise ValueError(
+            "SRPOTrainer has no environment_factory: TRL makes prompts for a whole batch of environments, and the "
+            "self-teacher scores some of its rows; pass tools="
+        )
     if trainer.aux_loss_enabled:
         raise ValueError("SRPOTrainer adds no load-balancing loss: set router_aux_loss_coef=0 for this model")
     if trainer.is_fsdp_enabled:

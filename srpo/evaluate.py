@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from .config import SRPOConfig
-from .data import reward_of
+from .data import SUBJECTS, reward_of
 from .train import ScriptArguments, load_splits_of, models, parse, run_path, train_seconds
 
 # isort: split
 from common.cli import is_done, run_main
 from common.evaluation import Benchmark, Decoding, TransformersEngine, VLLMEngine, evaluate
 from common.evaluation.run import question_fingerprint
+from common.evaluation.scoring import reward_scorer
 from common.runs import atomic_write_json
 
 WHAT = ("run", "base")
@@ -142,13 +143,13 @@ def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
     reward, rows = reward_of(args.dataset, args.strict), load_splits_of(args)["test"]
     rows = rows.select(range(min(args.eval_limit or len(rows), len(rows))))
 
-    def score_response(response: str, row: dict[str, Any]) -> float:
+    def exact(response: str, row: dict[str, Any]) -> float:
         return reward([response], answer=[row["answer"]])[0]
 
     return Benchmark(
         name=args.dataset,
         rows=[{"id": r["id"], "prompt": r["prompt"], "answer": r["answer"]} for r in rows],
-        score=score_response,
+        score=reward_scorer(reward) if args.dataset in SUBJECTS else exact,
         decoding=Decoding(
             temperature=args.eval_temperature, top_p=args.eval_top_p, max_new_tokens=config.max_completion_length
         ),

@@ -245,8 +245,9 @@ class SelfTeacher:
 
     def _shard(self, parameter: nn.Parameter) -> torch.Tensor:
         """What of a parameter lies on this rank, as storage that can be written."""
-        if self.zero3:
-            return parameter.ds_tensor
+        if self.zero3:  # what fills up the last rank's is never written
+            share = parameter.ds_tensor
+            return share[: max(0, parameter.ds_numel - self.accelerator.process_index * share.numel())]
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def _parameters(self, model: nn.Module, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:

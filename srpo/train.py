@@ -262,6 +262,7 @@ class RecordCallback(TrainerCallback):
         count = 2 * args.num_generations if "loss" in logs else 0  # none with the last line, of the whole training
         for rollout in rollout_records(self.trainer.last_rollouts, count):
             self.folder.log_sample({"step": state.global_step, **rollout})
+        self.trainer.last_rollouts = {}  # GRPO takes several steps on them
 
     def on_save(self, args, state, control, **kwargs):
         """Seconds of training up to the checkpoint, by which the paper's budgets of 1, 5 and 10 hours choose."""

@@ -73,6 +73,8 @@ class VLLMEngine:
 
     def __init__(self, model: str, chat_template_kwargs: dict[str, Any] | None = None, **engine_options: Any):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # FlashInfer's sampler, which seeded requests pass by, is compiled at the start and needs a CUDA toolkit
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         try:
             from vllm import LLM
         except ImportError as error:

@@ -303,21 +303,20 @@ def test_a_config_whose_checkpoints_have_no_weights_is_refused(fsdp, deepspeed, 
             check_saves_weights(trainer)
 
 
-def test_another_number_of_processes_is_said(tmp_path, capsys):
-    saved = checkpoint_of(tmp_path, 4, processes=2, deepspeed=False)
-    for processes, rank, lines in ((2, 0, 0), (4, 0, 1), (4, 3, 0)):
-        assert resume_point(trainer(tmp_path, processes, deepspeed=False, rank=rank)) == saved
-        assert len(said(capsys)) == lines
-    resume_point(trainer(tmp_path, 1, deepspeed=False))
-    assert "of 2 processes, now there are 1: rollouts will differ" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("processes", "deepspeed"), [(4, True), (2, False)])
-def test_states_cut_for_other_processes_are_refused(tmp_path, processes, deepspeed):
-    saved = checkpoint_of(tmp_path, 4, processes=2, deepspeed=True)
-    assert resume_point(trainer(tmp_path, 2, deepspeed=True)) == saved
-    with pytest.raises(ValueError, match="saved by 2 processes with DeepSpeed and cannot be read by"):
-        resume_point(trainer(tmp_path, processes, deepspeed))
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ((2, False), (4, False), "by 2 processes without DeepSpeed and the run cannot go on with 4 without it"),
+        ((2, False), (1, False), "by 2 processes without DeepSpeed and the run cannot go on with 1 without it"),
+        ((2, True), (4, True), "by 2 processes with DeepSpeed and the run cannot go on with 4 with it"),
+        ((2, True), (2, False), "by 2 processes with DeepSpeed and the run cannot go on with 2 without it"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_processes(tmp_path, before, now, message):
+    saved = checkpoint_of(tmp_path, 4, *before)
+    assert resume_point(trainer(tmp_path, *before)) == saved
+    with pytest.raises(ValueError, match=message):
+        resume_point(trainer(tmp_path, *now))
 
 
 def stopped_and_straight(folder: Path) -> dict:

@@ -520,6 +520,13 @@ def test_the_configs_own_dataset_may_be_named(config, capsys):
     assert loop.main(["--config", str(config), "--datasets", "chemistrie", "--dry_run"]) == 2
 
 
+def test_grpo_shows_the_rollouts_of_a_batch_once(config, tmp_path):
+    steps = ["--routing", "grpo", "--grpo_steps", "2", "--steps_per_generation", "4", "--max_steps", "4"]
+    assert train.main(["--config", str(config), *steps]) == 0
+    samples = read_jsonl(tmp_path / "runs/srpo/small-additions/grpo-seed0/samples.jsonl")
+    assert [sample["step"] for sample in samples] == [1] * 8 + [3] * 8
+
+
 def test_data_that_is_missing_is_said_before_the_first_training(config, capsys, tmp_path, monkeypatch):
     paper = ["--config", str(config), "--datasets", "all"]
     assert loop.main(paper) == 2

@@ -23,6 +23,7 @@ from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen3
 from srpo import SRPOConfig, SRPOTrainer, _trl, lm_head, objective, teacher
+from srpo.checks import check_support
 from srpo.reprompt import teacher_prompt_ids
 from srpo.teacher import SelfTeacher
 from srpo.train import rollout_records
@@ -857,6 +858,20 @@ def test_an_adapter_that_is_more_than_a_product_is_refused_with_the_average(make
 def test_another_kind_of_adapter_is_refused_with_the_average(make):
     with pytest.raises(ValueError, match="leave peft_type=IA3 out of peft_config, or set teacher="):
         make(peft_config=peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, [0, 1, 2, 3]), (1, [0, 1])])
+def test_what_fills_up_a_share_under_zero3_is_not_averaged(rank, kept):
+    teacher = SimpleNamespace(zero3=True, accelerator=SimpleNamespace(process_index=rank))
+    share = torch.tensor([0.0, 1.0, 2.0 if rank == 0 else math.nan, 3.0 if rank == 0 else math.nan])
+    parameter = SimpleNamespace(ds_tensor=share, ds_numel=6)
+    assert SelfTeacher._shard(teacher, parameter).tolist() == kept
+
+
+def test_environments_are_refused():
+    trainer = SimpleNamespace(model=policy()[0], _is_vlm=False, environment_factories={None: object})
+    with pytest.raises(ValueError, match="^SRPOTrainer has no environment_factory"):
+        check_support(trainer)
 
 
 def test_lora_on_the_head_is_refused(make):
