@@ -38,6 +38,7 @@ def sigterm_raises() -> Iterator[None]:
 
     def stop(*_) -> None:
         if os.getpid() == owner:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a shell sends it too, and again into the clearing up
             raise Preempted("SIGTERM")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork, such as a worker, just ends
         os.kill(os.getpid(), signal.SIGTERM)
@@ -51,10 +52,19 @@ def _handled(handler: Callable[..., None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only there Python takes handlers
         yield
         return
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def hung_up(*arguments) -> None:
+        for descriptor in terminals:  # writing to one that is gone is an error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        handler(*arguments)
+
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    taken = [number for number, was in before.items() if was is not signal.SIG_IGN]  # as nohup leaves SIGHUP
+    # nohup has SIGHUP ignored; a launcher passes on what it gets, and kills who does not end
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    taken = [number for number, was in before.items() if launched or was is not signal.SIG_IGN]
     for number in taken:
-        signal.signal(number, handler)
+        signal.signal(number, hung_up if number == signal.SIGHUP else handler)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .preemption import EXIT_CODE, Preempted, call, end_with_parent, sigterm_raises
 
@@ -39,13 +42,20 @@ def chosen(name: str, text: str, known: Collection[str] = ()) -> list[str]:
 
 
 def check_packages(vllm: bool, gpus: int, sharding: str) -> None:
-    """Raises `ValueError` when an experiment needs packages that only a GPU machine has, and they are missing."""
+    """Raises `ValueError` when an experiment needs packages that only a GPU machine has, and they are missing, or more
+    GPUs than there are."""
     needed = {"vllm": vllm, "deepspeed": gpus > 1 and sharding.startswith("zero")}
     missing = [name for name, wanted in needed.items() if wanted and find_spec(name) is None]
+    found = torch.cuda.device_count()
     if missing:
         raise ValueError(
             f"these settings need {' and '.join(missing)}, which this Python does not have: install the environment "
             'of a GPU machine ("On GPUs" in README.md), or try PRESET=tiny'
+        )
+    if 0 < found < gpus:
+        raise ValueError(
+            f"these settings want {gpus} GPUs and this process sees {found}: set gpus (GPUS= of make) to {found}, and "
+            "raise gradient_accumulation_steps by as much, which keeps the batch"
         )
 
 
@@ -53,9 +63,12 @@ def on_one_gpu(config: Any) -> Any:
     """The trainer's configuration, which without a launcher is to use the first GPU of those that are there.
 
     transformers would wrap the model in `nn.DataParallel` over all of them, which TRL's trainers refuse and its
-    `SFTTrainer` lets multiply the batch.
+    `SFTTrainer` lets multiply the batch; TRL would spread a KL reference over them.
     """
-    config._n_gpu = min(config.n_gpu, 1)
+    if config.n_gpu > 1:
+        config._n_gpu = 1
+        if hasattr(config, "model_init_kwargs"):
+            config.model_init_kwargs = {**(config.model_init_kwargs or {}), "device_map": None}
     return config
 
 
@@ -80,6 +93,8 @@ def launcher(gpus: int, sharding: str) -> list[str]:
     """Start of a training command: plain Python, or accelerate with one of the configs that TRL ships."""
     if gpus <= 1:
         return [sys.executable, "-m"]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup; torch's launcher would take it all the same
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     config = files("trl") / "accelerate_configs" / f"{sharding}.yaml"
     if not config.is_file():
         names = sorted(path.name.removesuffix(".yaml") for path in (files("trl") / "accelerate_configs").iterdir())
@@ -90,25 +105,23 @@ def launcher(gpus: int, sharding: str) -> list[str]:
     return [*launch, "--num_processes", str(gpus), "-m"]
 
 
-def run_experiment(name: str, stages: list[list[Command]], logs: Path) -> int:
-    """Exit code of the first command that failed, 130 for Ctrl-C, 143 for SIGTERM, else 0."""
+def run_experiment(name: str, stages: list[list[Command]], logs: Path, gpus: int = 1) -> int:
+    """Exit code of the first command that failed, 130 for Ctrl-C, 143 for SIGTERM, else 0; on so many GPUs."""
     try:
         with sigterm_raises():
-            return run_stages(stages, logs)
+            return run_stages(stages, logs, gpus)
     except KeyboardInterrupt as error:
         print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
         return EXIT_CODE if isinstance(error, Preempted) else 130
 
 
-def run_stages(stages: list[list[Command]], logs: Path) -> int:
+def run_stages(stages: list[list[Command]], logs: Path, gpus: int = 1) -> int:
     """Runs the stages; on a machine without GPU, two commands of a stage at a time, one core and one log file each; of
-    a stage `OneGPUEach` one command on each GPU.
+    a stage `OneGPUEach` one command on each of the first `gpus` GPUs.
 
     Exit code of the first command that failed, else 0.
     """
-    import torch
-
-    cpu, gpus = not torch.cuda.is_available(), torch.cuda.device_count()
+    cpu, gpus = not torch.cuda.is_available(), min(gpus, torch.cuda.device_count())
     # One thread each: two processes with two threads spin against each other, and a sum would depend on the company
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if cpu else {})}
     for stage in stages:

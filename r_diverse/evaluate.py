@@ -35,6 +35,8 @@ def benchmark_names(run: RDiverseConfig) -> list[str]:
 class Recorded:
     """Engine of a model whose answers are all recorded; `name` and `template_options` are those of the records."""
 
+    kind = None  # whichever made them
+
     def __init__(self, name: str, template_options: dict[str, Any]):
         self.name, self.template_options = name, template_options
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers import set_seed
 from trl import GRPOTrainer
 
 from . import analysis, objective
@@ -49,7 +50,7 @@ class PhaseTrainer(GRPOTrainer):
         self._stop_at_the_end_of_a_turn()
         if self.use_vllm and self.args.vllm_mode == "colocate":  # which seeds this process anew, by its rank alone
             group = self.accelerator.process_index // self.args.vllm_tensor_parallel_size
-            torch.manual_seed(self.args.seed + group)  # the same where several processes are one engine
+            set_seed(self.args.seed + group)  # the same where several processes are one engine
         if steps := getattr(self.args, "doctor_steps", 0):  # TRL's own config has none
             self.add_callback(DoctorCallback(steps))
         if self.accelerator.is_main_process and not self.is_deepspeed_enabled:  # which keeps float32 copies

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             sep="\n",
         )
         return 0
-    return run_experiment("srpo.loop", stages, Path(args.out) / "srpo" / args.experiment / "logs")
+    return run_experiment("srpo.loop", stages, Path(args.out) / "srpo" / args.experiment / "logs", known.gpus)
 
 
 def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[Command]]:

@@ -129,11 +129,11 @@ def settings_of(what: str, args: ScriptArguments, config: VAOPDConfig, rows: "Da
 
 def is_evaluated(out: Path, name: str, limit: int | None) -> bool:
     """Whether there is a result; `ValueError` for one on another number of questions."""
-    path, rows = out / f"{name}.json", BENCHMARKS[name].rows
+    path, source = out / f"{name}.json", BENCHMARKS[name]
     if not path.exists():
         return False
-    found, wanted = json.loads(path.read_text())["questions"], min(limit or rows, rows)
-    if found != wanted:
+    found, wanted = json.loads(path.read_text())["questions"], min(limit or source.rows, source.rows)
+    if found not in {min(limit or rows, rows) for rows in (source.rows, *source.also)}:
         raise ValueError(
             f"{path} is of {found} questions, this evaluation has eval_limit for {wanted}: set it to {found}, or move "
             f"the file and the folder {out / name} away to evaluate anew"

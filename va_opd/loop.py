@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             sep="\n",
         )
         return 0
-    return run_experiment("va_opd.loop", stages, Path(args.out) / "va_opd" / args.experiment / "logs")
+    return run_experiment("va_opd.loop", stages, Path(args.out) / "va_opd" / args.experiment / "logs", known.gpus)
 
 
 def plan(

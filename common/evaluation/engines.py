@@ -5,6 +5,7 @@ import gc
 import io
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +91,7 @@ class VLLMEngine:
                 f"vLLM does not start {model} with engine_options={engine_options}: {_reason(error)}; change them, or "
                 "use the engine transformers"
             ) from error
-        self.template_options = chat_template_kwargs or {}
+        self.template_options, self.said = chat_template_kwargs or {}, False
         config, processor = self.llm.model_config, load_processor(model)
         self.stops = stop_ids(config.try_get_generation_config().get("eos_token_id"), self.llm.get_tokenizer())
         # The lowest bias that vLLM takes; a list of all other tokens would go with every request
@@ -136,10 +137,26 @@ class VLLMEngine:
             )
         except VLLMValidationError as error:
             raise ValueError(f"vLLM does not take a prompt: {error}; raise max_model_len in engine_options") from error
-        return [
+        completions = [
             Completion(out.outputs[0].text, len(out.outputs[0].token_ids), out.outputs[0].finish_reason)
             for out in outputs
         ]
+        self._say_what_memory_cuts(completions, decoding.max_new_tokens)
+        return completions
+
+    def _say_what_memory_cuts(self, completions: list[Completion], limit: int) -> None:
+        """Once, since vLLM cuts what does not fit without a word."""
+        config = self.llm.model_config
+        if self.said or config.max_model_len >= config.hf_text_config.max_position_embeddings:
+            return
+        cut = sum(done.finish_reason == "length" and done.num_tokens < limit for done in completions)
+        if cut:
+            self.said = True
+            print(
+                f"{self.name}: {cut} responses were cut short of {limit} tokens, since the GPU's memory holds prompts "
+                f"and responses of {config.max_model_len}: raise gpu_memory_utilization in engine_options",
+                file=sys.stderr,
+            )
 
 
 def _merged(model: str, dtype: str | None) -> tempfile.TemporaryDirectory | None:

@@ -48,6 +48,7 @@ def evaluate(
     path = out / benchmark.name / "samples.jsonl"
     identity = {
         "model": engine.name,
+        "engine": getattr(engine, "kind", type(engine).__name__),
         "benchmark": benchmark.name,
         "rows": question_fingerprint(benchmark),
         "decoding": dataclasses.asdict(decoding),
@@ -237,7 +238,8 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
         return
     theirs = _identity(path.parent)
     for name, value in identity.items():
-        if theirs.get(name) != value and (name in theirs or name != "chat_template_kwargs"):  # older folders have none
+        open_ = value is None or (name in ("engine", "chat_template_kwargs") and name not in theirs)  # older folders
+        if theirs.get(name) != value and not open_:
             raise ValueError(
                 f"{path.parent} holds records with {name}={theirs.get(name)!r}, this evaluation has {value!r}: choose "
                 "another --out or delete the folder"

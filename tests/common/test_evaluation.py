@@ -120,10 +120,22 @@ def test_another_chat_template_is_another_evaluation(tmp_path):
         evaluate(engine, numbers(), tmp_path, decoding=SAMPLED)
 
 
-def test_a_folder_that_did_not_record_the_chat_template_goes_on(tmp_path):
+def test_an_evaluation_does_not_go_on_with_another_engine(tmp_path):
+    class Other(Echo):
+        pass
+
+    evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
+    with pytest.raises(ValueError, match="holds records with engine='Echo', this evaluation has 'Other'"):
+        evaluate(Other(), numbers(), tmp_path, decoding=SAMPLED)
+    Other.kind = None  # of recorded answers
+    evaluate(Other(), numbers(), tmp_path, decoding=SAMPLED)
+
+
+def test_a_folder_that_did_not_record_engine_and_chat_template_goes_on(tmp_path):
     evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
     path = tmp_path / "numbers/identity.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template_kwargs"}))
+    later = ("engine", "chat_template_kwargs")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in later}))
     engine = Echo()
     engine.template_options = {"enable_thinking": False}
     evaluate(engine, numbers(), tmp_path, decoding=SAMPLED)

@@ -2,11 +2,13 @@
 
 import atexit
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import urllib.request
 from pathlib import Path
@@ -253,6 +255,45 @@ def test_a_lost_terminal_is_as_sigterm_and_nohup_holds(capsys, monkeypatch):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_launched_process_takes_the_signal_that_its_launcher_passes_on(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    try:
+        assert run_main("x.y", lambda _: os.kill(os.getpid(), signal.SIGHUP), []) == 143
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_written_after_the_terminal_is_lost_ends_nothing(tmp_path):
+    """As training, which logs before it saves."""
+    program = f"""
+import os, pathlib, signal, time
+from common.cli import run_main
+from common.preemption import _handled
+asked = []
+def command(_):
+    with _handled(lambda *_: asked.append(1)):
+        print("it runs", flush=True)
+        while not asked:
+            time.sleep(0.01)
+        print("step 7", flush=True)
+        pathlib.Path({str(tmp_path / "saved")!r}).touch()
+run_main("x.y", command, [])
+"""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    read = b""
+    while b"it runs" not in read:
+        read += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "saved").exists()
 
 
 def test_servers_on_this_machine_are_reached_without_the_proxy(monkeypatch):

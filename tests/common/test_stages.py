@@ -1,12 +1,15 @@
 """Experiments as stages of commands: order, side by side, failures, Ctrl-C."""
 
 import importlib
+import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from common import stages
 
@@ -130,6 +133,13 @@ def test_missing_packages_of_a_gpu_machine_are_named_with_the_remedy(monkeypatch
         stages.check_packages(vllm=True, gpus=8, sharding="zero2")
 
 
+def test_more_gpus_than_the_machine_has_are_one_sentence(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    stages.check_packages(vllm=False, gpus=4, sharding="fsdp2")
+    with pytest.raises(ValueError, match=r"want 8 GPUs and this process sees 4: set gpus \(GPUS= of make\) to 4"):
+        stages.check_packages(vllm=False, gpus=8, sharding="fsdp2")
+
+
 @pytest.mark.parametrize("method", ["va_opd", "srpo", "r_diverse"])
 def test_flags_of_make_are_passed_on_whole(method, capsys):
     """DATA= and SEED= are --data and --seed, of which --datasets and --seeds must not be taken for the long form."""
@@ -162,13 +172,26 @@ def test_more_gpus_than_the_process_may_use_are_one_sentence(monkeypatch, allowe
 def test_commands_of_one_gpu_each_share_the_gpus(tmp_path, monkeypatch):
     """Three commands on two of the machine's GPUs; a launcher's stage has all of them, one command after the other."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     tell = "import os, time; open({!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' '); time.sleep(0.3)"
     each, whole = (tell.format(str(tmp_path / name)) for name in ("each", "whole"))
     commands = [python(f"e{i}", each) for i in range(3)]
     plan = [stages.OneGPUEach(commands), [python(f"w{i}", whole) for i in range(2)]]
-    assert stages.run_experiment("x", plan, tmp_path / "logs") == 0
+    assert stages.run_experiment("x", plan, tmp_path / "logs", gpus=2) == 0
     seen = (tmp_path / "each").read_text().split()
     assert sorted(seen[:2]) == ["4", "5"] and len(seen) == 3 and seen[2] in ("4", "5")
-    assert (tmp_path / "whole").read_text().split() == ["4,5", "4,5"]
+    assert (tmp_path / "whole").read_text().split() == ["4,5,6", "4,5,6"]
+
+
+def test_a_launcher_under_nohup_leaves_the_lost_terminal_alone(monkeypatch):
+    monkeypatch.delenv("PET_SIGNALS_TO_HANDLE", raising=False)
+    stages.launcher(2, "zero2")
+    assert "PET_SIGNALS_TO_HANDLE" not in os.environ
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stages.launcher(2, "zero2")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    defaults = get_args_parser().parse_args(["x.py"])
+    assert defaults.signals_to_handle == os.environ.pop("PET_SIGNALS_TO_HANDLE") == "SIGTERM,SIGINT,SIGQUIT"

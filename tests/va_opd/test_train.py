@@ -678,6 +678,8 @@ def test_a_process_without_a_launcher_trains_on_one_gpu_of_eight(config, monkeyp
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self._n_gpu or 8))
     trainer = train.build_trainer(args, settings, train.load_splits_of(args))
     assert trainer.args.n_gpu == 1
+    if method == "grpo":
+        assert trainer.args.model_init_kwargs == {"device_map": None}  # else the KL reference is spread over all eight
     assert trainer.args.train_batch_size == settings.per_device_train_batch_size
     assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
 
