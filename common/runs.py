@@ -319,8 +319,8 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: d
         if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name)):
             wanted, found = (repr(side[name]) if name in side else "its default" for side in (ours, theirs))
             raise RunFolderError(
-                f"{path} belongs to a run with {name}={found}, this one has {wanted}: choose another out= or delete "
-                "the folder"
+                f"{path} belongs to a run with {name}={found}, this one has {wanted}: give the flags that it was "
+                "begun with (its config.yaml has all), choose another out=, or delete the folder"
             )
     return manifest
 

@@ -24,7 +24,7 @@ from .train import ScriptArguments, load_splits_of, models, parse, run_path, tra
 
 # isort: split
 from common.cli import is_done, run_main
-from common.evaluation import Benchmark, Decoding, TransformersEngine, VLLMEngine, evaluate
+from common.evaluation import Benchmark, Decoding, TransformersEngine, VLLMEngine, evaluate, json_options
 from common.evaluation.run import question_fingerprint
 from common.evaluation.scoring import reward_scorer
 from common.runs import atomic_write_json
@@ -159,7 +159,8 @@ def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
 def build_engine(model: str, args: ScriptArguments, config: SRPOConfig) -> TransformersEngine | VLLMEngine:
     """The engine of `args.engine`, which generates with `model`, a hub id or a local folder; to be closed."""
     if args.engine == "vllm":
-        return VLLMEngine(model, chat_template_kwargs=config.chat_template_kwargs)
+        options = json_options("engine_options", args.engine_options)
+        return VLLMEngine(model, chat_template_kwargs=config.chat_template_kwargs, **options)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     engine = TransformersEngine(
         models.load_model(model, dtype=dtype, device=config.device),

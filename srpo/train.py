@@ -27,6 +27,7 @@ try:
     from common import models, plan, preemption, versions
     from common.checkpoints import resume_point
     from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
+    from common.evaluation import json_options
     from common.runs import RunFolder, exclusive, fingerprint
     from common.stages import on_one_gpu
 except ModuleNotFoundError as error:
@@ -43,7 +44,9 @@ ROUTES = {"grpo": "policy", "sdpo": "distill"}  # label in samples.jsonl: rows w
 # TRL sets the first from the batch, and refuses both; the second only says what a GRPO batch's own fields have to be
 DERIVED = ("generation_batch_size", "grpo_steps")
 # May change without another training; evaluation ties its results to those that decide them
-MAY_CHANGE = ("engine", "eval_batch_size", "eval_samples", "eval_temperature", "eval_top_p", "eval_limit")
+MAY_CHANGE = (
+    "engine", "engine_options", "eval_batch_size", "eval_samples", "eval_temperature", "eval_top_p", "eval_limit",
+)  # fmt: skip
 
 
 @dataclass
@@ -77,6 +80,9 @@ class ScriptArguments:
     engine: str = field(
         default="transformers", metadata={"help": "Of evaluation.", "choices": ["transformers", "vllm"]}
     )
+    engine_options: str = field(
+        default="{}", metadata={"help": 'JSON for engine vllm: options of `vllm.LLM`, as {"tensor_parallel_size": 2}.'}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print settings and a memory estimate; train nothing."})
 
 
@@ -103,6 +109,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     if config.max_completion_length is None:
         raise ValueError("max_completion_length must be a number of tokens here: evaluation and memory need a limit")
     models.check_lora(args.lora_rank, args.load_in_4bit)
+    json_options("engine_options", args.engine_options)
     config.output_dir = str(run_path(args, config))
     return args, config
 

@@ -52,17 +52,20 @@ def load_rows(
     max_pixels: int = MAX_PIXELS,
     template: str = "{problem}",
     num_proc: int | None = None,
+    check_images: bool = True,
 ) -> Dataset:
     """Rows of a split of `source`: a hub id, or a local folder or file (parquet, json, jsonl) of the same columns.
 
     Columns read: `problem` (or `question`; `<image>` marks where an image stands), `images` (or `image`; paths are
     relative to the folder), `answer`, `id` (else the row number). `template` wraps the problem; the paper has none.
+    `check_images` decodes all of them once; of several processes one is enough.
     Raises `ValueError` naming the source, the column or the image that is at fault, and the remedy.
     """
     dataset = _load_split(source, split)
     dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     dataset = _standard_columns(dataset, source)
-    _check_images(dataset, source, min_pixels, max_pixels, num_proc)
+    if check_images:
+        _check_images(dataset, source, min_pixels, max_pixels, num_proc)
     dataset = dataset.map(
         lambda row: {"prompt": _messages(template.replace("{problem}", row["problem"]), len(row["images"]))},
         desc=f"prompts of {split}",
@@ -288,26 +291,36 @@ def load_splits(
     """
     from datasets import DatasetDict
 
+    validation = load_validation(dataset, source, validation_source, validation_size, **options)
     if dataset == "digits":
-        train = digit_rows("train", limit or 2000, seed=0)
-        return DatasetDict(train=train, validation=digit_rows("test", validation_size, seed=0))
-    if dataset not in SOURCES:
-        raise ValueError(f"dataset must be digits, {' or '.join(SOURCES)}; got {dataset!r}")
-    hub_id, geo3k = SOURCES[dataset].hub_id, SOURCES["geo3k"].hub_id
-    validation_source = validation_source or (source if dataset == "geo3k" and source else geo3k)
-    if validation_source == source and Path(source).expanduser().is_file():
-        raise ValueError(
-            f"data {source!r} is one file, whose rows would be trained on and held out: name a file or folder of the "
-            "problems to hold out as validation_data, or a folder with both splits as data"
-        )
+        return DatasetDict(train=digit_rows("train", limit or 2000, seed=0), validation=validation)
+    hub_id = SOURCES[dataset].hub_id
     train = load_rows(source or hub_id, "train", limit, **options)
     expected = SOURCES[dataset].rows["train"]
     if limit is None and (source or hub_id) == hub_id and len(train) != expected:
         raise ValueError(
             f"data {hub_id!r} has {len(train)} training rows, the paper's has {expected}: the copy changed"
         )
-    validation = load_rows(validation_source, "validation", **options)
-    return DatasetDict(train=train, validation=validation.select(validation_ids(validation, validation_size)))
+    return DatasetDict(train=train, validation=validation)
+
+
+def load_validation(
+    dataset: str, source: str | None = None, validation_source: str | None = None, size: int = 200, **options
+) -> Dataset:
+    """The `validation` rows of `load_splits` alone."""
+    if dataset == "digits":
+        return digit_rows("test", size, seed=0)
+    if dataset not in SOURCES:
+        raise ValueError(f"dataset must be digits, {' or '.join(SOURCES)}; got {dataset!r}")
+    geo3k = SOURCES["geo3k"].hub_id
+    validation_source = validation_source or (source if dataset == "geo3k" and source else geo3k)
+    if validation_source == source and Path(source).expanduser().is_file():
+        raise ValueError(
+            f"data {source!r} is one file, whose rows would be trained on and held out: name a file or folder of the "
+            "problems to hold out as validation_data, or a folder with both splits as data"
+        )
+    rows = load_rows(validation_source, "validation", **options)
+    return rows.select(validation_ids(rows, size))
 
 
 # What the tiny preset starts from. The base student stops on measured accuracy and not on a step count, because the

@@ -11,7 +11,8 @@ class VLLMRollouts:
 
     A colocated engine expands the image placeholders of a prompt itself, but TRL 1.16 passes prompts with placeholders
     already expanded, which would then be expanded once more (huggingface/trl#6294): here they are folded first. A
-    server takes them as TRL passes them.
+    server takes them as TRL passes them. After each weight sync a colocated engine forgets what the older weights of
+    the vision tower made of its last images, which TRL leaves in its cache.
 
     After each generation `logps` has B lists of T_i numbers in nats, by which the tokens were sampled.
     """
@@ -20,6 +21,12 @@ class VLLMRollouts:
         self.logps: list[list[float | None]] = []
         self._generation, self._generate = generation, generation.generate
         generation.logprobs, generation.generate = 0, self._rollouts  # 0: of the sampled token alone
+        if generation.mode == "colocate":
+            self._sync, generation.sync_weights = generation.sync_weights, self._sync_weights
+
+    def _sync_weights(self):
+        self._sync()
+        self._generation.llm.llm_engine.reset_encoder_cache()
 
     def _rollouts(self, prompts, images, *arguments, **options):
         folded = prompts

@@ -29,8 +29,8 @@ from .train import (
     build_engine,
     claim,
     data_settings,
-    load_splits_of,
     load_teacher,
+    load_validation_of,
     loads_teacher,
     models,
     parse,
@@ -75,7 +75,7 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
     if what == "run":
         check_trained(run, args)
     out = (run if what == "run" else run.with_name(f"{what}-seed{config.seed}")) / "eval"
-    rows = load_splits_of(args)["validation"]
+    rows = load_validation_of(args)
     names = [name for name in benchmark_names(args) if not is_evaluated(out, name, args.eval_limit)]
     has_results = any(out.rglob("*.jsonl"))
     claim(out / "settings.json", settings_of(what, args, config, rows), has_results)

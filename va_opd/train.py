@@ -22,13 +22,13 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .config import VAOPDConfig
-from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, digits_correct, load_splits, with_completions
+from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, digits_correct, load_splits, load_validation, with_completions
 
 try:
     from common import models, plan, preemption, verifiers, versions
     from common.checkpoints import resume_point
     from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
-    from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine
+    from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine, json_options
     from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl
     from common.stages import on_one_gpu
 except ModuleNotFoundError as error:
@@ -44,7 +44,7 @@ METHODS = ("va_opd", "opd", "sft", "kd", "grpo")
 # May change without another training; evaluation ties its results to those that decide them
 MAY_CHANGE = (
     "benchmarks", "benchmark_data", "eval_limit", "eval_samples", "eval_temperature", "eval_batch_size", "engine",
-    "select_checkpoint",
+    "engine_options", "select_checkpoint",
 )  # fmt: skip
 TEACHER_ROWS = 256  # responses of the teacher between two writes: an engine fills its batch from so many
 VARIANTS = {"va": "va_opd", "none": "opd", "rollout": "rollout_only", "token": "token_only"}
@@ -103,6 +103,9 @@ class ScriptArguments:
     engine: str = field(
         default="transformers", metadata={"help": "What generates in evaluation.", "choices": ["transformers", "vllm"]}
     )
+    engine_options: str = field(
+        default="{}", metadata={"help": 'JSON for engine vllm: options of `vllm.LLM`, as {"tensor_parallel_size": 2}.'}
+    )
     sample_only: bool = field(
         default=False, metadata={"help": "Sample the teacher's responses for methods sft and kd; train nothing."}
     )
@@ -128,6 +131,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
     args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
     models.check_lora(args.lora_rank, args.load_in_4bit)
+    json_options("engine_options", args.engine_options)
     if args.method == "opd":
         config.weighting = "none"
     config.output_dir = str(run_path(args, config))
@@ -186,18 +190,26 @@ def record(folder: RunFolder, trainer: "Trainer", checkpoint: Path | None) -> No
 
 
 def load_splits_of(args: ScriptArguments) -> "DatasetDict":
-    """The data of a run: one seed draws the rows, whatever the seed of the training."""
-    options = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "template": args.template}
-    if args.dataset == "digits":
-        options = {}
-    return load_splits(
-        args.dataset,
-        args.data,
-        args.validation_data,
-        limit=args.limit,
-        validation_size=args.validation_size,
-        **options,
-    )
+    """The data of a run: one seed draws the rows, whatever the seed of the training.
+
+    The first process makes the caches that the others read, and checks the images.
+    """
+    state, size = PartialState(), args.validation_size
+    options = {**row_options(args), "check_images": state.is_main_process}
+    with state.main_process_first():
+        return load_splits(
+            args.dataset, args.data, args.validation_data, limit=args.limit, validation_size=size, **options
+        )
+
+
+def load_validation_of(args: ScriptArguments) -> "Dataset":
+    """The held-out problems of a run."""
+    size = args.validation_size
+    return load_validation(args.dataset, args.data, args.validation_data, size, **row_options(args))
+
+
+def row_options(args: ScriptArguments) -> dict[str, Any]:
+    return {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "template": args.template}
 
 
 def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> RunFolder:
@@ -426,7 +438,7 @@ def claim(path: Path, settings: dict[str, Any], has_results: bool) -> None:
 def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig) -> TransformersEngine | VLLMEngine:
     """The engine of `args.engine`, which generates with `model`, a hub id or a local folder; to be closed."""
     if args.engine == "vllm":
-        return VLLMEngine(model)
+        return VLLMEngine(model, **json_options("engine_options", args.engine_options))
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     engine = TransformersEngine(
         models.load_model(model, dtype=dtype, device=config.device), models.load_processor(model), args.eval_batch_size

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .benchmarks import BENCHMARKS, Benchmark, Source, load_benchmark
-from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, VLLMEngine
+from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, VLLMEngine, json_options
 from .run import evaluate, generate_samples, rescore, score_responses, scores_by_question
 from .scoring import headline, judge_row, summarize
 from .vision import VISION
@@ -24,6 +24,7 @@ __all__ = [
     "evaluate",
     "generate_samples",
     "headline",
+    "json_options",
     "judge_row",
     "load_benchmark",
     "rescore",

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> dict:
     from common import versions
 
-    from . import load_benchmark
+    from . import json_options, load_benchmark
     from .run import evaluate, rescore, score_responses
 
     benchmark = load_benchmark(args.benchmark, args.data, args.limit)
@@ -63,7 +62,7 @@ def _run(args: argparse.Namespace) -> dict:
     if args.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     versions.announce("common.evaluation")
-    options = _json_options("chat_template_kwargs", args.chat_template_kwargs, '{"enable_thinking": false}')
+    options = json_options("chat_template_kwargs", args.chat_template_kwargs, '{"enable_thinking": false}')
     engine, decoding = _engine(args, options), _decoding(args, benchmark)
     return evaluate(engine, benchmark, args.out, samples=args.samples, decoding=decoding, seed=args.seed)
 
@@ -79,14 +78,14 @@ def _decoding(args: argparse.Namespace, benchmark):
 
 
 def _engine(args: argparse.Namespace, options: dict):
-    from . import ServerEngine, TransformersEngine, VLLMEngine
+    from . import ServerEngine, TransformersEngine, VLLMEngine, json_options
 
     if args.server:
         return ServerEngine(args.server, args.model, options, stop_token_ids=_turn_end(args.tokenizer))
     if args.tokenizer:
         raise ValueError(f"tokenizer {args.tokenizer!r} is for a --server: leave it out")
     if args.engine == "vllm":
-        engine_options = _json_options("engine_options", args.engine_options, '{"max_model_len": 8192}')
+        engine_options = json_options("engine_options", args.engine_options)
         return VLLMEngine(args.model, options, **{"seed": args.seed, **engine_options})
     import torch
 
@@ -111,18 +110,6 @@ def _turn_end(tokenizer: str | None) -> list[int]:
     if end is None:
         raise ValueError(f"tokenizer {tokenizer!r} has no chat template that closes a turn by a token: leave it out")
     return [end]
-
-
-def _json_options(name: str, text: str, example: str) -> dict:
-    try:
-        options = json.loads(text)
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise ValueError(f"{name} must be JSON such as {example}, got {text}")
-    if taken := {"tokenize", "add_generation_prompt", "return_dict", "return_tensors"} & options.keys():
-        raise ValueError(f"{name} must leave out {', '.join(sorted(taken))}, which the engine sets; got {text}")
-    return options
 
 
 def _report(metrics: dict) -> str:

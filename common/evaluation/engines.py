@@ -3,6 +3,7 @@
 import base64
 import gc
 import io
+import json
 import math
 import os
 import sys
@@ -61,6 +62,19 @@ class Engine(Protocol):
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
         """One completion a prompt, in order. Equal prompts and seeds give equal completions, up to rounding."""
         ...
+
+
+def json_options(name: str, text: str, example: str = '{"tensor_parallel_size": 2}') -> dict[str, Any]:
+    """The options that a command takes as JSON; `ValueError` for other text and for what an engine sets itself."""
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"{name} must be JSON such as {example}, got {text}")
+    if taken := {"tokenize", "add_generation_prompt", "return_dict", "return_tensors"} & options.keys():
+        raise ValueError(f"{name} must leave out {', '.join(sorted(taken))}, which the engine sets; got {text}")
+    return options
 
 
 class VLLMEngine:

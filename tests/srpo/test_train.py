@@ -560,3 +560,14 @@ def test_the_doctor_warns_in_words(logs, message):
     (warning,) = doctor.diagnose(logs, first_length=100.0)
     assert message in warning
     assert doctor.diagnose(dict.fromkeys(logs), first_length=100.0) == []
+
+
+def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(evaluate, "VLLMEngine", lambda *names, **options: made.append(options))
+    fields = ["--config", str(config), "--engine", "vllm", "--engine_options"]
+    args, settings = train.parse([*fields, '{"tensor_parallel_size": 2}'])
+    evaluate.build_engine(args.model, args, settings)
+    assert made[0].items() >= {"tensor_parallel_size": 2}.items()
+    assert train.main([*fields, "2", "--dry_run", "true"]) == 2
+    assert 'engine_options must be JSON such as {"tensor_parallel_size": 2}, got 2' in capsys.readouterr().err

@@ -22,8 +22,22 @@ def generation(mode: str) -> SimpleNamespace:
         rows = len(prompts)
         return prompts, [[5, 6]] * rows, [[[-1.0], [None]]] * rows, [[[5], [6]]] * rows
 
-    tokens = SimpleNamespace(image_token_id=PAD)
-    return SimpleNamespace(generate=generate, logprobs=None, mode=mode, processing_class=tokens, seen=seen)
+    tokens, engine = (
+        SimpleNamespace(image_token_id=PAD),
+        SimpleNamespace(reset_encoder_cache=lambda: seen.append("reset")),
+    )
+    return SimpleNamespace(
+        generate=generate, logprobs=None, mode=mode, processing_class=tokens, seen=seen,
+        sync_weights=lambda: seen.append("sync"), llm=SimpleNamespace(llm_engine=engine),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "done"), [("colocate", ["sync", "reset"]), ("server", ["sync"])])
+def test_images_are_encoded_anew_after_a_weight_sync(mode, done):
+    fake = generation(mode)
+    VLLMRollouts(fake)
+    fake.sync_weights()
+    assert fake.seen == done
 
 
 def test_the_parts_of_trl_that_are_used():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -314,18 +315,18 @@ def test_truncated_responses_of_the_teacher_teach_nothing(config, monkeypatch):
 
 def test_responses_are_sampled_by_a_process_of_its_own(config, capsys, monkeypatch):
     """Among the processes of a launcher an engine would join their process group, and end it."""
-    made = []
+    made, several = [], {"main_process_first": nullcontext, "is_main_process": True}
     monkeypatch.setattr(train, "build_engine", lambda args, model, config: made.append(Parrot(model)) or made[-1])
     with monkeypatch.context() as patch:
-        patch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
+        patch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=2, **several))
         patch.setattr(train, "train", lambda args, config: train.teacher_rows(args, config, rows))
         rows = train.load_splits_of(train.parse(["--config", str(config)])[0])["train"]
         said = fails(capsys, config, "--method", "kd")
         assert "lacks 64 of 64 responses" in said and "--sample_only true" in said and not made
-        patch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=1))
+        patch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=1, **several))
         assert train.main(["--config", str(config), "--sample_only", "true"]) == 0
         assert len(made) == 1 and made[0].closed
-        patch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
+        patch.setattr(train, "PartialState", lambda: SimpleNamespace(num_processes=2, **several))
         assert train.main(["--config", str(config), "--method", "kd"]) == 0
     assert len(made) == 1
     args, _ = train.parse(["--config", str(config)])
@@ -506,7 +507,7 @@ def test_grpo_samples_no_image_token_under_vllm(config, monkeypatch):
     class Fake:
         def __init__(self, model, args, **given):
             self.model, self.args = model, args
-            self.vllm_generation = SimpleNamespace(generate=None, mode="colocate")
+            self.vllm_generation = SimpleNamespace(generate=None, sync_weights=None, mode="colocate")
 
     monkeypatch.setattr(baselines, "ResumableGRPOTrainer", Fake)
     trainer = grpo_trainer(config, "--use_vllm", "true")
@@ -684,6 +685,23 @@ def test_a_process_without_a_launcher_trains_on_one_gpu_of_eight(config, monkeyp
     assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
 
 
+@pytest.mark.parametrize("main", [True, False])
+def test_the_first_of_several_processes_makes_the_caches_and_checks_the_images(config, monkeypatch, main):
+    order = []
+
+    @contextmanager
+    def first():
+        order.append("first")
+        yield
+        order.append("then")
+
+    state = SimpleNamespace(is_main_process=main, main_process_first=first)
+    monkeypatch.setattr(train, "PartialState", lambda: state)
+    monkeypatch.setattr(train, "load_splits", lambda *_, check_images, **options: order.append(check_images))
+    train.load_splits_of(train.parse(["--config", str(config)])[0])
+    assert order == ["first", main, "then"]
+
+
 def test_the_engine_is_where_the_trainer_would_be(config, monkeypatch):
     args, settings = train.parse(["--config", str(config)])
     monkeypatch.setattr(type(settings), "device", torch.device("meta"), raising=False)
@@ -727,3 +745,14 @@ def test_tables_of_the_benchmarks_stand_beside_the_papers(vision_data, tmp_path)
     assert "| 8B -> 2B, Geometry3K | 45.4 -> 48.3 (+2.9) |  | 64.6 -> 66.1 (+1.5) |  |" in report.scaling_table(
         tmp_path, 0
     )
+
+
+def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(train, "VLLMEngine", lambda *names, **options: made.append(options))
+    fields = ["--config", str(config), "--engine", "vllm", "--engine_options"]
+    args, settings = train.parse([*fields, '{"tensor_parallel_size": 2}'])
+    train.build_engine(args, args.model, settings)
+    assert made[0].items() >= {"tensor_parallel_size": 2}.items()
+    assert train.main([*fields, "2", "--dry_run", "true"]) == 2
+    assert 'engine_options must be JSON such as {"tensor_parallel_size": 2}, got 2' in capsys.readouterr().err
