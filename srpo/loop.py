@@ -3,6 +3,7 @@
     python -m srpo.loop --config srpo/configs/tiny.yaml
     python -m srpo.loop --config srpo/configs/qwen3_8b.yaml --datasets all --variants grpo,sdpo,srpo --gpus 8
     python -m srpo.loop --config srpo/configs/qwen3_8b.yaml --dry_run      # settings, memory, commands; runs nothing
+    python -m srpo.loop --config srpo/configs/qwen3_8b.yaml --download     # model and data into the caches
 
 Each step is a command of its own that is printed before it runs and does nothing when its result is there already:
 started again after a kill, the experiment goes on. Other `--field value` pairs are passed on to every command.
@@ -11,12 +12,14 @@ started again after a kill, the experiment goes on. Other `--field value` pairs 
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 from .data import missing_source
 from .train import dry_run, load_splits_of, parse, steps_of  # says in one line what is missing without common/
 
 # isort: split
+from common.download import download
 from common.stages import Command, OneGPUEach, check_packages, chosen, launcher, run_experiment, shown
 
 VARIANT_FLAGS = {
@@ -46,21 +49,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="processes for training; 1 starts no launcher")
     parser.add_argument("--sharding", default="zero3", help="accelerate config of TRL used for several GPUs")
     parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--download", action="store_true", help="fetch model and data into the caches; run nothing")
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     fields = ["--config", known.config, *rest]
     try:
-        args, config = parse([*fields, "--dry_run"] if known.dry_run else fields)
+        args, config = parse([*fields, "--dry_run"] if known.dry_run or known.download else fields)
         variants = chosen("variants", known.variants, VARIANT_FLAGS)
         own = known.datasets in (None, args.dataset)
         datasets = [args.dataset] if own else chosen("datasets", known.datasets, BENCHMARKS)
         seeds = chosen("seeds", known.seeds or str(config.seed))
+        sources = [(name, partial(load_splits_of, dataclasses.replace(args, dataset=name))) for name in datasets]
+        if known.download:
+            return download([args.model], sources)
         missing = [problem for dataset in datasets if (problem := missing_source(dataset, args.data))]
         if not known.dry_run:
             check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
             if missing:  # it would show only after the trainings on the data sets before
                 raise ValueError(missing[0])
-            for dataset in datasets:
-                load_splits_of(dataclasses.replace(args, dataset=dataset))
+            for _, load in sources:
+                load()
         stages = plan(fields, args, config, variants, datasets, seeds, launcher(known.gpus, known.sharding))
     except (ValueError, OSError) as error:
         print(f"srpo.loop: {' '.join(str(error).split())}", file=sys.stderr)

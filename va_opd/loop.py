@@ -3,6 +3,7 @@
     python -m va_opd.loop --config va_opd/configs/tiny.yaml
     python -m va_opd.loop --config va_opd/configs/geo3k.yaml --variants opd,va_opd --gpus 8
     python -m va_opd.loop --config va_opd/configs/geo3k.yaml --dry_run      # settings, memory, commands; runs nothing
+    python -m va_opd.loop --config va_opd/configs/geo3k.yaml --download     # models and data into the caches
 
 Each step is a command of its own that is printed before it runs and does nothing when its result is there already:
 started again after a kill, the experiment goes on. Other `--field value` pairs are passed on to every command.
@@ -10,12 +11,20 @@ started again after a kill, the experiment goes on. Other `--field value` pairs 
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
-from .evaluate import benchmark_names
-from .train import ScriptArguments, dry_run, loads_teacher, parse  # says in one line what is missing without common/
+from .evaluate import benchmark_names, paper_benchmark
+from .train import (  # says in one line what is missing without common/
+    ScriptArguments,
+    dry_run,
+    load_splits_of,
+    loads_teacher,
+    parse,
+)
 
 # isort: split
+from common.download import download
 from common.stages import Command, OneGPUEach, check_packages, chosen, launcher, run_experiment, shown
 
 # The variants of Table 1 and Fig. 4a as flags of va_opd.train
@@ -42,13 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="processes for training; 1 starts no launcher")
     parser.add_argument("--sharding", default="zero2", help="accelerate config of TRL used for several GPUs")
     parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--download", action="store_true", help="fetch models and data into the caches; run nothing")
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     fields = ["--config", known.config, *rest]
     try:
-        args, config = parse([*fields, "--dry_run"] if known.dry_run else fields)
-        benchmark_names(args)  # a name that is not there would show only after the training
+        args, config = parse([*fields, "--dry_run"] if known.dry_run or known.download else fields)
+        names = benchmark_names(args)  # a name that is not there would show only after the training
         variants = chosen("variants", known.variants, VARIANT_FLAGS)
         seeds = chosen("seeds", known.seeds or str(config.seed))
+        if known.download:
+            data = [(name, partial(paper_benchmark, args, name)) for name in names]
+            return download([args.model, args.teacher], [(args.dataset, partial(load_splits_of, args)), *data])
         if not known.dry_run:
             check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
         local = loads_teacher(args, config)

@@ -1,0 +1,55 @@
+"""What runs without network need is fetched before, all of it, and what cannot be had is said."""
+
+import pytest
+
+import srpo.loop
+import va_opd.loop
+from common import download
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list[str]:
+    """Names of the models that were asked for; "org/missing" is on no hub."""
+    asked = []
+
+    def fetch(name, ignore_patterns):
+        asked.append(name)
+        if name == "org/missing":
+            raise OSError("no such\nrepository")
+
+    monkeypatch.setattr(download, "snapshot_download", fetch)
+    return asked
+
+
+def test_all_is_fetched_and_what_is_missing_is_said(hub, tmp_path, capsys):
+    loaded = []
+
+    def broken():
+        raise ValueError("has no column")
+
+    data = [("broken", broken), ("whole", lambda: loaded.append("whole"))]
+    models = ["org/missing", "org/a", "org/a", str(tmp_path)]
+    assert download.download(models, data) == 2
+    assert (hub, loaded) == (["org/missing", "org/a"], ["whole"])
+    said = capsys.readouterr()
+    assert said.err.splitlines() == ["org/missing: no such repository", "broken: has no column"]
+    assert said.out.splitlines()[-1] == "2 are missing"
+    assert download.download(["org/a"], []) == 0
+    assert "HF_HUB_OFFLINE=1" in capsys.readouterr().out
+
+
+def test_an_experiment_names_all_that_it_needs(hub, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(va_opd.loop, "load_splits_of", lambda args: loaded.append(args.dataset))
+    monkeypatch.setattr(va_opd.loop, "paper_benchmark", lambda args, name: loaded.append(name))
+    assert va_opd.loop.main(["--config", "va_opd/configs/geo3k.yaml", "--download"]) == 0
+    assert hub == ["Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"]
+    assert loaded == [
+        "geo3k",
+        *["wemath", "mathvista", "mathverse", "hallusionbench", "ai2d", "mmmu", "mmstar", "ocrbench"],
+    ]
+
+    hub.clear(), loaded.clear()
+    monkeypatch.setattr(srpo.loop, "load_splits_of", lambda args: loaded.append(args.dataset))
+    assert srpo.loop.main(["--config", "srpo/configs/qwen3_8b.yaml", "--datasets", "all", "--download"]) == 0
+    assert (hub, loaded) == (["Qwen/Qwen3-8B"], list(srpo.loop.BENCHMARKS))
