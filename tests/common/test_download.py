@@ -1,10 +1,14 @@
 """What runs without network need is fetched before, all of it, and what cannot be had is said."""
 
+from pathlib import Path
+
 import pytest
 
 import srpo.loop
 import va_opd.loop
 from common import download
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def test_an_experiment_names_all_that_it_needs(hub, monkeypatch):
     loaded = []
     monkeypatch.setattr(va_opd.loop, "load_splits_of", lambda args: loaded.append(args.dataset))
     monkeypatch.setattr(va_opd.loop, "paper_benchmark", lambda args, name: loaded.append(name))
-    assert va_opd.loop.main(["--config", "va_opd/configs/geo3k.yaml", "--download"]) == 0
+    assert va_opd.loop.main(["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), "--download"]) == 0
     assert hub == ["Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"]
     assert loaded == [
         "geo3k",
@@ -51,5 +55,7 @@ def test_an_experiment_names_all_that_it_needs(hub, monkeypatch):
 
     hub.clear(), loaded.clear()
     monkeypatch.setattr(srpo.loop, "load_splits_of", lambda args: loaded.append(args.dataset))
-    assert srpo.loop.main(["--config", "srpo/configs/qwen3_8b.yaml", "--datasets", "all", "--download"]) == 0
+    assert (
+        srpo.loop.main(["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--datasets", "all", "--download"]) == 0
+    )
     assert (hub, loaded) == (["Qwen/Qwen3-8B"], list(srpo.loop.BENCHMARKS))
