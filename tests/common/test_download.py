@@ -55,6 +55,29 @@ def test_an_experiment_names_all_that_it_needs(hub, monkeypatch):
 
     hub.clear(), loaded.clear()
     monkeypatch.setattr(srpo.loop, "load_splits_of", lambda args: loaded.append(args.dataset))
+    config = str(ROOT / "srpo/configs/qwen3_8b.yaml")
+    assert srpo.loop.main(["--config", config, "--datasets", "all", "--download"]) == 0
+    assert (hub, loaded) == (["org/missing", "org/a"], ["whole"])
+    said = capsys.readouterr()
+    assert said.err.splitlines() == ["org/missing: no such repository", "broken: has no column"]
+    assert said.out.splitlines()[-1] == "2 are missing"
+    assert download.download(["org/a"], []) == 0
+    assert "HF_HUB_OFFLINE=1" in capsys.readouterr().out
+
+
+def test_an_experiment_names_all_that_it_needs(hub, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(va_opd.loop, "load_splits_of", lambda args: loaded.append(args.dataset))
+    monkeypatch.setattr(va_opd.loop, "paper_benchmark", lambda args, name: loaded.append(name))
+    assert va_opd.loop.main(["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), "--download"]) == 0
+    assert hub == ["Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"]
+    assert loaded == [
+        "geo3k",
+        *["wemath", "mathvista", "mathverse", "hallusionbench", "ai2d", "mmmu", "mmstar", "ocrbench"],
+    ]
+
+    hub.clear(), loaded.clear()
+    monkeypatch.setattr(srpo.loop, "load_splits_of", lambda args: loaded.append(args.dataset))
     assert (
         srpo.loop.main(["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--datasets", "all", "--download"]) == 0
     )
