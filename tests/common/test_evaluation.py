@@ -150,6 +150,10 @@ def test_a_folder_that_did_not_record_the_chat_template_goes_on(tmp_path):
 def test_a_folder_without_a_record_can_be_claimed_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(Echo(fail_after=0), numbers(), tmp_path, samples=4, decoding=SAMPLED)
+    lost = Echo()
+    lost.generate = lambda prompts, decoding, seeds: [None] * len(prompts)
+    with pytest.raises(ConnectionError, match="requests to echo failed"):
+        evaluate(lost, numbers(), tmp_path, samples=3, decoding=SAMPLED)
     assert evaluate(Echo(), numbers(), tmp_path, samples=2, decoding=SAMPLED)["samples"] == 2
 
 
