@@ -75,15 +75,18 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
 
-def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
-    """Appends one line, on disk when this returns. A half-written line of a killed writer is closed off first."""
+def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
+    """Appends a line a record, all on disk when this returns. A half-written line of a killed writer is dropped first.
+
+    A kill leaves the first few of them, the last of which may be half-written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(_plain(record), allow_nan=False) + "\n"
+    lines = "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records)
     with path.open("ab+") as file:
         if file.tell() and not _ends_line(file):
             _drop_half_line(file)
-        file.write(line.encode())
+        file.write(lines.encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -32,7 +32,7 @@ from .budget import Budget
 from .config import RDiverseConfig
 from .memory import MemoryBank
 from .questions import challenger_prompt, last_box, read_challenge, solver_prompt
-from .skills import SkillEncoder
+from .skills import ENGINE, SkillEncoder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -201,9 +201,17 @@ def usable(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def embed(folder: Path, skills: SkillEncoder, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Skill vectors of the usable questions; a row without one is NaN."""
+    """Skill vectors of the usable questions; a row without one is NaN.
+
+    Raises `ConnectionError` where requests for programs failed: later stages would drop those questions for good.
+    """
     questions = [row["question"] for row in rows]
     programs = skills.programs(questions)
+    if lost := sum(program.failure == ENGINE for program in programs):
+        raise ConnectionError(
+            f"{lost} of {len(programs)} questions have no program because requests to {skills.coder.name} failed; the "
+            "same command goes on here with these"
+        )
     embeddings, ok = skills.embed(programs)
     temporary = folder / ".embeddings.npy"
     np.save(temporary, embeddings)

@@ -44,7 +44,7 @@ def diagnose(logs: Mapping[str, float]) -> list[str]:
         ),
         (
             logs.get("challenger/unanswered", 0.0) > 0.1,
-            "the Solver's engine failed on more than a tenth of the questions: look at its log",
+            "an engine, the Solver's or the coder's, failed on more than a tenth of the questions: look at its log",
         ),
         (
             logs.get("challenger/encoded", 1.0) < 0.5,

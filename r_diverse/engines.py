@@ -13,10 +13,12 @@ CODER = "Qwen/Qwen2.5-Coder-7B-Instruct"
 
 
 class Generation(NamedTuple):
-    """`text` without the stop string; `finished` is False where the token limit cut it."""
+    """`text` without the stop string; `finished` is False where the token limit cut it, `refused` is True for a
+    prompt that a server does not take, while it takes others."""
 
     text: str
     finished: bool
+    refused: bool = False
 
 
 class Engine(Protocol):
@@ -89,7 +91,8 @@ class TransformersEngine:
 class ServerEngine:
     """Generates on a server that speaks OpenAI's completions and takes token ids, such as `vllm serve`.
 
-    A request that still fails after its retries gives None for its prompt alone.
+    A request that still fails after its retries gives None for its prompt alone, one that the server refuses (status
+    400) an empty generation.
 
     Args:
         base_url: such as "http://localhost:8000/v1".
@@ -101,7 +104,7 @@ class ServerEngine:
         retries: of one request, with growing pauses.
 
     Raises `ConnectionError` from `generate` if no request of a call can reach the model, or if it refuses all of
-    several.
+    several before it has answered any.
     """
 
     def __init__(
@@ -117,17 +120,21 @@ class ServerEngine:
         self._openai = need("openai", "openai", "skills")
         self._client = self._openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
         self.base_url, self.model, self.workers, self.name = base_url, model, workers, name or model
+        self._has_answered = False
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: str) -> list[Generation | None]:
         with ThreadPoolExecutor(self.workers) as pool:
             results = list(pool.map(lambda ids: self._one(list(ids), max_new_tokens, stop), prompts))
         errors = [result for result in results if isinstance(result, Exception)]
+        self._has_answered |= len(errors) < len(results)
+        refused = [isinstance(result, self._openai.BadRequestError) for result in results]
+        prompt_alone = self._has_answered or len(results) == 1  # may be the reason of a refusal
         lost = (
             self._openai.APIConnectionError,
             self._openai.AuthenticationError,
             self._openai.PermissionDeniedError,
             self._openai.NotFoundError,
-            *([self._openai.BadRequestError] if len(results) > 1 else []),  # of one prompt it may be the prompt
+            *([] if prompt_alone else [self._openai.BadRequestError]),
         )
         if errors and len(errors) == len(results) and all(isinstance(error, lost) for error in errors):
             raise ConnectionError(
@@ -136,7 +143,10 @@ class ServerEngine:
             ) from errors[0]
         if errors:
             logger.warning("%d of %d requests to %s failed: %s", len(errors), len(results), self.base_url, errors[0])
-        return [None if isinstance(result, Exception) else result for result in results]
+        return [
+            Generation("", False, refused=True) if no else None if isinstance(result, Exception) else result
+            for result, no in zip(results, refused, strict=True)
+        ]
 
     def _one(self, ids: list[int], max_new_tokens: int, stop: str) -> Generation | Exception:
         try:

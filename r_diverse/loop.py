@@ -7,14 +7,16 @@
     python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --dry_run            # settings, memory
 
 With --variants or --seeds, each run is a command of its own and a report of all of them comes last. Started again
-after a kill, a run goes on in the stage where it was. `--challenger.field value` and `--solver.field value` set the
-phases.
+after a kill, a run goes on in the stage where it was, and --more to the iteration where it wanted to go.
+`--challenger.field value` and `--solver.field value` set the phases.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import gc
+import itertools
+import json
 import os
 import shutil
 import sys
@@ -24,7 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers.utils import logging
+import yaml
+from transformers.utils import cached_file, logging
 
 from .config import RDiverseConfig
 from .memory import MemoryBank
@@ -39,7 +42,15 @@ from common.cli import run_main
 from common.evaluation import BENCHMARKS
 from common.once import StageError, digest, once, read_counts, read_inputs
 from common.preemption import call, end_with_parent
-from common.runs import RunFolder, check_writable, exclusive, fingerprint, read_jsonl
+from common.runs import (
+    RunFolder,
+    atomic_write_json,
+    atomic_write_text,
+    check_writable,
+    exclusive,
+    fingerprint,
+    read_jsonl,
+)
 from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown, visible
 
 from . import analysis, data, evaluate
@@ -120,6 +131,7 @@ def play(settings: Settings) -> None:
             f"model {run.model!r} holds a LoRA adapter, which neither TRL's KL reference nor vLLM's servers would "
             "have: save the merged model first (common.models.load_model(...).save_pretrained(...), and its tokenizer)"
         )
+    check_skill_models(run)
     used = model_digests(run)
     try:
         check_writable(root)
@@ -135,10 +147,46 @@ def play(settings: Settings) -> None:
         folder.finish()
 
 
+def asks_coder(run: RDiverseConfig) -> bool:
+    """Whether a model writes programs."""
+    return run.coder != "rules" and run.measure != "question"
+
+
+def check_skill_models(run: RDiverseConfig) -> None:
+    """Raises `ValueError` where coder or encoder cannot be had: a run is bound to them long before it loads them."""
+    if asks_coder(run):
+        try:
+            template = models.load_processor(run.coder).chat_template
+        except (OSError, ValueError) as error:
+            raise ValueError(f"coder: {error}") from error
+        if run.coder_chat and not template:
+            raise ValueError(
+                f"coder_chat=True, but the tokenizer of coder {run.coder!r} has no chat template: set coder_chat to "
+                "false, or choose an instruct model"
+            )
+    if run.encoder != "minilm" and not _is_encoder(run.encoder):
+        raise ValueError(
+            f"encoder {run.encoder!r}: it is no folder with a modules.json or config.json, and the hub cannot be "
+            "reached or has no model of this name; pass a hub id or a folder of sentence-transformers, or minilm"
+        )
+
+
+def _is_encoder(name: str) -> bool:
+    names = (name,) if "/" in name else (name, f"sentence-transformers/{name}")  # which that library tries, too
+    return any(_has(model, file) for model in names for file in ("modules.json", "config.json"))
+
+
+def _has(model: str, file: str) -> bool:
+    try:
+        return cached_file(model, file) is not None
+    except (OSError, ValueError):
+        return False
+
+
 def model_digests(run: RDiverseConfig) -> dict[str, str]:
     """What tells whether base, coder and encoder are the same: a digest of a folder's files, or the hub's commit."""
     names = {"model": run.model}
-    if run.coder != "rules" and run.measure != "question":
+    if asks_coder(run):
         names["coder"] = run.coder
     if run.encoder != "minilm":
         names["encoder"] = run.encoder
@@ -275,7 +323,7 @@ class SelfPlay:
         run = self.run_config
         with contextlib.ExitStack() as stack:
             url = None
-            if run.engine == "vllm" and run.coder != "rules" and run.measure != "question":
+            if run.engine == "vllm" and asks_coder(run):
                 url = stack.enter_context(self._coder_server(folder, run.engine_memory / 2, None))
             return data.embed(folder, skill_encoder(run, self.root / "programs", url), rows)
 
@@ -377,7 +425,10 @@ class SelfPlay:
 
     def _launch(self, phase: str, t: int, flags: list[str], gpus: list[int]) -> None:
         words = [*launcher(len(gpus), self.run_config.sharding), "r_diverse.train", phase, "--iteration", str(t)]
-        words += [*flags, *self.settings.argv]
+        # A copy of the config as it was at the start: the file may have been edited for another run since
+        config = self._folder(t, phase) / ".config.yaml"
+        atomic_write_text(config, yaml.safe_dump(self.settings.config))
+        words += [*flags, *self.settings.argv, "--config", str(config)]
         print(f"$ {shown((phase, words))}", flush=True)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible(gpus)}
         if code := call(words, environment):
@@ -465,7 +516,8 @@ def _main(argv: list[str]) -> int:
     settings = parse(fields)
     variants = chosen("variants", known.variants, VARIANT_FLAGS) if known.variants else [""]
     seeds = chosen("seeds", known.seeds or str(settings.run.seed))
-    stages = experiment(settings, fields, variants, seeds, known.more) if known.variants or known.seeds else []
+    goals = goals_of(fields, variants, seeds, known.more)
+    stages = experiment(settings, fields, variants, seeds, goals) if known.variants or known.seeds else []
     if known.dry_run or settings.run.dry_run:
         print(dry_run(settings), *(f"$ {shown(command)}" for stage in stages for command in stage), sep="\n")
         return 0
@@ -473,13 +525,33 @@ def _main(argv: list[str]) -> int:
     check_packages(uses_vllm, settings.run.gpus, settings.run.sharding)
     if settings.run.gpus:
         visible(range(settings.run.gpus))
+    check_gpus(settings.run)
     check_context(settings.run)
+    for root, iterations in goals.items():
+        atomic_write_json(_begun(root), {"more": known.more, "iterations": iterations})
     if stages:
-        run = settings.run
-        return run_experiment("r_diverse.loop", stages, Path(run.out) / "r_diverse" / run.experiment / "logs")
-    versions.announce("r_diverse.loop")
-    play(with_more(settings, known.more))
-    return 0
+        code = run_experiment("r_diverse.loop", stages, run_path(settings.run).parent / "logs")
+    else:
+        versions.announce("r_diverse.loop")
+        iterations = goals.get(run_path(settings.run), settings.run.iterations)
+        play(settings._replace(run=dataclasses.replace(settings.run, iterations=iterations)))
+        code = 0
+    for root in [] if code else goals:
+        _begun(root).unlink(missing_ok=True)
+    return code
+
+
+def check_gpus(run: RDiverseConfig) -> None:
+    """Raises `ValueError` for numbers of GPUs with which a phase would end late, or run without its servers."""
+    if not torch.cuda.is_available():  # vLLM and several processes also run on CPUs
+        return
+    if run.engine == "vllm" and not run.gpus:
+        raise ValueError(
+            "engine=vllm needs gpus, got gpus=0, with which transformers would answer in the Challenger's reward: set "
+            "gpus to 1 or more, or engine to transformers"
+        )
+    if run.gpus > (found := torch.cuda.device_count()):
+        raise ValueError(f"gpus={run.gpus}, but this process sees {found}: lower gpus, or let it see more")
 
 
 def check_context(run: RDiverseConfig) -> None:
@@ -494,30 +566,47 @@ def check_context(run: RDiverseConfig) -> None:
             )
 
 
-def with_more(settings: Settings, more: int | None) -> Settings:
-    """Settings that end `more` iterations after the finished ones; an unfinished one counts as the first of them."""
+def goals_of(fields: list[str], variants: list[str], seeds: list[str], more: int | None) -> dict[Path, int]:
+    """Iterations that `--more` ends with, by run folder; nothing without `--more`.
+
+    That is `more` beyond the finished ones, of which an unfinished one is the first. The same command that was stopped
+    before its end, which an experiment's report belongs to, ends where it wanted to.
+    """
     if more is None:
-        return settings
+        return {}
     if more < 1:
         raise ValueError(f"more must be at least 1, got {more}")
-    target = finished_iterations(run_path(settings.run)) + more
-    return settings._replace(run=dataclasses.replace(settings.run, iterations=target))
+    roots = [run_path(parse(_flags_of(fields, *run)).run) for run in itertools.product(variants, seeds)]
+    return {root: _goal(root, more) for root in roots}
+
+
+def _goal(root: Path, more: int) -> int:
+    finished, begun = finished_iterations(root), _begun(root)
+    before = json.loads(begun.read_text()) if begun.exists() else {}
+    same = before.get("more") == more and finished <= before["iterations"] <= finished + more  # else of another folder
+    return before["iterations"] if same else finished + more
+
+
+def _begun(root: Path) -> Path:
+    """Is there while a `--more` of a run is not at its end. Beside the run's folder, which only the run begins."""
+    return root.with_name(f".{root.name}.more.json")
+
+
+def _flags_of(fields: list[str], name: str, seed: str) -> list[str]:
+    return [*fields, *VARIANT_FLAGS.get(name, []), "--seed", seed]
 
 
 def experiment(
-    settings: Settings, fields: list[str], variants: list[str], seeds: list[str], more: int | None
+    settings: Settings, fields: list[str], variants: list[str], seeds: list[str], goals: dict[Path, int]
 ) -> list[list[Command]]:
     """Stages in order: the base of the embedded task, all runs, the report. The variant "" is that of the fields."""
     python, run = [sys.executable, "-m"], settings.run
-    runs = [
-        (
-            f"{name or variant(run)}-seed{seed}",
-            [*python, "r_diverse.loop", *fields, *VARIANT_FLAGS.get(name, []), "--seed", seed]
-            + ([] if more is None else ["--more", str(more)]),
-        )
-        for seed in seeds
-        for name in variants
-    ]
+    runs = []
+    for seed, name in itertools.product(seeds, variants):
+        flags = _flags_of(fields, name, seed)
+        if goals:
+            flags += ["--iterations", str(goals[run_path(parse(flags).run)])]
+        runs.append((f"{name or variant(run)}-seed{seed}", [*python, "r_diverse.loop", *flags]))
     stages = [runs, [("report", [*python, "benchmarks.r_diverse", *fields])]]
     if run.benchmarks == "arithmetic" and run.coder == "rules":  # the embedded task, whose base is taught here
         stages.insert(0, [("make-base", [*python, "r_diverse.data", "base", run.model])])

@@ -415,9 +415,13 @@ class ModelCoder:
 
     def write(self, questions: Sequence[str]) -> list[Program]:
         programs = self._attempt(questions, "" if self.chat else f"{OPEN}\n", self.max_new_tokens)
-        final = (None, "long_question", "control_token", ENGINE)
+        final = (None, "long_question", "control_token", "refused", ENGINE)
         again = [i for i, program in enumerate(programs) if program.failure not in final]
-        retried = self._attempt([questions[i] for i in again], RETRY_PREFIX, 2 * self.max_new_tokens)
+        try:
+            retried = self._attempt([questions[i] for i in again], RETRY_PREFIX, 2 * self.max_new_tokens)
+        except ConnectionError as error:  # the server has ended meanwhile; the programs of the first try stay
+            logger.warning("%s", error)
+            retried = [Program(None, ENGINE)] * len(again)
         for i, program in zip(again, retried, strict=True):
             programs[i] = program
         return programs
@@ -434,9 +438,10 @@ class ModelCoder:
         asked = [i for i, program in enumerate(programs) if program is None]
         answers = self.engine.generate([prompts[i] for i in asked], budget, CLOSE) if asked else []
         for i, answer in zip(asked, answers, strict=True):
-            failed = answer is None
-            text = "" if failed else prefix + answer.text
-            programs[i] = Program(None, ENGINE) if failed else read_answer(text, answer.finished, questions[i])
+            if answer is None or answer.refused:
+                programs[i] = Program(None, ENGINE if answer is None else "refused")
+            else:
+                programs[i] = read_answer(prefix + answer.text, answer.finished, questions[i])
         return programs
 
     def _prompt(self, question: str, prefix: str) -> list[int]:

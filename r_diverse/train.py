@@ -10,6 +10,7 @@ A phase resumes from its last checkpoint and does nothing when it is done. The s
 from __future__ import annotations  # the trainer is imported where it is used: `--help` needs none
 
 import argparse
+import copy
 import dataclasses
 import json
 import sys
@@ -42,6 +43,7 @@ try:
     from common.stages import on_one_gpu
 
     from .data import (
+        BATCH,
         answer_decoding,
         answer_of,
         boxed_reward,
@@ -59,12 +61,13 @@ PHASES = ("challenger", "solver")
 
 
 class Settings(NamedTuple):
-    """A run's settings and those of its phases."""
+    """A run's settings and those of its phases; the flags and the content of the config file that they are from."""
 
     run: RDiverseConfig
     challenger: ChallengerConfig
     solver: SolverConfig
     argv: list[str]
+    config: dict[str, Any]
 
     def plain(self) -> dict[str, Any]:
         """What defines the run, as plain values: every field of the run, and the changed ones of its phases."""
@@ -101,7 +104,8 @@ def parse(argv: list[str]) -> Settings:
     words: dict[str, list[str]] = {name: [] for name in ("run", *PHASES)}
     given = [w.partition("=")[2] for w in argv if w.startswith("--config=")]
     given += [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
-    content = read_config(given[-1], "r_diverse/configs/") if given else {}
+    config = read_config(given[-1], "r_diverse/configs/") if given else {}
+    content = copy.deepcopy(config)
     for name in PHASES:
         section = content.pop(name, None) or {}
         if not isinstance(section, dict):
@@ -131,7 +135,7 @@ def parse(argv: list[str]) -> Settings:
             parsed += parse_fields(words[name], (cls,), "r_diverse/configs/")
         except ValueError as error:
             raise ValueError(f"{error}" if name == "run" else f"{name}: {error}") from error
-    settings = Settings(*parsed, argv)
+    settings = Settings(*parsed, argv, config)
     models.check_lora(settings.run.lora_rank, settings.run.load_in_4bit)
     for name in PHASES:
         _take_template_options(name, getattr(settings, name), settings.run.chat_template_kwargs)
@@ -243,7 +247,7 @@ def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None
         coder = ModelCoder(engine, tokenizer, chat=run.coder_chat)
     centre = arithmetic_programs() if rules and coder is not None else ()
     encoder = minilm(centre=centre) if run.encoder == "minilm" else SentenceEncoder(run.encoder)
-    return SkillEncoder(coder, encoder, cache)
+    return SkillEncoder(coder, encoder, cache, chunk_size=BATCH["vllm" if coder_url else "transformers"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

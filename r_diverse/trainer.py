@@ -25,7 +25,7 @@ from .config import RDiverseConfig
 from .doctor import DoctorCallback
 from .memory import MemoryBank
 from .questions import Challenge, read_challenge, turn_end_id
-from .skills import SkillEncoder
+from .skills import ENGINE, Program, SkillEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,8 @@ class ChallengerReward:
     Raises `ValueError` for a reward that lacks `skills` or `bank`, and for a bank whose vectors another encoder made.
 
     After each call `last_batch` on the main process holds the parts of all rewards by name, each with B rows. A row
-    gets None, no gradient, where the engine could not answer its question.
+    gets None, no gradient, where an engine failed: the Solver's on its question, or the coder's on its program. What
+    was not measured is NaN.
     """
 
     __name__ = "challenger_reward"
@@ -198,7 +199,8 @@ class ChallengerReward:
         """Parts of the reward of a whole batch, without any process group: arrays (B,) and lists by name."""
         config = self.config
         valid = np.array([challenge.valid for challenge in challenges], bool)
-        repetition, memory, extra = self._penalties(challenges, valid)
+        repetition, memory, lost, extra = self._penalties(challenges, valid)
+        consistency = np.where(lost, np.nan, np.asarray(consistency, float))  # no reward
         lowest = objective.lowest_valid_reward(
             config.alpha, config.beta, config.gamma, config.tau_max, config.tau_mean
         )
@@ -209,30 +211,39 @@ class ChallengerReward:
         )
         if config.penalty == "r_zero":  # which has a reward of its own for an output without the form
             reward[~valid] = objective.r_zero_formless_reward(repetition[~valid], config.alpha)
+        repetition[lost] = memory[lost] = np.nan
         return {
             "questions": [challenge.question for challenge in challenges],
             "failures": [challenge.failure for challenge in challenges],
             "valid": valid,
-            "consistency": np.asarray(consistency, float),
+            "consistency": consistency,
             "repetition": repetition,
             "memory": memory,
             "reward": reward,
             **extra,
         }
 
-    def _penalties(self, challenges, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        nothing, size = np.zeros(len(challenges)), len(challenges)
+    def _penalties(self, challenges, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """P_rep and P_MAP, whether the coder's engine failed on the question, all (B,), and what else is logged.
+
+        Nobody knows the skill of a lost question, so the others are compared as if it were not in the batch.
+        """
+        repetition, memory, lost = np.zeros(len(valid)), np.zeros(len(valid)), np.zeros(len(valid), bool)
         if self.config.penalty == "none":
-            return nothing, nothing, {}
+            return repetition, memory, lost, {}
         if self.config.penalty == "r_zero":  # an output without the form is the empty text, as in its release
             texts = [challenge.question if challenge.valid else "" for challenge in challenges]
             repetition = objective.bleu_repetition_penalty(texts, self.config.distance_threshold)
-            return repetition, nothing, {"clusters": objective.cluster_sizes(repetition[valid], size)}
-        questions = [challenge.question for challenge in challenges if challenge.valid]
+            return repetition, memory, lost, {"clusters": objective.cluster_sizes(repetition[valid], len(valid))}
+        programs = self._programs([challenge.question for challenge in challenges if challenge.valid])
+        lost[valid] = [program.failure == ENGINE for program in programs]
         text = self.config.measure in ("program_text", "question_text")
-        rows, ok = self._texts(questions) if text else self.skills.encode(questions)
-        rows = [row for row, good in zip(rows, ok, strict=True) if good] if text else rows[ok]
-        repetition, memory = nothing.copy(), nothing.copy()
+        if text:
+            rows, ok = _codes(programs), np.array([program.ok for program in programs], bool)
+        else:
+            vectors, ok = self.skills.embed(programs)
+            rows = vectors[ok]
+        size = len(valid) - int(lost.sum())
         shares = self._repetition(rows, text, size)
         repetition[valid] = objective.scatter_penalty(shares, ok, 1.0)
         extra = {"encoded": int(ok.sum()), "clusters": objective.cluster_sizes(shares, size)}
@@ -247,16 +258,15 @@ class ChallengerReward:
             penalties = objective.memory_penalty(p_max, p_mean, *limits)
             memory[valid] = objective.scatter_penalty(penalties, ok, worst)
             extra |= {"p_max": p_max, "p_mean": p_mean}
-        return repetition, memory, extra
+        return repetition, memory, lost, extra
 
     def _remembers(self) -> bool:
         return self.config.beta > 0 and len(self.bank) > 0
 
-    def _texts(self, questions: list[str]) -> tuple[list[str | None], np.ndarray]:
+    def _programs(self, questions: list[str]) -> list[Program]:
         if self.config.measure == "question_text":
-            return questions, np.ones(len(questions), bool)
-        programs = self.skills.programs(questions)
-        return [program.code for program in programs], np.array([program.ok for program in programs], bool)
+            return [Program(question) for question in questions]
+        return self.skills.programs(questions)
 
     def _repetition(self, rows, text: bool, size: int) -> np.ndarray:
         if not len(rows):
@@ -271,10 +281,14 @@ class ChallengerReward:
             return np.zeros(0), np.zeros(0)
         if not text:
             return self.bank.similarity(rows)
-        past, ok = self._texts([row["question"] for row in self.bank.records(np.arange(len(self.bank)))])
-        past = [row for row, good in zip(past, ok, strict=True) if good]
+        records = self.bank.records(np.arange(len(self.bank)))
+        past = _codes(self._programs([record["question"] for record in records]))
         similarity = objective.bleu_similarity(rows, past)
         return similarity.max(1), similarity.mean(1)
+
+
+def _codes(programs: Sequence[Program]) -> list[str]:
+    return [program.code for program in programs if program.ok]
 
 
 def batch_figures(parts: dict[str, Any]) -> dict[str, float]:
@@ -285,16 +299,16 @@ def batch_figures(parts: dict[str, Any]) -> dict[str, float]:
     figures |= {f"challenger/failure/{name}": count / size for name, count in sorted(failures.items())}
     if valid.any():
         figures["challenger/unanswered"] = np.isnan(consistency).mean()
-        for name in ("repetition", "memory"):
-            figures[f"challenger/{name}"] = parts[name][valid].mean()
+        if (compared := valid & ~np.isnan(parts["repetition"])).any():
+            figures |= {f"challenger/{name}": parts[name][compared].mean() for name in ("repetition", "memory")}
+            if "encoded" in parts:
+                figures["challenger/encoded"] = parts["encoded"] / compared.sum()
         if (measured := consistency[~np.isnan(consistency)]).size:
             figures["challenger/consistency"] = measured.mean()
             figures["challenger/uncertainty"] = objective.uncertainty(measured).mean()
         questions = [q for q, good in zip(parts["questions"], valid, strict=True) if good]
         figures["challenger/distinct"] = len(set(questions)) / len(questions)
         figures["challenger/late"] = parts.get("late", 0) / valid.sum()
-    if "encoded" in parts and valid.any():
-        figures["challenger/encoded"] = parts["encoded"] / valid.sum()
     figures |= {f"challenger/{name}": parts[name] for name in ("bank", "median_cosine") if name in parts}
     return {name: float(value) for name, value in (figures | _spread(parts)).items()}
 

@@ -193,14 +193,16 @@ def _generate(
 ) -> None:
     prompts = [Prompt(rows[key]["prompt"], _opened(rows[key].get("images") or ())) for key, _ in part]
     seeds = [_sample_seed(seed, key, sample) for key, sample in part]
-    completions = engine.generate(prompts, decoding, seeds)
+    completions, records = engine.generate(prompts, decoding, seeds), []
     for (key, sample), completion in zip(part, completions, strict=True):
         if completion is None or (completion.finish_reason == "refused" and not keep_refused):
             break  # what follows comes again, so that the order of the records is that of an undisturbed run
         if (key, sample) not in done:
             record = {"id": key, "sample": sample, "response": completion.text}
             counts = {"num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason}
-            append_jsonl(path, {**record, **counts})
+            records.append({**record, **counts})
+    if records:
+        append_jsonl(path, *records)  # at once: a write waits for the disk, on network file systems for long
     if lost := sum(completion is None for completion in completions):
         raise ConnectionError(f"{lost} of {len(part)} requests to {engine.name} failed; the same command goes on here")
     refused = sum(completion.finish_reason == "refused" for completion in completions)

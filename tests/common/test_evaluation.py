@@ -1,5 +1,6 @@
 """The harness: benchmarks, engines, records that survive a kill, metrics that follow from records."""
 
+import contextlib
 import copy
 import gc
 import json
@@ -98,6 +99,22 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
     assert nothing.asked == []
 
 
+def test_batches_of_which_a_kill_left_a_part_are_completed(tmp_path, monkeypatch):
+    """A batch is written at once and waited for once; kills may cut it anywhere, also one after the other."""
+    rows, straight, killed, waits = numbers().rows, tmp_path / "straight.jsonl", tmp_path / "killed.jsonl", []
+    monkeypatch.setattr("common.runs.os.fsync", waits.append)
+    generate_samples(Echo(), rows, straight, 3, SAMPLED, batch=8)
+    assert len(waits) == 4  # of 30 records
+    whole = straight.read_bytes()
+    for cut in (1, len(whole) // 9, len(whole) // 3, whole.index(b"\n", len(whole) // 2) + 1, len(whole) - 1):
+        killed.write_bytes(whole[:cut])
+        with contextlib.suppress(KeyboardInterrupt):  # none where one batch is the rest
+            generate_samples(Echo(fail_after=8), rows, killed, 3, SAMPLED, batch=8)
+        killed.write_bytes(killed.read_bytes()[:-20])
+        generate_samples(Echo(), rows, killed, 3, SAMPLED, batch=8)
+        assert killed.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [({"seed": 1}, "seed"), ({"samples": 2}, "samples"), ({"decoding": Decoding(0.5)}, "decoding")],
@@ -145,6 +162,10 @@ def test_a_folder_that_did_not_record_engine_and_chat_template_goes_on(tmp_path)
 def test_a_folder_without_a_record_can_be_claimed_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(Echo(fail_after=0), numbers(), tmp_path, samples=4, decoding=SAMPLED)
+    lost = Echo()
+    lost.generate = lambda prompts, decoding, seeds: [None] * len(prompts)
+    with pytest.raises(ConnectionError, match="requests to echo failed"):
+        evaluate(lost, numbers(), tmp_path, samples=3, decoding=SAMPLED)
     assert evaluate(Echo(), numbers(), tmp_path, samples=2, decoding=SAMPLED)["samples"] == 2
 
 

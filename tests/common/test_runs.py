@@ -208,6 +208,15 @@ def test_a_half_written_last_line_is_dropped_and_written_over(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_several_records_wait_for_the_disk_once(tmp_path, monkeypatch):
+    path, waits = tmp_path / "samples.jsonl", []
+    monkeypatch.setattr(runs.os, "fsync", waits.append)
+    path.write_text('{"id": 0}\n{"id"')
+    runs.append_jsonl(path, {"id": 1}, {"id": 2, "text": "a\nb"}, {"id": 3})
+    assert runs.read_jsonl(path) == [{"id": 0}, {"id": 1}, {"id": 2, "text": "a\nb"}, {"id": 3}]
+    assert len(waits) == 1
+
+
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')

@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -26,7 +27,7 @@ from common.once import StageError, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
 from r_diverse import MemoryBank, RDiverseConfig, budget, data, loop, train  # noqa: E402
 from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, finished_iterations, main, run_path, variant  # noqa: E402
-from r_diverse.skills import Program  # noqa: E402
+from r_diverse.skills import Program, SkillEncoder  # noqa: E402
 from r_diverse.train import parse  # noqa: E402
 
 CONFIGS = sorted((ROOT / "r_diverse" / "configs").glob("*.yaml"))
@@ -150,10 +151,10 @@ def test_another_iteration_goes_on(base, finished, tmp_path):
     assert again(base, finished, iterations=3) == 0
     assert finished_iterations(finished) == 3
     assert yaml.safe_load((finished / "config.yaml").read_text())["iterations"] == 3
-    settings = parse(small(base, finished.parents[2]))
-    assert loop.with_more(settings, 1).run.iterations == 4
+    fields = small(base, finished.parents[2])
+    assert loop.goals_of(fields, [""], ["0"], 1) == {finished: 4}
     with pytest.raises(ValueError, match="more must be at least 1"):
-        loop.with_more(settings, 0)
+        loop.goals_of(fields, [""], ["0"], 0)
 
 
 def test_the_report_has_every_iteration(base, finished):
@@ -291,9 +292,102 @@ def test_another_local_encoder_or_coder_under_the_same_name_is_refused(base, tmp
     assert set(loop.model_digests(parse([f"--model={base}", "--coder=rules", "--encoder=minilm"]).run)) == {"model"}
 
 
-def test_a_hub_id_has_the_commit_that_is_loaded(monkeypatch):
-    from types import SimpleNamespace
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coder": "Qwen/Qwen2.5-Codr"}, "coder: model 'Qwen/Qwen2.5-Codr': it is no local folder, and the hub"),
+        ({"coder": "/nowhere"}, "coder: model '/nowhere': there is no such folder"),
+        ({"encoder": "Qwen/Qwen3-Embeding"}, "encoder 'Qwen/Qwen3-Embeding': it is no folder with"),
+        ({"encoder": "allMiniLM"}, "encoder 'allMiniLM': it is no folder with"),
+        ({"encoder": "/nowhere"}, "encoder '/nowhere': it is no folder with"),
+    ],
+)
+def test_a_mistyped_coder_or_encoder_is_said_before_there_is_a_run(base, tmp_path, fields, message, capsys):
+    assert main(["--config", _empty_config(tmp_path), *small(base, tmp_path, **fields)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r_diverse").exists()
 
+
+def test_coders_and_encoders_that_are_there(base, tmp_path):
+    def check(**fields):
+        loop.check_skill_models(RDiverseConfig("m", **{"coder": str(base), "encoder": str(base), **fields}))
+
+    check()
+    check(coder="rules", encoder="minilm")
+    check(coder="nobody/asks-it", measure="question")
+    tokenizer = models.load_processor(str(base))
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    models.load_config(str(base)).save_pretrained(tmp_path)
+    check(coder=str(tmp_path), coder_chat=False)
+    with pytest.raises(ValueError, match="coder_chat=True, but the tokenizer of coder .* set coder_chat to false"):
+        check(coder=str(tmp_path))
+
+
+def test_numbers_of_gpus_that_would_end_a_run_late_are_refused(monkeypatch):
+    check = loop.check_gpus
+    check(RDiverseConfig("m", engine="vllm", gpus=0))  # vLLM on a CPU
+    monkeypatch.setattr(loop.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loop.torch.cuda, "device_count", lambda: 4)
+    for fields in ({"engine": "vllm", "gpus": 1}, {"engine": "vllm", "gpus": 4}, {"gpus": 0}):
+        check(RDiverseConfig("m", **fields))
+    with pytest.raises(ValueError, match="engine=vllm needs gpus, got gpus=0, .* set gpus to 1 or more"):
+        check(RDiverseConfig("m", engine="vllm"))
+    with pytest.raises(ValueError, match="gpus=8, but this process sees 4: lower gpus"):
+        check(RDiverseConfig("m", gpus=8))
+
+
+def test_a_phase_has_the_config_that_the_run_began_with(tmp_path, monkeypatch):
+    config, launched = tmp_path / "c.yaml", []
+    config.write_text("model: m\nalpha: 0.5\nsolver:\n  report_to: [tensorboard]\n  save_steps: 8\n")
+    settings = parse(["--config", str(config), "--beta=0.25"])
+    config.write_text("model: m\nalpha: 0.75\n")  # for the next run
+
+    def call(words, environment):
+        launched.append(parse(words[words.index("--iteration") + 2 :]))
+
+    monkeypatch.setattr(loop, "call", call)
+    loop.SelfPlay(settings, tmp_path / "run", "base")._launch("solver", 1, [], [0])
+    assert launched[0][:3] == settings[:3]
+    assert (launched[0].run.alpha, launched[0].run.beta) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(("url", "size"), [("http://127.0.0.1:9/v1", 4096), (None, 512)])
+def test_a_served_coder_is_asked_in_long_chunks(base, tmp_path, monkeypatch, url, size):
+    """Each chunk waits for its slowest answer."""
+    monkeypatch.setattr(train, "SentenceEncoder", lambda name: SimpleNamespace(name=name))
+    run = RDiverseConfig("m", coder=str(base))
+    assert train.skill_encoder(run, tmp_path, url).chunk_size == size
+
+
+def test_candidates_without_an_answer_of_the_coder_come_again(tmp_path):
+    """As outputs and labels do: a later stage would drop them for good."""
+    lost, asked = {"3+4"}, []
+
+    class Table:
+        name, dim = "table", 2
+
+        def write(self, questions):
+            asked.append(sorted(questions))
+            return [Program(None, "engine") if q in lost else Program(q) for q in questions]
+
+        def encode(self, texts):
+            return np.eye(2)[[len(text) % 2 for text in texts]]
+
+    rows = [{"question": q} for q in ("1+2", "3+4", "12-5", "3+4")]
+    folder = tmp_path / "embed"
+    skills = SkillEncoder(Table(), Table(), tmp_path / "programs")
+    message = "2 of 4 questions have no program because requests to table failed; the same command goes on here"
+    with pytest.raises(ConnectionError, match=message):
+        once(folder, {}, lambda folder: data.embed(folder, skills, rows))
+    assert not (folder / "DONE.json").exists()
+    lost.clear()
+    done = once(folder, {}, lambda folder: data.embed(folder, skills, rows))
+    assert asked == [["1+2", "12-5", "3+4"], ["3+4"]]
+    assert done["counts"]["ok"] == 4
+
+
+def test_a_hub_id_has_the_commit_that_is_loaded(monkeypatch):
     from r_diverse import train
 
     def known(name):
@@ -485,8 +579,6 @@ def test_late_comparisons_are_remembered_both_ways(monkeypatch):
 
 
 def test_labels_of_hostile_answers_are_bounded_and_counted(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
     from common.evaluation import Completion
     from common.runs import write_jsonl
     from r_diverse import data
@@ -647,12 +739,51 @@ def test_variants_name_their_folders(name):
 
 def test_an_experiment_is_a_list_of_commands():
     fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml")]
-    (make_base,), runs, (report,) = experiment(parse(fields), fields, ["r_diverse", "r_zero"], ["0", "1"], 1)
+    names = ["r_diverse", "r_zero"], ["0", "1"]
+    (make_base,), runs, (report,) = experiment(parse(fields), fields, *names, loop.goals_of(fields, *names, 1))
     assert make_base[1][-2:] == ["base", "runs/r_diverse/tiny/models/base"]
     assert [name for name, _ in runs] == ["r_diverse-seed0", "r_zero-seed0", "r_diverse-seed1", "r_zero-seed1"]
-    assert runs[1][1][-6:] == ["--replay_fraction", "0", "--seed", "0", "--more", "1"]
+    assert runs[1][1][-6:] == ["--replay_fraction", "0", "--seed", "0", "--iterations", "1"]
     assert report[1][2] == "benchmarks.r_diverse"
     assert run_path(parse(fields).run) == Path("runs/r_diverse/tiny/r_diverse-seed0")
+
+
+def test_one_more_iteration_that_was_stopped_is_not_two(tmp_path, monkeypatch):
+    """Whatever stops the command, in the second run or in the report: repeated, it ends where it wanted to."""
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--out", str(tmp_path)]
+    command = [*fields, "--variants", "r_diverse,r_zero"]
+    folder, wanted = tmp_path / "r_diverse/tiny", []
+
+    def stopped(after: int):
+        """In place of an experiment: the first `after` of its runs reach their last iteration."""
+
+        def run(name, stages, logs):
+            words = [words for _, words in stages[1]]
+            goals = [int(w[w.index("--iterations") + 1]) for w in words]
+            wanted.append(goals)
+            for name, goal in list(zip(("r_diverse-seed0", "r_zero-seed0"), goals, strict=True))[:after]:
+                for t in range(1, goal + 1):
+                    (folder / name / f"iteration_{t}/evaluate").mkdir(parents=True, exist_ok=True)
+                    (folder / name / f"iteration_{t}/evaluate/DONE.json").touch()
+            return 0 if after > 2 else 2  # 3: the report, too
+
+        return run
+
+    for after, more in ((1, 1), (2, 1), (3, 1), (1, 2), (3, 2), (0, 1), (3, 2)):
+        monkeypatch.setattr(loop, "run_experiment", stopped(after))
+        assert main([*command, "--more", str(more), "--dry_run"]) == 0
+        assert main([*command, "--more", str(more)]) == (0 if after > 2 else 2)
+    # An iteration; two more; another number begins anew
+    assert wanted == [[1, 1], [1, 1], [1, 1], [3, 3], [3, 3], [4, 4], [5, 5]]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_new_folder_under_the_name_of_a_stopped_run_begins_anew(tmp_path, monkeypatch):
+    fields = [f"--out={tmp_path}", "--model=m"]
+    root = run_path(parse(fields).run)
+    root.mkdir(parents=True)
+    loop._begun(root).write_text('{"more": 1, "iterations": 4}')
+    assert loop.goals_of(fields, [""], ["0"], 1) == {root: 1}
 
 
 def test_a_dry_run_prints_the_commands_of_an_experiment_and_runs_nothing(monkeypatch, capsys):
@@ -666,7 +797,7 @@ def test_a_dry_run_prints_the_commands_of_an_experiment_and_runs_nothing(monkeyp
 
 def test_an_experiment_makes_no_model_under_the_name_of_a_published_one():
     fields = ["--model=Qwen/Qwen3-0.6B-Base", "--benchmarks=math500,arithmetic"]
-    assert "make-base" not in str(experiment(parse(fields), fields, [""], ["0"], None))
+    assert "make-base" not in str(experiment(parse(fields), fields, [""], ["0"], {}))
 
 
 # --- kill -9 ---

@@ -635,6 +635,36 @@ def test_a_server_that_is_not_there_is_an_error(server, tokenizer):
         coder.write(["1 + 2"])
 
 
+def test_a_question_that_a_server_refuses_has_a_failure_of_its_own(server, tokenizer, tmp_path):
+    bad = set(tokenizer(" cats", add_special_tokens=False)["input_ids"])
+    server.trouble = lambda body: (400, {"error": "too long"}) if bad <= set(body["prompt"]) else None
+    engine = engines.ServerEngine(server.url, "taught", retries=0)
+    skill = SkillEncoder(ModelCoder(engine, tokenizer, max_new_tokens=40), HashEncoder(), cache=tmp_path)
+    cats = [f"How many cats are 5 + {n} cats?" for n in (6, 7, 8)]
+    refused = Program(None, "refused")
+    assert skill.programs(["What is 3 + 4?", cats[0]]) == [Program(ADD), refused]
+    assert skill.programs(cats) == [refused] * 3  # all of this call, by a server that has answered another
+    server.seen.clear()
+    assert skill.programs(cats) == [refused] * 3 and not server.seen
+    with pytest.raises(ConnectionError, match="with a context that is long enough"):
+        ModelCoder(engines.ServerEngine(server.url, "taught", retries=0), tokenizer).write(cats)
+
+
+def test_a_server_that_ends_between_two_tries_costs_no_program_of_the_first(taught, tokenizer, tmp_path, caplog):
+    class Ending(Recorder):
+        def generate(self, prompts, max_new_tokens, stop):
+            if self.calls:
+                raise ConnectionError("no request was answered")
+            answers = super().generate(prompts, max_new_tokens, stop)
+            return [answers[0], Generation("no program", True)]
+
+    coder = ModelCoder(Ending(taught), tokenizer, max_new_tokens=40)
+    skill = SkillEncoder(coder, HashEncoder(), cache=tmp_path)
+    assert skill.programs(["5 + 6?", "What is 3 + 4?"]) == [Program(ADD), Program(None, "engine")]
+    assert "no request was answered" in caplog.text
+    assert len(entries(tmp_path)) == 1
+
+
 # --- the cache ---
 
 

@@ -28,7 +28,8 @@ class Table:
     name, dim = "table", 2
 
     def write(self, questions):
-        return [Program(None, "no_block") if q.startswith("bad") else Program(q) for q in questions]
+        failures = {"bad": "no_block", "lost": "engine"}
+        return [Program(None, failures[q[:4].strip()]) if q[:4].strip() in failures else Program(q) for q in questions]
 
     def encode(self, texts):
         return np.array([VECTORS.get(text.split()[0], (0.0, 1.0)) for text in texts])
@@ -166,6 +167,25 @@ def test_an_engine_that_fails_gives_no_reward_and_is_counted():
     assert rewards[0] == pytest.approx(0.5 - 0.25)
     assert rewards[3] == -2.0
     assert figures["challenger/unanswered"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("measure", ["sam", "program_text"])
+def test_a_question_that_the_coders_engine_failed_on_has_no_reward_and_is_not_in_the_batch(tmp_path, measure):
+    config, figures, plain = RDiverseConfig("m", measure=measure), {}, {}
+    outputs = [output(q) for q in ("alike 1", "same 1", "bad 1", "far 1")] + ["no form"]
+    lost = [output("lost 1"), output("lost 2")]
+    without, _ = reward_of(config, outputs, memory=bank(tmp_path), log_metric=plain.__setitem__)
+    rewards, reward = reward_of(config, outputs + lost, memory=bank(tmp_path), log_metric=figures.__setitem__)
+    assert rewards == [*without, None, None]
+    assert np.isnan(reward.last_batch["repetition"][-2:]).all() and np.isnan(reward.last_batch["memory"][-2:]).all()
+    assert figures["challenger/unanswered"] == pytest.approx(2 / 6)
+    assert figures["challenger/encoded"] == 3 / 4
+    for name in ("repetition", "memory", "clusters", "largest_cluster", "consistency"):
+        assert figures[f"challenger/{name}"] == plain[f"challenger/{name}"]
+    alone = {}
+    assert reward_of(config, lost, memory=bank(tmp_path), log_metric=alone.__setitem__)[0] == [None, None]
+    assert alone["challenger/unanswered"] == 1
+    assert not {"challenger/repetition", "challenger/encoded", "challenger/consistency"} & alone.keys()
 
 
 def test_nothing_valid_asks_nobody():

@@ -27,7 +27,7 @@ FIELDS = {
     "eval_samples": 1, "eval_limit": 4, "challenger_system": "", "challenger_user": "new", "solver_system": "",
     "challenger.per_device_train_batch_size": 4, "challenger.max_steps": 8, "challenger.max_completion_length": 40,
     "solver.per_device_train_batch_size": 5, "solver.max_steps": 4, "solver.max_completion_length": 11,
-    "challenger.logging_steps": 1, "solver.logging_steps": 1,
+    "challenger.logging_steps": 1, "solver.logging_steps": 1, "coder": "rules", "encoder": "minilm",
 }  # fmt: skip
 QUIET = {"learning_rate": 0.01, "disable_tqdm": True, "report_to": "none", "bf16": False}
 
