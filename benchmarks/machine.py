@@ -1,13 +1,17 @@
-"""What a measurement ran on, written into every results file."""
+"""What a measurement ran on, written into every results file, and what did not fit there."""
 
 import datetime
+import gc
 import os
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -35,3 +39,14 @@ def processor() -> str:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
     return f"{os.cpu_count()} cores of {name}"
+
+
+def unless_out_of_memory(work: Callable[[], T]) -> T | None:
+    """What `work` returns; None where the GPU's memory does not hold it, so that what comes next is still measured."""
+    try:
+        return work()
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"out of memory: {error}", flush=True)
+    gc.collect()  # what the work held, now that its frames are gone
+    torch.cuda.empty_cache()
+    return None

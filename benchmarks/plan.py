@@ -72,7 +72,7 @@ class Case(NamedTuple):
     settings: Any
     prompt: float
     response: float
-    placement: str = "local"  # of VA-OPD's teacher: local, offloaded, served
+    placement: str = "local"  # of VA-OPD's teacher: local, served, or offloaded as its config says too
     teacher_gpus: int = 8
 
 
@@ -111,7 +111,7 @@ def va_opd_job(case: Case, processes: int) -> Job:
         Pass(f"teacher: {view} view", size, plan.shape_of(args.teacher, size), gpus=gpus)
         for view in ("original", "degraded")
     )
-    return replace(job, passes=tuple(views), moved=2 * size if case.placement == "offloaded" else 0)
+    return replace(job, passes=tuple(views), moved=2 * size if config.teacher_offload else 0)
 
 
 def srpo_job(case: Case, processes: int) -> Job:
@@ -180,32 +180,58 @@ def memory_of(case: Case, place: Place, phase: str = "") -> dict[str, float]:
     config, processes = phases(case, place.gpus)[phase]
     sharding = place.sharding if processes > 1 else "none"
     if case.method == "r_diverse":
-        job, first = phase_job(case, phase, processes), (case.settings, phase)
-        parts = r_diverse.memory_parts(*first, job.parameters, processes, sharding)
-    elif case.method == "srpo":
-        job = srpo_job(case, processes)
-        parts = srpo.memory_parts(*case.settings, job.parameters, processes, sharding)
+        settings, job = case.settings.run, phase_job(case, phase, processes)
+        parts = r_diverse.memory_parts(case.settings, phase, job.parameters, processes, sharding)
     else:
-        job = va_opd_job(case, processes)
-        parts = va_opd.memory_parts(*case.settings, job.parameters, job.passes[0].parameters, processes, sharding)
-        if case.placement != "local":
+        settings, job = case.settings[0], {"va_opd": va_opd_job, "srpo": srpo_job}[case.method](case, processes)
+        parts = held_parts(case, job, config, processes, sharding)
+        if config.teacher_offload:
+            stays = copy.copy(config)
+            stays.teacher_offload = False
+            whole = held_parts(case, job, stays, processes, sharding)
+            teacher = (value for name, value in whole.items() if name.startswith(("teacher weights", "self-teacher")))
+            parts["whole teacher, while it scores"] = sum(teacher)
+        if case.placement == "served":
             parts = {name: value for name, value in parts.items() if not name.startswith("teacher weights")}
-    parts = {name: value for name, value in parts.items() if not name.startswith("rollout engine")}
+    parts = {name: value for name, value in parts.items() if not name.startswith(("rollout engine", "KV cache"))}
     tokens = config.per_device_train_batch_size * (job.prompt + job.limit)
     parts["activations of a micro-batch at the limit"] = activation_bytes(job.shape, tokens, job.checkpointing)
     parts["CUDA context, buffers, fragmentation"] = RESERVE
     if phase == "challenger" and place.gpus == 1 and case.settings.run.engine == "vllm":
         parts["servers of Solver and coder"] = 2 * case.settings.run.reward_memory * place.gpu.memory * GIB
-    return parts | ({} if place.server_gpus else plan.engine_bytes(config, place.gpu.memory))
+    if place.server_gpus:
+        return parts
+    each = plan.bytes_each(sharding, config.bf16, getattr(settings, "policy_dtype", "float32"))
+    return parts | plan.generation_bytes(config, job.shape, each.weight, place.gpu.memory)
+
+
+def held_parts(case: Case, job: Job, config: Any, processes: int, sharding: str) -> dict[str, float]:
+    """The dry run's table of VA-OPD or SRPO."""
+    args, sizes = case.settings[0], [job.parameters]
+    if case.method == "srpo":
+        return srpo.memory_parts(args, config, *sizes, processes, sharding)
+    return va_opd.memory_parts(args, config, *sizes, job.passes[0].parameters, processes, sharding)
+
+
+# What is not there at a time, by the beginning of its name
+ABSENT = {
+    "training": ("whole teacher", "KV cache"),
+    "generation": ("whole teacher", "activations", "gradients", "cached", "KL tiles", "one chunk"),
+    "scoring": ("teacher's output head", "self-teacher", "KV cache", "bfloat16 copies", "activations", "gradients",
+                "KL tiles", "one chunk"),
+}  # fmt: skip
 
 
 def peak(parts: dict[str, float]) -> float:
-    """Bytes at the fuller of two times: training, when an engine with sleep mode is out, and generation, when
-    activations, gradients and teacher caches are."""
-    asleep = sum(value for name, value in parts.items() if "asleep" in name)
-    only_training = ("activations", "gradients", "cached", "KL tiles", "one chunk")
-    passing = sum(value for name, value in parts.items() if name.startswith(only_training))
-    return max(sum(parts.values()) - asleep, sum(parts.values()) - passing)
+    """Bytes at the fullest of three times: training, generation, and the scoring of a teacher that is offloaded
+    between. An engine with sleep mode is there in generation only, autocast's copies not while an engine generates."""
+    found = []
+    for time, absent in ABSENT.items():
+        if time == "generation" and not any(name.startswith("KV cache") for name in parts):
+            absent = (*absent, "bfloat16 copies")
+        there = {name: value for name, value in parts.items() if not name.startswith(absent)}
+        found.append(sum(value for name, value in there.items() if time == "generation" or "asleep" not in name))
+    return max(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,6 +435,8 @@ def _main(argv: list[str]) -> None:
         for flag, target in (("student", "model"), ("teacher", "teacher")):
             if value := getattr(options, flag):
                 rest += [f"--{target}", name_of(value)]
+        if options.placement == "offloaded":
+            rest += ["--teacher_offload", "true"]
         case = case_of(method, rest, options.config, prompt=options.prompt, response=options.response)
         case = case._replace(placement=options.placement, teacher_gpus=options.teacher_gpus)
         place = Place(GPUS[options.gpu], options.gpus, options.sharding, server_gpus=options.server_gpus)

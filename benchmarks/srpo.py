@@ -69,6 +69,7 @@ PAPER = {
         ),
     },
 }  # fmt: skip
+PAPER_MODELS = {"qwen3_8b": "Qwen3-8B", "qwen3_4b": "Qwen3-4B"}
 CURVES = {
     "reward": "reward of rollouts",
     "route/sdpo": "share routed to SDPO",
@@ -118,10 +119,10 @@ def report(args: ScriptArguments) -> str:
             "\n".join(f"![{path.stem}](figures/{path.name})" for path in drawn),
         ]
     parts += [
-        "## The paper's Table 1",
+        f"## The paper's Table 1, {PAPER_MODELS[paper_experiment(args.experiment)]}",
         "Best avg@16 in percent within 1 / 5 / 10 hours of training. *Ours*: the first seed, its difference from the "
-        "paper's and its 95 % interval over problems; *ended at* where the training was shorter than the budget. An "
-        "empty cell was not run.",
+        "paper's, where the experiment is the paper's, and its 95 % interval over problems; *ended at* where the "
+        "training was shorter than the budget. An empty cell was not run.",
         paper_table(args.experiment, runs),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -255,24 +256,30 @@ def differences(runs: dict[tuple[str, str], Path]) -> str:
     )
 
 
+def paper_experiment(experiment: str) -> str:
+    """The experiment of the paper that stands beside ours: the same, or for one that the paper has not the 8B's."""
+    return experiment if experiment in PAPER else "qwen3_8b"
+
+
 def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
-    """The paper's numbers with ours beside them: best within 1 / 5 / 10 hours, first seed."""
-    paper = PAPER.get(experiment, PAPER["qwen3_8b"])
+    """The paper's numbers with ours beside them: best within 1 / 5 / 10 hours, first seed. Differences only for an
+    experiment of the paper, since another one is of another model or other settings."""
     rows = []
-    for name, values in paper.items():
+    for name, values in PAPER[paper_experiment(experiment)].items():
         first = {d: run for d in DATASETS for run in [r for (o, n, _), r in runs.items() if (o, n) == (d, name)][:1]}
         points = {dataset: curve(run)["curve"] for dataset, run in first.items()}
         cells = []
         for dataset, value in zip((*DATASETS, "average"), values, strict=True):
             sources = DATASETS if dataset == "average" else (dataset,)
             found = [points[source] for source in sources if source in points]
-            cells += [value, _ours(found, value) if len(found) == len(sources) else ""]
+            cells += [value, _ours(found, value, experiment in PAPER) if len(found) == len(sources) else ""]
         rows.append([NAMES[name], *cells])
     return plots.table_markdown(rows, ["method", *(head for d in (*DATASETS, "average") for head in (d, "ours"))])
 
 
-def _ours(curves: list[list[dict[str, Any]]], paper: str) -> str:
-    """Mean over data sets of the best within each budget that the paper has, as `value (difference) [low, high]`."""
+def _ours(curves: list[list[dict[str, Any]]], paper: str, compared: bool = True) -> str:
+    """Mean over data sets of the best within each budget that the paper has, as `value (difference) [low, high]`, and
+    without the difference where it is not `compared`."""
     numbers = [float(number) for number in paper.split(" / ")] if paper else [None] * len(BUDGETS)
     cells = []
     for hours, number in zip(BUDGETS, numbers, strict=False):  # the base has one number
@@ -281,7 +288,7 @@ def _ours(curves: list[list[dict[str, Any]]], paper: str) -> str:
             best = [max(points, key=lambda point: point["accuracy"]) for points in inside]
             value = sum(point["accuracy"] for point in best) / len(best)
             below, above = (math.hypot(*(p["accuracy"] - p["interval"][i] for p in best)) / len(best) for i in (0, 1))
-            difference = "" if number is None else f" ({100 * value - number:+.1f})"
+            difference = f" ({100 * value - number:+.1f})" if compared and number is not None else ""
             end = min(points[-1]["hours"] for points in curves)
             short = f" ended at {end:.1f} h" if 0 < end < hours else ""  # the base was not trained
             interval_ = f"[{100 * (value - below):.1f}, {100 * (value + above):.1f}]"

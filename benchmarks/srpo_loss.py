@@ -12,7 +12,7 @@ benchmarks/results/srpo_loss.json.
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.va_opd_loss import child, measure, parser, table
+from benchmarks.va_opd_loss import Found, child, measure, parser, table
 from common.runs import atomic_write_json
 from srpo import SRPOConfig, objective
 from srpo.divergence import chunked_divergence, chunked_entropy
@@ -44,12 +44,15 @@ def main(argv: list[str] | None = None) -> None:
     if options.child:
         child(loss_of, options.child)
         return
-    widths = [options.student, options.teacher]
-    found = measure(loss_of, "benchmarks.srpo_loss", PATHS, options.rows, widths, options.repeats, options.most)
-    print(table(found, options.rows))
     settings = {key: value for key, value in vars(options).items() if key not in ("child", "out")}
-    result = {"settings": settings, **machine("trl"), "paths": found}
-    atomic_write_json(options.out, result)
+    result = {"settings": settings, **machine("trl")}
+
+    def save(found: Found) -> None:
+        atomic_write_json(options.out, result | {"paths": found})
+
+    widths = [options.student, options.teacher]
+    found = measure(loss_of, "benchmarks.srpo_loss", PATHS, options.rows, widths, options.repeats, options.most, save)
+    print(table(found, options.rows))
 
 
 if __name__ == "__main__":

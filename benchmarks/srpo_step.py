@@ -4,9 +4,9 @@
     python -m benchmarks.srpo_step --real 4B --rollouts 256 --response 800      # a GPU with 141 GB
 
 A step here is reward, teacher phase, forward and backward of 32 rollouts; generation and optimizer are the same for
-all and left out. The models have random weights. The rollouts are fixed: groups of 8, about 40 % of them failed with
-a correct sibling. By default the head takes 8 % of a token's work, as in Qwen3-8B.
-Writes benchmarks/results/srpo_step.json.
+all and left out. The models have random weights; the 8 or 16 GB of --real are saved in TMPDIR first. The rollouts are
+fixed: groups of 8, about 40 % of them failed with a correct sibling. By default the head takes 8 % of a token's work,
+as in Qwen3-8B. Writes benchmarks/results/srpo_step.json.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import gc
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-from benchmarks.machine import machine
-from benchmarks.va_opd_scoring import synchronize
+from benchmarks.machine import machine, unless_out_of_memory
+from benchmarks.va_opd_scoring import as_training_does, precision, spread, synchronize
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import char_tokenizer
@@ -33,6 +35,8 @@ from srpo import SRPOConfig, SRPOTrainer
 
 GROUP = 8
 KINDS = ("srpo", "sdpo (trl)", "sdpo", "grpo")
+PAIR = KINDS[:2]
+Found = dict[str, dict[str, Any]]
 REAL = {"4B": (2560, 36, 9728, 32, True), "8B": (4096, 36, 12288, 32, False)}  # of Qwen3, as published
 
 
@@ -49,7 +53,13 @@ def rollout_ids(rollouts: int, response: int, eos: int) -> list[list[int]]:
 
 
 def build(kind: str, folder: str, tokenizer, options: argparse.Namespace):
-    """A trainer whose rollouts are fixed."""
+    """A trainer that computes as in `train()`."""
+    trainer = build_trainer(kind, folder, tokenizer, options)
+    as_training_does(trainer)
+    return trainer
+
+
+def build_trainer(kind: str, folder: str, tokenizer, options: argparse.Namespace):
     shared = {
         "output_dir": folder,
         "per_device_train_batch_size": options.micro_batch,
@@ -59,9 +69,7 @@ def build(kind: str, folder: str, tokenizer, options: argparse.Namespace):
         + 4 * options.response,  # TRL's limit holds for the teacher's prompt too
         "max_completion_length": options.response,
         "report_to": [],
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": torch.cuda.is_available(),
-        "gradient_checkpointing": torch.cuda.is_available(),
+        **precision(),
         "save_strategy": "no",
         "shuffle_dataset": False,
         "learning_rate": 1e-6,
@@ -105,7 +113,6 @@ def seconds_of_a_step(trainer) -> float:
     trainer.current_gradient_accumulation_steps = accumulation
     trainer._step = 0
     inputs = next(iter(trainer.get_train_dataloader()))
-    trainer.model.train()
     trainer.model.zero_grad()
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     synchronize()
@@ -134,15 +141,15 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     tokenizer = char_tokenizer()
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if options.real and memory.is_dir() else None) as folder:
+    known = {"settings": vars(options) | {"out": options.out.name}, "machine": machine("transformers", "trl")}
+
+    def save(found: Found) -> None:
+        atomic_write_json(options.out, known | summary(found, tokenizer, options))
+
+    with tempfile.TemporaryDirectory() as folder:
         save_model(folder, tokenizer, options)
-        results = measure(folder, tokenizer, options)
-    print(table(results))
-    atomic_write_json(
-        options.out,
-        {"settings": vars(options) | {"out": options.out.name}, "machine": machine("transformers", "trl"), **results},
-    )
+        found = measure(folder, tokenizer, options, save)
+    print(table(summary(found, tokenizer, options)))
 
 
 def save_model(folder: str, tokenizer, options: argparse.Namespace) -> None:
@@ -170,51 +177,76 @@ def save_model(folder: str, tokenizer, options: argparse.Namespace) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measure(folder: str, tokenizer, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each repeat and the teacher's tokens of one step. On a CPU the kinds take turns, so that all see the
-    same machine; on a GPU one follows the other, and its peak of memory is its own."""
-    found: dict[str, dict[str, Any]] = {}
+def measure(folder: str, tokenizer, options: argparse.Namespace, save: Callable[[Found], None]) -> Found:
+    """What `in_turns` finds. On a CPU the kinds take turns, so that all see the same machine; on a GPU one follows the
+    other, and its peak of memory is its own."""
+    found: Found = {}
     for turn in [[kind] for kind in options.kinds] if torch.cuda.is_available() else [options.kinds]:
-        found |= in_turns({kind: build(kind, folder, tokenizer, options) for kind in turn}, tokenizer, options)
+        in_turns(turn, folder, tokenizer, options, found, save)
         gc.collect()
-    keys = ("seconds", "peak_gib", "teacher_tokens_forwarded")
-    results = {key: {kind: entry[key] for kind, entry in found.items()} for key in keys}
-    ratios = [a / b for a, b in zip(*(results["seconds"][kind] for kind in ("srpo", "sdpo (trl)")), strict=True)]
-    ids = rollout_ids(options.rollouts, options.response, tokenizer.eos_token_id)
-    needed = sum(len(row) for row, r in zip(ids, reward([None] * len(ids)), strict=True) if not r)
-    return results | {
-        "srpo_scored_over_needed": found["srpo"]["scored_over_needed"],
-        "response_tokens_needed": needed,
-        "response_tokens": sum(len(row) for row in ids),
-        "srpo_over_trl_sdpo": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
-        "seconds of shorter steps": {
-            length: {kind: found[kind]["shorter"][length] for kind in ("srpo", "sdpo (trl)")}
-            for length in found["srpo"]["shorter"]
-        },
-    }
+    return found
 
 
-def in_turns(trainers: dict[str, Any], tokenizer, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What `measure` wants of each trainer; steps with a half and a quarter of the response come first."""
-    counters = {kind: count_teacher(trainer) if kind != "grpo" else [] for kind, trainer in trainers.items()}
-    found = {kind: {"seconds": [], "shorter": {}} for kind in trainers}
+def in_turns(
+    kinds: list[str], folder: str, tokenizer, options: argparse.Namespace, found: Found, save: Callable[[Found], None]
+) -> None:
+    """Puts into `found` seconds of each repeat and of steps with a quarter and a half of the response, which come
+    first, peak of memory and teacher's tokens of a kind, or the response for which memory was not enough; saved after
+    each length."""
+    trainers, counters = {}, {}
+    for kind in kinds:
+        found[kind] = {"seconds": [], "shorter": {}}
+        if (trainer := unless_out_of_memory(partial(build, kind, folder, tokenizer, options))) is None:
+            found[kind]["out_of_memory"] = 0
+        else:
+            trainers[kind], counters[kind] = trainer, count_teacher(trainer) if kind != "grpo" else []
     for share, repeats in ((4, 1), (2, 1), (1, options.repeats)):
-        ids = rollout_ids(options.rollouts, options.response // share, tokenizer.eos_token_id)
-        fix_rollouts(ids)
+        length = options.response // share
+        fix_rollouts(rollout_ids(options.rollouts, length, tokenizer.eos_token_id))
         for repeat in range(repeats + 1):  # the first warms up
             for kind, trainer in trainers.items():
+                if "out_of_memory" in found[kind]:
+                    continue
                 counters[kind].clear()
-                seconds = seconds_of_a_step(trainer)
-                print(f"{kind}, responses of up to {options.response // share}: {seconds:.2f} s", flush=True)
+                seconds = unless_out_of_memory(partial(seconds_of_a_step, trainer))
+                if seconds is None:
+                    found[kind]["out_of_memory"] = length
+                    continue
+                print(f"{kind}, responses of up to {length}: {seconds:.2f} s", flush=True)
                 if repeat:
-                    kept = found[kind]["shorter"].setdefault(options.response // share, []) if share > 1 else None
-                    (found[kind]["seconds"] if kept is None else kept).append(seconds)
+                    entry = found[kind]
+                    (entry["seconds"] if share == 1 else entry["shorter"].setdefault(length, [])).append(seconds)
+        save(found)
     for kind, trainer in trainers.items():
         found[kind]["teacher_tokens_forwarded"] = sum(counters[kind])
         found[kind]["scored_over_needed"] = trainer._metrics["train"].get("teacher/scored_over_needed", [None])[-1]
         gpu = torch.cuda.is_available()
         found[kind]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
-    return found
+    save(found)
+
+
+def summary(found: Found, tokenizer, options: argparse.Namespace) -> dict[str, Any]:
+    """The results of the kinds that are done, and their ratio where it is both of `PAIR`."""
+    done = {kind: x for kind, x in found.items() if "peak_gib" in x and "out_of_memory" not in x}
+    keys = ("seconds", "peak_gib", "teacher_tokens_forwarded")
+    results = {key: {kind: entry[key] for kind, entry in done.items()} for key in keys}
+    results["out_of_memory"] = {kind: x["out_of_memory"] for kind, x in found.items() if "out_of_memory" in x}
+    results["seconds of shorter steps"] = {
+        length: {kind: x["shorter"][length] for kind, x in found.items() if length in x["shorter"]}
+        for length in (options.response // 4, options.response // 2)
+    }
+    ids = rollout_ids(options.rollouts, options.response, tokenizer.eos_token_id)
+    results["response_tokens"] = sum(len(row) for row in ids)
+    results["response_tokens_needed"] = sum(
+        len(row) for row, r in zip(ids, reward([None] * len(ids)), strict=True) if not r
+    )
+    if "srpo" in done:
+        results["srpo_scored_over_needed"] = done["srpo"]["scored_over_needed"]
+    if all(kind in done for kind in PAIR):
+        results["srpo_over_trl_sdpo"] = spread(
+            a / b for a, b in zip(*(done[kind]["seconds"] for kind in PAIR), strict=True)
+        )
+    return results
 
 
 def fix_rollouts(ids: list[list[int]]) -> None:
@@ -232,14 +264,14 @@ def table(results: dict[str, Any]) -> str:
         ]
         for kind, values in results["seconds"].items()
     ]
-    ratio = results["srpo_over_trl_sdpo"]
-    return (
-        plots.table_markdown(
-            rows, ["step", "seconds, median [min, max]", "teacher's tokens", "peak GiB"][: len(rows[0])]
-        )
-        + f"\n\nSRPO over TRL's SDPO: {ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] of the seconds; "
-        f"response tokens scored over needed: {results['srpo_scored_over_needed']:.2f}"
-    )
+    columns = ["step", "seconds, median [min, max]", "teacher's tokens", "peak GiB"]
+    lines = [plots.table_markdown(rows, columns[: len(rows[0])])] if rows else []
+    lines += [f"{kind}: out of memory, responses of {n}" for kind, n in results["out_of_memory"].items()]
+    if ratio := results.get("srpo_over_trl_sdpo"):
+        lines.append("SRPO over TRL's SDPO: {median:.2f} [{low:.2f}, {high:.2f}] of the seconds".format(**ratio))
+    if scored := results.get("srpo_scored_over_needed"):
+        lines.append(f"response tokens scored over needed: {scored:.2f}")
+    return "\n\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- begin: python -m benchmarks.tables -->\n", "<!-- end -->\n"
 COLUMNS = ["work", "peer", "ours", "peer's", "ratio", "aim", "growth", "machine, date"]
 Result = dict[str, Any]
+# As results of 2026-11-28 and before name the peer of va_opd_scoring; "full" was one forward a rollout and view
+TRL_BEFORE = {"full": "TRL's way", "padded": "TRL's way"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,9 +104,12 @@ def evaluation(result: Result) -> list[list[str]]:
 
 
 def srpo_step(result: Result) -> list[list[str]]:
+    kinds = ("srpo", "sdpo (trl)")
+    if any(kind not in result["seconds"] for kind in kinds):  # of a run that was out of time or memory
+        return []
     steps = {int(length): seconds for length, seconds in result["seconds of shorter steps"].items()}
     steps[result["settings"]["response"]] = result["seconds"]
-    ours, theirs = ([statistics.median(step[kind]) for step in steps.values()] for kind in ("srpo", "sdpo (trl)"))
+    ours, theirs = ([statistics.median(step[kind]) for step in steps.values()] for kind in kinds)
     spread = {name: 1 / value for name, value in result["srpo_over_trl_sdpo"].items()}
     ratio = f"{spread['median']:.2f} x [{spread['high']:.2f}, {spread['low']:.2f}]"
     figures = [*_pair(ours[-1], theirs[-1]), ratio, "1.18 x", growth(list(steps), ours, theirs)]
@@ -121,8 +126,7 @@ def srpo_step(result: Result) -> list[list[str]]:
 def startup(result: Result) -> list[list[str]]:
     rows = []
     for name, sides in result["seconds"].items():
-        ratios = [trl / ours for ours, trl in zip(sides["ours"], sides["trl"], strict=True)]
-        ratio = f"{statistics.median(ratios):.2f} x [{min(ratios):.2f}, {max(ratios):.2f}]"
+        ratio = _ratio(sides["ours"], sides["trl"])
         medians = (statistics.median(sides[side]) for side in ("ours", "trl"))
         rows.append([f"`{name}`, s", "TRL's own", *_pair(*medians), ratio, "1 x"])
     return rows
@@ -130,20 +134,18 @@ def startup(result: Result) -> list[list[str]]:
 
 def va_opd_scoring(result: Result) -> list[list[str]]:
     rows = []
-    for work, aim in (("equal lengths", "2.5 x"), ("uneven lengths", "2.5 x"), ("student", "")):
-        found = {name: entry for name, entry in result.items() if name.startswith(f"{work}, size")}
-        # Ours, then TRL's way, whose tokens are the size
-        sides = [[statistics.median(list(x["seconds"].values())[side]) for x in found.values()] for side in (0, 1)]
-        slopes = growth([list(x["counted"].values())[1]["tokens"] for x in found.values()], *sides)
-        for (name, entry), ours, theirs in zip(found.items(), *sides, strict=True):
-            ratio = "{median:.2f} x [{low:.2f}, {high:.2f}]".format(**entry["ratio"])
-            what = (
-                name.replace("student", "student, uneven rollouts")
-                if work == "student"
-                else f"teacher scoring, {name}"
-            )
-            rows.append([f"{what}, s", "TRL's way", *_pair(ours, theirs), ratio, aim, slopes])
-    found = {name: entry for name, entry in result.items() if name.startswith("whole step")}
+    for work, way, aim in (("equal lengths", "shared", "2.5 x"), ("uneven lengths", "shared", "2.5 x"),
+                           ("student", "trimmed", "")):  # fmt: skip
+        found = {name: x for name, x in result.items() if name.startswith(f"{work}, size") and "seconds" in x}
+        for peer in dict.fromkeys(name for x in found.values() for name in x["seconds"] if name != way):
+            sides = [[statistics.median(x["seconds"][side]) for x in found.values()] for side in (way, peer)]
+            slopes = growth([x["counted"][peer]["tokens"] for x in found.values()], *sides)
+            for (name, entry), ours, theirs in zip(found.items(), *sides, strict=True):
+                what = name.replace("student", "student, uneven rollouts")
+                what = what if work == "student" else f"teacher scoring, {name}"
+                figures = [*_pair(ours, theirs), _ratio(entry["seconds"][way], entry["seconds"][peer]), aim, slopes]
+                rows.append([f"{what}, s", TRL_BEFORE.get(peer, peer), *figures])
+    found = {name: entry for name, entry in result.items() if name.startswith("whole step") and "steps" in entry}
     ours = [statistics.median(step["step"] for step in entry["steps"]) for entry in found.values()]
     added = [entry["va_over_opd"] for entry in found.values()]
     plain = [step / (1 + more["median"]) for step, more in zip(ours, added, strict=True)]
@@ -166,12 +168,14 @@ def srpo_loss(result: Result) -> list[list[str]]:
 
 
 def _loss_rows(work: str, paths: dict[str, dict[str, Any]], peers: dict[str, str]) -> list[list[str]]:
-    """Peak and seconds at the largest size of ours, and beside each peer at the largest that it was measured at."""
-    rows, ours = [], paths["ours"]
+    """Peak and seconds of ours and of each peer at the largest size that both were measured at."""
+    rows = []
+    paths = {name: {n: x for n, x in side.items() if "out_of_memory" not in x} for name, side in paths.items()}
+    ours = paths["ours"]
     for peer, label in peers.items():
-        if not paths.get(peer):
+        if not (common := ours.keys() & paths.get(peer, {}).keys()):
             continue
-        size = max(paths[peer], key=int)
+        size = max(common, key=int)
         for unit, aim in (("GB", "1 GB"), ("s", "1 x")):
             both = [{int(n): _figure(entry, unit) for n, entry in side.items()} for side in (ours, paths[peer])]
             mine, theirs = (side[int(size)] for side in both)
@@ -202,6 +206,11 @@ def r_diverse_sam(result: Result) -> list[list[str]]:
         cells = [f"{mine:,}", f"{theirs:,}", f"{theirs / mine:.1f} x", "", ""]
         rows.append([f"{work}, {what}", "one request a question", *cells])
     return rows
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> str:
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(ratios):.2f} x [{min(ratios):.2f}, {max(ratios):.2f}]"
 
 
 def _pair(ours: float, theirs: float) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from common import plots
 from common.estimators import avg_at_k, interval, over_seeds, paired_difference
@@ -341,10 +342,21 @@ def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, 
     drawn.append(plots.cumulative_mass(values, folder / "va_mass.png"))
     name = next(n for n in ("va_opd", "opd", *runs) if n in runs)
     record = max(rollouts[name][:50], key=lambda r: sum(r["va"]))
-    image = next(row["images"][0] for row in load_splits_of(args)["validation"] if row["id"] == record["id"])
+    image = held_out_image(args, record["id"])
     title = f"Visual advantage of each token (nats), {NAMES[name]} on a held-out image"
     drawn.append(plots.token_heatmap(record["tokens"], record["va"], folder / "va_tokens.png", title, image=image))
     return drawn
+
+
+def held_out_image(args: ScriptArguments, id_: str) -> Image.Image:
+    rows = load_splits_of(args)["validation"]
+    image = next((row["images"][0] for row in rows if row["id"] == id_), None)
+    if image is None:
+        raise ValueError(
+            f"the evaluation has a problem with id {id_!r}, which the {len(rows)} held-out problems here do not have: "
+            "give dataset, data, validation_data and validation_size as in the evaluation, or evaluate again"
+        )
+    return image
 
 
 if __name__ == "__main__":

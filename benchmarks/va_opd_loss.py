@@ -19,13 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, unless_out_of_memory
 from benchmarks.va_opd_scoring import synchronize
 from common import plots
 from common.runs import atomic_write_json
@@ -122,31 +123,45 @@ def measure(
     widths: list[int],
     repeats: int,
     most: float,
+    save: Callable[[Found], None],
 ) -> Found:
-    """Median peak and each time, by path and rows; paths in turn, so that all see the same machine."""
+    """Median peak and each time, by path and rows; paths in turn, so that all see the same machine. What has been
+    measured is saved after each number of rows."""
     found: Found = {name: {} for name in paths}
     for count in rows:
         names = [name for name, tensors in paths.items() if tensors * count * VOCABULARY * 4 < most * 2**30]
-        runs = [{name: run(loss, module, name, count, *widths) for name in names} for _ in range(repeats)]
-        for name in names:
-            mine = [each[name] for each in runs]
-            found[name][count] = {
-                "peak_gib": statistics.median(x["peak"] for x in mine) / 2**30,
-                "seconds": [x["seconds"] for x in mine],
-                "loss": mine[0]["loss"],
-                "gradient_norm": mine[0]["gradient_norm"],
-            }
+        runs: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
+        for _ in range(repeats):
+            for name, mine in runs.items():
+                if None not in mine:
+                    mine.append(unless_out_of_memory(partial(run, loss, module, name, count, *widths)))
+        for name, mine in runs.items():
+            found[name][count] = {"out_of_memory": True} if None in mine else summary(mine)
             print(name, count, found[name][count], flush=True)
+        save(found)
     return found
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "peak_gib": statistics.median(x["peak"] for x in runs) / 2**30,
+        "seconds": [x["seconds"] for x in runs],
+        "loss": runs[0]["loss"],
+        "gradient_norm": runs[0]["gradient_norm"],
+    }
 
 
 def table(found: Found, rows: list[int]) -> str:
     lines = []
     for name, by_rows in found.items():
-        cells = [by_rows.get(n) for n in rows]
-        figures = [f"{c['peak_gib']:.2f} / {statistics.median(c['seconds']):.3g}" if c else "-" for c in cells]
-        lines.append([name, *figures])
+        lines.append([name, *(_cell(by_rows.get(n)) for n in rows)])
     return plots.table_markdown(lines, ["peak GiB / seconds", *(f"{n} rows" for n in rows)])
+
+
+def _cell(entry: dict[str, Any] | None) -> str:
+    if entry is None or "out_of_memory" in entry:
+        return "out of memory" if entry else "-"
+    return f"{entry['peak_gib']:.2f} / {statistics.median(entry['seconds']):.3g}"
 
 
 def parser(name: str, rows: list[int]) -> argparse.ArgumentParser:
@@ -177,13 +192,20 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         print(f"Liger's kernel does not run here: {error!r}")
         del PATHS["liger"]
-    shared = {"loss": loss_of, "module": "benchmarks.va_opd_loss", "paths": PATHS}
-    shared |= {"repeats": options.repeats, "most": options.most}
-    found = measure(rows=options.rows, widths=[options.student, options.teacher], **shared)
-    true = measure(rows=options.head_rows, widths=options.heads, **shared)
-    print(table(found, options.rows), table(true, options.head_rows), sep="\n\n")
     settings = {key: value for key, value in vars(options).items() if key not in ("child", "out")}
-    atomic_write_json(options.out, {"settings": settings, **machine("trl"), "paths": found, "true heads": true})
+    result = {"settings": settings, **machine("trl"), "true heads": {name: {} for name in PATHS}}
+    works = {
+        "paths": (options.rows, [options.student, options.teacher]),
+        "true heads": (options.head_rows, options.heads),
+    }
+    for part, (rows, widths) in works.items():
+
+        def save(found: Found, part: str = part) -> None:
+            atomic_write_json(options.out, result | {part: found})
+
+        more = (options.repeats, options.most, save)
+        result[part] = measure(loss_of, "benchmarks.va_opd_loss", PATHS, rows, widths, *more)
+    print(table(result["paths"], options.rows), table(result["true heads"], options.head_rows), sep="\n\n")
 
 
 if __name__ == "__main__":

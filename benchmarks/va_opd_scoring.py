@@ -4,7 +4,8 @@
     python -m benchmarks.va_opd_scoring --real                 # a GPU with 80 GB: Qwen3-VL-2B and 8B
 
 Three works. Teacher scoring of the siblings of a prompt in both views: one pass over image and prompt a view, then one
-over the rollouts, beside one whole pass a rollout and view. Student forward and backward of uneven rollouts:
+over the rollouts, beside TRL's way, a micro-batch of whole padded rows a view, and beside 2 x K whole forwards, one a
+rollout and view. Student forward and backward of uneven rollouts:
 micro-batches sorted by length and cut to their own tokens, beside TRL's, padded to the longest rollout of the step. A
 whole step with generation: the share of visual advantage. Random weights; at the full size the vision tower takes
 about 0.4 of the text tower's FLOPs for an image token, as in Qwen3-VL-8B. On a CPU, times are those of the thread and
@@ -18,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from trl import DistillationTrainer
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, unless_out_of_memory
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import tiny_qwen3_vl
@@ -38,6 +39,7 @@ from va_opd._trl import MULTIMODAL_KEYS
 from va_opd.lm_head import lm_head, logps_within
 
 K = 4
+TRL, ALONE = "TRL's way", "2 x K whole forwards"  # peers, as the overview names them
 # Published shapes; the vision tower last
 REAL = {
     "2B": (28, 2048, 6144, 16, 24, 1024, 4096, (5, 11, 17)),
@@ -136,9 +138,7 @@ def build(
         max_completion_length=response or max(lengths),
         generation_kwargs={"min_new_tokens": response},
         report_to=[],
-        use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available(),
-        gradient_checkpointing=torch.cuda.is_available(),
+        **precision(),
         save_strategy="no",
         shuffle_dataset=False,
         learning_rate=1e-6,
@@ -147,15 +147,28 @@ def build(
     parts = {"train_dataset": Dataset.from_list(rows[: count // K]), "processing_class": processor}
     student, teacher = build_model(shapes, "2B"), build_model(shapes, "8B")
     trainer = VAOPDTrainer(model=student, teacher_model=teacher, args=args, **parts)
-    trainer.accelerator.prepare_model(trainer.model)  # as training does: autocast in the rollouts too
+    as_training_does(trainer)
     trainer.vocab_size = shapes.vocabulary
     trainer.teacher.shares = {True: True}  # the check at a run's start is not timed
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
-    trainer.model.train()
     if lengths is not None:
         ids = [[*rng.integers(10, 100, n - 1).tolist(), processor.tokenizer.eos_token_id] for n in lengths]
         trainer._generate_single_turn = lambda *args, **kwargs: ids
     return trainer
+
+
+def precision() -> dict[str, bool]:
+    """Settings of a trainer: on a GPU those of the configs."""
+    gpu = torch.cuda.is_available()
+    return {"use_cpu": not gpu, "bf16": gpu, "gradient_checkpointing": gpu}
+
+
+def as_training_does(trainer) -> None:
+    """What `train()` does to a model and the constructor does not: checkpointing, and autocast around its forward."""
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    trainer.accelerator.prepare_model(trainer.model)
+    trainer.model.train()
 
 
 # TRL's way
@@ -178,13 +191,13 @@ def trl_micro_batches(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]
 
 
 @torch.no_grad()
-def full_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[torch.Tensor]:
-    """(N,) log-probabilities a view from whole forwards, one a rollout and view."""
+def whole_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]], rows: int) -> list[torch.Tensor]:
+    """(N,) log-probabilities a view from forwards of whole rows, `rows` at once, as wide as the longest of all."""
     teacher, results = trainer.teacher_model, []
     for view in views:
         logps = []
-        for row in range(len(view["prompt_ids"])):
-            part = siblings.take_rows(view, [row])
+        for start in range(0, len(view["prompt_ids"]), rows):
+            part = siblings.take_rows(view, list(range(start, start + rows)))
             inputs, _ = padded_inputs(part)
             length = part["completion_ids"].size(1)
             hidden = trainer._get_last_hidden_state(teacher, logits_to_keep=length, **inputs)
@@ -244,7 +257,7 @@ class Counter:
 
 
 def compare(works: dict[str, Callable[[], Any]], model, repeats: int) -> dict[str, Any]:
-    """Each work `repeats` times in turn: seconds, counted work, ratio of the second to the first, last results."""
+    """Each work `repeats` times in turn: seconds, counted work, ratio of each other to the first, last results."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     counted, results = {}, {}
     for repeat in range(repeats + 1):  # the first warms up and counts
@@ -254,12 +267,9 @@ def compare(works: dict[str, Callable[[], Any]], model, repeats: int) -> dict[st
             counted[name] = counts
             if repeat:
                 taken[name].append(time_)
-    ours, theirs = taken.values()
-    return {
-        "seconds": taken,
-        "counted": counted,
-        "ratio": spread(b / a for a, b in zip(ours, theirs, strict=True)),
-    }, results
+    ours, *others = taken
+    ratios = {name: spread(b / a for a, b in zip(taken[ours], taken[name], strict=True)) for name in others}
+    return {"seconds": taken, "counted": counted, "ratio": ratios}, results
 
 
 def spread(values) -> dict[str, float]:
@@ -272,14 +282,19 @@ def scoring(options: argparse.Namespace, folder: str, prompt: int, shares: tuple
     trainer = build(folder, options, prompt, [max(2, round(share * response)) for share in shares])
     batch = DistillationTrainer._generate_and_score_completions(trainer, trainer_inputs(trainer))
     views = [batch, batch | {"pixel_values": batch["pixel_values"].flip(0)}]
-    works = {"shared": lambda: shared_scoring(trainer, views), "full": lambda: full_scoring(trainer, views)}
+    works = {
+        "shared": lambda: shared_scoring(trainer, views),
+        TRL: lambda: whole_scoring(trainer, views, K),
+        ALONE: lambda: whole_scoring(trainer, views, 1),
+    }
     found, results = compare(works, trainer.teacher_model, options.repeats)
-    gaps = [(a - b).abs() for a, b in zip(results["shared"], results["full"], strict=True)]
+    ours, *others = results.values()
+    gaps = [(a - b).abs() for whole in others for a, b in zip(ours, whole, strict=True)]
     return found | {
         "prompt": int(batch["prompt_mask"][0].sum()),
         "responses": batch["completion_mask"].sum(1).tolist(),
         "largest_difference_in_logps": max(gap.max().item() for gap in gaps),
-        "difference_of_the_views": (results["full"][0] - results["full"][1]).abs().max().item(),
+        "difference_of_the_views": (ours[0] - ours[1]).abs().max().item(),
     }
 
 
@@ -309,7 +324,7 @@ def student(options: argparse.Namespace, folder: str, prompt: int, response: int
 
     works = {
         "trimmed": lambda: step(siblings.length_sorted, trimmed),
-        "padded": lambda: step(trl_micro_batches, padded_inputs),
+        TRL: lambda: step(trl_micro_batches, padded_inputs),
     }
     found, results = compare(works, trainer.model, options.repeats)
     real = sum(siblings.sequence_lengths(batch))
@@ -403,37 +418,47 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
     results: dict[str, Any] = {"settings": vars(options) | {"out": options.out.name}, **machine("transformers", "trl")}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, shares in (("equal", (1.0,) * K), ("uneven", UNEVEN)):
-            for part in (1, 2, 4):
-                size = f"{name} lengths, size 1/{part}"
-                arguments = (options.prompt // part, shares, options.response // part)
-                results[size] = scoring(options, folder, *arguments)
-                print(size, results[size]["ratio"], results[size]["largest_difference_in_logps"], flush=True)
-        for part in (1, 2, 4):
-            size = f"student, size 1/{part}"
-            results[size] = student(options, folder, options.prompt // 4 // part, options.response // part)
-            print(size, results[size]["ratio"], results[size]["loss_and_gradient_norm"], flush=True)
-        prompt = options.prompt if options.real else options.prompt // 4
-        for part in (1,) if options.real else (1, 2, 4):
-            size = f"whole step, size 1/{part}"
-            results[size] = whole_step(options, folder, prompt // part, options.response // part)
-            print(size, results[size]["va_over_opd"], flush=True)
     results["predicted"] = predicted()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, work in sections(options, folder).items():
+            results[name] = unless_out_of_memory(work) or {"out_of_memory": True}
+            said = ("ratio", "largest_difference_in_logps", "loss_and_gradient_norm", "va_over_opd", "out_of_memory")
+            print(name, {key: results[name][key] for key in said if key in results[name]}, flush=True)
+            atomic_write_json(options.out, results)
     print(table(results))
-    atomic_write_json(options.out, results)
+
+
+def sections(options: argparse.Namespace, folder: str) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Name in the results and measurement of each work and size."""
+    prompt, response, found = options.prompt, options.response, {}
+    for name, shares in (("equal", (1.0,) * K), ("uneven", UNEVEN)):
+        for part in (1, 2, 4):
+            arguments = (prompt // part, shares, response // part)
+            found[f"{name} lengths, size 1/{part}"] = partial(scoring, options, folder, *arguments)
+    for part in (1, 2, 4):
+        arguments = (prompt // 4 // part, response // part)
+        found[f"student, size 1/{part}"] = partial(student, options, folder, *arguments)
+    for part in (1,) if options.real else (1, 2, 4):
+        arguments = ((prompt if options.real else prompt // 4) // part, response // part)
+        found[f"whole step, size 1/{part}"] = partial(whole_step, options, folder, *arguments)
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
     rows = []
     for name, found in results.items():
         if isinstance(found, dict) and "counted" in found:
-            ours, theirs = (statistics.median(values) for values in found["seconds"].values())
-            ratio = "{median:.2f} [{low:.2f}, {high:.2f}]".format(**found["ratio"])
-            counts = [f"{c['tokens']:,} / {c['patches']:,}" for c in found["counted"].values()]
-            rows.append([name, f"{ours:.2f}", f"{theirs:.2f}", ratio, *counts])
-    columns = ["work", "ours, s", "TRL's way, s", "ratio", "ours, tokens / patches", "TRL's, tokens / patches"]
-    added = {name: found["va_over_opd"] for name, found in results.items() if name.startswith("whole step")}
+            ours, *others = found["seconds"]
+            for peer in others:
+                medians = [f"{statistics.median(found['seconds'][way]):.2f}" for way in (ours, peer)]
+                counts = [found["counted"][way] for way in (ours, peer)]
+                counts = [f"{c['forwards']} / {c['tokens']:,} / {c['patches']:,}" for c in counts]
+                ratio = "{median:.2f} [{low:.2f}, {high:.2f}]".format(**found["ratio"][peer])
+                rows.append([name, peer, *medians, ratio, *counts])
+    counted = "forwards / tokens / patches"
+    columns = ["work", "peer", "ours, s", "peer's, s", "ratio", f"ours, {counted}", f"peer's, {counted}"]
+    steps = {name: found for name, found in results.items() if name.startswith("whole step")}
+    added = {name: found["va_over_opd"] for name, found in steps.items() if "va_over_opd" in found}
     figures = [
         f"VA over plain OPD, {name}: {{median:.1%}} [{{low:.1%}}, {{high:.1%}}]".format(**x)
         for name, x in added.items()

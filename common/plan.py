@@ -10,10 +10,12 @@ from math import ceil, log
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from common import models
 
 GIB = 2**30
-GPU_GIB = 80  # of the GPUs that the presets are made for
+GPU_GIB = 80.0  # of the GPUs that the presets are made for
 NF4_BYTES = 4.127 / 8  # a weight in NF4 with double quantization (arXiv 2305.14314, Section 3)
 STAGES = {"none": 0, "single_gpu": 0, "multi_gpu": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp1": 3, "fsdp2": 3}
 
@@ -112,18 +114,21 @@ class Bytes(NamedTuple):
     weight: int
     gradient: int
     states: int
+    copy: int = 0
 
 
 def bytes_each(sharding: str, bf16: bool, dtype: str = "float32") -> Bytes:
-    """Weight, gradient and AdamW's states of a parameter.
+    """Weight, gradient, AdamW's states and autocast's copy of a parameter.
 
     DeepSpeed in bfloat16 trains a copy of 2 bytes; its states are a float32 weight and two moments, 12 bytes
     (arXiv 1910.02054, Section 3.1). PyTorch has all of them in the weight's dtype; FSDP with bf16 makes that float32.
+    Where nothing is sharded, autocast keeps a bfloat16 copy of each trained float32 weight until the forward ends
+    (`cached_cast` in PyTorch's aten/src/ATen/autocast_mode.cpp).
     """
     if sharding.startswith("zero") and bf16:
         return Bytes(2, 2, 12)
     size = 2 if dtype == "bfloat16" and not (sharding.startswith("fsdp") and bf16) else 4
-    return Bytes(size, size, 2 * size)
+    return Bytes(size, size, 2 * size, copy=2 if bf16 and size == 4 and not STAGES[sharding] else 0)
 
 
 def model_bytes(
@@ -133,20 +138,43 @@ def model_bytes(
     `quantized` of the frozen ones are held in 4 bits."""
     weights = each.weight * (parameters - quantized) + NF4_BYTES * quantized
     what = f"{quantized / parameters:.0%} of them in 4 bits" if quantized else f"{each.weight} bytes each"
+    copies = {"bfloat16 copies of autocast": each.copy * trained} if each.copy else {}
     return {
         f"{who} weights, {what}": weights / pieces.weights,
         "gradients": each.gradient * trained / pieces.gradients,
         "optimizer": each.states * trained / pieces.states,
+        **copies,
     }
 
 
-def engine_bytes(config: Any, gpu_gib: float = GPU_GIB) -> dict[str, float]:
-    """What vLLM takes of each training GPU: its share of the whole memory, weights and cache in it."""
+def generation_bytes(config: Any, shape: Shape, size: int, gpu_gib: float | None = None) -> dict[str, float]:
+    """What the rollouts take of each training GPU: vLLM's share, or the cache of transformers' `generate`.
+
+    TRL's trainers give `generate` all rollouts of a process at once. The cache has the dtype of the weights, `size`
+    bytes, under autocast too: the rotary embedding makes the keys float32, and the values are put beside them.
+    """
+    if config.use_vllm:
+        return engine_bytes(config, gpu_gib)
+    batches = getattr(config, "steps_per_generation", None) or config.gradient_accumulation_steps
+    rows, prompt = config.per_device_train_batch_size * batches, getattr(config, "max_prompt_length", None)
+    length = (prompt or 0) + config.max_completion_length
+    what = f"{rows} rollouts of {length:,} tokens{'' if prompt else ', prompts come on top'}"
+    return {f"KV cache of generate, {what}": 2 * size * shape.layers * shape.key * rows * length}
+
+
+def engine_bytes(config: Any, gpu_gib: float | None = None) -> dict[str, float]:
+    """What vLLM takes of each training GPU: its share of the whole memory, weights and cache in it. By default the
+    memory is that of this process's GPU, or without one of those that the presets are made for."""
     if not config.use_vllm or config.vllm_mode != "colocate":
         return {}
+    which = ""
+    if gpu_gib is None and torch.cuda.is_available():
+        gpu_gib, which = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB, ", this GPU"
+    elif gpu_gib is None:
+        gpu_gib, which = GPU_GIB, ", no GPU being here"
     share = config.vllm_gpu_memory_utilization
     asleep = ", asleep while training" if config.vllm_enable_sleep_mode else ""
-    return {f"rollout engine, {share:.0%} of {gpu_gib:g} GiB{asleep}": share * gpu_gib * GIB}
+    return {f"rollout engine, {share:.0%} of {gpu_gib:.4g} GiB{which}{asleep}": share * gpu_gib * GIB}
 
 
 def checkpoint_count(steps: int | None, save_steps: float) -> int | None:

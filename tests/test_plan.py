@@ -2,17 +2,21 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import cost
 from benchmarks import plan as step_plan
 from common import plan
+from common.tiny import tiny_qwen3
 from srpo import train as srpo_train
 
 ROOT = Path(__file__).parents[1]
@@ -74,13 +78,70 @@ def test_what_each_sharding_cuts():
 
 def test_16_bytes_a_parameter():
     """fp32 with AdamW, DeepSpeed in bf16 and FSDP in bf16 all hold 16; weights in bf16 alone 8."""
-    assert plan.bytes_each("none", bf16=True) == (4, 4, 8)
-    assert plan.bytes_each("zero2", bf16=True) == (2, 2, 12)
-    assert plan.bytes_each("zero2", bf16=False) == (4, 4, 8)
-    assert plan.bytes_each("fsdp2", bf16=True, dtype="bfloat16") == (4, 4, 8)
-    assert plan.bytes_each("none", bf16=True, dtype="bfloat16") == (2, 2, 4)
+    assert plan.bytes_each("none", bf16=True) == (4, 4, 8, 2)
+    assert plan.bytes_each("none", bf16=False) == (4, 4, 8, 0)
+    assert plan.bytes_each("zero2", bf16=True) == (2, 2, 12, 0)
+    assert plan.bytes_each("zero2", bf16=False) == (4, 4, 8, 0)
+    assert plan.bytes_each("fsdp2", bf16=True, dtype="bfloat16") == (4, 4, 8, 0)
+    assert plan.bytes_each("none", bf16=True, dtype="bfloat16") == (2, 2, 4, 0)
     parts = plan.model_bytes("policy", 8e9, 8e9, plan.Bytes(2, 2, 12), plan.Split(1, 8, 8))
     assert list(parts.values()) == [16e9, 2e9, 12e9]
+    parts = plan.model_bytes("policy", 8e9, 1e8, plan.Bytes(4, 4, 8, 2), plan.Split(1, 1, 1))
+    assert list(parts.values()) == [32e9, 4e8, 8e8, 2e8]  # of frozen weights no copy stays
+
+
+def test_autocast_keeps_its_copies_of_trained_weights_until_the_forward_ends():
+    layer, hidden, casts = torch.nn.Linear(4, 4, bias=False), torch.ones(2, 4).bfloat16(), []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            casts.extend([function] * (function is torch.ops.aten._to_copy.default))
+            return function(*args, **(kwargs or {}))
+
+    for trained, count in ((True, 1), (False, 3)):
+        layer.requires_grad_(trained)
+        casts.clear()
+        with Casts(), torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                layer(hidden)
+        assert len(casts) == count
+
+
+@pytest.mark.parametrize(("dtype", "autocast", "size"), [("float32", True, 4), ("bfloat16", False, 2)])
+def test_the_cache_of_generate(dtype, autocast, size):
+    model, _ = tiny_qwen3(hidden=32)
+    model.to(getattr(torch, dtype))
+    config = model.config
+    settings = {"use_vllm": False, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    settings = SimpleNamespace(**settings, max_prompt_length=5, max_completion_length=4)
+    shape = TINY._replace(layers=config.num_hidden_layers, key=config.num_key_value_heads * config.head_dim)
+    ((name, planned),) = plan.generation_bytes(settings, shape, size).items()
+    assert name == "KV cache of generate, 6 rollouts of 9 tokens"
+    ids, kept = torch.full((6, 5), 10), {"return_dict_in_generate": True, "eos_token_id": None, "max_new_tokens": 5}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # the last token is not read
+        layers = model.generate(ids, attention_mask=torch.ones_like(ids), **kept).past_key_values.layers
+    assert planned == sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+    del settings.max_prompt_length
+    settings.steps_per_generation = 8
+    ((name, planned),) = plan.generation_bytes(settings, TINY, 2).items()
+    assert name == "KV cache of generate, 24 rollouts of 4 tokens, prompts come on top"
+    assert planned == 24 * 4 * 2 * 2 * 2 * 4
+
+
+def test_the_engines_share_is_of_the_gpu_that_is_here(monkeypatch):
+    config = SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.5)
+    config.vllm_enable_sleep_mode = True
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    away = "rollout engine, 50% of 80 GiB, no GPU being here, asleep while training"
+    assert plan.generation_bytes(config, TINY, 4) == plan.engine_bytes(config) == {away: 40 * plan.GIB}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu = SimpleNamespace(total_memory=139.8 * plan.GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    here = {"rollout engine, 50% of 139.8 GiB, this GPU, asleep while training": 69.9 * plan.GIB}
+    assert plan.engine_bytes(config) == pytest.approx(here)
+    config.vllm_mode = "server"
+    assert plan.generation_bytes(config, TINY, 4) == {}
 
 
 def test_weights_in_4_bits():
@@ -212,7 +273,8 @@ def test_the_plan_has_the_parts_of_the_dry_run(capsys):
 
     config = str(ROOT / "srpo/configs/qwen3_8b.yaml")
     assert loop.main(["--config", config, "--gpus", "8", "--sharding", "zero3", "--dry_run"]) == 0
-    dry = capsys.readouterr().out.split("memory a process")[1].splitlines()
+    printed = re.sub(", (this GPU|no GPU being here)", "", capsys.readouterr().out)
+    dry = printed.split("memory a process")[1].splitlines()
     parts = [line.split() for line in dry if line.startswith("   ") and not line.endswith("sum")]
     planned = [line.split() for line in run(capsys, "--config", config, "--sharding", "zero3").splitlines()]
     assert len(parts) == 7
@@ -227,6 +289,12 @@ def test_sizes_in_place_of_models(capsys):
     offloaded, served = (run(capsys, *words, "--placement", placement) for placement in ("offloaded", "served"))
     assert "teacher weights" not in offloaded + served
     assert "teacher: to the GPU" in offloaded
+    assert "1.45  teacher's output head" in offloaded and "59.60  whole teacher, while it scores" in offloaded
+    fit = "of 40: DOES NOT FIT", "of 40: fits"
+    assert [
+        run(capsys, *words, "--placement", placement, "--gpu", "a100-40g").count(text)
+        for placement, text in zip(("offloaded", "served"), fit, strict=True)
+    ] == [1, 1]
     server = run(capsys, *words, "--vllm_mode", "server", "--server_gpus", "8")
     assert "rollout engine" in local and "rollout engine" not in server
 
@@ -252,6 +320,27 @@ def test_mistakes_give_one_sentence(words, message, capsys):
 @pytest.mark.parametrize("flag", ["--check", "--table"])
 def test_the_tables_of_the_documentation_are_the_commands(flag, capsys):
     assert run(capsys, flag).strip() in (ROOT / "docs/many_nodes.md").read_text()
+
+
+def test_the_plan_of_a_gpu_without_vllm(capsys):
+    """An 8B: `generate` holds keys and values of 16 rollouts of 2,048 + 1,024 tokens in float32."""
+    words = ["--method", "srpo", "--student", "8e9", "--gpus", "1", "--use_vllm", "false"]
+    words += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4"]
+    text = run(capsys, *words, "--max_completion_length", "1024", "--max_prompt_length", "2048")
+    assert "13.50  KV cache of generate, 16 rollouts of 3,072 tokens" in text
+    assert "14.90  bfloat16 copies of autocast" in text
+    assert "rollout engine" not in text
+
+
+def test_the_fullest_of_three_times():
+    held = {"student weights": 100, "optimizer": 10, "cached": 3}
+    training = {"gradients": 20, "activations": 5, "bfloat16 copies": 7}
+    assert step_plan.peak(held | training | {"rollout engine, asleep": 1}) == 145
+    assert step_plan.peak(held | training | {"rollout engine, asleep": 90}) == 200
+    assert step_plan.peak(held | training | {"rollout engine": 1}) == 146
+    assert step_plan.peak(held | training | {"KV cache": 50}) == 167
+    teacher = {"teacher's output head": 2, "whole teacher": 60}
+    assert step_plan.peak(held | training | teacher | {"rollout engine, asleep": 1}) == 173
 
 
 # --- Slurm scripts ---

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import report, srpo
+from benchmarks import report, srpo, va_opd
 from common.cli import changed_settings
 from common.evaluation import Benchmark, Completion, evaluate
 from common.once import once
@@ -369,6 +369,37 @@ def test_ours_beside_the_papers_table():
     )
     assert srpo._ours([curve], "41.1") == "60.0 (+18.9) [50.0, 70.0]"
     assert srpo._ours([curve] * 4, "").startswith("60.0 [55.0, 65.0] / ")  # four independent errors of 0.1: 0.05
+
+
+def test_another_experiment_has_no_difference_to_the_papers_model(tmp_path):
+    points = [{"hours": 0.5, "accuracy": 0.6, "interval": [0.5, 0.7]}]
+    for experiment in ("qwen3_4b", "mine"):
+        run = tmp_path / "srpo" / f"{experiment}-chemistry" / "srpo-seed0"
+        (run / "eval").mkdir(parents=True)
+        atomic_write_json(run / "eval/curve.json", {"curve": points})
+        table = srpo.paper_table(experiment, {("chemistry", "srpo", "0"): run})
+        (row,) = [line for line in table.splitlines() if line.startswith("| SRPO |")]
+        paper, ours = row.split(" | ")[1:3]
+        if experiment == "mine":
+            assert paper == srpo.PAPER["qwen3_8b"]["srpo"][0]
+            assert ours.startswith("60.0 [50.0, 70.0] ended at 0.5 h / ")
+        else:
+            assert paper == srpo.PAPER["qwen3_4b"]["srpo"][0]
+            assert ours.startswith("60.0 (-8.8) [50.0, 70.0] ended at 0.5 h / ")
+
+
+def test_the_heading_names_the_papers_model(runs):
+    words = ["--config", "srpo/configs/tiny.yaml", "--experiment", "mini", "--out", str(runs), "--dry_run"]
+    args, _ = parse_srpo(words)
+    assert "## The paper's Table 1, Qwen3-8B\n" in srpo.report(args)
+
+
+def test_an_image_that_is_not_at_hand_is_one_sentence(monkeypatch):
+    args, _ = parse_va_opd(["--config", "va_opd/configs/tiny.yaml", "--dry_run"])
+    monkeypatch.setattr(va_opd, "load_splits_of", lambda args: {"validation": [{"id": "a", "images": ["image"]}]})
+    assert va_opd.held_out_image(args, "a") == "image"
+    with pytest.raises(ValueError, match=r"id 'b', which the 1 held-out problems here do not have: give dataset"):
+        va_opd.held_out_image(args, "b")
 
 
 # --- A real browser --------------------------------------------------------------------------------------------------

@@ -1,0 +1,218 @@
+"""The measurements for a GPU: what they compute there, what stays of one that is ended, what does not fit."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import evaluation, gpu, srpo_loss, srpo_step, tables, va_opd_loss, va_opd_scoring
+from benchmarks.machine import unless_out_of_memory
+from common.evaluation import Completion
+from common.tiny import char_tokenizer
+
+STEP = argparse.Namespace(
+    hidden=64, layers=2, vocabulary=128, real=None, kinds=srpo_step.PAIR, rollouts=8, prompt=8, response=8,
+    micro_batch=4, repeats=1,
+)  # fmt: skip
+BFLOAT16 = {"use_cpu": True, "bf16": True, "gradient_checkpointing": True}
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """Folder of a tiny model for `srpo_step`; what that replaces for good is put back."""
+    monkeypatch.setattr(srpo_step.GRPOTrainer, "_generate_single_turn", srpo_step.GRPOTrainer._generate_single_turn)
+    monkeypatch.setattr(srpo_step.SDPOTrainer, "_generate", srpo_step.SDPOTrainer._generate)
+    srpo_step.save_model(str(tmp_path / "model"), char_tokenizer(), STEP)
+    return str(tmp_path / "model")
+
+
+def out_of_memory(*args, **given):
+    raise torch.cuda.OutOfMemoryError("too large")
+
+
+def products(model, work) -> set[torch.dtype]:
+    """Dtypes that the model's first linear layer of a block gives while it works."""
+    found = set()
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    hook = layer.register_forward_hook(lambda module, args, output: found.add(output.dtype))
+    work()
+    hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", srpo_step.PAIR)
+def test_both_steps_compute_in_bfloat16_and_checkpoint_as_training_does(kind, saved, monkeypatch):
+    monkeypatch.setattr(srpo_step, "precision", lambda: BFLOAT16)
+    trainer = srpo_step.build(kind, saved, char_tokenizer(), STEP)
+    srpo_step.fix_rollouts(srpo_step.rollout_ids(8, 8, char_tokenizer().eos_token_id))
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
+    assert trainer.model.is_gradient_checkpointing and trainer.model.training
+    assert products(trainer.model, lambda: srpo_step.seconds_of_a_step(trainer)) == {torch.bfloat16}
+
+
+def options(repeats: int = 1) -> argparse.Namespace:
+    va_opd_scoring.build_model.cache_clear()
+    shapes = {"real": False, "hidden": 128, "layers": 1, "vision_hidden": 64, "vision_layers": 1}
+    return argparse.Namespace(**shapes, repeats=repeats)
+
+
+def test_the_student_of_va_opd_checkpoints_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(va_opd_scoring, "precision", lambda: BFLOAT16)
+    trainer = va_opd_scoring.build(str(tmp_path), options(), 16, [6, 4, 3, 2])
+    assert trainer.model.is_gradient_checkpointing and trainer.model.training
+
+
+def test_trls_way_is_one_forward_of_all_rows_a_view(tmp_path):
+    found = va_opd_scoring.scoring(options(), str(tmp_path), 16, (1.0, 0.75, 0.5, 0.25), 8)
+    counted = found["counted"]
+    assert [counted[way]["forwards"] for way in ("shared", va_opd_scoring.TRL, va_opd_scoring.ALONE)] == [2, 2, 8]
+    width = found["prompt"] + 8  # of the longest rollout
+    assert counted[va_opd_scoring.TRL]["tokens"] == counted[va_opd_scoring.ALONE]["tokens"] == 8 * width
+    assert list(found["ratio"]) == [va_opd_scoring.TRL, va_opd_scoring.ALONE]
+    assert found["largest_difference_in_logps"] < 1e-5
+
+
+def entry(*ways: str) -> dict:
+    counts = {"forwards": 1, "tokens": 10, "patches": 0}
+    return {"seconds": {way: [i + 1.0] for i, way in enumerate(ways)}, "counted": dict.fromkeys(ways, counts)}
+
+
+def test_the_overview_has_a_row_of_each_peer_and_reads_older_results():
+    new = {"equal lengths, size 1/1": entry("shared", va_opd_scoring.TRL, va_opd_scoring.ALONE)}
+    new |= {"student, size 1/1": {"out_of_memory": True}, "whole step, size 1/1": {"out_of_memory": True}}
+    rows = [[row[1], row[4]] for row in tables.va_opd_scoring(new)]
+    assert rows == [["TRL's way", "2.00 x [2.00, 2.00]"], ["2 x K whole forwards", "3.00 x [3.00, 3.00]"]]
+    old = {"equal lengths, size 1/1": entry("shared", "full"), "student, size 1/1": entry("trimmed", "padded")}
+    assert [row[1] for row in tables.va_opd_scoring(old)] == ["TRL's way", "TRL's way"]
+
+
+def test_what_has_been_measured_is_saved_before_the_next_section(tmp_path, monkeypatch, capsys):
+    parts = {"whole step, one": lambda: {"ratio": 1}, "whole step, two": out_of_memory, "three": lambda: sys.exit(1)}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(va_opd_scoring, "sections", lambda options, folder: parts)
+    command = ["--out", str(tmp_path / "found.json")]
+    with pytest.raises(SystemExit):
+        va_opd_scoring.main(command)
+    found = json.loads((tmp_path / "found.json").read_text())
+    one, two = (found.get(name) for name in list(parts)[:2])
+    assert (one, two, "three" in found) == ({"ratio": 1}, {"out_of_memory": True}, False)
+    assert tables.va_opd_scoring(found) == []
+    del parts["three"]
+    va_opd_scoring.main(command)
+    assert "teacher scoring, equal lengths: 2.14" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("module", "peer"), [(va_opd_loss, "trl"), (srpo_loss, "full logits")])
+def test_a_loss_that_does_not_fit_is_said_to(module, peer, tmp_path, monkeypatch):
+    def run(loss, module, name, count, *widths):
+        if (name, count) == (peer, 20):
+            out_of_memory()
+        if count == 40:
+            sys.exit(1)
+        return {"peak": 2**30, "seconds": 1.0, "loss": 0.0, "gradient_norm": 0.0}
+
+    monkeypatch.setattr(va_opd_loss, "run", run)
+    out = tmp_path / "found.json"
+    with pytest.raises(SystemExit):
+        module.main(["--rows", "10", "20", "40", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["paths"][peer]["20"] == {"out_of_memory": True} and found["paths"]["ours"]["20"]["seconds"]
+    rows = getattr(tables, module.__name__.rpartition(".")[2])(found)
+    (row,) = [row for row in rows if "10 rows, s" in row[0]]
+    assert row[3] == "1.00"
+    assert "out of memory" in va_opd_loss.table(found["paths"], ["10", "20", "40"])
+
+
+def test_a_step_that_does_not_fit_leaves_those_of_the_others(monkeypatch):
+    lengths, saves = [], []
+
+    def seconds(trainer):
+        return out_of_memory() if trainer.kind == "sdpo (trl)" and len(lengths) == 3 else 2.0
+
+    def build(kind, *others):
+        return SimpleNamespace(kind=kind, _metrics={"train": {"teacher/scored_over_needed": [1.0]}})
+
+    monkeypatch.setattr(srpo_step, "build", build)
+    monkeypatch.setattr(srpo_step, "count_teacher", lambda trainer: [])
+    monkeypatch.setattr(srpo_step, "fix_rollouts", lengths.append)
+    monkeypatch.setattr(srpo_step, "seconds_of_a_step", seconds)
+    tokenizer = char_tokenizer()
+    srpo_step.measure("", tokenizer, STEP, lambda found: saves.append(srpo_step.summary(found, tokenizer, STEP)))
+    assert [list(x["seconds"]) for x in saves] == [[], [], [], ["srpo"]]
+    assert [list(x["seconds of shorter steps"][4]) for x in saves[1:]] == [list(srpo_step.PAIR)] * 3
+    assert saves[-1]["out_of_memory"] == {"sdpo (trl)": 8} and "srpo_over_trl_sdpo" not in saves[-1]
+    assert "sdpo (trl): out of memory, responses of 8" in srpo_step.table(saves[-1])
+    assert tables.srpo_step(saves[-1]) == []
+
+
+def test_only_a_lack_of_the_gpus_memory_is_passed_over():
+    assert unless_out_of_memory(out_of_memory) is None
+    assert unless_out_of_memory(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        unless_out_of_memory(lambda: 1 / 0)
+
+
+def test_each_way_of_generating_is_warmed_up(monkeypatch):
+    calls = []
+
+    def ways(engine, asked, decoding):
+        def work(name):
+            calls.append((name, len(asked), decoding.max_new_tokens))
+            return [Completion("", 1, "stop")] * len(asked)
+
+        return {name: lambda name=name: work(name) for name in ("naive", "sorted", "ours")}
+
+    monkeypatch.setattr(evaluation, "ways", ways)
+    monkeypatch.setattr(evaluation, "small_engine", lambda counts, real: None)
+    evaluation.measure(20, 1, False, 99)
+    names = ("naive", "sorted", "ours")
+    assert calls == [(name, 16, 2) for name in names] + [(name, 20, 99) for name in names]
+
+
+@pytest.fixture
+def works(monkeypatch, tmp_path):
+    """Works that leave a file in their folder; one stays until it is killed."""
+
+    def main(argv):
+        folder = tempfile.mkdtemp()
+        (Path(folder) / "model").write_text("large")
+        Path(argv[-1]).write_text(json.dumps({"folder": folder}))
+        os.write(1, f"measured {argv[0]}\n".encode())
+        time.sleep(60 if argv[0] == "stays" else 0)
+
+    monkeypatch.setitem(sys.modules, "benchmarks.fake", SimpleNamespace(main=main))
+    monkeypatch.setattr(gpu, "WORKS", {"a": "fake stays", "b": "fake ends"})
+    return tmp_path / "out"
+
+
+def test_nothing_but_results_and_one_log_is_left_of_works_that_are_ended(works, capsys):
+    assert gpu.main(["--only", "a", "b", "--limit", "1", "--out", str(works)]) == 1
+    assert sorted(path.name for path in works.iterdir()) == ["a_gpu.json", "b_gpu.json", "gpu.log"]
+    for path in works.glob("*.json"):
+        assert not Path(json.loads(path.read_text())["folder"]).exists()
+    printed = capsys.readouterr().out
+    first, second = printed.split("---")[1:]
+    assert "a: " in first and "exit code -9\nmeasured stays" in first
+    assert "exit code 0\nmeasured ends" in second and "stays" not in second
+    assert len(gpu.WORKS) + 1 <= 8
+
+
+def test_what_does_not_fit_in_the_total_is_left_out(works, capsys):
+    assert gpu.main(["--only", "b", "--total", "30", "--out", str(works)]) == 0
+    assert "--- b: left out, 30 of 30 s remain" in capsys.readouterr().out
+    assert not list(works.glob("*.json"))
+
+
+def test_memory_holds_a_checkpoint_only_where_it_has_room(tmp_path, monkeypatch):
+    free = SimpleNamespace(free=gpu.CHECKPOINT + 1)
+    monkeypatch.setattr(gpu.shutil, "disk_usage", lambda folder: free)
+    assert gpu.fast_folder(tmp_path) == tmp_path and gpu.fast_folder(tmp_path / "none") is None
+    free.free = 64e6
+    assert gpu.fast_folder(tmp_path) is None
