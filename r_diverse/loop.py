@@ -5,6 +5,7 @@
     python -m r_diverse.loop --config r_diverse/configs/tiny.yaml --more 1                 # one iteration more
     python -m r_diverse.loop --config r_diverse/configs/tiny.yaml --variants r_diverse,r_zero --seeds 0,1,2
     python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --dry_run            # settings, memory
+    python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --download           # fetch models and data
 
 With --variants or --seeds, each run is a command of its own and a report of all of them comes last. Started again
 after a kill, a run goes on in the stage where it was, and --more to the iteration where it wanted to go.
@@ -21,6 +22,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +41,8 @@ from .train import PHASES, Settings, challenger, local_engine, parse, revised, s
 # after .train, which says in one line that common/ is missing
 from common import models, plan, versions
 from common.cli import run_main
-from common.evaluation import BENCHMARKS
+from common.download import download
+from common.evaluation import BENCHMARKS, load_benchmark
 from common.once import StageError, digest, once, read_counts, read_inputs
 from common.preemption import call, end_with_parent
 from common.runs import (
@@ -511,6 +514,7 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--variants", help=f"comma list of {', '.join(VARIANT_FLAGS)}, or all")
     parser.add_argument("--seeds", help="comma list; by default the config's seed")
     parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--download", action="store_true", help="fetch models and data into the caches; run nothing")
     known, rest = parser.parse_known_args(argv)
     fields = ["--config", known.config, *rest]
     settings = parse(fields)
@@ -521,6 +525,8 @@ def _main(argv: list[str]) -> int:
     if known.dry_run or settings.run.dry_run:
         print(dry_run(settings), *(f"$ {shown(command)}" for stage in stages for command in stage), sep="\n")
         return 0
+    if known.download:
+        return fetch(settings.run)
     uses_vllm = settings.run.engine == "vllm" or settings.challenger.use_vllm or settings.solver.use_vllm
     check_packages(uses_vllm, settings.run.gpus, settings.run.sharding)
     if settings.run.gpus:
@@ -541,6 +547,15 @@ def _main(argv: list[str]) -> int:
     return code
 
 
+def fetch(run: RDiverseConfig) -> int:
+    """Exit code of the download of a run's models and benchmarks."""
+    short = "/" not in run.encoder and not Path(run.encoder).is_dir()
+    encoder = f"sentence-transformers/{run.encoder}" if short else run.encoder
+    names = [run.model, *([run.coder] if asks_coder(run) else []), *([encoder] if run.encoder != "minilm" else [])]
+    benchmarks = [name for name in evaluate.benchmark_names(run) if name != "arithmetic"]
+    return download(names, [(name, partial(load_benchmark, name, run.data)) for name in benchmarks])
+
+
 def check_gpus(run: RDiverseConfig) -> None:
     """Raises `ValueError` for numbers of GPUs with which a phase would end late, or run without its servers."""
     if not torch.cuda.is_available():  # vLLM and several processes also run on CPUs
@@ -550,8 +565,6 @@ def check_gpus(run: RDiverseConfig) -> None:
             "engine=vllm needs gpus, got gpus=0, with which transformers would answer in the Challenger's reward: set "
             "gpus to 1 or more, or engine to transformers"
         )
-    if run.gpus > (found := torch.cuda.device_count()):
-        raise ValueError(f"gpus={run.gpus}, but this process sees {found}: lower gpus, or let it see more")
 
 
 def check_context(run: RDiverseConfig) -> None:
@@ -652,7 +665,7 @@ def memory_parts(settings: Settings, phase: str, parameters: float, processes: i
     return {
         **plan.model_bytes(phase, parameters, trained, each, pieces, quantized),
         "KL reference": reference * each.weight * parameters / pieces.weights,
-        **plan.engine_bytes(config),
+        **plan.generation_bytes(config, plan.shape_of(run.model, parameters), each.weight),
         **(reward_parts(run, parameters) if phase == "challenger" else {}),
     }
 

@@ -315,10 +315,15 @@ def _phase(settings: Settings, name: str, folder: Path, iteration: int):
 
 def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: Callable[[], list] = list) -> None:
     """Trains from `model`, or goes on from the last checkpoint, and saves the model last."""
-    from .trainer import PhaseTrainer
-
     set_seed(config.seed)
     folder, main = Path(config.output_dir), PartialState().is_main_process
+    with exclusive(folder) if main else nullcontext():  # from one that a killed loop has left behind
+        _train_phase(folder, main, config, model, reward, rows, run, samples)
+
+
+def _train_phase(folder: Path, main: bool, config, model: str, reward, rows, run: RDiverseConfig, samples) -> None:
+    from .trainer import PhaseTrainer
+
     if run.lora_rank and is_deepspeed_zero3_enabled():
         raise ValueError(
             "lora_rank does not run under zero3, where the adapter could not be merged: use sharding zero2"
@@ -337,8 +342,7 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
     trainer.remove_callback(PrinterCallback)
     if main:
         trainer.add_callback(PhaseLog(folder, checkpoint, samples))
-    with exclusive(folder) if main else nullcontext():  # from one that a killed loop has left behind
-        preemption.train(trainer, checkpoint)
+    preemption.train(trainer, checkpoint)
     trainer.save_model(str(folder / ("adapter" if lora else "model")))
     if main:
         if lora:  # the next phases start from whole weights

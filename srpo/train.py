@@ -337,7 +337,7 @@ def memory_parts(
         f"self-teacher, {config.teacher}": teacher * of_teacher,
         "cached teacher hidden states, 40 % routed, mean length up to 800": hidden * routed,
         "one chunk of logits and its gradients": min(2 * 4 * tokens * shape.vocabulary, TILE_BYTES),
-        **plan.engine_bytes(config),
+        **plan.generation_bytes(config, shape, each.weight),
     }
 
 

@@ -268,15 +268,18 @@ def test_the_plan_of_every_config_is_finite_and_its_parts_sum(config, capsys):
     assert "the most at one time, of 80: fits" in text or "DOES NOT FIT" in text
 
 
-def test_the_plan_has_the_parts_of_the_dry_run(capsys):
+@pytest.mark.parametrize("generated", [[], ["--use_vllm", "false"]])
+def test_the_plan_has_the_parts_of_the_dry_run(generated, capsys):
     from srpo import loop
 
     config = str(ROOT / "srpo/configs/qwen3_8b.yaml")
-    assert loop.main(["--config", config, "--gpus", "8", "--sharding", "zero3", "--dry_run"]) == 0
+    assert loop.main(["--config", config, "--gpus", "8", "--sharding", "zero3", "--dry_run", *generated]) == 0
     printed = re.sub(", (this GPU|no GPU being here)", "", capsys.readouterr().out)
     dry = printed.split("memory a process")[1].splitlines()
     parts = [line.split() for line in dry if line.startswith("   ") and not line.endswith("sum")]
-    planned = [line.split() for line in run(capsys, "--config", config, "--sharding", "zero3").splitlines()]
+    planned = [
+        line.split() for line in run(capsys, "--config", config, "--sharding", "zero3", *generated).splitlines()
+    ]
     assert len(parts) == 7
     assert all(part in planned for part in parts)
 

@@ -536,7 +536,9 @@ def memory_parts(
             parts |= {"cached teacher hidden states": number * cache, "KL tiles": TILE_BYTES}
     elif args.method == "grpo" and args.grpo_beta and not args.lora_rank:  # else the student without its adapter
         parts["KL reference"] = each.weight * student / pieces.weights
-    return {**parts, **plan.engine_bytes(config)}
+    if args.method in ("sft", "kd"):  # no rollouts
+        return parts
+    return {**parts, **plan.generation_bytes(config, plan.shape_of(args.model, student), each.weight)}
 
 
 def steps_of(args: ScriptArguments, config: VAOPDConfig, processes: int) -> int | None:

@@ -328,13 +328,10 @@ def test_numbers_of_gpus_that_would_end_a_run_late_are_refused(monkeypatch):
     check = loop.check_gpus
     check(RDiverseConfig("m", engine="vllm", gpus=0))  # vLLM on a CPU
     monkeypatch.setattr(loop.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loop.torch.cuda, "device_count", lambda: 4)
     for fields in ({"engine": "vllm", "gpus": 1}, {"engine": "vllm", "gpus": 4}, {"gpus": 0}):
         check(RDiverseConfig("m", **fields))
     with pytest.raises(ValueError, match="engine=vllm needs gpus, got gpus=0, .* set gpus to 1 or more"):
         check(RDiverseConfig("m", engine="vllm"))
-    with pytest.raises(ValueError, match="gpus=8, but this process sees 4: lower gpus"):
-        check(RDiverseConfig("m", gpus=8))
 
 
 def test_a_phase_has_the_config_that_the_run_began_with(tmp_path, monkeypatch):
