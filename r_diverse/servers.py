@@ -62,7 +62,10 @@ def serving(
     server has ended meanwhile.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ) if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+    # FlashInfer's sampler, which seeded requests pass by, is compiled at the start and needs a CUDA toolkit
+    environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0", **os.environ}
+    if gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus
     with log.open("w") as output:
         process = subprocess.Popen(
             command,

@@ -16,10 +16,19 @@ from functools import partial
 from pathlib import Path
 
 from .data import missing_source
-from .train import dry_run, load_splits_of, parse, steps_of  # says in one line what is missing without common/
+from .train import (  # says in one line what is missing without common/
+    ScriptArguments,
+    checkpoint_sizes,
+    dry_run,
+    load_splits_of,
+    parse,
+    steps_of,
+)
 
 # isort: split
 from common.download import download
+from common.models import parameter_count
+from common.plan import GIB
 from common.stages import Command, OneGPUEach, check_packages, chosen, launcher, run_experiment, shown
 
 VARIANT_FLAGS = {
@@ -76,12 +85,21 @@ def main(argv: list[str] | None = None) -> int:
         print(
             dry_run(args, config, max(1, known.gpus), known.sharding),
             *(f"$ {shown(c)}" for stage in stages for c in stage),
-            f"the disk has to hold the checkpoints of {len(variants) * len(datasets) * len(seeds)} runs",
+            disk_of_all(args, config, len(variants) * len(datasets) * len(seeds), known.gpus, known.sharding),
             *(f"missing: {problem}" for problem in missing),
             sep="\n",
         )
         return 0
     return run_experiment("srpo.loop", stages, Path(args.out) / "srpo" / args.experiment / "logs", known.gpus)
+
+
+def disk_of_all(args: ScriptArguments, config, runs: int, gpus: int, sharding: str) -> str:
+    """What the runs leave on the disk together, as a line."""
+    said, parameters = f"the disk has to hold the checkpoints of {runs} runs", parameter_count(args.model)
+    if parameters is None or config.max_steps < 1:
+        return said
+    count, each, resume = checkpoint_sizes(args, config, parameters, sharding if gpus > 1 else "none")
+    return f"{said}: {runs * (count * each + resume) / GIB:,.0f} GiB; a larger save_steps keeps fewer"
 
 
 def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[Command]]:

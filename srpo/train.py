@@ -351,12 +351,20 @@ def averaged_parameters(args: ScriptArguments, parameters: float) -> float:
 
 
 def disk_line(args: ScriptArguments, config: SRPOConfig, parameters: float, sharding: str) -> str:
-    """All checkpoints keep their weights for evaluation, the newest also what resuming needs."""
+    count, each, resume = checkpoint_sizes(args, config, parameters, sharding)
+    return plan.disk_line(count, "checkpoints", each, resume)
+
+
+def checkpoint_sizes(
+    args: ScriptArguments, config: SRPOConfig, parameters: float, sharding: str
+) -> tuple[int | None, float, float]:
+    """How many checkpoints stay, the bytes of their weights, which evaluation needs, and what only resuming needs of
+    the newest."""
     each, trained = plan.bytes_each(sharding, config.bf16, args.policy_dtype), trained_parameters(args, parameters)
     averages = config.routing != "grpo" and config.teacher == "ema"
     average = averages * 4 * averaged_parameters(args, parameters)
     count = plan.checkpoint_count(config.max_steps, config.save_steps)
-    return plan.disk_line(count, "checkpoints", each.weight * trained, each.states * trained + average)
+    return count, each.weight * trained, each.states * trained + average
 
 
 if __name__ == "__main__":
