@@ -44,6 +44,9 @@ class Policy:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
+_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 class NeedsAlgebra(Exception):
     """Raised in the calling process: nothing short of a computer algebra system decides this pair."""
 
@@ -63,10 +66,14 @@ def compare(
     """Compare two normalised answers before `deadline` (`time.monotonic()`), else `TimeoutError`.
 
     `algebra` maps (prediction, gold) to equal or not, or to "prediction" or "gold": the side that it cannot read.
-    Raises `NeedsAlgebra` where it is needed and missing.
+    Raises `NeedsAlgebra` where it is needed and missing. An answer that makes a step fail is unreadable and ends no
+    training run; `MemoryError` and `ImportError` are of the machine and pass.
     """
     comparison = Comparison(deadline, policy, algebra)
-    same = comparison.same(p, g)
+    try:
+        same = comparison.same(p, g)
+    except _FAILURES:
+        return Outcome(False, "", "failure", "prediction")
     unreadable = "" if same else "gold" if "gold" in comparison.unreadable else "".join(comparison.unreadable)
     return Outcome(same, comparison.kind, comparison.rule, unreadable)
 

@@ -64,7 +64,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
         raise _Undefined
     if abs(base) in (0, 1):
         return base ** (2 - int(exponent) % 2)
-    if _digits(base) * abs(exponent) > 2 * _MAX_DIGITS:
+    if abs(exponent) > 2 * _MAX_DIGITS / _digits(base):  # the product may be larger than any float
         raise TooLarge
     return base ** int(exponent)
 

@@ -12,10 +12,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from common import _worker
+from common import _values, _worker
 from common.answers import Policy, Verdict, check, extract_answer, grade, grade_many, judge, same_answer
 
 ROOT = Path(__file__).parents[2]
@@ -207,6 +208,22 @@ def test_a_small_number_is_not_zero(answer, gold):
 
 def test_nothing_is_proportional_to_zero():
     assert not same_answer(r"(x+y)\sin\pi=0", "x+y=0")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, OverflowError, ValueError, KeyError, RecursionError, TypeError])
+def test_a_step_that_fails_makes_an_answer_unreadable(monkeypatch, error):
+    monkeypatch.setattr(_values, "equal", Mock(side_effect=error))
+    expected = Verdict.UNPARSEABLE, "x+1", "", "failure"
+    assert check(r"\boxed{x+1}", "1+x") == expected
+    assert grade_many([r"\boxed{x+1}"], ["1+x"]) == [Verdict.UNPARSEABLE]
+    assert not same_answer("x+1", "1+x")
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_is_no_fault_of_a_text_is_raised(monkeypatch, error):
+    monkeypatch.setattr(_values, "equal", Mock(side_effect=error))
+    with pytest.raises(error):
+        same_answer("x+1", "1+x")
 
 
 POLICIES = [  # policy, gold, prediction, right by default, right with the policy
