@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 from common import _sets, _values
 from common._algebra import is_readable, needs_algebra
-from common._formula import Unreadable
+from common._formula import Unreadable, names, parse
 from common._normalise import BRACKET, BROKEN, OPENING, key
-from common._units import AMBIGUOUS, conversion, decimals, is_lowest_terms, number, split_unit
+from common._units import AMBIGUOUS, PRODUCTS, conversion, decimals, is_lowest_terms, number, split_unit
 
 __all__ = ["Comparison", "NeedsAlgebra", "Policy", "assignment", "bare", "compare"]
 
@@ -110,6 +110,7 @@ _CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2}):(\d\d) ?(?:\\text\{)? ?([ap])\.
 _DATE = re.compile(r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})|(\d{1,2})([-/.])(\d{1,2})\6(\d{4})")
 _UNBOUNDED_ABOVE = re.compile(r"([(\[])(.+),\\infty\)")
 _UNBOUNDED_BELOW = re.compile(r"\(-\\infty,(.+)([)\]])")
+_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-df-hj-z](?![A-Za-z])")  # but e and i
 _APART = re.compile(r"(?<=\d )[mshgLNJWVK]$")  # "500 m" is a length, "500m" may be a product
 _MAX_ITEMS = 64  # larger collections are compared by their sorted texts
 
@@ -224,6 +225,15 @@ def _as_union(text: str) -> str:
     return r"\cup ".join(found[1] for found in ranges) if len(ranges) > 1 and all(ranges) else _as_set(text)
 
 
+def _is_symbolic(text: str) -> bool:
+    """Whether a value, behind any `x =`, has names in it, so that a letter at its end may be a factor."""
+    value = split(text, _RELATION)[-1]
+    try:
+        return bool(names(parse(value)))
+    except Unreadable:
+        return bool(_LETTER.search(value))
+
+
 def _based(text: str) -> tuple[str, int] | None:
     """`("204", 5)` from `204_5` and `(204)_{\\text{five}}`."""
     found = _BASED.fullmatch(text)
@@ -327,8 +337,11 @@ class Comparison:
         return [part.lower() for part in p_time.groups()] == [part.lower() for part in g_time.groups()]
 
     def _units(self, p: str, g: str) -> bool | None:
-        g_value, g_unit = split_unit(g, keep=AMBIGUOUS.difference(_APART.findall(g)))
+        apart = [letter for letter in _APART.findall(g) if not _is_symbolic(g[:-1])]
+        g_value, g_unit = split_unit(g, keep=AMBIGUOUS.difference(apart))
         p_value, p_unit = split_unit(p, keep=AMBIGUOUS.intersection(g_value))
+        if p_unit and not g_unit and _is_symbolic(g_value):  # \pi r^2 h is a product, x^2\text{ m} has a unit
+            p_value, p_unit = split_unit(p, keep=PRODUCTS)
         if p_unit is None and g_unit is None:
             return None
         if self.policy.percent == "value":
