@@ -387,6 +387,8 @@ class Comparison:
         (p_kind, p_items), (g_kind, g_items) = _items(p), _items(g)
         if p_kind == g_kind == "one" or _SET_ALGEBRA.search(p + g):
             return None
+        if not p_items or not g_items:  # only separators, as of an "or" with nothing before it
+            return False
         if "one" in (p_kind, g_kind):
             return p_kind + g_kind in ("onelist", "listone") and self._named_tuple(p_items, g_items)
         return self._match(p_items, g_items) or (
