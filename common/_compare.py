@@ -82,10 +82,18 @@ def compare(
 # Taking an answer apart
 # ---------------------------------------------------------------------------------------------------------------------
 
-_NAME = re.compile(  # possessive, so that no input makes it backtrack
-    r"(?:[A-Za-z]|_ ?\{? ?[\w+-]+ ?\}?|\( ?-?\w+ ?\)|[|:'(),/{} ]|\\(?:angle|triangle|overline|frac|text|var\w+|alpha"
-    r"|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|tau|epsilon|eta|xi|psi|Delta|Omega)(?![a-zA-Z]))++"
+_NAME_PART = (
+    r"[A-Za-z]|_ ?\{? ?[\w+-]+ ?\}?|\( ?-?\w+ ?\)|[|:'(),/{} ]|\\(?:angle|triangle|overline|frac|text|var\w+|alpha"
+    r"|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|tau|epsilon|eta|xi|psi|Delta|Omega)(?![a-zA-Z])"
 )
+_NAME = re.compile(rf"(?:{_NAME_PART})++")  # possessive, so that no input makes it backtrack
+_QUANTITY = re.compile(  # a name in an equation, not in an inequality: m\angle 1, [ABC], P(X=2), f^{-1}(2), \sin A
+    r"(?:\\(?:angle|triangle) ?\d+|_ ?\{(?:[^{}=]|\{[^{}=]*\})*+\}|\[[A-Za-z]+\]|\^ ?\{? ?-1 ?\}?(?= ?\()"
+    r"|(?:(?<![A-Za-z])P|\\mathbb\{[EP]\}) ?(?:\([^()]*\))?"
+    r"|\\(?:widehat|overset|frown|overrightarrow|odot|bar|hat|max|min|sin|cos|tan)(?![a-zA-Z])"
+    rf"|{_NAME_PART})++"
+)
+_MEASURE = re.compile(r"^m ?(?=\\(?:angle|widehat|overset))")
 _NAME_SUM = re.compile(r"[A-Za-z](?:_\w)?(?: ?[+] ?[A-Za-z](?:_\w)?)+")  # what contests ask for: m+n
 _RELATION = re.compile(r"[=<>]|\\(?:leq|geq|neq|in(?![a-z])|subset|equiv|to(?![a-z]))")
 _BRACES = re.compile(r"\\?\{(.*?)\\?\}")
@@ -178,7 +186,7 @@ def assignment(text: str) -> tuple[str | None, list[str]]:
         return None, [text]
     if len(parts) > 3 and len(split(text, _COMMA)) > 1:  # "x=1, y=2" is a list of assignments
         return None, [text]
-    name = key(parts[0]) if _NAME.fullmatch(parts[0]) or _is_limit(parts[0]) else None
+    name = _MEASURE.sub("", key(parts[0])) if _QUANTITY.fullmatch(parts[0]) or _is_limit(parts[0]) else None
     return name, parts[2::2] if name else parts[::2]
 
 
@@ -246,7 +254,7 @@ def _based(text: str) -> tuple[str, int] | None:
 def _exact_side(text: str) -> str:
     r"""`\frac{1}{3}` from `\frac{1}{3} \approx 0.33`, but `11` from `x \approx 11`."""
     left, *right = split(text, _APPROX)[::2]
-    return right[0] if right and (not left or _NAME.fullmatch(left)) else left
+    return right[0] if right and (not left or _QUANTITY.fullmatch(left)) else left
 
 
 def _date(text: str) -> list[int] | None:

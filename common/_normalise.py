@@ -34,6 +34,7 @@ _SYMBOLS = str.maketrans(
     | dict.fromkeys("’‘′ʹ", "'")
     | dict.fromkeys("“”„«»", '"')
     | dict.fromkeys("°º˚", "^\\circ ")
+    | {"∠": "\\angle ", "△": "\\triangle ", "⊙": "\\odot ", "≡": "\\equiv "}
     | {"÷": "/", "⁄": "/", "∕": "/", "∛": "\\sqrt[3] ", "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in "}
     | {"≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "≈": "\\approx ", "±": "\\pm ", "∓": "\\mp ", "∖": "\\setminus "}
     | {"∅": "\\emptyset ", "。": ".", "、": ",", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℚ": "\\mathbb{Q}"}
