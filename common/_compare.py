@@ -108,13 +108,14 @@ _MATRIX = re.compile(
 _BUILDER = re.compile(r"\\\{ ?([A-Za-z]) ?(?:\\in ?\\mathbb\{R\} ?)?[|:] ?(.*)\\\}")
 _BASED = re.compile(
     r"[({]?(?:\\text\{)?([0-9A-Za-z]+)\}?[)}]? ?"
-    r"(?:_ ?\{? ?\(?(?:\\text\{)?|(?:\\text\{ ?)?base ?\}?)(\d+|[a-z]+)\}?\)?\}?"
+    r"(?:_ ?\{? ?\(?(?:\\text\{)?(?:base ?\}? ?)?|(?:\\text\{ ?)?\(?base ?\}?)(\d+|[a-z]+)\)?\}?\)?\}?"
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _BASES |= {"twelve": 12, "sixteen": 16}
+_HOLE = re.compile(r"([A-Za-z]) ?\\neq ?(.+)")
 _INFINITE = re.compile(r"[+-]? ?\\infty")
 _SET_ALGEBRA = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset)")
-_CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2}):(\d\d) ?(?:\\text\{)? ?([ap])\.? ?m\.?\}?")
+_CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2})(?::(\d\d))? ?(?:\\text\{)? ?([ap])\.? ?m\.?\}?")
 _DATE = re.compile(r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})|(\d{1,2})([-/.])(\d{1,2})\6(\d{4})")
 _UNBOUNDED_ABOVE = re.compile(r"([(\[])(.+),\\infty\)")
 _UNBOUNDED_BELOW = re.compile(r"\(-\\infty,(.+)([)\]])")
@@ -228,9 +229,46 @@ def _as_set(text: str) -> str:
 
 
 def _as_union(text: str) -> str:
-    r"""`(-\infty,1)\cup (2,\infty)` from `x<1, x>2`; any other text by `_as_set`."""
-    ranges = [_as_interval(part) for part in split(text, _COMMA)[::2]]
-    return r"\cup ".join(found[1] for found in ranges) if len(ranges) > 1 and all(ranges) else _as_set(text)
+    r"""`(-\infty,1)\cup (2,\infty)` from `x<1, x>2`; `(0,4)\setminus \{1\}` from `0<x<4, x \neq 1`; else `_as_set`."""
+    builder = _BUILDER.fullmatch(text)
+    parts = split(builder[2] if builder else text, _COMMA)
+    ranges, holes = [], []
+    for part in parts[::2]:
+        ranges += filter(None, [_as_interval(part)])
+        holes += filter(None, [_HOLE.fullmatch(part)])
+    if len(ranges) == 1 and holes and len(ranges + holes) == len(parts[::2]) and ";" not in parts:
+        same = all(hole[1] == ranges[0][0] for hole in holes)
+        return rf"{ranges[0][1]}\setminus \{{{','.join(hole[2] for hole in holes)}\}}" if same else text
+    is_union = not builder and len(ranges) == len(parts[::2]) > 1
+    return r"\cup ".join(found[1] for found in ranges) if is_union else _as_set(text)
+
+
+def _alternatives(text: str) -> str:
+    r"""`x<2; x>3` from `\{x | x<2; x>3\}`; any other text as it is."""
+    builder = _BUILDER.fullmatch(text)
+    return builder[2] if builder and ";" in builder[2] else text
+
+
+def _one_by_one(text: str, other: str) -> str:
+    """`m=2,n=3` from `(m,n)=(2,3)` where the other side names its values; any other text as it is."""
+    if text[:1] != "(" or "=" not in other:
+        return text
+    name, parts = assignment(text)
+    if not name or len(parts) > 1 or assignment(other)[0]:
+        return text
+    left, right = (split(side.strip()[1:-1], _COMMA)[::2] for side in (name, parts[0]))
+    return ",".join(map("{}={}".format, left, right)) if len(left) == len(right) > 1 else text
+
+
+def _carried(items: list[str]) -> list[str]:
+    """`x=-1, x=2` from `x=-1, 2`: a name holds until the next one."""
+    if not items or "=" not in items[0]:
+        return items
+    carried, name = [], None
+    for item in items:
+        name = assignment(item)[0] or name
+        carried.append(item if not name or _RELATION.search(item) else f"{name}={item}")
+    return carried
 
 
 def _is_symbolic(text: str) -> bool:
@@ -261,6 +299,11 @@ def _date(text: str) -> list[int] | None:
     """The numbers of `2024-03-15` or `3/15/2024` in the order in which they stand."""
     found = _DATE.fullmatch(text)
     return [int(part) for part in found.groups() if part and part.isdigit()] if found else None
+
+
+def _time_of_day(hours: str, minutes: str | None, half: str) -> tuple[int, int, str]:
+    """06:00 AM and 6 a.m. are the same time."""
+    return int(hours), int(minutes or 0), half.lower()
 
 
 def _is_text(text: str) -> bool:
@@ -342,7 +385,7 @@ class Comparison:
         p_time, g_time = _CLOCK.fullmatch(p), _CLOCK.fullmatch(g)
         if not p_time or not g_time:
             return None
-        return [part.lower() for part in p_time.groups()] == [part.lower() for part in g_time.groups()]
+        return _time_of_day(*p_time.groups()) == _time_of_day(*g_time.groups())
 
     def _units(self, p: str, g: str) -> bool | None:
         apart = [letter for letter in _APART.findall(g) if not _is_symbolic(g[:-1])]
@@ -367,17 +410,26 @@ class Comparison:
         return self.same(rf"({p_value})\cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}", g_value)
 
     def _names(self, p: str, g: str) -> bool | None:
+        p_each, g_each = _one_by_one(p, g), _one_by_one(g, p)
+        if (p_each, g_each) != (p, g):
+            return self.same(p_each, g_each)
         (p_name, p_parts), (g_name, g_parts) = assignment(p), assignment(g)
         if p_name and g_name and not _same_name(p_name, g_name):
             return None
         p_equation, g_equation = p_name is None and len(p_parts) > 1, g_name is None and len(g_parts) > 1
         if g_equation or (p_equation and g_name) or not (p_name or g_name or p_equation):
             return None
+        named, other = (g_parts, p_parts) if g_name else (p_parts, g_parts)
+        if "=" in other[0] and len(split(named[-1], _COMMA)) > 1:  # x=-1,2 and x=-1,y=2 are compared item by item
+            return None
         if p_equation and _NAME_SUM.fullmatch(p_parts[0]):
             p_parts = p_parts[1:]
         return all(self.same(part, g_parts[-1]) for part in p_parts)
 
     def _unions(self, p: str, g: str) -> bool | None:
+        p_open, g_open = map(_alternatives, (p, g))
+        if (p_open, g_open) != (p, g):
+            return self.same(p_open, g_open)
         p_parts, g_parts = split(p, _CUP)[::2], split(g, _CUP)[::2]
         if len(p_parts) == len(g_parts) == 1:
             return None
@@ -433,8 +485,8 @@ class Comparison:
         """Equal as multisets. Equality is an equivalence, so that taking the first match is enough."""
         if len(p_items) != len(g_items) or len(g_items) > _MAX_ITEMS:
             return sorted(map(key, p_items)) == sorted(map(key, g_items))
-        left = list(p_items)
-        for item in g_items:
+        left = list(_carried(p_items))
+        for item in _carried(g_items):
             found = next((i for i, other in enumerate(left) if self.same(other, item)), None)
             if found is None:
                 return False

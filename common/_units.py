@@ -252,7 +252,8 @@ def is_unit(text: str) -> bool:
 
 def conversion(p: Unit, g: Unit) -> Fraction | None:
     """How many of `g` one `p` is: 1000 for km and m; None where they differ in kind. "$" is "$ per hour" too."""
-    if p.powers != g.powers and _money(p) and _money(p) == _money(g) and 1 in (len(p.powers), len(g.powers)):
+    plain = min(p, g, key=lambda unit: len(unit.powers))
+    if p.powers != g.powers and _money(p) and _money(p) == _money(g) and (len(plain.powers), plain.scale) == (1, 1):
         return Fraction(1)
     if p.powers != g.powers:
         return None

@@ -563,6 +563,7 @@ def test_a_box_changes_no_verdict():
         (r"\$50m", "50", False),
         (r"\$50", "50", True),
         (r"\$50 dollars", "50", True),
+        (r"\$18 per day", "18 cents", False),
         *((rf"\$12{unit}", "12", True) for unit in (r"\text{ in total}", r"\text{ a day}", " people")),
         ("C or none of these", "C", False),
         ("A or it depends", "A", False),
