@@ -21,6 +21,9 @@ _LIST_OF_LETTERS = re.compile(  # "C. D", "A) B) C)", "A. (b)", "C or d"; but "D
 _LABEL, _CLAUSE_LABEL = re.compile(r"\b([A-J]):\s"), re.compile(r"[.;,]\s*([A-J]):\s")  # "A: no, B: yes"
 _SENTENCE_LABEL = re.compile(r"[a-z]{3}\.\s*[A-J]\.\s+[A-Z]")  # "A. Incorrect. B. Correct."
 _REFUSED = re.compile(r"(?i)[.:)]\s*;|[\s,;]*\bnot\b")
+_REJECTED = re.compile(r"[\s,;]*\bnot \(?([A-J])\)?[.\s]*")  # "B, not A"
+_VALUE_LABEL = re.compile(r"[\d)}]\s*[,;]?\s*\(?([A-J])[.)]\s*(?=[-\\(\d])")  # "B. 5 C. 6"
+_TEXT_LABEL = re.compile(r"\\text\w*\{\W*([A-J])[.):]\W*\}")
 _DOUBTED = re.compile(r"[\s,;*]*\b(?i:or)\b|[()\[\]{}.:,;*/$\\\s]*\bor\b")  # but "C) OR gate" is an option
 _HEDGE = re.compile(
     r"(?i)\b(?:maybe|perhaps|possibly|probably|also|either|or|could|might|may|wait|actually|sure|unless|both|alternatively)\b|;\s*\(?[A-J]\b"
@@ -44,17 +47,20 @@ def chosen_letter(answer: str) -> str | None:
         return None
     letter = (found[1] or found[2]).upper()
     behind = re.search(rf"(?is)\b{letter}\b(.*)", answer)  # not in `text`, where "or" may be a semicolon
-    if behind and _DOUBTED.match(behind[1]):
+    if (behind and _DOUBTED.match(behind[1])) or len(set(_TEXT_LABEL.findall(answer))) > 1:
         return None
     return None if _names_another(letter, found["rest"] or "") else letter
 
 
 def _names_another(letter: str, rest: str) -> bool:
     """Whether what follows a letter offers another one. "A because (B) is wrong" and "C. Vitamin A" do not."""
+    if rejected := _REJECTED.fullmatch(rest):
+        return rejected[1] == letter
     if _LIST_OF_LETTERS.fullmatch(rest) or _REFUSED.match(rest):
         return True
     # Behind "C." a colon may be of the option's text: "C. Vitamin A: for the eyes"
     labels = (_LABEL if rest.startswith(":") else _CLAUSE_LABEL).findall(rest)
+    labels += [other for other in _VALUE_LABEL.findall(rest) if other > letter]  # "C. 0.5 A. 5 V" has amperes
     if any(other != letter for other in labels) or _SENTENCE_LABEL.search(rest):
         return True
     second, third = (re.search(rf"(?<![\w(]){chr(ord(letter) + step)}[.)]\s", rest) for step in (1, 2))

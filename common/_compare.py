@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 from common import _sets, _values
 from common._algebra import is_readable, needs_algebra
-from common._formula import Unreadable
+from common._formula import Unreadable, names, parse
 from common._normalise import BRACKET, BROKEN, OPENING, key
-from common._units import AMBIGUOUS, conversion, decimals, is_lowest_terms, number, split_unit
+from common._units import AMBIGUOUS, PRODUCTS, conversion, decimals, is_lowest_terms, number, split_unit
 
 __all__ = ["Comparison", "NeedsAlgebra", "Policy", "assignment", "bare", "compare"]
 
@@ -44,6 +44,9 @@ class Policy:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
+_FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 class NeedsAlgebra(Exception):
     """Raised in the calling process: nothing short of a computer algebra system decides this pair."""
 
@@ -63,10 +66,14 @@ def compare(
     """Compare two normalised answers before `deadline` (`time.monotonic()`), else `TimeoutError`.
 
     `algebra` maps (prediction, gold) to equal or not, or to "prediction" or "gold": the side that it cannot read.
-    Raises `NeedsAlgebra` where it is needed and missing.
+    Raises `NeedsAlgebra` where it is needed and missing. An answer that makes a step fail is unreadable and ends no
+    training run; `MemoryError` and `ImportError` are of the machine and pass.
     """
     comparison = Comparison(deadline, policy, algebra)
-    same = comparison.same(p, g)
+    try:
+        same = comparison.same(p, g)
+    except _FAILURES:
+        return Outcome(False, "", "failure", "prediction")
     unreadable = "" if same else "gold" if "gold" in comparison.unreadable else "".join(comparison.unreadable)
     return Outcome(same, comparison.kind, comparison.rule, unreadable)
 
@@ -75,10 +82,18 @@ def compare(
 # Taking an answer apart
 # ---------------------------------------------------------------------------------------------------------------------
 
-_NAME = re.compile(  # possessive, so that no input makes it backtrack
-    r"(?:[A-Za-z]|_ ?\{? ?[\w+-]+ ?\}?|\( ?-?\w+ ?\)|[|:'(),/{} ]|\\(?:angle|triangle|overline|frac|text|var\w+|alpha"
-    r"|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|tau|epsilon|eta|xi|psi|Delta|Omega)(?![a-zA-Z]))++"
+_NAME_PART = (
+    r"[A-Za-z]|_ ?\{? ?[\w+-]+ ?\}?|\( ?-?\w+ ?\)|[|:'(),/{} ]|\\(?:angle|triangle|overline|frac|text|var\w+|alpha"
+    r"|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|tau|epsilon|eta|xi|psi|Delta|Omega)(?![a-zA-Z])"
 )
+_NAME = re.compile(rf"(?:{_NAME_PART})++")  # possessive, so that no input makes it backtrack
+_QUANTITY = re.compile(  # a name in an equation, not in an inequality: m\angle 1, [ABC], P(X=2), f^{-1}(2), \sin A
+    r"(?:\\(?:angle|triangle) ?\d+|_ ?\{(?:[^{}=]|\{[^{}=]*\})*+\}|\[[A-Za-z]+\]|\^ ?\{? ?-1 ?\}?(?= ?\()"
+    r"|(?:(?<![A-Za-z])P|\\mathbb\{[EP]\}) ?(?:\([^()]*\))?"
+    r"|\\(?:widehat|overset|frown|overrightarrow|odot|bar|hat|max|min|sin|cos|tan)(?![a-zA-Z])"
+    rf"|{_NAME_PART})++"
+)
+_MEASURE = re.compile(r"^m ?(?=\\(?:angle|widehat|overset))")
 _NAME_SUM = re.compile(r"[A-Za-z](?:_\w)?(?: ?[+] ?[A-Za-z](?:_\w)?)+")  # what contests ask for: m+n
 _RELATION = re.compile(r"[=<>]|\\(?:leq|geq|neq|in(?![a-z])|subset|equiv|to(?![a-z]))")
 _BRACES = re.compile(r"\\?\{(.*?)\\?\}")
@@ -93,16 +108,18 @@ _MATRIX = re.compile(
 _BUILDER = re.compile(r"\\\{ ?([A-Za-z]) ?(?:\\in ?\\mathbb\{R\} ?)?[|:] ?(.*)\\\}")
 _BASED = re.compile(
     r"[({]?(?:\\text\{)?([0-9A-Za-z]+)\}?[)}]? ?"
-    r"(?:_ ?\{? ?\(?(?:\\text\{)?|(?:\\text\{ ?)?base ?\}?)(\d+|[a-z]+)\}?\)?\}?"
+    r"(?:_ ?\{? ?\(?(?:\\text\{)?(?:base ?\}? ?)?|(?:\\text\{ ?)?\(?base ?\}?)(\d+|[a-z]+)\)?\}?\)?\}?"
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _BASES |= {"twelve": 12, "sixteen": 16}
+_HOLE = re.compile(r"([A-Za-z]) ?\\neq ?(.+)")
 _INFINITE = re.compile(r"[+-]? ?\\infty")
 _SET_ALGEBRA = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset)")
-_CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2}):(\d\d) ?(?:\\text\{)? ?([ap])\.? ?m\.?\}?")
+_CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2})(?::(\d\d))? ?(?:\\text\{)? ?([ap])\.? ?m\.?\}?")
 _DATE = re.compile(r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})|(\d{1,2})([-/.])(\d{1,2})\6(\d{4})")
 _UNBOUNDED_ABOVE = re.compile(r"([(\[])(.+),\\infty\)")
 _UNBOUNDED_BELOW = re.compile(r"\(-\\infty,(.+)([)\]])")
+_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-df-hj-z](?![A-Za-z])")  # but e and i
 _APART = re.compile(r"(?<=\d )[mshgLNJWVK]$")  # "500 m" is a length, "500m" may be a product
 _MAX_ITEMS = 64  # larger collections are compared by their sorted texts
 
@@ -170,7 +187,7 @@ def assignment(text: str) -> tuple[str | None, list[str]]:
         return None, [text]
     if len(parts) > 3 and len(split(text, _COMMA)) > 1:  # "x=1, y=2" is a list of assignments
         return None, [text]
-    name = key(parts[0]) if _NAME.fullmatch(parts[0]) or _is_limit(parts[0]) else None
+    name = _MEASURE.sub("", key(parts[0])) if _QUANTITY.fullmatch(parts[0]) or _is_limit(parts[0]) else None
     return name, parts[2::2] if name else parts[::2]
 
 
@@ -212,9 +229,55 @@ def _as_set(text: str) -> str:
 
 
 def _as_union(text: str) -> str:
-    r"""`(-\infty,1)\cup (2,\infty)` from `x<1, x>2`; any other text by `_as_set`."""
-    ranges = [_as_interval(part) for part in split(text, _COMMA)[::2]]
-    return r"\cup ".join(found[1] for found in ranges) if len(ranges) > 1 and all(ranges) else _as_set(text)
+    r"""`(-\infty,1)\cup (2,\infty)` from `x<1, x>2`; `(0,4)\setminus \{1\}` from `0<x<4, x \neq 1`; else `_as_set`."""
+    builder = _BUILDER.fullmatch(text)
+    parts = split(builder[2] if builder else text, _COMMA)
+    ranges, holes = [], []
+    for part in parts[::2]:
+        ranges += filter(None, [_as_interval(part)])
+        holes += filter(None, [_HOLE.fullmatch(part)])
+    if len(ranges) == 1 and holes and len(ranges + holes) == len(parts[::2]) and ";" not in parts:
+        same = all(hole[1] == ranges[0][0] for hole in holes)
+        return rf"{ranges[0][1]}\setminus \{{{','.join(hole[2] for hole in holes)}\}}" if same else text
+    is_union = not builder and len(ranges) == len(parts[::2]) > 1
+    return r"\cup ".join(found[1] for found in ranges) if is_union else _as_set(text)
+
+
+def _alternatives(text: str) -> str:
+    r"""`x<2; x>3` from `\{x | x<2; x>3\}`; any other text as it is."""
+    builder = _BUILDER.fullmatch(text)
+    return builder[2] if builder and ";" in builder[2] else text
+
+
+def _one_by_one(text: str, other: str) -> str:
+    """`m=2,n=3` from `(m,n)=(2,3)` where the other side names its values; any other text as it is."""
+    if text[:1] != "(" or "=" not in other:
+        return text
+    name, parts = assignment(text)
+    if not name or len(parts) > 1 or assignment(other)[0]:
+        return text
+    left, right = (split(side.strip()[1:-1], _COMMA)[::2] for side in (name, parts[0]))
+    return ",".join(map("{}={}".format, left, right)) if len(left) == len(right) > 1 else text
+
+
+def _carried(items: list[str]) -> list[str]:
+    """`x=-1, x=2` from `x=-1, 2`: a name holds until the next one."""
+    if not items or "=" not in items[0]:
+        return items
+    carried, name = [], None
+    for item in items:
+        name = assignment(item)[0] or name
+        carried.append(item if not name or _RELATION.search(item) else f"{name}={item}")
+    return carried
+
+
+def _is_symbolic(text: str) -> bool:
+    """Whether a value, behind any `x =`, has names in it, so that a letter at its end may be a factor."""
+    value = split(text, _RELATION)[-1]
+    try:
+        return bool(names(parse(value)))
+    except Unreadable:
+        return bool(_LETTER.search(value))
 
 
 def _based(text: str) -> tuple[str, int] | None:
@@ -229,13 +292,18 @@ def _based(text: str) -> tuple[str, int] | None:
 def _exact_side(text: str) -> str:
     r"""`\frac{1}{3}` from `\frac{1}{3} \approx 0.33`, but `11` from `x \approx 11`."""
     left, *right = split(text, _APPROX)[::2]
-    return right[0] if right and (not left or _NAME.fullmatch(left)) else left
+    return right[0] if right and (not left or _QUANTITY.fullmatch(left)) else left
 
 
 def _date(text: str) -> list[int] | None:
     """The numbers of `2024-03-15` or `3/15/2024` in the order in which they stand."""
     found = _DATE.fullmatch(text)
     return [int(part) for part in found.groups() if part and part.isdigit()] if found else None
+
+
+def _time_of_day(hours: str, minutes: str | None, half: str) -> tuple[int, int, str]:
+    """06:00 AM and 6 a.m. are the same time."""
+    return int(hours), int(minutes or 0), half.lower()
 
 
 def _is_text(text: str) -> bool:
@@ -317,11 +385,14 @@ class Comparison:
         p_time, g_time = _CLOCK.fullmatch(p), _CLOCK.fullmatch(g)
         if not p_time or not g_time:
             return None
-        return [part.lower() for part in p_time.groups()] == [part.lower() for part in g_time.groups()]
+        return _time_of_day(*p_time.groups()) == _time_of_day(*g_time.groups())
 
     def _units(self, p: str, g: str) -> bool | None:
-        g_value, g_unit = split_unit(g, keep=AMBIGUOUS.difference(_APART.findall(g)))
+        apart = [letter for letter in _APART.findall(g) if not _is_symbolic(g[:-1])]
+        g_value, g_unit = split_unit(g, keep=AMBIGUOUS.difference(apart))
         p_value, p_unit = split_unit(p, keep=AMBIGUOUS.intersection(g_value))
+        if p_unit and not g_unit and _is_symbolic(g_value):  # \pi r^2 h is a product, x^2\text{ m} has a unit
+            p_value, p_unit = split_unit(p, keep=PRODUCTS)
         if p_unit is None and g_unit is None:
             return None
         if self.policy.percent == "value":
@@ -339,17 +410,26 @@ class Comparison:
         return self.same(rf"({p_value})\cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}", g_value)
 
     def _names(self, p: str, g: str) -> bool | None:
+        p_each, g_each = _one_by_one(p, g), _one_by_one(g, p)
+        if (p_each, g_each) != (p, g):
+            return self.same(p_each, g_each)
         (p_name, p_parts), (g_name, g_parts) = assignment(p), assignment(g)
         if p_name and g_name and not _same_name(p_name, g_name):
             return None
         p_equation, g_equation = p_name is None and len(p_parts) > 1, g_name is None and len(g_parts) > 1
         if g_equation or (p_equation and g_name) or not (p_name or g_name or p_equation):
             return None
+        named, other = (g_parts, p_parts) if g_name else (p_parts, g_parts)
+        if "=" in other[0] and len(split(named[-1], _COMMA)) > 1:  # x=-1,2 and x=-1,y=2 are compared item by item
+            return None
         if p_equation and _NAME_SUM.fullmatch(p_parts[0]):
             p_parts = p_parts[1:]
         return all(self.same(part, g_parts[-1]) for part in p_parts)
 
     def _unions(self, p: str, g: str) -> bool | None:
+        p_open, g_open = map(_alternatives, (p, g))
+        if (p_open, g_open) != (p, g):
+            return self.same(p_open, g_open)
         p_parts, g_parts = split(p, _CUP)[::2], split(g, _CUP)[::2]
         if len(p_parts) == len(g_parts) == 1:
             return None
@@ -367,6 +447,8 @@ class Comparison:
         (p_kind, p_items), (g_kind, g_items) = _items(p), _items(g)
         if p_kind == g_kind == "one" or _SET_ALGEBRA.search(p + g):
             return None
+        if not p_items or not g_items:  # only separators, as of an "or" with nothing before it
+            return False
         if "one" in (p_kind, g_kind):
             return p_kind + g_kind in ("onelist", "listone") and self._named_tuple(p_items, g_items)
         return self._match(p_items, g_items) or (
@@ -403,8 +485,8 @@ class Comparison:
         """Equal as multisets. Equality is an equivalence, so that taking the first match is enough."""
         if len(p_items) != len(g_items) or len(g_items) > _MAX_ITEMS:
             return sorted(map(key, p_items)) == sorted(map(key, g_items))
-        left = list(p_items)
-        for item in g_items:
+        left = list(_carried(p_items))
+        for item in _carried(g_items):
             found = next((i for i, other in enumerate(left) if self.same(other, item)), None)
             if found is None:
                 return False

@@ -34,6 +34,7 @@ _SYMBOLS = str.maketrans(
     | dict.fromkeys("’‘′ʹ", "'")
     | dict.fromkeys("“”„«»", '"')
     | dict.fromkeys("°º˚", "^\\circ ")
+    | {"∠": "\\angle ", "△": "\\triangle ", "⊙": "\\odot ", "≡": "\\equiv "}
     | {"÷": "/", "⁄": "/", "∕": "/", "∛": "\\sqrt[3] ", "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in "}
     | {"≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "≈": "\\approx ", "±": "\\pm ", "∓": "\\mp ", "∖": "\\setminus "}
     | {"∅": "\\emptyset ", "。": ".", "、": ",", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℚ": "\\mathbb{Q}"}
@@ -135,6 +136,7 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
         "",
     ),
     ("left|right|middle|ig", r"\\(?:left|right|middle|[bB]igg?[lrm]?)" + _A + r"\.?", ""),
+    (r"\rm", r"\\rm ?\{([^{}]*)\}|(?:(?<=\d)|(?<=[\d}] ))\{ ?\\rm" + _A + r" ?([^{}]*)\}", r"\\text{\1\2}"),
     ("style", r"\\(?:display|text|script|scriptscript)style" + _A, ""),
     (
         "\\",
@@ -184,6 +186,7 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
     (r"\text", r"(\\text\{[^{}]*?) ?\\cdot ?(?=[^{}]*\})", r"\1 "),
     (r"\text", r"\\text\{ ?(?i:([+-]|positive |negative )? ?infinity) ?\}", r"\1 infinity "),
     (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),
+    (r"\frac{\text", r"(\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*)\} ?\^ ?\{? ?(\d) ?\}?\}", r"\1^\2}}"),
     (r"\frac{\text", r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r"\\text{\1/\2}"),
     (r"\text", r"(?<![\d})])( ?)\\text\{([^A-Za-z{}]*[A-Za-z]?[^A-Za-z{}]*)\}", r"\1\2"),
     (  # after a number, `\text{m}` is a unit
@@ -213,8 +216,8 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
     (r"\infty", r"\+ ?\\infty", r"\\infty"),
     (r"\dot", r"\\dot ?\{?(\d)\}?(\d*)\\dot ?\{?(\d)\}?", r"\\overline{\1\2\3}"),
     (r"\dot|\bar", r"(?<=[.\d])\\(?:dot|bar) ?\{?(\d+)\}?", r"\\overline{\1}"),
-    ("mod", r"\\pmod ?\{?(\w+)\}?|\((?:\\text\{)?\\?mod ?\}? ?(\w+)\)", r"\\pmod{\1\2}"),
     ("prime", r"\^ ?\{? ?\\prime ?\}?", "'"),
+    (r"/\text|/ \text", r"(?<=\d) ?/ ?\\text\{ ?(?=[a-z]{2})", r"\\text{per "),
     ("circ|degree", r"\^ ?\{? ?\\circ ?\}?|\\(?:text)?degree" + _A, r"\\text{degrees}"),
     ("degrees", r"\\text\{degrees\} ?(?:\\text\{ ?)?([CFK])(?:elsius|ahrenheit)?\}?" + _A, r"\\text{deg\1}"),
     (r"\text|land|wedge", rf"\\text\{{ ?,? ?(?:{_AND}) ?,? ?\}}|\\(?:land|wedge)" + _A, ","),
@@ -224,6 +227,7 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
 _PLAIN_RULES = _compiled(
     (",", r"(\d) ?\{ ?, ?\} ?(?=\d{3})", r"\1"),
     ("~", r"~", " "),
+    ("mod", r"\((?:\\text\{)?\\?b?mod ?\}? ?(\w+)\)|\\[pb]?mod" + _A + r" ?\{?(\w+)\}?", r"\\pmod{\1\2}"),
     ("{", r"\{([.:=+-])\}", r"\1"),
     (" ", r"^(?i:(?:\\text\{)?(?:all|the) (?:real numbers|reals))[}. ]*$", r"\\mathbb{R}"),
     (" ", r"^(?i:negative +infinity) ?$", r"-\\infty "),
@@ -245,6 +249,7 @@ _PLAIN_RULES = _compiled(
     ("and|和", " ?(?<![A-Za-z\\\\{])and" + _A + "|和", ","),
     ("or|或", " ?(?<![A-Za-z\\\\{])or" + _A + "|或", ";"),
     ("to", r"^(\d+) ?(?:to|\\text\{to\}) ?(\d+)$", r"\1:\2"),
+    ("C_", r"(?<![A-Za-z\\])C_ ?\{(\d\d+)\} ?\^ ?\{?(\d+)\}?", r"\\binom{\1}{\2}"),  # C_1^2 may be a square
     ("C", r"(?:\{\})?[_^] ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?", r"\\binom{\1}{\2}"),
     (" ", r"(?i)\bper cents?\b", "percent"),
     (" ", r"(?i)^(?:approximately|approx\.?|about|roughly|around|nearly) (?=[-¤€£\d\\.$])", ""),

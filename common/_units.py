@@ -8,7 +8,17 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["AMBIGUOUS", "Unit", "conversion", "decimals", "is_lowest_terms", "is_unit", "number", "split_unit"]
+__all__ = [
+    "AMBIGUOUS",
+    "PRODUCTS",
+    "Unit",
+    "conversion",
+    "decimals",
+    "is_lowest_terms",
+    "is_unit",
+    "number",
+    "split_unit",
+]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numerals
@@ -123,6 +133,7 @@ _COMPOUND = {"mph": "mi/h", "kph": "km/h", "kmph": "km/h", "kmh": "km/h", "cc": 
 _RAISED_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _RAISED_AFTER = {"squared": 2, "cubed": 3}
 AMBIGUOUS = frozenset("mshgtLJNWVACKdl") | {"in", "a"}  # also variables or words: never stripped from a gold answer
+PRODUCTS = AMBIGUOUS | {f"{a}/{b}" for a in AMBIGUOUS for b in AMBIGUOUS}  # what may end a formula in variables
 _NO_UNIT = re.compile(  # words that change the value before them, and hedges
     r"(?i)[?!<>=]|\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty|hundred|thousand"
     r"|\w*illion|bn|lakh|crore|googol|tens|dozen|score|gross|pi|half|halves|quarters?|thirds?|(?:four|fif|six|seven|eigh|nin|ten"
@@ -166,7 +177,7 @@ def split_unit(text: str, keep: frozenset[str] = frozenset()) -> tuple[str, Unit
     if both := _two_units(text):
         return both
     part = _TRAILING.fullmatch(text) if _ENDS_LIKE_UNIT.search(text[-2:]) else None
-    if not part or part["unit"] in keep or _TRIGONOMETRIC.search(part["value"]):
+    if not part or part["unit"].replace(" ", "") in keep or _TRIGONOMETRIC.search(part["value"]):
         return text, None
     unit = _parse_unit(_words(part["unit"]) + re.sub(r"[ {}]", "", part["power"] or ""))
     apart = text[part.end("value")] == " "
@@ -241,7 +252,8 @@ def is_unit(text: str) -> bool:
 
 def conversion(p: Unit, g: Unit) -> Fraction | None:
     """How many of `g` one `p` is: 1000 for km and m; None where they differ in kind. "$" is "$ per hour" too."""
-    if p.powers != g.powers and _money(p) and _money(p) == _money(g) and 1 in (len(p.powers), len(g.powers)):
+    plain = min(p, g, key=lambda unit: len(unit.powers))
+    if p.powers != g.powers and _money(p) and _money(p) == _money(g) and (len(plain.powers), plain.scale) == (1, 1):
         return Fraction(1)
     if p.powers != g.powers:
         return None

@@ -64,7 +64,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
         raise _Undefined
     if abs(base) in (0, 1):
         return base ** (2 - int(exponent) % 2)
-    if _digits(base) * abs(exponent) > 2 * _MAX_DIGITS:
+    if abs(exponent) > 2 * _MAX_DIGITS / _digits(base):  # the product may be larger than any float
         raise TooLarge
     return base ** int(exponent)
 
@@ -278,15 +278,21 @@ class _Point:
         return self._bounded_power(base, exponent)
 
     def _bounded_power(self, base, exponent):
-        if not base:
-            if self.mp.re(exponent) <= 0:
+        noise = _noise(self.mp)
+        if abs(base) <= noise:  # the square of sin(pi) is 0 and has no size
+            if self.mp.re(exponent) <= noise:
                 raise _Undefined
-            return base
+            return self.mp.mpf(0)
         size = abs(exponent * self.mp.log(base)) / 2.302585
         if size > _MAX_PRECISION:
             raise TooLarge
         self.spread = max(self.spread, float(size))
         return self.mp.power(base, exponent)
+
+
+def _noise(mp):
+    """What is no larger is taken for a rounding error."""
+    return mp.mpf(10) ** -int(0.75 * mp.dps)
 
 
 @lru_cache(maxsize=4096)
@@ -307,8 +313,8 @@ _ARITHMETIC = {
     "abs": lambda mp, a: abs(a),
     "re": lambda mp, a: mp.re(a),
     "im": lambda mp, a: mp.im(a),
-    "floor": lambda mp, a: mp.floor(a),
-    "ceil": lambda mp, a: mp.ceil(a),
+    "floor": lambda mp, a: mp.floor(a + _noise(mp)),
+    "ceil": lambda mp, a: mp.ceil(a - _noise(mp)),
 }
 
 
@@ -416,10 +422,18 @@ class _Pair:
         return None  # another branch of a root or logarithm: outside the domain that is meant
 
 
+def _zero(point: _Point):
+    """What two equal numbers differ by at most, relative to their size. Raises `TooLarge` where that says nothing."""
+    exponent = int(point.spread + 15 - point.mp.dps)
+    if exponent > -30:
+        raise TooLarge
+    return point.mp.mpf(10) ** exponent
+
+
 def _close(point: _Point, a, b) -> bool:
     if isinstance(a, Fraction):
         return a == b
-    zero = point.mp.mpf(10) ** int(point.spread + 15 - point.mp.dps)
+    zero = _zero(point)
     small, large = sorted((abs(a), abs(b)))
     if small <= zero:
         return large <= zero
@@ -427,7 +441,7 @@ def _close(point: _Point, a, b) -> bool:
 
 
 def _is_real(point: _Point, value) -> bool:
-    return abs(point.mp.im(value)) <= abs(value) * point.mp.mpf(10) ** int(point.spread + 15 - point.mp.dps)
+    return abs(point.mp.im(value)) <= abs(value) * _zero(point)
 
 
 def equal(p: str, g: str, deadline: float) -> bool:
@@ -444,8 +458,9 @@ def proportional(p: str, g: str, deadline: float) -> int:
     pair, ratios = _Pair(p, g, deadline), []
 
     def same_ratio(point: _Point, a, b) -> bool | None:
-        if not a or not b:
-            return None if not a and not b else False
+        vanish = [_close(point, value, 0) for value in (a, b)]
+        if any(vanish):
+            return None if all(vanish) else False
         ratios.append(a / b)
         pair.scale = ratios[0]
         if not isinstance(a, Fraction):

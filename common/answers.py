@@ -76,7 +76,7 @@ class Check(NamedTuple):
     `answer` is the extracted answer, None without one. `kind` is what the pair was compared as ("number", "time",
     "unit", "assignment", "union", "collection", "relation", "brackets", "matrix", "ratio", "words", "value", "choice",
     "text"). `rule` is the comparison that decided, on the innermost part: one of the same names, or "set", "algebra",
-    "size", "late".
+    "size", "late", "failure" (of a step, by the text: no fault of the answer is known).
     """
 
     verdict: Verdict

@@ -1,7 +1,7 @@
 """The harness: generate what is missing, append sample records, then score them and compute the metrics.
 
 <out>/<benchmark>/identity.json   whose samples these are
-<out>/<benchmark>/samples.jsonl   responses, only ever appended to
+<out>/<benchmark>/samples.jsonl   responses, only ever appended to, or those of --responses
 <out>/<benchmark>/scored.jsonl    the same records with their scores: rewritten by each scoring
 <out>/<benchmark>.json            metrics
 """
@@ -95,7 +95,7 @@ def rescore(benchmark: Benchmark, out: str | Path) -> dict[str, Any]:
     Raises `ValueError` where there are none, or where the questions are not those of the records.
     """
     folder = Path(out) / benchmark.name
-    if not (folder / "identity.json").exists():
+    if not (folder / "identity.json").exists() or not (folder / "samples.jsonl").exists():
         raise ValueError(f"{folder} holds no records of {benchmark.name}: run the evaluation first")
     identity = _identity(folder)
     if identity.get("rows") != question_fingerprint(benchmark):
@@ -120,7 +120,9 @@ def score_responses(benchmark: Benchmark, responses: str | Path, out: str | Path
     records = _foreign(path)
     identity = {"responses": str(path), "benchmark": benchmark.name, "rows": question_fingerprint(benchmark)}
     _claim(Path(out) / benchmark.name / "identity.json", identity)
-    return _score(benchmark, records, Path(out), identity)
+    metrics = _score(benchmark, records, Path(out), identity)
+    write_jsonl(Path(out) / benchmark.name / "samples.jsonl", records)  # for `rescore`
+    return metrics
 
 
 def scores_by_question(out: str | Path, benchmark: str) -> list[list[float]]:

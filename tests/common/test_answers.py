@@ -12,10 +12,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from common import _worker
+from common import _values, _worker
 from common.answers import Policy, Verdict, check, extract_answer, grade, grade_many, judge, same_answer
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +175,57 @@ def test_table_of_pairs(row):
     assert (wrong, accepted) == ([], [])
 
 
+VANISHING = [  # prediction, gold: a part of the prediction is 0, which no number of digits shows
+    *((zero, "0") for zero in (r"\sin^2\pi", r"\sin^3 \pi", r"\tan^2\pi", r"\cos^2(90^\circ)", r"\sqrt{\sin\pi}")),
+    *((zero, "0") for zero in (r"(\log_2 8-3)^2", r"(e^{i\pi}+1)^2", r"(\sqrt{8}-2\sqrt{2})^2")),
+    (r"\lfloor\sin\pi\rfloor", "0"),
+    (r"\sqrt{1-\sin^2\pi}", "1"), (r"2\cos^2\frac{\pi}{2}-1", "-1"), (r"\sin^2(180^\circ)+3", "3"),
+    (r"\lfloor(\sqrt{2}+1)(\sqrt{2}-1)\rfloor", "1"), (r"x+\sin^2\pi", "x"), (r"x=y+\cos^2\frac{\pi}{2}", "x=y"),
+    (r"(\sin^2\pi, 1)", "(0, 1)"), (r"\begin{pmatrix}\sin^2\pi\\1\end{pmatrix}", r"\begin{pmatrix}0\\1\end{pmatrix}"),
+    (r"[\cos^2\frac{\pi}{2}, 1]", "[0,1]"), (r"[0,\sin^2\pi+2]\cup[2,3]", "[0,3]"),
+    *((no_value, None) for no_value in (r"\frac{1}{\sin^2\pi}", r"\tan^2(90^\circ)", r"\sqrt{\tan 90^\circ}+x")),
+    *((no_value, None) for no_value in (r"\left(\frac{1}{\sin\pi}\right)^2", r"(\sin\pi)^{\sin\pi}")),
+    (r"(10^{60}\sin\pi)^2", None),  # too few digits to see that it is 0: undecided
+]  # fmt: skip
+GOLDS = [
+    "7", "0.5", r"\sqrt{2}", "x", r"\frac{\pi}{6}", "x^2+1", "10^{50}", "e", "3+4i", "-1", "1", "0", "(3,-4)", "(1,2)",
+    "[5,7]", "2x+y=3", "x-y=3", "x=4", r"\begin{pmatrix}3\\4\end{pmatrix}", r"(-\infty,1)\cup(2,\infty)", "2^{-300}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prediction", "gold"), VANISHING)
+def test_a_part_that_is_zero_makes_no_answer_right_for_everything(prediction, gold):
+    assert gold is None or same_answer(prediction, gold)
+    assert [other for other in GOLDS if other != gold and same_answer(prediction, other)] == []
+
+
+@pytest.mark.parametrize(("answer", "gold"), [(r"(\pi^{-150})^3", r"\pi^{-450}"), (r"(e^{-100})^2", "e^{-200}")])
+def test_a_small_number_is_not_zero(answer, gold):
+    assert same_answer(answer, gold)
+    assert not same_answer(answer, "0")
+    assert not same_answer(answer, f"2{gold}")
+
+
+def test_nothing_is_proportional_to_zero():
+    assert not same_answer(r"(x+y)\sin\pi=0", "x+y=0")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, OverflowError, ValueError, KeyError, RecursionError, TypeError])
+def test_a_step_that_fails_makes_an_answer_unreadable(monkeypatch, error):
+    monkeypatch.setattr(_values, "equal", Mock(side_effect=error))
+    expected = Verdict.UNPARSEABLE, "x+1", "", "failure"
+    assert check(r"\boxed{x+1}", "1+x") == expected
+    assert grade_many([r"\boxed{x+1}"], ["1+x"]) == [Verdict.UNPARSEABLE]
+    assert not same_answer("x+1", "1+x")
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_is_no_fault_of_a_text_is_raised(monkeypatch, error):
+    monkeypatch.setattr(_values, "equal", Mock(side_effect=error))
+    with pytest.raises(error):
+        same_answer("x+1", "1+x")
+
+
 POLICIES = [  # policy, gold, prediction, right by default, right with the policy
     (Policy(percent="value"), "0.5", r"50\%", False, True),
     (Policy(percent="value"), "50", r"50\%", True, False),
@@ -247,6 +299,9 @@ def test_a_verdict_has_reasons(response, gold, expected):
         ("None", "None", Verdict.NO_ANSWER),
         (r"\boxed{\frac{1}{}+}", "5", Verdict.UNPARSEABLE),
         (r"\boxed{%s}" % ("9" * 5000), "5", Verdict.UNPARSEABLE),
+        (r"\boxed{;=5}", "1,2", Verdict.WRONG),
+        (r"\boxed{\text{ or }\approx 2.3}", "1,2", Verdict.WRONG),
+        (r"\boxed{1,2}", r"\text{ or }\approx 2.3", Verdict.WRONG),
         (r"\boxed{x+1}", "", Verdict.GOLD_UNPARSEABLE),
         (r"\boxed{x+1}", r"\frac{1}{}+", Verdict.GOLD_UNPARSEABLE),
         (r"\boxed{5}", None, Verdict.GOLD_UNPARSEABLE),
@@ -508,6 +563,7 @@ def test_a_box_changes_no_verdict():
         (r"\$50m", "50", False),
         (r"\$50", "50", True),
         (r"\$50 dollars", "50", True),
+        (r"\$18 per day", "18 cents", False),
         *((rf"\$12{unit}", "12", True) for unit in (r"\text{ in total}", r"\text{ a day}", " people")),
         ("C or none of these", "C", False),
         ("A or it depends", "A", False),

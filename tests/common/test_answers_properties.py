@@ -400,6 +400,33 @@ def test_equality_of_formulas_is_symmetric(left, right):
     assert same_answer(left, right, timeout=20) == same_answer(right, left, timeout=20)
 
 
+zeros = st.sampled_from([
+    r"\sin\pi", r"\tan\pi", r"\cos(90^\circ)", r"\cos\frac{\pi}{2}", r"\log_2 8-3", r"e^{i\pi}+1",
+    r"\sqrt{8}-2\sqrt{2}", r"\ln(e^2)-2", r"\tan(45^\circ)-1", "0",
+])  # fmt: skip
+near_zeros = st.recursive(  # formulas in which something is zero that is not seen to be
+    zeros | st.sampled_from(["1", "-2", "100", "x", "i", r"\pi", r"\frac{1}{2}"]),
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from("+-"), inner).map("({0[0]}){0[1]}({0[2]})".format),
+        st.tuples(inner, inner).map("({0[0]})({0[1]})".format),
+        st.tuples(inner, inner).map(r"\frac{{{0[0]}}}{{{0[1]}}}".format),
+        st.tuples(inner, inner).map("({0[0]})^{{{0[1]}}}".format),
+        st.tuples(inner, st.sampled_from(["2", "-1", "-2", "9", "-40"])).map("({0[0]})^{{{0[1]}}}".format),
+        st.tuples(st.sampled_from([r"\sin", r"\tan", r"\ln", r"\sqrt", r"\exp", "abs", "floor"]), inner).map(
+            lambda pair: f"{pair[0]}({pair[1]})"
+        ),
+    ),
+    max_leaves=5,
+)
+
+
+@SETTINGS
+@given(zeros, near_zeros, st.integers(0, 3))
+def test_nothing_is_right_for_two_answers(zero, formula, power):
+    for prediction in (formula, f"({zero})^{power}+{formula}", f"({formula})({zero})^{power}"):
+        assert not (same_answer(prediction, "7") and same_answer(prediction, "x+1"))
+
+
 DRESSES = [
     r"\,{}",
     "{} ",

@@ -238,6 +238,10 @@ def test_responses_of_others_are_scored_into_the_same_table(tmp_path):
     assert (report["avg@k"], report["parsed"], report["truncated"], report["mean_tokens"]) == (0.5, 1.0, None, None)
     assert json.loads((tmp_path / "out/numbers.json").read_text()) == json.loads(json.dumps(report))
     assert len(read_jsonl(tmp_path / "out/numbers/scored.jsonl")) == 10
+    assert rescore(numbers(), tmp_path / "out") == report
+    (tmp_path / "out/numbers/samples.jsonl").unlink()  # as in folders of older versions
+    with pytest.raises(ValueError, match="holds no records of numbers"):
+        rescore(numbers(), tmp_path / "out")
 
 
 def test_blank_lines_and_a_last_line_without_an_end_are_read(tmp_path):
