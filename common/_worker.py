@@ -261,7 +261,8 @@ def _requests():
 def _take_limits() -> None:
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides what Ctrl-C means
+    for number in (signal.SIGINT, signal.SIGHUP):  # the caller decides what Ctrl-C and a lost terminal mean
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     with contextlib.suppress(ValueError, OSError):  # macOS refuses

@@ -13,9 +13,9 @@ from r_diverse.servers import free_port, serving, vllm_command
 from r_diverse.train import server_engine
 
 SERVER = """
-import http.server, subprocess, sys
+import http.server, os, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print("child", child.pid, flush=True)
+print("child", child.pid, os.environ["VLLM_USE_FLASHINFER_SAMPLER"], os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
@@ -40,8 +40,9 @@ def test_a_server_and_its_children_end_with_the_block(tmp_path):
     try:
         with serving([sys.executable, "-c", SERVER, str(port)], port, log, gpus="3", ready_seconds=60) as url:
             assert url == f"http://127.0.0.1:{port}/v1"
-            child = int(log.read_text().split()[1])
-            assert alive(child)
+            child, *environment = log.read_text().split()[1:]
+            child = int(child)
+            assert alive(child) and environment == ["0", "3"]
         time.sleep(0.2)
         assert not alive(child)
         assert bystander.poll() is None  # another Python of the user goes on
