@@ -29,6 +29,7 @@ from common.evaluation import (
     evaluate,
     load_benchmark,
     score_responses,
+    scores_by_question,
     summarize,
 )
 from common.evaluation import __main__ as command
@@ -83,6 +84,26 @@ def test_metrics_follow_from_the_records(tmp_path):
     assert low < report["avg@k"] < high
     assert json.loads((tmp_path / "numbers.json").read_text())["avg@k"] == report["avg@k"]
     assert (report["questions"], report["samples"], report["truncated"]) == (10, 4, 0.0)
+
+
+def test_another_seed_draws_other_samples(tmp_path):
+    seeds = []
+    for seed in (0, 1):
+        engine = Echo()
+        evaluate(engine, numbers(), tmp_path / str(seed), samples=4, decoding=SAMPLED, seed=seed)
+        seeds.append({asked for _, asked in engine.asked})
+    assert not seeds[0] & seeds[1]
+
+
+def test_rates_of_records_by_hand():
+    def record(question, score, verdict, reason, tokens):
+        return {"id": question, "score": score, "verdict": verdict, "finish_reason": reason, "num_tokens": tokens}
+
+    records = [record("a", 1.0, "correct", "stop", 4), record("a", 0.0, "no_answer", "length", 8)]
+    records += [record("b", 0.0, "wrong", "stop", 2), record("b", 0.0, "unparseable", "stop", 2)]
+    rates = summarize(records)
+    assert (rates["parsed"], rates["truncated"], rates["mean_tokens"]) == (0.5, 0.25, 4.0)
+    assert rates["pass@k"] == {1: 0.25, 2: 0.5}
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
@@ -244,6 +265,13 @@ def test_responses_of_others_are_scored_into_the_same_table(tmp_path):
         rescore(numbers(), tmp_path / "out")
 
 
+def test_scores_are_those_of_the_same_questions_whatever_the_order_of_the_records(tmp_path):
+    records = [{"id": i, "response": rf"\boxed{{{min(i, 2)}}}"} for i in range(10)]
+    for name, order in (("forwards", records), ("backwards", records[::-1])):
+        score_responses(numbers(), responses(tmp_path / f"{name}.jsonl", order), tmp_path / name)
+        assert scores_by_question(tmp_path / name, "numbers") == [[1.0]] * 3 + [[0.0]] * 7
+
+
 def test_blank_lines_and_a_last_line_without_an_end_are_read(tmp_path):
     lines = [json.dumps({"id": i, "response": rf"\boxed{{{i}}}", "num_tokens": float("nan")}) for i in range(10)]
     (tmp_path / "theirs.jsonl").write_text("\n\n".join(lines))
@@ -357,6 +385,14 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end():
     tokenizer.pad_token = None
     engine = TransformersEngine(model, tokenizer)
     assert engine.generate(prompts(3), Decoding(max_new_tokens=4), range(3)) == plain
+
+
+def test_a_repetition_penalty_that_a_model_declares_is_left_out():
+    model, tokenizer = tiny_qwen3(hidden=32)
+    plain = TransformersEngine(model, tokenizer).generate(prompts(3), Decoding(max_new_tokens=30), range(3))
+    model.generation_config.repetition_penalty = 5.0
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.generate(prompts(3), Decoding(max_new_tokens=30), range(3)) == plain
 
 
 def test_two_adapters_of_one_base_are_two_models(tmp_path, capsys):
@@ -492,6 +528,51 @@ SRPO = {
     "sciknoweval_physics": "sciknoweval/physics/test.json",
     "tooluse": "tooluse/test.json",
 }
+
+
+@pytest.mark.parametrize(
+    ("names", "samples", "decoding"),
+    [
+        (("math500", "gsm8k", "minerva_math", "olympiadbench"), 1, Decoding(0.0, 1.0, 4096)),
+        (("amc23", "aime24", "aime25"), 32, Decoding(0.6, 0.95, 4096)),
+        (("mmlu_pro", "supergpqa", "bbeh"), 1, Decoding(0.0, 1.0, 8192)),
+        (SRPO, 16, Decoding(0.6, 0.95, 8192)),
+    ],
+)
+def test_samples_and_decoding_of_the_papers(names, samples, decoding):
+    assert [(BENCHMARKS[name].samples, BENCHMARKS[name].decoding) for name in names] == [(samples, decoding)] * len(
+        names
+    )
+
+
+BOX = "Please reason step by step, and put your final answer within \\boxed{}."
+LETTER = "Which?\n\nA. x\nB. y\n\nPlease reason step by step, and put the letter of the right option within \\boxed{}."
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "answer"),
+    [
+        ("math500", {"problem": "1+1?", "answer": 2.0}, [BOX, "1+1?"], "2"),
+        ("gsm8k", {"question": "1+1?", "answer": "1+1.\n#### 1,234"}, [BOX, "1+1?"], "1234"),
+        ("minerva_math", {"question": "1+1?", "solution": "So \\boxed{2}."}, [BOX, "1+1?"], "2"),
+        ("olympiadbench", {"question": "1+1?", "final_answer": ["2"]}, [BOX, "1+1?"], "2"),
+        ("mmlu_pro", {"question": "Which?", "options": ["x", "y"], "answer": "B"}, [LETTER], "B"),
+        (
+            "supergpqa",
+            {"question": "Which?", "options": ["x", "y"], "answer": "y", "answer_letter": "B"},
+            [LETTER],
+            "B",
+        ),
+        ("bbeh", {"question": "Why?", "answer": "so"}, [f"Why?\n\n{BOX}"], "so"),
+        ("tooluse", {"system": None, "prompt": "Call.", "answer": "{}"}, ["Call."], "{}"),
+        ("tooluse", {"system": "Tools", "prompt": "Call.", "answer": "{}"}, ["Tools", "Call."], "{}"),
+    ],
+)
+def test_a_row_becomes_a_question(name, row, prompt, answer):
+    messages = BENCHMARKS[name].prompt(row)
+    assert [message["role"] for message in messages] == ["system", "user"][-len(prompt) :]
+    assert [message["content"] for message in messages] == prompt
+    assert BENCHMARKS[name].answer(row) == answer
 
 
 @pytest.mark.parametrize("name", MATH)
@@ -670,6 +751,7 @@ def test_a_server_is_asked_once_a_prompt_with_its_seed(chat_server):
     assert "stop_token_ids" not in request  # other servers than vLLM's do not know it
     assert (request["temperature"], request["top_p"], request["max_tokens"], request["top_k"]) == (0.7, 0.9, 11, 40)
     assert request["chat_template_kwargs"] == {"enable_thinking": False}
+    assert (request["repetition_penalty"], request["min_p"]) == (1.0, 0.0)
     server_engine(chat_server, stop_token_ids=[2]).generate(asked("d"), Decoding(), [1])
     assert chat_server.asked[-1]["stop_token_ids"] == [2]
 

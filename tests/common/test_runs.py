@@ -39,6 +39,14 @@ def test_a_new_run_and_the_same_run_again(tmp_path):
     assert len(again.manifest["resumed"]) == 1
 
 
+def test_a_finished_run_with_more_to_do_is_running_again(tmp_path):
+    opened(tmp_path).finish()
+    again = opened(tmp_path)
+    again.restart()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["state"], manifest["ended"], again.is_done) == ("running", None, False)
+
+
 @pytest.mark.parametrize(
     ("error", "state"),
     [(ValueError("boom"), "failed"), (KeyboardInterrupt(), "interrupted"), (SystemExit(), "interrupted")],

@@ -5,7 +5,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,16 +48,22 @@ def test_a_free_place_is_taken_at_once(tmp_path, two_cores, capfd):
     assert (tmp_path / "third.log").read_text() == "third here\n"
 
 
-def test_each_command_has_one_thread_on_a_cpu(tmp_path, two_cores):
+def test_each_command_has_one_thread_on_a_cpu(tmp_path, two_cores, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     look = python("look", "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] != '1')")
     assert stages.run_stages([[look], [look, ("again", look[1])]], tmp_path) == 0
 
 
 def test_a_failure_stops_the_others_and_shows_its_log(tmp_path, two_cores, capfd):
-    started = time.monotonic()
-    plan = [[sleeper("other", 60), sleeper("bad", 0.2, code=3), sleeper("never", 0)], [sleeper("later", 0)]]
+    pid = tmp_path / "pid"
+    pid.touch()
+    path = repr(str(pid))
+    other = f"import os, time; open({path}, 'w').write(str(os.getpid())); time.sleep(60); os.remove({path})"
+    bad = f"import os, sys, time\nwhile not os.path.getsize({path}): time.sleep(0.01)\nprint('bad here'); sys.exit(3)"
+    plan = [[python("other", other), python("bad", bad), sleeper("never", 0)], [sleeper("later", 0)]]
     assert stages.run_experiment("x", plan, tmp_path) == 3
-    assert time.monotonic() - started < 50
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
     printed = capfd.readouterr().out
     assert "bad failed with exit code 3" in printed
     assert "bad here" in printed

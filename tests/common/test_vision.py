@@ -170,6 +170,36 @@ def test_a_file_of_the_columns_is_read_and_its_gold_is_right(parquet, name):
         assert benchmark.score("", row) is Verdict.NO_ANSWER
 
 
+LETTER = "Answer with the option's letter from the given choices directly."
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        (
+            "wemath",
+            "Now, we require you to solve a multiple-choice math question. Please briefly describe your thought "
+            "process and provide the final answer(option).\nQuestion: What is 0?\nOption: A. 5 cm; B. 6 cm; C. 7 cm; "
+            "D. 8 cm; E. No correct answer\nRegarding the format, please answer following the template below, and be "
+            "sure to include two <> symbols:\n<Thought process>: <<your thought process>> <Answer>: <<your option>>",
+        ),
+        ("mathvista", "Hint: answer.\nQuestion: 0?"),
+        ("mathverse", "Please answer. 0?"),
+        ("hallusionbench", "What is 0?"),
+        ("ai2d", f"What is 0?\nA. cat\nB. dog\nC. cow\nD. hen\n{LETTER}"),
+        ("mmmu", "How many in <image>?\n\nAnswer the question using a single word or phrase."),
+        ("mmmu", f"See <image>. What is 1?\n\n(A) one\n(B) it's two\n(C) <image>\n(D) four\n\n{LETTER}"),
+        ("mmstar", f"What is 0?\nOptions: A: a, B: b, C: c, D: d\n{LETTER}"),
+        ("ocrbench", "What is 0?"),
+    ],
+)
+def test_prompts_word_by_word(name, prompt):
+    (message,) = VISION[name].prompt(row_of(name, int("What is 1?" in prompt)))
+    parts = message["content"]
+    parts = [parts] if isinstance(parts, str) else [part.get("text", "<image>") for part in parts]
+    assert "".join(parts) == prompt
+
+
 def test_another_number_of_rows_or_a_missing_image_is_refused(tmp_path):
     path = tmp_path / "mmstar.parquet"
     row = {**dict.fromkeys(COLUMNS["mmstar"]), **row_of("mmstar", 0)}

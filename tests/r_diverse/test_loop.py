@@ -492,6 +492,27 @@ def test_a_question_without_a_program_is_lost_where_vectors_are_compared_only(tm
     assert ("1+1" in questions) == (kept == 4)
 
 
+@pytest.mark.parametrize(("fraction", "replayed"), [(0.0, 0), (0.5, 4)])
+def test_the_replayed_share_is_the_configs_and_rows_and_order_are_the_seeds(tmp_path, fraction, replayed):
+    rows = [
+        {"question": f"{i}+{i}", "answer": str(2 * i), "consistency": 0.5, "own_answer": "", "answers": []}
+        for i in range(8)
+    ]
+    made = []
+    for seed in (0, 1):
+        run, root = RDiverseConfig("m", replay_fraction=fraction, seed=seed), tmp_path / str(seed)
+        for t, new in ((1, rows), (2, rows[:4])):
+            folder, embedded = root / f"{t}/filter", root / f"{t}/embed"
+            folder.mkdir(parents=True)
+            vectors = np.eye(8)[: len(new)]
+            once(embedded, {}, lambda path, v=vectors: np.save(path / "embeddings.npy", v) or {"encoder": "table"})
+            counts = data.select(folder, run, t, new, embedded, root / "bank")
+        assert counts["replayed"] == replayed
+        made.append([(row["iteration"], row["question"]) for row in read_jsonl(folder / "solver_data.jsonl")])
+    assert made[0] != made[1]
+    assert (set(made[0]) == set(made[1])) == (not replayed)
+
+
 def test_a_path_with_blanks(base, tmp_path):
     out = tmp_path / "a folder with blanks"
     out.mkdir()
@@ -546,6 +567,24 @@ def test_the_alarm_knows_repeats_and_yields():
     assert loop.check_alarm(strict, 1, [distinct], 8, labels=None, entropy=None) is None
 
 
+def test_the_alarm_sees_all_rounds_and_the_end_of_the_phase(tmp_path, monkeypatch):
+    for t in (1, 2):
+        vectors = np.eye(4)[:t]
+        vectors[0] = np.nan
+        folder = tmp_path / f"iteration_{t}"
+        once(folder / "embed", {}, lambda path, v=vectors: np.save(path / "embeddings.npy", v) or {})
+        once(folder / "filter", {}, lambda path: {"label_accuracy": 0.5})
+    (folder / "challenger").mkdir()
+    lines = [{"entropy": 1.0}, {"entropy": 0.25}, {"train_runtime": 9.0}]
+    (folder / "challenger/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = []
+    monkeypatch.setattr(loop, "check_alarm", lambda *given: seen.append(given))
+    player = loop.SelfPlay(parse(["--model=m", "--alarm=warn", "--candidates=100"]), tmp_path, "digest")
+    player._alarm(2, 3)
+    ((_, t, embeddings, *figures),) = seen
+    assert (t, [len(rows) for rows in embeddings], figures) == (2, [0, 1], [300, 0.5, 0.25])
+
+
 def test_the_alarm_knows_one_giant_cluster():
     """64 vectors with pairwise cosine 0.7: no two are repeats, and P_rep is 1 for each."""
     rows = np.hstack([np.full((64, 1), 0.7**0.5), np.eye(64) * 0.3**0.5])
@@ -573,6 +612,74 @@ def test_late_comparisons_are_remembered_both_ways(monkeypatch):
     assert not any([data.same("sum", "1"), data.same("1", "sum"), data.same("sum", "1"), data.same("1", "2")])
     assert asked == [("sum", "1"), ("1", "2")]
     assert len(waited) == 1  # for the process that takes the place of the one that was killed
+
+
+class Asked:
+    """An engine that gives each question its replies in turn, and keeps the seeds."""
+
+    name = "asked"
+
+    def __init__(self, replies):
+        self.replies, self.seeds = {question: iter(texts) for question, texts in replies.items()}, []
+
+    def generate(self, prompts, decoding, seeds):
+        from common.evaluation import Completion
+
+        self.seeds += seeds
+        return [Completion(next(self.replies[prompt.messages[-1]["content"]]), 1, "stop") for prompt in prompts]
+
+
+def test_labels_and_gate_follow_the_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ready_to_compare", lambda: None)  # numbers are compared here
+    fields = ["--m_label=4", "--m_reward=7", "--low=0.2", "--high=0.5", "--r_zero_words=false", "--gate_samples=2"]
+    run, votes = parse(["--model=m", *fields]).run, {"a box": "1122", "most": "1112", "each": "1234"}
+    raw = [{"sample": i, "response": f"<question>{q}</question>\\boxed{{1}}"} for i, q in enumerate(votes)]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(record) + "\n" for record in raw))
+
+    def asked(votes):
+        return Asked({q: [f"\\boxed{{{vote}}}" for vote in row] for q, row in votes.items()})
+
+    data.label(tmp_path, asked(votes), run, tmp_path / "raw.jsonl")
+    rows = read_jsonl(tmp_path / "labelled.jsonl")
+    assert ["".join(row["answers"]) for row in rows] == list(votes.values())
+    assert [row["drop"] for row in rows] == [None, "high_consistency", None]
+    (tmp_path / "gate").mkdir()
+    counts = data.gate(tmp_path / "gate", asked({"a box": "11", "each": "23"}), run, tmp_path / "labelled.jsonl")
+    rows = read_jsonl(tmp_path / "gate/labelled.jsonl")
+    assert [(row["drop"], row["gate_consistency"]) for row in rows] == [(None, 1.0), ("gate", 0.5)]
+    assert counts == {"questions": 2, "usable": 1}
+
+
+def test_stages_have_seeds_of_their_own_in_every_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ready_to_compare", lambda: None)
+    seeds = []
+    for seed in (0, 5):
+        fields = ["--candidates=6", "--m_label=3", "--gate_samples=3", "--high=1", "--challenger_user=new"]
+        run, folder = parse(["--model=m", f"--seed={seed}", *fields]).run, tmp_path / str(seed)
+        engine = Asked({"new": ["<question>1+1</question>\\boxed{2}"] * 6, "1+1": ["\\boxed{2}"] * 36})
+        for name in ("generate", "label", "gate"):
+            (folder / name).mkdir(parents=True)
+        data.generate(folder / "generate", engine, run, "iteration 1, round 1")
+        data.label(folder / "label", engine, run, folder / "generate/samples.jsonl")
+        data.gate(folder / "gate", engine, run, folder / "label/labelled.jsonl")
+        seeds += engine.seeds
+    assert len(seeds) == len(set(seeds)) == 2 * (6 + 18 + 18)
+
+
+@pytest.mark.parametrize(("wanted", "rounds"), [(1, 2), (6, 3)])
+def test_rounds_go_on_until_the_solver_has_a_batch(tmp_path, monkeypatch, wanted, rounds):
+    """Two usable questions a round; a generation batch of the Solver has four. The gate asks the base."""
+    fields = [f"--min_questions={wanted}", "--gate_samples=2", "--solver.per_device_train_batch_size=5"]
+    player, asked = loop.SelfPlay(parse(["--model=base", *fields]), tmp_path, "digest"), []
+    monkeypatch.setattr(player, "_stage", lambda t, name, inputs, work: work(Path(name)))
+    monkeypatch.setattr(
+        player, "_with_engine", lambda model, folder, *_: asked.append((folder.name, model)) or {"outputs": {}}
+    )
+    monkeypatch.setattr(data, "usable", lambda files: [{}] * 2 * len(files))
+    player._questions(1, "solver", "opponent")
+    author = str(tmp_path / "iteration_1/challenger/model")
+    models = {"generate": author, "label": "solver", "gate": "base"}
+    assert asked == [(f"{name}_{k + 1}", model) for k in range(rounds) for name, model in models.items()]
 
 
 def test_labels_of_hostile_answers_are_bounded_and_counted(tmp_path, monkeypatch):

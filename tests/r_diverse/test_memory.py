@@ -439,7 +439,9 @@ def test_a_damaged_bank_is_refused_by_name(tmp_path, damage, message):
     assert files(tmp_path).items() >= before.items()
 
 
-@pytest.mark.parametrize("name", ["embeddings.npy", "records.jsonl", "sum.npy", "offsets.npy"])
+@pytest.mark.parametrize(
+    "name", ["embeddings.npy", "records.jsonl", "sum.npy", "offsets.npy", "codes.npy", "blocks.npy"]
+)
 def test_verify_finds_one_changed_byte(tmp_path, name):
     bank = fill(MemoryBank(tmp_path), {1: 5, 2: 5})
     bank.verify()

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from r_diverse import _scan
 
@@ -87,6 +86,41 @@ def test_the_error_bounds_every_product():
     assert (np.abs(rows @ (rows - found * found_scale).T) <= length * error * (1 + 1e-6)).all()
 
 
+def test_a_row_whose_errors_point_the_worst_way_is_found():
+    """What the query's codes leave out points as the row does, and what the row's leave out as the codes of the query,
+    which are longer than the query is: no term of the bound can be left out."""
+    off, level = 0.49, np.where(np.arange(256) % 3, -10, 9)
+    codes = np.array([127.0] + [126.0] * 256)
+    row = np.concatenate([[0], level]) + off * codes / 126
+    query = codes + off * row / np.abs(row).max()
+    query[0] = 127
+    length = np.linalg.norm(row)
+    row, query = row / length, query / np.linalg.norm(query)
+    largest = 127 / length  # coordinate of the row that sets the scale, and is opposite to the query else
+    other = -query * np.sqrt((1 - largest**2) / (1 - query[0] ** 2))
+    other[0] = largest
+    cosine, beside = query @ row - 2e-6, np.random.default_rng(7).standard_normal(257)
+    beside -= query * (query @ beside)
+    near = cosine * query + np.sqrt(1 - cosine**2) * beside / np.linalg.norm(beside)
+    rows = unit(np.stack([near, other, row]))
+    found = _scan.nearest_rows(query[None], [*blocks(rows[:1], 1), *blocks(rows[1:], 2)])
+    assert found.tolist() == (rows @ query).argmax(keepdims=True).tolist() == [2]
+
+
+def test_a_product_that_is_off_as_far_as_it_may_be_loses_no_row(monkeypatch):
+    """Rows that are what their codes say, but for the last bit; that of the nearest is multiplied too low."""
+    off = iter((0, 0.99 * 96 * _scan.SUM_ROUNDING))
+
+    def multiplier(queries):
+        return lambda rows: (rows.astype(float) @ queries.T - next(off)).astype(np.float32)
+
+    query = np.eye(96)[:1]
+    rows = unit(100 * query + 127 * np.eye(96)[1:3])
+    rows[0, 0] = np.nextafter(rows[0, 0], np.float32(0))
+    monkeypatch.setattr(_scan, "_multiplier", multiplier)
+    assert _scan.nearest_rows(query, blocks(rows, 1)).tolist() == [1]
+
+
 def test_the_error_is_that_of_the_row_that_is_off_most():
     rows = gaussian(np.random.default_rng(4), 50, 96)
     rows[0] = np.eye(96)[0]  # its codes are exact
@@ -122,10 +156,6 @@ def test_products_of_codes(dim):
     assert np.abs(products - exact).max() <= _scan.SUM_ROUNDING * dim
     if dim <= 96:
         assert (products == exact).all()
-
-
-def test_where_it_is_fast():
-    assert _scan.is_fast() is torch.cpu._is_vnni_supported()
 
 
 def test_without_torch_it_is_not_fast(monkeypatch):

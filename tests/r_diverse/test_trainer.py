@@ -88,6 +88,15 @@ def test_the_worked_example(tmp_path):
     assert lone[0] == pytest.approx(-0.3483333)
 
 
+def test_settings_of_the_penalties_reach_the_reward(tmp_path):
+    config = RDiverseConfig("m", gamma=0.3, tau_max=0.1, tau_mean=0.2, distance_threshold=0.3)
+    outputs = [output("alike 1"), output("zero 1"), "no form"]
+    parts = reward_of(config, outputs, memory=bank(tmp_path))[1].last_batch
+    expected = objective.memory_penalty(parts["p_max"], parts["p_mean"], 0.3, 0.1, 0.2)
+    assert parts["memory"][:2] == pytest.approx(expected)
+    assert parts["repetition"].tolist() == pytest.approx([1 / 3, 1 / 3, 0])  # 0.4 apart: together at the default 0.5
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"tau_max": 0.0, "tau_mean": 0.0}, {"gamma": 1.0, "tau_max": 0.0}, {"alpha": 3.0, "beta": 2.0}, {"gamma": 0.0}],
@@ -141,6 +150,22 @@ def test_text_measures_use_bleu(tmp_path):
         assert reward.last_batch["repetition"].tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3])
         assert reward.last_batch["p_max"].tolist() == pytest.approx([1, 1, 0])
         assert reward.last_batch["memory"].tolist() == pytest.approx([0.625, 0.625, 0])
+
+
+@pytest.mark.parametrize(("threshold", "cluster"), [(0.5, 2), (0.1, 1)])
+def test_text_measures_count_the_whole_batch_and_the_whole_memory(tmp_path, threshold, cluster):
+    """Two of four outputs have a question, at a distance of about 0.24; one of two in the memory is the first's."""
+    words = "one two three four five six"
+    outputs = [output(words), output("one two three four five seven"), "no form", "no form"]
+    memory = MemoryBank(tmp_path, "x")
+    memory.add([words, "a b c d e f"], np.eye(2), ["1", "2"], iteration=1)
+    config = RDiverseConfig("m", measure="question_text", distance_threshold=threshold)
+    parts = reward_of(config, outputs, memory=memory)[1].last_batch
+    assert parts["repetition"].tolist() == pytest.approx([cluster / 4, cluster / 4, 0, 0])
+    assert (parts["p_max"][0], parts["p_mean"][0]) == pytest.approx((1, 0.5))
+    config = RDiverseConfig("m", penalty="r_zero", distance_threshold=threshold)
+    parts = reward_of(config, outputs[:2], skills=None)[1].last_batch
+    assert parts["repetition"].tolist() == pytest.approx([cluster / 2] * 2)
 
 
 def test_the_order_of_a_batch_does_not_matter(tmp_path):

@@ -204,6 +204,24 @@ def test_the_answers_of_a_question_have_seeds_of_their_own_at_each_step(played):
         assert len(set.union(*batches)) == 4 * M
 
 
+def test_phases_and_rewards_have_seeds_of_their_own_in_every_run(tmp_path, monkeypatch):
+    salts, seeds = [], []
+
+    def stop(run, solver, *_):
+        salts.append(solver.salt)
+        raise InterruptedError
+
+    for name in ("local_engine", "skill_encoder", "ready_to_compare"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    monkeypatch.setattr(trainer, "ChallengerReward", stop)
+    for settings in (parse(["--model=m", f"--seed={seed}"]) for seed in (0, 1)):
+        for t in (1, 2):
+            with pytest.raises(InterruptedError):
+                train.challenger(settings, tmp_path, "m", "m", t)
+            seeds += [train._phase(settings, name, tmp_path, t).seed for name in train.PHASES]
+    assert (len(set(salts)), len(set(seeds))) == (4, 8)
+
+
 def test_candidates_of_two_iterations_have_other_seeds(played):
     log, _base, _root = played
     first, second = ({seed for call in log.of(t, "generate_1") for seed in call.seeds} for t in (1, 2))

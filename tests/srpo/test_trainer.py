@@ -22,7 +22,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen3
-from srpo import SRPOConfig, SRPOTrainer, _trl, lm_head, objective, teacher
+from srpo import SRPOConfig, SRPOTrainer, _trl, doctor, lm_head, objective, teacher
 from srpo.checks import check_support
 from srpo.reprompt import teacher_prompt_ids
 from srpo.teacher import SelfTeacher
@@ -328,11 +328,11 @@ def response_logits(model, prompt_ids: list[int], response: list[int], temperatu
 def reference_loss(
     trainer, routing: str, beta: float, temperature: float = 1.0, masks: list[list[int]] | None = None
 ) -> torch.Tensor:
-    """The equations of the paper row by row, full logits, float64; divergence by TRL's own function.
+    """The equations of the paper row by row, full logits, float64; divergence by TRL's own function, by the settings.
 
     `masks`: 0 on the tokens of each rollout that the policy has not written.
     """
-    kept = trainer._rollouts
+    kept, args = trainer._rollouts, trainer.args
     rewards, responses = kept["rewards"].tolist(), kept["completion_ids"]
     texts = trainer._tokenizer.batch_decode(responses, skip_special_tokens=True)
     model, teacher, tokenizer = trainer.model, trainer.teacher.model, trainer._tokenizer
@@ -376,7 +376,11 @@ def reference_loss(
         p = scored.softmax(-1)
         entropies.append((i, -(p * p.log()).sum(-1), own))
         divergence = compute_topk_self_distillation_loss(
-            student, scored, distillation_topk=100, distillation_alpha=0.5, distillation_add_tail=True
+            student,
+            scored,
+            distillation_topk=args.distillation_topk,
+            distillation_alpha={"jsd": 0.5, "reverse_kl": 1.0, "forward_kl": 0.0}[args.divergence],
+            distillation_add_tail=args.tail,
         )
         sdpo.append(divergence * own)
     raw = {i: (-beta * h).exp() for i, h, _ in entropies}
@@ -385,7 +389,7 @@ def reference_loss(
     for i, routed in enumerate(distilled):
         weighted = raw[i] / mean * sdpo[i] if routed else sdpo[i]
         if routing == "mix":
-            total = total + (0.9 * grpo[i] + 0.1 * weighted).sum()
+            total = total + (args.mix_weight * grpo[i] + (1 - args.mix_weight) * weighted).sum()
         elif routed:
             total = total + weighted.sum()
         elif routing == "srpo":
@@ -418,6 +422,23 @@ def test_loss_and_gradients_against_float64(make, fixed, routing, beta, temperat
     move_teacher(trainer)
     loss, gradients = step(trainer)
     assert_step_is(trainer, reference_loss(trainer, routing, beta, temperature), loss, gradients)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"distillation_topk": 3},
+        {"divergence": "reverse_kl"},
+        {"divergence": "forward_kl"},
+        {"tail": False},
+        {"routing": "mix", "mix_weight": 0.3},
+    ],
+)
+def test_settings_of_the_distillation_reach_loss_and_gradients(make, fixed, fields):
+    trainer = make(**{"routing": "srpo", "entropy_beta": 0.0, "distillation_topk": 7, **fields})
+    move_teacher(trainer)
+    loss, gradients = step(trainer)
+    assert_step_is(trainer, reference_loss(trainer, trainer.args.routing, 0.0), loss, gradients)
 
 
 def environment_masks(monkeypatch) -> list[list[int]]:
@@ -624,6 +645,15 @@ def test_the_threshold_of_the_configuration_is_the_one_of_the_routes(make, fixed
         assert trainer._metrics["train"]["route/correct"] == [len(correct) / 8]
 
 
+def test_weights_of_reward_functions_count_for_the_routes(make, fixed):
+    trainer = make(
+        reward=[lambda completions, **columns: [0.0, 0.0, 1.0, 0.0] * 2, always(1.0)], reward_weights=[1, 0.2]
+    )
+    step(trainer)
+    assert trainer.last_rollouts["rewards"].tolist() == pytest.approx([0.2, 0.2, 1.2, 0.2] * 2)
+    assert trainer.last_rollouts["distill"].tolist() == [True, True, False, True] * 2
+
+
 # --- what is logged ----------------------------------------------------------------
 
 
@@ -657,6 +687,39 @@ def test_a_figure_that_does_not_exist_is_left_out(make, fixed, routing):
     (line,) = [log for log in trainer.state.log_history if "loss" in log]
     assert not {"loss/grpo", "loss/sdpo", "entropy"} & line.keys()
     assert all(value is not None for value in line.values())
+
+
+def test_figures_by_hand():
+    routing = objective.route(torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0]), 4)
+    lengths = torch.arange(16)
+    policy_rows = objective.policy_rows(routing.distill)
+    assert doctor.routing_figures(routing, routing.distill, policy_rows, lengths, 4) == {
+        "route/correct": 7 / 16,
+        "route/sdpo": 5 / 16,
+        "route/grpo": 11 / 16,
+        "route/teacher_available": 11 / 16,
+        "route/lone_success": 1 / 16,
+        "route/all_wrong_groups": 1 / 4,
+        "route/all_correct_groups": 1 / 4,
+        "length/correct": pytest.approx((0 + 3 + 8 + 9 + 10 + 11 + 14) / 7),
+        "length/wrong": pytest.approx((1 + 2 + 4 + 5 + 6 + 7 + 12 + 13 + 15) / 9),
+    }
+    entropy, mask = torch.arange(12.0)[None], torch.arange(12)[None] < 11
+    figures = doctor.weight_figures(entropy, 20 - 2 * entropy, mask)
+    assert figures.pop("teacher/entropy") == 5
+    assert figures == pytest.approx(
+        {f"teacher/entropy_p{q}": q / 10 for q in (10, 50, 90)} | {f"weight_p{q}": q / 5 for q in (10, 50, 90)}
+    )
+
+
+def test_the_logged_distance_is_that_before_the_average_moves(make, fixed):
+    trainer = make(max_steps=1)
+    start = copy.deepcopy(dict(trainer.model.named_parameters()))
+    trainer.train()
+    gaps, sizes = zip(*((start[name] - p, p) for name, p in trainer.model.named_parameters()), strict=True)
+    gap, size = (torch.cat([x.flatten() for x in parts]).norm().item() for parts in (gaps, sizes))
+    (logged,) = [log["teacher/distance"] for log in trainer.state.log_history if "loss" in log]
+    assert logged == pytest.approx(gap / size, rel=1e-4)
 
 
 def test_the_doctor_sees_the_collapse_of_sdpo(make, fixed, capsys):
@@ -909,6 +972,14 @@ def test_a_long_demonstration_is_cut_and_the_instruction_stays():
     assert "\n" not in str(error.value)
 
 
+def test_the_settings_of_the_teachers_prompt_reach_it(make, fixed, monkeypatch):
+    given = []
+    monkeypatch.setattr("srpo.trainer.teacher_prompt_ids", lambda *a: given.append(a[-2:]) or teacher_prompt_ids(*a))
+    template = "{prompt}|{demonstration}|"
+    step(make(reprompt_template=template, max_reprompt_length=123))
+    assert given == [(123, template)]
+
+
 @pytest.mark.parametrize("options", [None, {"enable_thinking": True}])
 def test_the_teachers_prompt_is_tokenized_as_the_policys(make, fixed, options):
     """With the options of the chat template: by default Qwen3's empty thinking block stands at the end of both."""
@@ -950,6 +1021,10 @@ def test_a_template_of_ones_own_and_content_in_parts():
 def test_thinking_is_left_out_of_the_demonstration():
     assert objective.strip_thinking("<think>a\nb</think>\n\nThe <b> answer") == "The <b> answer"
     assert objective.strip_thinking("no thinking") == "no thinking"
+    _, tokenizer = policy()
+    shown = (["Q"], ["<think>a</think>b"], lambda prompts: tokenizer(prompts)["input_ids"], tokenizer, 99)
+    (ids,) = teacher_prompt_ids(*shown, "{prompt}: {demonstration}")
+    assert tokenizer.decode(ids) == "Q: b"
 
 
 # --- checkpoints ----------------------------------------------------------------

@@ -107,7 +107,7 @@ def run(case: str, output_dir: Path, processes: int) -> dict[str, Any]:
     (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
     return {
         "loss": log["loss"],
-        "logs": {k: v for k, v in log.items() if k.startswith(("va/", "completions/")) and k != "va/cells"},
+        "logs": {k: v for k, v in log.items() if k.startswith(("va/", "kl/", "completions/")) and k != "va/cells"},
         "parity": log["teacher/parity_max"] if "teacher_mode" in settings else 0.0,
         "gradients": callback.gradients,
         "width": trainer.last_rollouts["mask"].size(1),

@@ -325,6 +325,19 @@ def test_uneven_rollouts_cost_little_padding(make, monkeypatch):
     assert student["tokens"] == prompts + sum(lengths)  # no padding at all
 
 
+def test_a_pass_over_rollouts_is_bounded(make, monkeypatch):
+    """Four rollouts of 7 tokens have 56 in two views, but each counts with its prompt: one a pass, in both views."""
+    tests.fixed_rollouts(monkeypatch, length=6)
+    monkeypatch.setattr(siblings, "PASS_TOKENS", {"cpu": 1 << 20})
+    monkeypatch.setattr(siblings, "MOST_TOKENS", 8 * 7)
+    trainer, rows = forced(make(), True), set()
+    trainer.teacher_model.model.language_model.register_forward_pre_hook(
+        lambda module, args, given: rows.add(len(given["inputs_embeds"])), with_kwargs=True
+    )
+    tests.step(trainer)
+    assert rows == {2}
+
+
 # --- parts ----------------------------------------------------------------
 
 
@@ -358,6 +371,13 @@ def test_no_runs_are_cheaper(lengths, pass_tokens):
     for cuts in itertools.product([False, True], repeat=len(order) - 1):
         edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(order)]
         assert cost(runs) <= cost([order[a:b] for a, b in itertools.pairwise(edges)])
+
+
+def test_micro_batches_are_of_like_length_the_longest_first():
+    lengths = torch.tensor([3, 17, 60, 64, 50, 20, 5, 33])
+    mask = (torch.arange(64) < lengths[:, None]).long()
+    parts = siblings.length_sorted({"prompt_mask": torch.ones(8, 2).long(), "completion_mask": mask}, 4)
+    assert [part["completion_mask"].sum(1).tolist() for part in parts] == [[64, 60], [50, 33], [20, 17], [5, 3]]
 
 
 def test_take_rows_moves_images_with_their_rows():

@@ -5,6 +5,7 @@ resuming, learning. CPU, no network. Most tests replace generation by fixed roll
 import copy
 import functools
 import inspect
+import itertools
 import logging
 import math
 import operator
@@ -40,7 +41,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
-from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, objective, siblings
+from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, doctor, objective, siblings
 from va_opd.checks import check_same_tokens
 from va_opd.lm_head import logit_scale
 
@@ -258,11 +259,11 @@ def response_logits(model, batch: dict[str, Any], **replaced) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits[:, -length - 1 : -1].double()
 
 
-def reference_kl(student, teacher, batch, vocab: int) -> torch.Tensor:
+def reference_kl(student, teacher, batch, vocab: int, temperature: float = 1.0) -> torch.Tensor:
     """(B, T) reverse KL over the tokenizer's vocabulary, in float64, with gradient to the student."""
-    s = response_logits(student, batch)[..., :vocab].log_softmax(-1)
+    s = (response_logits(student, batch)[..., :vocab] / temperature).log_softmax(-1)
     with torch.no_grad():
-        t = response_logits(teacher, batch)[..., :vocab].log_softmax(-1)
+        t = (response_logits(teacher, batch)[..., :vocab] / temperature).log_softmax(-1)
     return (s.exp() * (s - t)).sum(-1)
 
 
@@ -441,13 +442,22 @@ def test_weighting_none_equals_trls_own_loss_when_all_rollouts_are_equally_long(
     assert_same_step(got, (trl_loss.item(), gradients_of(trl_loss, trainer.model), None))
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
-@pytest.mark.parametrize("weighting", ["va", "rollout", "token"])
-def test_loss_and_gradient_against_an_independent_computation(make, monkeypatch, family, weighting):
+SETTINGS = {"rollout_temperature": 0.5, "va_eps": 0.01, "top_fraction": 0.4, "high_weight": 0.7, "kl_temperature": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "weighting", "settings"),
+    [
+        *itertools.product(["qwen3_vl", "qwen2_5_vl"], ["va", "rollout", "token"], [{}]),
+        ("qwen3_vl", "va", SETTINGS),
+    ],
+)
+def test_loss_and_gradient_against_an_independent_computation(make, monkeypatch, family, weighting, settings):
     """The whole method once more in float64, from full logits and images that the test pixelates itself."""
     fixed_rollouts(monkeypatch)
     k = 4
-    trainer = make(rows=image_rows(4), family=family, weighting=weighting, num_generations=k)
+    trainer = make(rows=image_rows(4), family=family, weighting=weighting, num_generations=k, **settings)
+    args = trainer.args
     monkeypatch.setattr(siblings, "length_sorted", lambda batch, parts: [batch])
     inputs = next(iter(trainer.get_train_dataloader()))
     got = step(trainer, inputs)
@@ -467,20 +477,20 @@ def test_loss_and_gradient_against_an_independent_computation(make, monkeypatch,
     assert va.max() > 0.01
 
     expected = 0
-    kl = reference_kl(student, teacher, batch, trainer.vocab_size)
+    kl = reference_kl(student, teacher, batch, trainer.vocab_size, args.kl_temperature)
     for start in range(0, len(mask), k):
         means = np.array([va[r][mask[r]].mean() for r in range(start, start + k)])
-        scores = np.exp((means - means.mean()) / (means.std() + 1e-6))
+        scores = np.exp((means - means.mean()) / (means.std() + args.va_eps) / args.rollout_temperature)
         for r, weight in zip(range(start, start + k), scores / scores.sum(), strict=True):
             weight = weight if weighting != "token" else 1 / k
             valid = mask[r].nonzero()[:, 0].tolist()
             ranked = sorted(valid, key=lambda t, r=r: -va[r, t])
-            high = ranked[: math.ceil(len(valid) / 5)]
+            high = ranked[: math.ceil(len(valid) * args.top_fraction - 1e-9)]
             low = [t for t in valid if t not in high]
             if weighting == "rollout" or not low:
                 inner = kl[r, valid].mean()
             else:
-                inner = 0.5 * kl[r, high].mean() + 0.5 * kl[r, low].mean()
+                inner = args.high_weight * kl[r, high].mean() + (1 - args.high_weight) * kl[r, low].mean()
             expected = expected + weight * inner / (len(mask) // k)
     assert_same_step(got, (expected.item(), gradients_of(expected, student), None), 2e-5, 5e-5)
 
@@ -1022,10 +1032,16 @@ def test_coefficients_follow_their_rows_through_sorting(make, monkeypatch):
     assert len(set(order)) > 4
 
 
-def test_random_ties_are_reproducible(make, monkeypatch):
-    fixed_rollouts(monkeypatch, length=12)
-    first, second = (step(make(random_ties=True, va_floor=None))[2][0]["coefficients"] for _ in range(2))
-    assert torch.equal(first, second)
+def test_random_ties_are_reproducible_and_drawn_anew_in_each_step_and_run(make, monkeypatch):
+    fixed_rollouts(monkeypatch, length=19)
+    monkeypatch.setattr(objective, "visual_advantage", lambda logps, other, mask: torch.zeros_like(logps))
+    runs = [(False, 42, 0), (True, 42, 0), (True, 42, 0), (True, 42, 1), (True, 7, 0)]
+    drawn = []
+    for random_ties, seed, at in runs:
+        trainer = make(shuffle_dataset=False, random_ties=random_ties, seed=seed)
+        trainer.state.global_step = at
+        drawn.append(step(trainer)[2][0]["high_tokens"].flatten().tolist())
+    assert [drawn.index(tokens) for tokens in drawn] == [0, 1, 1, 3, 4]
 
 
 @pytest.mark.parametrize("random_ties", [False, True])
@@ -1049,6 +1065,20 @@ def test_rollouts_under_the_floor_have_uniform_tokens(make, monkeypatch):
     logged = trainer._metrics["train"]
     assert not {"va/zero_in_high", "kl/high", "kl/low"} & logged.keys()  # there are no groups
     assert logged["va/mean"][0] > 0  # of which the floor takes nothing away
+
+
+def test_the_floor_is_one_of_the_mean(make, monkeypatch):
+    fixed_rollouts(monkeypatch, length=9)
+    monkeypatch.setattr(siblings, "length_sorted", lambda batch, parts: [batch])
+    trainer = make()
+    step(trainer)
+    means = objective.mean_over_tokens(trainer.last_rollouts["va"], trainer.last_rollouts["mask"])
+    floor = means.sort().values[3:5].mean().item()
+    (batch,) = step(make(va_floor=floor))[2]
+    alike = [
+        c[m.bool()].unique().numel() == 1 for c, m in zip(batch["coefficients"], batch["completion_mask"], strict=True)
+    ]
+    assert alike == (means < floor).tolist() and sum(alike) == 4
 
 
 def test_rows_without_an_image_are_in_no_figure_of_va(make, monkeypatch):
@@ -1106,6 +1136,25 @@ def test_logged_kl_and_va_against_their_definitions(make, monkeypatch):
     top = va.sort(descending=True).values[: round(0.1 * len(va))].sum() / va.sum()
     assert metrics["va/top10_mass"][-1] == pytest.approx(top.item(), rel=1e-5)
     assert metrics["va/weight_max"][-1] == pytest.approx(rollouts["weights"].max().item())
+
+
+def test_figures_of_va_by_hand():
+    va, mask = torch.tensor([[4.0, 0.0, 9.0], [0.0, 0.0, 0.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    high, weights = torch.tensor([[1, 0, 0], [1, 0, 0]]).bool(), torch.tensor([0.9, 0.1])
+    expected = {"va/mean": 0.8, "va/positive_share": 0.2, "va/top10_mass": 1.0, "va/group_sigma": 1.0}
+    expected |= {"va/weight_min": 0.1, "va/weight_max": 0.9, "va/zero_in_high": 0.5}
+    assert doctor.va_figures(va, mask, weights, high, 2) == pytest.approx(expected)
+
+
+def test_the_logged_entropy_is_the_students(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    trainer = make(max_steps=1, learning_rate=0.0)
+    trainer.train()
+    (batch,) = trainer._buffered_inputs
+    with torch.no_grad():
+        probabilities = response_logits(trainer.model, batch)[..., : trainer.vocab_size].softmax(-1)
+    entropy = torch.special.entr(probabilities).sum(-1)[batch["completion_mask"].bool()].mean().item()
+    assert trainer.state.log_history[0]["entropy"] == pytest.approx(entropy, rel=1e-4)
 
 
 # --- precision, evaluation, one line of health ----------------------------------------------------------------
@@ -1202,6 +1251,24 @@ def test_doctor_line_and_warnings(make, capsys):
     out = capsys.readouterr().out
     assert "[doctor] step 1: VA mean 0.0000" in out
     assert "WARNING: VA is 0 on every token" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good", "message"),
+    [
+        ("va/positive_share", 0.0, 0.01, "VA is 0 on every token"),
+        ("va/zero_in_high", 0.51, 0.5, "high-VA group have VA 0"),
+        ("completions/clipped_ratio", 0.51, 0.5, "truncated"),
+        ("entropy", 0.009, 0.01, "entropy has collapsed"),
+        ("va/null", 0.0011, 0.001, "two passes over equal images"),
+        ("va/cells", 3.9, 4.0, "fewer than 4 cells"),
+        ("sampling/logps_gap", 0.11, 0.1, "weight sync"),
+    ],
+)
+def test_the_doctor_warns_in_words(name, bad, good, message):
+    (warning,) = doctor.diagnose({name: bad})
+    assert message in warning
+    assert doctor.diagnose({name: good}) == doctor.diagnose({name: None}) == []
 
 
 # --- order of the prompts and resuming ----------------------------------------------------------------
