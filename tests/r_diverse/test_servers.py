@@ -15,7 +15,8 @@ from r_diverse.train import server_engine
 SERVER = """
 import http.server, os, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print("child", child.pid, os.environ["VLLM_USE_FLASHINFER_SAMPLER"], os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+names = ("VLLM_USE_FLASHINFER_SAMPLER", "CUDA_VISIBLE_DEVICES")
+print("child", child.pid, *map(os.environ.get, names), flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
