@@ -22,7 +22,7 @@ BEGIN, END = "<!-- begin: python -m benchmarks.tables -->\n", "<!-- end -->\n"
 COLUMNS = ["work", "peer", "ours", "peer's", "ratio", "aim", "growth", "machine, date"]
 Result = dict[str, Any]
 # As results of 2026-11-28 and before name the peer of va_opd_scoring; "full" was one forward a rollout and view
-TRL_BEFORE = {"full": "TRL's way", "padded": "TRL's way"}
+TRL_BEFORE = {"full": "2 x K whole forwards", "padded": "TRL's way"}
 
 
 def main(argv: list[str] | None = None) -> int:

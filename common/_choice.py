@@ -23,7 +23,7 @@ _SENTENCE_LABEL = re.compile(r"[a-z]{3}\.\s*[A-J]\.\s+[A-Z]")  # "A. Incorrect. 
 _REFUSED = re.compile(r"(?i)[.:)]\s*;|[\s,;]*\bnot\b")
 _REJECTED = re.compile(r"[\s,;]*\bnot \(?([A-J])\)?[.\s]*")  # "B, not A"
 _VALUE_LABEL = re.compile(r"[\d)}]\s*[,;]?\s*\(?([A-J])[.)]\s*(?=[-\\(\d])")  # "B. 5 C. 6"
-_TEXT_LABEL = re.compile(r"\\text\w*\{\W*([A-J])[.):]\W*\}")
+_TEXT_LABEL = re.compile(r"\\text\w*\{\W*([A-J])(?:[):]|\.(?=\W*\}.*\w))\W*\}")
 _DOUBTED = re.compile(r"[\s,;*]*\b(?i:or)\b|[()\[\]{}.:,;*/$\\\s]*\bor\b")  # but "C) OR gate" is an option
 _HEDGE = re.compile(
     r"(?i)\b(?:maybe|perhaps|possibly|probably|also|either|or|could|might|may|wait|actually|sure|unless|both|alternatively)\b|;\s*\(?[A-J]\b"

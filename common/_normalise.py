@@ -136,7 +136,7 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
         "",
     ),
     ("left|right|middle|ig", r"\\(?:left|right|middle|[bB]igg?[lrm]?)" + _A + r"\.?", ""),
-    (r"\rm", r"\\rm ?\{([^{}]*)\}|(?:(?<=\d)|(?<=[\d}] ))\{ ?\\rm" + _A + r" ?([^{}]*)\}", r"\\text{\1\2}"),
+    (r"\rm", r"\\rm ?\{([^{}]*)\}|(?:(?<=\d)|(?<=[\d}] ))\{ ?\\rm" + _A + r" ?([^{}\\]*)\}", r"\\text{\1\2}"),
     ("style", r"\\(?:display|text|script|scriptscript)style" + _A, ""),
     (
         "\\",
@@ -188,7 +188,7 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
     (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),
     (r"\frac{\text", r"(\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*)\} ?\^ ?\{? ?(\d) ?\}?\}", r"\1^\2}}"),
     (r"\frac{\text", r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r"\\text{\1/\2}"),
-    (r"\text", r"(?<![\d})])( ?)\\text\{([^A-Za-z{}]*[A-Za-z]?[^A-Za-z{}]*)\}", r"\1\2"),
+    (r"\text", r"(?<![\d})])(?<![\d})][ ~])( ?)\\text\{([^A-Za-z{}]*[A-Za-z]?[^A-Za-z{}]*)\}", r"\1\2"),
     (  # after a number, `\text{m}` is a unit
         r"\text",
         r"\\text\{([^A-Za-z{}]*[^mshgLKJNWVCF{}]?[^A-Za-z{}]*)\}",
@@ -227,7 +227,11 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
 _PLAIN_RULES = _compiled(
     (",", r"(\d) ?\{ ?, ?\} ?(?=\d{3})", r"\1"),
     ("~", r"~", " "),
-    ("mod", r"\((?:\\text\{)?\\?b?mod ?\}? ?(\w+)\)|\\[pb]?mod" + _A + r" ?\{?(\w+)\}?", r"\\pmod{\1\2}"),
+    (
+        "mod",
+        r"\((?:\\text\{)?\\?b?mod ?\}? ?(\w+)\)|\\[pb]?mod" + _A + r" ?(?:\{ ?(\w+) ?\}|(\w+))",
+        r"\\pmod{\1\2\3}",
+    ),
     ("{", r"\{([.:=+-])\}", r"\1"),
     (" ", r"^(?i:(?:\\text\{)?(?:all|the) (?:real numbers|reals))[}. ]*$", r"\\mathbb{R}"),
     (" ", r"^(?i:negative +infinity) ?$", r"-\\infty "),
@@ -249,7 +253,11 @@ _PLAIN_RULES = _compiled(
     ("and|和", " ?(?<![A-Za-z\\\\{])and" + _A + "|和", ","),
     ("or|或", " ?(?<![A-Za-z\\\\{])or" + _A + "|或", ";"),
     ("to", r"^(\d+) ?(?:to|\\text\{to\}) ?(\d+)$", r"\1:\2"),
-    ("C_", r"(?<![A-Za-z\\])C_ ?\{(\d\d+)\} ?\^ ?\{?(\d+)\}?", r"\\binom{\1}{\2}"),  # C_1^2 may be a square
+    (
+        "C_",
+        r"(?<![A-Za-z\\])C_ ?\{(\d\d+)\} ?\^ ?(?:\{ ?(\d+) ?\}|(\d))",
+        r"\\binom{\1}{\2\3}",
+    ),  # C_1^2 may be a square
     ("C", r"(?:\{\})?[_^] ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?", r"\\binom{\1}{\2}"),
     (" ", r"(?i)\bper cents?\b", "percent"),
     (" ", r"(?i)^(?:approximately|approx\.?|about|roughly|around|nearly) (?=[-¤€£\d\\.$])", ""),

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -117,8 +119,32 @@ def float32_adapters(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.float()
 
 
+def with_adapters(build: Callable[[], Any], rank: int, load_in_4bit: bool) -> Any:
+    """The TRL trainer that `build` makes, for LoRA of that rank: adapters in float32, a weight sync that keeps W."""
+    with _engine_in_full() if load_in_4bit else nullcontext():
+        trainer = build()
+    if load_in_4bit:
+        float32_adapters(trainer.model)
+    if rank and hasattr(trainer, "vllm_generation"):
+        sync_sums(trainer.vllm_generation)
+    return trainer
+
+
+@contextmanager
+def _engine_in_full() -> Iterator[None]:
+    """For weights in 4 bits TRL asks a colocated vLLM for such weights too, which 0.31 does not have and which could
+    not take the sums of a weight sync. It looks for them where bitsandbytes is."""
+    from trl.generation import vllm_generation
+
+    look, vllm_generation.is_bitsandbytes_available = vllm_generation.is_bitsandbytes_available, lambda: False
+    try:
+        yield
+    finally:
+        vllm_generation.is_bitsandbytes_available = look
+
+
 def sync_sums(generation) -> None:
-    """Lets a TRL trainer's `vllm_generation` send W + scale B A and never write W, for a model with LoRA.
+    """Lets a TRL trainer's `vllm_generation` send W + scale B A and never write W, for a model with plain LoRA.
 
     TRL adds the adapter to the frozen weights, sends them and takes it out again. In bfloat16 both round, so that the
     weights drift at every sync, after a hundred by a third of what the adapter changes, and an adapter loaded onto the

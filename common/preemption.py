@@ -55,8 +55,12 @@ def _handled(handler: Callable[..., None]) -> Iterator[None]:
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def hung_up(*arguments) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in terminals:  # writing to one that is gone is an error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            with contextlib.suppress(OSError):
+                os.write(descriptor, b"SIGHUP: no more is written here; the run ends as by SIGTERM\n")
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
         handler(*arguments)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}

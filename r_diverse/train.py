@@ -17,6 +17,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
@@ -333,11 +334,9 @@ def _train_phase(folder: Path, main: bool, config, model: str, reward, rows, run
         model, dtype, attn_implementation=run.attn_implementation, load_in_4bit=run.load_in_4bit
     )
     tokenizer, lora = load_tokenizer(model), models.lora_config(run.lora_rank)
-    trainer = PhaseTrainer(policy, reward, config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
-    if run.load_in_4bit:
-        models.float32_adapters(trainer.model)
-    if run.lora_rank and hasattr(trainer, "vllm_generation"):
-        models.sync_sums(trainer.vllm_generation)
+    options = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
+    build = partial(PhaseTrainer, policy, reward, config, **options)
+    trainer = models.with_adapters(build, run.lora_rank, run.load_in_4bit)
     checkpoint = resume_point(trainer)
     trainer.remove_callback(PrinterCallback)
     if main:

@@ -27,6 +27,7 @@ from .train import (  # says in one line what is missing without common/
 
 # isort: split
 from common.download import download
+from common.evaluation import json_options
 from common.models import parameter_count
 from common.plan import GIB
 from common.stages import Command, OneGPUEach, check_packages, chosen, launcher, run_experiment, shown
@@ -116,7 +117,9 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
                 label = f"{name}-{dataset}-seed{seed}"
                 trainings.append((f"train-{label}", [*launch, "srpo.train", *flags]))
                 evaluations.append((f"evaluate-{label}", [*python, "srpo.evaluate", "run", *flags]))
-    stages = [trainings, OneGPUEach(evaluations), [("report", [*python, "benchmarks.srpo", *fields])]]
+    several = json_options("engine_options", args.engine_options).get("tensor_parallel_size", 1) > 1  # GPUs for each
+    report = [("report", [*python, "benchmarks.srpo", *fields])]
+    stages = [trainings, evaluations if several else OneGPUEach(evaluations), report]
     if Path(args.model).parent.name == "models" and Path(args.model).name in ("base", "smollm2"):
         stages.insert(0, [("make-policy", [*python, "srpo.data", Path(args.model).name, args.model])])
     return stages

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,7 +213,8 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> "SRPOTra
         attn_implementation=args.attn_implementation,
         load_in_4bit=args.load_in_4bit,
     )
-    trainer = SRPOTrainer(
+    build = partial(
+        SRPOTrainer,
         policy,
         reward_of(args.dataset, args.strict),
         on_one_gpu(config),
@@ -220,11 +222,7 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> "SRPOTra
         processing_class=tokenizer,
         peft_config=models.lora_config(args.lora_rank),
     )
-    if args.load_in_4bit:
-        models.float32_adapters(trainer.model)
-    if args.lora_rank and hasattr(trainer, "vllm_generation"):
-        models.sync_sums(trainer.vllm_generation)
-    return trainer
+    return models.with_adapters(build, args.lora_rank, args.load_in_4bit)
 
 
 def short_prompts(rows, tokenizer, config: SRPOConfig):

@@ -3,7 +3,9 @@
 import importlib
 import math
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trl.distributed import DistributedBackend
+from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
 from common import models, tiny
@@ -259,6 +262,20 @@ def test_a_weight_sync_sends_the_trained_model_and_leaves_its_weights(make, load
         engine.load_state_dict(sent, strict=False)
         got, expected = engine(input_ids=IDS).logits, model(input_ids=IDS).logits.float()
     assert (got - expected).norm() < 0.02 * (got - base).norm()
+
+
+@pytest.mark.qlora
+def test_a_colocated_engine_of_weights_in_4_bits_is_in_full(monkeypatch, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
+    asked = []
+    monkeypatch.setattr(vllm_generation, "LLM", lambda **options: asked.append(options["quantization"]), raising=False)
+    model = models.load_model(save(*tiny.tiny_qwen3(hidden=64), tmp_path / "model"), load_in_4bit=True)
+    assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+    build = partial(VLLMGeneration, model, Accelerator(cpu=True), None)
+    models.with_adapters(lambda: SimpleNamespace(model=model, engine=build()), 0, True)
+    build()  # as TRL has it
+    assert asked == [None, "bitsandbytes"]
 
 
 def weight_sync(model):

@@ -25,6 +25,7 @@ from .train import (  # says in one line what is missing without common/
 
 # isort: split
 from common.download import download
+from common.evaluation import json_options
 from common.stages import Command, OneGPUEach, check_packages, chosen, launcher, run_experiment, shown
 
 # The variants of Table 1 and Fig. 4a as flags of va_opd.train
@@ -101,6 +102,7 @@ def plan(
         for seed in seeds
         for what in untrained
     ]
+    several = json_options("engine_options", args.engine_options).get("tensor_parallel_size", 1) > 1  # GPUs for each
     responses = [  # by one process: an engine does not start among those of a launcher
         (f"teacher-seed{seed}", [*python, "va_opd.train", *fields, "--seed", seed, "--sample_only", "true"])
         for seed in seeds
@@ -109,7 +111,7 @@ def plan(
     stages = [
         *([responses] if responses else []),
         [(f"train-{name}", [*launch, "va_opd.train", *f]) for name, f in flags.items()],
-        OneGPUEach(evaluations),
+        evaluations if several else OneGPUEach(evaluations),
         [("report", [*python, "benchmarks.va_opd", *fields, "--seed", seeds[0]])],
     ]
     if args.dataset == "digits":

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,12 +226,8 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") 
 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
     """The TRL trainer of `args.method` with student, teacher and rows in place."""
-    trainer = _trainer_of_method(args, on_one_gpu(config), splits)
-    if args.load_in_4bit:
-        models.float32_adapters(trainer.model)
-    if args.lora_rank and hasattr(trainer, "vllm_generation"):
-        models.sync_sums(trainer.vllm_generation)
-    return trainer
+    build = partial(_trainer_of_method, args, on_one_gpu(config), splits)
+    return models.with_adapters(build, args.lora_rank, args.load_in_4bit)
 
 
 def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":

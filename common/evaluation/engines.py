@@ -64,11 +64,13 @@ class Engine(Protocol):
         ...
 
 
-def json_options(name: str, text: str, example: str = '{"tensor_parallel_size": 2}') -> dict[str, Any]:
+def json_options(
+    name: str, text: str | dict[str, Any], example: str = '{"tensor_parallel_size": 2}'
+) -> dict[str, Any]:
     """The options that a command takes as JSON; `ValueError` for other text and for what an engine sets itself."""
     try:
-        options = json.loads(text)
-    except ValueError:
+        options = text if isinstance(text, dict) else json.loads(text)  # a config file may hold a mapping
+    except (TypeError, ValueError):
         options = None
     if not isinstance(options, dict):
         raise ValueError(f"{name} must be JSON such as {example}, got {text}")
@@ -105,7 +107,7 @@ class VLLMEngine:
                 f"vLLM does not start {model} with engine_options={engine_options}: {_reason(error)}; change them, or "
                 "use the engine transformers"
             ) from error
-        self.template_options, self.said = chat_template_kwargs or {}, False
+        self.template_options, self.said = chat_template_kwargs or {}, "max_model_len" in engine_options
         config, processor = self.llm.model_config, load_processor(model)
         self.stops = stop_ids(config.try_get_generation_config().get("eos_token_id"), self.llm.get_tokenizer())
         # The lowest bias that vLLM takes; a list of all other tokens would go with every request
@@ -161,7 +163,8 @@ class VLLMEngine:
     def _say_what_memory_cuts(self, completions: list[Completion], limit: int) -> None:
         """Once, since vLLM cuts what does not fit without a word."""
         config = self.llm.model_config
-        if self.said or config.max_model_len >= config.hf_text_config.max_position_embeddings:
+        own = getattr(config.hf_text_config, "max_position_embeddings", 0)
+        if self.said or config.max_model_len >= own:
             return
         cut = sum(done.finish_reason == "length" and done.num_tokens < limit for done in completions)
         if cut:

@@ -20,7 +20,7 @@ def hub(monkeypatch) -> list[str]:
     def fetch(name, ignore_patterns):
         asked.append(name)
         if name == "org/missing":
-            raise OSError("no such\nrepository")
+            raise RuntimeError("no such\nrepository")
 
     monkeypatch.setattr(download, "snapshot_download", fetch)
     return asked

@@ -14,7 +14,7 @@ import yaml
 from peft import get_peft_model
 
 from benchmarks import srpo as report
-from common import models
+from common import models, stages
 from common.cli import changed_settings
 from common.runs import exclusive, last_checkpoint, read_jsonl
 from common.tiny import tiny_qwen3
@@ -569,5 +569,7 @@ def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
     args, settings = train.parse([*fields, '{"tensor_parallel_size": 2}'])
     evaluate.build_engine(args.model, args, settings)
     assert made[0].items() >= {"tensor_parallel_size": 2}.items()
+    plan = loop.plan(fields, args, settings, ["srpo"], ["additions"], ["0"], [])
+    assert not any(isinstance(stage, stages.OneGPUEach) for stage in plan)
     assert train.main([*fields, "2", "--dry_run", "true"]) == 2
     assert 'engine_options must be JSON such as {"tensor_parallel_size": 2}, got 2' in capsys.readouterr().err

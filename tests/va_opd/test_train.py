@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from benchmarks import va_opd as report
+from common import stages
 from common.cli import changed_settings
 from common.evaluation import BENCHMARKS, Completion, Decoding, load_benchmark, score_responses
 from common.runs import atomic_write_json, exclusive, last_checkpoint, read_jsonl, write_jsonl
@@ -754,5 +755,6 @@ def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
     args, settings = train.parse([*fields, '{"tensor_parallel_size": 2}'])
     train.build_engine(args, args.model, settings)
     assert made[0].items() >= {"tensor_parallel_size": 2}.items()
+    assert not any(isinstance(stage, stages.OneGPUEach) for stage in loop.plan(fields, args, ["opd"], ["0"], []))
     assert train.main([*fields, "2", "--dry_run", "true"]) == 2
     assert 'engine_options must be JSON such as {"tensor_parallel_size": 2}, got 2' in capsys.readouterr().err
