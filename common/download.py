@@ -25,7 +25,7 @@ def download(models: Iterable[str], data: Iterable[tuple[str, Callable[[], Any]]
         except Exception as error:  # whatever breaks in a transfer; the rest is to be there after a night
             failed += 1
             print(f"{name}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-    print("with HF_HUB_OFFLINE=1 in the environment, runs now ask no hub" if not failed else f"{failed} are missing")
+    print(f"missing: {failed}" if failed else "all there: with HF_HUB_OFFLINE=1 in the environment runs ask no hub")
     return 2 if failed else 0
 
 

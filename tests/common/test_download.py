@@ -38,7 +38,7 @@ def test_all_is_fetched_and_what_is_missing_is_said(hub, tmp_path, capsys):
     assert (hub, loaded) == (["org/missing", "org/a"], ["whole"])
     said = capsys.readouterr()
     assert said.err.splitlines() == ["org/missing: no such repository", "broken: has no column"]
-    assert said.out.splitlines()[-1] == "2 are missing"
+    assert said.out.splitlines()[-1] == "missing: 2"
     assert download.download(["org/a"], []) == 0
     assert "HF_HUB_OFFLINE=1" in capsys.readouterr().out
 
