@@ -104,7 +104,7 @@ class ServerEngine:
         retries: of one request, with growing pauses.
 
     Raises `ConnectionError` from `generate` if no request of a call can reach the model, or if it refuses all of
-    several before it has answered any.
+    several before it has answered any with that token limit.
     """
 
     def __init__(
@@ -120,15 +120,16 @@ class ServerEngine:
         self._openai = need("openai", "openai", "skills")
         self._client = self._openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
         self.base_url, self.model, self.workers, self.name = base_url, model, workers, name or model
-        self._has_answered = False
+        self._answered: set[int] = set()  # token limits with which it has
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: str) -> list[Generation | None]:
         with ThreadPoolExecutor(self.workers) as pool:
             results = list(pool.map(lambda ids: self._one(list(ids), max_new_tokens, stop), prompts))
         errors = [result for result in results if isinstance(result, Exception)]
-        self._has_answered |= len(errors) < len(results)
+        if len(errors) < len(results):
+            self._answered.add(max_new_tokens)
         refused = [isinstance(result, self._openai.BadRequestError) for result in results]
-        prompt_alone = self._has_answered or len(results) == 1  # may be the reason of a refusal
+        prompt_alone = max_new_tokens in self._answered or len(results) == 1  # may be the reason of a refusal
         lost = (
             self._openai.APIConnectionError,
             self._openai.AuthenticationError,

@@ -646,6 +646,8 @@ def test_a_question_that_a_server_refuses_has_a_failure_of_its_own(server, token
     assert skill.programs(cats) == [refused] * 3  # all of this call, by a server that has answered another
     server.seen.clear()
     assert skill.programs(cats) == [refused] * 3 and not server.seen
+    with pytest.raises(ConnectionError, match="with a context that is long enough"):  # it may have none for so many
+        engine.generate([list(bad)] * 2, 4096, "")
     with pytest.raises(ConnectionError, match="with a context that is long enough"):
         ModelCoder(engines.ServerEngine(server.url, "taught", retries=0), tokenizer).write(cats)
 
