@@ -21,8 +21,6 @@ FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- begin: python -m benchmarks.tables -->\n", "<!-- end -->\n"
 COLUMNS = ["work", "peer", "ours", "peer's", "ratio", "aim", "growth", "machine, date"]
 Result = dict[str, Any]
-# As results of 2026-11-28 and before name the peer of va_opd_scoring; "full" was one forward a rollout and view
-TRL_BEFORE = {"full": "2 x K whole forwards", "padded": "TRL's way"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,7 +142,7 @@ def va_opd_scoring(result: Result) -> list[list[str]]:
                 what = name.replace("student", "student, uneven rollouts")
                 what = what if work == "student" else f"teacher scoring, {name}"
                 figures = [*_pair(ours, theirs), _ratio(entry["seconds"][way], entry["seconds"][peer]), aim, slopes]
-                rows.append([f"{what}, s", TRL_BEFORE.get(peer, peer), *figures])
+                rows.append([f"{what}, s", peer, *figures])
     found = {name: entry for name, entry in result.items() if name.startswith("whole step") and "steps" in entry}
     ours = [statistics.median(step["step"] for step in entry["steps"]) for entry in found.values()]
     added = [entry["va_over_opd"] for entry in found.values()]
