@@ -242,8 +242,8 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
         return
     theirs = _identity(path.parent)
     for name, value in identity.items():
-        open_ = value is None or (name in ("engine", "chat_template_kwargs") and name not in theirs)  # older folders
-        if theirs.get(name) != value and not open_:
+        unrecorded = name in ("engine", "chat_template_kwargs") and name not in theirs  # in older folders
+        if value is not None and not unrecorded and theirs.get(name) != value:
             raise ValueError(
                 f"{path.parent} holds records with {name}={theirs.get(name)!r}, this evaluation has {value!r}: choose "
                 "another --out or delete the folder"
