@@ -75,8 +75,8 @@ test-qlora: $(READY) $(BITSANDBYTES) ## Adapters on weights in 4 bits, on a CPU;
 	.venv/bin/python -m pip --disable-pip-version-check install --quiet -c requirements-cpu.lock bitsandbytes==0.50.2
 	touch $@
 
-test-vllm: .venv-vllm/.complete ## What goes through vLLM, on its CPU build in an environment of its own (4 GB)
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py $(ARGS)
+test-vllm: .venv-vllm/.complete ## What needs vLLM or Triton, on a CPU, in an environment of its own (4 GB)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/va_opd/test_divergence.py $(ARGS)
 
 vllm-gap: .venv-vllm/.complete ## The tiny presets with rollouts by vLLM, and its gap to the trainer, as a table
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_gap $(ARGS)

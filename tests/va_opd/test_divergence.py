@@ -1,6 +1,9 @@
 """Reverse KL from hidden states beside its definition in float64; what it counts and refuses."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -154,6 +157,27 @@ def test_both_ways_of_a_tile_agree(monkeypatch):
         expected = reverse_kl_by_triton(theirs, coefficients, *scales)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-6)
+
+
+INTERPRETED = """
+import itertools, torch
+from va_opd.divergence import reverse_kl_by_triton, reverse_kl_in_place
+torch.manual_seed(0)
+products, coefficients = 3 * torch.randn(2, 5, 2500), torch.rand(5)  # columns of two blocks and a half
+for scale, cap, inv_t in itertools.product((1.0, 0.5), (None, 2.0), (1.0, 2.0)):
+    ours, theirs = torch.cat([products, torch.empty(1, 5, 2500)]), products.clone()
+    scales = (scale, cap, 0.8, None, inv_t)
+    got = reverse_kl_in_place(ours, coefficients, *scales)
+    torch.testing.assert_close(got, reverse_kl_by_triton(theirs, coefficients, *scales), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=2e-5)
+"""
+
+
+def test_tiles_by_the_interpreted_kernels():
+    """TRL's kernels themselves and how they are launched, by Triton's interpreter, which needs no GPU."""
+    pytest.importorskip("triton", reason="needs Triton: make test-vllm")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when a kernel is defined
+    subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True)
 
 
 def test_small_coefficients_keep_their_bits_in_half_precision():
