@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 from common import _worker
 from common._choice import chosen_letter, gold_letter
-from common._compare import NeedsAlgebra, Outcome, Policy, assignment, bare, compare
+from common._compare import NeedsAlgebra, Outcome, Policy, compare
 from common._extract import extract_answer, own_words
 from common._normalise import MAX_CHARS, key, normalise, within_limits
+from common._notation import assignment, bare
 from common._units import number, split_unit
 
 BARE_WORDS = 5  # a response of so few words is an answer, not a text that has one; MMMU's script draws the same line
