@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 from common import models  # noqa: E402
 from common.once import StageError, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
-from r_diverse import MemoryBank, RDiverseConfig, budget, data, loop, train  # noqa: E402
+from r_diverse import MemoryBank, RDiverseConfig, alarm, budget, data, loop, train  # noqa: E402
 from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, finished_iterations, main, run_path, variant  # noqa: E402
 from r_diverse.skills import Program, SkillEncoder  # noqa: E402
 from r_diverse.train import parse  # noqa: E402
@@ -556,15 +556,15 @@ def test_a_stage_that_failed_starts_again_from_the_same_inputs_only(tmp_path):
 def test_the_alarm_knows_repeats_and_yields():
     run = parse(["--model=m", "--alarm=warn"]).run
     distinct, repeated = np.eye(8), np.ones((8, 8)) / 8**0.5
-    assert loop.check_alarm(run, 1, [distinct], 8) is None
-    assert "of the questions of iteration 1 repeat another" in loop.check_alarm(run, 1, [repeated], 8)
-    assert "repeat one of an earlier" in loop.check_alarm(run, 2, [distinct, distinct], 8)
-    assert "only 8 of 8000" in loop.check_alarm(run, 1, [distinct], 8000)
-    assert loop.check_alarm(run, 1, [distinct], 8, labels=0.0, entropy=0.0) is None  # off by default
+    assert alarm.check(run, 1, [distinct], 8) is None
+    assert "of the questions of iteration 1 repeat another" in alarm.check(run, 1, [repeated], 8)
+    assert "repeat one of an earlier" in alarm.check(run, 2, [distinct, distinct], 8)
+    assert "only 8 of 8000" in alarm.check(run, 1, [distinct], 8000)
+    assert alarm.check(run, 1, [distinct], 8, labels=0.0, entropy=0.0) is None  # off by default
     strict = parse(["--model=m", "--alarm=warn", "--alarm_labels=0.5", "--alarm_entropy=0.1"]).run
-    assert "only 40% of the labels" in loop.check_alarm(strict, 1, [distinct], 8, labels=0.4, entropy=1.0)
-    assert "entropy has fallen to 0.050" in loop.check_alarm(strict, 1, [distinct], 8, labels=0.6, entropy=0.05)
-    assert loop.check_alarm(strict, 1, [distinct], 8, labels=None, entropy=None) is None
+    assert "only 40% of the labels" in alarm.check(strict, 1, [distinct], 8, labels=0.4, entropy=1.0)
+    assert "entropy has fallen to 0.050" in alarm.check(strict, 1, [distinct], 8, labels=0.6, entropy=0.05)
+    assert alarm.check(strict, 1, [distinct], 8, labels=None, entropy=None) is None
 
 
 def test_the_alarm_sees_all_rounds_and_the_end_of_the_phase(tmp_path, monkeypatch):
@@ -578,7 +578,7 @@ def test_the_alarm_sees_all_rounds_and_the_end_of_the_phase(tmp_path, monkeypatc
     lines = [{"entropy": 1.0}, {"entropy": 0.25}, {"train_runtime": 9.0}]
     (folder / "challenger/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     seen = []
-    monkeypatch.setattr(loop, "check_alarm", lambda *given: seen.append(given))
+    monkeypatch.setattr(alarm, "check", lambda *given: seen.append(given))
     player = loop.SelfPlay(parse(["--model=m", "--alarm=warn", "--candidates=100"]), tmp_path, "digest")
     player._alarm(2, 3)
     ((_, t, embeddings, *figures),) = seen
@@ -589,10 +589,10 @@ def test_the_alarm_knows_one_giant_cluster():
     """64 vectors with pairwise cosine 0.7: no two are repeats, and P_rep is 1 for each."""
     rows = np.hstack([np.full((64, 1), 0.7**0.5), np.eye(64) * 0.3**0.5])
     run = parse(["--model=m", "--alarm=warn"]).run
-    problem = loop.check_alarm(run, 1, [rows], 64)
+    problem = alarm.check(run, 1, [rows], 64)
     assert problem == "100% of the questions of iteration 1 are one skill cluster, median cosine 0.70"
-    assert loop.check_alarm(parse(["--model=m", "--alarm_cluster=1"]).run, 1, [rows], 64) is None
-    assert loop.check_alarm(parse(["--model=m", "--alarm_yield=0"]).run, 1, [rows[:0]], 64) is None
+    assert alarm.check(parse(["--model=m", "--alarm_cluster=1"]).run, 1, [rows], 64) is None
+    assert alarm.check(parse(["--model=m", "--alarm_yield=0"]).run, 1, [rows[:0]], 64) is None
 
 
 def test_late_comparisons_are_remembered_both_ways(monkeypatch):
