@@ -452,13 +452,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--method", choices=list(PARSERS), help="by default the one of --config")
     made.add_argument("--student", help="parameters such as 2e9, or a name")
     made.add_argument("--teacher", help="the same of VA-OPD's teacher; of SRPO: ema, frozen or current")
-    made.add_argument("--gpus", type=int, default=8, help="that train")
+    made.add_argument("--gpus", type=int, default=8, help="GPUs that train")
     made.add_argument("--gpu", choices=list(GPUS), default="h100")
     made.add_argument("--sharding", choices=list(plan.STAGES), default="zero2")
     made.add_argument(
         "--placement", choices=["local", "offloaded", "served"], default="local", help="VA-OPD's teacher"
     )
-    made.add_argument("--teacher_gpus", type=int, default=8, help="of a served teacher")
+    made.add_argument("--teacher_gpus", type=int, default=8, help="GPUs of a served teacher")
     made.add_argument("--server_gpus", type=int, default=0, help="of a vLLM server for rollouts; 0: colocated")
     made.add_argument("--prompt", type=float, help="mean tokens")
     made.add_argument("--response", type=float, help="mean tokens")

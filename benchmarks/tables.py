@@ -19,7 +19,7 @@ from common.runs import atomic_write_text
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- begin: python -m benchmarks.tables -->\n", "<!-- end -->\n"
-COLUMNS = ["work", "peer", "ours", "peer's", "ratio", "aim", "growth", "machine, date"]
+COLUMNS = ["work", "peer", "ours", "peer's", "ratio", "aim", "growth"]
 Result = dict[str, Any]
 
 
@@ -43,15 +43,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def overview() -> str:
-    rows = []
+    tables: dict[str, list[list[str]]] = {}  # by machine and date
     for name, make in ROWS.items():
         for path in (FOLDER / "results" / f"{name}.json", FOLDER / "results" / f"{name}_gpu.json"):
             if path.exists():  # the second where a GPU was at hand
                 result = json.loads(path.read_text())
                 where = result["machine"] if isinstance(result.get("machine"), dict) else result
-                filled = [[*row, *[""] * (len(COLUMNS) - 1 - len(row))] for row in make(result)]  # some have no growth
-                rows += [[*row, f"{where['processor']}, {where['date']}"] for row in filled]
-    return plots.table_markdown(rows, COLUMNS)
+                rows = tables.setdefault(f"{where['processor']}, {where['date']}", [])
+                rows += [[*row, *[""] * (len(COLUMNS) - len(row))] for row in make(result)]  # some have no growth
+    return "\n\n".join(f"{where}:\n\n{plots.table_markdown(rows, COLUMNS)}" for where, rows in tables.items())
 
 
 def growth(sizes: list[float], *sides: list[float]) -> str:

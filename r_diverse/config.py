@@ -83,7 +83,7 @@ class PhaseConfig(GRPOConfig):
     )
     learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "No warm-up and no decay."})
-    warmup_steps: float = field(default=0, metadata={"help": "None."})
+    warmup_steps: float = field(default=0, metadata={"help": "Warm-up steps."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     save_steps: float = field(default=UPDATES, metadata={"help": "Optimizer steps between two checkpoints."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
@@ -283,20 +283,20 @@ class RDiverseConfig:
     model: str = field(metadata={"help": "Base of both roles: hub id or local folder."})
     experiment: str = field(default="qwen3_4b", metadata={"help": "Name of the folder that holds the runs."})
     out: str = field(default="runs", metadata={"help": "Folder of all runs."})
-    seed: int = field(default=0, metadata={"help": "Of everything that is random."})
+    seed: int = field(default=0, metadata={"help": "Seed of the run."})
     iterations: int = field(default=5, metadata={"help": "T, how far the run goes."})
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Of the base's chat template, such as '{\"enable_thinking\": false}'."}
     )
 
     penalty: str = field(default="r_diverse", metadata={"help": f"One of {', '.join(PENALTIES)}."})
-    measure: str = field(default="sam", metadata={"help": f"Of similarity: one of {', '.join(MEASURES)}."})
+    measure: str = field(default="sam", metadata={"help": f"What similarity compares: one of {', '.join(MEASURES)}."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of P_rep."})
     beta: float = field(default=1.0, metadata={"help": "Weight of P_MAP."})
     gamma: float = field(default=0.5, metadata={"help": "Share of the highest similarity in P_MAP."})
     tau_max: float = field(default=0.5, metadata={"help": "Highest similarity that is free."})
     tau_mean: float = field(default=0.25, metadata={"help": "Mean similarity that is free."})
-    distance_threshold: float = field(default=0.5, metadata={"help": "Between clusters."})
+    distance_threshold: float = field(default=0.5, metadata={"help": "1 - cosine from which clusters stay apart."})
     m_reward: int = field(default=10, metadata={"help": "Answers a question in the reward."})
     boxed_only: bool = field(default=True, metadata={"help": "Only a box holds an answer, in rewards and labels."})
 
@@ -311,18 +311,24 @@ class RDiverseConfig:
 
     gate_samples: int = field(default=0, metadata={"help": "Answers of the base in the validity gate; 0 = no gate."})
     alarm: str = field(default="off", metadata={"help": f"At a collapse: one of {', '.join(ALARMS)}."})
-    alarm_duplicates: float = field(default=0.9, metadata={"help": "Share of repeated questions."})
-    alarm_cluster: float = field(default=0.9, metadata={"help": "Share of questions in one skill cluster."})
-    alarm_yield: float = field(default=0.02, metadata={"help": "Share of usable candidates."})
-    alarm_labels: float = field(default=0.0, metadata={"help": "Share of right labels, where it can be known."})
-    alarm_entropy: float = field(default=0.0, metadata={"help": "Nats a token of the Challenger's rollouts."})
+    alarm_duplicates: float = field(default=0.9, metadata={"help": "Alarm above this share of repeated questions."})
+    alarm_cluster: float = field(
+        default=0.9, metadata={"help": "Alarm above this share of questions in one skill cluster."}
+    )
+    alarm_yield: float = field(default=0.02, metadata={"help": "Alarm below this share of usable candidates."})
+    alarm_labels: float = field(
+        default=0.0, metadata={"help": "Alarm below this share of right labels, where it can be known."}
+    )
+    alarm_entropy: float = field(
+        default=0.0, metadata={"help": "Alarm below so many nats a token of the Challenger's rollouts."}
+    )
 
-    question_temperature: float = field(default=1.0, metadata={"help": "Of the frozen Challenger."})
-    question_top_p: float = field(default=0.95, metadata={"help": "Of the frozen Challenger."})
+    question_temperature: float = field(default=1.0, metadata={"help": "Temperature of the frozen Challenger."})
+    question_top_p: float = field(default=0.95, metadata={"help": "Top-p of the frozen Challenger."})
     question_tokens: int = field(default=4096, metadata={"help": "Longest output of the frozen Challenger."})
-    answer_temperature: float = field(default=1.0, metadata={"help": "Of the Solver's answers."})
-    answer_top_p: float = field(default=1.0, metadata={"help": "Of the Solver's answers."})
-    answer_top_k: int = field(default=40, metadata={"help": "Of the Solver's answers."})
+    answer_temperature: float = field(default=1.0, metadata={"help": "Temperature of the Solver's answers."})
+    answer_top_p: float = field(default=1.0, metadata={"help": "Top-p of the Solver's answers."})
+    answer_top_k: int = field(default=40, metadata={"help": "Top-k of the Solver's answers; 0 = off."})
     answer_tokens: int = field(default=4096, metadata={"help": "Longest answer of the Solver."})
     challenger_system: str = field(default=CHALLENGER_SYSTEM, metadata={"help": "System message of the Challenger."})
     challenger_user: str = field(default=CHALLENGER_USER, metadata={"help": "User message of the Challenger."})

@@ -75,7 +75,9 @@ class SRPOConfig(GRPOConfig):
             Print the line of health figures at the first log and about every so many steps. `0` turns it off.
     """  # noqa: E501
 
-    routing: str = field(default="srpo", metadata={"help": "Which rollout gets what.", "choices": list(ROUTINGS)})
+    routing: str = field(
+        default="srpo", metadata={"help": "Loss of each rollout: srpo, or a baseline.", "choices": list(ROUTINGS)}
+    )
     reward_threshold: float = field(default=0.5, metadata={"help": "A rollout is correct from this reward on."})
     mix_weight: float = field(default=0.9, metadata={"help": "lambda, share of GRPO in Advantage Mix."})
     demonstration: str = field(
@@ -88,9 +90,12 @@ class SRPOConfig(GRPOConfig):
     max_reprompt_length: int = field(default=10240, metadata={"help": "Longest teacher prompt in tokens."})
     entropy_beta: float | None = field(default=None, metadata={"help": "beta; 1.0 for srpo, 0.0 for the others."})
     divergence: str = field(
-        default="jsd", metadata={"help": "Of the distillation.", "choices": ["jsd", "reverse_kl", "forward_kl"]}
+        default="jsd",
+        metadata={"help": "Divergence of the distillation loss.", "choices": ["jsd", "reverse_kl", "forward_kl"]},
     )
-    distillation_topk: int | None = field(default=100, metadata={"help": "Support of the divergence."})
+    distillation_topk: int | None = field(
+        default=100, metadata={"help": "The student's likeliest tokens, over which the divergence is."}
+    )
     tail: bool = field(default=True, metadata={"help": "Keep the mass outside the support."})
     advantage_scale: bool = field(default=False, metadata={"help": "Divide advantages by their group's deviation."})
     max_prompt_length: int = field(default=2048, metadata={"help": "A longer prompt is an error."})
@@ -106,8 +111,8 @@ class SRPOConfig(GRPOConfig):
     epsilon: float = field(default=0.2, metadata={"help": "Lower clip range."})
     epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip range."})
     delta: float | None = field(default=3.0, metadata={"help": "Dual clip."})
-    beta: float = field(default=0.0, metadata={"help": "KL weight: none."})
-    scale_rewards: str = field(default="none", metadata={"help": "See advantage_scale."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL to a reference (paper: 0)."})
+    scale_rewards: str = field(default="none", metadata={"help": "Set by advantage_scale; none = no division."})
     loss_type: str = field(default="dapo", metadata={"help": "Mean over all tokens of the batch."})
     vllm_importance_sampling_mode: str = field(default="token_truncate", metadata={"help": "Per token, truncated."})
     vllm_importance_sampling_clip_max: float = field(default=2.0, metadata={"help": "Rollout importance clip."})

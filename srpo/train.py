@@ -5,7 +5,8 @@
     python -m srpo.train --config srpo/configs/qwen3_8b.yaml --dry_run            # resolved settings and memory
 
 `--routing`: srpo, grpo, sdpo, sdpo_incorrect, sdpo_correct, mix; `--entropy_beta 0` is SRPO without dynamic weighting.
-Deviations from the paper and expected numbers: srpo/README.md. The whole experiment: `python -m srpo.loop`.
+Deviations from the paper: srpo/README.md; its numbers: benchmarks/srpo.py.
+The whole experiment: `python -m srpo.loop`.
 """
 
 import json
@@ -60,7 +61,7 @@ class ScriptArguments:
         default="chemistry",
         metadata={"help": "chemistry, physics, biology, materials, tooluse or additions (embedded)."},
     )
-    data: str | None = field(default=None, metadata={"help": "Hub id or local folder to read instead."})
+    data: str | None = field(default=None, metadata={"help": "Hub id or folder of a copy; its rows are counted."})
     out: str = field(default="runs", metadata={"help": "Folder of all runs."})
     limit: int | None = field(default=None, metadata={"help": "Use only so many training prompts."})
     strict: bool = field(default=False, metadata={"help": "Strict scorer in place of the one of the SDPO release."})
@@ -74,12 +75,12 @@ class ScriptArguments:
         default=4, metadata={"help": "Optimizer steps a generation batch of routing grpo (Table 3: 4)."}
     )
     eval_samples: int = field(default=16, metadata={"help": "Samples a problem in evaluation (paper: avg@16)."})
-    eval_temperature: float = field(default=0.6, metadata={"help": "Of evaluation (paper: 0.6)."})
-    eval_top_p: float = field(default=0.95, metadata={"help": "Of evaluation (paper: 0.95)."})
+    eval_temperature: float = field(default=0.6, metadata={"help": "Temperature in evaluation (paper: 0.6)."})
+    eval_top_p: float = field(default=0.95, metadata={"help": "Top-p in evaluation (paper: 0.95)."})
     eval_limit: int | None = field(default=None, metadata={"help": "Evaluate on so many test problems only."})
     eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once with transformers."})
     engine: str = field(
-        default="transformers", metadata={"help": "Of evaluation.", "choices": ["transformers", "vllm"]}
+        default="transformers", metadata={"help": "What generates in evaluation.", "choices": ["transformers", "vllm"]}
     )
     engine_options: str = field(
         default="{}", metadata={"help": 'JSON for engine vllm: options of `vllm.LLM`, as {"tensor_parallel_size": 2}.'}

@@ -5,7 +5,8 @@
     python -m va_opd.train --config va_opd/configs/geo3k.yaml --dry_run true       # resolved settings and memory
 
 `--method`: va_opd (with `--weighting va|rollout|token|none`), opd (= va_opd with weighting none), sft, kd, grpo.
-Deviations from the paper and expected numbers: va_opd/README.md. The whole experiment: `python -m va_opd.loop`.
+Deviations from the paper: va_opd/README.md; its numbers: benchmarks/va_opd.py.
+The whole experiment: `python -m va_opd.loop`.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         help="with --server: hub id or local folder of its model, whose template's end of a turn then ends a response "
         "(base models do not declare it)",
     )
-    parser.add_argument("--samples", type=int, help="a question; default: the benchmark's")
+    parser.add_argument("--samples", type=int, help="samples a question; default: the benchmark's")
     parser.add_argument("--data", help="local file or folder instead of the hub")
     parser.add_argument("--limit", type=int, help="only the first questions")
     several = "; {} for several samples of a greedy one without --temperature"
