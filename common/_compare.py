@@ -79,7 +79,10 @@ def compare(
     return Outcome(same, comparison.kind, comparison.rule, unreadable)
 
 
-_APART = re.compile(r"(?<=\d )[mshgLNJWVK]$")  # "500 m" is a length, "500m" may be a product
+_APART = re.compile(  # "500 m" and "15 m^2" are lengths and areas, "500m" may be a product
+    r"(?<=[\d}] )([mshgLNJWVK]|in)(?= ?(?:\^ ?\{?\d\}?)?$)"
+)
+_CAPITALS = re.compile(r"(?:\\text\{ ?)?([A-Z]{3,}) ?\}?")  # an order of letters: THT is not HTT
 _CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2})(?::(\d\d))? ?(?:\\text\{)? ?([ap])\.? ?m\.?\}?")
 _INFINITE = re.compile(r"[+-]? ?\\infty")
 _MAX_ITEMS = 64  # larger collections are compared by their sorted texts
@@ -157,8 +160,9 @@ class Comparison:
         return _time_of_day(*p_time.groups()) == _time_of_day(*g_time.groups())
 
     def _units(self, p: str, g: str) -> bool | None:
-        apart = [letter for letter in _APART.findall(g) if not _notation.is_symbolic(g[:-1])]
-        g_value, g_unit = split_unit(g, keep=AMBIGUOUS.difference(apart))
+        apart = _APART.search(g)
+        known = {apart[1]} if apart and not _notation.is_symbolic(g[: apart.start()]) else set()
+        g_value, g_unit = split_unit(g, keep=AMBIGUOUS - known)
         p_value, p_unit = split_unit(p, keep=AMBIGUOUS.intersection(g_value))
         if p_unit and not g_unit and _notation.is_symbolic(g_value):  # \pi r^2 h is a product, x^2\text{ m} has a unit
             p_value, p_unit = split_unit(p, keep=PRODUCTS)
@@ -331,6 +335,8 @@ class Comparison:
         return len(p_terms) == len(g_terms) and all(map(self.same, p_terms, g_terms))
 
     def _texts(self, p: str, g: str) -> bool | None:
+        if (p_letters := _CAPITALS.fullmatch(p)) and (g_letters := _CAPITALS.fullmatch(g)):
+            return p_letters[1] == g_letters[1]
         p_text, g_text = _notation.is_text(p), _notation.is_text(g)
         return None if not p_text and not g_text else g_text and _notation.fold_text(p) == _notation.fold_text(g)
 

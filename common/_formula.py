@@ -34,10 +34,10 @@ class Node(NamedTuple):
     args: tuple
 
 
-_CIRCULAR, _HYPERBOLIC = ("sin", "cos", "tan", "cot", "sec", "csc"), ("sinh", "cosh", "tanh", "coth", "sech", "csch")
-_INVERSE = {f"{prefix}{name}": f"a{name}" for name in _CIRCULAR + _HYPERBOLIC[:3] for prefix in ("arc", "ar", "a")}
+_CIRCULAR, HYPERBOLIC = ("sin", "cos", "tan", "cot", "sec", "csc"), ("sinh", "cosh", "tanh", "coth", "sech", "csch")
+_INVERSE = {f"{prefix}{name}": f"a{name}" for name in _CIRCULAR + HYPERBOLIC[:3] for prefix in ("arc", "ar", "a")}
 _OTHER = ("ln", "log", "exp", "cis", "sqrt", "abs", "floor", "ceil")
-_FUNCTIONS = {name: name for name in _CIRCULAR + _HYPERBOLIC + _OTHER} | _INVERSE
+_FUNCTIONS = {name: name for name in _CIRCULAR + HYPERBOLIC + _OTHER} | _INVERSE
 _FUNCTIONS |= {"cosec": "csc", "lg": "log", "ceiling": "ceil", "Re": "re", "Im": "im"}
 _GREEK = re.findall(
     r"\w+",
@@ -49,9 +49,13 @@ _BEFORE_NUMBER = (")", "}", "|", "]", "!", "i", "pi")
 _SERIES = ("sum", "prod")
 _UNKNOWN_FUNCTIONS = "fgh"  # f(x+1) is no product
 _WORDS = sorted([*_FUNCTIONS, "pi", *(name for name in _GREEK[:-2] if len(name) > 2)], key=len, reverse=True)
+_DERIVATIVE = (  # one name: no quotient of products
+    r"\\frac ?\{ ?(?P<d>d|\\Delta)(?: ?\^ ?\{?\d\}?)? ?[A-Za-z]? ?\} ?\{ ?(?P=d) ?[A-Za-z](?: ?\^ ?\{?\d\}?)? ?\}"
+)
 _TOKEN = re.compile(
     r"(?P<repeating>\d*\.\d*\\(?:overline|bar|dot)\s*\{?\s*\d+\s*\}?)"
     r"|(?P<number>(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
+    rf"|(?P<derivative>{_DERIVATIVE})"
     r"|\\operatorname\*?\s*\{(?P<operator>[A-Za-z]+)\}"
     r"|\\text\{\s*(?P<letter>[A-Za-z])\s*\}|(?P<degrees>\\text\{degrees\})"
     r"|\\(?P<command>[A-Za-z]+)"
@@ -191,6 +195,8 @@ class _Parser:
             return Node("number", (_repeating(text),))
         if kind in ("name", "letter"):
             return self.name(text)
+        if kind == "derivative":
+            return Node("name", (text.replace(" ", ""),))
         if kind in ("word", "operator", "command"):
             return self.word(text)
         if kind == "symbol" and text in ("(", "{", "["):

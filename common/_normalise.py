@@ -188,7 +188,12 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
     (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),
     (r"\frac{\text", r"(\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*)\} ?\^ ?\{? ?(\d) ?\}?\}", r"\1^\2}}"),
     (r"\frac{\text", r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r"\\text{\1/\2}"),
-    (r"\text", r"(?<![\d})])(?<![\d})][ ~])( ?)\\text\{([^A-Za-z{}]*[A-Za-z]?[^A-Za-z{}]*)\}", r"\1\2"),
+    (r"\text", r"(\\[A-Za-z]+)\\text\{(?=[A-Za-z])", r"\1 \\text{"),  # \ln\mathrm{e}
+    (
+        r"\text",
+        r"(?<![\d})])(?<![\d})][ ~])(?<!\\pi)(?<!\\pi[ ~])( ?)\\text\{([^A-Za-z{}]*[A-Za-z]?[^A-Za-z{}]*)\}",
+        r"\1\2",
+    ),
     (  # after a number, `\text{m}` is a unit
         r"\text",
         r"\\text\{([^A-Za-z{}]*[^mshgLKJNWVCF{}]?[^A-Za-z{}]*)\}",
@@ -237,6 +242,7 @@ _PLAIN_RULES = _compiled(
     (" ", r"^(?i:negative +infinity) ?$", r"-\\infty "),
     ("", r"^(?i:(?:positive +)? ?infinity) ?$", r"\\infty "),
     (" ", r"^(?i:(?:\\text\{)?(?:the )?(?:empty|null) set)[}. ]*$", r"\\emptyset "),
+    ("$", r"^(-?) ?\$ ?(?=\.?\d[^$]*$)", r"\1¤"),  # and not the two around a formula
     ("$", r"\$", ""),
     ("<", r"<=|=<", r"\\leq "),
     (">", r">=", r"\\geq "),
@@ -266,7 +272,7 @@ _PLAIN_RULES = _compiled(
     ("  ", r" +", " "),
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALE = re.compile(rf"(?i)(?<=\d) ?(\\text\{{ ?)?({'|'.join(_SCALES)})(?![A-Za-z]) ?")
+_SCALE = re.compile(rf"(?i)(?<=\d) ?(\\text\{{ ?)?({'|'.join(_SCALES)})s?(?![A-Za-z]) ?")
 _LEAD = re.compile(r"(?i)^ ?(?:the )?(?:final )?answers?\b ?(?:is\b|are\b)?[ :]*(?=\S)")
 _QUOTED = re.compile(r"([\"'`])(.*)\1")
 _NUMERAL = re.compile(r"-?\d+(?:[./]\d+)?", re.ASCII)

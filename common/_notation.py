@@ -19,6 +19,7 @@ _QUANTITY = re.compile(  # a name in an equation, not in an inequality: m\angle 
     r"|\\(?:widehat|overset|frown|overrightarrow|odot|bar|hat|max|min|sin|cos|tan)(?![a-zA-Z])"
     rf"|{_NAME_PART})++"
 )
+_NEGATION = re.compile(r"\b(?:not|never|isn'?t|doesn'?t|wrong|false|but)\b")
 _MEASURE = re.compile(r"^m ?(?=\\(?:angle|widehat|overset))")
 RELATION = re.compile(r"[=<>]|\\(?:leq|geq|neq|in(?![a-z])|subset|equiv|to(?![a-z]))")
 _BRACES = re.compile(r"\\?\{(.*?)\\?\}")
@@ -104,7 +105,8 @@ def assignment(text: str) -> tuple[str | None, list[str]]:
         return None, [text]
     if len(parts) > 3 and len(split(text, COMMA)) > 1:  # "x=1, y=2" is a list of assignments
         return None, [text]
-    name = _MEASURE.sub("", key(parts[0])) if _QUANTITY.fullmatch(parts[0]) or _is_limit(parts[0]) else None
+    is_name = (_QUANTITY.fullmatch(parts[0]) or _is_limit(parts[0])) and not _NEGATION.search(parts[0])
+    name = _MEASURE.sub("", key(parts[0])) if is_name else None
     return name, parts[2::2] if name else parts[::2]
 
 

@@ -135,12 +135,12 @@ _RAISED_AFTER = {"squared": 2, "cubed": 3}
 AMBIGUOUS = frozenset("mshgtLJNWVACKdl") | {"in", "a"}  # also variables or words: never stripped from a gold answer
 PRODUCTS = AMBIGUOUS | {f"{a}/{b}" for a in AMBIGUOUS for b in AMBIGUOUS}  # what may end a formula in variables
 _NO_UNIT = re.compile(  # words that change the value before them, and hedges
-    r"(?i)[?!<>=]|\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty|hundred|thousand"
-    r"|\w*illion|bn|lakh|crore|googol|tens|dozen|score|gross|pi|half|halves|quarters?|thirds?|(?:four|fif|six|seven|eigh|nin|ten"
+    r"(?i)[?!<>=]|\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty|hundreds?"
+    r"|thousands?|\w*illions?|bn|mil|bil|mn|lakhs?|crores?|googol|tens|dozens?|doz|scores?|gross|pi|half|halves|quarters?|thirds?|(?:four|fif|six|seven|eigh|nin|ten"
     r"|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w+illion)ths?|point|kilo|mega|giga|milli|micro"
-    r"|or|and|not|\w+n't|isnt|no|nope|maybe|perhaps|possibly|probably|either|else|wrong|incorrect|false|unless|otherwise|if"
+    r"|or|and|not|\w+n't|isnt|cannot|never|neither|no|nope|maybe|perhaps|possibly|probably|either|alternatively|else|wrong|incorrect|false|unless|otherwise|if"
     r"|vs|but|except|negat\w+|opposite|inverse|reciprocal|doubled|tripled|halved"
-    r"|more|less|fewer|least|most|than|above|below|under|over|up|plus|minus|times|divided|by|squared|cubed|factorial"
+    r"|more|less|fewer|least|most|than|above|below|under|over|up|plus|minus|times|multiplied|divided|by|choose|squared|cubed|factorial"
     r"|mod|modulo|base|to|through|between|about|is|are|was|remainder)\b"
 )
 _UNIT_TEXT = re.compile(r"[^\W_][\w ./^{},'%$-]*|[%$¤€£¥₹¢]")

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from common._fingerprint import fingerprint
-from common._formula import Node, Unreadable, indexed, names, operators, parse, sequences, whole_names
+from common._formula import HYPERBOLIC, Node, Unreadable, indexed, names, operators, parse, sequences, whole_names
 
 __all__ = ["TooLarge", "equal", "order", "proportional", "scattered_points", "within"]
 
@@ -267,7 +267,17 @@ class _Point:
             raise TooLarge  # reducing a large angle takes as many digits as it has
         if op in ("!", "binom") and self.mp.dps > 400:
             raise TooLarge
+        self._see_limits(op, values[0])
         return getattr(self.mp, {"ln": "log", "!": "factorial", "binom": "binomial"}.get(op, op))(*values)
+
+    def _see_limits(self, op: str, value) -> None:
+        """Remembers the digits by which tanh(100) is not 1, and cos(1e-40) neither."""
+        if op in HYPERBOLIC:
+            self.spread = max(self.spread, 0.87 * float(abs(self.mp.re(value))))
+        if op in ("cos", "sec", "cosh", "sech") and value:
+            self.spread = max(self.spread, -0.602 * float(self.mp.mag(value)))
+        if self.spread > _MAX_DIGITS:
+            raise TooLarge
 
     def _power(self, base, exponent):
         base, exact = self._real(base), exponent
