@@ -285,6 +285,9 @@ def test_another_local_encoder_or_coder_under_the_same_name_is_refused(base, tmp
     run = parse([f"--model={base}", f"--encoder={encoder}", f"--coder={encoder}"]).run
     first = loop.model_digests(run)
     assert set(first) == {"model", "coder", "encoder"}
+    (encoder / ".git").mkdir()
+    (encoder / ".git" / "index").write_text("newer than the run")
+    assert loop.model_digests(run) == first
     (encoder / "weights").write_text("B")
     second = loop.model_digests(run)
     assert second["model"] == first["model"]
