@@ -328,13 +328,24 @@ def test_coders_and_encoders_that_are_there(base, tmp_path):
 
 
 def test_numbers_of_gpus_that_would_end_a_run_late_are_refused(monkeypatch):
-    check = loop.check_gpus
-    check(RDiverseConfig("m", engine="vllm", gpus=0))  # vLLM on a CPU
+    phases = ["--challenger.use_vllm=true", "--solver.use_vllm=true"]
+    allowed = [parse(["--model=m", *fields]) for fields in (["--engine=vllm", "--gpus=4"], ["--gpus=1", *phases], [])]
+    served, both, second = (
+        parse(["--model=m", *fields])
+        for fields in (["--engine=vllm"], phases, [*phases[1:], "--solver.vllm_mode=server"])
+    )
+    monkeypatch.setattr(loop.torch.cuda, "is_available", lambda: False)
+    for settings in (*allowed, served, both, second):  # vLLM on a CPU
+        loop.check_gpus(settings)
     monkeypatch.setattr(loop.torch.cuda, "is_available", lambda: True)
-    for fields in ({"engine": "vllm", "gpus": 1}, {"engine": "vllm", "gpus": 4}, {"gpus": 0}):
-        check(RDiverseConfig("m", **fields))
+    for settings in allowed:
+        loop.check_gpus(settings)
     with pytest.raises(ValueError, match="engine=vllm needs gpus, got gpus=0, .* set gpus to 1 or more"):
-        check(RDiverseConfig("m", engine="vllm"))
+        loop.check_gpus(served)
+    with pytest.raises(ValueError, match="use_vllm of challenger and solver needs gpus, got gpus=0, .* set gpus to 1"):
+        loop.check_gpus(both)
+    with pytest.raises(ValueError, match="use_vllm of solver needs gpus"):
+        loop.check_gpus(second)
 
 
 def test_a_phase_has_the_config_that_the_run_began_with(tmp_path, monkeypatch):
