@@ -896,6 +896,23 @@ def test_one_more_iteration_that_was_stopped_is_not_two(tmp_path, monkeypatch):
     assert not list(folder.glob(".*"))
 
 
+def test_one_more_iteration_that_another_command_has_finished_lacks_only_its_report(tmp_path, monkeypatch):
+    config = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--out", str(tmp_path)]
+    root, wanted = run_path(parse(config).run), []
+    (root / "iteration_1/evaluate").mkdir(parents=True)
+    (root / "iteration_1/evaluate/DONE.json").touch()
+    loop._begun(root).write_text('{"more": 1, "iterations": 1}')  # stopped
+
+    def run(name, stages, logs):
+        wanted.append(stages[1][0][1][-1])
+        return 0
+
+    monkeypatch.setattr(loop, "run_experiment", run)
+    for _ in range(2):
+        assert main([*config, "--seeds", "0", "--more", "1"]) == 0
+    assert wanted == ["1", "2"]
+
+
 def test_a_new_folder_under_the_name_of_a_stopped_run_begins_anew(tmp_path, monkeypatch):
     fields = [f"--out={tmp_path}", "--model=m"]
     root = run_path(parse(fields).run)
