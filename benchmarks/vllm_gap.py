@@ -140,7 +140,8 @@ def command(method: str, model: str, out: Path, steps: int, flags: list[str]) ->
     if method != "r_diverse":
         return [f"{method}.train", *words, *flags]
     phases = [f"--{phase}.{flag.removeprefix('--')}" for phase in ("challenger", "solver") for flag in flags]
-    return ["r_diverse.loop", *words, "--iterations", "1", "--benchmarks", "none", *phases]
+    alone = [] if ON_CPU else ["--gpus", "1"]  # each phase in a process of its own
+    return ["r_diverse.loop", *words, "--iterations", "1", "--benchmarks", "none", *alone, *phases]
 
 
 def run(words: list[str]) -> None:

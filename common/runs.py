@@ -120,10 +120,13 @@ def truncate_jsonl(path: str | Path, step: int) -> None:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a file or folder (a `Path`) or of any JSON value: tells whether data are the same."""
+    """SHA-256 of a file or folder (a `Path`) or of any JSON value: tells whether data are the same.
+
+    Hidden files of a folder do not count: what git, a file manager or a download keeps there changes by itself.
+    """
     digest = hashlib.sha256()
     if isinstance(value, Path):
-        for file in sorted(p for p in ([value] if value.is_file() else value.rglob("*")) if p.is_file()):
+        for file in [value] if value.is_file() else sorted(_visible_files(value)):
             digest.update(str(file.relative_to(value)).encode() + b"\0")
             with file.open("rb") as content:
                 while block := content.read(1 << 24):
@@ -131,6 +134,13 @@ def fingerprint(value: Any) -> str:
     else:
         digest.update(json.dumps(_plain(value), sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder but those with a part of their path in it that starts with a dot."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
 def checkpoints(path: str | Path) -> dict[int, Path]:

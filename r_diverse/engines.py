@@ -157,7 +157,9 @@ class ServerEngine:
                 temperature=0.0,
                 max_tokens=max_new_tokens,
                 stop=[stop],
-                extra_body={"repetition_penalty": 1.0},  # else `vllm serve` takes what the model's config declares
+                presence_penalty=0.0,  # else `vllm serve` takes what the model's config declares, of all three
+                frequency_penalty=0.0,
+                extra_body={"repetition_penalty": 1.0},
             )
             text = reply.choices[0].text
             if not isinstance(text, str):

@@ -487,7 +487,7 @@ def _main(argv: list[str]) -> int:
     check_packages(uses_vllm, settings.run.gpus, settings.run.sharding)
     if settings.run.gpus:
         visible(range(settings.run.gpus))
-    check_gpus(settings.run)
+    check_gpus(settings)
     check_context(settings.run)
     for root, iterations in goals.items():
         atomic_write_json(_begun(root), {"more": known.more, "iterations": iterations})
@@ -512,14 +512,20 @@ def fetch(run: RDiverseConfig) -> int:
     return download(names, [(name, partial(load_benchmark, name, run.data)) for name in benchmarks])
 
 
-def check_gpus(run: RDiverseConfig) -> None:
-    """Raises `ValueError` for numbers of GPUs with which a phase would end late, or run without its servers."""
-    if not torch.cuda.is_available():  # vLLM and several processes also run on CPUs
+def check_gpus(settings: Settings) -> None:
+    """Raises `ValueError` for vLLM without GPUs of its own, with which a run would end late or lack its servers."""
+    if settings.run.gpus or not torch.cuda.is_available():  # on CPUs vLLM is for trying it out
         return
-    if run.engine == "vllm" and not run.gpus:
+    if settings.run.engine == "vllm":
         raise ValueError(
             "engine=vllm needs gpus, got gpus=0, with which transformers would answer in the Challenger's reward: set "
             "gpus to 1 or more, or engine to transformers"
+        )
+    # TRL ends neither its colocated engine, which vLLM hides from the garbage collector, nor the port to a server
+    if phases := [name for name in PHASES if getattr(settings, name).use_vllm]:
+        raise ValueError(
+            f"use_vllm of {' and '.join(phases)} needs gpus, got gpus=0, with which the phases share one process and "
+            "what each has of vLLM stays to the end of the run: set gpus to 1, or use_vllm of the phases to false"
         )
 
 

@@ -132,8 +132,8 @@ class ChallengerReward:
     Raises `ValueError` for a reward that lacks `skills` or `bank`, and for a bank whose vectors another encoder made.
 
     After each call `last_batch` on the main process holds the parts of all rewards by name, each with B rows. A row
-    gets None, no gradient, where an engine failed: the Solver's on its question, or the coder's on its program. What
-    was not measured is NaN.
+    gets None, no gradient, where an engine failed: the Solver's on its question, or the coder's on its program; the
+    latter's on a question of the memory is a `ConnectionError`. What was not measured is NaN.
     """
 
     __name__ = "challenger_reward"
@@ -281,10 +281,27 @@ class ChallengerReward:
             return np.zeros(0), np.zeros(0)
         if not text:
             return self.bank.similarity(rows)
-        records = self.bank.records(np.arange(len(self.bank)))
-        past = _codes(self._programs([record["question"] for record in records]))
-        similarity = objective.bleu_similarity(rows, past)
+        similarity = objective.bleu_similarity(rows, self._past())
         return similarity.max(1), similarity.mean(1)
+
+    def _past(self) -> list[str]:
+        """Texts that stand for the questions of the memory.
+
+        Raises `ConnectionError` where the coder's engine failed on one, without which questions would seem newer than
+        they are, and `ValueError` where none has a program.
+        """
+        programs = self._programs([record["question"] for record in self.bank.records(np.arange(len(self.bank)))])
+        if lost := sum(program.failure == ENGINE for program in programs):
+            raise ConnectionError(
+                f"{lost} of {len(programs)} questions of the memory have no program because requests to "
+                f"{self.skills.coder.name} failed: give SkillEncoder a cache, and start again"
+            )
+        if not (codes := _codes(programs)):
+            raise ValueError(
+                f"bank {self.bank.path} has {len(programs)} questions, and skills {self.skills.name!r} has a program "
+                "for none of them: pass the coder that wrote their programs, or set beta=0"
+            )
+        return codes
 
 
 def _codes(programs: Sequence[Program]) -> list[str]:

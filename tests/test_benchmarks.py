@@ -12,6 +12,7 @@ from benchmarks import kill_test, tables, vllm_gap, vllm_on_cpu
 from benchmarks.machine import machine
 from common import tiny
 from common.runs import write_jsonl
+from r_diverse import loop as r_diverse_loop
 
 GAP_OF_TRL = "sampling/sampling_logp_difference/mean"
 
@@ -97,6 +98,14 @@ def test_the_vllm_runs_are_train_commands_with_settings_that_exist(method, flags
     configs = (parsed.challenger, parsed.solver) if method == "r_diverse" else parsed[1:]
     assert {(c.use_vllm, c.vllm_mode, c.max_steps, c.save_strategy) for c in configs} == {(True, "server", 8, "no")}
     assert module == ("r_diverse.loop" if method == "r_diverse" else f"{method}.train")
+
+
+def test_on_a_gpu_the_vllm_run_of_self_play_is_one_that_its_loop_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_gap, "ON_CPU", False)
+    _, *words = vllm_gap.command("r_diverse", "somewhere", tmp_path, 8, ["--use_vllm=true", "--vllm_mode=colocate"])
+    settings = r_diverse_loop.parse(words)
+    monkeypatch.setattr(r_diverse_loop.torch.cuda, "is_available", lambda: True)
+    r_diverse_loop.check_gpus(settings)
 
 
 @pytest.mark.parametrize(("method", "phases"), [("srpo", [""]), ("r_diverse", ["challenger", "solver"])])

@@ -434,6 +434,7 @@ def test_the_server_has_the_flags_of_trl():
     words = " ".join(f"'{word}'" if word.startswith("{") else word for word in needed)
     assert words in script
     assert "--enable-scale-out" in script  # TRL adds it from vLLM 0.30 on
+    assert "--generation-config vllm" in script and "--generation-config vllm" in (ROOT / "docs/vllm.md").read_text()
 
 
 def test_a_self_play_run_is_the_loops_command(cluster, tmp_path):

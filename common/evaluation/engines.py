@@ -300,7 +300,7 @@ class ServerEngine:
 
     def _one(self, prompt: Prompt, decoding: Decoding, seed: int) -> Completion | Exception:
         extra = {"top_k": decoding.top_k or -1, "chat_template_kwargs": self.template_options}
-        extra |= {"repetition_penalty": 1.0, "min_p": 0.0}  # else `vllm serve` takes what the model's config declares
+        extra |= {"repetition_penalty": 1.0, "min_p": 0.0}
         extra |= {"stop_token_ids": self.stops} if self.stops else {}
         try:
             reply = self.client.chat.completions.create(
@@ -310,6 +310,9 @@ class ServerEngine:
                 top_p=decoding.top_p,
                 max_tokens=decoding.max_new_tokens,
                 seed=seed,
+                # These and those of `extra`: else `vllm serve` takes what the model's config declares
+                presence_penalty=0.0,
+                frequency_penalty=0.0,
                 extra_body=extra,
             )
             choice = reply.choices[0]

@@ -752,6 +752,7 @@ def test_a_server_is_asked_once_a_prompt_with_its_seed(chat_server):
     assert (request["temperature"], request["top_p"], request["max_tokens"], request["top_k"]) == (0.7, 0.9, 11, 40)
     assert request["chat_template_kwargs"] == {"enable_thinking": False}
     assert (request["repetition_penalty"], request["min_p"]) == (1.0, 0.0)
+    assert (request["presence_penalty"], request["frequency_penalty"]) == (0.0, 0.0)
     server_engine(chat_server, stop_token_ids=[2]).generate(asked("d"), Decoding(), [1])
     assert chat_server.asked[-1]["stop_token_ids"] == [2]
 

@@ -269,6 +269,22 @@ def test_fingerprints_tell_values_files_and_folders_apart(tmp_path):
     assert runs.fingerprint([1, 2]) != runs.fingerprint([2, 1])
 
 
+def test_hidden_files_do_not_change_the_fingerprint_of_a_folder(tmp_path):
+    folder = tmp_path / ".cache" / "model"  # where it is does not matter
+    (folder / "inner").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    first = runs.fingerprint(folder)
+    for name in (".git/x", ".cache/huggingface/download/config.json.metadata", ".DS_Store", "inner/.DS_Store"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("of today")
+        assert runs.fingerprint(folder) == first
+    (folder / "config.json").write_text('{"a": 1}')
+    assert runs.fingerprint(folder) != first
+    assert runs.fingerprint(folder / ".git/x") != runs.fingerprint(
+        folder / "config.json"
+    )  # a file given itself counts
+
+
 def test_what_may_change_today_an_older_version_has_recorded(tmp_path):
     """At the top, and in a section of the settings."""
     old = {"rate": 1, "engine": "vllm", "solver": {"memory": 0.4, "steps": 9}}

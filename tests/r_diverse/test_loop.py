@@ -285,6 +285,9 @@ def test_another_local_encoder_or_coder_under_the_same_name_is_refused(base, tmp
     run = parse([f"--model={base}", f"--encoder={encoder}", f"--coder={encoder}"]).run
     first = loop.model_digests(run)
     assert set(first) == {"model", "coder", "encoder"}
+    (encoder / ".git").mkdir()
+    (encoder / ".git" / "index").write_text("newer than the run")
+    assert loop.model_digests(run) == first
     (encoder / "weights").write_text("B")
     second = loop.model_digests(run)
     assert second["model"] == first["model"]
@@ -325,13 +328,24 @@ def test_coders_and_encoders_that_are_there(base, tmp_path):
 
 
 def test_numbers_of_gpus_that_would_end_a_run_late_are_refused(monkeypatch):
-    check = loop.check_gpus
-    check(RDiverseConfig("m", engine="vllm", gpus=0))  # vLLM on a CPU
+    phases = ["--challenger.use_vllm=true", "--solver.use_vllm=true"]
+    allowed = [parse(["--model=m", *fields]) for fields in (["--engine=vllm", "--gpus=4"], ["--gpus=1", *phases], [])]
+    served, both, second = (
+        parse(["--model=m", *fields])
+        for fields in (["--engine=vllm"], phases, [*phases[1:], "--solver.vllm_mode=server"])
+    )
+    monkeypatch.setattr(loop.torch.cuda, "is_available", lambda: False)
+    for settings in (*allowed, served, both, second):  # vLLM on a CPU
+        loop.check_gpus(settings)
     monkeypatch.setattr(loop.torch.cuda, "is_available", lambda: True)
-    for fields in ({"engine": "vllm", "gpus": 1}, {"engine": "vllm", "gpus": 4}, {"gpus": 0}):
-        check(RDiverseConfig("m", **fields))
+    for settings in allowed:
+        loop.check_gpus(settings)
     with pytest.raises(ValueError, match="engine=vllm needs gpus, got gpus=0, .* set gpus to 1 or more"):
-        check(RDiverseConfig("m", engine="vllm"))
+        loop.check_gpus(served)
+    with pytest.raises(ValueError, match="use_vllm of challenger and solver needs gpus, got gpus=0, .* set gpus to 1"):
+        loop.check_gpus(both)
+    with pytest.raises(ValueError, match="use_vllm of solver needs gpus"):
+        loop.check_gpus(second)
 
 
 def test_a_phase_has_the_config_that_the_run_began_with(tmp_path, monkeypatch):
@@ -880,6 +894,23 @@ def test_one_more_iteration_that_was_stopped_is_not_two(tmp_path, monkeypatch):
     # An iteration; two more; another number begins anew
     assert wanted == [[1, 1], [1, 1], [1, 1], [3, 3], [3, 3], [4, 4], [5, 5]]
     assert not list(folder.glob(".*"))
+
+
+def test_one_more_iteration_that_another_command_has_finished_lacks_only_its_report(tmp_path, monkeypatch):
+    config = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--out", str(tmp_path)]
+    root, wanted = run_path(parse(config).run), []
+    (root / "iteration_1/evaluate").mkdir(parents=True)
+    (root / "iteration_1/evaluate/DONE.json").touch()
+    loop._begun(root).write_text('{"more": 1, "iterations": 1}')  # stopped
+
+    def run(name, stages, logs):
+        wanted.append(stages[1][0][1][-1])
+        return 0
+
+    monkeypatch.setattr(loop, "run_experiment", run)
+    for _ in range(2):
+        assert main([*config, "--seeds", "0", "--more", "1"]) == 0
+    assert wanted == ["1", "2"]
 
 
 def test_a_new_folder_under_the_name_of_a_stopped_run_begins_anew(tmp_path, monkeypatch):

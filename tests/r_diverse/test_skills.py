@@ -593,6 +593,8 @@ def test_a_server_writes_the_same_programs(server, taught, tokenizer):
     assert coder.name == local.name  # so they share a cache
     path, key, body = server.seen[0]
     assert (path, key, body["model"], body["temperature"]) == ("/v1/completions", "Bearer EMPTY", "taught", 0.0)
+    penalties = [body[f"{name}_penalty"] for name in ("repetition", "presence", "frequency")]
+    assert penalties == [1.0, 0.0, 0.0]  # what is left out is the model's own value
     assert "secret" not in str(server.seen)
 
 

@@ -213,6 +213,27 @@ def test_a_question_that_the_coders_engine_failed_on_has_no_reward_and_is_not_in
     assert not {"challenger/repetition", "challenger/encoded", "challenger/consistency"} & alone.keys()
 
 
+@pytest.mark.parametrize(
+    ("past", "error", "message"),
+    [
+        (
+            ["far 1", "lost 1", "bad 1"],
+            ConnectionError,
+            "1 of 3 questions of the memory have no program because requests to table failed: give SkillEncoder a",
+        ),
+        (["bad 1", "bad 2"], ValueError, "bank .* has 2 questions, and skills 'table > table' has a program for none"),
+    ],
+)
+def test_questions_of_the_memory_do_not_fall_out_unseen(tmp_path, past, error, message):
+    """Each new question would seem newer than it is."""
+    memory = MemoryBank(tmp_path, "table > table")
+    memory.add(past, np.eye(len(past)), ["1"] * len(past), iteration=1)
+    with pytest.raises(error, match=message):
+        reward_of(RDiverseConfig("m", measure="program_text"), [output("far 1")], memory=memory)
+    _, reward = reward_of(RDiverseConfig("m", measure="question_text"), [output("far 1")], memory=memory)
+    assert reward.last_batch["p_max"] == objective.bleu_similarity(["far 1"], past).max(1)  # no program is asked for
+
+
 def test_nothing_valid_asks_nobody():
     asked, figures = solver(0.5), {}
     rewards, _ = reward_of(
