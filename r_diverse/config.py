@@ -28,8 +28,11 @@ def _one_of(names: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
 
 _COUNT = (lambda value: value >= 1 and value == int(value), "must be at least 1, and whole")
 _GROUP = (lambda value: value >= 2 and value == int(value), "must be at least 2: one answer always agrees with itself")
+_WHOLE = (lambda value: value >= 0 and value == int(value), "must be at least 0, and whole")
 _AMOUNT = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
 _SHARE = (lambda value: 0 < value <= 1, "must be in (0, 1]")
+_FRACTION = (lambda value: 0 <= value <= 1, "must be in [0, 1]")
+_TEXT = (lambda value: isinstance(value, str), "must be a text")
 
 
 def _check(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
@@ -102,7 +105,7 @@ class PhaseConfig(GRPOConfig):
                 **dict.fromkeys(
                     ("steps_per_generation", "generation_batch_size", "max_completion_length"), _or_none(_COUNT)
                 ),
-                "num_generations": (lambda value: value >= 2, "must be at least 2: a group needs siblings"),
+                "num_generations": (_GROUP[0], "must be at least 2, and whole: a group needs siblings"),
                 "temperature": (lambda value: 0 < value < math.inf, "must be above 0 and finite"),
                 "top_p": _SHARE,
                 "learning_rate": _AMOUNT,
@@ -367,31 +370,32 @@ class RDiverseConfig:
         _check(
             self,
             {
+                "model": (lambda value: isinstance(value, str) and value, "must name a model or its folder"),
+                **dict.fromkeys(
+                    ("challenger_system", "challenger_user", "solver_system", "coder", "encoder", "benchmarks"), _TEXT
+                ),
                 "penalty": _one_of(PENALTIES),
                 "measure": _one_of(MEASURES),
                 "alarm": _one_of(ALARMS),
                 "engine": _one_of(("transformers", "vllm")),
                 "policy_dtype": _one_of(("float32", "bfloat16")),
-                "seed": (lambda value: value >= 0, "must be at least 0"),
+                **dict.fromkeys(("seed", "gpus", "gate_samples", "lora_rank"), _WHOLE),
                 **dict.fromkeys(("iterations", "candidates", "min_questions", "max_rounds", "engine_batch"), _COUNT),
                 **dict.fromkeys(
                     ("question_tokens", "answer_tokens", "eval_samples", "server_tensor_parallel"), _COUNT
                 ),
-                "max_model_len": _or_none(_COUNT),
+                **dict.fromkeys(("max_model_len", "eval_limit"), _or_none(_COUNT)),
                 **dict.fromkeys(("m_reward", "m_label"), _GROUP),
                 **dict.fromkeys(("alpha", "beta"), (_AMOUNT[0], f"{_AMOUNT[1]}: it weighs a penalty")),
                 **dict.fromkeys(("question_temperature", "answer_temperature"), _AMOUNT),
-                **dict.fromkeys(
-                    ("alarm_duplicates", "alarm_cluster", "alarm_yield", "alarm_labels", "alarm_entropy"), _AMOUNT
-                ),
-                **dict.fromkeys(("question_top_p", "answer_top_p"), _SHARE),
-                "answer_top_k": (lambda value: value >= 0, "must be at least 0, which is off"),
+                **dict.fromkeys(("alarm_duplicates", "alarm_cluster", "alarm_yield", "alarm_labels"), _FRACTION),
+                "alarm_entropy": _AMOUNT,
+                **dict.fromkeys(("question_top_p", "answer_top_p", "engine_memory", "reward_memory"), _SHARE),
+                "answer_top_k": (_WHOLE[0], "must be at least 0, which is off, and whole"),
                 "low": (lambda value: 0 <= value <= self.high, "must be in [0, high]"),
                 "high": (lambda value: value <= 1, "must be at most 1"),
                 "replay_fraction": (lambda value: 0 <= value < 1, "must be in [0, 1)"),
-                "gate_samples": (lambda value: value >= 0, "must be at least 0"),
                 "distance_threshold": (lambda value: 0 < value <= 2, "must be in (0, 2], the range of 1 - cosine"),
-                "gpus": (lambda value: value >= 0, "must be at least 0"),
             },
         )
         if self.penalty != "r_diverse" and self.measure != "sam":

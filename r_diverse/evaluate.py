@@ -1,5 +1,6 @@
 """How good a Solver is: its benchmarks, and the embedded test."""
 
+import difflib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from .data import BATCH, test_questions
 from .questions import solver_prompt
 
 # isort: split
-from common.evaluation import Benchmark, Completion, Decoding, Engine, Prompt, evaluate, load_benchmark
+from common.evaluation import BENCHMARKS, Benchmark, Completion, Decoding, Engine, Prompt, evaluate, load_benchmark
 
 
 def score(folder: Path, engine: Engine, run: RDiverseConfig) -> dict[str, Any]:
@@ -28,8 +29,17 @@ def score(folder: Path, engine: Engine, run: RDiverseConfig) -> dict[str, Any]:
 
 
 def benchmark_names(run: RDiverseConfig) -> list[str]:
-    """Of the comma list, without blanks."""
-    return [name for part in run.benchmarks.split(",") if (name := part.strip())]
+    """Of the comma list, without blanks and "none"."""
+    return [name for part in run.benchmarks.split(",") if (name := part.strip()) not in ("", "none")]
+
+
+def check_benchmarks(run: RDiverseConfig) -> None:
+    """Raises `ValueError` for a benchmark that is not registered, with the nearest names."""
+    known = ["arithmetic", *BENCHMARKS]
+    for name in benchmark_names(run):
+        if name not in known:
+            close = difflib.get_close_matches(name, known) or known
+            raise ValueError(f"benchmarks has {name!r}, which is unknown: choose among {', '.join(close)}")
 
 
 class Recorded:

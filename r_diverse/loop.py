@@ -349,7 +349,7 @@ class SelfPlay:
         inputs = {"solver": self._models["solver"]}
 
         def work(folder: Path) -> dict[str, Any]:
-            if self.run_config.benchmarks in ("", "none"):
+            if not evaluate.benchmark_names(self.run_config):
                 return {}
             known = self._known_base(folder, model) if t == 0 else None
             return known or self._with_engine(model, folder, evaluate.score)
@@ -474,6 +474,7 @@ def _main(argv: list[str]) -> int:
     known, rest = parser.parse_known_args(argv)
     fields = ["--config", known.config, *rest]
     settings = parse(fields)
+    evaluate.check_benchmarks(settings.run)
     variants = chosen("variants", known.variants, VARIANT_FLAGS) if known.variants else [""]
     seeds = chosen("seeds", known.seeds or str(settings.run.seed))
     goals = goals_of(fields, variants, seeds, known.more)

@@ -5,6 +5,7 @@
 
 A phase resumes from its last checkpoint and does nothing when it is done. The settings of a phase are the sections
 `challenger:` and `solver:` of the config, `--challenger.field value` on the command line.
+Deviations from the paper (arXiv 2602.13103): r_diverse/README.md; its numbers: benchmarks/r_diverse.py.
 """
 
 from __future__ import annotations  # the trainer is imported where it is used: `--help` needs none

@@ -142,8 +142,10 @@ class SRPOConfig(GRPOConfig):
         def one_of(names):
             return lambda value: value in names, f"must be one of {', '.join(names)}"
 
-        at_least_1 = (lambda value: value >= 1, "must be at least 1")
-        at_least_0 = (lambda value: value >= 0, "must be at least 0")
+        at_least_1 = (lambda value: value >= 1 and value % 1 == 0, "must be at least 1, and whole")
+        at_least_0 = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+        positive = (lambda value: 0 < value < math.inf, "must be above 0 and finite")
+        decay = (lambda value: 0 <= value < 1, "must be in [0, 1)")
         for name, (valid, rule) in {
             "routing": one_of(ROUTINGS),
             "teacher": one_of(TEACHERS),
@@ -152,22 +154,31 @@ class SRPOConfig(GRPOConfig):
             "mix_weight": (lambda value: 0 <= value <= 1, "must be in [0, 1]"),
             "reprompt_template": (lambda value: isinstance(value, str), "must be a text"),
             "teacher_update_rate": (lambda value: 0 < value <= 1, "must be in (0, 1]"),
-            "entropy_beta": (lambda value: 0 <= value < math.inf, "must be at least 0 and finite"),
+            "entropy_beta": at_least_0,
             "reward_threshold": (math.isfinite, "must be finite"),
-            "distillation_topk": (lambda value: value is None or value >= 1, "must be at least 1, or none"),
-            "num_generations": (lambda value: value >= 2, "must be at least 2: a group needs siblings"),
+            "num_generations": (
+                lambda value: value >= 2 and value % 1 == 0,
+                "must be at least 2, and whole: a group needs siblings",
+            ),
             "max_prompt_length": at_least_1,
             "max_reprompt_length": at_least_1,
             "per_device_train_batch_size": at_least_1,
             "gradient_accumulation_steps": at_least_1,
-            "max_completion_length": (lambda value: value is None or value >= 1, "must be at least 1, or none"),
-            "learning_rate": (lambda value: 0 <= value < math.inf, "must be at least 0 and finite"),
-            "doctor_steps": at_least_0,
-            "temperature": (lambda value: 0 < value < math.inf, "must be above 0 and finite"),
+            **dict.fromkeys(
+                ("distillation_topk", "max_completion_length"),
+                (lambda value: value is None or at_least_1[0](value), f"{at_least_1[1]}, or none"),
+            ),
+            **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "doctor_steps"), at_least_0),
+            **dict.fromkeys(("temperature", "num_train_epochs"), positive),
+            **dict.fromkeys(("adam_beta1", "adam_beta2"), decay),
             "top_p": (lambda value: 0 < value <= 1, "must be in (0, 1]"),
             "epsilon": at_least_0,
             "epsilon_high": (lambda value: value is None or value >= 0, "must be at least 0, or none for epsilon"),
             "delta": (lambda value: value is None or value > 1, "must be above 1, or none"),
+            "vllm_importance_sampling_clip_max": (
+                lambda value: value is None or value > 0,
+                "must be above 0, or none",
+            ),
         }.items():
             value = getattr(self, name)
             try:

@@ -1,5 +1,6 @@
 """The self-teacher's inputs: the plain prompt, a correct sibling and the closing instruction, then the response."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,13 @@ def teacher_prompt_ids(
 ) -> list[list[int]]:
     """Token ids of each teacher prompt, at most `max_length` long.
 
-    Where a prompt is too long, the end of the demonstration is left out, never the question or the closing
-    instruction. Raises `ValueError` for a prompt that leaves no room for any of it.
+    What a demonstration spells of the tokenizer's special tokens stays text. Where a prompt is too long, the end of
+    the demonstration is left out, never the question or the closing instruction. Raises `ValueError` for a prompt that
+    leaves no room for any of it.
     """
     if not prompts:
         return []
-    demonstrations = [objective.strip_thinking(text) for text in demonstrations]
+    demonstrations = [neutralise(objective.strip_thinking(text), tokenizer) for text in demonstrations]
     ids = tokenize([objective.teacher_prompt(p, d, template) for p, d in zip(prompts, demonstrations, strict=True)])
     for row, prompt in enumerate(prompts):
         tokens = tokenizer(demonstrations[row], add_special_tokens=False)["input_ids"]
@@ -39,6 +41,12 @@ def teacher_prompt_ids(
             tokens = tokens[:-excess]
             ids[row] = tokenize([objective.teacher_prompt(prompt, tokenizer.decode(tokens), template)])[0]
     return ids
+
+
+def neutralise(text: str, tokenizer) -> str:
+    """The text with a space inside each special token that it spells: <|im_end|> must not end the teacher's turn."""
+    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.sub(rf"(?=(?:{'|'.join(special)}))(.)", r"\1 ", text, flags=re.DOTALL) if special else text
 
 
 def batches(prompts: dict[int, list[int]], size: int) -> list[list[tuple[int, list[int]]]]:

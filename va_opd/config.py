@@ -150,7 +150,9 @@ class VAOPDConfig(DistillationConfig):
 
         positive = (lambda value: 0 < value < math.inf, "must be above 0 and finite")
         share = (lambda value: 0 < value <= 1, "must be in (0, 1]")
-        at_least_1 = (lambda value: value >= 1, "must be at least 1")
+        at_least_1 = (lambda value: value >= 1 and value % 1 == 0, "must be at least 1, and whole")
+        at_least_0 = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+        decay = (lambda value: 0 <= value < 1, "must be in [0, 1)")
         for name, (valid, rule) in {
             "weighting": one_of(WEIGHTINGS),
             "pixelate_at": one_of(("model", "raw")),
@@ -169,9 +171,13 @@ class VAOPDConfig(DistillationConfig):
             "max_prompt_length": at_least_1,
             "per_device_train_batch_size": at_least_1,
             "gradient_accumulation_steps": at_least_1,
-            "max_completion_length": (lambda value: value is None or value >= 1, "must be at least 1, or none"),
-            "learning_rate": (lambda value: 0 <= value < math.inf, "must be at least 0 and finite"),
-            "doctor_steps": (lambda value: value >= 0, "must be at least 0"),
+            "max_completion_length": (
+                lambda value: value is None or at_least_1[0](value),
+                f"{at_least_1[1]}, or none",
+            ),
+            "num_train_epochs": positive,
+            **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "doctor_steps"), at_least_0),
+            **dict.fromkeys(("adam_beta1", "adam_beta2"), decay),
             "temperature": positive,
             "top_p": share,
             "beta": (lambda value: value == 1.0, "must be 1.0: the paper's divergence is the reverse KL"),

@@ -10,6 +10,7 @@ A row has `prompt` (messages), `images` (list of PIL images, empty for text), `a
 from __future__ import annotations  # datasets is imported where it is used: `--help` needs none
 
 import io
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -58,13 +59,15 @@ def load_rows(
 
     Columns read: `problem` (or `question`; `<image>` marks where an image stands), `images` (or `image`; paths are
     relative to the folder), `answer`, `id` (else the row number). `template` wraps the problem; the paper has none.
-    `check_images` decodes all of them once; of several processes one is enough.
-    Raises `ValueError` naming the source, the column or the image that is at fault, and the remedy.
+    `check_images` decodes all of them once, and prints how many answers cannot be read; of several processes one is
+    enough.
+    Raises `ValueError` naming the source, the column, the row or the image that is at fault, and the remedy.
     """
     dataset = _load_split(source, split)
     dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     dataset = _standard_columns(dataset, source)
     if check_images:
+        _report_golds(dataset, source)
         _check_images(dataset, source, min_pixels, max_pixels, num_proc)
     dataset = dataset.map(
         lambda row: {"prompt": _messages(template.replace("{problem}", row["problem"]), len(row["images"]))},
@@ -167,13 +170,44 @@ def _standard_columns(dataset: Dataset, source: str) -> Dataset:
         dataset = dataset.cast_column("images", Sequence(Image(decode=False)))
     features = Features(problem=Value("string"), images=Sequence(Image(decode=False)), answer=Value("string"))
     return dataset.map(
-        lambda row: {
-            "problem": str(row["problem"]),
+        lambda row, number: {
+            "problem": _problem(row["problem"], f"data {source!r}, row {ids[number]}"),
             "images": _as_files(row["images"], folder),
-            "answer": str(row["answer"]),
+            "answer": _gold(row["answer"], f"data {source!r}, row {ids[number]}"),
         },
+        with_indices=True,
         features=features,
     ).add_column("id", ids)
+
+
+def _problem(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: problem must be a text, got {value!r}: mend the row or leave it out")
+    return value
+
+
+def _gold(value: object, where: str) -> str:
+    """A number as text. str() of a missing answer would be "None", which a response can give."""
+    is_text = isinstance(value, str) and value.strip()
+    if not is_text and not (isinstance(value, int | float) and math.isfinite(value)):
+        raise ValueError(f"{where}: answer must be a text or a number, got {value!r}: mend the row or leave it out")
+    return str(value)
+
+
+def _report_golds(dataset: Dataset, source: str) -> None:
+    """Prints which gold answers are no mathematics, such as `Na^+`: no error, as the loss of VA-OPD reads none."""
+    from common.answers import Verdict, grade_many
+
+    golds = list(dataset["answer"])
+    verdicts = grade_many(["\\boxed{x+1}"] * len(golds), golds)  # any answer: without one a gold is not looked at
+    unread = [i for i, verdict in enumerate(verdicts) if verdict is Verdict.GOLD_UNPARSEABLE]
+    if unread:
+        shown = "; ".join(f"row {dataset['id'][i]}: {golds[i][:40]!r}" for i in unread[:3])
+        print(
+            f"data {source!r}: {len(unread)} of {len(golds)} gold answers cannot be read ({shown}): only the same "
+            "text counts as right there, for the baselines grpo and sft and in evaluation",
+            flush=True,
+        )
 
 
 def _as_files(images, folder: Path) -> list[dict]:
@@ -201,6 +235,8 @@ def _check_images(dataset: Dataset, source: str, min_pixels: int, max_pixels: in
 def _fault(images: list[dict], min_pixels: int, max_pixels: int) -> str:
     """What is wrong with the first image that a processor will not read; empty for none."""
     for image in images:
+        if image is None or not (image["bytes"] or image["path"]):
+            return "no image"
         try:
             with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
                 opened.load()

@@ -25,14 +25,18 @@ def pixelate(image: Image.Image, ratio: float = 0.1) -> Image.Image:
     if not 0 < ratio <= 1:
         raise ValueError(f"degradation ratio must be in (0, 1], got {ratio}")
     mode = image.mode
-    if mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if mode in ("P", "PA"):
+        image = image.convert("RGBA" if mode == "PA" or "transparency" in image.info else "RGB")
     elif mode == "1":
         image = image.convert("L")
     small = [max(1, math.floor(side * ratio)) for side in image.size]
     degraded = image.resize(small, Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.NEAREST)
     if mode == "P":  # convert("P") would dither to a standard palette, and even a constant image would change
         return degraded.quantize()
+    if mode == "PA":
+        colours = degraded.convert("RGB").quantize().convert("PA")
+        colours.putalpha(degraded.getchannel("A"))
+        return colours
     return degraded if degraded.mode == mode else degraded.convert(mode)
 
 

@@ -240,6 +240,8 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
     from .trainer import VAOPDTrainer
 
     processor = models.load_processor(args.model)
+    for rows in splits.values():
+        check_texts(_tokenizer(processor), rows)
     student = models.load_model(
         args.model, attn_implementation=args.attn_implementation, load_in_4bit=args.load_in_4bit
     )
@@ -289,6 +291,25 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
         processing_class=processor,
         peft_config=lora,
     )
+
+
+def check_texts(tokenizer, rows: "Dataset") -> None:
+    """Raises `ValueError` for a prompt whose text spells a special token.
+
+    The tokenizer would read it as one: as the end of the turn, or as the place of an image that there is not.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for row in rows.select_columns(["id", "prompt"]):
+        text = "\n".join(_words(message["content"]) for message in row["prompt"])
+        if found := next((token for token in special if token in text), None):
+            raise ValueError(
+                f"the prompt of row {row['id']} holds {found}, a special token of the model: put a space into it, or "
+                "leave the row out (<image> marks where an image stands)"
+            )
+
+
+def _words(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
 
 
 def loads_teacher(args: ScriptArguments, config: VAOPDConfig) -> bool:

@@ -97,13 +97,15 @@ def ready_prompt(row: Row) -> Messages:
     return [*system, {"role": "user", "content": row["prompt"]}]
 
 
-def _answer(row: Row) -> str:
-    """Of a number column too, where 27.0 and 27 are the same whole number."""
+def _answer(row: Row) -> str | None:
+    """Of a number column too, where 27.0 and 27 are the same whole number; None where there is none."""
     value = row["answer"]
+    if value is None or value != value:
+        return None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _answer_or_boxed(row: Row) -> str:
+def _answer_or_boxed(row: Row) -> str | None:
     """Copies differ: some have the answer as a column, the others have it boxed in the solution."""
     return _answer(row) if "answer" in row else extract_answer(row["solution"]) or ""
 
@@ -173,8 +175,8 @@ def load_benchmark(name: str, data: str | Path | None = None, limit: int | None 
             benchmark, or with a copy of the hub's repository.
         limit: only so many questions from the start.
 
-    A row's `id` is its number in the source, from 0. Raises `ValueError` for an unknown name, missing columns, or
-    another number of rows than registered.
+    A row's `id` is its number in the source, from 0. Raises `ValueError` for an unknown name, missing columns or
+    answers, or another number of rows than registered.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}; choose among {', '.join(BENCHMARKS)}")
@@ -195,6 +197,8 @@ def load_benchmark(name: str, data: str | Path | None = None, limit: int | None 
             rows.append({"id": str(number), **_question(source, row, folder)})
             if None in rows[-1].get("images", ()):
                 raise ValueError(f"benchmark {name}: row {number} has no image where its prompt names one")
+            if rows[-1]["answer"] is None:
+                raise ValueError(f"benchmark {name}: row {number} has no answer: take a copy that has all of them")
         except KeyError as error:
             raise ValueError(f"benchmark {name}: no column {error} among {', '.join(row)}; rename yours") from error
     columns = source.columns if source.metric else ()

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import peft
 import pytest
+from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -803,6 +805,15 @@ def test_a_server_gets_images_as_data(chat_server):
     image, text = chat_server.asked[0]["messages"][-1]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     assert text == {"type": "text", "text": "What?"}
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_a_question_without_an_answer_is_refused(tmp_path, missing):
+    """As text it would be "None" or "nan", which a response can give."""
+    answers = [*map(float, range(29)), missing]
+    Dataset.from_dict({"problem": ["1+1?"] * 30, "answer": answers}).to_parquet(tmp_path / "aime25.parquet")
+    with pytest.raises(ValueError, match="aime25: row 29 has no answer: take a copy that has all of them"):
+        load_benchmark("aime25", tmp_path)
 
 
 @pytest.mark.parametrize(("rows", "known"), [(674, True), (675, True), (673, False)])

@@ -130,8 +130,22 @@ def test_the_baselines_have_no_replay(penalty):
         ({"answer_temperature": -1.0}, "answer_temperature must be at least 0"),
         ({"question_top_p": -1.0}, r"question_top_p must be in \(0, 1\]"),
         ({"answer_top_k": -1}, "answer_top_k must be at least 0"),
-        ({"alarm_duplicates": float("nan")}, "alarm_duplicates must be at least 0"),
-        ({"alarm_cluster": -1.0}, "alarm_cluster must be at least 0"),
+        ({"answer_top_k": 1.5}, "answer_top_k must be at least 0, which is off, and whole, got 1.5"),
+        ({"gpus": 1.5}, "gpus must be at least 0, and whole, got 1.5"),
+        ({"gate_samples": 0.5}, "gate_samples must be at least 0, and whole"),
+        ({"eval_limit": 0}, "eval_limit must be at least 1, and whole, or none, got 0"),
+        ({"engine_memory": 1.5}, r"engine_memory must be in \(0, 1\], got 1.5"),
+        ({"reward_memory": 0.0}, r"reward_memory must be in \(0, 1\], got 0.0"),
+        ({"alarm_duplicates": float("nan")}, r"alarm_duplicates must be in \[0, 1\], got nan"),
+        ({"alarm_cluster": -1.0}, r"alarm_cluster must be in \[0, 1\]"),
+        ({"alarm_yield": 2.0}, r"alarm_yield must be in \[0, 1\]"),
+        ({"alarm_labels": 50}, r"alarm_labels must be in \[0, 1\], got 50"),
+        ({"alarm_entropy": -0.1}, "alarm_entropy must be at least 0"),
+        ({"model": None}, "model must name a model or its folder, got None"),
+        ({"model": ""}, "model must name a model or its folder, got ''"),
+        ({"solver_system": None}, "solver_system must be a text, got None"),
+        ({"challenger_user": ["Write."]}, r"challenger_user must be a text, got \['Write.'\]"),
+        ({"benchmarks": None}, "benchmarks must be a text, got None"),
         ({"chat_template_kwargs": "thinking"}, "chat_template_kwargs must be a mapping such as .* got 'thinking'"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs must be a mapping"),
         ({"max_model_len": 0}, "max_model_len must be at least 1, and whole, or none"),
@@ -148,7 +162,7 @@ def test_the_baselines_have_no_replay(penalty):
 )
 def test_bad_values_are_one_sentence(fields, message):
     with pytest.raises(ValueError, match=message) as error:
-        RDiverseConfig("model", **fields)
+        RDiverseConfig(**{"model": "model", **fields})
     assert "\n" not in str(error.value)
 
 
@@ -156,6 +170,7 @@ def test_bad_values_are_one_sentence(fields, message):
     ("fields", "message"),
     [
         ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"num_generations": 2.5}, "num_generations must be at least 2, and whole"),
         ({"max_steps": -1}, "max_steps must be at least 1"),
         ({"num_generations": 0}, "num_generations must be at least 2"),
         ({"num_iterations": 0}, "num_iterations must be at least 1"),

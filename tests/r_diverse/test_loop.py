@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 from common import models  # noqa: E402
 from common.once import StageError, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
-from r_diverse import MemoryBank, RDiverseConfig, alarm, budget, data, loop, train  # noqa: E402
+from r_diverse import MemoryBank, RDiverseConfig, alarm, budget, data, evaluate, loop, train  # noqa: E402
 from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, finished_iterations, main, run_path, variant  # noqa: E402
 from r_diverse.skills import Program, SkillEncoder  # noqa: E402
 from r_diverse.train import parse  # noqa: E402
@@ -182,6 +182,7 @@ def test_the_report_has_every_iteration(base, finished):
         ({"solver.save_steps": 3}, "solver: save_steps=3"),
         ({"model": "/nowhere"}, "there is no such folder"),
         ({"config": "/nowhere.yaml"}, "does not exist"),
+        ({"benchmarks": "arithmetic,math5000"}, "benchmarks has 'math5000', which is unknown: choose among math500"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_changes_nothing(base, finished, changes, message, capsys):
@@ -1003,6 +1004,17 @@ def test_an_adapter_is_no_model_to_begin_with(tmp_path, base, capsys):
     assert loop.main(fields) == 2
     assert "holds a LoRA adapter" in capsys.readouterr().err
     assert not (tmp_path / "r_diverse").exists()
+
+
+def test_a_dry_run_names_an_unknown_benchmark(capsys):
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--benchmarks", "arithmetic,x", "--dry_run"]
+    assert main(fields) == 2
+    assert "benchmarks has 'x', which is unknown: choose among arithmetic, math500" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", ["", "none", "arithmetic", " math500 , arithmetic", "none,"])
+def test_known_benchmarks_and_none_pass(names):
+    evaluate.check_benchmarks(RDiverseConfig("m", benchmarks=names))
 
 
 def test_a_context_without_room_for_a_benchmarks_answers_is_said_at_the_start():

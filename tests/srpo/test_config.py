@@ -118,6 +118,12 @@ def test_thinking_stays_off_beside_other_options_of_the_template(make, given):
         ("max_prompt_length", [0]),
         ("max_reprompt_length", [-1]),
         ("doctor_steps", [-1]),
+        ("num_generations", [1, 2.5, math.nan]),
+        ("distillation_topk", [0, 1.5]),
+        ("vllm_importance_sampling_clip_max", [math.nan, 0.0]),
+        ("num_train_epochs", [math.nan, 0.0]),
+        ("adam_beta2", [2, math.nan]),
+        ("weight_decay", [math.nan]),
     ],
 )
 def test_a_bad_value_is_one_sentence_with_field_rule_and_value(make, field, values):

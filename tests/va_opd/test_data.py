@@ -1,6 +1,7 @@
 """Data of the paper from local files of the same columns, and the embedded digits."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -128,12 +129,38 @@ def test_an_image_too_narrow_for_the_processor_is_found_at_the_start(tmp_path, s
         ({"problem": "q", "answer": "1"}, "images"),
         ({"problem": "q", "images": ["missing.png"], "answer": "1"}, "missing.png"),
         ({"problem": "<image><image>", "images": [], "answer": "1"}, "marks 2 images but has 0"),
+        ({"problem": "q", "images": [None], "answer": "1"}, r"unreadable images \(id 0: no image\): repair or remove"),
+        ({"problem": None, "images": [], "answer": "1"}, "row 0: problem must be a text, got None: mend the row"),
+        ({"problem": " ", "images": [], "answer": "1"}, "row 0: problem must be a text, got ' '"),
+        ({"problem": "q", "images": [], "answer": None, "id": "g7"}, "row g7: answer must be .*, got None: mend the"),
+        ({"problem": "q", "images": [], "answer": ""}, "row 0: answer must be a text or a number, got ''"),
+        ({"problem": "q", "images": [], "answer": ["1", "2"]}, r"row 0: answer must be .*, got \['1', '2'\]"),
     ],
 )
 def test_faulty_rows_are_named(tmp_path, rows, message):
     (tmp_path / "train.jsonl").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=message):
         data.load_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(("answer", "read"), [(3, "3"), (0.5, "0.5"), (math.nan, None), (math.inf, None)])
+def test_a_number_is_an_answer_where_it_is_one(tmp_path, answer, read):
+    columns = {"problem": ["q"], "images": [[]], "answer": [answer]}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    if read:
+        assert data.load_rows(str(tmp_path), "train")[0]["answer"] == read
+    else:
+        with pytest.raises(ValueError, match=f"row 0: answer must be a text or a number, got {answer}"):
+            data.load_rows(str(tmp_path), "train")
+
+
+def test_gold_answers_that_are_no_mathematics_are_counted_once(tmp_path, capsys):
+    rows = [{"problem": "q", "images": [], "answer": answer} for answer in ("\\frac{1}{2}", "5 cm", "Na^+", "x+1")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(data.load_rows(str(tmp_path), "train")) == 4
+    assert "1 of 4 gold answers cannot be read (row 2: 'Na^+')" in capsys.readouterr().out
+    data.load_rows(str(tmp_path), "train", check_images=False)  # by the other processes
+    assert "cannot be read" not in capsys.readouterr().out
 
 
 def test_a_missing_source_is_one_clear_sentence(tmp_path):

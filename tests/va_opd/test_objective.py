@@ -428,17 +428,16 @@ def random_image(mode: str, size: tuple[int, int] = (60, 40), transparency: bool
         values = rng.integers(0, 2**16, (height, width))
         return Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.float32))
     image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    if mode == "P":
-        image = image.quantize(64)
+    if mode in ("P", "PA"):
+        image = image.quantize(64).convert(mode)
         if transparency:
             image.info["transparency"] = 0
-        return image
-    if mode in ("RGBA", "LA"):
+    if mode in ("RGBA", "LA", "PA"):
         image.putalpha(Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)))
     return image.convert(mode)
 
 
-MODES = ["L", "RGB", "RGBA", "LA", "P", "1", "CMYK", "I;16", "I", "F"]
+MODES = ["L", "RGB", "RGBA", "LA", "P", "PA", "1", "CMYK", "I;16", "I", "F"]
 
 
 @pytest.mark.parametrize(("mode", "transparency"), [*((mode, False) for mode in MODES), ("P", True)])
@@ -455,7 +454,7 @@ def test_pixelation_keeps_mode_and_size_and_leaves_few_cells(mode, transparency)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    image = image.convert("RGBA") if image.mode in ("P", "1", "CMYK") else image
+    image = image.convert("RGBA") if image.mode in ("P", "PA", "1", "CMYK") else image
     return np.asarray(image).astype(np.float64)
 
 
@@ -494,6 +493,15 @@ def test_pixelation_of_a_palette_image_looks_like_that_of_its_colours():
     expected = objective.pixelate(image.convert("RGB"))
     difference = np.abs(pixels(objective.pixelate(image).convert("RGB")) - pixels(expected))
     assert difference.max() <= 2
+
+
+@pytest.mark.parametrize("opaque", [True, False])
+def test_pixelation_of_a_palette_with_opacity_looks_like_that_of_its_colours(opaque):
+    image = random_image("P").convert("PA") if opaque else random_image("PA")
+    expected = objective.pixelate(image.convert("RGBA"))
+    got = objective.pixelate(image).convert("RGBA")
+    assert np.abs(pixels(got) - pixels(expected)).max() <= 2
+    assert len(np.unique(pixels(got).reshape(-1, 4), axis=0)) > 4
 
 
 @pytest.mark.parametrize(

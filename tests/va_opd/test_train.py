@@ -195,6 +195,16 @@ def test_a_teacher_with_other_tokens_is_refused(config, capsys, tmp_path, tiny_m
     assert "different vocabularies" in fails(capsys, config, "--teacher", str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>"])
+def test_a_special_token_in_a_problem_stops_the_run_at_its_start(config, capsys, tmp_path, token):
+    Image.new("RGB", (64, 48), "white").save(tmp_path / "a.png")
+    for split, problem in (("train", "Find <image> x."), ("validation", f"Find {token} x.")):
+        rows = [{"problem": problem if i else "Find x.", "images": ["a.png"], "answer": "1"} for i in range(8)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    message = fails(capsys, config, "--dataset", "geo3k", "--data", str(tmp_path), "--min_pixels", "16")
+    assert f"the prompt of row 1 holds {token}, a special token of the model: put a space" in message
+
+
 def test_a_truncated_image_stops_the_run_at_its_start(config, capsys, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
