@@ -160,7 +160,7 @@ class SRPOConfig(GRPOConfig):
             "max_reprompt_length": at_least_1,
             "per_device_train_batch_size": at_least_1,
             "gradient_accumulation_steps": at_least_1,
-            "max_completion_length": (lambda value: value is None or value >= 1, "must be at least 1, or none"),
+            "max_completion_length": at_least_1,
             "learning_rate": (lambda value: 0 <= value < math.inf, "must be at least 0 and finite"),
             "doctor_steps": at_least_0,
             "temperature": (lambda value: 0 < value < math.inf, "must be above 0 and finite"),

@@ -832,6 +832,7 @@ def other_tokenizer():
         ({"temperature": math.nan}, "temperature must be above 0"),
         ({"top_p": 2.0}, "top_p must be in (0, 1]"),
         ({"max_prompt_length": None}, "max_prompt_length must be at least 1, got None"),
+        ({"max_completion_length": None}, "max_completion_length must be at least 1, got None"),
         ({"doctor_steps": -1}, "doctor_steps must be at least 0"),
         ({"va_floor": math.nan}, "va_floor must be finite, or none"),
         ({"per_device_train_batch_size": 32}, "train_dataset has 4 prompts, fewer than the 8"),
