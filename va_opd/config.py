@@ -31,7 +31,8 @@ class VAOPDConfig(DistillationConfig):
             Side of the pixelated view as a share of the image's side (Section 3.1).
         pixelate_at (`str`, *optional*, defaults to `"model"`):
             `"model"` brings the image to the size at which the model sees it and pixelates there; `"raw"` pixelates
-            the image as it comes, which leaves fewer cells when the processor enlarges images.
+            the image as it comes, which leaves fewer cells when the processor enlarges images. Where the processor
+            cuts an image into tiles, crops or pads it, `"model"` is `"raw"`.
         rollout_temperature (`float`, *optional*, defaults to `1.0`):
             tau, temperature of the softmax over siblings (Eq. 4).
         va_eps (`float`, *optional*, defaults to `1e-6`):

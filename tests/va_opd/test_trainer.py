@@ -28,6 +28,9 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -36,6 +39,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import utils as trl_utils
@@ -132,7 +136,46 @@ def tiny_gemma3(hidden: int = 64, layers: int = 2):
     return model, processor
 
 
-FAMILIES = {"qwen3_vl": tiny_qwen3_vl, "qwen2_5_vl": tiny_qwen2_5_vl, "llava": tiny_llava, "gemma3": tiny_gemma3}
+class ImageOnlyInternVLProcessor(InternVLProcessor):
+    """Without the part for videos, which needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, image_seq_length=4, chat_template=None):
+        super().__init__(image_processor, tokenizer, None, image_seq_length, chat_template)
+
+
+def tiny_internvl(hidden: int = 64, layers: int = 2):
+    """An image is two or three tiles and a small view of all of it, each a row of `pixel_values`."""
+    base = tiny_qwen3_vl(hidden=32)[1].tokenizer
+    names = {"start_image_token": "<|vision_start|>", "end_image_token": "<|vision_end|>"}
+    names |= {"context_image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base._tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        extra_special_tokens=names,
+    )
+    processor = ImageOnlyInternVLProcessor(
+        GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, min_patches=2, max_patches=3),
+        tokenizer,
+        chat_template=base.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>"),
+    )
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **_text_config(len(tokenizer), hidden, layers)},
+        vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
+        image_token_id=processor.image_token_id,
+        image_seq_length=processor.image_seq_length,
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
+FAMILIES = {
+    "qwen3_vl": tiny_qwen3_vl,
+    "qwen2_5_vl": tiny_qwen2_5_vl,
+    "llava": tiny_llava,
+    "gemma3": tiny_gemma3,
+    "internvl": tiny_internvl,
+}
 
 
 def image(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
