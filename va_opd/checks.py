@@ -207,11 +207,11 @@ def check_images(has_image: torch.Tensor) -> None:
         )
 
 
-def sibling_fingerprints(batch: dict[str, Any]) -> torch.Tensor:
-    """Two integers a row, (B, 2), that are equal for rows with the same prompt and images."""
+def sibling_fingerprints(batch: dict[str, Any], with_images: bool = True) -> torch.Tensor:
+    """Two integers a row, (B, 2), that are equal for rows with the same prompt and images, or the same prompt."""
     ids = batch["prompt_ids"] * batch["prompt_mask"]
     position = torch.arange(ids.size(1), 0, -1, device=ids.device)  # padding is on the left: count from the end
-    pixels = split_pixel_values_by_grid(batch).get("pixel_values")
+    pixels = split_pixel_values_by_grid(batch).get("pixel_values") if with_images else None
     if pixels is None or len(pixels) != len(ids):
         pixels = torch.zeros(len(ids), 1)
     # Sums of integers, which the order of summation does not change

@@ -174,7 +174,8 @@ class VAOPDTrainer(DistillationTrainer):
         mask = siblings.loss_mask(batch).long()
         images = self._rollout_images or [[]] * len(mask)
         has_image = torch.tensor([bool(row) for row in images], device=mask.device)
-        checks.check_siblings(self._gather(checks.sibling_fingerprints(batch)), num_generations)
+        # A tool may return images to one of the siblings only
+        checks.check_siblings(self._gather(checks.sibling_fingerprints(batch, not self.tools)), num_generations)
 
         kept, logps, logps_degraded = self.teacher.views(batch, images, has_image, num_generations)
         logps, logps_degraded = (
@@ -225,7 +226,8 @@ class VAOPDTrainer(DistillationTrainer):
 
     def _degraded_pixel_values(self, batch: dict[str, Any], images: list, num_generations: int) -> torch.Tensor:
         start = len(images) * self.accelerator.process_index
-        groups = [(start + row) // num_generations for row in range(len(images))]
+        sharing = 1 if self.tools else num_generations
+        groups = [(start + row) // sharing for row in range(len(images))]
         with self._timed("degraded_images"):
             pixels, cells = degraded_pixel_values(
                 self.processing_class.image_processor,

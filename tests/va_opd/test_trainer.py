@@ -721,6 +721,56 @@ def test_all_images_of_a_row_are_pixelated(make, monkeypatch):
     assert len({other.sum().item() for other in seen["other"].split(sizes)}) == 3 * 2  # three images, two prompts
 
 
+def zoom(box: str) -> list:
+    """Shows a part of the image.
+
+    Args:
+        box: which part.
+    """
+
+
+def rollouts_with_tool_images(monkeypatch) -> None:
+    """Each rollout: some letters, the result of a tool with an image of its own, some letters."""
+
+    def generate(self, prompts):
+        prompt_ids, images, _ = self._tokenize_prompts(prompts)
+        tokens, rollouts, masks = self.processing_class.tokenizer.get_vocab(), [], []
+        for row in range(len(prompts)):
+            letters = np.random.default_rng(row).integers(10, 100, 3 + row % 3).tolist()
+            result = [tokens["<|vision_start|>"], *[tokens["<|image_pad|>"]] * 4, tokens["<|vision_end|>"]]
+            rollouts.append([*letters, *result, *letters[::-1], self.eos_token_ids[0]])
+            masks.append([1] * len(letters) + [0] * len(result) + [1] * (len(letters) + 1))
+        shown = [[image(100 + row, (32, 32))] for row in range(len(prompts))]
+        merged = [own + new for own, new in zip(images, shown, strict=True)]
+        return prompt_ids, rollouts, masks, merged, shown
+
+    monkeypatch.setattr(DistillationTrainer, "_generate", generate)
+
+
+def test_siblings_with_other_images_from_tools(make, monkeypatch):
+    """VA against an independent computation: each rollout has degraded images of its own."""
+    rollouts_with_tool_images(monkeypatch)
+    monkeypatch.setattr(siblings, "length_sorted", lambda batch, parts: [batch])
+    trainer = make()
+    trainer.tools = [zoom]
+    loss, _, (batch,) = step(trainer)
+    assert math.isfinite(loss)
+    images = trainer.last_rollouts["images"]
+    assert [len(row) for row in images] == [2] * 8
+    degraded = pixelated_pixels(trainer.processing_class, batch, list(itertools.chain(*images)))
+    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    with torch.no_grad():
+        true, other = (
+            response_logits(trainer.teacher_model, batch, **extra)
+            .log_softmax(-1)
+            .gather(-1, batch["completion_ids"][..., None])[..., 0]
+            for extra in ({}, {"pixel_values": degraded})
+        )
+    va = (true - other).clamp(min=0) * mask
+    torch.testing.assert_close(trainer.last_rollouts["va"].double(), va, atol=2e-5, rtol=0)
+    assert va.max() > 0.01
+
+
 # --- text-only rows ----------------------------------------------------------------
 
 
