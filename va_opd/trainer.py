@@ -149,7 +149,8 @@ class VAOPDTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             hidden = self._forward_redirection(self.model_wrapped, student, self._hidden_states, student, part)
         head, tokens = lm_head(student), part["completion_ids"][siblings.loss_mask(part)]
-        head = head._replace(scale=head.scale / self.temperature)
+        softcap = head.softcap and head.softcap / self.temperature  # the temperature comes after the cap
+        head = head._replace(scale=head.scale / self.temperature, softcap=softcap)
         logps = logps_within(head, hidden, tokens, torch.ones_like(tokens), self.vocab_size)
         return self.accelerator.gather(self.engine.gap(logps, count, self.top_p)).mean().item()
 

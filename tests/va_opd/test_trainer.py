@@ -46,7 +46,9 @@ from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
 from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, doctor, objective, siblings
+from va_opd import trainer as va_opd_trainer
 from va_opd.checks import check_same_tokens
+from va_opd.engine import VLLMRollouts
 from va_opd.lm_head import logit_scale
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -1363,6 +1365,23 @@ def test_the_doctor_warns_in_words(name, bad, good, message):
     (warning,) = doctor.diagnose({name: bad})
     assert message in warning
     assert doctor.diagnose({name: good}) == doctor.diagnose({name: None}) == []
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_the_gap_to_the_engine_divides_soft_capped_logits_by_the_temperature(make, monkeypatch, softcap):
+    """The engine has sampled by these very probabilities: the gap is 0."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(temperature=0.7)
+    trainer.model.config.get_text_config().final_logit_softcapping = softcap
+    _, _, (batch,) = step(trainer)
+    with torch.no_grad():
+        logits = response_logits(trainer.model, batch)[..., : trainer.vocab_size]
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    logps = (logits / 0.7).log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+    generation = SimpleNamespace(mode="server", generate=None)
+    trainer.engine, trainer.top_p = VLLMRollouts(generation), 1.0
+    trainer.engine.logps = [row[m.bool()].tolist() for row, m in zip(logps, batch["completion_mask"], strict=True)]
+    assert trainer._engine_gap(batch) < 1e-5
 
 
 # --- order of the prompts and resuming ----------------------------------------------------------------
