@@ -36,7 +36,8 @@ class VAOPDTrainer(DistillationTrainer):
     Arguments are those of [`~trl.DistillationTrainer`]; `args` is a [`VAOPDConfig`]. Rows of `train_dataset` have
     `prompt` (messages or text) and, for rows with images, `image` or `images`. With `args.teacher_server`,
     `teacher_model` may be None; else it is compared with the server before the first update. Raises `ValueError` for a
-    batch that does not divide into groups of `num_generations`, a teacher with other tokens, or an iterable dataset.
+    batch that does not divide into groups of `num_generations`, an iterable dataset, a teacher with fewer vocabulary
+    rows than tokens, and a teacher given by its name with another tokenizer. Of a loaded one the tokens are not known.
     """
 
     _tag_names: ClassVar = ["trl", "va-opd"]
