@@ -39,6 +39,18 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
         )
 
 
+def check_processor(processing_class, train_dataset) -> None:
+    """Raises `ValueError` for no processor, and for a tokenizer in its place where the first row has images."""
+    if processing_class is None:
+        raise ValueError("processing_class is required: pass the student's processor")
+    if isinstance(processing_class, PreTrainedTokenizerBase) and train_dataset is not None:
+        row = train_dataset[0]
+        if row.get("images") or row.get("image"):
+            raise ValueError(
+                "rows have images, but processing_class is a tokenizer: pass the student's processor (AutoProcessor)"
+            )
+
+
 def warn_of_half_precision(student: PreTrainedModel) -> None:
     """Warns of trained weights in half precision, in which most updates at a small learning rate are rounded away."""
     half = [

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import checks, objective, siblings
@@ -61,8 +62,7 @@ class VAOPDTrainer(DistillationTrainer):
         **kwargs,
     ):
         checks.check_batch(args, train_dataset)
-        if processing_class is None:
-            raise ValueError("processing_class is required: pass the student's processor")
+        checks.check_processor(processing_class, train_dataset)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         # TRL pads prompts itself, on the left, but takes which of their tokens are an image's from the processor
         tokenizer.padding_side = "left"
@@ -133,7 +133,9 @@ class VAOPDTrainer(DistillationTrainer):
         return prompt_ids, completion_ids, tool_mask, self._rollout_images, tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.accelerator.num_processes > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        sharded = is_deepspeed_zero3_enabled() or self.is_fsdp_enabled
+        # ZeRO-2 shards gradients only, and there are none in evaluation
+        if self.accelerator.num_processes > 1 and (sharded or (self.is_deepspeed_enabled and self.model.training)):
             has_image = [bool(row.get("images") or row.get("image")) for row in inputs]
             checks.check_images(self._gather(torch.tensor(has_image, device=self.accelerator.device)))
         batch = super()._generate_and_score_completions(inputs)

@@ -990,6 +990,32 @@ def test_a_missing_processor_is_one_clear_sentence(make):
         VAOPDTrainer(student, teacher, make().args, Dataset.from_list(image_rows(4)))
 
 
+def test_a_tokenizer_for_rows_with_images_is_one_clear_sentence(make):
+    student, teacher, processor = models()
+    parts = student, teacher, processor.tokenizer
+    with pytest.raises(ValueError, match=r"rows have images, but processing_class is a tokenizer: .*AutoProcessor"):
+        make(parts=parts)
+    for extra in ({}, {"image": None}, {"images": []}):
+        make(rows=[{"prompt": prompt(i), **extra} for i in range(4)], parts=parts)
+
+
+@pytest.mark.parametrize(("sharding", "stops_evaluation"), [("zero2", False), ("zero3", True), ("fsdp", True)])
+def test_mixed_rows_stop_evaluation_only_where_weights_are_sharded(make, monkeypatch, sharding, stops_evaluation):
+    trainer = make()
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer, "_gather", lambda tensor: tensor)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", sharding != "fsdp")
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", sharding == "fsdp")
+    monkeypatch.setattr(va_opd_trainer, "is_deepspeed_zero3_enabled", lambda: sharding == "zero3")
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", lambda *_: pytest.fail("generates"))
+    stopped = ValueError, "1 of the 2 rollouts of a step have images"
+    for training, stops in ((True, True), (False, stops_evaluation)):
+        trainer.model.train(training)
+        error, message = stopped if stops else (pytest.fail.Exception, "generates")
+        with pytest.raises(error, match=message):
+            trainer._generate_and_score_completions(mixed_rows(2))
+
+
 def test_a_prompt_over_the_limit_is_one_clear_sentence(make):
     with pytest.raises(ValueError, match=r"a prompt has \d+ tokens, above max_prompt_length=12"):
         step(make(max_prompt_length=12))
