@@ -100,11 +100,15 @@ class PhaseConfig(GRPOConfig):
             self,
             {
                 **dict.fromkeys(
-                    ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"), _COUNT
+                    (
+                        "per_device_train_batch_size",
+                        "gradient_accumulation_steps",
+                        "num_iterations",
+                        "max_completion_length",
+                    ),
+                    _COUNT,
                 ),
-                **dict.fromkeys(
-                    ("steps_per_generation", "generation_batch_size", "max_completion_length"), _or_none(_COUNT)
-                ),
+                **dict.fromkeys(("steps_per_generation", "generation_batch_size"), _or_none(_COUNT)),
                 "num_generations": (_GROUP[0], "must be at least 2, and whole: a group needs siblings"),
                 "temperature": (lambda value: 0 < value < math.inf, "must be above 0 and finite"),
                 "top_p": _SHARE,

@@ -164,10 +164,8 @@ class SRPOConfig(GRPOConfig):
             "max_reprompt_length": at_least_1,
             "per_device_train_batch_size": at_least_1,
             "gradient_accumulation_steps": at_least_1,
-            **dict.fromkeys(
-                ("distillation_topk", "max_completion_length"),
-                (lambda value: value is None or at_least_1[0](value), f"{at_least_1[1]}, or none"),
-            ),
+            "max_completion_length": at_least_1,
+            "distillation_topk": (lambda value: value is None or at_least_1[0](value), f"{at_least_1[1]}, or none"),
             **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "doctor_steps"), at_least_0),
             **dict.fromkeys(("temperature", "num_train_epochs"), positive),
             **dict.fromkeys(("adam_beta1", "adam_beta2"), decay),

@@ -108,8 +108,6 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     args, config = parse_fields(argv, (ScriptArguments, SRPOConfig), "srpo/configs/")
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
-    if config.max_completion_length is None:
-        raise ValueError("max_completion_length must be a number of tokens here: evaluation and memory need a limit")
     models.check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
     config.output_dir = str(run_path(args, config))

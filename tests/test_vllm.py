@@ -427,6 +427,33 @@ def test_a_cpu_trainer_has_no_nccl(model_path, tmp_path):
         client.init_communicator(torch.device("cpu"))
 
 
+@pytest.mark.slow
+def test_colocated_rollouts_from_images(tmp_path):
+    """Rows with two images, one and none: vLLM's prompts are the trainer's, unless the processors' limits differ."""
+    pytest.importorskip("torchvision", reason="vLLM's processors of images need torchvision")
+    vllm_on_cpu.register()
+    for seed, name in enumerate(("student", "teacher")):
+        save_vision_model(tmp_path / name, seed)
+    student, teacher = (
+        Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("student", "teacher")
+    )
+    processor = models.load_processor(str(tmp_path / "student"))
+    pictures = [[row["image"]] for row in image_rows(8)]
+    pictures[0] += pictures[1]
+    pictures[3] = []
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "What?"}], "images": p} for p in pictures])
+    args = VAOPDConfig(str(tmp_path / "run"), **{**QUIET, "per_device_train_batch_size": 16}, top_p=1.0)
+    trainer = VAOPDTrainer(student, teacher, args, rows, processing_class=processor)
+    trainer.train()
+    print(f"colocated with images: gap {gaps(trainer)}")
+    assert 0 < max(gaps(trainer)) < 0.05
+    processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32}
+    trainer.args.max_steps = 4
+    with pytest.raises(ValueError, match="vLLM makes another prompt of text and images than the processor"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("kind", [VAOPDTrainer, SRPOTrainer, PhaseTrainer])
 def test_a_lost_weight_sync_shows_in_the_log(kind, model_path, tmp_path, capfd):
     vllm_on_cpu.register()

@@ -39,6 +39,18 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
         )
 
 
+def check_processor(processing_class, train_dataset) -> None:
+    """Raises `ValueError` for no processor, and for a tokenizer in its place where the first row has images."""
+    if processing_class is None:
+        raise ValueError("processing_class is required: pass the student's processor")
+    if isinstance(processing_class, PreTrainedTokenizerBase) and train_dataset is not None:
+        row = train_dataset[0]
+        if row.get("images") or row.get("image"):
+            raise ValueError(
+                "rows have images, but processing_class is a tokenizer: pass the student's processor (AutoProcessor)"
+            )
+
+
 def warn_of_half_precision(student: PreTrainedModel) -> None:
     """Warns of trained weights in half precision, in which most updates at a small learning rate are rounded away."""
     half = [
@@ -207,11 +219,11 @@ def check_images(has_image: torch.Tensor) -> None:
         )
 
 
-def sibling_fingerprints(batch: dict[str, Any]) -> torch.Tensor:
-    """Two integers a row, (B, 2), that are equal for rows with the same prompt and images."""
+def sibling_fingerprints(batch: dict[str, Any], with_images: bool = True) -> torch.Tensor:
+    """Two integers a row, (B, 2), that are equal for rows with the same prompt and images, or the same prompt."""
     ids = batch["prompt_ids"] * batch["prompt_mask"]
     position = torch.arange(ids.size(1), 0, -1, device=ids.device)  # padding is on the left: count from the end
-    pixels = split_pixel_values_by_grid(batch).get("pixel_values")
+    pixels = split_pixel_values_by_grid(batch).get("pixel_values") if with_images else None
     if pixels is None or len(pixels) != len(ids):
         pixels = torch.zeros(len(ids), 1)
     # Sums of integers, which the order of summation does not change

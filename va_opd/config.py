@@ -31,7 +31,8 @@ class VAOPDConfig(DistillationConfig):
             Side of the pixelated view as a share of the image's side (Section 3.1).
         pixelate_at (`str`, *optional*, defaults to `"model"`):
             `"model"` brings the image to the size at which the model sees it and pixelates there; `"raw"` pixelates
-            the image as it comes, which leaves fewer cells when the processor enlarges images.
+            the image as it comes, which leaves fewer cells when the processor enlarges images. Where the processor
+            cuts an image into tiles, crops or pads it, `"model"` is `"raw"`.
         rollout_temperature (`float`, *optional*, defaults to `1.0`):
             tau, temperature of the softmax over siblings (Eq. 4).
         va_eps (`float`, *optional*, defaults to `1e-6`):
@@ -171,10 +172,7 @@ class VAOPDConfig(DistillationConfig):
             "max_prompt_length": at_least_1,
             "per_device_train_batch_size": at_least_1,
             "gradient_accumulation_steps": at_least_1,
-            "max_completion_length": (
-                lambda value: value is None or at_least_1[0](value),
-                f"{at_least_1[1]}, or none",
-            ),
+            "max_completion_length": at_least_1,
             "num_train_epochs": positive,
             **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "doctor_steps"), at_least_0),
             **dict.fromkeys(("adam_beta1", "adam_beta2"), decay),

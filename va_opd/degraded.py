@@ -44,6 +44,8 @@ def degraded_pixel_values(
             places.append(seen[group, i])
     # Images that were brought to the size of their grid stay at it: a second resize may choose another grid
     options = {"do_resize": False} if grids and pixelate_at == "model" else {}
+    if "num_tiles" in batch and "spatial_shapes" not in batch:  # InternVL, whose processor sets this and not its part
+        options["crop_to_patches"] = True
     given = degraded if grids else [degraded[place] for place in places]
     processed = image_processor(images=given, return_tensors="pt", **options)
     pixels, grid = processed["pixel_values"], processed.get("image_grid_thw")

@@ -10,9 +10,10 @@ class VLLMRollouts:
     """Stands before the `generate` of a TRL trainer's `vllm_generation`.
 
     A colocated engine expands the image placeholders of a prompt itself, but TRL 1.16 passes prompts with placeholders
-    already expanded, which would then be expanded once more (huggingface/trl#6294): here they are folded first. A
-    server takes them as TRL passes them. After each weight sync a colocated engine forgets what the older weights of
-    the vision tower made of its last images, which TRL leaves in its cache.
+    already expanded, which would then be expanded once more (huggingface/trl#6294): here they are folded first, and
+    the engine must make the same prompts of them. A server takes them as TRL passes them. After each weight sync a
+    colocated engine forgets what the older weights of the vision tower made of its last images, which TRL leaves in
+    its cache.
 
     After each generation `logps` has B lists of T_i numbers in nats, by which the tokens were sampled.
     """
@@ -33,7 +34,9 @@ class VLLMRollouts:
         if images is not None and self._generation.mode == "colocate":
             token = self._generation.processing_class.image_token_id
             folded = [fold_placeholders(ids, row, token) for ids, row in zip(prompts, images, strict=True)]
-        _, completion_ids, logprobs, token_ids = self._generate(folded, images, *arguments, **options)
+        expanded, completion_ids, logprobs, token_ids = self._generate(folded, images, *arguments, **options)
+        if folded is not prompts:
+            check_expanded(prompts, expanded)
         self.logps = [[token[0] for token in row] for row in logprobs]
         return prompts, completion_ids, logprobs, token_ids
 
@@ -58,3 +61,15 @@ def fold_placeholders(ids: list[int], images: list | None, token: int) -> list[i
             "use transformers for rollouts and a local teacher"
         )
     return folded
+
+
+def check_expanded(prompts: list[list[int]], expanded: list[list[int]]) -> None:
+    """Raises `ValueError` where vLLM has generated from other prompts than those that are trained on."""
+    for ours, theirs in zip(prompts, expanded, strict=True):
+        if list(ours) != list(theirs):
+            raise ValueError(
+                f"vLLM makes another prompt of text and images than the processor, of {len(theirs)} tokens where "
+                f"processing_class has {len(ours)}: it expands images of this family otherwise, or it has the image "
+                "limits of the processor in the student's folder, which yours must then be saved into; else set "
+                "use_vllm to false"
+            )

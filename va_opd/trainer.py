@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import checks, objective, siblings
@@ -36,7 +37,8 @@ class VAOPDTrainer(DistillationTrainer):
     Arguments are those of [`~trl.DistillationTrainer`]; `args` is a [`VAOPDConfig`]. Rows of `train_dataset` have
     `prompt` (messages or text) and, for rows with images, `image` or `images`. With `args.teacher_server`,
     `teacher_model` may be None; else it is compared with the server before the first update. Raises `ValueError` for a
-    batch that does not divide into groups of `num_generations`, a teacher with other tokens, or an iterable dataset.
+    batch that does not divide into groups of `num_generations`, an iterable dataset, a teacher with fewer vocabulary
+    rows than tokens, and a teacher given by its name with another tokenizer. Of a loaded one the tokens are not known.
     """
 
     _tag_names: ClassVar = ["trl", "va-opd"]
@@ -60,8 +62,7 @@ class VAOPDTrainer(DistillationTrainer):
         **kwargs,
     ):
         checks.check_batch(args, train_dataset)
-        if processing_class is None:
-            raise ValueError("processing_class is required: pass the student's processor")
+        checks.check_processor(processing_class, train_dataset)
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         # TRL pads prompts itself, on the left, but takes which of their tokens are an image's from the processor
         tokenizer.padding_side = "left"
@@ -132,7 +133,9 @@ class VAOPDTrainer(DistillationTrainer):
         return prompt_ids, completion_ids, tool_mask, self._rollout_images, tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.accelerator.num_processes > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        sharded = is_deepspeed_zero3_enabled() or self.is_fsdp_enabled
+        # ZeRO-2 shards gradients only, and there are none in evaluation
+        if self.accelerator.num_processes > 1 and (sharded or (self.is_deepspeed_enabled and self.model.training)):
             has_image = [bool(row.get("images") or row.get("image")) for row in inputs]
             checks.check_images(self._gather(torch.tensor(has_image, device=self.accelerator.device)))
         batch = super()._generate_and_score_completions(inputs)
@@ -149,7 +152,8 @@ class VAOPDTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             hidden = self._forward_redirection(self.model_wrapped, student, self._hidden_states, student, part)
         head, tokens = lm_head(student), part["completion_ids"][siblings.loss_mask(part)]
-        head = head._replace(scale=head.scale / self.temperature)
+        softcap = head.softcap and head.softcap / self.temperature  # the temperature comes after the cap
+        head = head._replace(scale=head.scale / self.temperature, softcap=softcap)
         logps = logps_within(head, hidden, tokens, torch.ones_like(tokens), self.vocab_size)
         return self.accelerator.gather(self.engine.gap(logps, count, self.top_p)).mean().item()
 
@@ -174,7 +178,8 @@ class VAOPDTrainer(DistillationTrainer):
         mask = siblings.loss_mask(batch).long()
         images = self._rollout_images or [[]] * len(mask)
         has_image = torch.tensor([bool(row) for row in images], device=mask.device)
-        checks.check_siblings(self._gather(checks.sibling_fingerprints(batch)), num_generations)
+        # A tool may return images to one of the siblings only
+        checks.check_siblings(self._gather(checks.sibling_fingerprints(batch, not self.tools)), num_generations)
 
         kept, logps, logps_degraded = self.teacher.views(batch, images, has_image, num_generations)
         logps, logps_degraded = (
@@ -225,7 +230,8 @@ class VAOPDTrainer(DistillationTrainer):
 
     def _degraded_pixel_values(self, batch: dict[str, Any], images: list, num_generations: int) -> torch.Tensor:
         start = len(images) * self.accelerator.process_index
-        groups = [(start + row) // num_generations for row in range(len(images))]
+        sharing = 1 if self.tools else num_generations
+        groups = [(start + row) // sharing for row in range(len(images))]
         with self._timed("degraded_images"):
             pixels, cells = degraded_pixel_values(
                 self.processing_class.image_processor,

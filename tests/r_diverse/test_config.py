@@ -176,6 +176,7 @@ def test_bad_values_are_one_sentence(fields, message):
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"max_completion_length": None}, "max_completion_length must be at least 1, and whole, got None"),
         ({"steps_per_generation": -1}, "steps_per_generation must be at least 1, and whole, or none"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0 and finite"),
         ({"temperature": 0.0}, "temperature must be above 0"),

@@ -267,7 +267,7 @@ def test_steps_are_counted_in_generation_batches(tmp_path):
         (["--policy_dtype", "float8"], "policy_dtype must be"),
         (["--steps_per_generation", "4"], "must equal gradient_accumulation_steps"),
         (["--grpo_steps", "0"], "grpo_steps must be at least 1, got 0"),
-        (["--max_completion_length", "none"], "max_completion_length must be a number of tokens"),
+        (["--max_completion_length", "none"], "max_completion_length must be at least 1, and whole, got None"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(config, capsys, fields, message, tmp_path):

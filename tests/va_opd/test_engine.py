@@ -13,14 +13,14 @@ from va_opd.engine import VLLMRollouts, fold_placeholders
 PAD = 9
 
 
-def generation(mode: str) -> SimpleNamespace:
-    """A recorder in place of vLLM, which answers each prompt with two tokens."""
+def generation(mode: str, expanded: list[list[int]] | None = None) -> SimpleNamespace:
+    """A recorder in place of vLLM, which makes `expanded` of the prompts and answers each with two tokens."""
     seen = []
 
     def generate(prompts, images, num_generations, profiler=None):
         seen.append(prompts)
         rows = len(prompts)
-        return prompts, [[5, 6]] * rows, [[[-1.0], [None]]] * rows, [[[5], [6]]] * rows
+        return expanded or prompts, [[5, 6]] * rows, [[[-1.0], [None]]] * rows, [[[5], [6]]] * rows
 
     tokens, engine = (
         SimpleNamespace(image_token_id=PAD),
@@ -51,7 +51,8 @@ def test_the_parts_of_trl_that_are_used():
 
 @pytest.mark.parametrize(("mode", "sent"), [("colocate", [1, PAD, 2, PAD, 3]), ("server", [1, PAD, PAD, 2, PAD, 3])])
 def test_a_colocated_engine_gets_one_placeholder_an_image(mode, sent):
-    fake, prompt = generation(mode), [1, PAD, PAD, 2, PAD, 3]
+    prompt = [1, PAD, PAD, 2, PAD, 3]
+    fake = generation(mode, [prompt])
     rollouts = VLLMRollouts(fake)
     result = fake.generate(prompts=[prompt], images=[["one", "two"]], num_generations=1, profiler=None)
     assert fake.seen == [[sent]]
@@ -59,6 +60,16 @@ def test_a_colocated_engine_gets_one_placeholder_an_image(mode, sent):
     assert result[0] == [prompt]  # what is trained on keeps its placeholders
     assert result[1] == [[5, 6]]
     assert rollouts.logps == [[-1.0, None]]
+
+
+@pytest.mark.parametrize("expanded", [[1, PAD, PAD, PAD, 2], [1, PAD, 8, 2]])
+def test_another_prompt_of_a_colocated_engine_is_one_clear_sentence(expanded):
+    fake = generation("colocate", [expanded])
+    VLLMRollouts(fake)
+    message = f"another prompt of text and images than the processor, of {len(expanded)} tokens where .* has 4:"
+    with pytest.raises(ValueError, match=message) as error:
+        fake.generate(prompts=[[1, PAD, PAD, 2]], images=[["one"]], num_generations=1)
+    assert "\n" not in str(error.value)
 
 
 def test_text_passes_as_it_is():

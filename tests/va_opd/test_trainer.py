@@ -28,6 +28,9 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -36,13 +39,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import utils as trl_utils
 
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
 from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, doctor, objective, siblings
+from va_opd import trainer as va_opd_trainer
 from va_opd.checks import check_same_tokens
+from va_opd.engine import VLLMRollouts
 from va_opd.lm_head import logit_scale
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +138,46 @@ def tiny_gemma3(hidden: int = 64, layers: int = 2):
     return model, processor
 
 
-FAMILIES = {"qwen3_vl": tiny_qwen3_vl, "qwen2_5_vl": tiny_qwen2_5_vl, "llava": tiny_llava, "gemma3": tiny_gemma3}
+class ImageOnlyInternVLProcessor(InternVLProcessor):
+    """Without the part for videos, which needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, image_seq_length=4, chat_template=None):
+        super().__init__(image_processor, tokenizer, None, image_seq_length, chat_template)
+
+
+def tiny_internvl(hidden: int = 64, layers: int = 2):
+    """An image is two or three tiles and a small view of all of it, each a row of `pixel_values`."""
+    base = tiny_qwen3_vl(hidden=32)[1].tokenizer
+    names = {"start_image_token": "<|vision_start|>", "end_image_token": "<|vision_end|>"}
+    names |= {"context_image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base._tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        extra_special_tokens=names,
+    )
+    processor = ImageOnlyInternVLProcessor(
+        GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, min_patches=2, max_patches=3),
+        tokenizer,
+        chat_template=base.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>"),
+    )
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **_text_config(len(tokenizer), hidden, layers)},
+        vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
+        image_token_id=processor.image_token_id,
+        image_seq_length=processor.image_seq_length,
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
+FAMILIES = {
+    "qwen3_vl": tiny_qwen3_vl,
+    "qwen2_5_vl": tiny_qwen2_5_vl,
+    "llava": tiny_llava,
+    "gemma3": tiny_gemma3,
+    "internvl": tiny_internvl,
+}
 
 
 def image(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -678,6 +723,56 @@ def test_all_images_of_a_row_are_pixelated(make, monkeypatch):
     assert len({other.sum().item() for other in seen["other"].split(sizes)}) == 3 * 2  # three images, two prompts
 
 
+def zoom(box: str) -> list:
+    """Shows a part of the image.
+
+    Args:
+        box: which part.
+    """
+
+
+def rollouts_with_tool_images(monkeypatch) -> None:
+    """Each rollout: some letters, the result of a tool with an image of its own, some letters."""
+
+    def generate(self, prompts):
+        prompt_ids, images, _ = self._tokenize_prompts(prompts)
+        tokens, rollouts, masks = self.processing_class.tokenizer.get_vocab(), [], []
+        for row in range(len(prompts)):
+            letters = np.random.default_rng(row).integers(10, 100, 3 + row % 3).tolist()
+            result = [tokens["<|vision_start|>"], *[tokens["<|image_pad|>"]] * 4, tokens["<|vision_end|>"]]
+            rollouts.append([*letters, *result, *letters[::-1], self.eos_token_ids[0]])
+            masks.append([1] * len(letters) + [0] * len(result) + [1] * (len(letters) + 1))
+        shown = [[image(100 + row, (32, 32))] for row in range(len(prompts))]
+        merged = [own + new for own, new in zip(images, shown, strict=True)]
+        return prompt_ids, rollouts, masks, merged, shown
+
+    monkeypatch.setattr(DistillationTrainer, "_generate", generate)
+
+
+def test_siblings_with_other_images_from_tools(make, monkeypatch):
+    """VA against an independent computation: each rollout has degraded images of its own."""
+    rollouts_with_tool_images(monkeypatch)
+    monkeypatch.setattr(siblings, "length_sorted", lambda batch, parts: [batch])
+    trainer = make()
+    trainer.tools = [zoom]
+    loss, _, (batch,) = step(trainer)
+    assert math.isfinite(loss)
+    images = trainer.last_rollouts["images"]
+    assert [len(row) for row in images] == [2] * 8
+    degraded = pixelated_pixels(trainer.processing_class, batch, list(itertools.chain(*images)))
+    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    with torch.no_grad():
+        true, other = (
+            response_logits(trainer.teacher_model, batch, **extra)
+            .log_softmax(-1)
+            .gather(-1, batch["completion_ids"][..., None])[..., 0]
+            for extra in ({}, {"pixel_values": degraded})
+        )
+    va = (true - other).clamp(min=0) * mask
+    torch.testing.assert_close(trainer.last_rollouts["va"].double(), va, atol=2e-5, rtol=0)
+    assert va.max() > 0.01
+
+
 # --- text-only rows ----------------------------------------------------------------
 
 
@@ -820,7 +915,7 @@ def other_tokenizer():
         ({"num_generations": 1, "weighting": "rollout"}, "num_generations=1 leaves rollout weights without siblings"),
         ({"num_generations": 0}, "num_generations must be at least 1"),
         ({"num_generations": 1.5}, "num_generations must be at least 1, and whole, got 1.5"),
-        ({"max_completion_length": 1.5}, "max_completion_length must be at least 1, and whole, or none"),
+        ({"max_completion_length": 1.5}, "max_completion_length must be at least 1, and whole"),
         ({"adam_beta2": 2}, "adam_beta2 must be in [0, 1), got 2"),
         ({"num_train_epochs": math.nan}, "num_train_epochs must be above 0 and finite, got nan"),
         ({"weight_decay": math.nan}, "weight_decay must be at least 0 and finite"),
@@ -837,6 +932,7 @@ def other_tokenizer():
         ({"temperature": math.nan}, "temperature must be above 0"),
         ({"top_p": 2.0}, "top_p must be in (0, 1]"),
         ({"max_prompt_length": None}, "max_prompt_length must be at least 1, and whole, got None"),
+        ({"max_completion_length": None}, "max_completion_length must be at least 1, and whole, got None"),
         ({"doctor_steps": -1}, "doctor_steps must be at least 0"),
         ({"va_floor": math.nan}, "va_floor must be finite, or none"),
         ({"per_device_train_batch_size": 32}, "train_dataset has 4 prompts, fewer than the 8"),
@@ -897,6 +993,32 @@ def test_a_missing_processor_is_one_clear_sentence(make):
     student, teacher, _ = models()
     with pytest.raises(ValueError, match="processing_class is required"):
         VAOPDTrainer(student, teacher, make().args, Dataset.from_list(image_rows(4)))
+
+
+def test_a_tokenizer_for_rows_with_images_is_one_clear_sentence(make):
+    student, teacher, processor = models()
+    parts = student, teacher, processor.tokenizer
+    with pytest.raises(ValueError, match=r"rows have images, but processing_class is a tokenizer: .*AutoProcessor"):
+        make(parts=parts)
+    for extra in ({}, {"image": None}, {"images": []}):
+        make(rows=[{"prompt": prompt(i), **extra} for i in range(4)], parts=parts)
+
+
+@pytest.mark.parametrize(("sharding", "stops_evaluation"), [("zero2", False), ("zero3", True), ("fsdp", True)])
+def test_mixed_rows_stop_evaluation_only_where_weights_are_sharded(make, monkeypatch, sharding, stops_evaluation):
+    trainer = make()
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer, "_gather", lambda tensor: tensor)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", sharding != "fsdp")
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", sharding == "fsdp")
+    monkeypatch.setattr(va_opd_trainer, "is_deepspeed_zero3_enabled", lambda: sharding == "zero3")
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", lambda *_: pytest.fail("generates"))
+    stopped = ValueError, "1 of the 2 rollouts of a step have images"
+    for training, stops in ((True, True), (False, stops_evaluation)):
+        trainer.model.train(training)
+        error, message = stopped if stops else (pytest.fail.Exception, "generates")
+        with pytest.raises(error, match=message):
+            trainer._generate_and_score_completions(mixed_rows(2))
 
 
 def test_a_prompt_over_the_limit_is_one_clear_sentence(make):
@@ -1274,6 +1396,23 @@ def test_the_doctor_warns_in_words(name, bad, good, message):
     (warning,) = doctor.diagnose({name: bad})
     assert message in warning
     assert doctor.diagnose({name: good}) == doctor.diagnose({name: None}) == []
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_the_gap_to_the_engine_divides_soft_capped_logits_by_the_temperature(make, monkeypatch, softcap):
+    """The engine has sampled by these very probabilities: the gap is 0."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(temperature=0.7)
+    trainer.model.config.get_text_config().final_logit_softcapping = softcap
+    _, _, (batch,) = step(trainer)
+    with torch.no_grad():
+        logits = response_logits(trainer.model, batch)[..., : trainer.vocab_size]
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    logps = (logits / 0.7).log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+    generation = SimpleNamespace(mode="server", generate=None)
+    trainer.engine, trainer.top_p = VLLMRollouts(generation), 1.0
+    trainer.engine.logps = [row[m.bool()].tolist() for row, m in zip(logps, batch["completion_mask"], strict=True)]
+    assert trainer._engine_gap(batch) < 1e-5
 
 
 # --- order of the prompts and resuming ----------------------------------------------------------------
