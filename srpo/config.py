@@ -101,7 +101,7 @@ class SRPOConfig(GRPOConfig):
     max_prompt_length: int = field(default=2048, metadata={"help": "A longer prompt is an error."})
     doctor_steps: int = field(default=50, metadata={"help": "Steps between health lines; 0 = off."})
 
-    # TRL's and transformers' fields whose default is moved to the paper's value
+    # TRL's and transformers' fields whose default is moved to, or pinned at, the paper's value
     learning_rate: float | None = field(
         default=None, metadata={"help": "By default the paper's for the routing: srpo 5e-6, grpo 1e-6, sdpo 1e-5."}
     )

@@ -1,6 +1,7 @@
 """Divergence between student and teacher from hidden states, with its gradient, and entropy, in tiles of logits."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -8,7 +9,16 @@ from . import objective
 from .lm_head import LMHead
 
 TILE_BYTES = 3 * 2**28  # for logits
-AUTOGRAD = 12  # (R, V) tensors alive at once in autograd, for a divergence over the whole vocabulary
+AUTOGRAD_TENSORS = 12  # of (R, V) alive at once in autograd, for a divergence over the whole vocabulary
+
+
+class Divergence(NamedTuple):
+    """Which divergence: the options of `chunked_divergence`."""
+
+    temperature: float
+    top_k: int | None
+    alpha: float
+    tail: bool
 
 
 @torch.no_grad()
@@ -17,9 +27,9 @@ def chunked_entropy(head: LMHead, hidden: torch.Tensor, temperature: float = 1.0
     entropy = torch.empty(len(hidden), device=hidden.device)
     with head.gathered():
         rows = tile_rows(len(hidden), len(head.weight), 2)
-        tensors = torch.empty(2, rows, len(head.weight), device=hidden.device)
+        buffers = torch.empty(2, rows, len(head.weight), device=hidden.device)
         for part in _parts(len(hidden), rows):
-            logits, probabilities = tensors[:, : len(hidden[part])]
+            logits, probabilities = buffers[:, : len(hidden[part])]
             torch.softmax(head.logits(hidden[part], logits, temperature), 1, out=probabilities)
             entropy[part] = torch.special.entr(probabilities, out=logits).sum(1)
     return entropy
@@ -58,7 +68,7 @@ def chunked_divergence(
         teacher,
         teacher_hidden,
         _near_one(coefficients.detach().float()),
-        (temperature, top_k, alpha, tail),
+        Divergence(temperature, top_k, alpha, tail),
         torch.is_grad_enabled(),
         student_entropy,
     )
@@ -72,31 +82,32 @@ class _ChunkedDivergence(torch.autograd.Function):
         divergence = torch.empty(len(hidden), device=hidden.device)
         wanted = [training and needed for needed in ctx.needs_input_grad[:3]]
         with student.gathered(), teacher.gathered():
-            totals = [
+            grads = [
                 torch.zeros_like(tensor, dtype=torch.float32) if needed else None
                 for tensor, needed in zip((hidden, weight, bias), wanted, strict=True)
             ]
-            vocab_size, top_k = len(student.weight), settings[1]
-            whole = top_k is None or top_k >= vocab_size
-            fold, kept = (over_vocabulary, 2 + AUTOGRAD) if whole else (over_support, 2)
-            rows = tile_rows(len(hidden), vocab_size, kept + (student.softcap is not None))
-            tensors = torch.empty(2, rows, vocab_size, device=hidden.device)
+            grad_hidden, *grads_of_head = grads
+            vocab_size = len(student.weight)
+            whole = settings.top_k is None or settings.top_k >= vocab_size
+            fold, num_buffers = (over_vocabulary, 2 + AUTOGRAD_TENSORS) if whole else (over_support, 2)
+            rows = tile_rows(len(hidden), vocab_size, num_buffers + (student.softcap is not None))
+            buffers = torch.empty(2, rows, vocab_size, device=hidden.device)
             for part in _parts(len(hidden), rows):
-                tile, given = tensors[:, : len(hidden[part])], coefficients[part] if any(wanted) else None
+                tile, given = buffers[:, : len(hidden[part])], coefficients[part] if any(wanted) else None
                 entropy = None if student_entropy is None else student_entropy[part]
                 divergence[part], gradient = fold(
                     tile, student, teacher, hidden[part], teacher_hidden[part], given, settings, entropy
                 )
                 if gradient is not None:
-                    into, *head = totals
-                    student.pull_back(gradient, hidden[part], None if into is None else into[part], *head)
-        ctx.save_for_backward(coefficients, *totals)
+                    into = None if grad_hidden is None else grad_hidden[part]
+                    student.pull_back(gradient, hidden[part], into, *grads_of_head)
+        ctx.save_for_backward(coefficients, *grads)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return divergence
 
     @staticmethod
     def backward(ctx, upstream):
-        coefficients, *totals = ctx.saved_tensors
+        coefficients, *grads = ctx.saved_tensors
         squares = coefficients.square().sum()
         factor = torch.where(squares > 0, (upstream * coefficients).sum() / squares, 0)
         # Weights below 1e-30, which some figures of a configuration make, count as nothing
@@ -105,8 +116,8 @@ class _ChunkedDivergence(torch.autograd.Function):
                 "the loss is not the sum of coefficients * divergence for which chunked_divergence was called"
             )
         gradients = [
-            None if total is None else total.mul_(factor).to(dtype)
-            for total, dtype in zip(totals, ctx.dtypes, strict=True)
+            None if grad is None else grad.mul_(factor).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return *gradients, *(None,) * 7
 
@@ -118,7 +129,7 @@ def over_support(
     hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     coefficients: torch.Tensor | None,
-    settings: tuple,
+    settings: Divergence,
     entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Divergences (R,) over the student's top-k and the tail, and the gradient (R, V) of the sum of coefficients *
@@ -157,11 +168,11 @@ def over_vocabulary(
     hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     coefficients: torch.Tensor | None,
-    settings: tuple,
+    settings: Divergence,
     entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`over_support` where every token is in the support, by autograd."""
-    temperature, _, alpha, _ = settings
+    temperature, alpha = settings.temperature, settings.alpha
     logits = student.logits(hidden, tile[0], temperature)
     target = teacher.logits(teacher_hidden, tile[1], temperature).log_softmax(1)
     if entropy is not None:
@@ -184,10 +195,10 @@ def _near_one(coefficients: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(coefficients, -torch.as_tensor(exponent).clamp(min=-126))
 
 
-def tile_rows(count: int, vocab_size: int, tensors: int) -> int:
-    """Rows of a tile: `count` in parts of like size, `tensors` of which fit in `TILE_BYTES`."""
-    parts = math.ceil(4 * count * vocab_size * tensors / TILE_BYTES)
-    return max(math.ceil(count / max(parts, 1)), 1)
+def tile_rows(num_rows: int, vocab_size: int, num_buffers: int) -> int:
+    """Rows of a tile: `num_rows` in parts of like size, `num_buffers` tensors of which fit in `TILE_BYTES`."""
+    parts = math.ceil(4 * num_rows * vocab_size * num_buffers / TILE_BYTES)
+    return max(math.ceil(num_rows / max(parts, 1)), 1)
 
 
 def _parts(count: int, rows: int) -> list[slice]:

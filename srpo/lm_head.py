@@ -36,24 +36,24 @@ class LMHead(NamedTuple):
 
     def pull_back(
         self,
-        gradient: torch.Tensor,
+        grad_logits: torch.Tensor,
         hidden: torch.Tensor,
-        into: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        grad_hidden: torch.Tensor | None,
+        grad_weight: torch.Tensor | None,
+        grad_bias: torch.Tensor | None,
     ) -> None:
         """From the gradient (N, V) of the products with the head, before scale and cap, adds those of hidden states,
-        weight and bias to float32 sums, where wanted."""
+        grad_weight and grad_bias to float32 sums, where wanted."""
         dtype = compute_dtype(hidden)
         hidden = hidden.to(dtype)
         for start, end in self._slices():
-            tile = gradient[:, start:end].to(dtype)
-            if into is not None:
-                addmm_fp32(into, tile, self.weight[start:end].to(dtype))
-            if weight is not None:
-                addmm_fp32(weight[start:end], tile.t(), hidden)
-            if bias is not None:
-                bias[start:end] += gradient[:, start:end].sum(0)
+            tile = grad_logits[:, start:end].to(dtype)
+            if grad_hidden is not None:
+                addmm_fp32(grad_hidden, tile, self.weight[start:end].to(dtype))
+            if grad_weight is not None:
+                addmm_fp32(grad_weight[start:end], tile.t(), hidden)
+            if grad_bias is not None:
+                grad_bias[start:end] += grad_logits[:, start:end].sum(0)
 
     def _slices(self) -> list[tuple[int, int]]:
         """Of the vocabulary, so that no copy of the whole head is made in another dtype."""

@@ -57,7 +57,7 @@ def test_va_opd_holds_a_tile_and_equals_trls_kernel(heads, monkeypatch):
 @pytest.mark.parametrize("top_k", [100, None])
 def test_srpo_holds_a_tile(heads, top_k, monkeypatch):
     s_hidden, s_weight, t_hidden, t_weight = heads
-    tensors = 2 if top_k else 2 + srpo.divergence.AUTOGRAD
+    tensors = 2 if top_k else 2 + srpo.divergence.AUTOGRAD_TENSORS
     monkeypatch.setattr(srpo.divergence, "TILE_BYTES", tensors * 100 * VOCABULARY * 4)
     student, teacher = (srpo.lm_head.LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
     coefficients = torch.linspace(0, 1, ROWS)

@@ -225,7 +225,7 @@ def test_all_exported_names_exist(method):
 SAMPLING = {"temperature", "max_completion_length"}
 SCHEDULE = {"lr_scheduler_type", "warmup_steps", "weight_decay"}
 REDEFINED = {
-    "va_opd.VAOPDConfig": SAMPLING | SCHEDULE | {"top_p", "num_train_epochs", "adam_beta2", "lr_scheduler_kwargs"},
+    "va_opd.VAOPDConfig": SAMPLING | SCHEDULE | {"top_p", "num_train_epochs", "adam_beta2"},
     "srpo.SRPOConfig": SAMPLING | SCHEDULE | {"num_generations", "learning_rate", "epsilon", "epsilon_high", "delta"}
     | {"beta", "scale_rewards", "loss_type"} | {f"vllm_importance_sampling_{x}" for x in ("mode", "clip_max")},
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from trl import DistillationConfig
 
@@ -122,7 +121,7 @@ class VAOPDConfig(DistillationConfig):
         default=50, metadata={"help": "Steps between two doctor lines, the figures of health; 0 = off."}
     )
 
-    # TRL's and transformers' fields whose default is moved to the paper's value
+    # TRL's and transformers' fields whose default is moved to, or pinned at, the paper's value
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature of the rollouts."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling of the rollouts."})
     max_completion_length: int | None = field(default=4096, metadata={"help": "Longest rollout in tokens."})
@@ -130,9 +129,6 @@ class VAOPDConfig(DistillationConfig):
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of the learning-rate schedule."}
-    )
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up, in steps or as a share below 1."})
 
     def __post_init__(self):

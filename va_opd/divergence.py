@@ -62,47 +62,48 @@ class _ReverseKL(torch.autograd.Function):
         triton = chunked_divergence._use_triton(hidden.device)
         fold = reverse_kl_by_triton if triton else reverse_kl_in_place
         with student.gathered(), teacher.gathered():
-            totals = [
+            grads = [
                 torch.zeros_like(tensor, dtype=torch.float32) if training and wanted else None
                 for tensor, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
             ]
-            vocab_size, count = len(student.weight), 2 if triton else 3
-            rows = tile_rows(len(hidden), vocab_size, count + (student.softcap is not None))
-            tensors = torch.empty(count, rows, vocab_size, device=hidden.device)
+            grad_hidden, *grads_of_head = grads
+            vocab_size, num_buffers = len(student.weight), 2 if triton else 3
+            rows = tile_rows(len(hidden), vocab_size, num_buffers + (student.softcap is not None))
+            buffers = torch.empty(num_buffers, rows, vocab_size, device=hidden.device)
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
-                tile = tensors[:, : len(hidden[part])]
+                tile = buffers[:, : len(hidden[part])]
                 student.project(hidden[part], tile[0])
                 teacher.project(teacher_hidden[part], tile[1])
                 scales = (student.scale, student.softcap, teacher.scale, teacher.softcap, 1 / temperature)
                 kl[part], entropy[part] = fold(tile, coefficients[part], *scales)
-                if any(total is not None for total in totals):
-                    into, *head = totals
-                    student.pull_back(tile[0], hidden[part], None if into is None else into[part], *head)
-        ctx.save_for_backward(coefficients, *totals)
+                if any(grad is not None for grad in grads):
+                    into = None if grad_hidden is None else grad_hidden[part]
+                    student.pull_back(tile[0], hidden[part], into, *grads_of_head)
+        ctx.save_for_backward(coefficients, *grads)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(entropy)
         return kl, entropy
 
     @staticmethod
     def backward(ctx, upstream, _):
-        coefficients, *totals = ctx.saved_tensors
-        total = coefficients.sum()
-        factor = torch.where(total > 0, upstream.sum() / total, 0)
+        coefficients, *grads = ctx.saved_tensors
+        weight_sum = coefficients.sum()
+        factor = torch.where(weight_sum > 0, upstream.sum() / weight_sum, 0)
         # Weights below 1e-30, which some figures of a configuration make, count as nothing
         if not torch.allclose(upstream, factor * coefficients, rtol=1e-3, atol=1e-6 * factor.abs().item() + 1e-30):
             raise RuntimeError("the loss is not the sum of coefficients * KL for which chunked_reverse_kl was called")
         gradients = [
-            None if total is None else total.mul_(factor).to(dtype)
-            for total, dtype in zip(totals, ctx.dtypes, strict=True)
+            None if grad is None else grad.mul_(factor).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return *gradients, *(None,) * 6
 
 
-def tile_rows(count: int, vocab_size: int, tensors: int) -> int:
-    """Rows of a tile: `count` in parts of like size, `tensors` of which fit in `TILE_BYTES`."""
-    parts = math.ceil(4 * count * vocab_size * tensors / TILE_BYTES)
-    return max(math.ceil(count / max(parts, 1)), 1)
+def tile_rows(num_rows: int, vocab_size: int, num_buffers: int) -> int:
+    """Rows of a tile: `num_rows` in parts of like size, `num_buffers` tensors of which fit in `TILE_BYTES`."""
+    parts = math.ceil(4 * num_rows * vocab_size * num_buffers / TILE_BYTES)
+    return max(math.ceil(num_rows / max(parts, 1)), 1)
 
 
 def reverse_kl_by_triton(

@@ -34,30 +34,30 @@ class LMHead(NamedTuple):
 
     def pull_back(
         self,
-        gradient: torch.Tensor,
+        grad_logits: torch.Tensor,
         hidden: torch.Tensor,
-        into: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        grad_hidden: torch.Tensor | None,
+        grad_weight: torch.Tensor | None,
+        grad_bias: torch.Tensor | None,
     ) -> None:
         """Backward of `project`: adds the gradients to the given float32 buffers; None is skipped.
 
         Args:
-            gradient: (N, V) of the products.
+            grad_logits: (N, V) of the products.
             hidden: (N, H) states of which the products were.
-            into: (N, H) buffer for the gradient of the states.
-            weight, bias: (V, H) and (V,) buffers for those of the head.
+            grad_hidden: (N, H) buffer for the gradient of the states.
+            grad_weight, grad_bias: (V, H) and (V,) buffers for those of the head.
         """
         dtype = chunked_divergence._compute_dtype(hidden)
         hidden = hidden.to(dtype)
         for start, end in self._slices():
-            tile = gradient[:, start:end].to(dtype)
-            if into is not None:
-                chunked_divergence._addmm_fp32(into, tile, self.weight[start:end].to(dtype))
-            if weight is not None:
-                chunked_divergence._addmm_fp32(weight[start:end], tile.t(), hidden)
-            if bias is not None:
-                bias[start:end] += gradient[:, start:end].sum(0)
+            tile = grad_logits[:, start:end].to(dtype)
+            if grad_hidden is not None:
+                chunked_divergence._addmm_fp32(grad_hidden, tile, self.weight[start:end].to(dtype))
+            if grad_weight is not None:
+                chunked_divergence._addmm_fp32(grad_weight[start:end], tile.t(), hidden)
+            if grad_bias is not None:
+                grad_bias[start:end] += grad_logits[:, start:end].sum(0)
 
     def gathered(self):
         """Context in which the weights are whole under ZeRO-3."""

@@ -130,7 +130,8 @@ def rollout_weights(
 
     Returns (B,). Raises `ValueError` if B does not divide into groups of K or a rollout has no response token.
     """
-    mean_PK = mean_over_tokens(va, mask).view(-1, _checked_groups(va, num_generations))
+    _check_groups(va, num_generations)
+    mean_PK = mean_over_tokens(va, mask).view(-1, num_generations)
     centred = mean_PK - mean_PK.mean(1, keepdim=True)
     sigma = centred.square().mean(1, keepdim=True).sqrt()
     return (centred / (sigma + eps) / temperature).softmax(1).flatten()
@@ -215,7 +216,8 @@ def coefficients(
     if weighting in ("va", "rollout"):
         weights = rollout_weights(va, mask, num_generations, rollout_temperature, eps)
     else:
-        weights = torch.full_like(va[:, 0], 1 / _checked_groups(va, num_generations))
+        _check_groups(va, num_generations)
+        weights = torch.full_like(va[:, 0], 1 / num_generations)
     uniform = uniform_coefficients(mask, weights)
     if weighting in ("rollout", "none"):
         return weights, uniform
@@ -249,10 +251,9 @@ def _checked_lengths(mask: torch.Tensor) -> torch.Tensor:
     return lengths
 
 
-def _checked_groups(va: torch.Tensor, num_generations: int) -> int:
+def _check_groups(va: torch.Tensor, num_generations: int) -> None:
     if num_generations < 1 or va.shape[0] % num_generations:
         raise ValueError(f"{va.shape[0]} rollouts do not divide into groups of num_generations={num_generations}")
-    return num_generations
 
 
 @torch.no_grad()

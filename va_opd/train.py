@@ -282,7 +282,7 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
             peft_config=lora,
         )
         if config.use_vllm:
-            VLLMRollouts(trainer.vllm_generation)
+            VLLMRollouts(trainer.vllm_generation)  # replaces its generate and sync_weights
         return trainer
     return SFTTrainer(
         model=student,
