@@ -166,7 +166,7 @@ def iteration_seconds(case: Case, place: Place, a: Assumed) -> dict[str, float]:
         if phase == "challenger":
             served, asked = replace(where, engine=run.reward_memory), replace(job, group=1)
             seconds["reward: answers"] = batches * sum(generation_seconds(asked, served, a, run.m_reward).values())
-            if run.penalty == "r_diverse" and run.coder != "rules":
+            if run.needs_skills and run.uses_coder_model:
                 coder = size_of(run.coder, "coder")
                 asked = replace(asked, parameters=coder, shape=plan.shape_of(run.coder, coder), response=PROGRAM)
                 seconds["reward: programs"] = batches * sum(generation_seconds(asked, served, a).values())

@@ -413,6 +413,21 @@ class RDiverseConfig:
         lowest_valid_reward(self.alpha, self.beta, self.gamma, self.tau_max, self.tau_mean)  # checks the last three
 
     @property
+    def needs_skills(self) -> bool:
+        """Whether the reward asks for programs or vectors, and not for the text of questions alone."""
+        return self.penalty == "r_diverse" and self.measure != "question_text"
+
+    @property
+    def needs_bank(self) -> bool:
+        """Whether the reward compares with past questions."""
+        return self.penalty == "r_diverse" and self.beta > 0
+
+    @property
+    def uses_coder_model(self) -> bool:
+        """Whether a language model writes programs, in some stage."""
+        return self.coder != "rules" and self.measure != "question"
+
+    @property
     def trainer_gpus(self) -> int:
         """GPUs that train the Challenger: all, or beside servers the first half, as in R-Zero; one GPU is shared."""
         return max(1, self.gpus // 2 if self.engine == "vllm" else self.gpus)

@@ -231,9 +231,8 @@ def select(
     embeddings = np.load(embedded / "embeddings.npy")
     encoder = read_counts(embedded)["encoder"]
     remembers = run.penalty == "r_diverse"
-    by_vector = remembers and run.measure != "question_text"  # without SAM texts are compared, and none is lost to it
     ok = np.isfinite(embeddings).all(1) if len(rows) else np.zeros(0, bool)
-    kept = [i for i in range(len(rows)) if ok[i] or not by_vector]
+    kept = [i for i in range(len(rows)) if ok[i] or not run.needs_skills]  # texts are compared, and none is lost to it
     current = [{k: rows[i][k] for k in ("question", "answer")} for i in kept]
     bank, replayed = MemoryBank(bank_path, encoder), []
     if remembers:

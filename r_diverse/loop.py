@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,21 @@ from .config import RDiverseConfig
 from .memory import MemoryBank
 from .questions import PLAIN_TEMPLATE
 from .servers import free_port, serving, vllm_command
-from .train import PHASES, Settings, challenger, local_engine, parse, revised, server_engine, skill_encoder, solver
+from .train import (
+    PHASES,
+    Settings,
+    Sources,
+    local_engine,
+    parse,
+    revised,
+    run_path,
+    server_engine,
+    skill_encoder,
+    sources_of,
+    train_challenger,
+    train_solver,
+    variant,
+)
 
 # isort: split
 # after .train, which says in one line that common/ is missing
@@ -69,44 +83,6 @@ VARIANT_FLAGS = {
     "no_code": ["--measure", "question"],
     "no_embedding": ["--measure", "program_text"],
 }
-
-
-class Sources(NamedTuple):
-    """Models and questions that an iteration starts from."""
-
-    challenger: str
-    solver: str
-    questions: Path
-
-
-def variant(run: RDiverseConfig) -> str:
-    """Name of the run's folder: the method or baseline, and what differs from the paper's."""
-    if run.penalty != "r_diverse":
-        return {"r_zero": "r_zero", "none": "no_penalty"}[run.penalty]
-    parts = [
-        {"sam": "", "question": "no_code", "program_text": "no_embedding", "question_text": "no_sam"}[run.measure]
-    ]
-    without = (run.beta == 0, run.replay_fraction == 0)
-    parts.append(
-        {(True, True): "no_map", (True, False): "no_map_penalty", (False, True): "no_replay"}.get(without, "")
-    )
-    parts.append("gate" if run.gate_samples else "")
-    return "-".join(filter(None, parts)) or "r_diverse"
-
-
-def run_path(run: RDiverseConfig) -> Path:
-    return Path(run.out) / "r_diverse" / run.experiment / f"{variant(run)}-seed{run.seed}"
-
-
-def sources_of(run: RDiverseConfig, iteration: int) -> Sources:
-    root = run_path(run)
-    before, now = root / f"iteration_{iteration - 1}", root / f"iteration_{iteration}"
-    first = iteration == 1
-    return Sources(
-        run.model if first else str(before / "challenger" / "model"),
-        run.model if first else str(before / "solver" / "model"),
-        now / "filter" / "solver_data.jsonl",
-    )
 
 
 def finished_iterations(root: Path) -> int:
@@ -147,14 +123,9 @@ def play(settings: Settings) -> None:
         folder.finish()
 
 
-def asks_coder(run: RDiverseConfig) -> bool:
-    """Whether a model writes programs."""
-    return run.coder != "rules" and run.measure != "question"
-
-
 def check_skill_models(run: RDiverseConfig) -> None:
     """Raises `ValueError` where coder or encoder cannot be had: a run is bound to them long before it loads them."""
-    if asks_coder(run):
+    if run.uses_coder_model:
         try:
             template = models.load_processor(run.coder).chat_template
         except (OSError, ValueError) as error:
@@ -186,7 +157,7 @@ def _has(model: str, file: str) -> bool:
 def model_digests(run: RDiverseConfig) -> dict[str, str]:
     """What tells whether base, coder and encoder are the same: a digest of a folder's files, or the hub's commit."""
     names = {"model": run.model}
-    if asks_coder(run):
+    if run.uses_coder_model:
         names["coder"] = run.coder
     if run.encoder != "minilm":
         names["encoder"] = run.encoder
@@ -305,7 +276,7 @@ class SelfPlay:
 
     def _train_challenger(self, folder: Path, sources: Sources, t: int) -> dict[str, Any]:
         if not self.run_config.gpus:
-            challenger(self.settings, folder, sources.challenger, sources.solver, t)
+            train_challenger(self.settings, folder, sources.challenger, sources.solver, t)
             return {}
         with contextlib.ExitStack() as stack:
             urls = self._reward_servers(stack, sources.solver, folder)
@@ -316,14 +287,14 @@ class SelfPlay:
         if self.run_config.gpus:
             self._launch("solver", t, [], list(range(self.run_config.gpus)))
         else:
-            solver(self.settings, folder, sources.solver, sources.questions, t)
+            train_solver(self.settings, folder, sources.solver, sources.questions, t)
         return {}
 
     def _embed(self, folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
         run = self.run_config
         with contextlib.ExitStack() as stack:
             url = None
-            if run.engine == "vllm" and asks_coder(run):
+            if run.engine == "vllm" and run.uses_coder_model:
                 url = stack.enter_context(self._coder_server(folder, run.engine_memory / 2, None))
             return data.embed(folder, skill_encoder(run, self.root / "programs", url), rows)
 
@@ -419,7 +390,7 @@ class SelfPlay:
             return []
         gpus = list(range(run.trainer_gpus, run.gpus)) or [0]
         flags = ["--solver_url", stack.enter_context(self._server(opponent, folder, run.reward_memory, gpus))]
-        if run.penalty == "r_diverse" and run.coder != "rules" and run.measure in ("sam", "program_text"):
+        if run.needs_skills and run.uses_coder_model:
             flags += ["--coder_url", stack.enter_context(self._coder_server(folder, run.reward_memory, gpus))]
         return flags
 
@@ -508,7 +479,11 @@ def fetch(run: RDiverseConfig) -> int:
     """Exit code of the download of a run's models and benchmarks."""
     short = "/" not in run.encoder and not Path(run.encoder).is_dir()
     encoder = f"sentence-transformers/{run.encoder}" if short else run.encoder
-    names = [run.model, *([run.coder] if asks_coder(run) else []), *([encoder] if run.encoder != "minilm" else [])]
+    names = [
+        run.model,
+        *([run.coder] if run.uses_coder_model else []),
+        *([encoder] if run.encoder != "minilm" else []),
+    ]
     benchmarks = [name for name in evaluate.benchmark_names(run) if name != "arithmetic"]
     return download(names, [(name, partial(load_benchmark, name, run.data)) for name in benchmarks])
 
@@ -636,11 +611,10 @@ def memory_parts(settings: Settings, phase: str, parameters: float, processes: i
 def reward_parts(run: RDiverseConfig, parameters: float) -> dict[str, float]:
     """Bytes of what a training process of the Challenger holds for its reward: all that no server has."""
     served = run.engine == "vllm" and run.gpus > 0
-    skills = run.penalty == "r_diverse" and run.measure != "question_text"
     held = {} if served else {"Solver of the reward": parameters}
-    if skills and not served and run.coder != "rules" and run.measure != "question":
+    if run.needs_skills and not served and run.uses_coder_model:
         held["coder"] = _size(run.coder)
-    if skills and run.encoder != "minilm":
+    if run.needs_skills and run.encoder != "minilm":
         held["encoder"] = _size(run.encoder)
     parts = {f"{name}, 2 bytes each": 2 * number for name, number in held.items() if number is not None}
     unknown = [name for name, number in held.items() if number is None]

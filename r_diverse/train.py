@@ -173,6 +173,48 @@ def _words(key: str, value: Any) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Where a run is
+
+
+class Sources(NamedTuple):
+    """Models and questions that an iteration starts from."""
+
+    challenger: str
+    solver: str
+    questions: Path
+
+
+def variant(run: RDiverseConfig) -> str:
+    """Name of the run's folder: the method or baseline, and what differs from the paper's."""
+    if run.penalty != "r_diverse":
+        return {"r_zero": "r_zero", "none": "no_penalty"}[run.penalty]
+    parts = [
+        {"sam": "", "question": "no_code", "program_text": "no_embedding", "question_text": "no_sam"}[run.measure]
+    ]
+    without = (run.beta == 0, run.replay_fraction == 0)
+    parts.append(
+        {(True, True): "no_map", (True, False): "no_map_penalty", (False, True): "no_replay"}.get(without, "")
+    )
+    parts.append("gate" if run.gate_samples else "")
+    return "-".join(filter(None, parts)) or "r_diverse"
+
+
+def run_path(run: RDiverseConfig) -> Path:
+    return Path(run.out) / "r_diverse" / run.experiment / f"{variant(run)}-seed{run.seed}"
+
+
+def sources_of(run: RDiverseConfig, iteration: int) -> Sources:
+    root = run_path(run)
+    before, now = root / f"iteration_{iteration - 1}", root / f"iteration_{iteration}"
+    first = iteration == 1
+    return Sources(
+        run.model if first else str(before / "challenger" / "model"),
+        run.model if first else str(before / "solver" / "model"),
+        now / "filter" / "solver_data.jsonl",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Who answers, and what measures skills
 
 
@@ -256,7 +298,7 @@ def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None
 # The phases
 
 
-def challenger(
+def train_challenger(
     settings: Settings,
     folder: Path,
     model: str,
@@ -269,20 +311,18 @@ def challenger(
     from .trainer import ChallengerReward
 
     run = settings.run
-    needs_skills = run.penalty == "r_diverse" and run.measure != "question_text"
-    needs_bank = run.penalty == "r_diverse" and run.beta > 0
     root = folder.parent.parent
     with whole_models():
         engine = server_engine(solver_url, solver, run) if solver_url else local_engine(solver, run)
-        skills = skill_encoder(run, root / "programs", coder_url) if needs_skills else None
+        skills = skill_encoder(run, root / "programs", coder_url) if run.needs_skills else None
     reward = ChallengerReward(
         run,
         EngineSolver(engine, run, salt=1000 * run.seed + iteration),
         same,
         skills,
-        MemoryBank(root / "bank").before(iteration) if needs_bank else None,
+        MemoryBank(root / "bank").before(iteration) if run.needs_bank else None,
     )
-    config = _phase(settings, "challenger", folder, iteration)
+    config = phase_config(settings, "challenger", folder, iteration)
     rows = challenger_rows(config.generation_batch_size, run.challenger_system, run.challenger_user)
     train_phase(config, model, reward, rows, run, lambda: _challenger_samples(reward))
 
@@ -299,15 +339,16 @@ def whole_models() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
-def solver(settings: Settings, folder: Path, model: str, data: Path, iteration: int) -> None:
+def train_solver(settings: Settings, folder: Path, model: str, data: Path, iteration: int) -> None:
     """Phase F: trains the Solver at `model` on the labelled questions in `data`, into `folder`."""
     run = settings.run
-    config = _phase(settings, "solver", folder, iteration)
+    config = phase_config(settings, "solver", folder, iteration)
     rows = solver_rows(read_jsonl(data), run.solver_system)
     train_phase(config, model, boxed_reward if run.boxed_only else verifiers.math_reward, rows, run)
 
 
-def _phase(settings: Settings, name: str, folder: Path, iteration: int):
+def phase_config(settings: Settings, name: str, folder: Path, iteration: int):
+    """The settings of a phase with its folder and its own seed."""
     config = getattr(settings, name)
     seed = zlib.crc32(f"{settings.run.seed}/{iteration}/{name}".encode()) % 2**31
     changes = {"output_dir": str(folder), "seed": seed, "generation_batch_size": None}  # TRL refuses both batch fields
@@ -372,11 +413,11 @@ class PhaseLog(TrainerCallback):
             append_jsonl(self.folder / "samples.jsonl", {"step": state.global_step, **record})
 
 
-def _challenger_samples(reward: ChallengerReward, count: int = 8) -> list[dict[str, Any]]:
+def _challenger_samples(reward: ChallengerReward) -> list[dict[str, Any]]:
     parts, names = reward.last_batch, ("consistency", "repetition", "memory", "reward")
     return [
         {"question": question, "failure": parts["failures"][i], **{name: float(parts[name][i]) for name in names}}
-        for i, question in enumerate(parts.get("questions", [])[:count])
+        for i, question in enumerate(parts.get("questions", [])[:8])
     ]
 
 
@@ -389,8 +430,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    from .loop import run_path, sources_of  # it knows where the inputs of a phase are
-
     parser = argparse.ArgumentParser(prog="r_diverse.train", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--iteration", type=int, required=True)
@@ -401,10 +440,10 @@ def _main(argv: list[str]) -> None:
     folder = run_path(settings.run) / f"iteration_{known.iteration}" / known.phase
     sources = sources_of(settings.run, known.iteration)
     if known.phase == "solver":
-        solver(settings, folder, sources.solver, sources.questions, known.iteration)
+        train_solver(settings, folder, sources.solver, sources.questions, known.iteration)
     else:
         urls = known.solver_url, known.coder_url
-        challenger(settings, folder, sources.challenger, sources.solver, known.iteration, *urls)
+        train_challenger(settings, folder, sources.challenger, sources.solver, known.iteration, *urls)
 
 
 if __name__ == "__main__":

@@ -146,13 +146,13 @@ class ChallengerReward:
         skills: SkillEncoder | None = None,
         bank: MemoryBank | None = None,
     ):
-        if config.penalty == "r_diverse" and skills is None and config.measure != "question_text":
+        if config.needs_skills and skills is None:
             raise ValueError(f"penalty='r_diverse' with measure={config.measure!r} needs skills, a SkillEncoder")
-        if config.penalty == "r_diverse" and config.beta > 0 and bank is None:
+        if config.needs_bank and bank is None:
             raise ValueError(
                 f"beta={config.beta} weighs similarity to a memory: pass bank, a MemoryBank, or set beta=0"
             )
-        vectors = config.penalty == "r_diverse" and config.measure in ("sam", "question") and config.beta > 0
+        vectors = config.needs_bank and config.measure in ("sam", "question")
         if vectors and bank.written_with not in (None, skills.name):
             raise ValueError(
                 f"bank {bank.path} has encoder={bank.written_with!r}, skills has name={skills.name!r}: their vectors "

@@ -284,6 +284,12 @@ def test_the_plan_has_the_parts_of_the_dry_run(generated, capsys):
     assert all(part in planned for part in parts)
 
 
+def test_programs_are_planned_where_a_coder_writes_them(capsys):
+    config = ["--config", str(ROOT / "r_diverse/configs/single_gpu.yaml"), "--gpus", "1"]
+    texts = [run(capsys, *config, "--measure", name) for name in ("sam", "program_text", "question", "question_text")]
+    assert ["reward: programs" in text for text in texts] == [True, True, False, False]
+
+
 def test_sizes_in_place_of_models(capsys):
     words = ["--method", "va_opd", "--student", "2e9", "--teacher", "32e9", "--sharding", "zero2"]
     local = run(capsys, *words)

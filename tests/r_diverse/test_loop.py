@@ -1047,6 +1047,6 @@ def test_the_models_of_the_reward_are_whole_under_zero3(tmp_path, base, monkeypa
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", weakref.ref(config))
     assert deepspeed.is_deepspeed_zero3_enabled()
     with pytest.raises(InterruptedError):
-        train.challenger(parse([f"--model={base}"]), tmp_path, str(base), str(base), 1)
+        train.train_challenger(parse([f"--model={base}"]), tmp_path, str(base), str(base), 1)
     assert seen == {"local_engine": False, "skill_encoder": False}
     assert deepspeed.is_deepspeed_zero3_enabled()

@@ -217,8 +217,8 @@ def test_phases_and_rewards_have_seeds_of_their_own_in_every_run(tmp_path, monke
     for settings in (parse(["--model=m", f"--seed={seed}"]) for seed in (0, 1)):
         for t in (1, 2):
             with pytest.raises(InterruptedError):
-                train.challenger(settings, tmp_path, "m", "m", t)
-            seeds += [train._phase(settings, name, tmp_path, t).seed for name in train.PHASES]
+                train.train_challenger(settings, tmp_path, "m", "m", t)
+            seeds += [train.phase_config(settings, name, tmp_path, t).seed for name in train.PHASES]
     assert (len(set(salts)), len(set(seeds))) == (4, 8)
 
 
