@@ -66,7 +66,12 @@ class SRPOTrainer(GRPOTrainer):
         if args.routing != "grpo":
             check_support(self)
             self.teacher = SelfTeacher(
-                self.model, self.accelerator, args.teacher, args.teacher_update_rate, args.teacher_offload
+                self.model,
+                self.accelerator,
+                args.teacher,
+                args.teacher_update_rate,
+                args.teacher_offload,
+                {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})},
             )
             if args.teacher == "ema":
                 self.add_callback(SelfTeacherCallback(self))

@@ -218,17 +218,57 @@ def test_the_teacher_computes_in_bf16_where_accelerate_has_no_autocast(make, fix
     assert seen == {"teacher": {torch.bfloat16}, "head": {torch.bfloat16}}
 
 
-def test_a_copy_under_zero3_is_placed_by_deepspeed(monkeypatch):
+def in_shards(weight: torch.Tensor, partitioned: bool = True) -> torch.nn.Linear:
+    """A layer of 2 x 3 as on the last of two ranks under ZeRO-3, where one value fills up the share."""
+    layer = torch.nn.Linear(3, 2, bias=False, dtype=weight.dtype)
+    layer.weight.data = torch.empty(0) if partitioned else weight
+    if partitioned:
+        layer.weight.ds_tensor = torch.cat([weight.flatten()[4:], weight.new_full((2,), math.nan)])
+        layer.weight.ds_numel, layer.weight.ds_shape = 6, weight.shape
+    return layer
+
+
+def zero3_copy(monkeypatch, policy: torch.nn.Linear, loaded: torch.nn.Linear, **loading):
+    """`_zero3_copy` of a policy, and the options with which its name was loaded."""
     seen = {}
-    monkeypatch.setattr(
-        teacher, "create_model_from_path", lambda name, **options: seen.update(options) or torch.nn.Linear(1, 1)
-    )
+    monkeypatch.setattr(teacher, "create_model_from_path", lambda name, **options: seen.update(options) or loaded)
     monkeypatch.setattr(teacher, "prepare_deepspeed", lambda model, accelerator: model)
-    config = SimpleNamespace(_name_or_path="m", _attn_implementation="flash_attention_2")
-    policy, owner = SimpleNamespace(config=config, dtype=torch.bfloat16), SimpleNamespace(accelerator=None)
-    copy = teacher.SelfTeacher._zero3_copy(owner, policy)
+    policy.config = SimpleNamespace(_name_or_path="m", _attn_implementation="flash_attention_2")
+    policy.dtype = torch.bfloat16
+    owner = object.__new__(SelfTeacher)
+    owner.accelerator = SimpleNamespace(process_index=1, device="cpu", gather=lambda tensor: tensor)
+    owner.loading, owner.zero3 = loading, True
+    return owner._zero3_copy(policy), seen
+
+
+def test_a_copy_under_zero3_is_loaded_as_the_policy_was_and_placed_by_deepspeed(monkeypatch):
+    weight = torch.randn(2, 3).bfloat16()
+    loading = {"revision": "v2", "trust_remote_code": True, "dtype": "auto", "device_map": "auto"}
+    loading |= {"attn_implementation": "eager", "quantization_config": {}}
+    copy, seen = zero3_copy(monkeypatch, in_shards(weight), in_shards(weight), **loading)
     assert not any(weight.requires_grad for weight in copy.parameters())
-    assert seen == {"dtype": torch.bfloat16, "device_map": None, "attn_implementation": "flash_attention_2"}
+    own = {"dtype": torch.bfloat16, "device_map": None, "attn_implementation": "flash_attention_2"}
+    assert seen == {"revision": "v2", "trust_remote_code": True, **own}
+
+
+def test_the_options_of_loading_reach_the_teacher(make, monkeypatch):
+    given = []
+    monkeypatch.setattr("srpo.trainer.SelfTeacher", lambda *arguments: given.append(arguments[-1]))
+    make(model_init_kwargs={"revision": "v2"}, trust_remote_code=True)
+    make()
+    assert given == [{"revision": "v2", "trust_remote_code": True}, {"trust_remote_code": False}]
+
+
+@pytest.mark.parametrize("partitioned", [True, False])
+def test_another_models_weights_under_the_policys_name_are_refused(monkeypatch, partitioned):
+    """Such as those of a base model whose adapter was merged into the policy, which keeps its name."""
+    weight = torch.randn(2, 3)
+    zero3_copy(monkeypatch, in_shards(weight, partitioned), in_shards(weight))
+    zero3_copy(monkeypatch, in_shards(weight, partitioned), in_shards(weight.bfloat16()))  # rounded, as by DeepSpeed
+    for other in (weight + torch.tensor([0, 0, 1e-6]), weight.T):
+        with pytest.raises(ValueError, match="loaded from the policy's name, 'm', and its weights are not") as error:
+            zero3_copy(monkeypatch, in_shards(weight, partitioned), in_shards(other))
+        assert "\n" not in str(error.value)
 
 
 def as_fsdp(redirect):
@@ -873,14 +913,21 @@ def test_with_lora_the_average_is_of_the_product(make, fixed):
     assert not torch.allclose(merged[2], merged[0], atol=1e-4)
 
 
-def test_the_frozen_teacher_of_a_lora_run_is_the_base_model_without_a_copy(make, fixed):
-    trainer = make(peft_config=peft.LoraConfig(**LORA), teacher="frozen")
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    return model.eval()(input_ids=torch.tensor([[20, 30, 40]])).logits
+
+
+def assert_frozen_teacher_gives(expected: torch.Tensor, trainer) -> None:
+    with trainer.teacher.view(trainer.model) as teacher:
+        torch.testing.assert_close(logits_of(teacher), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"target_modules": ["embed_tokens"]}, {"r": 2}])
+def test_the_frozen_teacher_of_a_lora_run_is_the_base_model_without_a_copy(make, fixed, fields):
+    trainer = make(peft_config=peft.LoraConfig(**{**LORA, "init_lora_weights": True, **fields}), teacher="frozen")
     assert trainer.teacher.model is None
-    ids = torch.tensor([[20, 30, 40]])
-    with trainer.teacher.view(trainer.model) as teacher, torch.no_grad():
-        got = teacher(input_ids=ids).logits
-    expected = policy()[0](input_ids=ids).logits
-    torch.testing.assert_close(got, expected)
+    assert_frozen_teacher_gives(logits_of(policy()[0]), trainer)
     assert math.isfinite(step(trainer)[0])
 
 
@@ -920,6 +967,46 @@ def test_an_adapter_that_is_more_than_a_product_is_refused_with_the_average(make
 
 def test_another_kind_of_adapter_is_refused_with_the_average(make):
     with pytest.raises(ValueError, match="leave peft_type=IA3 out of peft_config, or set teacher="):
+@pytest.mark.parametrize("init", [False, "pissa", "olora"])
+def test_the_frozen_teacher_of_an_adapter_that_does_not_begin_at_zero_is_a_merged_copy(make, fixed, init):
+    """False stands for one that was trained before; the others take out of the model what they hold."""
+    trainer = make(peft_config=peft.LoraConfig(**{**LORA, "init_lora_weights": init}), teacher="frozen")
+    start = logits_of(trainer.model)
+    trainer.train()
+    assert_frozen_teacher_gives(start, trainer)
+    with trainer.model.disable_adapter():
+        assert not torch.allclose(logits_of(trainer.model), start, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["norm"]}, {"trainable_token_indices": [20], "ensure_weight_tying": True}]
+)
+def test_what_else_an_adapter_holds_is_in_the_frozen_teacher(make, settings):
+    adapter = peft.LoraConfig(**{**LORA, "init_lora_weights": True, **settings})
+    model, tokenizer = policy()
+    adapted = peft.get_peft_model(model, adapter)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens" in name:
+                weight.add_(1.0)
+    trainer = make(model=(adapted, tokenizer), teacher="frozen")
+    assert trainer.teacher.model is not None
+    assert_frozen_teacher_gives(logits_of(trainer.model), trainer)
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("quantized", "is_quantized"), ("sharded", "is_fsdp2")])
+def test_where_no_merged_copy_can_be_made_such_an_adapter_is_refused(make, kind, weights):
+    accelerator = SimpleNamespace(is_fsdp2=weights == "is_fsdp2")
+    model, _ = policy()
+    model.is_quantized = weights == "is_quantized"
+    fresh = peft.get_peft_model(model, peft.LoraConfig(**{**LORA, "init_lora_weights": True}))
+    assert SelfTeacher(fresh, accelerator, "frozen").model is None
+    adapted = peft.get_peft_model(fresh.unload(), peft.LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=f"merged copy of {kind} weights cannot be made: pass the merged") as error:
+        SelfTeacher(adapted, accelerator, "frozen")
+    assert "\n" not in str(error.value)
+
+
         make(peft_config=peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
 
 
