@@ -22,10 +22,11 @@ def teacher_prompt_ids(
     """Token ids of each teacher prompt, at most `max_length` long.
 
     Where a prompt is too long, the end of the demonstration is left out, never the question or the closing
-    instruction. Raises `ValueError` for a prompt that leaves no room for any of it.
+    instruction. Raises `ValueError` for a prompt that leaves no room for any of it, and for text with a chat template.
     """
     if not prompts:
         return []
+    check_plain(prompts, tokenizer)
     demonstrations = [objective.strip_thinking(text) for text in demonstrations]
     ids = tokenize([objective.teacher_prompt(p, d, template) for p, d in zip(prompts, demonstrations, strict=True)])
     for row, prompt in enumerate(prompts):
@@ -39,6 +40,19 @@ def teacher_prompt_ids(
             tokens = tokens[:-excess]
             ids[row] = tokenize([objective.teacher_prompt(prompt, tokenizer.decode(tokens), template)])[0]
     return ids
+
+
+def check_plain(prompts: list[Prompt], tokenizer) -> None:
+    """Raises `ValueError` for a text that holds special tokens other than those that begin, end or fill one."""
+    plain = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = [token for token in special if token not in plain]
+    for text in (prompt for prompt in prompts if isinstance(prompt, str)):
+        if found := next((token for token in special if token in text), None):
+            raise ValueError(
+                f"a prompt is text with the chat template applied (it holds {found!r}), into whose user message no "
+                "demonstration can be put: pass messages"
+            )
 
 
 def batches(prompts: dict[int, list[int]], size: int) -> list[list[tuple[int, list[int]]]]:

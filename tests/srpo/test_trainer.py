@@ -1144,12 +1144,33 @@ def test_the_teacher_is_written_before_the_file_that_makes_a_checkpoint_complete
     trainer = make(max_steps=1, save_strategy="steps", save_steps=1)
     save = type(trainer.state).save_to_json
 
+    assert objective.strip_thinking("So a\nb</think>\n\nThe <b> answer") == "The <b> answer"  # begun in the prompt
+    assert objective.strip_thinking("a</think>A call. <think>b</think>The answer") == "A call. The answer"
+    assert objective.strip_thinking("The answer <think>without an end") == "The answer <think>without an end"
     def checked(self, path):
         assert (Path(path).parent / "self_teacher.safetensors").exists()
         save(self, path)
 
     monkeypatch.setattr(type(trainer.state), "save_to_json", checked)
     trainer.train()
+def test_text_that_holds_the_chat_template_is_refused_where_a_teacher_reads_it(make, fixed):
+    _, tokenizer = policy()
+    data = [{**row, "prompt": tokenizer.apply_chat_template(row["prompt"], tokenize=False)} for row in rows()]
+    with pytest.raises(
+        ValueError, match=r"chat template applied \(it holds '<\|im_start\|>'\).*: pass messages"
+    ) as error:
+        step(make(data=data, reward=first_is_right))
+    assert "\n" not in str(error.value)
+    step(make(data=data, reward=first_is_right, routing="grpo"))
+    step(make(data=data, reward=always(0.0)))  # no rollout is shown
+    plain = [{**row, "prompt": "Q<|endoftext|>Q<|im_end|>"} for row in rows()]  # that fill or end a text
+    step(make(data=plain, reward=first_is_right))
+
+
+def first_is_right(completions, **columns) -> list[float]:
+    return [float(i % 4 == 0) for i in range(len(completions))]
+
+
     assert (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").exists()
 
 
