@@ -694,6 +694,42 @@ def test_weights_of_reward_functions_count_for_the_routes(make, fixed):
     assert trainer.last_rollouts["distill"].tolist() == [True, True, False, True] * 2
 
 
+@pytest.fixture
+def warned(caplog, monkeypatch):
+    """How often a text was in a warning so far."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return lambda text: sum(text in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "warns"),
+    [
+        (2, {}, True),
+        (2, {"reward_weights": [1.0, 0.0]}, False),
+        (2, {"reward_weights": [1.0, 0.2]}, False),
+        (3, {"reward_weights": [1.0, 0.3, -0.3]}, True),
+        (2, {"reward_threshold": 1.5}, False),
+        (2, {"routing": "grpo"}, False),
+        (1, {}, False),
+    ],
+)
+def test_rewards_that_make_a_wrong_rollout_correct_are_warned_of(make, warned, count, settings, warns):
+    make(reward=[mixed_reward, always(1.0), always(1.0)][:count], **settings)
+    assert warned("set it, or reward_weights, so that only correct answers do") == warns
+
+
+@pytest.mark.parametrize(("limit", "warns"), [(506, False), (507, True)])
+def test_teacher_prompts_beyond_the_models_positions_are_warned_of(make, warned, limit, warns):
+    make(max_reprompt_length=limit)  # and 6 tokens of a response; the model has 512
+    assert warned("longer than the model's 512 positions: lower max_reprompt_length=507") == warns
+    make(max_prompt_length=500)  # no prompt and demonstration together are as long as max_reprompt_length
+    model, tokenizer = policy()
+    del model.config.max_position_embeddings
+    make(model=(model, tokenizer))
+    make(routing="grpo")
+    assert warned("positions") == warns
+
+
 # --- what is logged ----------------------------------------------------------------
 
 
@@ -931,42 +967,6 @@ def test_the_frozen_teacher_of_a_lora_run_is_the_base_model_without_a_copy(make,
     assert math.isfinite(step(trainer)[0])
 
 
-def test_the_averaged_head_of_a_quantized_policy_is_not_the_policys(make, fixed):
-    model, _ = policy()
-    model.is_quantized = True  # stands for a 4-bit policy: its adapter is averaged and no copy is made
-    settings = {**LORA, "modules_to_save": ["lm_head"], "ensure_weight_tying": False}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    teacher = SelfTeacher(adapted, make().accelerator)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    batch = {"completion_ids": torch.tensor([[20, 30, 40]]), "prompt_ids": torch.tensor([[11, 12]])}
-    batch["completion_mask"] = torch.ones_like(batch["completion_ids"])
-    states, head = teacher.hidden_states(adapted, {0: [15, 16]}, batch, batch["completion_mask"], 1, 0)
-    with torch.no_grad(), teacher.view(adapted) as average:
-        expected = average(input_ids=torch.tensor([[15, 16, 20, 30, 40]])).logits[0, 1:-1]
-    torch.testing.assert_close(states[0] @ head.weight.T, expected)
-    assert not torch.allclose(head.weight, adapted.get_output_embeddings().weight)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("use_dora", True), ("trainable_token_indices", [20, 30]), ("lora_bias", True)]
-)
-def test_an_adapter_that_is_more_than_a_product_is_refused_with_the_average(make, name, value):
-    """DoRA's magnitude, trained tokens and biases are no part of B A: the average would lack them without a word."""
-    adapter = peft.LoraConfig(**{**LORA, name: value})
-    for routing in ("srpo", "sdpo"):
-        with pytest.raises(ValueError, match=rf"leave {name}=.* out of peft_config, or set teacher=") as error:
-            make(peft_config=adapter, routing=routing)
-        assert "\n" not in str(error.value)
-    make(peft_config=adapter, routing="grpo")  # which has no teacher
-    loss, _ = step(make(peft_config=adapter, teacher="current"))
-    assert math.isfinite(loss)
-
-
-def test_another_kind_of_adapter_is_refused_with_the_average(make):
-    with pytest.raises(ValueError, match="leave peft_type=IA3 out of peft_config, or set teacher="):
 @pytest.mark.parametrize("init", [False, "pissa", "olora"])
 def test_the_frozen_teacher_of_an_adapter_that_does_not_begin_at_zero_is_a_merged_copy(make, fixed, init):
     """False stands for one that was trained before; the others take out of the model what they hold."""
@@ -1007,6 +1007,42 @@ def test_where_no_merged_copy_can_be_made_such_an_adapter_is_refused(make, kind,
     assert "\n" not in str(error.value)
 
 
+def test_the_averaged_head_of_a_quantized_policy_is_not_the_policys(make, fixed):
+    model, _ = policy()
+    model.is_quantized = True  # stands for a 4-bit policy: its adapter is averaged and no copy is made
+    settings = {**LORA, "modules_to_save": ["lm_head"], "ensure_weight_tying": False}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    teacher = SelfTeacher(adapted, make().accelerator)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    batch = {"completion_ids": torch.tensor([[20, 30, 40]]), "prompt_ids": torch.tensor([[11, 12]])}
+    batch["completion_mask"] = torch.ones_like(batch["completion_ids"])
+    states, head = teacher.hidden_states(adapted, {0: [15, 16]}, batch, batch["completion_mask"], 1, 0)
+    with torch.no_grad(), teacher.view(adapted) as average:
+        expected = average(input_ids=torch.tensor([[15, 16, 20, 30, 40]])).logits[0, 1:-1]
+    torch.testing.assert_close(states[0] @ head.weight.T, expected)
+    assert not torch.allclose(head.weight, adapted.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_dora", True), ("trainable_token_indices", [20, 30]), ("lora_bias", True)]
+)
+def test_an_adapter_that_is_more_than_a_product_is_refused_with_the_average(make, name, value):
+    """DoRA's magnitude, trained tokens and biases are no part of B A: the average would lack them without a word."""
+    adapter = peft.LoraConfig(**{**LORA, name: value})
+    for routing in ("srpo", "sdpo"):
+        with pytest.raises(ValueError, match=rf"leave {name}=.* out of peft_config, or set teacher=") as error:
+            make(peft_config=adapter, routing=routing)
+        assert "\n" not in str(error.value)
+    make(peft_config=adapter, routing="grpo")  # which has no teacher
+    loss, _ = step(make(peft_config=adapter, teacher="current"))
+    assert math.isfinite(loss)
+
+
+def test_another_kind_of_adapter_is_refused_with_the_average(make):
+    with pytest.raises(ValueError, match="leave peft_type=IA3 out of peft_config, or set teacher="):
         make(peft_config=peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
 
 
@@ -1108,10 +1144,31 @@ def test_a_template_of_ones_own_and_content_in_parts():
 def test_thinking_is_left_out_of_the_demonstration():
     assert objective.strip_thinking("<think>a\nb</think>\n\nThe <b> answer") == "The <b> answer"
     assert objective.strip_thinking("no thinking") == "no thinking"
+    assert objective.strip_thinking("So a\nb</think>\n\nThe <b> answer") == "The <b> answer"  # begun in the prompt
+    assert objective.strip_thinking("a</think>A call. <think>b</think>The answer") == "A call. The answer"
+    assert objective.strip_thinking("The answer <think>without an end") == "The answer <think>without an end"
     _, tokenizer = policy()
     shown = (["Q"], ["<think>a</think>b"], lambda prompts: tokenizer(prompts)["input_ids"], tokenizer, 99)
     (ids,) = teacher_prompt_ids(*shown, "{prompt}: {demonstration}")
     assert tokenizer.decode(ids) == "Q: b"
+
+
+def test_text_that_holds_the_chat_template_is_refused_where_a_teacher_reads_it(make, fixed):
+    _, tokenizer = policy()
+    data = [{**row, "prompt": tokenizer.apply_chat_template(row["prompt"], tokenize=False)} for row in rows()]
+    with pytest.raises(
+        ValueError, match=r"chat template applied \(it holds '<\|im_start\|>'\).*: pass messages"
+    ) as error:
+        step(make(data=data, reward=first_is_right))
+    assert "\n" not in str(error.value)
+    step(make(data=data, reward=first_is_right, routing="grpo"))
+    step(make(data=data, reward=always(0.0)))  # no rollout is shown
+    plain = [{**row, "prompt": "Q<|endoftext|>Q<|im_end|>"} for row in rows()]  # that fill or end a text
+    step(make(data=plain, reward=first_is_right))
+
+
+def first_is_right(completions, **columns) -> list[float]:
+    return [float(i % 4 == 0) for i in range(len(completions))]
 
 
 # --- checkpoints ----------------------------------------------------------------
@@ -1144,33 +1201,12 @@ def test_the_teacher_is_written_before_the_file_that_makes_a_checkpoint_complete
     trainer = make(max_steps=1, save_strategy="steps", save_steps=1)
     save = type(trainer.state).save_to_json
 
-    assert objective.strip_thinking("So a\nb</think>\n\nThe <b> answer") == "The <b> answer"  # begun in the prompt
-    assert objective.strip_thinking("a</think>A call. <think>b</think>The answer") == "A call. The answer"
-    assert objective.strip_thinking("The answer <think>without an end") == "The answer <think>without an end"
     def checked(self, path):
         assert (Path(path).parent / "self_teacher.safetensors").exists()
         save(self, path)
 
     monkeypatch.setattr(type(trainer.state), "save_to_json", checked)
     trainer.train()
-def test_text_that_holds_the_chat_template_is_refused_where_a_teacher_reads_it(make, fixed):
-    _, tokenizer = policy()
-    data = [{**row, "prompt": tokenizer.apply_chat_template(row["prompt"], tokenize=False)} for row in rows()]
-    with pytest.raises(
-        ValueError, match=r"chat template applied \(it holds '<\|im_start\|>'\).*: pass messages"
-    ) as error:
-        step(make(data=data, reward=first_is_right))
-    assert "\n" not in str(error.value)
-    step(make(data=data, reward=first_is_right, routing="grpo"))
-    step(make(data=data, reward=always(0.0)))  # no rollout is shown
-    plain = [{**row, "prompt": "Q<|endoftext|>Q<|im_end|>"} for row in rows()]  # that fill or end a text
-    step(make(data=plain, reward=first_is_right))
-
-
-def first_is_right(completions, **columns) -> list[float]:
-    return [float(i % 4 == 0) for i in range(len(completions))]
-
-
     assert (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").exists()
 
 
@@ -1201,6 +1237,20 @@ def test_the_results_of_tools_are_no_part_of_the_prompts_limit(make, fixed):
     step(trainer)  # a first turn again, which is checked
     with pytest.raises(ValueError, match="max_prompt_length=5"):
         step(make(max_prompt_length=5))
+
+
+def test_the_seconds_of_generation_are_those_of_all_turns(make, monkeypatch):
+    """With tools TRL generates once a turn, and averages what is logged."""
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, *arguments: ([], None))
+    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0, 30.0, 38.0])
+    monkeypatch.setattr("srpo.trainer.time.perf_counter", lambda: next(clock))
+    trainer = make()
+    trainer.model.train()
+    for turns in (3, 1):  # generation batches
+        trainer._is_first_turn = True
+        for _ in range(turns):
+            trainer._generate_single_turn([[11]], None, {}, 4)
+    assert trainer._metrics["train"]["time/generation"] == [1.0 + 2.0 + 4.0, 8.0]
 
 
 def test_a_prompt_over_the_limit(make):
@@ -1256,13 +1306,37 @@ def test_another_configuration_and_an_iterable_data_set_are_one_clear_sentence(m
         SRPOTrainer(model, mixed_reward, make().args, train_dataset=endless, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_trained_weights_in_half_precision_are_warned_of(make, caplog, monkeypatch, dtype):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+def test_the_data_set_is_taken_where_trls_trainer_takes_it(make):
     model, tokenizer = policy()
-    make(model=(model.to(dtype), tokenizer))
-    warned = [record for record in caplog.records if "in half precision" in record.getMessage()]
-    assert len(warned) == (dtype == torch.bfloat16)
+    arguments = (model, mixed_reward, make().args, Dataset.from_list(rows()))
+    assert len(SRPOTrainer(*arguments, processing_class=tokenizer).train_dataset) == 4
+    with pytest.raises(ValueError, match="train_dataset has 1 prompts, fewer than the 2"):
+        SRPOTrainer(*arguments[:3], Dataset.from_list(rows(1)), processing_class=tokenizer)
+
+
+def begin(trainer) -> None:
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_trained_weights_in_half_precision_are_warned_of(make, warned, dtype):
+    model, tokenizer = policy()
+    begin(make(model=(model.to(dtype), tokenizer)))
+    assert warned('load the model with dtype="float32"') == (dtype == torch.bfloat16)
+
+
+def test_adapters_that_are_made_float32_after_the_constructor_are_not_warned_of(make, warned):
+    """As `srpo.train` does with those on quantized weights, which TRL rounds."""
+    trainer = make(peft_config=peft.LoraConfig(**LORA))
+    trainer.model.base_model.model.is_quantized = True  # stands for 4 bits
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    begin(trainer)
+    assert warned("p.data = p.data.float()") == warned("in half precision") == 1
+    for p in trainer.model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    begin(trainer)
+    assert warned("in half precision") == 1
 
 
 @pytest.mark.parametrize(
