@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from trl import GRPOTrainer
 
 from . import analysis, objective
@@ -53,8 +53,8 @@ class PhaseTrainer(GRPOTrainer):
             set_seed(self.args.seed + group)  # the same where several processes are one engine
         if steps := getattr(self.args, "doctor_steps", 0):  # TRL's own config has none
             self.add_callback(DoctorCallback(steps))
-        if self.accelerator.is_main_process and not self.is_deepspeed_enabled:  # which keeps float32 copies
-            warn_of_half_precision(self.model)
+        if not self.is_deepspeed_enabled:  # which keeps float32 copies
+            self.add_callback(HalfPrecisionCallback())
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if self.ref_model is not None and fsdp is not None and fsdp.cpu_ram_efficient_loading:
             raise ValueError(
@@ -96,16 +96,27 @@ class PhaseTrainer(GRPOTrainer):
         return batch
 
 
-def warn_of_half_precision(model: torch.nn.Module) -> None:
-    """Warns of trained weights in half precision, in which most updates at a small learning rate are rounded away."""
-    half = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    if half:
-        logger.warning(
-            "%d of the trained weights are in half precision (%s): at a learning rate such as 1e-6 most updates are "
-            "rounded away; load the model in float32 (policy_dtype), and bf16=True computes in bfloat16 all the same",
-            len(half),
-            half[0],
-        )
+class HalfPrecisionCallback(TrainerCallback):
+    """Warns when training starts of trained weights in half precision, in which most updates at a small learning rate
+    are rounded away. Not before: the adapters of a trainer that is built may still be made float32."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        dtypes = (torch.bfloat16, torch.float16)
+        half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in dtypes]
+        advice = "load the model in float32 (policy_dtype), and bf16=True computes in bfloat16 all the same"
+        if getattr(model, "is_quantized", False):
+            advice = (
+                "TRL rounds adapters on quantized weights to bfloat16: once the trainer is built, run `for p in "
+                "trainer.model.parameters(): p.data = p.data.float() if p.requires_grad else p.data`"
+            )
+        if half and state.is_world_process_zero:
+            logger.warning(
+                "%d of the trained weights are in half precision (%s): at a learning rate such as 1e-6 most updates "
+                "are rounded away; %s",
+                len(half),
+                half[0],
+                advice,
+            )
 
 
 def logps_gap(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor, top_p: float) -> torch.Tensor:

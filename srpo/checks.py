@@ -3,9 +3,11 @@
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .config import SRPOConfig
+from .teacher import is_quantized
 
 logger = logging.get_logger(__name__)
 
@@ -24,22 +26,62 @@ def check_batch(args: SRPOConfig, train_dataset) -> None:
         )
 
 
-def warn_of_half_precision(model) -> None:
-    """Warns of trained weights in half precision, in which most updates at a small learning rate are rounded away."""
-    half = [
-        name for name, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
-    ]
-    if half:
+class HalfPrecisionCallback(TrainerCallback):
+    """Warns when training starts of trained weights in half precision, in which most updates at a small learning rate
+    are rounded away. Not before: the adapters of a trainer that is built may still be made float32."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        dtypes = (torch.bfloat16, torch.float16)
+        half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in dtypes]
+        advice = 'load the model with dtype="float32", and bf16=True computes in bfloat16 all the same'
+        if is_quantized(model):
+            advice = (
+                "TRL rounds adapters on quantized weights to bfloat16: once the trainer is built, run `for p in "
+                "trainer.model.parameters(): p.data = p.data.float() if p.requires_grad else p.data`"
+            )
+        if half and state.is_world_process_zero:
+            logger.warning(
+                "%d of the trained weights are in half precision (%s): at a learning rate such as 1e-6 most updates "
+                "are rounded away; %s",
+                len(half),
+                half[0],
+                advice,
+            )
+
+
+def warn_of_summed_rewards(args: SRPOConfig, weights: torch.Tensor) -> None:
+    """Warns if rewards of 1 add up to a correct rollout without the one that weighs most: right form, wrong answer."""
+    weights = weights.abs()
+    rest = (weights.sum() - weights.max()).item() if len(weights) else 0.0
+    if args.reward_threshold == SRPOConfig.reward_threshold and rest >= args.reward_threshold:
         logger.warning(
-            "%d of the trained weights are in half precision (%s): at a learning rate such as 1e-6 most updates are "
-            'rounded away; load the model with dtype="float32", and bf16=True computes in bfloat16 all the same',
-            len(half),
-            half[0],
+            "a rollout is correct, and may be shown as the solution, when the weighted sum of its %d rewards reaches "
+            "reward_threshold=%g: set it, or reward_weights, so that only correct answers do, not also wrong ones in "
+            "the right form or length",
+            len(weights),
+            args.reward_threshold,
+        )
+
+
+def warn_of_positions(args: SRPOConfig, model) -> None:
+    """Warns if a teacher prompt and a response may be longer than the model's positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    response = args.max_completion_length or 0
+    prompt = min(args.max_reprompt_length, args.max_prompt_length + response)
+    if positions and prompt + response > positions:
+        logger.warning(
+            "a teacher prompt (up to %d tokens) and a response (max_completion_length=%d) together may be longer than "
+            "the model's %d positions: lower max_reprompt_length=%d, which cuts long demonstrations, or "
+            "max_completion_length",
+            prompt,
+            response,
+            positions,
+            args.max_reprompt_length,
         )
 
 
 def check_support(trainer) -> None:
-    """Raises `ValueError` for a model or a sharding with which the routed loss would be wrong."""
+    """Raises `ValueError` for a model or a sharding with which the routed loss would be wrong; warns of settings."""
     if is_peft_model(trainer.model) and hasattr(trainer.model.get_output_embeddings(), "base_layer"):
         raise ValueError(
             "a LoRA adapter on lm_head is never trained: the loss reads its weight; remove it from target_modules"
@@ -55,6 +97,9 @@ def check_support(trainer) -> None:
         raise ValueError("SRPOTrainer adds no load-balancing loss: set router_aux_loss_coef=0 for this model")
     if trainer.is_fsdp_enabled:
         check_fsdp(trainer.accelerator.state.fsdp_plugin)
+    if trainer.accelerator.is_main_process:
+        warn_of_summed_rewards(trainer.args, trainer.reward_weights)
+        warn_of_positions(trainer.args, trainer.model)
 
 
 def check_fsdp(plugin) -> None:

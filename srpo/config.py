@@ -30,7 +30,8 @@ class SRPOConfig(GRPOConfig):
             sibling; `"sdpo_incorrect"` and `"sdpo_correct"` only the failed or the correct ones of these (Fig. 1b);
             `"mix"` is Advantage Mix (Table 2), a weighted sum of both losses without routing.
         reward_threshold (`float`, *optional*, defaults to `0.5`):
-            A rollout is correct from this reward on.
+            A rollout is correct when the weighted sum of its rewards reaches this. With a format or length reward
+            beside the accuracy set it (or `reward_weights`) so that only correct answers do.
         mix_weight (`float`, *optional*, defaults to `0.9`):
             lambda, share of the GRPO loss in Advantage Mix.
         demonstration (`str`, *optional*, defaults to `"first"`):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from transformers import TrainerCallback
 
+LENGTH = "completions/mean_length"
 FIGURES = (
     ("reward", "reward {:.3f}"),
     ("reward_std", "spread {:.2f}"),
@@ -18,7 +19,7 @@ FIGURES = (
     ("teacher/distance", "teacher-policy distance {:.2g}"),
     ("loss/sdpo", "divergence {:.4f}"),
     ("entropy", "entropy {:.3f}"),
-    ("completions/mean_length", "length {:.0f}"),
+    (LENGTH, "length {:.0f}"),
     ("completions/clipped_ratio", "truncated {:.0%}"),
     ("sampling/sampling_logp_difference/mean", "train/rollout logps gap {:.2g}"),
 )
@@ -87,7 +88,7 @@ def diagnose(logs: Mapping[str, float], first_length: float = 0.0) -> list[str]:
             "most rollouts are truncated: raise max_completion_length or check the prompt template",
         ),
         (
-            logs.get("completions/mean_length", math.inf) < 0.2 * first_length,
+            logs.get(LENGTH, math.inf) < 0.2 * first_length,
             "rollouts are five times shorter than at the start: where the task asks for reasoning, it has collapsed",
         ),
         (logs.get("entropy", 1.0) < 0.01, "the policy's entropy has collapsed: lower learning_rate"),
@@ -108,14 +109,15 @@ class DoctorCallback(TrainerCallback):
     """Prints the doctor line at the first log and then about every `every` steps, with warnings in words."""
 
     def __init__(self, every: int):
-        self.every, self.next_step, self.first_length = every, 0, 0.0
+        self.every, self.next_step = every, 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "route/sdpo" not in (logs or {}) or state.global_step < self.next_step:
             return
         self.next_step = state.global_step + self.every
-        self.first_length = self.first_length or logs.get("completions/mean_length", 0.0)
+        # A resumed run has the logs from before
+        first_length = next((log[LENGTH] for log in state.log_history if log.get(LENGTH)), 0.0)
         figures = [text.format(logs[name]) for name, text in FIGURES if logs.get(name) is not None]
         print(f"[doctor] step {state.global_step}: " + "; ".join(figures), flush=True)
-        for message in diagnose(logs, self.first_length):
+        for message in diagnose(logs, first_length):
             print(f"[doctor] WARNING: {message}", flush=True)

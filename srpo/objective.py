@@ -315,8 +315,10 @@ def _text_parts(text: str) -> list[dict[str, str]]:
 
 
 def strip_thinking(text: str) -> str:
-    """A response without its closed `<think>...</think>` blocks and the space behind them."""
-    return re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)
+    """A response without its closed `<think>...</think>` blocks and the space behind them, nor what comes before a
+    `</think>` whose start is in the prompt."""
+    text = re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)
+    return re.sub(r"^.*</think>\s*", "", text, flags=re.DOTALL)
 
 
 def _checked_rewards(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:

@@ -55,6 +55,35 @@ def check_mergeable(adapters: dict[str, Any]) -> None:
             )
 
 
+def begins_elsewhere(policy: nn.Module) -> bool:
+    """Whether a model with adapters may be another than without them: they are trained already, were made of its
+    weights (PiSSA, OLoRA), or are of a kind of which nothing is known here."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for module in policy.modules():
+        if isinstance(module, LoraLayer):
+            factors = ((module.lora_A, module.lora_B), (module.lora_embedding_A, module.lora_embedding_B))
+            pairs = [(a[name], b[name]) for a, b in factors for name in module.active_adapters if name in a]
+            if any(_has_values(a) and _has_values(b) for a, b in pairs):
+                return True
+        elif isinstance(module, ModulesToSaveWrapper):
+            saved = module.modules_to_save[module.active_adapter].parameters()
+            pairs = zip(module.original_module.parameters(), saved, strict=True)
+            if any(a.shape == b.shape and not torch.equal(a, b) for a, b in pairs):  # not so of shards
+                return True
+        elif isinstance(module, BaseTunerLayer):
+            return True
+    return False
+
+
+def _has_values(factor: nn.Module | nn.Parameter) -> bool:
+    """Whether not all of a factor, or of its shard under ZeRO-3, is 0."""
+    weights = [factor] if isinstance(factor, torch.Tensor) else factor.parameters()
+    return any(getattr(weight, "ds_tensor", weight).any() for weight in weights)
+
+
 def autocast(accelerator, dtype: torch.dtype):
     """For a teacher of that dtype. accelerate's is none under DeepSpeed, which casts the policy's weights, but not a
     float32 average."""
@@ -69,15 +98,25 @@ class SelfTeacher:
     `kind="ema"` keeps a float32 copy theta' <- (1 - rate) theta' + rate theta (a bfloat16 one would drop most updates:
     a step of 5 % of a small change is below its resolution). With LoRA the copy is of the merged weights, so that it
     averages the product B A and not its factors. With QLoRA, where merged weights would cost what it saves, the
-    factors are averaged, and the policy with them is the teacher. `"frozen"` is the start, `"current"` the policy.
+    factors are averaged, and the policy with them is the teacher. `"frozen"` is the start: a copy, or with adapters
+    that begin at zero the policy without them. `"current"` is the policy.
 
     Under ZeRO-3 and FSDP2 the copy is sharded like the policy and each rank averages its own shards; under ZeRO-3 the
     float32 average is kept beside the half-precision weights that the forward uses. With `offload` a copy that is not
-    sharded waits in host memory between its passes, where it is averaged too.
+    sharded waits in host memory between its passes, where it is averaged too. `loading` are options of
+    `from_pretrained` for the copy that is loaded under ZeRO-3.
     """
 
-    def __init__(self, policy: nn.Module, accelerator, kind: str = "ema", rate: float = 0.05, offload: bool = False):
-        self.kind, self.rate, self.accelerator = kind, rate, accelerator
+    def __init__(
+        self,
+        policy: nn.Module,
+        accelerator,
+        kind: str = "ema",
+        rate: float = 0.05,
+        offload: bool = False,
+        loading: dict[str, Any] | None = None,
+    ):
+        self.kind, self.rate, self.accelerator, self.loading = kind, rate, accelerator, loading or {}
         self.zero3, self.fsdp = is_deepspeed_zero3_enabled(), accelerator.is_fsdp2
         self.sharded = self.zero3 or self.fsdp
         self.model: nn.Module | None = None
@@ -87,7 +126,7 @@ class SelfTeacher:
             raise ValueError(f"teacher='ema' with LoRA does not run under {where}: use ZeRO-2, or teacher='frozen'")
         if kind == "ema" and not self.factors and is_peft_model(policy):
             check_mergeable(policy.peft_config)
-        if (kind == "ema" and not self.factors) or (kind == "frozen" and not is_peft_model(policy)):
+        if (kind == "ema" and not self.factors) or (kind == "frozen" and self._needs_copy(policy)):
             self.model = self._copy(policy)
         of = policy if self.factors else self.model
         self.average = dict(self._parameters(of, self.factors)) if kind == "ema" else {}
@@ -108,6 +147,20 @@ class SelfTeacher:
             )
         return Offloaded(self.model, self.accelerator.device)
 
+    def _needs_copy(self, policy: nn.Module) -> bool:
+        """Whether a frozen teacher is another model than the policy without adapters."""
+        if not is_peft_model(policy):
+            return True
+        elsewhere = begins_elsewhere(policy)
+        if elsewhere and (self.sharded or is_quantized(policy)):
+            raise ValueError(
+                "teacher='frozen' is the policy without its adapter, which is not the policy's start: the adapter is "
+                "trained already, init_lora_weights is such as 'pissa', or it is no LoRA. A merged copy of "
+                f"{'sharded' if self.sharded else 'quantized'} weights cannot be made: pass the merged model with a "
+                "new adapter, or set teacher='current'"
+            )
+        return elsewhere
+
     def _copy(self, policy: nn.Module) -> nn.Module:
         if is_quantized(policy):
             raise ValueError(
@@ -125,17 +178,44 @@ class SelfTeacher:
         return teacher.to(self.accelerator.device)
 
     def _zero3_copy(self, policy: nn.Module) -> nn.Module:
-        """Loaded from the policy's name, because a partitioned model cannot be copied."""
+        """Loaded from the policy's name as TRL's reference is, because a partitioned model cannot be copied."""
         name = policy.config._name_or_path
         if not name:
             raise ValueError(
                 "under ZeRO-3 the teacher is loaded from the policy's name: pass model as a path or hub id"
             )
-        attention = policy.config._attn_implementation
-        # TRL's device_map, "auto" on a GPU, is none that transformers takes beside ZeRO-3
-        teacher = create_model_from_path(name, dtype=policy.dtype, device_map=None, attn_implementation=attention)
+        options = {key: value for key, value in self.loading.items() if key != "quantization_config"}
+        options |= {"dtype": policy.dtype, "attn_implementation": policy.config._attn_implementation}
+        options["device_map"] = None  # TRL's, "auto" on a GPU, is none that transformers takes beside ZeRO-3
+        teacher = create_model_from_path(name, **options)
         teacher.requires_grad_(False)
+        self._check_start(teacher, policy, name)
         return prepare_deepspeed(teacher, self.accelerator)
+
+    def _check_start(self, teacher: nn.Module, policy: nn.Module, name: str) -> None:
+        """Raises `ValueError` on all ranks if what was loaded from the policy's name is not the policy."""
+        own, loaded = dict(policy.named_parameters()), dict(teacher.named_parameters())
+        shapes = [{key: tuple(getattr(p, "ds_shape", p.shape)) for key, p in x.items()} for x in (own, loaded)]
+        differ = torch.tensor([int(shapes[0] != shapes[1])], device=self.accelerator.device)
+        if not differ:
+            differ += sum(not self._is_same(own[key], weight) for key, weight in loaded.items())
+        if self.accelerator.gather(differ).any():
+            raise ValueError(
+                f"under ZeRO-3 the self-teacher is loaded from the policy's name, {name!r}, and its weights are not "
+                "the policy's (changed after loading, another revision, an adapter merged in): save the policy and "
+                "pass its folder as model, or set model_init_kwargs to how it was loaded"
+            )
+
+    def _is_same(self, own: nn.Parameter, loaded: nn.Parameter) -> bool:
+        """What of two weights lies on this rank, but for rounding; the first may be whole."""
+        share = self._shard(loaded)
+        if hasattr(own, "ds_tensor"):
+            part = self._shard(own)
+        else:
+            start = self.accelerator.process_index * loaded.ds_tensor.numel()
+            part = own.detach().flatten()[start : start + share.numel()]
+        dtype = min(part.dtype, share.dtype, key=lambda dtype: dtype.itemsize)
+        return torch.equal(part.to(share.device, dtype), share.to(dtype))
 
     @contextmanager
     def view(self, policy: nn.Module) -> Iterator[nn.Module]:

@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 from . import objective
 from ._trl import ForwardRedirection, SiblingSampler
-from .checks import check_batch, check_prompt_lengths, check_support, warn_of_half_precision
+from .checks import HalfPrecisionCallback, check_batch, check_prompt_lengths, check_support
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
 from .doctor import DoctorCallback, routing_figures, weight_figures
@@ -52,12 +52,12 @@ class SRPOTrainer(GRPOTrainer):
         "    journal = {arXiv preprint arXiv:2604.02288},\n    year = {2026}\n}",
     }
 
-    def __init__(self, model, reward_funcs=None, args: SRPOConfig | None = None, **kwargs):
+    def __init__(self, model, reward_funcs=None, args: SRPOConfig | None = None, train_dataset=None, **kwargs):
         args = SRPOConfig() if args is None else args
-        check_batch(args, kwargs.get("train_dataset"))
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
-        if self.accelerator.is_main_process and not self.is_deepspeed_enabled:  # which keeps float32 copies
-            warn_of_half_precision(self.model)
+        check_batch(args, train_dataset)
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        if not self.is_deepspeed_enabled:  # which keeps float32 copies
+            self.add_callback(HalfPrecisionCallback())
         self._forward_redirection = ForwardRedirection()
         self._teacher_hidden: dict[int, torch.Tensor] = {}
         self._loss_sums: torch.Tensor | None = None
@@ -66,7 +66,12 @@ class SRPOTrainer(GRPOTrainer):
         if args.routing != "grpo":
             check_support(self)
             self.teacher = SelfTeacher(
-                self.model, self.accelerator, args.teacher, args.teacher_update_rate, args.teacher_offload
+                self.model,
+                self.accelerator,
+                args.teacher,
+                args.teacher_update_rate,
+                args.teacher_offload,
+                {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})},
             )
             if args.teacher == "ema":
                 self.add_callback(SelfTeacherCallback(self))
@@ -95,10 +100,10 @@ class SRPOTrainer(GRPOTrainer):
         return generated
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        if self._is_first_turn:  # in later ones a prompt holds the rollout so far and the results of its tools
+        first, self._is_first_turn = self._is_first_turn, False
+        if first:  # in later ones a prompt holds the rollout so far and the results of its tools
             check_prompt_lengths(prompt_ids, self.args.max_prompt_length)
-        self._is_first_turn = False
-        with self._timed("generation"):
+        with self._timed("generation", add=not first):
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
@@ -307,11 +312,13 @@ class SRPOTrainer(GRPOTrainer):
         """Rows of all ranks in the sampler's order, padded with zeros to the longest rollout."""
         return self.accelerator.gather(self.accelerator.pad_across_processes(tensor, dim=1))
 
-    def _record(self, name: str, value: float) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(value)
+    def _record(self, name: str, value: float, add: bool = False) -> None:
+        """Logs the mean over calls; with `add`, the value counts to the call before."""
+        values = self._metrics["train" if self.model.training else "eval"][name]
+        values.append(values.pop() + value if add else value)
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def _timed(self, part: str, add: bool = False) -> Iterator[None]:
         """Logs the seconds of a part of the step as `time/<part>`; waits for the GPU so that they are its own."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -319,4 +326,4 @@ class SRPOTrainer(GRPOTrainer):
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._record(f"time/{part}", time.perf_counter() - start)
+        self._record(f"time/{part}", time.perf_counter() - start, add)

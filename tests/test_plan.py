@@ -1,5 +1,6 @@
 """The memory table of the dry runs, the formulas of a step, the plan of every config, and the Slurm scripts."""
 
+import importlib
 import math
 import os
 import re
@@ -428,6 +429,25 @@ def test_two_nodes_meet_beside_two_servers(cluster, tmp_path):
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == [words, words]
     log = (tmp_path / "log").read_text()
     assert "serve the/solver" in log and "serve the/coder" in log and "VLLM_SERVER_DEV_MODE=1" in log
+
+
+@pytest.mark.parametrize("path", ["docs/many_nodes.md", "scripts/slurm/train.sbatch"])
+def test_the_commands_of_many_nodes_keep_the_batch_of_the_config(path):
+    text = re.sub(r"\n#", "\n", (ROOT / path).read_text())
+    found = re.findall(r"COMMAND='((?:va_opd|srpo)\.train [^']*)'((?:\\\n|[^\n])*?)--nodes (\d)", text)
+    assert {(words.split()[0], "SERVE" in rest) for words, rest, _ in found} == {
+        ("va_opd.train", False), ("srpo.train", False), ("srpo.train", True)
+    }  # fmt: skip
+    for words, rest, nodes in found:
+        module, *fields = words.split()
+        assert fields[0] == "--config"
+        parse = importlib.import_module(module).parse
+        batch, of_config = (
+            config.per_device_train_batch_size * config.gradient_accumulation_steps
+            for _, config in (parse([*words, "--dry_run"]) for words in (fields, fields[:2]))
+        )
+        assert batch * (int(nodes) - ("SERVE" in rest)) == of_config, words
+        assert module == "va_opd.train" or "SHARDING=zero3" in rest, words  # else 8B does not fit
 
 
 def test_the_server_has_the_flags_of_trl():

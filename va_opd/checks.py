@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.utils import logging
@@ -51,20 +51,27 @@ def check_processor(processing_class, train_dataset) -> None:
             )
 
 
-def warn_of_half_precision(student: PreTrainedModel) -> None:
-    """Warns of trained weights in half precision, in which most updates at a small learning rate are rounded away."""
-    half = [
-        name
-        for name, p in student.named_parameters()
-        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
-    ]
-    if half:
-        logger.warning(
-            "%d of the student's trained weights are in half precision (%s): at a learning rate such as 1e-6 most "
-            'updates are rounded away; load it with dtype="float32", and bf16=True computes in bfloat16 all the same',
-            len(half),
-            half[0],
-        )
+class HalfPrecisionCallback(TrainerCallback):
+    """Warns when training starts of trained weights in half precision, in which most updates at a small learning rate
+    are rounded away. Not before: the adapters of a trainer that is built may still be made float32."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        dtypes = (torch.bfloat16, torch.float16)
+        half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in dtypes]
+        advice = 'load it with dtype="float32", and bf16=True computes in bfloat16 all the same'
+        if getattr(model, "is_quantized", False):
+            advice = (
+                "TRL rounds adapters on quantized weights to bfloat16: once the trainer is built, run `for p in "
+                "trainer.model.parameters(): p.data = p.data.float() if p.requires_grad else p.data`"
+            )
+        if half and state.is_world_process_zero:
+            logger.warning(
+                "%d of the student's trained weights are in half precision (%s): at a learning rate such as 1e-6 most "
+                "updates are rounded away; %s",
+                len(half),
+                half[0],
+                advice,
+            )
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

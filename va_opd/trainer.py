@@ -80,8 +80,8 @@ class VAOPDTrainer(DistillationTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self.accelerator.is_main_process and not self.is_deepspeed_enabled:  # which keeps float32 copies
-            checks.warn_of_half_precision(self.model)
+        if not self.is_deepspeed_enabled:  # which keeps float32 copies
+            self.add_callback(checks.HalfPrecisionCallback())
         if args.teacher_offload:  # TRL would put it on the device, where it may not fit beside the engine of rollouts
             self.teacher_model = teacher_model
         if teacher_model is not None:
@@ -117,10 +117,10 @@ class VAOPDTrainer(DistillationTrainer):
         )
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        if self._is_first_turn:  # in later ones a prompt holds the rollout so far and the results of its tools
+        first, self._is_first_turn = self._is_first_turn, False
+        if first:  # in later ones a prompt holds the rollout so far and the results of its tools
             checks.check_prompts(prompt_ids, self.args.max_prompt_length)
-        self._is_first_turn = False
-        with self._timed("generation"):
+        with self._timed("generation", add=not first):
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         checks.check_rollouts(completion_ids, self.banned_ids)
         return completion_ids
@@ -295,8 +295,10 @@ class VAOPDTrainer(DistillationTrainer):
         seed = self.args.seed + self.state.global_step
         return torch.Generator().manual_seed(seed) if self.args.random_ties else None
 
-    def _record(self, name: str, value: float) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(value)
+    def _record(self, name: str, value: float, add: bool = False) -> None:
+        """Logs the mean over calls; with `add`, the value counts to the call before."""
+        values = self._metrics["train" if self.model.training else "eval"][name]
+        values.append(values.pop() + value if add else value)
 
     def _measures_null(self) -> bool:
         """True once, at the first training batch: of an evaluation before, the doctor would not see the figure."""
@@ -306,7 +308,7 @@ class VAOPDTrainer(DistillationTrainer):
         return due
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def _timed(self, part: str, add: bool = False) -> Iterator[None]:
         """Logs the seconds of a part of the step as `time/<part>`; waits for the GPU so that they are its own."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -314,4 +316,4 @@ class VAOPDTrainer(DistillationTrainer):
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._record(f"time/{part}", time.perf_counter() - start)
+        self._record(f"time/{part}", time.perf_counter() - start, add)

@@ -1,10 +1,12 @@
 """The Challenger's reward over a whole batch, and the overrides of TRL's trainer."""
 
 import inspect
+import logging
 import math
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -548,6 +550,32 @@ def test_trls_own_config_will_do(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 1 and not torch.equal(before, model.lm_head.weight)
     assert not any(isinstance(callback, doctor.DoctorCallback) for callback in trainer.callback_handler.callbacks)
+
+
+def test_trained_weights_in_half_precision_are_warned_of_when_training_starts(tmp_path, caplog):
+    """Adapters on quantized weights, which TRL rounds, are made float32 after the constructor."""
+    model, tokenizer = tiny_qwen3(hidden=32)
+    config = GRPOConfig(str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, report_to="none")
+    trainer = PhaseTrainer(
+        model,
+        lambda completions, **columns: [0.0] * len(completions),
+        config,
+        train_dataset=Dataset.from_list([{"prompt": "1+1="}] * 4),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=4, target_modules=["q_proj"]),
+    )
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    advice = ("load the model in float32 (policy_dtype)", "p.data = p.data.float()")
+    for count, text in enumerate(advice, 1):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warnings) == count and "in half precision" in warnings[-1] and text in warnings[-1]
+        trainer.model.base_model.model.is_quantized = True  # stands for 4 bits
+    for p in trainer.model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert len(caplog.records) == 2
 
 
 def test_the_gap_of_two_engines_leaves_out_the_nucleus():

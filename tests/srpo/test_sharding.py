@@ -74,12 +74,15 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
     settings = dict(settings)
     # As in srpo.train, config and process group are there: while they are, models are loaded in shards
     policy = folder / settings.pop("policy", "tied")
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    if settings.pop("changed", False):
+        next(model.parameters()).ds_tensor.add_(1.0)
     lora = models.lora_config(4) if settings.pop("lora", False) else None
     trainer = tests.build(
         folder / out,
         tests.rows(2),
         settings.pop("reward", first_prompt_only),
-        (AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)),
+        (model, AutoTokenizer.from_pretrained(policy)),
         max_steps=4,
         save_strategy="steps",
         save_steps=2,
@@ -134,6 +137,11 @@ def all_cases(folder: Path) -> dict[str, Any]:
             if "resumed" not in results:
                 results["straight"] = results[case]
                 results["resumed"] = train(folder, settings, case, resume=True)
+    if sharded_teacher() == "ZeRO-3":
+        with pytest.raises(
+            ValueError, match="^under ZeRO-3 the self-teacher is loaded .* weights are not the policy's"
+        ):
+            train(folder, {"changed": True}, "changed")
     return results
 
 

@@ -1,6 +1,7 @@
 """SRPO's command lines: settings, bad input, run folders, resuming, the experiment; on embedded additions."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,7 +20,7 @@ from common import models, stages
 from common.cli import changed_settings
 from common.runs import exclusive, last_checkpoint, read_jsonl
 from common.tiny import tiny_qwen3
-from srpo import doctor, evaluate, loop, train
+from srpo import checks, doctor, evaluate, loop, train
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "srpo" / "configs").glob("*.yaml"))
@@ -560,6 +562,27 @@ def test_the_doctor_warns_in_words(logs, message):
     (warning,) = doctor.diagnose(logs, first_length=100.0)
     assert message in warning
     assert doctor.diagnose(dict.fromkeys(logs), first_length=100.0) == []
+
+
+def test_a_resumed_run_remembers_its_first_length(capsys):
+    before = [{"loss": 0.1}, {"eval_completions/mean_length": 9.0}, {"completions/mean_length": 400.0}]
+    now = {"route/sdpo": 0.5, "completions/mean_length": 50.0}
+    state = SimpleNamespace(is_world_process_zero=True, global_step=300, log_history=[*before, now])
+    doctor.DoctorCallback(every=20).on_log(None, state, None, now)
+    assert "five times shorter than at the start" in capsys.readouterr().out
+    state.log_history = [{"completions/mean_length": 60.0}, now]
+    doctor.DoctorCallback(every=20).on_log(None, state, None, now)
+    assert "shorter" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_preset_has_teacher_prompts_beyond_the_models_positions(path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    _, settings = train.parse(["--config", str(path), "--dry_run"])
+    positions = {"tiny": 512, "small": 8192}.get(path.stem, 40960)  # those of the models' config.json
+    text = SimpleNamespace(max_position_embeddings=positions)
+    checks.warn_of_positions(settings, SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text)))
+    assert not caplog.records
 
 
 def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):

@@ -218,17 +218,57 @@ def test_the_teacher_computes_in_bf16_where_accelerate_has_no_autocast(make, fix
     assert seen == {"teacher": {torch.bfloat16}, "head": {torch.bfloat16}}
 
 
-def test_a_copy_under_zero3_is_placed_by_deepspeed(monkeypatch):
+def in_shards(weight: torch.Tensor, partitioned: bool = True) -> torch.nn.Linear:
+    """A layer of 2 x 3 as on the last of two ranks under ZeRO-3, where one value fills up the share."""
+    layer = torch.nn.Linear(3, 2, bias=False, dtype=weight.dtype)
+    layer.weight.data = torch.empty(0) if partitioned else weight
+    if partitioned:
+        layer.weight.ds_tensor = torch.cat([weight.flatten()[4:], weight.new_full((2,), math.nan)])
+        layer.weight.ds_numel, layer.weight.ds_shape = 6, weight.shape
+    return layer
+
+
+def zero3_copy(monkeypatch, policy: torch.nn.Linear, loaded: torch.nn.Linear, **loading):
+    """`_zero3_copy` of a policy, and the options with which its name was loaded."""
     seen = {}
-    monkeypatch.setattr(
-        teacher, "create_model_from_path", lambda name, **options: seen.update(options) or torch.nn.Linear(1, 1)
-    )
+    monkeypatch.setattr(teacher, "create_model_from_path", lambda name, **options: seen.update(options) or loaded)
     monkeypatch.setattr(teacher, "prepare_deepspeed", lambda model, accelerator: model)
-    config = SimpleNamespace(_name_or_path="m", _attn_implementation="flash_attention_2")
-    policy, owner = SimpleNamespace(config=config, dtype=torch.bfloat16), SimpleNamespace(accelerator=None)
-    copy = teacher.SelfTeacher._zero3_copy(owner, policy)
+    policy.config = SimpleNamespace(_name_or_path="m", _attn_implementation="flash_attention_2")
+    policy.dtype = torch.bfloat16
+    owner = object.__new__(SelfTeacher)
+    owner.accelerator = SimpleNamespace(process_index=1, device="cpu", gather=lambda tensor: tensor)
+    owner.loading, owner.zero3 = loading, True
+    return owner._zero3_copy(policy), seen
+
+
+def test_a_copy_under_zero3_is_loaded_as_the_policy_was_and_placed_by_deepspeed(monkeypatch):
+    weight = torch.randn(2, 3).bfloat16()
+    loading = {"revision": "v2", "trust_remote_code": True, "dtype": "auto", "device_map": "auto"}
+    loading |= {"attn_implementation": "eager", "quantization_config": {}}
+    copy, seen = zero3_copy(monkeypatch, in_shards(weight), in_shards(weight), **loading)
     assert not any(weight.requires_grad for weight in copy.parameters())
-    assert seen == {"dtype": torch.bfloat16, "device_map": None, "attn_implementation": "flash_attention_2"}
+    own = {"dtype": torch.bfloat16, "device_map": None, "attn_implementation": "flash_attention_2"}
+    assert seen == {"revision": "v2", "trust_remote_code": True, **own}
+
+
+def test_the_options_of_loading_reach_the_teacher(make, monkeypatch):
+    given = []
+    monkeypatch.setattr("srpo.trainer.SelfTeacher", lambda *arguments: given.append(arguments[-1]))
+    make(model_init_kwargs={"revision": "v2"}, trust_remote_code=True)
+    make()
+    assert given == [{"revision": "v2", "trust_remote_code": True}, {"trust_remote_code": False}]
+
+
+@pytest.mark.parametrize("partitioned", [True, False])
+def test_another_models_weights_under_the_policys_name_are_refused(monkeypatch, partitioned):
+    """Such as those of a base model whose adapter was merged into the policy, which keeps its name."""
+    weight = torch.randn(2, 3)
+    zero3_copy(monkeypatch, in_shards(weight, partitioned), in_shards(weight))
+    zero3_copy(monkeypatch, in_shards(weight, partitioned), in_shards(weight.bfloat16()))  # rounded, as by DeepSpeed
+    for other in (weight + torch.tensor([0, 0, 1e-6]), weight.T):
+        with pytest.raises(ValueError, match="loaded from the policy's name, 'm', and its weights are not") as error:
+            zero3_copy(monkeypatch, in_shards(weight, partitioned), in_shards(other))
+        assert "\n" not in str(error.value)
 
 
 def as_fsdp(redirect):
@@ -654,6 +694,42 @@ def test_weights_of_reward_functions_count_for_the_routes(make, fixed):
     assert trainer.last_rollouts["distill"].tolist() == [True, True, False, True] * 2
 
 
+@pytest.fixture
+def warned(caplog, monkeypatch):
+    """How often a text was in a warning so far."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return lambda text: sum(text in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "warns"),
+    [
+        (2, {}, True),
+        (2, {"reward_weights": [1.0, 0.0]}, False),
+        (2, {"reward_weights": [1.0, 0.2]}, False),
+        (3, {"reward_weights": [1.0, 0.3, -0.3]}, True),
+        (2, {"reward_threshold": 1.5}, False),
+        (2, {"routing": "grpo"}, False),
+        (1, {}, False),
+    ],
+)
+def test_rewards_that_make_a_wrong_rollout_correct_are_warned_of(make, warned, count, settings, warns):
+    make(reward=[mixed_reward, always(1.0), always(1.0)][:count], **settings)
+    assert warned("set it, or reward_weights, so that only correct answers do") == warns
+
+
+@pytest.mark.parametrize(("limit", "warns"), [(506, False), (507, True)])
+def test_teacher_prompts_beyond_the_models_positions_are_warned_of(make, warned, limit, warns):
+    make(max_reprompt_length=limit)  # and 6 tokens of a response; the model has 512
+    assert warned("longer than the model's 512 positions: lower max_reprompt_length=507") == warns
+    make(max_prompt_length=500)  # no prompt and demonstration together are as long as max_reprompt_length
+    model, tokenizer = policy()
+    del model.config.max_position_embeddings
+    make(model=(model, tokenizer))
+    make(routing="grpo")
+    assert warned("positions") == warns
+
+
 # --- what is logged ----------------------------------------------------------------
 
 
@@ -873,15 +949,62 @@ def test_with_lora_the_average_is_of_the_product(make, fixed):
     assert not torch.allclose(merged[2], merged[0], atol=1e-4)
 
 
-def test_the_frozen_teacher_of_a_lora_run_is_the_base_model_without_a_copy(make, fixed):
-    trainer = make(peft_config=peft.LoraConfig(**LORA), teacher="frozen")
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    return model.eval()(input_ids=torch.tensor([[20, 30, 40]])).logits
+
+
+def assert_frozen_teacher_gives(expected: torch.Tensor, trainer) -> None:
+    with trainer.teacher.view(trainer.model) as teacher:
+        torch.testing.assert_close(logits_of(teacher), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"target_modules": ["embed_tokens"]}, {"r": 2}])
+def test_the_frozen_teacher_of_a_lora_run_is_the_base_model_without_a_copy(make, fixed, fields):
+    trainer = make(peft_config=peft.LoraConfig(**{**LORA, "init_lora_weights": True, **fields}), teacher="frozen")
     assert trainer.teacher.model is None
-    ids = torch.tensor([[20, 30, 40]])
-    with trainer.teacher.view(trainer.model) as teacher, torch.no_grad():
-        got = teacher(input_ids=ids).logits
-    expected = policy()[0](input_ids=ids).logits
-    torch.testing.assert_close(got, expected)
+    assert_frozen_teacher_gives(logits_of(policy()[0]), trainer)
     assert math.isfinite(step(trainer)[0])
+
+
+@pytest.mark.parametrize("init", [False, "pissa", "olora"])
+def test_the_frozen_teacher_of_an_adapter_that_does_not_begin_at_zero_is_a_merged_copy(make, fixed, init):
+    """False stands for one that was trained before; the others take out of the model what they hold."""
+    trainer = make(peft_config=peft.LoraConfig(**{**LORA, "init_lora_weights": init}), teacher="frozen")
+    start = logits_of(trainer.model)
+    trainer.train()
+    assert_frozen_teacher_gives(start, trainer)
+    with trainer.model.disable_adapter():
+        assert not torch.allclose(logits_of(trainer.model), start, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["norm"]}, {"trainable_token_indices": [20], "ensure_weight_tying": True}]
+)
+def test_what_else_an_adapter_holds_is_in_the_frozen_teacher(make, settings):
+    adapter = peft.LoraConfig(**{**LORA, "init_lora_weights": True, **settings})
+    model, tokenizer = policy()
+    adapted = peft.get_peft_model(model, adapter)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens" in name:
+                weight.add_(1.0)
+    trainer = make(model=(adapted, tokenizer), teacher="frozen")
+    assert trainer.teacher.model is not None
+    assert_frozen_teacher_gives(logits_of(trainer.model), trainer)
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("quantized", "is_quantized"), ("sharded", "is_fsdp2")])
+def test_where_no_merged_copy_can_be_made_such_an_adapter_is_refused(make, kind, weights):
+    accelerator = SimpleNamespace(is_fsdp2=weights == "is_fsdp2")
+    model, _ = policy()
+    model.is_quantized = weights == "is_quantized"
+    fresh = peft.get_peft_model(model, peft.LoraConfig(**{**LORA, "init_lora_weights": True}))
+    assert SelfTeacher(fresh, accelerator, "frozen").model is None
+    adapted = peft.get_peft_model(fresh.unload(), peft.LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=f"merged copy of {kind} weights cannot be made: pass the merged") as error:
+        SelfTeacher(adapted, accelerator, "frozen")
+    assert "\n" not in str(error.value)
 
 
 def test_the_averaged_head_of_a_quantized_policy_is_not_the_policys(make, fixed):
@@ -1040,10 +1163,31 @@ def test_a_template_of_ones_own_and_content_in_parts():
 def test_thinking_is_left_out_of_the_demonstration():
     assert objective.strip_thinking("<think>a\nb</think>\n\nThe <b> answer") == "The <b> answer"
     assert objective.strip_thinking("no thinking") == "no thinking"
+    assert objective.strip_thinking("So a\nb</think>\n\nThe <b> answer") == "The <b> answer"  # begun in the prompt
+    assert objective.strip_thinking("a</think>A call. <think>b</think>The answer") == "A call. The answer"
+    assert objective.strip_thinking("The answer <think>without an end") == "The answer <think>without an end"
     _, tokenizer = policy()
     shown = (["Q"], ["<think>a</think>b"], lambda prompts: tokenizer(prompts)["input_ids"], tokenizer, 99)
     (ids,) = teacher_prompt_ids(*shown, "{prompt}: {demonstration}")
     assert tokenizer.decode(ids) == "Q: b"
+
+
+def test_text_that_holds_the_chat_template_is_refused_where_a_teacher_reads_it(make, fixed):
+    _, tokenizer = policy()
+    data = [{**row, "prompt": tokenizer.apply_chat_template(row["prompt"], tokenize=False)} for row in rows()]
+    with pytest.raises(
+        ValueError, match=r"chat template applied \(it holds '<\|im_start\|>'\).*: pass messages"
+    ) as error:
+        step(make(data=data, reward=first_is_right))
+    assert "\n" not in str(error.value)
+    step(make(data=data, reward=first_is_right, routing="grpo"))
+    step(make(data=data, reward=always(0.0)))  # no rollout is shown
+    plain = [{**row, "prompt": "Q<|endoftext|>Q<|im_end|>"} for row in rows()]  # that fill or end a text
+    step(make(data=plain, reward=first_is_right))
+
+
+def first_is_right(completions, **columns) -> list[float]:
+    return [float(i % 4 == 0) for i in range(len(completions))]
 
 
 # --- checkpoints ----------------------------------------------------------------
@@ -1114,6 +1258,20 @@ def test_the_results_of_tools_are_no_part_of_the_prompts_limit(make, fixed):
         step(make(max_prompt_length=5))
 
 
+def test_the_seconds_of_generation_are_those_of_all_turns(make, monkeypatch):
+    """With tools TRL generates once a turn, and averages what is logged."""
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, *arguments: ([], None))
+    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0, 30.0, 38.0])
+    monkeypatch.setattr("srpo.trainer.time.perf_counter", lambda: next(clock))
+    trainer = make()
+    trainer.model.train()
+    for turns in (3, 1):  # generation batches
+        trainer._is_first_turn = True
+        for _ in range(turns):
+            trainer._generate_single_turn([[11]], None, {}, 4)
+    assert trainer._metrics["train"]["time/generation"] == [1.0 + 2.0 + 4.0, 8.0]
+
+
 def test_a_prompt_over_the_limit(make):
     with pytest.raises(ValueError, match="max_prompt_length=5"):
         step(make(max_prompt_length=5))
@@ -1167,13 +1325,37 @@ def test_another_configuration_and_an_iterable_data_set_are_one_clear_sentence(m
         SRPOTrainer(model, mixed_reward, make().args, train_dataset=endless, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_trained_weights_in_half_precision_are_warned_of(make, caplog, monkeypatch, dtype):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+def test_the_data_set_is_taken_where_trls_trainer_takes_it(make):
     model, tokenizer = policy()
-    make(model=(model.to(dtype), tokenizer))
-    warned = [record for record in caplog.records if "in half precision" in record.getMessage()]
-    assert len(warned) == (dtype == torch.bfloat16)
+    arguments = (model, mixed_reward, make().args, Dataset.from_list(rows()))
+    assert len(SRPOTrainer(*arguments, processing_class=tokenizer).train_dataset) == 4
+    with pytest.raises(ValueError, match="train_dataset has 1 prompts, fewer than the 2"):
+        SRPOTrainer(*arguments[:3], Dataset.from_list(rows(1)), processing_class=tokenizer)
+
+
+def begin(trainer) -> None:
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_trained_weights_in_half_precision_are_warned_of(make, warned, dtype):
+    model, tokenizer = policy()
+    begin(make(model=(model.to(dtype), tokenizer)))
+    assert warned('load the model with dtype="float32"') == (dtype == torch.bfloat16)
+
+
+def test_adapters_that_are_made_float32_after_the_constructor_are_not_warned_of(make, warned):
+    """As `srpo.train` does with those on quantized weights, which TRL rounds."""
+    trainer = make(peft_config=peft.LoraConfig(**LORA))
+    trainer.model.base_model.model.is_quantized = True  # stands for 4 bits
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    begin(trainer)
+    assert warned("p.data = p.data.float()") == warned("in half precision") == 1
+    for p in trainer.model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    begin(trainer)
+    assert warned("in half precision") == 1
 
 
 @pytest.mark.parametrize(

@@ -973,9 +973,42 @@ def test_another_configuration_is_one_clear_sentence(tmp_path):
 def test_a_student_in_half_precision_is_warned_of(make, caplog, monkeypatch, dtype):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     student, teacher, processor = models()
-    make(parts=(student.to(dtype), teacher, processor))
+    begin(make(parts=(student.to(dtype), teacher, processor)))
     warned = [record for record in caplog.records if "in half precision" in record.getMessage()]
     assert len(warned) == (dtype == torch.bfloat16)
+
+
+def begin(trainer) -> None:
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_adapters_that_are_made_float32_after_the_constructor_are_not_warned_of(make, caplog, monkeypatch):
+    """As `va_opd.train` does with those on quantized weights, which TRL rounds."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    trainer = make(peft_config=peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    trainer.model.base_model.model.is_quantized = True  # stands for 4 bits
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for _ in range(2):
+        begin(trainer)
+        (warning,) = [record.getMessage() for record in caplog.records if "in half" in record.getMessage()]
+        assert "p.data = p.data.float()" in warning
+        for p in trainer.model.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+
+
+def test_the_seconds_of_generation_are_those_of_all_turns(make, monkeypatch):
+    """With tools TRL generates once a turn, and averages what is logged."""
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda self, *arguments: [[11]])
+    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0, 30.0, 38.0])
+    monkeypatch.setattr("va_opd.trainer.time.perf_counter", lambda: next(clock))
+    trainer = make()
+    trainer.model.train()
+    for turns in (3, 1):  # generation batches
+        trainer._is_first_turn = True
+        for _ in range(turns):
+            trainer._generate_single_turn([[11]], None, {})
+    assert trainer._metrics["train"]["time/generation"] == [1.0 + 2.0 + 4.0, 8.0]
 
 
 def test_the_results_of_tools_are_no_part_of_the_prompts_limit(make, monkeypatch):
