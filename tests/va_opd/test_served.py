@@ -458,7 +458,7 @@ def test_without_the_parity_check_the_command_loads_no_teacher(parts, teacher_se
     argv = ["--model", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path)]
     argv += ["--teacher_server", teacher_server.address, "--teacher_mode", "teacher_topk", "--use_cpu", "true"]
     argv += ["--bf16", "false", "--report_to", "none", "--per_device_train_batch_size", "8", "--max_steps", "1"]
-    splits = {"train": tests.Dataset.from_list(tests.image_rows(4))}
+    splits = {"train": tests.Dataset.from_list(tests.image_rows(4)).add_column("id", list("abcd"))}
     loaded = train.build_trainer(*train.parse(argv), splits)
     assert loaded.teacher.local.trainer is loaded
     monkeypatch.setattr(train, "load_teacher", lambda *arguments: pytest.fail("loaded"))
