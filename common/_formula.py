@@ -255,7 +255,7 @@ class _Parser:
         return Node("name", (letter + suffix,))
 
     def indices(self) -> tuple[Node, ...]:
-        """Those of a subscript in which the variable of a sum stands; nothing is taken for another one."""
+        """The indices in a subscript in which the variable of a sum stands; nothing is taken for another one."""
         start = self.at
         self.at += 1
         end = next((at for at in range(self.at, len(self.tokens)) if self.tokens[at][1] == "}"), start)
@@ -408,7 +408,7 @@ def _repeating(text: str) -> Fraction:
 
 
 def _is_word(tokens: list[tuple[str, str]]) -> bool:
-    """Of a subscript: `x_{min}` has no index."""
+    """Whether a subscript is a word: `x_{min}` has no index."""
     return len(tokens) > 2 and all(kind == "name" for kind, _ in tokens)
 
 

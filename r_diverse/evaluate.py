@@ -29,7 +29,7 @@ def score(folder: Path, engine: Engine, run: RDiverseConfig) -> dict[str, Any]:
 
 
 def benchmark_names(run: RDiverseConfig) -> list[str]:
-    """Of the comma list, without blanks and "none"."""
+    """The names in `run.benchmarks`, without "none"."""
     return [name for part in run.benchmarks.split(",") if (name := part.strip()) not in ("", "none")]
 
 

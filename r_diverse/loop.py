@@ -539,7 +539,7 @@ def _goal(root: Path, more: int) -> int:
 
 
 def _begun(root: Path) -> Path:
-    """Is there while a `--more` of a run is not at its end. Beside the run's folder, which only the run begins."""
+    """File that exists while a `--more` of a run is not at its end, beside the run's folder, which the run begins."""
     return root.with_name(f".{root.name}.more.json")
 
 

@@ -56,7 +56,7 @@ class LMHead(NamedTuple):
                 grad_bias[start:end] += grad_logits[:, start:end].sum(0)
 
     def _slices(self) -> list[tuple[int, int]]:
-        """Of the vocabulary, so that no copy of the whole head is made in another dtype."""
+        """(start, end) pieces of the vocabulary, so that no copy of the whole head is made in another dtype."""
         return list(pairwise([*range(0, len(self.weight), VOCABULARY_TILE), len(self.weight)]))
 
     def gathered(self):

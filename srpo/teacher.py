@@ -85,8 +85,8 @@ def _has_values(factor: nn.Module | nn.Parameter) -> bool:
 
 
 def autocast(accelerator, dtype: torch.dtype):
-    """For a teacher of that dtype. accelerate's is none under DeepSpeed, which casts the policy's weights, but not a
-    float32 average."""
+    """Autocast for a teacher of that dtype. accelerate's is none under DeepSpeed, which casts the policy's weights,
+    but not a float32 average."""
     if accelerator.mixed_precision == "bf16" and dtype == torch.float32:
         return torch.autocast(accelerator.device.type, torch.bfloat16)
     return accelerator.autocast()
@@ -291,7 +291,7 @@ class SelfTeacher:
             return response_hidden_states(unwrapped, inputs)  # past DDP, which would wait for ranks without such rows
 
     def _same_number_on_all_ranks(self, parts: list) -> list:
-        """With empty parts at the end: the forward of a sharded teacher is a collective."""
+        """Appends empty parts so that all ranks run equally many: the forward of a sharded teacher is a collective."""
         if self.sharded:
             count = torch.tensor([len(parts)], device=self.accelerator.device)
             parts = parts + [[]] * (int(self.accelerator.gather(count).max()) - len(parts))
@@ -331,7 +331,7 @@ class SelfTeacher:
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def _parameters(self, model: nn.Module, trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Of a model, or those of them that training can change."""
+        """(name, local storage) of a model's parameters, with `trained` only of those that training changes."""
         for name, parameter in self.accelerator.unwrap_model(model).named_parameters():
             if parameter.requires_grad or not trained:
                 # FSDP's activation checkpointing wraps layers of the policy alone

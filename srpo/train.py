@@ -174,7 +174,7 @@ def run(args: ScriptArguments, config: SRPOConfig, splits: "DatasetDict", traine
 
 
 def record(folder: RunFolder, trainer, checkpoint: Path | None) -> None:
-    """From here on the trainer's logs go to the folder; lines after the checkpoint will come again."""
+    """Sends the trainer's logs to the folder from here on; lines after the checkpoint will come again."""
     step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
     folder.truncate_logs(step)
     print(f"{folder.path}: " + (f"resuming at step {step}" if checkpoint else "starting"), flush=True)
@@ -343,7 +343,7 @@ def trained_parameters(args: ScriptArguments, parameters: float) -> float:
 
 
 def averaged_parameters(args: ScriptArguments, parameters: float) -> float:
-    """Of an EMA teacher: all, with QLoRA those of the adapter."""
+    """Parameters that an EMA teacher averages: all, with QLoRA those of the adapter."""
     return trained_parameters(args, parameters) if args.load_in_4bit else parameters
 
 

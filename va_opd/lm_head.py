@@ -64,7 +64,7 @@ class LMHead(NamedTuple):
         return maybe_gather_lm_head_ctx(self.weight, self.bias)
 
     def _slices(self) -> list[tuple[int, int]]:
-        """Of the vocabulary, so that no copy of a whole head is made in another dtype."""
+        """(start, end) pieces of the vocabulary, so that no copy of a whole head is made in another dtype."""
         edges = [*range(0, len(self.weight), VOCABULARY_TILE), len(self.weight)]
         return list(pairwise(edges))
 

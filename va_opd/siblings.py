@@ -115,7 +115,7 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def rope_types(config: PretrainedConfig) -> set[str]:
-    """Of all layers; a model may have one for each kind of layer."""
+    """The RoPE types of the model's layers; a model may have one for each kind of layer."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     of_kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
     return {kind.get("rope_type", "default") for kind in of_kinds}

@@ -183,7 +183,7 @@ def run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict", train
 
 
 def record(folder: RunFolder, trainer: "Trainer", checkpoint: Path | None) -> None:
-    """From here on the trainer's logs go to the folder; lines after the checkpoint will come again."""
+    """Sends the trainer's logs to the folder from here on; lines after the checkpoint will come again."""
     step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
     folder.truncate_logs(step)
     print(f"{folder.path}: " + (f"resuming at step {step}" if checkpoint else "starting"), flush=True)
@@ -337,7 +337,7 @@ def reward_of(args: ScriptArguments) -> Callable[..., list[float | None]]:
         return first_answer_reward
 
     def digits_reward(completions, answer, **columns) -> list[float]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        texts = list(map(verifiers.completion_text, completions))
         return [float(digits_correct(text, {"answer": gold})) for text, gold in zip(texts, answer, strict=True)]
 
     return digits_reward

@@ -98,7 +98,7 @@ def ready_prompt(row: Row) -> Messages:
 
 
 def _answer(row: Row) -> str | None:
-    """Of a number column too, where 27.0 and 27 are the same whole number; None where there is none."""
+    """The gold answer as text, of a number column too, where 27.0 and 27 are the same; None where there is none."""
     value = row["answer"]
     if value is None or value != value:
         return None

@@ -86,7 +86,7 @@ def mmmu_open(text: str, golds: Sequence[str]) -> bool:
 
 
 def _key_phrases(text: str) -> list[str]:
-    """Of each sentence what follows its last key word, if there is one; else the whole text."""
+    """What follows the last key word of each sentence that has one; else the whole text."""
     text = text.strip().strip(".").lower()
     sentences = text.split("\n")  # the script also splits before capitals, of which it has left none
     phrases = []
@@ -316,7 +316,7 @@ def _influence(units: Units) -> tuple[float, dict[str, float], dict[str, float]]
 
 
 def _half_width(pulls) -> float:
-    """Of the 95 % interval; 0 where no spread is seen."""
+    """Half the width of the 95 % interval; 0 where no spread is seen."""
     from scipy import stats
 
     pulls = list(pulls)
