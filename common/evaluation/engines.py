@@ -231,10 +231,13 @@ def turn_end_id(tokenizer) -> int | None:
 def never_sampled(processor, config) -> list[int]:
     """Ids of image and video placeholders, and of rows that pad the vocabulary."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    names = ("image_token", "video_token")
-    tokens = [token for token in (getattr(processor, name, None) for name in names) if isinstance(token, str)]
-    rows = config.get_text_config().vocab_size
-    return [*tokenizer.convert_tokens_to_ids(tokens), *range(len(tokenizer), rows)]
+    names = ("image_token", "video_token", "boi_token")
+    vocabulary = tokenizer.get_vocab()
+    tokens = (getattr(processor, name, None) for name in names)
+    placeholders = {vocabulary[token] for token in tokens if isinstance(token, str) and token in vocabulary}
+    # Some processors (Gemma 3) call another token image_token than the one that stands for image features
+    placeholders |= {getattr(config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
+    return sorted(placeholders.union(range(len(tokenizer), config.get_text_config().vocab_size)))
 
 
 class ServerEngine:

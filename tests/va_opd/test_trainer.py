@@ -44,6 +44,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import utils as trl_utils
 
+from common.evaluation.engines import never_sampled
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
 from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, doctor, objective, siblings
 from va_opd import trainer as va_opd_trainer
@@ -837,6 +838,7 @@ def test_placeholders_and_padded_rows_are_never_sampled(make, family):
     placeholders |= {i for i in [getattr(trainer.model.config, "video_token_id", None)] if i is not None}
     banned = placeholders | set(range(tokens, tokens + 9))
     assert banned <= trainer.banned_ids
+    assert trainer.banned_ids == set(never_sampled(processor, trainer.model.config))  # nor in evaluation
     assert processor.tokenizer.eos_token_id not in trainer.banned_ids
 
     boost = torch.zeros(tokens + 9)
