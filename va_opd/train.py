@@ -31,6 +31,7 @@ try:
     from common.checkpoints import resume_point
     from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine, json_options
+    from common.lora import adapter_base, check_lora, lora_config, with_adapters
     from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl
     from common.stages import on_one_gpu
 except ModuleNotFoundError as error:
@@ -132,7 +133,7 @@ def _main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
     args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
-    models.check_lora(args.lora_rank, args.load_in_4bit)
+    check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
     if args.method == "opd":
         config.weighting = "none"
@@ -228,7 +229,7 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
     """The TRL trainer of `args.method` with student, teacher and rows in place."""
     build = partial(_trainer_of_method, args, on_one_gpu(config), splits)
-    return models.with_adapters(build, args.lora_rank, args.load_in_4bit)
+    return with_adapters(build, args.lora_rank, args.load_in_4bit)
 
 
 def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
@@ -243,7 +244,7 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
     student = models.load_model(
         args.model, attn_implementation=args.attn_implementation, load_in_4bit=args.load_in_4bit
     )
-    lora = models.lora_config(args.lora_rank)
+    lora = lora_config(args.lora_rank)
     if args.method in ("va_opd", "opd"):
         check_same_tokens(_tokenizer(processor), _tokenizer(models.load_processor(args.teacher)))
         teacher = load_teacher(args, config) if loads_teacher(args, config) else None
@@ -256,7 +257,7 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
             peft_config=lora,
         )
     if args.method == "grpo":
-        if args.grpo_beta and not lora and models.adapter_base(args.model):
+        if args.grpo_beta and not lora and adapter_base(args.model):
             raise ValueError(
                 f"model {args.model!r} holds a LoRA adapter, but TRL would load the KL reference of "
                 f"grpo_beta={args.grpo_beta} without it: set grpo_beta to 0, or train a lora_rank above 0"
@@ -492,8 +493,8 @@ def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1, shar
     """Resolved settings, size of an update, memory a process and disk space, as text."""
     lines = plan.settings_lines(run_path(args, config), changed_settings(args, config))
     lines.append(plan.update_line(config, processes))
-    student, sharding = models.parameter_count(args.model), sharding if processes > 1 else "none"
-    teacher = models.parameter_count(args.teacher)
+    student, sharding = models.guess_parameters(args.model), sharding if processes > 1 else "none"
+    teacher = models.guess_parameters(args.teacher)
     if student is None or teacher is None:
         return "\n".join([*lines, plan.unknown_line([args.model, args.teacher])])
     parts = memory_parts(args, config, student, teacher, processes, sharding)
