@@ -122,7 +122,7 @@ class Comparison:
             self.kind = kind
         return bool(result)
 
-    def _identical(self, p: str, g: str) -> bool | None:
+    def _by_text(self, p: str, g: str) -> bool | None:
         if not p or not g or BROKEN in p:
             return False
         return True if key(p) == key(g) and self._reduced(p, g) else None
@@ -130,7 +130,7 @@ class Comparison:
     def _reduced(self, p: str, g: str) -> bool:
         return not self.policy.lowest_terms or is_lowest_terms(p) or not is_lowest_terms(g)
 
-    def _numbers(self, p: str, g: str) -> bool | None:
+    def _by_number(self, p: str, g: str) -> bool | None:
         p_based, g_based = _notation.based(p), _notation.based(g)
         if p_based or g_based:
             return p_based == g_based
@@ -150,7 +150,7 @@ class Comparison:
         places = decimals(g) if self.policy.rounding else None
         return None if places is None else Fraction(1, 2 * 10**places)
 
-    def _times(self, p: str, g: str) -> bool | None:
+    def _by_time(self, p: str, g: str) -> bool | None:
         p_date, g_date = _notation.date(p), _notation.date(g)
         if g_date or (p_date and number(g) is not None):
             return p_date == g_date
@@ -159,7 +159,7 @@ class Comparison:
             return None
         return _time_of_day(*p_time.groups()) == _time_of_day(*g_time.groups())
 
-    def _units(self, p: str, g: str) -> bool | None:
+    def _by_unit(self, p: str, g: str) -> bool | None:
         apart = _APART.search(g)
         known = {apart[1]} if apart and not _notation.is_symbolic(g[: apart.start()]) else set()
         g_value, g_unit = split_unit(g, keep=AMBIGUOUS - known)
@@ -182,7 +182,7 @@ class Comparison:
             return self._equal_numbers(left * factor, right, g_value)
         return self.same(rf"({p_value})\cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}", g_value)
 
-    def _names(self, p: str, g: str) -> bool | None:
+    def _by_name(self, p: str, g: str) -> bool | None:
         p_each, g_each = _notation.one_by_one(p, g), _notation.one_by_one(g, p)
         if (p_each, g_each) != (p, g):
             return self.same(p_each, g_each)
@@ -199,7 +199,7 @@ class Comparison:
             p_parts = p_parts[1:]
         return all(self.same(part, g_parts[-1]) for part in p_parts)
 
-    def _unions(self, p: str, g: str) -> bool | None:
+    def _by_union(self, p: str, g: str) -> bool | None:
         p_open, g_open = map(_notation.alternatives, (p, g))
         if (p_open, g_open) != (p, g):
             return self.same(p_open, g_open)
@@ -209,9 +209,9 @@ class Comparison:
         p_parts, g_parts = (x if len(x) > 1 else _notation.items_of(x[0])[1] for x in (p_parts, g_parts))
         if len({found[0] for x in (p_parts, g_parts) for part in x if (found := _notation.as_interval(part))}) > 1:
             return False  # x < 1 or y > 2
-        return self._match(p_parts, g_parts) or self._values(_notation.as_union(p), _notation.as_union(g))
+        return self._match(p_parts, g_parts) or self._by_value(_notation.as_union(p), _notation.as_union(g))
 
-    def _collections(self, p: str, g: str) -> bool | None:
+    def _by_items(self, p: str, g: str) -> bool | None:
         if BUILDER.fullmatch(p) or BUILDER.fullmatch(g):
             return None
         p_one, g_one = self._conjunction(p), self._conjunction(g)
@@ -237,7 +237,7 @@ class Comparison:
         if not names.isalpha() or ("xyz".find(names) and "abcd".find(names)):
             return False
         values = f"({','.join(parts[-1] for _, parts in assignments)})"
-        return bool(self._brackets(*((values, pair) if named is p_items else (pair, values))))
+        return bool(self._by_brackets(*((values, pair) if named is p_items else (pair, values))))
 
     def _conjunction(self, text: str) -> str:
         r"""`(1,4)` from `x>1, x<4`, which as alternatives would be every number; any other text as it is."""
@@ -266,7 +266,7 @@ class Comparison:
             del left[found]
         return True
 
-    def _relations(self, p: str, g: str) -> bool | None:
+    def _by_relation(self, p: str, g: str) -> bool | None:
         p_parts, g_parts = split(p, RELATION), split(g, RELATION)
         p_range, g_range = _notation.as_interval(p), _notation.as_interval(g)
         if len(p_parts) == len(g_parts) == 1 and not (p_range or g_range):
@@ -279,7 +279,7 @@ class Comparison:
             return self.same(p_range[1] if p_range else p, g_range[1] if g_range else g)
         p_set, g_set = _notation.as_set(p), _notation.as_set(g)
         return (p_set, g_set) != (p, g) and bool(_SET_ALGEBRA.search(p_set) and _SET_ALGEBRA.search(g_set)) and (
-            self._algebra(p_set, g_set)
+            self._ask_algebra(p_set, g_set)
         )  # fmt: skip
 
     def _same_relation(self, p_parts: list[str], g_parts: list[str]) -> bool:
@@ -294,7 +294,7 @@ class Comparison:
         try:
             sign = _values.proportional(f"({p_left})-({p_right})", f"({g_left})-({g_right})", self.deadline)
         except Unreadable:
-            return self._algebra("".join(p_parts), "".join(g_parts))
+            return self._ask_algebra("".join(p_parts), "".join(g_parts))
         except _values.TooLarge:
             return False
         return sign != 0 and (op not in FLIP or sign == (1 if op == g_op else -1))
@@ -305,7 +305,7 @@ class Comparison:
         except (Unreadable, _values.TooLarge):
             return False
 
-    def _brackets(self, p: str, g: str) -> bool | None:
+    def _by_brackets(self, p: str, g: str) -> bool | None:
         p_is, g_is = (x[0] in "([" and x[-1] in ")]" and _notation.closing_bracket(x) == len(x) - 1 for x in (p, g))
         if not p_is and not g_is:
             return None
@@ -316,10 +316,10 @@ class Comparison:
 
     def _grouping(self, p: str, g: str) -> bool | None:
         if _SET_ALGEBRA.search(p + g):
-            return self._algebra(p, g)
+            return self._ask_algebra(p, g)
         return None if "\\begin" in p or "\\begin" in g else False
 
-    def _matrices(self, p: str, g: str) -> bool | None:
+    def _by_matrix(self, p: str, g: str) -> bool | None:
         tables = [_notation.matrix_of(x) for x in (p, g)]
         if None in tables:
             return None if ("\\begin" in p and "\\begin" in g) or tables == [None, None] else False
@@ -328,19 +328,19 @@ class Comparison:
             return False
         return all(all(map(self.same, *rows)) for rows in zip(p_rows, g_rows, strict=True))
 
-    def _ratios(self, p: str, g: str) -> bool | None:
+    def _by_ratio(self, p: str, g: str) -> bool | None:
         p_terms, g_terms = split(p, _COLON)[::2], split(g, _COLON)[::2]
         if len(p_terms) == len(g_terms) == 1:
             return None
         return len(p_terms) == len(g_terms) and all(map(self.same, p_terms, g_terms))
 
-    def _texts(self, p: str, g: str) -> bool | None:
+    def _by_words(self, p: str, g: str) -> bool | None:
         if (p_letters := _CAPITALS.fullmatch(p)) and (g_letters := _CAPITALS.fullmatch(g)):
             return p_letters[1] == g_letters[1]
         p_text, g_text = _notation.is_text(p), _notation.is_text(g)
         return None if not p_text and not g_text else g_text and _notation.fold_text(p) == _notation.fold_text(g)
 
-    def _values(self, p: str, g: str) -> bool:
+    def _by_value(self, p: str, g: str) -> bool:
         """Equal values of two formulas; what is no formula of the usual kind goes to the computer algebra system."""
         tolerance = self._tolerance(g)
         p, g = map(_plain_number, (p, g))
@@ -349,13 +349,13 @@ class Comparison:
                 return _values.within(p, g, tolerance, self.deadline)
             return _values.equal(p, g, self.deadline)
         except Unreadable:
-            return self._algebra(p, g)
+            return self._ask_algebra(p, g)
         except _values.TooLarge:
             self.rule = "size"
             self.unreadable.add("gold" if _is_too_large(g, self.deadline) else "prediction")
             return False
 
-    def _algebra(self, p: str, g: str) -> bool:
+    def _ask_algebra(self, p: str, g: str) -> bool:
         if _SET_ALGEBRA.search(p) or _SET_ALGEBRA.search(g):
             same = _sets.same_set(p, g, self.deadline)
             if same is not None:
@@ -378,19 +378,19 @@ class Comparison:
 
 
 _STEPS: tuple[tuple[str, Callable[[Comparison, str, str], bool | None]], ...] = (
-    ("text", Comparison._identical),
-    ("number", Comparison._numbers),
-    ("time", Comparison._times),
-    ("unit", Comparison._units),
-    ("assignment", Comparison._names),
-    ("union", Comparison._unions),
-    ("collection", Comparison._collections),
-    ("relation", Comparison._relations),
-    ("brackets", Comparison._brackets),
-    ("matrix", Comparison._matrices),
-    ("ratio", Comparison._ratios),
-    ("words", Comparison._texts),
-    ("value", Comparison._values),
+    ("text", Comparison._by_text),
+    ("number", Comparison._by_number),
+    ("time", Comparison._by_time),
+    ("unit", Comparison._by_unit),
+    ("assignment", Comparison._by_name),
+    ("union", Comparison._by_union),
+    ("collection", Comparison._by_items),
+    ("relation", Comparison._by_relation),
+    ("brackets", Comparison._by_brackets),
+    ("matrix", Comparison._by_matrix),
+    ("ratio", Comparison._by_ratio),
+    ("words", Comparison._by_words),
+    ("value", Comparison._by_value),
 )
 
 
