@@ -11,15 +11,13 @@ Where TRL passes `log_metric`, the shares of the verdicts are logged (`verdict/c
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 from common._extract import after_thinking
-from common.answers import Verdict, chosen_letter, exact_number, extract_answer, gold_letter, grade_many
+from common.answers import Verdict, chosen_letter, extract_answer, gold_letter, grade_many
 
 __all__ = [
     "check_gold",
@@ -27,7 +25,6 @@ __all__ = [
     "format_reward",
     "length_penalty",
     "math_reward",
-    "numeric_reward",
     "tool_call_reward",
 ]
 
@@ -99,40 +96,6 @@ def _choice_verdict(response: str, gold: str | None) -> tuple[str | None, Verdic
     if chosen is None:
         return None, Verdict.NO_ANSWER if committed is None else Verdict.UNPARSEABLE
     return chosen, Verdict.CORRECT if chosen == wanted else Verdict.WRONG
-
-
-def numeric_reward(
-    completions: Sequence[Completion],
-    answer: Sequence[str | float | None] | None = None,
-    tolerance: Sequence[float | None] | float | None = None,
-    log_metric: LogMetric | None = None,
-    **columns,
-) -> list[float | None]:
-    """1.0 where the final answer is a numeral equal to the gold number, or within `tolerance` of it, else 0.0.
-
-    `tolerance` is absolute, one for each row (a column) or one for all; without it the numbers must be equal.
-    """
-    golds = _column("answer", answer, completions)
-    is_column = isinstance(tolerance, Sequence) or getattr(tolerance, "ndim", 0) == 1
-    limits = list(tolerance) if is_column else [tolerance] * len(golds)
-    if wrong := next((limit for limit in limits if limit is not None and not 0 <= limit < math.inf), None):
-        raise ValueError(f"tolerance must be at least 0 and finite, got {wrong}: mend the column or the argument")
-    rows = zip(completions, golds, limits, strict=True)
-    verdicts = [_numeric_verdict(_text(completion), gold, limit) for completion, gold, limit in rows]
-    return _rewards(verdicts, golds, log_metric)
-
-
-def _numeric_verdict(response: str, gold: str | float | None, tolerance: float | None) -> Verdict:
-    wanted = None if gold is None else exact_number(str(gold))
-    if wanted is None:
-        return Verdict.GOLD_UNPARSEABLE
-    committed = extract_answer(response)
-    if committed is None:
-        return Verdict.NO_ANSWER
-    number = exact_number(committed)
-    if number is None:
-        return Verdict.UNPARSEABLE
-    return Verdict.CORRECT if abs(number - wanted) <= Fraction(str(tolerance or 0)) else Verdict.WRONG
 
 
 def tool_call_reward(

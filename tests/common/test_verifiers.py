@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from common.verifiers import (
@@ -11,12 +10,11 @@ from common.verifiers import (
     format_reward,
     length_penalty,
     math_reward,
-    numeric_reward,
     tool_call_reward,
 )
 
 CALL = {"name": "search", "arguments": {"query": "rain", "limit": 3}}
-GOLD_REWARDS = [math_reward, choice_reward, numeric_reward, tool_call_reward]
+GOLD_REWARDS = [math_reward, choice_reward, tool_call_reward]
 
 
 def talk(text):
@@ -56,7 +54,6 @@ def test_a_row_without_gold_is_none_and_a_missing_column_is_an_error(reward):
 def test_an_unusable_gold_never_rewards():
     assert math_reward([r"\boxed{}", r"\boxed{None}"], answer=["", "  "]) == [None, None]
     assert choice_reward(["A"], answer=["Paris"]) == [None]
-    assert numeric_reward([r"\boxed{x}"], answer=["x"]) == [None]
     assert tool_call_reward(["{}"], answer=["not json"]) == [None]
     listed = {"name": "f", "arguments": [1]}
     assert tool_call_reward([json.dumps(listed)], answer=[listed]) == [None]
@@ -146,36 +143,10 @@ def test_a_gold_number_is_no_letter():
         check_gold(choice_reward, [{"answer": 2}])
 
 
-@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0, [0.1, float("nan")]])
-def test_a_tolerance_must_be_finite(tolerance):
-    with pytest.raises(ValueError, match="tolerance must be at least 0 and finite"):
-        numeric_reward([r"\boxed{3}"] * 2, answer=["3", "3"], tolerance=tolerance)
-
-
 @pytest.mark.parametrize("text", ["<s>old</s> new", "use <think> tags", "a</tool_call b"])
 def test_arguments_of_a_call_hold_any_text(text):
     call = {"name": "write", "arguments": {"text": text}}
     assert tool_call_reward([f"<think>x</think><tool_call>{json.dumps(call)}</tool_call>"], answer=[call]) == [1.0]
-
-
-def test_tolerances_of_a_numpy_column():
-    assert numeric_reward([r"\boxed{3}"], answer=["3.1"], tolerance=np.array(0.2)) == [1.0]
-    assert numeric_reward([r"\boxed{3}"] * 2, answer=["3.1", "3.1"], tolerance=np.array([0.2, 0.05])) == [1.0, 0.0]
-
-
-def test_numeric_reward():
-    texts = [
-        r"\boxed{3.14}",
-        r"\boxed{3.14}",
-        r"\boxed{1{,}000\text{ m}}",
-        r"\boxed{x}",
-        "3.14",
-        r"\boxed{9^{9^{9^9}}}",
-    ]
-    golds = [3.14159, "3.14", "1000", "5", "3.14", "5"]
-    assert numeric_reward(texts, answer=golds) == [0.0, 1.0, 1.0, 0.0, 0.0, 0.0]
-    assert numeric_reward(texts[:2], answer=golds[:2], tolerance=[0.01, None]) == [1.0, 1.0]
-    assert numeric_reward(texts[:1], answer=golds[:1], tolerance=0.001) == [0.0]
 
 
 def test_tool_calls_match_in_every_form():
@@ -246,7 +217,6 @@ def test_verdicts_of_letters_are_logged(compatible, unread):
     [
         (math_reward, ["5", "\\frac{1}{2}", None]),
         (choice_reward, ["A", "(c)"]),
-        (numeric_reward, ["1.5", 3]),
         (tool_call_reward, ['{"name": "f", "arguments": {}}']),
     ],
 )
@@ -261,7 +231,6 @@ def test_usable_gold_answers_pass_at_loading(reward, answers):
         (math_reward, {"answer": ""}, "row 1 has answer='', which math_reward cannot use"),
         (math_reward, {"answer": "\\frac{1}{}+", "id": "q7"}, "row q7 has answer="),
         (choice_reward, {"answer": "maybe"}, "which choice_reward cannot use"),
-        (numeric_reward, {"answer": "five"}, "which numeric_reward cannot use"),
         (tool_call_reward, {"answer": "{broken"}, "which tool_call_reward cannot use"),
     ],
 )
@@ -269,7 +238,6 @@ def test_unusable_gold_answers_are_named_at_loading(reward, row, message):
     good = {
         math_reward: "1",
         choice_reward: "A",
-        numeric_reward: "1",
         tool_call_reward: '{"name": "f", "arguments": {}}',
     }
     with pytest.raises(ValueError, match=message):
