@@ -20,25 +20,14 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "datasets",
-    "peft",
-    "numpy",
-    "vllm",
-    "deepspeed",
-    "bitsandbytes",
-)
+from common.versions import TESTED, installed
+
 COMPLETE = "complete.json"  # in a checkpoint: false while it is written, then the size of each of its files
 UNFINISHED = "it was not saved to its end"
 
@@ -351,15 +340,8 @@ def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, An
         "git": _git(),
         "hardware": _hardware(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": dict.fromkeys(TESTED) | installed(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git() -> dict[str, Any] | None:
