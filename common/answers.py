@@ -36,7 +36,7 @@ from tqdm import tqdm
 from common import _worker
 from common._choice import chosen_letter, gold_letter
 from common._compare import NeedsAlgebra, Outcome, Policy, compare
-from common._extract import extract_answer, own_words
+from common._extract import boxes_of, extract_answer, own_words
 from common._normalise import MAX_CHARS, key, normalise, within_limits
 from common._notation import assignment, bare
 from common._units import number, split_unit
@@ -48,6 +48,7 @@ __all__ = [
     "Check",
     "Policy",
     "Verdict",
+    "boxes_of",
     "check",
     "chosen_letter",
     "exact_number",
@@ -56,6 +57,7 @@ __all__ = [
     "grade",
     "grade_many",
     "judge",
+    "own_words",
     "same_answer",
 ]
 

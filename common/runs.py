@@ -256,7 +256,7 @@ class RunFolder:
 
     @property
     def is_done(self) -> bool:
-        return self.manifest["state"] == "done"
+        return is_done(self.path)
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; `step` is the optimizer step."""
@@ -289,6 +289,15 @@ class RunFolder:
     def _write(self, **changes: Any) -> None:
         self.manifest.update(changes)
         atomic_write_json(self.path / "manifest.json", self.manifest)
+
+
+def is_done(run: Path) -> bool:
+    """Whether a run folder holds a finished run."""
+    manifest = run / "manifest.json"
+    try:
+        return manifest.exists() and json.loads(manifest.read_text()).get("state") == "done"
+    except (ValueError, AttributeError):
+        return False  # opening the folder says what is wrong with it
 
 
 def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: dict) -> dict[str, Any]:

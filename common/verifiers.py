@@ -22,6 +22,7 @@ from common.answers import Verdict, chosen_letter, extract_answer, gold_letter, 
 __all__ = [
     "check_gold",
     "choice_reward",
+    "completion_text",
     "format_reward",
     "length_penalty",
     "math_reward",
@@ -53,7 +54,7 @@ def math_reward(
     that commits to none is an answer as a whole.
     """
     golds = _column("answer", answer, completions)
-    verdicts = grade_many([_text(completion) for completion in completions], golds, which=which, whole=whole)
+    verdicts = grade_many([completion_text(completion) for completion in completions], golds, which=which, whole=whole)
     return _rewards(verdicts, golds, log_metric)
 
 
@@ -73,7 +74,9 @@ def choice_reward(
     """
     golds = _column("answer", answer, completions)
     judge_one = _compatible_choice if compatible else _choice_verdict
-    results = [judge_one(_text(completion), gold) for completion, gold in zip(completions, golds, strict=True)]
+    results = [
+        judge_one(completion_text(completion), gold) for completion, gold in zip(completions, golds, strict=True)
+    ]
     if log_metric is not None and (chosen := Counter(letter for letter, _ in results if letter)):
         for letter in LETTERS:
             log_metric(f"letter/{letter}", chosen[letter] / chosen.total())
@@ -132,7 +135,7 @@ def _compatible_tools(completion: Completion, gold: str | list | None) -> Verdic
             inputs |= _parse_json(call["Action_Input"])
     except (KeyError, TypeError, ValueError, RecursionError):
         return Verdict.GOLD_UNPARSEABLE
-    response = _text(completion)[:_MAX_CALL_CHARS]
+    response = completion_text(completion)[:_MAX_CALL_CHARS]
     merged: dict = {}
     for block in _FIRST_BRACES.findall(response):
         try:
@@ -159,7 +162,7 @@ def _tool_calls(completion: Completion) -> str | list:
     message = {} if isinstance(completion, str) else _last_message(completion)
     if message.get("tool_calls"):
         return [call.get("function", call) if isinstance(call, dict) else call for call in message["tool_calls"]]
-    text = after_thinking(_text(completion))
+    text = after_thinking(completion_text(completion))
     tagged = [part.partition("</tool_call>")[0] for part in text.split("<tool_call>")[1:]]
     return f"[{','.join(tagged)}]" if tagged else _action_lines(text) or text
 
@@ -219,7 +222,7 @@ def _parse_json(source: object) -> object:
 
 def format_reward(completions: Sequence[Completion], **columns) -> list[float]:
     """1.0 where the response commits to an answer and thinks in one closed block or in none, else 0.0."""
-    return [float(_well_formed(_text(completion))) for completion in completions]
+    return [float(_well_formed(completion_text(completion))) for completion in completions]
 
 
 def _well_formed(response: str) -> bool:
@@ -242,11 +245,11 @@ def length_penalty(
     """
     if not 0 < buffer <= max_length:
         raise ValueError(f"buffer must be in (0, max_length], got {buffer} with max_length {max_length}")
-    sizes = [len(ids) for ids in (map(_text, completions) if completion_ids is None else completion_ids)]
+    sizes = [len(ids) for ids in (map(completion_text, completions) if completion_ids is None else completion_ids)]
     return [-min(1.0, max(0.0, (size - max_length + buffer) / buffer)) for size in sizes]
 
 
-def _text(completion: Completion) -> str:
+def completion_text(completion: Completion) -> str:
     """The words of a completion; the text parts of a message with several parts."""
     if isinstance(completion, str):
         return completion

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from common._extract import boxes_of, own_words
-from common.answers import extract_answer, grade_many, same_answer
+from common.answers import boxes_of, extract_answer, grade_many, own_words, same_answer
 from common.evaluation import Decoding, Engine, Prompt, TransformersEngine, generate_samples
 from common.once import read_counts
 from common.runs import read_jsonl, write_jsonl
-from common.verifiers import math_reward
+from common.verifiers import completion_text, math_reward
 
 from . import analysis, objective
 from .budget import Budget
@@ -81,7 +80,7 @@ def answer_of(response: str, run: RDiverseConfig) -> str | None:
 
 def boxed_reward(completions, answer=None, log_metric=None, **columns) -> list[float | None]:
     """`math_reward`, but a response without a closed box gets 0: the Solver's reward with `boxed_only`."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    texts = map(completion_text, completions)
     boxed = [text if boxes_of(own_words(text)) else "" for text in texts]
     return math_reward(boxed, answer, log_metric, **columns)
 

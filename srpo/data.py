@@ -249,7 +249,9 @@ def additions() -> DatasetDict:
 
 def exact_reward(completions, answer, **columns) -> list[float]:
     """1.0 where the whole response is the sum."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    from common.verifiers import completion_text
+
+    texts = map(completion_text, completions)
     return [float(text.strip() == gold) for text, gold in zip(texts, answer, strict=True)]
 
 

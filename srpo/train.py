@@ -28,10 +28,10 @@ from .data import load_splits, reward_of
 try:
     from common import models, plan, preemption, versions
     from common.checkpoints import resume_point
-    from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
+    from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
     from common.evaluation import json_options
     from common.lora import check_lora, lora_config, with_adapters
-    from common.runs import RunFolder, exclusive, fingerprint
+    from common.runs import RunFolder, exclusive, fingerprint, is_done
     from common.stages import on_one_gpu
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":

@@ -29,10 +29,10 @@ from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, digits_correct, load_splits, 
 try:
     from common import models, plan, preemption, verifiers, versions
     from common.checkpoints import resume_point
-    from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
+    from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine, json_options
     from common.lora import adapter_base, check_lora, lora_config, with_adapters
-    from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl
+    from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, is_done, read_jsonl
     from common.stages import on_one_gpu
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
@@ -317,7 +317,7 @@ def reward_of(args: ScriptArguments) -> Callable[..., list[float | None]]:
         return first_answer_reward
 
     def digits_reward(completions, answer, **columns) -> list[float]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        texts = map(verifiers.completion_text, completions)
         return [float(digits_correct(text, {"answer": gold})) for text, gold in zip(texts, answer, strict=True)]
 
     return digits_reward
