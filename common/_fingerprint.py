@@ -24,7 +24,7 @@ _JUMPS = ("abs", "re", "im", "floor", "ceil", "i")  # equal arguments are not en
 
 
 def fingerprint(text: str, factor: Fraction) -> int | None:
-    """That of `factor` times the formula; None where it has none. Raises `Unreadable`."""
+    """Fingerprint of `factor` times the formula; None where it has none. Raises `Unreadable`."""
     own = _fingerprint(text)
     return None if own is None or not factor.denominator % _PRIME else own * _of_number(factor) % _PRIME
 

@@ -73,7 +73,8 @@ def _reach_this_machine_directly() -> None:
 
 
 def _end_process_group() -> None:
-    """Else its threads may abort a rank whose work is done. A colocated vLLM uses it, and ends it itself at exit."""
+    """Destroys the process group: its threads may abort a rank whose work is done. A colocated vLLM uses it, and
+    ends it itself at exit."""
     vllm = sys.modules.get("vllm.distributed.parallel_state")
     if vllm is not None and vllm.model_parallel_is_initialized():
         return

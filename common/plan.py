@@ -43,7 +43,7 @@ QWEN3 = {
 
 
 def shape_of(name: str, parameters: float) -> Shape:
-    """Of a local model; of the Qwen3 that is nearest in size for a name on the hub."""
+    """Shape of a local model, or of the nearest Qwen3 for a hub id."""
     if not Path(name).exists():
         return QWEN3[min(QWEN3, key=lambda size: abs(log(size / parameters)))]
     config = models.load_config(name).get_text_config()
@@ -61,13 +61,14 @@ def shape_of(name: str, parameters: float) -> Shape:
 
 
 def lora_parameters(shape: Shape, rank: int) -> int:
-    """Of adapters on all linear layers but the head: rank * (in + out) a matrix (arXiv 2106.09685, Section 4)."""
+    """Parameters of LoRA adapters on all linear layers but the head: rank * (in + out) a matrix (arXiv 2106.09685,
+    Section 4)."""
     attention = 2 * (shape.width + shape.query) + 2 * (shape.width + shape.key)
     return rank * shape.layers * (attention + 3 * (shape.width + shape.mlp))
 
 
 def linear_parameters(shape: Shape) -> int:
-    """Of all linear layers but the head: those that `load_in_4bit` quantizes."""
+    """Parameters in all linear layers but the head: those that `load_in_4bit` quantizes."""
     return shape.layers * shape.width * (2 * shape.query + 2 * shape.key + 3 * shape.mlp)
 
 
@@ -214,7 +215,7 @@ def memory_lines(parts: dict[str, float], sharding: str, processes: int, who: st
 
 
 def unknown_line(names: Iterable[str]) -> str:
-    """In place of the memory table."""
+    """The line printed where the memory table would be."""
     return f"memory: unknown, {' and '.join(names)}: not at hand, and no size such as 8B in the name"
 
 

@@ -161,7 +161,7 @@ class VLLMEngine:
         return completions
 
     def _say_what_memory_cuts(self, completions: list[Completion], limit: int) -> None:
-        """Once, since vLLM cuts what does not fit without a word."""
+        """Warns once, because vLLM cuts silently."""
         config = self.llm.model_config
         own = getattr(config.hf_text_config, "max_position_embeddings", 0)
         if self.said or config.max_model_len >= own:
@@ -194,7 +194,7 @@ def _merged(model: str, dtype: str | None) -> tempfile.TemporaryDirectory | None
 
 
 def _reason(error: Exception) -> str:
-    """Without the addresses and inputs that pydantic, which checks vLLM's options, adds."""
+    """The error's message without the addresses and inputs that pydantic, which checks vLLM's options, adds."""
     errors = getattr(error, "errors", list)()
     return "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in errors) or str(error)
 
