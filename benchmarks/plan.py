@@ -77,7 +77,7 @@ class Case(NamedTuple):
 
 
 def size_of(name: str, flag: str) -> float:
-    if (size := models.parameter_count(name)) is None:
+    if (size := models.guess_parameters(name)) is None:
         raise ValueError(f"model {name!r} is not at hand and its name holds no size such as 8B: set --{flag} 8e9")
     return size
 

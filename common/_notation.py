@@ -8,6 +8,32 @@ from common._formula import Unreadable, names, parse
 from common._normalise import BRACKET, OPENING, key
 from common._units import number
 
+__all__ = [
+    "BUILDER",
+    "COMMA",
+    "FLIP",
+    "RELATION",
+    "alternatives",
+    "as_interval",
+    "as_set",
+    "as_union",
+    "assignment",
+    "bare",
+    "based",
+    "carried",
+    "closing_bracket",
+    "date",
+    "exact_side",
+    "fold_text",
+    "is_symbolic",
+    "is_text",
+    "items_of",
+    "matrix_of",
+    "one_by_one",
+    "same_name",
+    "split",
+]
+
 _NAME_PART = (
     r"[A-Za-z]|_ ?\{? ?[\w+-]+ ?\}?|\( ?-?\w+ ?\)|[|:'(),/{} ]|\\(?:angle|triangle|overline|frac|text|var\w+|alpha"
     r"|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|tau|epsilon|eta|xi|psi|Delta|Omega)(?![a-zA-Z])"

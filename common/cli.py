@@ -5,7 +5,6 @@ import atexit
 import dataclasses
 import difflib
 import errno
-import json
 import math
 import os
 import sys
@@ -203,12 +202,3 @@ def changed_fields(config: Any, skipped: Collection[str] = ()) -> dict[str, Any]
 def machine_settings(config: Any) -> dict[str, Any]:
     """The `MACHINE_FIELDS` that a trainer's configuration has."""
     return {name: getattr(config, name) for name in MACHINE_FIELDS if hasattr(config, name)}
-
-
-def is_done(run: Path) -> bool:
-    """Whether a run folder holds a finished run."""
-    manifest = run / "manifest.json"
-    try:
-        return manifest.exists() and json.loads(manifest.read_text()).get("state") == "done"
-    except (ValueError, AttributeError):
-        return False  # opening the folder says what is wrong with it

@@ -11,14 +11,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from common.runs import append_jsonl, atomic_write_json, fingerprint
+from common.versions import installed
 
 SMALL = 1 << 26  # bytes up to which a finished stage's files are read again before they are trusted
-PACKAGES = ("torch", "transformers", "trl", "numpy", "scikit-learn")
 
 
 class StageError(ValueError):
@@ -50,8 +49,7 @@ def once(folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, 
         for draft in (path for path in folder.rglob(".*") if path.is_file()):
             draft.unlink()  # of a writer that was killed
         outputs = {str(path.relative_to(folder)): _entry(path) for path in _outputs(folder)}
-        versions = {package: version(package) for package in PACKAGES}
-        done = {"inputs": inputs, "outputs": outputs, "counts": counts, "versions": versions}
+        done = {"inputs": inputs, "outputs": outputs, "counts": counts, "versions": installed()}
         append_jsonl(
             folder.parent.parent / "stages.jsonl",
             {"iteration": folder.parent.name, "stage": folder.name, "seconds": time.monotonic() - started},

@@ -13,9 +13,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 # Okabe and Ito's palette: told apart with any colour vision
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARK = 0.1  # share of the tokens at which `cumulative_mass` says what they hold
+WIDTH = 48  # characters of a line of `token_heatmap`
 
 
 def table_markdown(rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> str:
@@ -84,17 +87,17 @@ def accuracy_bars(table: Mapping[str, Mapping[str, tuple[float, float, float]]],
     return save(figure, path)
 
 
-def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path, mark: float = 0.1) -> Path:
-    """Share of the total that the largest values hold, against the share of tokens; the share at `mark` is marked."""
+def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path) -> Path:
+    """Share of the total that the largest values hold, against the share of tokens; marked at `MARK`."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, array) in enumerate(values.items()):
         ranked = np.sort(np.asarray(array, dtype=float))[::-1]
         mass = np.concatenate([[0], np.cumsum(ranked)]) / max(ranked.sum(), 1e-12)
         share = np.linspace(0, 1, len(mass))
-        at_mark = float(np.interp(mark, share, mass))
-        axes.plot(share, mass, color=PALETTE[number % len(PALETTE)], label=f"{name}: {at_mark:.0%} at {mark:.0%}")
-    axes.axvline(mark, color="#999999", linewidth=1, linestyle=":")
+        at_mark = float(np.interp(MARK, share, mass))
+        axes.plot(share, mass, color=PALETTE[number % len(PALETTE)], label=f"{name}: {at_mark:.0%} at {MARK:.0%}")
+    axes.axvline(MARK, color="#999999", linewidth=1, linestyle=":")
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)
     axes.set(xlabel="share of tokens, largest first", ylabel="share of the total", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(frameon=False, loc="lower right")
@@ -102,21 +105,13 @@ def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path, mark: fl
     return save(figure, path)
 
 
-def token_heatmap(
-    tokens: Sequence[str],
-    values: Sequence[float],
-    path: str | Path,
-    title: str,
-    image=None,
-    label: str = "nats",
-    width: int = 48,
-) -> Path:
+def token_heatmap(tokens: Sequence[str], values: Sequence[float], path: str | Path, title: str, image=None) -> Path:
     """One response as text, each token on a background coloured by its value; a PIL image above, if given.
 
-    Lines wrap after `width` characters; blanks and line ends are made visible.
+    Values are in nats. Lines wrap after `WIDTH` characters; blanks and line ends are made visible.
     """
-    boxes, lines = _place(tokens, width)
-    inch = 9 / width
+    boxes, lines = _place(tokens)
+    inch = 9 / WIDTH
     above = 0.0 if image is None else 1.2
     figure = Figure(figsize=(10, 1.5 + above + 0.42 * lines), layout="constrained")
     heights = ([above] if image is not None else []) + [0.42 * lines + 0.1, 0.18]
@@ -130,8 +125,8 @@ def token_heatmap(
     for (column, line, text), value in zip(boxes, values, strict=True):
         colour = scale.to_rgba(value)
         ink = "white" if sum(colour[:3]) < 1.5 else "black"
-        place = {"facecolor": colour, "edgecolor": "white", "linewidth": 1.5}
-        axes.add_patch(_rectangle(column, line, len(text), place))
+        place = (column, -line - 0.95)
+        axes.add_patch(Rectangle(place, len(text), 0.9, facecolor=colour, edgecolor="white", linewidth=1.5))
         middle = column + len(text) / 2
         axes.text(
             middle,
@@ -148,23 +143,17 @@ def token_heatmap(
     axes.set(xlim=(0, max(used, 12)), ylim=(-lines, 0))
     axes.set_axis_off()
     figure.suptitle(title, fontsize=11, parse_math=False)
-    figure.colorbar(scale, cax=figure.add_subplot(grid[-1]), orientation="horizontal", label=label)
+    figure.colorbar(scale, cax=figure.add_subplot(grid[-1]), orientation="horizontal", label="nats")
     return save(figure, path)
 
 
-def _rectangle(column: int, line: int, length: int, style: dict):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column, -line - 0.95), length, 0.9, **style)
-
-
-def _place(tokens: Sequence[str], width: int) -> tuple[list[tuple[int, int, str]], int]:
+def _place(tokens: Sequence[str]) -> tuple[list[tuple[int, int, str]], int]:
     """(column, line, visible text) of each token, and the number of lines."""
     boxes, column, line = [], 0, 0
     for token in tokens:
         text = token.replace("\n", "\u21b5").replace("\t", "\u2192").replace(" ", "\u00b7") or "\u2205"
         text = "".join(c if c.isprintable() else "\ufffd" for c in text)
-        if column and column + len(text) > width:
+        if column and column + len(text) > WIDTH:
             column, line = 0, line + 1
         boxes.append((column, line, text))
         column += len(text)

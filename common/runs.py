@@ -20,25 +20,14 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "datasets",
-    "peft",
-    "numpy",
-    "vllm",
-    "deepspeed",
-    "bitsandbytes",
-)
+from common.versions import TESTED, installed
+
 COMPLETE = "complete.json"  # in a checkpoint: false while it is written, then the size of each of its files
 UNFINISHED = "it was not saved to its end"
 
@@ -277,7 +266,7 @@ class RunFolder:
 
     @property
     def is_done(self) -> bool:
-        return self.manifest["state"] == "done"
+        return is_done(self.path)
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; `step` is the optimizer step."""
@@ -310,6 +299,15 @@ class RunFolder:
     def _write(self, **changes: Any) -> None:
         self.manifest.update(changes)
         atomic_write_json(self.path / "manifest.json", self.manifest)
+
+
+def is_done(run: Path) -> bool:
+    """Whether a run folder holds a finished run."""
+    manifest = run / "manifest.json"
+    try:
+        return manifest.exists() and json.loads(manifest.read_text()).get("state") == "done"
+    except (ValueError, AttributeError):
+        return False  # opening the folder says what is wrong with it
 
 
 def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: dict) -> dict[str, Any]:
@@ -361,15 +359,8 @@ def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, An
         "git": _git(),
         "hardware": _hardware(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": dict.fromkeys(TESTED) | installed(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git() -> dict[str, Any] | None:

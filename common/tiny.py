@@ -65,15 +65,15 @@ def char_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_qwen3(hidden: int = 64, layers: int = 2, seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A text model: `layers` blocks of width `hidden` (a multiple of 32)."""
+def tiny_qwen3(hidden: int = 64, seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """A text model: two blocks of width `hidden` (a multiple of 32)."""
     tokenizer = char_tokenizer()
-    config = Qwen3Config(**_text_config(tokenizer, hidden, layers), tie_word_embeddings=True)
+    config = Qwen3Config(**_text_config(tokenizer, hidden), tie_word_embeddings=True)
     return _build(Qwen3ForCausalLM, config, tokenizer, seed), tokenizer
 
 
 def tiny_qwen3_vl(
-    hidden: int = 64, layers: int = 2, patch: int = 8, seed: int = 0, max_pixels: int = 64 * 64
+    hidden: int = 64, patch: int = 8, seed: int = 0, max_pixels: int = 64 * 64
 ) -> tuple[Qwen3VLForConditionalGeneration, ImageOnlyQwen3VLProcessor]:
     """A Qwen3-VL: one visual token for (2 * patch)^2 pixels, images of 32 * 32 to `max_pixels` pixels."""
     tokenizer = char_tokenizer()
@@ -82,7 +82,7 @@ def tiny_qwen3_vl(
     )
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     config = Qwen3VLConfig(
-        text_config={**_text_config(tokenizer, hidden, layers), "rope_parameters": rope},
+        text_config={**_text_config(tokenizer, hidden), "rope_parameters": rope},
         vision_config={
             **_vision_config(hidden, patch),
             "num_position_embeddings": 64,
@@ -95,7 +95,7 @@ def tiny_qwen3_vl(
 
 
 def tiny_qwen2_5_vl(
-    hidden: int = 64, layers: int = 2, patch: int = 8, seed: int = 0, max_pixels: int = 64 * 64
+    hidden: int = 64, patch: int = 8, seed: int = 0, max_pixels: int = 64 * 64
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, ImageOnlyQwen2_5_VLProcessor]:
     """The same as a Qwen2.5-VL, whose vision tower has windowed attention."""
     tokenizer = char_tokenizer()
@@ -103,7 +103,7 @@ def tiny_qwen2_5_vl(
         _image_processor(patch, max_pixels), tokenizer, chat_template=tokenizer.chat_template
     )
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    text = {**_text_config(tokenizer, hidden, layers), "rope_parameters": rope}
+    text = {**_text_config(tokenizer, hidden), "rope_parameters": rope}
     del text["head_dim"]  # this family derives it
     config = Qwen2_5_VLConfig(
         text_config=text,
@@ -136,12 +136,12 @@ def _build(model_class, config, tokenizer: PreTrainedTokenizerFast, seed: int):
     return model
 
 
-def _text_config(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> dict:
+def _text_config(tokenizer: PreTrainedTokenizerFast, hidden: int) -> dict:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": 2,
         "num_attention_heads": hidden // 16,
         "num_key_value_heads": 2,
         "head_dim": 16,

@@ -1,4 +1,4 @@
-"""The packages that decide results: their versions, said when long work starts, and the ranges that were tested."""
+"""The packages that decide results: their versions, said and recorded when long work starts, and the tested ranges."""
 
 import platform
 import sys

@@ -80,7 +80,7 @@ def answer_of(response: str, run: RDiverseConfig) -> str | None:
 
 def boxed_reward(completions, answer=None, log_metric=None, **columns) -> list[float | None]:
     """`math_reward`, but a response without a closed box gets 0: the Solver's reward with `boxed_only`."""
-    texts = list(map(completion_text, completions))
+    texts = map(completion_text, completions)
     boxed = [text if boxes_of(own_words(text)) else "" for text in texts]
     return math_reward(boxed, answer, log_metric, **columns)
 

@@ -57,6 +57,7 @@ from common import models, plan, versions
 from common.cli import run_main
 from common.download import download
 from common.evaluation import BENCHMARKS, load_benchmark
+from common.lora import adapter_base
 from common.once import StageError, digest, once, read_counts, read_inputs
 from common.preemption import call, end_with_parent
 from common.runs import (
@@ -102,7 +103,7 @@ def play(settings: Settings) -> None:
     run, root = settings.run, run_path(settings.run)
     logging.disable_progress_bar()  # of loading and saving weights, several times in each stage
     models.load_config(run.model)  # a mistyped model must not leave a folder behind
-    if models.adapter_base(run.model):
+    if adapter_base(run.model):
         raise ValueError(
             f"model {run.model!r} holds a LoRA adapter, which neither TRL's KL reference nor vLLM's servers would "
             "have: save the merged model first (common.models.load_model(...).save_pretrained(...), and its tokenizer)"
@@ -580,7 +581,7 @@ def dry_run(settings: Settings) -> str:
             f"{phase}: {config.max_steps} optimizer steps of {update} rollouts on {processes} processes; a generation "
             f"batch has {batch // config.num_generations} prompts x {config.num_generations} rollouts"
         )
-    parameters = models.parameter_count(run.model)
+    parameters = models.guess_parameters(run.model)
     if parameters is None:
         return "\n".join([*lines, plan.unknown_line([run.model])])
     for phase, processes in trainers.items():
@@ -624,7 +625,7 @@ def reward_parts(run: RDiverseConfig, parameters: float) -> dict[str, float]:
 def _size(name: str) -> float | None:
     """Parameters of a coder or encoder, None where they cannot be known."""
     try:
-        return models.parameter_count(name if Path(name).exists() else name.upper())  # ...-1.5b
+        return models.guess_parameters(name if Path(name).exists() else name.upper())  # ...-1.5b
     except ValueError:
         return None
 

@@ -41,6 +41,7 @@ try:
     from common.checkpoints import resume_point
     from common.cli import MACHINE_FIELDS, changed_fields, machine_settings, parse_fields, read_config, run_main
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
+    from common.lora import check_lora, lora_config, with_adapters
     from common.runs import append_jsonl, exclusive, read_jsonl, truncate_jsonl
     from common.stages import on_one_gpu
 
@@ -138,7 +139,7 @@ def parse(argv: list[str]) -> Settings:
         except ValueError as error:
             raise ValueError(f"{error}" if name == "run" else f"{name}: {error}") from error
     settings = Settings(*parsed, argv, config)
-    models.check_lora(settings.run.lora_rank, settings.run.load_in_4bit)
+    check_lora(settings.run.lora_rank, settings.run.load_in_4bit)
     for name in PHASES:
         _take_template_options(name, getattr(settings, name), settings.run.chat_template_kwargs)
     return settings
@@ -375,10 +376,10 @@ def _train_phase(folder: Path, main: bool, config, model: str, reward, rows, run
     policy = models.load_model(
         model, dtype, attn_implementation=run.attn_implementation, load_in_4bit=run.load_in_4bit
     )
-    tokenizer, lora = load_tokenizer(model), models.lora_config(run.lora_rank)
+    tokenizer, lora = load_tokenizer(model), lora_config(run.lora_rank)
     options = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
     build = partial(PhaseTrainer, policy, reward, config, **options)
-    trainer = models.with_adapters(build, run.lora_rank, run.load_in_4bit)
+    trainer = with_adapters(build, run.lora_rank, run.load_in_4bit)
     checkpoint = resume_point(trainer)
     trainer.remove_callback(PrinterCallback)
     if main:

@@ -251,7 +251,7 @@ def exact_reward(completions, answer, **columns) -> list[float]:
     """1.0 where the whole response is the sum."""
     from common.verifiers import completion_text
 
-    texts = list(map(completion_text, completions))
+    texts = map(completion_text, completions)
     return [float(text.strip() == gold) for text, gold in zip(texts, answer, strict=True)]
 
 

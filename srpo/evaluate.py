@@ -23,11 +23,11 @@ from .data import SUBJECTS, reward_of
 from .train import ScriptArguments, load_splits_of, models, parse, run_path, train_seconds
 
 # isort: split
-from common.cli import is_done, run_main
+from common.cli import run_main
 from common.evaluation import Benchmark, Decoding, TransformersEngine, VLLMEngine, evaluate, json_options
 from common.evaluation.run import question_fingerprint
 from common.evaluation.scoring import reward_scorer
-from common.runs import atomic_write_json
+from common.runs import atomic_write_json, is_done
 
 WHAT = ("run", "base")
 BUDGETS = (1, 5, 10)  # hours of training, Table 1

@@ -28,7 +28,7 @@ from .train import (  # says in one line what is missing without common/
 # isort: split
 from common.download import download
 from common.evaluation import json_options
-from common.models import parameter_count
+from common.models import guess_parameters
 from common.plan import GIB
 from common.stages import Command, OneGPUEach, check_packages, chosen, launcher, run_experiment, shown
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def disk_of_all(args: ScriptArguments, config, runs: int, gpus: int, sharding: str) -> str:
     """What the runs leave on the disk together, as a line."""
-    said, parameters = f"the disk has to hold the checkpoints of {runs} runs", parameter_count(args.model)
+    said, parameters = f"the disk has to hold the checkpoints of {runs} runs", guess_parameters(args.model)
     if parameters is None or config.max_steps < 1:
         return said
     count, each, resume = checkpoint_sizes(args, config, parameters, sharding if gpus > 1 else "none")

@@ -28,9 +28,10 @@ from .data import load_splits, reward_of
 try:
     from common import models, plan, preemption, versions
     from common.checkpoints import resume_point
-    from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
+    from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
     from common.evaluation import json_options
-    from common.runs import RunFolder, exclusive, fingerprint
+    from common.lora import check_lora, lora_config, with_adapters
+    from common.runs import RunFolder, exclusive, fingerprint, is_done
     from common.stages import on_one_gpu
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
@@ -108,7 +109,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     args, config = parse_fields(argv, (ScriptArguments, SRPOConfig), "srpo/configs/")
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
-    models.check_lora(args.lora_rank, args.load_in_4bit)
+    check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
     config.output_dir = str(run_path(args, config))
     return args, config
@@ -219,9 +220,9 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> "SRPOTra
         on_one_gpu(config),
         train_dataset=short_prompts(splits["train"], tokenizer, config),
         processing_class=tokenizer,
-        peft_config=models.lora_config(args.lora_rank),
+        peft_config=lora_config(args.lora_rank),
     )
-    return models.with_adapters(build, args.lora_rank, args.load_in_4bit)
+    return with_adapters(build, args.lora_rank, args.load_in_4bit)
 
 
 def short_prompts(rows, tokenizer, config: SRPOConfig):
@@ -299,7 +300,7 @@ def dry_run(args: ScriptArguments, config: SRPOConfig, processes: int = 1, shard
     """Resolved settings, size of an update, memory a process and disk space, as text."""
     lines = plan.settings_lines(run_path(args, config), changed_settings(args, config, DERIVED))
     lines.append(plan.update_line(config, processes))
-    parameters, sharding = models.parameter_count(args.model), sharding if processes > 1 else "none"
+    parameters, sharding = models.guess_parameters(args.model), sharding if processes > 1 else "none"
     if parameters is None:
         return "\n".join([*lines, plan.unknown_line([args.model])])
     parts = memory_parts(args, config, parameters, processes, sharding)

@@ -17,7 +17,7 @@ from trl.distributed import DistributedBackend
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
-from common import models, tiny
+from common import lora, models, tiny
 from common.runs import read_jsonl
 
 QUIET = {
@@ -200,7 +200,7 @@ def copies(weights: dict) -> dict[str, torch.Tensor]:
 def test_gradients_flow_through_weights_in_4_bits_after_generation(tmp_path):
     pytest.importorskip("bitsandbytes")
     model = models.load_model(save(*tiny.tiny_qwen3(hidden=64), tmp_path / "model"), load_in_4bit=True)
-    model = get_peft_model(model, models.lora_config(4))
+    model = get_peft_model(model, lora.lora_config(4))
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -215,14 +215,14 @@ def test_gradients_flow_through_weights_in_4_bits_after_generation(tmp_path):
 
 
 def test_wrong_settings_of_lora_are_one_sentence(prepared, monkeypatch):
-    _, build, _ = prepared
+    train, build, _ = prepared
     with pytest.raises(ValueError, match="^load_in_4bit trains an adapter on frozen weights: set lora_rank too"):
         build("--lora_rank", "0", "--load_in_4bit", "true")
     with monkeypatch.context() as patch:
-        patch.setattr(models.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(lora.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match="^load_in_4bit needs the package bitsandbytes: pip install"):
             build("--load_in_4bit", "true")
-    monkeypatch.setattr(models, "lora_config", lambda rank: LoraConfig(target_modules=["lm_head"]))
+    monkeypatch.setattr(train, "lora_config", lambda rank: LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="lm_head"):
         build()
 
@@ -243,13 +243,13 @@ def test_a_weight_sync_sends_the_trained_model_and_leaves_its_weights(make, load
         pytest.importorskip("bitsandbytes")
     source = save(*make(hidden=64), tmp_path / "model")
     model = models.load_model(source, torch.bfloat16, load_in_4bit=load_in_4bit)
-    model = get_peft_model(model, models.lora_config(4)).eval()
+    model = get_peft_model(model, lora.lora_config(4)).eval()
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     before = copies(dict(model.named_parameters()))
     generation = weight_sync(model)
-    models.sync_sums(generation)
+    lora.sync_merged_weights(generation)
     for _ in range(2):
         sent = dict(generation._iter_named_params())
         assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
@@ -273,7 +273,7 @@ def test_a_colocated_engine_of_weights_in_4_bits_is_in_full(monkeypatch, tmp_pat
     model = models.load_model(save(*tiny.tiny_qwen3(hidden=64), tmp_path / "model"), load_in_4bit=True)
     assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
     build = partial(VLLMGeneration, model, Accelerator(cpu=True), None)
-    models.with_adapters(lambda: SimpleNamespace(model=model, engine=build()), 0, True)
+    lora.with_adapters(lambda: SimpleNamespace(model=model, engine=build()), 0, True)
     build()  # as TRL has it
     assert asked == [None, "bitsandbytes"]
 
@@ -287,8 +287,8 @@ def weight_sync(model):
 
 
 def test_why_a_weight_sync_must_not_merge(tmp_path):
-    """Without that drift `models.sync_sums` could go."""
-    model = get_peft_model(tiny.tiny_qwen3(hidden=64)[0].bfloat16(), models.lora_config(4))
+    """Without that drift `lora.sync_merged_weights` could go."""
+    model = get_peft_model(tiny.tiny_qwen3(hidden=64)[0].bfloat16(), lora.lora_config(4))
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     before = layer.weight.detach().clone()
     generation = weight_sync(model)

@@ -28,6 +28,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from common import models
 from common.evaluation import Decoding, Prompt, ServerEngine, TransformersEngine, VLLMEngine
+from common.lora import lora_config
 from common.runs import read_jsonl, write_jsonl
 from common.tiny import char_tokenizer, tiny_qwen3_vl
 from r_diverse import data, engines, loop, servers
@@ -120,7 +121,7 @@ def test_a_closed_engine_frees_its_model_and_makes_room_for_the_next(model_path)
 def test_an_adapter_is_merged_first_and_the_context_is_what_fits(model_path, tmp_path):
     base = models.load_model(model_path)
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(base, models.lora_config(4))
+    adapted = peft.get_peft_model(base, lora_config(4))
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)

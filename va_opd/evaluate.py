@@ -42,9 +42,9 @@ from .trainer import VAOPDTrainer
 
 # isort: split
 from common.answers import grade
-from common.cli import is_done, run_main
+from common.cli import run_main
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
-from common.runs import append_jsonl, atomic_write_json, exclusive, read_jsonl
+from common.runs import append_jsonl, atomic_write_json, exclusive, is_done, read_jsonl
 from common.stages import on_one_gpu
 
 if TYPE_CHECKING:

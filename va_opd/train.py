@@ -29,9 +29,10 @@ from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, digits_correct, load_splits, 
 try:
     from common import models, plan, preemption, verifiers, versions
     from common.checkpoints import resume_point
-    from common.cli import MACHINE_FIELDS, changed_settings, is_done, machine_settings, parse_fields, run_main
+    from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
     from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine, json_options
-    from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl
+    from common.lora import adapter_base, check_lora, lora_config, with_adapters
+    from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, is_done, read_jsonl
     from common.stages import on_one_gpu
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
@@ -132,7 +133,7 @@ def _main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
     args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
-    models.check_lora(args.lora_rank, args.load_in_4bit)
+    check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
     if args.method == "opd":
         config.weighting = "none"
@@ -228,7 +229,7 @@ def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
     """The TRL trainer of `args.method` with student, teacher and rows in place."""
     build = partial(_trainer_of_method, args, on_one_gpu(config), splits)
-    return models.with_adapters(build, args.lora_rank, args.load_in_4bit)
+    return with_adapters(build, args.lora_rank, args.load_in_4bit)
 
 
 def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
@@ -245,7 +246,7 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
     student = models.load_model(
         args.model, attn_implementation=args.attn_implementation, load_in_4bit=args.load_in_4bit
     )
-    lora = models.lora_config(args.lora_rank)
+    lora = lora_config(args.lora_rank)
     if args.method in ("va_opd", "opd"):
         check_same_tokens(_tokenizer(processor), _tokenizer(models.load_processor(args.teacher)))
         teacher = load_teacher(args, config) if loads_teacher(args, config) else None
@@ -258,7 +259,7 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
             peft_config=lora,
         )
     if args.method == "grpo":
-        if args.grpo_beta and not lora and models.adapter_base(args.model):
+        if args.grpo_beta and not lora and adapter_base(args.model):
             raise ValueError(
                 f"model {args.model!r} holds a LoRA adapter, but TRL would load the KL reference of "
                 f"grpo_beta={args.grpo_beta} without it: set grpo_beta to 0, or train a lora_rank above 0"
@@ -337,7 +338,7 @@ def reward_of(args: ScriptArguments) -> Callable[..., list[float | None]]:
         return first_answer_reward
 
     def digits_reward(completions, answer, **columns) -> list[float]:
-        texts = list(map(verifiers.completion_text, completions))
+        texts = map(verifiers.completion_text, completions)
         return [float(digits_correct(text, {"answer": gold})) for text, gold in zip(texts, answer, strict=True)]
 
     return digits_reward
@@ -513,8 +514,8 @@ def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1, shar
     """Resolved settings, size of an update, memory a process and disk space, as text."""
     lines = plan.settings_lines(run_path(args, config), changed_settings(args, config))
     lines.append(plan.update_line(config, processes))
-    student, sharding = models.parameter_count(args.model), sharding if processes > 1 else "none"
-    teacher = models.parameter_count(args.teacher)
+    student, sharding = models.guess_parameters(args.model), sharding if processes > 1 else "none"
+    teacher = models.guess_parameters(args.teacher)
     if student is None or teacher is None:
         return "\n".join([*lines, plan.unknown_line([args.model, args.teacher])])
     parts = memory_parts(args, config, student, teacher, processes, sharding)

@@ -179,7 +179,8 @@ class VLLMEngine:
 def _merged(model: str, dtype: str | None) -> tempfile.TemporaryDirectory | None:
     """For a folder with a LoRA adapter, a temporary one with the adapter merged into its base, in bfloat16 or the
     `dtype` float32: vLLM applies adapters to some layers of some families only. None for any other model."""
-    from common.models import adapter_base, load_model, load_processor
+    from common.lora import adapter_base
+    from common.models import load_model, load_processor
 
     if not adapter_base(model):
         return None

@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common._extract import own_words
-from common.answers import BARE_WORDS, Verdict, chosen_letter, exact_number, extract_answer, same_answer
+from common.answers import BARE_WORDS, Verdict, chosen_letter, exact_number, extract_answer, own_words, same_answer
 
 Row = dict[str, Any]
 Units = dict[str, dict[str, list[float]]]  # of each component, by cluster: values in [0, 1] whose mean it is

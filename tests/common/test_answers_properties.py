@@ -84,6 +84,11 @@ def test_a_rational_equals_itself_in_every_spelling(value, data):
     assert exact_number(a) == value
 
 
+def test_what_is_no_numeral_has_no_exact_number():
+    assert exact_number(r"1{,}000\text{ m}") == 1000
+    assert exact_number("x") is exact_number("9^{9^{9^9}}") is None
+
+
 @SETTINGS
 @given(rationals, rationals, st.data())
 def test_two_rationals_are_never_equal(value, other, data):

@@ -38,7 +38,7 @@ from common.evaluation import __main__ as command
 from common.evaluation.engines import turn_end_id
 from common.evaluation.run import generate_samples, rescore
 from common.evaluation.scoring import bbeh_row, reward_scorer, score_records
-from common.models import lora_config
+from common.lora import lora_config
 from common.runs import exclusive, read_jsonl
 from common.tiny import tiny_qwen3
 from common.verifiers import choice_reward

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common import models
+from common.lora import lora_config
 from common.tiny import char_tokenizer, tiny_qwen2_5_vl, tiny_qwen3, tiny_qwen3_vl
 
 
@@ -20,7 +21,7 @@ from common.tiny import char_tokenizer, tiny_qwen2_5_vl, tiny_qwen3, tiny_qwen3_
     ],
 )
 @pytest.mark.parametrize(
-    "load", [models.load_config, models.load_model, models.load_processor, models.count_parameters]
+    "load", [models.load_config, models.load_model, models.load_processor, models.parameters_of_config]
 )
 def test_a_missing_model_is_one_clear_sentence(name, message, load):
     with pytest.raises(models.ModelNotFound, match=message) as error:
@@ -54,8 +55,8 @@ def test_a_tiny_model_comes_back_from_its_folder(tmp_path, build):
     messages = [{"role": "user", "content": "What is 1+2?"}]
     options = {"tokenize": False, "add_generation_prompt": True}
     assert loaded.apply_chat_template(messages, **options) == processor.apply_chat_template(messages, **options)
-    assert models.count_parameters(str(tmp_path)) == model.num_parameters()
-    assert models.parameter_count(str(tmp_path)) == model.num_parameters()
+    assert models.parameters_of_config(str(tmp_path)) == model.num_parameters()
+    assert models.guess_parameters(str(tmp_path)) == model.num_parameters()
     assert models.is_vlm(model.config) == (build is not tiny_qwen3)
     assert models.load_model(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
 
@@ -63,7 +64,7 @@ def test_a_tiny_model_comes_back_from_its_folder(tmp_path, build):
 def test_an_adapter_is_not_merged_into_weights_in_4_bits(tmp_path):
     model, _ = tiny_qwen3(hidden=32)
     model.save_pretrained(tmp_path / "base")
-    adapter = peft.get_peft_model(models.load_model(str(tmp_path / "base")), models.lora_config(2))
+    adapter = peft.get_peft_model(models.load_model(str(tmp_path / "base")), lora_config(2))
     adapter.save_pretrained(tmp_path / "adapter")
     assert models.load_model(str(tmp_path / "adapter")).num_parameters() == model.num_parameters()
     with pytest.raises(ValueError, match="holds a LoRA adapter, which cannot be merged into weights in 4 bits"):
@@ -95,7 +96,7 @@ def test_equal_seeds_give_equal_weights_and_the_global_state_stays():
     [("Qwen/Qwen3-VL-8B-Instruct", 8e9), ("Qwen/Qwen3-1.7B", 1.7e9), ("someone/model", None), ("x/Bert-12Bx", None)],
 )
 def test_the_size_in_a_name(name, size):
-    assert models.parameter_count(name) == size
+    assert models.guess_parameters(name) == size
 
 
 def test_the_character_tokenizer_gives_back_every_printable_text():

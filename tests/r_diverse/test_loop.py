@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from common import models  # noqa: E402
+from common.lora import lora_config  # noqa: E402
 from common.once import StageError, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
 from r_diverse import MemoryBank, RDiverseConfig, alarm, budget, data, evaluate, loop, train  # noqa: E402
@@ -999,7 +1000,7 @@ if __name__ == "__main__":
 def test_an_adapter_is_no_model_to_begin_with(tmp_path, base, capsys):
     adapter = tmp_path / "adapter"
     model = models.load_model(str(base))
-    peft.get_peft_model(model, models.lora_config(2)).save_pretrained(adapter)
+    peft.get_peft_model(model, lora_config(2)).save_pretrained(adapter)
     fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--model", str(adapter), "--out", str(tmp_path)]
     assert loop.main(fields) == 2
     assert "holds a LoRA adapter" in capsys.readouterr().err

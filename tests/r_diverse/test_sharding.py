@@ -15,6 +15,7 @@ sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder n
 from processes import PROCESSES, ZERO, assert_same_run, run, two_processes  # noqa: E402
 
 from common import models  # noqa: E402
+from common.lora import lora_config  # noqa: E402
 from common.tiny import tiny_qwen3  # noqa: E402
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -69,7 +70,7 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
 
     settings, quiet = dict(settings), {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False}
     policy, batch = folder / settings.pop("policy", "tied"), settings.pop("batch", 8)
-    adapter = models.lora_config(4) if settings.pop("lora", False) else None
+    adapter = lora_config(4) if settings.pop("lora", False) else None
     marks = [0, None if settings.pop("first_only", False) else 1] * settings.pop("pairs", 1)
     defaults = {
         "beta": 0.5,

@@ -19,6 +19,7 @@ sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder n
 from processes import PROCESSES, ZERO, assert_same_run, run, trainer_tests, two_processes  # noqa: E402
 
 from common import models  # noqa: E402
+from common.lora import lora_config, sync_merged_weights  # noqa: E402
 from srpo.checks import check_fsdp  # noqa: E402
 
 tests = trainer_tests(__file__)
@@ -77,7 +78,7 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
     model = AutoModelForCausalLM.from_pretrained(policy)
     if settings.pop("changed", False):
         next(model.parameters()).ds_tensor.add_(1.0)
-    lora = models.lora_config(4) if settings.pop("lora", False) else None
+    lora = lora_config(4) if settings.pop("lora", False) else None
     trainer = tests.build(
         folder / out,
         tests.rows(2),
@@ -110,7 +111,7 @@ def sent_to_an_engine(trainer) -> dict[str, torch.Tensor]:
     generation = object.__new__(VLLMGeneration)
     generation.model, generation.accelerator = trainer.model, trainer.accelerator
     generation._dist = DistributedBackend(trainer.accelerator)
-    models.sync_sums(generation)
+    sync_merged_weights(generation)
     first, second = ({n: w.detach().clone() for n, w in generation._iter_named_params()} for _ in range(2))
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
     return first

@@ -18,6 +18,7 @@ from peft import get_peft_model
 from benchmarks import srpo as report
 from common import models, stages
 from common.cli import changed_settings
+from common.lora import lora_config
 from common.runs import exclusive, last_checkpoint, read_jsonl
 from common.tiny import tiny_qwen3
 from srpo import checks, doctor, evaluate, loop, train
@@ -438,7 +439,7 @@ def test_a_run_is_evaluated_with_the_seed_of_its_record(tmp_path):
 def test_an_adapters_folder_is_its_own_model(evaluated, policy, tmp_path):
     """The record once named its base, and the second call was refused."""
     config, _ = evaluated
-    adapter = get_peft_model(models.load_model(policy), models.lora_config(2))
+    adapter = get_peft_model(models.load_model(policy), lora_config(2))
     adapter.save_pretrained(tmp_path / "adapter")
     models.load_processor(policy).save_pretrained(tmp_path / "adapter")
     fields = ["--config", str(config), "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "runs")]

@@ -14,6 +14,7 @@ sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder n
 from processes import PROCESSES, ZERO, assert_same_run, run, trainer_tests, two_processes  # noqa: E402
 
 from common import models  # noqa: E402
+from common.lora import lora_config  # noqa: E402
 
 tests = trainer_tests(__file__)
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -63,7 +64,7 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
     # As in va_opd.train, config and process group are there: while they are, models are loaded in shards
     parts, data = folder / settings.pop("parts", "tied"), rows(settings.pop("rows", "images"))
     loaded = [models.load_model(str(parts / name)) for name in ("student", "teacher")]
-    adapter = models.lora_config(4) if settings.pop("lora", False) else None
+    adapter = lora_config(4) if settings.pop("lora", False) else None
     trainer = tests.build(
         folder / out,
         data,

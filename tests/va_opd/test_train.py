@@ -543,7 +543,7 @@ def test_a_resumed_grpo_sees_the_prompts_of_the_uninterrupted_one(config):
 def test_grpo_refuses_a_reference_that_would_lack_the_students_adapter(config, tmp_path, tiny_models):
     base = train.models.load_model(tiny_models["student"])
     adapter = tmp_path / "adapter"
-    peft.get_peft_model(base, train.models.lora_config(2)).save_pretrained(adapter)
+    peft.get_peft_model(base, train.lora_config(2)).save_pretrained(adapter)
     train.models.load_processor(tiny_models["student"]).save_pretrained(adapter)
     with pytest.raises(ValueError, match="holds a LoRA adapter, but TRL would load the KL reference"):
         grpo_trainer(config, "--model", str(adapter))
