@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import r_diverse.loop as r_diverse
+import r_diverse.train as r_diverse
 import srpo.train as srpo
 import va_opd.train as va_opd
 from benchmarks.cost import (

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .trainer import ChallengerReward
 
 try:
-    from common import models, preemption, verifiers
+    from common import models, plan, preemption, verifiers
     from common.checkpoints import resume_point
     from common.cli import MACHINE_FIELDS, changed_fields, machine_settings, parse_fields, read_config, run_main
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
@@ -420,6 +420,75 @@ def _challenger_samples(reward: ChallengerReward) -> list[dict[str, Any]]:
         {"question": question, "failure": parts["failures"][i], **{name: float(parts[name][i]) for name in names}}
         for i, question in enumerate(parts.get("questions", [])[:8])
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dry run
+
+
+def dry_run(settings: Settings) -> str:
+    """Resolved settings, sizes of both phases and memory a process, as text."""
+    run = settings.run
+    lines = [f"run folder: {run_path(run)}", "settings:"]
+    for name, value in (settings.plain() | settings.free()).items():
+        text = " ".join(str(value).split())
+        lines.append(f"  {name}: {text if len(text) < 100 else text[:97] + '...'}")
+    trainers = {"challenger": run.trainer_gpus, "solver": max(1, run.gpus)}
+    for phase in PHASES:
+        config, processes = getattr(settings, phase), trainers[phase]
+        update = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+        batch = config.per_device_train_batch_size * config.steps_per_generation * processes
+        lines.append(
+            f"{phase}: {config.max_steps} optimizer steps of {update} rollouts on {processes} processes; a generation "
+            f"batch has {batch // config.num_generations} prompts x {config.num_generations} rollouts"
+        )
+    parameters = models.guess_parameters(run.model)
+    if parameters is None:
+        return "\n".join([*lines, plan.unknown_line([run.model])])
+    for phase, processes in trainers.items():
+        sharding = run.sharding if processes > 1 else "none"
+        parts = memory_parts(settings, phase, parameters, processes, sharding)
+        lines += plan.memory_lines(parts, sharding, processes, f"training process of the {phase}")
+    each = plan.bytes_each(sharding, settings.solver.bf16, run.policy_dtype)
+    trained = plan.trained_parameters(run.model, parameters, run.lora_rank)
+    sizes = each.weight * parameters, each.states * trained  # an adapter is merged before it is saved
+    return "\n".join([*lines, plan.disk_line(2 * run.iterations, "models", *sizes)])
+
+
+def memory_parts(settings: Settings, phase: str, parameters: float, processes: int, sharding: str) -> dict[str, float]:
+    """Bytes by part in one training process."""
+    run, config, pieces = settings.run, getattr(settings, phase), plan.split(sharding, processes)
+    each = plan.bytes_each(sharding, config.bf16, run.policy_dtype)
+    trained = plan.trained_parameters(run.model, parameters, run.lora_rank)
+    quantized = plan.in_4_bits(run.model, parameters, run.load_in_4bit)
+    reference = config.beta != 0 and not run.lora_rank  # with LoRA it is the policy without its adapter
+    return {
+        **plan.model_bytes(phase, parameters, trained, each, pieces, quantized),
+        "KL reference": reference * each.weight * parameters / pieces.weights,
+        **plan.generation_bytes(config, plan.shape_of(run.model, parameters), each.weight),
+        **(reward_parts(run, parameters) if phase == "challenger" else {}),
+    }
+
+
+def reward_parts(run: RDiverseConfig, parameters: float) -> dict[str, float]:
+    """Bytes of what a training process of the Challenger holds for its reward: all that no server has."""
+    served = run.engine == "vllm" and run.gpus > 0
+    held = {} if served else {"Solver of the reward": parameters}
+    if run.needs_skills and not served and run.uses_coder_model:
+        held["coder"] = _size(run.coder)
+    if run.needs_skills and run.encoder != "minilm":
+        held["encoder"] = _size(run.encoder)
+    parts = {f"{name}, 2 bytes each": 2 * number for name, number in held.items() if number is not None}
+    unknown = [name for name, number in held.items() if number is None]
+    return parts | {f"{name}, not counted: its size is not known": 0.0 for name in unknown}
+
+
+def _size(name: str) -> float | None:
+    """Parameters of a coder or encoder, None where they cannot be known."""
+    try:
+        return models.guess_parameters(name if Path(name).exists() else name.upper())  # ...-1.5b
+    except ValueError:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -713,17 +713,17 @@ def test_labels_of_hostile_answers_are_bounded_and_counted(tmp_path, monkeypatch
 
 def test_the_memory_of_a_challenger_without_servers_counts_its_reward():
     fields = ["--model=org/Base-4B", "--gpus=8"]
-    parts = loop.reward_parts(parse(fields).run, 4e9)
+    parts = train.reward_parts(parse(fields).run, 4e9)
     assert parts == {
         "Solver of the reward, 2 bytes each": 8e9,
         "coder, 2 bytes each": 14e9,
         "encoder, 2 bytes each": 3e9,
     }
-    assert list(loop.reward_parts(parse([*fields, "--engine=vllm"]).run, 4e9)) == ["encoder, 2 bytes each"]
-    assert list(loop.reward_parts(parse([*fields, "--penalty=none"]).run, 4e9)) == [
+    assert list(train.reward_parts(parse([*fields, "--engine=vllm"]).run, 4e9)) == ["encoder, 2 bytes each"]
+    assert list(train.reward_parts(parse([*fields, "--penalty=none"]).run, 4e9)) == [
         "Solver of the reward, 2 bytes each"
     ]
-    unknown = loop.reward_parts(parse([*fields, "--engine=vllm", "--encoder=some/encoder"]).run, 4e9)
+    unknown = train.reward_parts(parse([*fields, "--engine=vllm", "--encoder=some/encoder"]).run, 4e9)
     assert unknown == {"encoder, not counted: its size is not known": 0.0}
     text = dry_run(parse([*fields, "--sharding=zero2"]))
     assert (
