@@ -209,6 +209,33 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def claim(path: Path, settings: dict[str, Any], has_results: bool) -> None:
+    """Ties a folder of results to the settings that decide them, which the first call writes to `path`.
+
+    `has_results` is whether the folder holds results, which keep it from being claimed anew.
+    Raises `ValueError` where the results are of other settings, or say nothing of them.
+    """
+    if not has_results:
+        atomic_write_json(path, settings)
+        return
+    try:
+        theirs = json.loads(path.read_text()) if path.exists() else {}
+        differing = [name for name, value in settings.items() if theirs.get(name, value) != value]
+    except (ValueError, AttributeError):
+        theirs = {}
+    if not theirs:
+        raise ValueError(
+            f"{path.parent} holds results, but no readable {path.name} that says of which settings: move the folder "
+            "away to make them anew"
+        )
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{path.parent} holds results of {name}={theirs[name]!r}, these settings have {settings[name]!r}: set "
+            f"{name} back, or move the folder away to make them anew"
+        )
+
+
 FORMAT = 2  # of the manifest: before, settings turned off were not recorded
 
 
@@ -267,19 +294,6 @@ class RunFolder:
     @property
     def is_done(self) -> bool:
         return is_done(self.path)
-
-    def log(self, record: dict[str, Any]) -> None:
-        """One line of metrics.jsonl; `step` is the optimizer step."""
-        append_jsonl(self.path / "metrics.jsonl", record)
-
-    def log_sample(self, record: dict[str, Any]) -> None:
-        """One line of samples.jsonl."""
-        append_jsonl(self.path / "samples.jsonl", record)
-
-    def truncate_logs(self, step: int) -> None:
-        """Drops lines logged after `step`: a run that resumes there will log them again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            truncate_jsonl(self.path / name, step)
 
     def restart(self) -> None:
         """A finished run has more to do."""

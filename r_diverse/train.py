@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, PrinterCallback, TrainerCallback, set_seed
+from transformers import AutoConfig, PrinterCallback, set_seed
 from transformers.integrations import deepspeed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -34,7 +34,7 @@ from .questions import PLAIN_TEMPLATE, solver_prompt, turn_end_id
 from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
 
 if TYPE_CHECKING:
-    from .trainer import ChallengerReward
+    from .trainer import ChallengerReward, PhaseTrainer
 
 try:
     from common import models, plan, preemption, verifiers
@@ -42,8 +42,9 @@ try:
     from common.cli import MACHINE_FIELDS, changed_fields, machine_settings, parse_fields, read_config, run_main
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
     from common.lora import check_lora, lora_config, with_adapters
-    from common.runs import append_jsonl, exclusive, read_jsonl, truncate_jsonl
+    from common.runs import exclusive, read_jsonl
     from common.stages import on_one_gpu
+    from common.training import RunLog
 
     from .data import (
         BATCH,
@@ -383,7 +384,7 @@ def _train_phase(folder: Path, main: bool, config, model: str, reward, rows, run
     checkpoint = resume_point(trainer)
     trainer.remove_callback(PrinterCallback)
     if main:
-        trainer.add_callback(PhaseLog(folder, checkpoint, samples))
+        trainer.add_callback(PhaseLog(folder, checkpoint, trainer, samples))
     preemption.train(trainer, checkpoint)
     trainer.save_model(str(folder / ("adapter" if lora else "model")))
     if main:
@@ -393,25 +394,14 @@ def _train_phase(folder: Path, main: bool, config, model: str, reward, rows, run
         (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
 
 
-class PhaseLog(TrainerCallback):
-    """Writes metrics.jsonl and, where a phase has them, some rollouts to samples.jsonl."""
+class PhaseLog(RunLog):
+    """Writes some rollouts to samples.jsonl, where a phase has them."""
 
     SHOWN = ("reward", "challenger/uncertainty", "challenger/repetition", "challenger/memory", "entropy", "step_time")
 
-    def __init__(self, folder: Path, checkpoint: Path | None, samples: Callable[[], list[dict[str, Any]]]):
-        self.folder, self.samples = folder, samples
-        step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            truncate_jsonl(folder / name, step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        logs = logs or {}
-        append_jsonl(self.folder / "metrics.jsonl", {"step": state.global_step, **logs})
-        shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
-        if shown:
-            print(f"{self.folder.name} {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
-        for record in self.samples() if "loss" in logs else []:  # not with the last line, of the whole phase
-            append_jsonl(self.folder / "samples.jsonl", {"step": state.global_step, **record})
+    def __init__(self, folder: Path, checkpoint: Path | None, trainer: PhaseTrainer, rollouts: Callable[[], list]):
+        super().__init__(folder, checkpoint, trainer)
+        self.unit, self.rollouts = folder.name, rollouts
 
 
 def _challenger_samples(reward: ChallengerReward) -> list[dict[str, Any]]:

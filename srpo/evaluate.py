@@ -16,16 +16,21 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .config import SRPOConfig
 from .data import SUBJECTS, reward_of
-from .train import ScriptArguments, load_splits_of, models, parse, run_path, train_seconds
+from .train import ScriptArguments, load_splits_of, parse, run_path, train_seconds
 
 # isort: split
 from common.cli import run_main
-from common.evaluation import Benchmark, Decoding, TransformersEngine, VLLMEngine, evaluate, json_options
-from common.evaluation.run import question_fingerprint
+from common.evaluation import (
+    Benchmark,
+    Decoding,
+    Engine,
+    evaluate,
+    json_options,
+    load_engine,
+    question_fingerprint,
+)
 from common.evaluation.scoring import reward_scorer
 from common.runs import atomic_write_json, is_done
 
@@ -94,7 +99,7 @@ def settings_of(model: str, benchmark: Benchmark, args: ScriptArguments, config:
     """What the record of an evaluation must agree with, under the record's names; known before a model is loaded."""
     return {
         "model": model,
-        "rows": question_fingerprint(benchmark),
+        "rows": question_fingerprint(benchmark.rows),
         "decoding": dataclasses.asdict(benchmark.decoding),
         "samples": args.eval_samples,
         "seed": config.seed,
@@ -156,20 +161,17 @@ def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
     )
 
 
-def build_engine(model: str, args: ScriptArguments, config: SRPOConfig) -> TransformersEngine | VLLMEngine:
+def build_engine(model: str, args: ScriptArguments, config: SRPOConfig) -> Engine:
     """The engine of `args.engine`, which generates with `model`, a hub id or a local folder; to be closed."""
-    if args.engine == "vllm":
-        options = json_options("engine_options", args.engine_options)
-        return VLLMEngine(model, chat_template_kwargs=config.chat_template_kwargs, **options)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    engine = TransformersEngine(
-        models.load_model(model, dtype=dtype, device=config.device),
-        models.load_processor(model),
+    return load_engine(
+        args.engine,
+        model,
         args.eval_batch_size,
+        bf16=config.bf16,
+        device=config.device,
         chat_template_kwargs=config.chat_template_kwargs,
+        options=json_options("engine_options", args.engine_options),
     )
-    engine.name = model  # of an adapter's folder, not its base
-    return engine
 
 
 def within_budgets(curve: list[dict[str, Any]]) -> dict[str, Any]:

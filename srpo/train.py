@@ -12,27 +12,25 @@ The whole experiment: `python -m srpo.loop`.
 import json
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import set_seed
 
 from .config import SRPOConfig
 from .data import load_splits, reward_of
 
 try:
-    from common import models, plan, preemption, versions
-    from common.checkpoints import resume_point
+    from common import models, plan
     from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
     from common.evaluation import json_options
     from common.lora import check_lora, lora_config, with_adapters
-    from common.runs import RunFolder, exclusive, fingerprint, is_done
+    from common.runs import RunFolder
     from common.stages import on_one_gpu
+    from common.training import RunLog, row_fingerprints, train_run
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -146,41 +144,14 @@ def train(args: ScriptArguments, config: SRPOConfig) -> None:
     """Trains into the run folder, from its last checkpoint if there is one; does nothing if the run is done."""
     set_seed(config.seed)
     splits = load_splits_of(args)
-    main_process, done = PartialState().is_main_process, is_done(run_path(args, config))
-    PartialState().wait_for_everyone()  # every rank has looked before the first one touches the folder
-    if done:
-        if main_process:
-            open_run(args, config, splits)  # refuses a run with other settings
-            print(f"{run_path(args, config)}: done already")
-        return
-    if main_process:
-        versions.announce("srpo.train")
-        print(plan.update_line(config, PartialState().num_processes), flush=True)
-    trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
-    with exclusive(run_path(args, config)) if main_process else nullcontext():
-        run(args, config, splits, trainer)
-
-
-def run(args: ScriptArguments, config: SRPOConfig, splits: "DatasetDict", trainer: "SRPOTrainer") -> None:
-    """Trains in the run folder, which no other process touches."""
-    checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder
-    folder = open_run(args, config, splits) if PartialState().is_main_process else None
-    with folder or nullcontext():
-        if folder is not None:
-            record(folder, trainer, checkpoint)
-        preemption.train(trainer, checkpoint, keep_weights=True)  # all of them are evaluated
-        trainer.save_model(str(Path(config.output_dir) / "model"))
-        if folder is not None:
-            folder.finish()
-
-
-def record(folder: RunFolder, trainer, checkpoint: Path | None) -> None:
-    """Sends the trainer's logs to the folder from here on; lines after the checkpoint will come again."""
-    step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
-    folder.truncate_logs(step)
-    print(f"{folder.path}: " + (f"resuming at step {step}" if checkpoint else "starting"), flush=True)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RecordCallback(folder, trainer, checkpoint))
+    train_run(
+        "srpo.train",
+        run_path(args, config),
+        config,
+        open_run=partial(open_run, args, config, splits),
+        build_trainer=partial(build_trainer, args, config, splits),
+        log=SRPOLog,
+    )
 
 
 def load_splits_of(args: ScriptArguments) -> "DatasetDict":
@@ -189,14 +160,10 @@ def load_splits_of(args: ScriptArguments) -> "DatasetDict":
 
 
 def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
-    prints = {
-        name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
-        for name, rows in splits.items()
-    }
     return RunFolder.open(
         run_path(args, config),
         changed_settings(args, config, (*DERIVED, *MAY_CHANGE, *MACHINE_FIELDS)),
-        data=prints,
+        data=row_fingerprints(splits),
         seed=config.seed,
         free={name: getattr(args, name) for name in ("grpo_steps", *MAY_CHANGE)} | machine_settings(config),
     )
@@ -239,13 +206,14 @@ def short_prompts(rows, tokenizer, config: SRPOConfig):
     return rows.select(kept)
 
 
-class RecordCallback(TrainerCallback):
-    """Writes metrics.jsonl, with the seconds of training so far, and two prompts' rollouts to samples.jsonl."""
+class SRPOLog(RunLog):
+    """Adds the seconds of training so far to metrics.jsonl and checkpoints, and two prompts' rollouts to
+    samples.jsonl."""
 
     SHOWN = ("loss", "reward", "route/sdpo", "teacher/entropy", "completions/mean_length", "step_time")
 
-    def __init__(self, folder: RunFolder, trainer, checkpoint: Path | None):
-        self.folder, self.trainer = folder, trainer
+    def __init__(self, folder: Path, checkpoint: Path | None, trainer: "SRPOTrainer"):
+        super().__init__(folder, checkpoint, trainer)
         self.seconds = train_seconds(checkpoint) if checkpoint else 0.0
         self.started = time.monotonic()
 
@@ -259,19 +227,18 @@ class RecordCallback(TrainerCallback):
         self.seconds += time.monotonic() - self.started
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        logs = logs or {}
-        self.folder.log({"step": state.global_step, "train_seconds": self.seconds, **logs})
-        shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
-        if shown:
-            print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
-        count = 2 * args.num_generations if "loss" in logs else 0  # none with the last line, of the whole training
-        for rollout in rollout_records(self.trainer.last_rollouts, count):
-            self.folder.log_sample({"step": state.global_step, **rollout})
+        super().on_log(args, state, control, logs)
         self.trainer.last_rollouts = {}  # GRPO takes several steps on them
+
+    def measured(self) -> dict[str, float]:
+        return {"train_seconds": self.seconds}
+
+    def rollouts(self) -> list[dict[str, Any]]:
+        return rollout_records(self.trainer.last_rollouts, 2 * self.trainer.args.num_generations)
 
     def on_save(self, args, state, control, **kwargs):
         """Seconds of training up to the checkpoint, by which the paper's budgets of 1, 5 and 10 hours choose."""
-        newest = self.folder.path / f"checkpoint-{state.global_step}"
+        newest = self.folder / f"checkpoint-{state.global_step}"
         (newest / "train_seconds.json").write_text(json.dumps(self.seconds))
 
 

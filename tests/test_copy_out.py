@@ -1,6 +1,5 @@
 """A method's folder works alone: copied out of the project, it trains on the caller's own data with PyPI packages."""
 
-import ast
 import math
 import os
 import re
@@ -12,9 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = {"common", "va_opd", "srpo", "r_diverse"}
 METHODS = [name for name in ("va_opd", "srpo", "r_diverse") if (ROOT / name / "__init__.py").exists()]
-NEED_COMMON = ("data", "train", "evaluate", "loop")  # all other modules are the library
 ENTRY_POINTS = [(m, e) for m in METHODS for e in ("train", "loop") if (ROOT / m / f"{e}.py").exists()]
 
 # The ten lines of a caller, and a model small enough for a test. Nothing of it comes from this project but the method.
@@ -204,35 +201,3 @@ def test_the_entry_point_of_a_copied_folder_says_what_it_needs(copied, method, e
     assert process.returncode != 0
     assert len(said) == 1, said
     assert "common" in said[0]
-
-
-def project_imports(path: Path) -> set[str]:
-    """Names of the project's packages that a module imports, at any depth."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module.split(".")[0])
-    return found & PROJECT
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_library_modules_import_nothing_of_the_project_and_no_method_another(method):
-    for path in (ROOT / method).rglob("*.py"):
-        others = project_imports(path) - {method}
-        assert others <= {"common"}, path
-        if path.stem not in NEED_COMMON:
-            assert not others, path
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_objective_needs_no_trainer(method):
-    objective = ROOT / method / "objective.py"
-    if objective.exists():
-        names = {
-            (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name or "").split(".")[0]
-            for node in ast.walk(ast.parse(objective.read_text()))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-        }
-        assert not names & {"trl", "transformers", "accelerate"}

@@ -56,8 +56,8 @@ def score(name: str, out: Path, right: int) -> dict:
 def finish(path: Path, config: dict, steps: list[dict] = ()) -> None:
     with RunFolder.open(path, {**MODELS, **config}, data={"train": "0"}, seed=0) as folder:
         for line in steps:
-            folder.log(line)
-        folder.log_sample({"step": 1, "response": "<b>"})
+            append_jsonl(path / "metrics.jsonl", line)
+        append_jsonl(path / "samples.jsonl", {"step": 1, "response": "<b>"})
         folder.finish()
 
 

@@ -26,15 +26,11 @@ from .data import digits_correct
 from .objective import pixelate
 from .train import (
     ScriptArguments,
-    build_engine,
-    claim,
-    data_settings,
     load_teacher,
     load_validation_of,
     loads_teacher,
     models,
     parse,
-    question_digest,
     rollout_records,
     run_path,
 )
@@ -44,8 +40,10 @@ from .trainer import VAOPDTrainer
 from common.answers import grade
 from common.cli import run_main
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
-from common.runs import append_jsonl, atomic_write_json, exclusive, is_done, read_jsonl
+from common.runs import append_jsonl, atomic_write_json, claim, exclusive, is_done, read_jsonl
 from common.stages import on_one_gpu
+
+from .responses import build_engine, data_settings, fingerprint_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -123,7 +121,7 @@ def settings_of(what: str, args: ScriptArguments, config: VAOPDConfig, rows: "Da
         **{name: getattr(config, name) for name in names},
         **data_settings(args),
         "validation_size": args.validation_size,
-        "data": question_digest(rows),
+        "data": fingerprint_of(rows),
     }
 
 

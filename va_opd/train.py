@@ -10,10 +10,7 @@ The whole experiment: `python -m va_opd.loop`.
 """
 
 import dataclasses
-import json
 import sys
-from collections.abc import Callable
-from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,19 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import set_seed
 
 from .config import VAOPDConfig
-from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, digits_correct, load_splits, load_validation, with_completions
+from .data import MAX_PIXELS, MIN_PIXELS, SOURCES, load_splits, load_validation
 
 try:
-    from common import models, plan, preemption, verifiers, versions
-    from common.checkpoints import resume_point
+    from common import models, plan
     from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
-    from common.evaluation import Decoding, Prompt, TransformersEngine, VLLMEngine, json_options
+    from common.evaluation import json_options
     from common.lora import adapter_base, check_lora, lora_config, with_adapters
-    from common.runs import RunFolder, append_jsonl, atomic_write_json, exclusive, fingerprint, is_done, read_jsonl
+    from common.runs import RunFolder
     from common.stages import on_one_gpu
+    from common.training import RunLog, row_fingerprints, train_run
+
+    from .responses import reward_of, sample_teacher, teacher_rows
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -49,7 +48,6 @@ MAY_CHANGE = (
     "benchmarks", "benchmark_data", "eval_limit", "eval_samples", "eval_temperature", "eval_batch_size", "engine",
     "engine_options", "select_checkpoint",
 )  # fmt: skip
-TEACHER_ROWS = 256  # responses of the teacher between two writes: an engine fills its batch from so many
 VARIANTS = {"va": "va_opd", "none": "opd", "rollout": "rollout_only", "token": "token_only"}
 
 
@@ -155,41 +153,14 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
     """Trains into the run folder, from its last checkpoint if there is one; does nothing if the run is done."""
     set_seed(config.seed)
     splits = load_splits_of(args)
-    main_process, done = PartialState().is_main_process, is_done(run_path(args, config))
-    PartialState().wait_for_everyone()  # every rank has looked before the first one touches the folder
-    if done:
-        if main_process:
-            open_run(args, config, splits)  # refuses a run with other settings
-            print(f"{run_path(args, config)}: done already")
-        return
-    if main_process:
-        versions.announce("va_opd.train")
-        print(plan.update_line(config, PartialState().num_processes), flush=True)
-    trainer = build_trainer(args, config, splits)  # most mistakes show here, before there is a folder
-    with exclusive(run_path(args, config)) if main_process else nullcontext():
-        run(args, config, splits, trainer)
-
-
-def run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict", trainer: "Trainer") -> None:
-    """Trains in the run folder, which no other process touches."""
-    checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder
-    folder = open_run(args, config, splits) if PartialState().is_main_process else None
-    with folder or nullcontext():
-        if folder is not None:
-            record(folder, trainer, checkpoint)
-        preemption.train(trainer, checkpoint, keep_weights=True)  # the best of them is chosen
-        trainer.save_model(str(Path(config.output_dir) / "model"))
-        if folder is not None:
-            folder.finish()
-
-
-def record(folder: RunFolder, trainer: "Trainer", checkpoint: Path | None) -> None:
-    """Sends the trainer's logs to the folder from here on; lines after the checkpoint will come again."""
-    step = int(checkpoint.name.split("-")[-1]) if checkpoint else 0
-    folder.truncate_logs(step)
-    print(f"{folder.path}: " + (f"resuming at step {step}" if checkpoint else "starting"), flush=True)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RecordCallback(folder, trainer))
+    train_run(
+        "va_opd.train",
+        run_path(args, config),
+        config,
+        open_run=partial(open_run, args, config, splits),
+        build_trainer=partial(build_trainer, args, config, splits),
+        log=VAOPDLog,
+    )
 
 
 def load_splits_of(args: ScriptArguments) -> "DatasetDict":
@@ -217,13 +188,10 @@ def row_options(args: ScriptArguments) -> dict[str, Any]:
 
 def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> RunFolder:
     """The run's folder; `RunFolderError` where it holds a run with other settings or data."""
-    prints = {
-        name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
-        for name, rows in splits.items()
-    }
     settings = changed_settings(args, config, (*MAY_CHANGE, *MACHINE_FIELDS))
     free = {name: getattr(args, name) for name in MAY_CHANGE} | machine_settings(config)
-    return RunFolder.open(run_path(args, config), settings, data=prints, seed=config.seed, free=free)
+    data = row_fingerprints(splits)
+    return RunFolder.open(run_path(args, config), settings, data=data, seed=config.seed, free=free)
 
 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
@@ -331,161 +299,17 @@ def shared_settings(config: VAOPDConfig, target: type) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names - {"beta"}}
 
 
-def reward_of(args: ScriptArguments) -> Callable[..., list[float | None]]:
-    """GRPO's reward: the first answer counts, as in the paper's monitoring reward and in evaluation; for digits the
-    exact sentence."""
-    if args.dataset != "digits":
-        return first_answer_reward
-
-    def digits_reward(completions, answer, **columns) -> list[float]:
-        texts = map(verifiers.completion_text, completions)
-        return [float(digits_correct(text, {"answer": gold})) for text, gold in zip(texts, answer, strict=True)]
-
-    return digits_reward
-
-
-def first_answer_reward(completions, answer, **columns) -> list[float | None]:
-    """`verifiers.math_reward` of the first answer that each completion commits to, or of a short one as a whole."""
-    return verifiers.math_reward(completions, answer, which="first", whole=True, **columns)
-
-
-def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> "Dataset":
-    """Rows with a `completion` sampled once from the teacher: the complete ones for kd (sequence-level distillation),
-    of these the ones with a correct answer for sft (the paper's CoT-SFT, whose data it does not publish).
-
-    A response that was cut at the token limit would teach to stop there. Raises `ValueError` where none is left, and
-    in the processes of a launcher where the responses are not sampled yet.
-    """
-    records = {record["id"]: record for record in read_jsonl(sample_teacher(args, config, rows))}
-    complete = [index for index, row_id in enumerate(rows["id"]) if records[row_id]["finish_reason"] != "length"]
-    responses, answers = [records[row_id]["response"] for row_id in rows["id"]], rows["answer"]
-    reward = reward_of(args)
-    keep = [i for i in complete if args.method == "kd" or reward([responses[i]], answer=[answers[i]])[0] == 1.0]
-    if not keep:
-        raise ValueError(
-            f"method {args.method} has nothing to train on: of the teacher's {len(rows)} responses {len(complete)} "
-            "are complete, and for sft none of these is correct; raise max_completion_length, or take another teacher"
-        )
-    if PartialState().is_main_process:
-        print(f"{args.method}: {len(keep)} of the teacher's {len(rows)} responses used", flush=True)
-    return with_completions(rows.select(keep), [responses[i] for i in keep])
-
-
-def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> Path:
-    """The file with one teacher response a row, to which the missing ones are added, `TEACHER_ROWS` at a time.
-
-    Raises `ValueError` where the responses there are of another teacher, decoding or data, and where some are missing
-    in the processes of a launcher: an engine would join their process group.
-    """
-    cache = Path(args.out) / "va_opd" / args.experiment / f"teacher-seed{config.seed}" / "responses.jsonl"
-    claim(cache.with_name("settings.json"), teacher_settings(args, config, rows), cache.exists())
-    found = read_jsonl(cache) if cache.exists() else []
-    done = {record["id"] for record in found if "finish_reason" in record}  # older ones do not say if they are whole
-    missing = [index for index, row_id in enumerate(rows["id"]) if row_id not in done]
-    if not missing:
-        return cache
-    if PartialState().num_processes > 1:
-        raise ValueError(
-            f"{cache} lacks {len(missing)} of {len(rows)} responses of the teacher: sample them first, by the same "
-            "command without a launcher and with --sample_only true"
-        )
-    decoding = Decoding(
-        temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_completion_length
-    )
-    with exclusive(cache.parent), closing(build_engine(args, args.teacher, config)) as engine:
-        for start in range(0, len(missing), TEACHER_ROWS):
-            part = [rows[index] for index in missing[start : start + TEACHER_ROWS]]
-            prompts = [Prompt(messages=row["prompt"], images=row["images"]) for row in part]
-            seeds = [config.seed + index for index in missing[start : start + TEACHER_ROWS]]
-            for row, completion in zip(part, engine.generate(prompts, decoding, seeds), strict=True):
-                record = {"response": completion.text, "finish_reason": completion.finish_reason}
-                append_jsonl(cache, {"id": row["id"], **record})
-            print(f"teacher: {len(done) + start + len(part)} of {len(rows)} responses", flush=True)
-    return cache
-
-
-def teacher_settings(args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> dict[str, Any]:
-    """What decides the teacher's responses."""
-    names = ("temperature", "top_p", "max_completion_length", "seed")
-    return {
-        "teacher": args.teacher,
-        "engine": args.engine,
-        **{name: getattr(config, name) for name in names},
-        **data_settings(args),
-        "limit": args.limit,
-        "data": question_digest(rows),
-    }
-
-
-def data_settings(args: ScriptArguments) -> dict[str, Any]:
-    """What is made of a row's text and images."""
-    return {name: getattr(args, name) for name in ("dataset", "template", "min_pixels", "max_pixels")}
-
-
-def question_digest(rows: "Dataset") -> str:
-    """Digest of ids, prompts and answers, without the images, which would have to be decoded."""
-    columns = rows.select_columns(["id", "prompt", "answer"])
-    return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in columns])
-
-
-def claim(path: Path, settings: dict[str, Any], has_results: bool) -> None:
-    """Ties a folder of results to the settings that decide them, which the first call writes to `path`.
-
-    `has_results` is whether the folder holds results, which keep it from being claimed anew.
-    Raises `ValueError` where the results are of other settings, or say nothing of them.
-    """
-    if not has_results:
-        atomic_write_json(path, settings)
-        return
-    try:
-        theirs = json.loads(path.read_text()) if path.exists() else {}
-        differing = [name for name, value in settings.items() if theirs.get(name, value) != value]
-    except (ValueError, AttributeError):
-        theirs = {}
-    if not theirs:
-        raise ValueError(
-            f"{path.parent} holds results, but no readable {path.name} that says of which settings: move the folder "
-            "away to make them anew"
-        )
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{path.parent} holds results of {name}={theirs[name]!r}, these settings have {settings[name]!r}: set "
-            f"{name} back, or move the folder away to make them anew"
-        )
-
-
-def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig) -> TransformersEngine | VLLMEngine:
-    """The engine of `args.engine`, which generates with `model`, a hub id or a local folder; to be closed."""
-    if args.engine == "vllm":
-        return VLLMEngine(model, **json_options("engine_options", args.engine_options))
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    engine = TransformersEngine(
-        models.load_model(model, dtype=dtype, device=config.device), models.load_processor(model), args.eval_batch_size
-    )
-    engine.name = model  # a merged adapter calls itself by its base
-    return engine
-
-
-class RecordCallback(TrainerCallback):
-    """Writes metrics.jsonl and a short line at each log, and for VA-OPD two prompts' rollouts to samples.jsonl."""
+class VAOPDLog(RunLog):
+    """Writes two prompts' rollouts to samples.jsonl, where the trainer is VA-OPD's."""
 
     SHOWN = ("loss", "reward", "kl/high", "kl/low", "va/mean", "entropy", "step_time")
 
-    def __init__(self, folder: RunFolder, trainer: "Trainer"):
-        self.folder, self.trainer = folder, trainer
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        logs = logs or {}
-        self.folder.log({"step": state.global_step, **logs})
-        shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
-        if shown:
-            print(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
+    def rollouts(self) -> list[dict[str, Any]]:
         rollouts = getattr(self.trainer, "last_rollouts", None)
-        if rollouts and "loss" in logs:  # not in the last line, of the whole training
-            tokenizer = _tokenizer(self.trainer.processing_class)
-            for record in rollout_records(rollouts, tokenizer, 2 * args.num_generations):
-                self.folder.log_sample({"step": state.global_step, **record})
+        if not rollouts:
+            return []
+        count = 2 * self.trainer.args.num_generations
+        return rollout_records(rollouts, _tokenizer(self.trainer.processing_class), count)
 
 
 def rollout_records(rollouts: dict[str, Any], tokenizer, count: int) -> list[dict[str, Any]]:

@@ -3,8 +3,15 @@
 from typing import Any
 
 from .benchmarks import BENCHMARKS, Benchmark, Source, load_benchmark
-from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, VLLMEngine, json_options
-from .run import evaluate, generate_samples, rescore, score_responses, scores_by_question
+from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, VLLMEngine, json_options, load_engine
+from .run import (
+    evaluate,
+    generate_samples,
+    question_fingerprint,
+    rescore,
+    score_responses,
+    scores_by_question,
+)
 from .scoring import headline, judge_row, summarize
 from .vision import VISION
 
@@ -27,6 +34,8 @@ __all__ = [
     "json_options",
     "judge_row",
     "load_benchmark",
+    "load_engine",
+    "question_fingerprint",
     "rescore",
     "score_responses",
     "scores_by_question",

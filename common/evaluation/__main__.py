@@ -78,24 +78,24 @@ def _decoding(args: argparse.Namespace, benchmark):
 
 
 def _engine(args: argparse.Namespace, options: dict):
-    from . import ServerEngine, TransformersEngine, VLLMEngine, json_options
+    from . import ServerEngine, json_options, load_engine
 
     if args.server:
         return ServerEngine(args.server, args.model, options, stop_token_ids=_turn_end(args.tokenizer))
     if args.tokenizer:
         raise ValueError(f"tokenizer {args.tokenizer!r} is for a --server: leave it out")
-    if args.engine == "vllm":
-        engine_options = json_options("engine_options", args.engine_options)
-        return VLLMEngine(args.model, options, **{"seed": args.seed, **engine_options})
     import torch
 
-    from common.models import load_model, load_processor
-
     cuda = torch.cuda.is_available()
-    model = load_model(args.model, torch.bfloat16 if cuda else torch.float32, "cuda" if cuda else "cpu")
-    engine = TransformersEngine(model, load_processor(args.model), args.batch_size, options)
-    engine.name = args.model  # of an adapter's folder, not its base
-    return engine
+    return load_engine(
+        args.engine,
+        args.model,
+        args.batch_size,
+        bf16=cuda,
+        device="cuda" if cuda else "cpu",
+        chat_template_kwargs=options,
+        options={"seed": args.seed, **json_options("engine_options", args.engine_options)},
+    )
 
 
 def _turn_end(tokenizer: str | None) -> list[int]:

@@ -11,9 +11,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import TemplateError
+
+if TYPE_CHECKING:
+    from .transformers_engine import TransformersEngine
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,37 @@ def json_options(
     if taken := {"tokenize", "add_generation_prompt", "return_dict", "return_tensors"} & options.keys():
         raise ValueError(f"{name} must leave out {', '.join(sorted(taken))}, which the engine sets; got {text}")
     return options
+
+
+def load_engine(
+    kind: str,
+    model: str,
+    batch_size: int,
+    *,
+    bf16: bool,
+    device: Any,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+) -> "VLLMEngine | TransformersEngine":
+    """What generates with `model`, a hub id or a local folder, in this process; to be closed.
+
+    Args:
+        kind: "vllm", which takes `options` of `vllm.LLM`; or "transformers", for which are `batch_size`, `bf16`
+            (else float32) and `device`.
+        chat_template_kwargs: for the chat template, such as `enable_thinking`.
+    """
+    if kind == "vllm":
+        return VLLMEngine(model, chat_template_kwargs, **(options or {}))
+    import torch
+
+    from common.models import load_model, load_processor
+
+    from .transformers_engine import TransformersEngine
+
+    loaded = load_model(model, torch.bfloat16 if bf16 else torch.float32, device)
+    engine = TransformersEngine(loaded, load_processor(model), batch_size, chat_template_kwargs)
+    engine.name = model  # of an adapter's folder, not its base
+    return engine
 
 
 class VLLMEngine:

@@ -198,7 +198,7 @@ def judge_evaluation(
     if not (folder / "scored.jsonl").exists():
         raise ValueError(f"{folder} holds no scored evaluation of {benchmark.name}: run common.evaluation first")
     identity = json.loads((folder / "identity.json").read_text())
-    if identity["rows"] != question_fingerprint(benchmark):
+    if identity["rows"] != question_fingerprint(benchmark.rows):
         raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
     records = judge_records(engine, benchmark, folder, recheck, max_new_tokens)
     suffix, protocol, summarize = PROTOCOLS[recheck]

@@ -9,7 +9,7 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def evaluate(
         "model": engine.name,
         "engine": getattr(engine, "kind", type(engine).__name__),
         "benchmark": benchmark.name,
-        "rows": question_fingerprint(benchmark),
+        "rows": question_fingerprint(benchmark.rows),
         "decoding": dataclasses.asdict(decoding),
         "chat_template_kwargs": getattr(engine, "template_options", {}),
         "samples": samples,
@@ -98,7 +98,7 @@ def rescore(benchmark: Benchmark, out: str | Path) -> dict[str, Any]:
     if not (folder / "identity.json").exists() or not (folder / "samples.jsonl").exists():
         raise ValueError(f"{folder} holds no records of {benchmark.name}: run the evaluation first")
     identity = _identity(folder)
-    if identity.get("rows") != question_fingerprint(benchmark):
+    if identity.get("rows") != question_fingerprint(benchmark.rows):
         raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
     records = read_jsonl(folder / "samples.jsonl")
     wanted = identity.get("samples", 0) * len(benchmark.rows)  # unknown for responses of someone else
@@ -118,7 +118,7 @@ def score_responses(benchmark: Benchmark, responses: str | Path, out: str | Path
     if not path.is_file():
         raise ValueError(f"there is no file of responses {path}")
     records = _foreign(path)
-    identity = {"responses": str(path), "benchmark": benchmark.name, "rows": question_fingerprint(benchmark)}
+    identity = {"responses": str(path), "benchmark": benchmark.name, "rows": question_fingerprint(benchmark.rows)}
     _claim(Path(out) / benchmark.name / "identity.json", identity)
     metrics = _score(benchmark, records, Path(out), identity)
     write_jsonl(Path(out) / benchmark.name / "samples.jsonl", records)  # for `rescore`
@@ -178,9 +178,9 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
     return metrics
 
 
-def question_fingerprint(benchmark: Benchmark) -> str:
+def question_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
     """Digest of ids, prompts and gold answers: whose records these are."""
-    return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in benchmark.rows])
+    return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in rows])
 
 
 def _generate(

@@ -14,6 +14,7 @@ import yaml
 
 from common import runs
 from common.runs import RunFolder, RunFolderError, exclusive
+from common.training import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, DATA = {"learning_rate": 1e-3, "name": "a"}, {"train": "abc"}
@@ -25,7 +26,7 @@ def opened(path: Path, **changes) -> RunFolder:
 
 def test_a_new_run_and_the_same_run_again(tmp_path):
     with opened(tmp_path / "run") as folder:
-        folder.log({"step": 1, "loss": float("nan"), "mean": np.float32(0.5)})
+        runs.append_jsonl(folder.path / "metrics.jsonl", {"step": 1, "loss": float("nan"), "mean": np.float32(0.5)})
         assert not folder.is_done
         folder.finish(note="x")
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
@@ -66,7 +67,7 @@ def test_how_a_run_ended_is_recorded(tmp_path, error, state):
     ],
 )
 def test_another_runs_folder_is_refused_and_untouched(tmp_path, changes, message):
-    opened(tmp_path).log({"step": 1})
+    runs.append_jsonl(opened(tmp_path).path / "metrics.jsonl", {"step": 1})
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(RunFolderError, match=message) as error:
         opened(tmp_path, **changes)
@@ -233,14 +234,15 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 
 def test_logs_after_a_checkpoint_are_dropped(tmp_path):
-    folder = opened(tmp_path)
+    metrics, samples = tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"
     for step in (1, 2, 3):
-        folder.log({"step": step})
-        folder.log_sample({"step": step, "text": "\u2028 kept"})
-        folder.log({"step": step, "train_runtime": 1.0})  # closes a training: of a stopped run, or written again
-    folder.truncate_logs(2)
-    assert [record["step"] for record in runs.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert [record["text"] for record in runs.read_jsonl(tmp_path / "samples.jsonl")] == ["\u2028 kept"] * 2
+        runs.append_jsonl(metrics, {"step": step})
+        runs.append_jsonl(samples, {"step": step, "text": "\u2028 kept"})
+        # closes a training: of a stopped run, or written again
+        runs.append_jsonl(metrics, {"step": step, "train_runtime": 1.0})
+    RunLog(tmp_path, tmp_path / "checkpoint-2", None)
+    assert [record["step"] for record in runs.read_jsonl(metrics)] == [1, 2]
+    assert [record["text"] for record in runs.read_jsonl(samples)] == ["\u2028 kept"] * 2
 
 
 def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path):

@@ -18,6 +18,7 @@ from peft import get_peft_model
 from benchmarks import srpo as report
 from common import models, stages
 from common.cli import changed_settings
+from common.evaluation import engines
 from common.lora import lora_config
 from common.runs import exclusive, last_checkpoint, read_jsonl
 from common.tiny import tiny_qwen3
@@ -349,9 +350,11 @@ def test_the_hours_of_a_budget_are_those_of_steps(config, tmp_path, monkeypatch)
 
 
 def test_seconds_go_on_from_the_checkpoint(tmp_path):
-    (tmp_path / "train_seconds.json").write_text("7200.5")
-    assert train.RecordCallback(None, None, tmp_path).seconds == 7200.5
-    assert train.RecordCallback(None, None, None).seconds == 0.0
+    checkpoint = tmp_path / "checkpoint-5"
+    checkpoint.mkdir()
+    (checkpoint / "train_seconds.json").write_text("7200.5")
+    assert train.SRPOLog(tmp_path, checkpoint, None).seconds == 7200.5
+    assert train.SRPOLog(tmp_path, None, None).seconds == 0.0
 
 
 def run_until(config: Path, step: int | None, *fields: str) -> int:
@@ -588,7 +591,7 @@ def test_no_preset_has_teacher_prompts_beyond_the_models_positions(path, caplog,
 
 def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(evaluate, "VLLMEngine", lambda *names, **options: made.append(options))
+    monkeypatch.setattr(engines, "VLLMEngine", lambda *names, **options: made.append(options))
     fields = ["--config", str(config), "--engine", "vllm", "--engine_options"]
     args, settings = train.parse([*fields, '{"tensor_parallel_size": 2}'])
     evaluate.build_engine(args.model, args, settings)

@@ -1,0 +1,113 @@
+"""One training in a run folder: begun or resumed, its logs recorded, ended; the same for each method."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainerCallback
+
+from . import plan, preemption, versions
+from .checkpoints import resume_point
+from .runs import RunFolder, append_jsonl, exclusive, fingerprint, is_done, truncate_jsonl
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import Trainer
+
+
+class RunLog(TrainerCallback):
+    """Writes metrics.jsonl and a short line at each log, and rollouts to samples.jsonl.
+
+    A method says in a subclass which metrics the line has (`SHOWN`) and what its rollouts are.
+
+    Args:
+        folder: of the run; lines after the checkpoint, which will come again, are dropped from its files.
+        checkpoint: what the training resumes from, None for its beginning.
+        trainer: a TRL trainer.
+    """
+
+    SHOWN: tuple[str, ...] = ()
+    unit = "step"  # what the line begins with
+
+    def __init__(self, folder: Path, checkpoint: Path | None, trainer: "Trainer"):
+        self.folder, self.trainer = folder, trainer
+        step = step_of(checkpoint)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            truncate_jsonl(folder / name, step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = logs or {}
+        append_jsonl(self.folder / "metrics.jsonl", {"step": state.global_step, **self.measured(), **logs})
+        shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
+        if shown:
+            print(f"{self.unit} {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
+        for record in self.rollouts() if "loss" in logs else []:  # not with the last line, of the whole training
+            append_jsonl(self.folder / "samples.jsonl", {"step": state.global_step, **record})
+
+    def measured(self) -> dict[str, float]:
+        """What each line has besides the trainer's logs."""
+        return {}
+
+    def rollouts(self) -> list[dict[str, Any]]:
+        """Records of some rollouts of the step that is logged."""
+        return []
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps before a `checkpoint-<step>`."""
+    return int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+
+
+def train_run(
+    command: str,
+    run: Path,
+    config: Any,
+    open_run: Callable[[], RunFolder],
+    build_trainer: Callable[[], "Trainer"],
+    log: Callable[[Path, Path | None, "Trainer"], RunLog],
+) -> None:
+    """Trains into a run folder, from its last checkpoint if there is one; does nothing if the run is done.
+
+    All checkpoints keep their weights, which are evaluated.
+
+    Args:
+        command: such as "va_opd.train".
+        run: the folder.
+        config: a TRL configuration.
+        open_run: opens the folder and refuses one with other settings; the first process alone calls it.
+        build_trainer: the trainer with model and rows in place.
+        log: makes what records the training, from folder, checkpoint and trainer.
+    """
+    main_process, done = PartialState().is_main_process, is_done(run)
+    PartialState().wait_for_everyone()  # every rank has looked before the first one touches the folder
+    if done:
+        if main_process:
+            open_run()
+            print(f"{run}: done already")
+        return
+    if main_process:
+        versions.announce(command)
+        print(plan.update_line(config, PartialState().num_processes), flush=True)
+    trainer = build_trainer()  # most mistakes show here, before there is a folder
+    with exclusive(run) if main_process else nullcontext():
+        checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder
+        with open_run() if main_process else nullcontext() as folder:
+            if folder is not None:
+                where = f"resuming at step {step_of(checkpoint)}" if checkpoint else "starting"
+                print(f"{run}: {where}", flush=True)
+                trainer.add_callback(log(run, checkpoint, trainer))
+            trainer.remove_callback(PrinterCallback)
+            preemption.train(trainer, checkpoint, keep_weights=True)
+            trainer.save_model(str(run / "model"))
+            if folder is not None:
+                folder.finish()
+
+
+def row_fingerprints(splits: Mapping[str, "Dataset"]) -> dict[str, str]:
+    """Of each split a fingerprint of its ids and answers, without images, which would have to be decoded."""
+    return {
+        name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
+        for name, rows in splits.items()
+    }
