@@ -47,7 +47,7 @@ A
 
 @dataclass(frozen=True)
 class Subject:
-    """A benchmark of the paper: folder of its files, name on the hub, rows of its splits."""
+    """A data set of the paper: folder of its files, name on the hub, rows of its splits."""
 
     folder: str
     domain: str | None
@@ -55,7 +55,7 @@ class Subject:
     test: int
 
 
-SUBJECTS = {
+DATASETS = {
     "chemistry": Subject("chemistry", "Chemistry", 1890, 210),
     "physics": Subject("physics", "Physics", 720, 80),
     "biology": Subject("biology", "Biology", 450, 50),
@@ -78,14 +78,14 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
     """
     if dataset == "additions":
         splits = additions()
-    elif dataset in SUBJECTS:
-        folder = None if source is None else _folder(Path(source).expanduser(), SUBJECTS[dataset].folder)
+    elif dataset in DATASETS:
+        folder = None if source is None else _folder(Path(source).expanduser(), DATASETS[dataset].folder)
         if folder is None and (problem := missing_source(dataset)):
             raise ValueError(problem)
         splits = _local(folder) if folder else _from_hub(dataset, source or HUB_ID)
         check_counts(dataset, splits)
     else:
-        raise ValueError(f"dataset must be additions, {', '.join(SUBJECTS)}; got {dataset!r}")
+        raise ValueError(f"dataset must be additions, {', '.join(DATASETS)}; got {dataset!r}")
     check_answers(dataset, splits)
     if limit is not None:
         splits["train"] = splits["train"].select(range(min(limit, len(splits["train"]))))
@@ -94,7 +94,7 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
 
 def missing_source(dataset: str, source: str | None = None) -> str | None:
     """What to do for a benchmark that is in a release's files only, where none are given; None for any other."""
-    if source is not None or dataset not in SUBJECTS or SUBJECTS[dataset].domain is not None:
+    if source is not None or dataset not in DATASETS or DATASETS[dataset].domain is not None:
         return None
     return (
         f"{dataset} is on no hub: set data to a folder with the train.json and test.json of the SDPO release, or "
@@ -157,7 +157,7 @@ def _from_hub(dataset: str, source: str) -> DatasetDict:
     """The rule of the SDPO release: level L3, multiple choice, 10 % for the test, seed 42."""
     from datasets import load_dataset
 
-    subject = SUBJECTS[dataset]
+    subject = DATASETS[dataset]
     try:
         rows = load_dataset(source, split="test")
     except Exception as error:
@@ -186,7 +186,7 @@ def hub_row(row: dict[str, Any], index: int) -> dict[str, Any]:
 
 def check_counts(dataset: str, splits: DatasetDict) -> None:
     """Raises `ValueError` where the splits are not as large as the paper's; reports prompts that are in both."""
-    subject = SUBJECTS[dataset]
+    subject = DATASETS[dataset]
     found, expected = {s: len(splits[s]) for s in splits}, {"train": subject.train, "test": subject.test}
     if found != expected:
         raise ValueError(
@@ -200,7 +200,7 @@ def check_counts(dataset: str, splits: DatasetDict) -> None:
 
 def check_answers(dataset: str, splits: DatasetDict) -> None:
     """Raises `ValueError` for a row whose gold answer the reward cannot use."""
-    if dataset in SUBJECTS:
+    if dataset in DATASETS:
         from common import verifiers
 
         tools = dataset == "tooluse"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import SRPOConfig
-from .data import SUBJECTS, reward_of
+from .data import DATASETS, reward_of
 from .train import ScriptArguments, load_splits_of, parse, run_path, train_seconds
 
 # isort: split
@@ -154,7 +154,7 @@ def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
     return Benchmark(
         name=args.dataset,
         rows=[{"id": r["id"], "prompt": r["prompt"], "answer": r["answer"]} for r in rows],
-        score=reward_scorer(reward) if args.dataset in SUBJECTS else exact,
+        score=reward_scorer(reward) if args.dataset in DATASETS else exact,
         decoding=Decoding(
             temperature=args.eval_temperature, top_p=args.eval_top_p, max_new_tokens=config.max_completion_length
         ),
