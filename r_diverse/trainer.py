@@ -25,6 +25,7 @@ from .config import RDiverseConfig
 from .doctor import DoctorCallback
 from .memory import MemoryBank
 from .questions import Challenge, read_challenge, turn_end_id
+from .rope import exact_frequencies
 from .skills import ENGINE, Program, SkillEncoder
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class PhaseTrainer(GRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        exact_frequencies(self.model, self.ref_model)
         prompts = self.args.generation_batch_size // self.num_generations
         if self.train_dataset is not None and len(self.train_dataset) < prompts:
             raise ValueError(

@@ -21,6 +21,7 @@ from ._trl import ForwardRedirection, create_model_from_path, prepare_deepspeed
 from .lm_head import LMHead, lm_head, response_hidden_states
 from .offload import Offloaded
 from .reprompt import batches, teacher_inputs
+from .rope import exact_frequencies
 
 # Settings of a LoRA config that change more of the merged model than W + scale B A of whole layers
 NOT_MERGED = (
@@ -189,6 +190,7 @@ class SelfTeacher:
         options["device_map"] = None  # TRL's, "auto" on a GPU, is none that transformers takes beside ZeRO-3
         teacher = create_model_from_path(name, **options)
         teacher.requires_grad_(False)
+        exact_frequencies(teacher)
         self._check_start(teacher, policy, name)
         return prepare_deepspeed(teacher, self.accelerator)
 

@@ -26,6 +26,7 @@ from .divergence import chunked_divergence, chunked_entropy
 from .doctor import DoctorCallback, routing_figures, weight_figures
 from .lm_head import lm_head, response_hidden_states, sampled_logps
 from .reprompt import teacher_prompt_ids
+from .rope import exact_frequencies
 from .teacher import SelfTeacher, SelfTeacherCallback, autocast
 
 # Means over the tokens of a step that have one: the policy's entropy, and the loss of each branch
@@ -56,6 +57,7 @@ class SRPOTrainer(GRPOTrainer):
         args = SRPOConfig() if args is None else args
         check_batch(args, train_dataset)
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        exact_frequencies(self.model, self.ref_model)
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(HalfPrecisionCallback())
         self._forward_redirection = ForwardRedirection()

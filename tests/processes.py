@@ -44,7 +44,9 @@ def trainer_tests(file: str) -> ModuleType:
     return module
 
 
-def two_processes(program: str, folder: Path, sharding: str = "", timeout: float = 560) -> list[Any]:
+def two_processes(
+    program: str, folder: Path, sharding: str = "", timeout: float = 560, mixed_precision: str = "no"
+) -> list[Any]:
     """What `run` saves on each rank of two processes of `program`: plain on gloo, or under an accelerate config."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,7 +55,8 @@ def two_processes(program: str, folder: Path, sharding: str = "", timeout: float
     if sharding:
         words = launcher(2, sharding)[:-1]
         config = words.index("--config_file") + 1
-        settings = yaml.safe_load(Path(words[config]).read_text()) | {"use_cpu": True, "mixed_precision": "no"}
+        settings = yaml.safe_load(Path(words[config]).read_text())
+        settings |= {"use_cpu": True, "mixed_precision": mixed_precision}
         words[config] = str(folder / "accelerate.yaml")
         Path(words[config]).write_text(yaml.safe_dump(settings))
         words += ["--main_process_port", port]

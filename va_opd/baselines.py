@@ -3,10 +3,15 @@
 from trl import GRPOTrainer
 
 from ._trl import SiblingSampler
+from .rope import exact_frequencies
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
     """TRL's trainer; a run that was killed and resumed sees the prompts that the uninterrupted one would have seen."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        exact_frequencies(self.model, self.ref_model)
 
     def _get_train_sampler(self, dataset=None) -> SiblingSampler:
         return SiblingSampler(

@@ -206,6 +206,7 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
     from .baselines import ResumableGRPOTrainer
     from .checks import ban_tokens, check_same_tokens
     from .engine import VLLMRollouts
+    from .rope import exact_frequencies
     from .trainer import VAOPDTrainer
 
     processor = models.load_processor(args.model)
@@ -253,6 +254,7 @@ def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "Data
         if config.use_vllm:
             VLLMRollouts(trainer.vllm_generation)  # replaces its generate and sync_weights
         return trainer
+    exact_frequencies(student)
     return SFTTrainer(
         model=student,
         args=on_one_gpu(SFTConfig(**shared_settings(config, SFTConfig), max_length=None)),

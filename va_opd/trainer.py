@@ -25,6 +25,7 @@ from .degraded import degraded_pixel_values
 from .doctor import DoctorCallback, va_figures
 from .engine import VLLMRollouts
 from .lm_head import lm_head, logps_within, without_padding
+from .rope import exact_frequencies
 from .served import ServedTeacher
 from .teacher import Teacher
 
@@ -87,6 +88,7 @@ class VAOPDTrainer(DistillationTrainer):
         if teacher_model is not None:
             self.teacher_model.eval()  # not chained: a DeepSpeed engine's eval() returns None
             self.teacher_model.requires_grad_(False)
+        exact_frequencies(self.model, self.teacher_model)
         if self.is_fsdp_enabled:
             checks.check_fsdp(self.accelerator.state.fsdp_plugin)
             if not args.teacher_offload:  # whole on every rank; TRL leaves it where it was loaded
