@@ -198,7 +198,7 @@ def coefficients(
     mask: torch.Tensor,
     num_generations: int,
     weighting: str = "va",
-    rollout_temperature: float = 1.0,
+    weight_temperature: float = 1.0,
     eps: float = 1e-6,
     top_fraction: float = 0.2,
     high_weight: float = 0.5,
@@ -214,7 +214,7 @@ def coefficients(
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
     if weighting in ("va", "rollout"):
-        weights = rollout_weights(va, mask, num_generations, rollout_temperature, eps)
+        weights = rollout_weights(va, mask, num_generations, weight_temperature, eps)
     else:
         _check_groups(va, num_generations)
         weights = torch.full_like(va[:, 0], 1 / num_generations)

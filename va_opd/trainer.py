@@ -195,7 +195,7 @@ class VAOPDTrainer(DistillationTrainer):
             mask_all,
             num_generations,
             weighting,
-            args.rollout_temperature,
+            args.weight_temperature,
             args.va_eps,
             args.top_fraction,
             args.high_weight,

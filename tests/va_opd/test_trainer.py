@@ -488,7 +488,7 @@ def test_weighting_none_equals_trls_own_loss_when_all_rollouts_are_equally_long(
     assert_same_step(got, (trl_loss.item(), gradients_of(trl_loss, trainer.model), None))
 
 
-SETTINGS = {"rollout_temperature": 0.5, "va_eps": 0.01, "top_fraction": 0.4, "high_weight": 0.7, "kl_temperature": 2.0}
+SETTINGS = {"weight_temperature": 0.5, "va_eps": 0.01, "top_fraction": 0.4, "high_weight": 0.7, "kl_temperature": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_loss_and_gradient_against_an_independent_computation(make, monkeypatch,
     kl = reference_kl(student, teacher, batch, trainer.vocab_size, args.kl_temperature)
     for start in range(0, len(mask), k):
         means = np.array([va[r][mask[r]].mean() for r in range(start, start + k)])
-        scores = np.exp((means - means.mean()) / (means.std() + args.va_eps) / args.rollout_temperature)
+        scores = np.exp((means - means.mean()) / (means.std() + args.va_eps) / args.weight_temperature)
         for r, weight in zip(range(start, start + k), scores / scores.sum(), strict=True):
             weight = weight if weighting != "token" else 1 / k
             valid = mask[r].nonzero()[:, 0].tolist()
@@ -926,7 +926,7 @@ def other_tokenizer():
         ({"degradation_ratio": 0.0}, "degradation_ratio must be in"),
         ({"top_fraction": 0.0}, "top_fraction must be in"),
         ({"high_weight": 1.5}, "high_weight must be in"),
-        ({"rollout_temperature": 0.0}, "rollout_temperature must be above 0"),
+        ({"weight_temperature": 0.0}, "weight_temperature must be above 0"),
         ({"kl_temperature": 0.0}, "kl_temperature must be above 0"),
         ({"va_eps": 0.0}, "va_eps must be above 0"),
         ({"beta": 0.5}, "beta must be 1.0"),
