@@ -118,22 +118,9 @@ def logit_scale(config: PretrainedConfig) -> float:
     return scaling if config.model_type == "hyperclovax" else 1 / scaling
 
 
-def logps_within(
-    head: LMHead, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
-    """`objective.sampled_logps` through a head, of the tokens within a mask only.
-
-    Args:
-        head: of (V, H) weights, of which the rows from `vocab_size` on are cut off.
-        hidden: (..., H) states, from which `tokens` (...) are predicted.
-        mask: (...).
-
-    Returns (...) float32 in nats, 0 outside the mask.
-    """
-    mask = mask.bool()
-    with maybe_gather_lm_head_ctx(head.weight, head.bias):
+def sampled_logps(head: LMHead, hidden: torch.Tensor, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """`objective.sampled_logps` of (N,) tokens from (N, H) states through a head, whose rows from `vocab_size` on only
+    pad the vocabulary and are cut off: (N,) float32 in nats."""
+    with head.gathered():
         bias = None if head.bias is None else head.bias[:vocab_size]
-        logps = objective.sampled_logps(
-            hidden[mask], head.weight[:vocab_size], tokens[mask], bias, head.scale, head.softcap
-        )
-    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logps)
+        return objective.sampled_logps(hidden, head.weight[:vocab_size], tokens, bias, head.scale, head.softcap)

@@ -24,7 +24,7 @@ from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
 from .doctor import DoctorCallback, va_figures
 from .engine import VLLMRollouts
-from .lm_head import lm_head, logps_within, without_padding
+from .lm_head import lm_head, sampled_logps, without_padding
 from .served import ServedTeacher
 from .teacher import Teacher
 
@@ -154,7 +154,7 @@ class VAOPDTrainer(DistillationTrainer):
         head, tokens = lm_head(student), part["completion_ids"][siblings.loss_mask(part)]
         softcap = head.softcap and head.softcap / self.temperature  # the temperature comes after the cap
         head = head._replace(scale=head.scale / self.temperature, softcap=softcap)
-        logps = logps_within(head, hidden, tokens, torch.ones_like(tokens), self.vocab_size)
+        logps = sampled_logps(head, hidden, tokens, self.vocab_size)
         return self.accelerator.gather(self.engine.gap(logps, count, self.top_p)).mean().item()
 
     def _prepare_inputs(self, generation_batch):
