@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from .trainer import SRPOTrainer
 
-ROUTES = {"grpo": "policy", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
+ROUTES = {"grpo": "grpo", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
 # TRL sets the first from the batch, and refuses both; the second only says what a GRPO batch's own fields have to be
 DERIVED = ("generation_batch_size", "grpo_steps")
 # May change without another training; evaluation ties its results to those that decide them
