@@ -20,10 +20,11 @@ from common.estimators import avg_at_k, interval, over_seeds, paired_difference
 from common.evaluation import scores_by_question
 from common.runs import atomic_write_text, read_jsonl
 from common.verifiers import LETTERS
+from srpo.data import SUBJECTS
 from srpo.evaluate import BUDGETS
 from srpo.train import ScriptArguments, parse
 
-DATASETS = ("chemistry", "physics", "biology", "materials", "tooluse")
+DATASETS = tuple(SUBJECTS)
 NAMES = {
     "base": "base",
     "grpo": "GRPO",

@@ -15,14 +15,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .data import missing_source
+from .data import SUBJECTS, missing_source
 from .train import (  # says in one line what is missing without common/
     ScriptArguments,
     checkpoint_sizes,
     dry_run,
     load_splits_of,
     parse,
-    steps_of,
+    steps_per_batch,
 )
 
 # isort: split
@@ -41,7 +41,6 @@ VARIANT_FLAGS = {
     "sdpo_incorrect": ["--routing", "sdpo_incorrect"],
     "sdpo_correct": ["--routing", "sdpo_correct"],
 }
-BENCHMARKS = ("chemistry", "physics", "biology", "materials", "tooluse")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--variants", default="grpo,sdpo,srpo", help=f"comma list of {', '.join(VARIANT_FLAGS)}, or all"
     )
-    parser.add_argument("--datasets", help=f"comma list of {', '.join(BENCHMARKS)}, or all; by default the config's")
+    parser.add_argument("--datasets", help=f"comma list of {', '.join(SUBJECTS)}, or all; by default the config's")
     parser.add_argument("--seeds", help="comma list; by default the config's seed")
     parser.add_argument("--gpus", type=int, default=1, help="processes for training; 1 starts no launcher")
     parser.add_argument("--sharding", default="zero3", help="accelerate config of TRL used for several GPUs")
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         args, config = parse([*fields, "--dry_run"] if known.dry_run or known.download else fields)
         variants = chosen("variants", known.variants, VARIANT_FLAGS)
         own = known.datasets in (None, args.dataset)
-        datasets = [args.dataset] if own else chosen("datasets", known.datasets, BENCHMARKS)
+        datasets = [args.dataset] if own else chosen("datasets", known.datasets, SUBJECTS)
         seeds = chosen("seeds", known.seeds or str(config.seed))
         sources = [(name, partial(load_splits_of, dataclasses.replace(args, dataset=name))) for name in datasets]
         if known.download:
@@ -131,7 +130,7 @@ def _split_batch(config, steps: int) -> list[str]:
     The paper's steps, of warm-up too, are batches; TRL's are optimizer steps. `ValueError` where it does not divide.
     """
     accumulation, rows = config.gradient_accumulation_steps, config.per_device_train_batch_size
-    now = steps_of(config)
+    now = steps_per_batch(config)
     if now == steps:
         return []
     if now != 1:

@@ -122,9 +122,9 @@ def grpo_token_loss(
 
 
 def teacher_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy of the teacher in nats over the full vocabulary (Section 3.2): logits (..., V) -> (...), float32 or wider.
+    """Entropy of the teacher in nats over the full vocabulary (Section 3.2): logits (..., V) -> (...).
 
-    The trainer has the same from hidden states (`divergence.chunked_entropy`).
+    In float32 or wider. The trainer has the same from hidden states (`divergence.chunked_entropy`).
     """
     logps = logits.to(_wide(logits)).log_softmax(-1)
     # A logit of -inf has probability 0 and adds nothing
@@ -160,10 +160,10 @@ def jsd_topk_tail(
 ) -> torch.Tensor:
     """Generalised Jensen-Shannon divergence of each token (SDPO, Section 3): logits (..., V) -> nats (...).
 
-    (1 - alpha) KL(P || M) + alpha KL(Q || M) with M = (1 - alpha) P + alpha Q, P the student, Q the teacher. At the ends
-    that would be 0. As in SDPO's release and TRL, alpha = 0 is KL(Q || P) instead, the limit of the divergence / alpha,
-    and alpha = 1 is KL(P || Q), that of the divergence / (1 - alpha). The trainer has the same from hidden states, and
-    never holds (B, T, V) logits (`divergence.chunked_divergence`).
+    (1 - alpha) KL(P || M) + alpha KL(Q || M) with M = (1 - alpha) P + alpha Q, P the student, Q the teacher. At alpha
+    of 0 and 1 that would be 0. As in SDPO's release and TRL, they stand for KL(Q || P), the limit of the divergence /
+    alpha, and KL(P || Q), that of the divergence / (1 - alpha). The trainer has the same from hidden states, and never
+    holds (B, T, V) logits (`divergence.chunked_divergence`).
 
     Args:
         top_k: support, the student's most likely tokens; none or V for the whole vocabulary.

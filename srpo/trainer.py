@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from . import objective
-from ._trl import ForwardRedirection, SiblingSampler
+from ._trl import EpochSampler, ForwardRedirection
 from .checks import HalfPrecisionCallback, check_batch, check_prompt_lengths, check_support
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
@@ -80,8 +80,8 @@ class SRPOTrainer(GRPOTrainer):
 
     # Generation and rewards
 
-    def _get_train_sampler(self, dataset=None) -> SiblingSampler:
-        return SiblingSampler(
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
+        return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
             batch_size=self.args.generation_batch_size // self.num_generations,

@@ -23,7 +23,7 @@ from trl.trainer.utils import (  # noqa: E402
 __all__ = [
     "MULTIMODAL_KEYS",
     "SUPPORTED_TRL",
-    "SiblingSampler",
+    "EpochSampler",
     "chunked_divergence",
     "maybe_gather_lm_head_ctx",
     "split_pixel_values_by_grid",
@@ -43,9 +43,9 @@ MULTIMODAL_KEYS = (
 )
 
 
-class SiblingSampler(RepeatSampler):
-    """Each prompt K times in a row; the order of an epoch depends on seed and epoch only, so that a resumed run sees
-    the prompts that the uninterrupted one would have seen.
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, with an order of each epoch that depends on seed and epoch only: a resumed run sees the prompts
+    that the uninterrupted one would have seen.
 
     `epoch` gives the epoch when an iteration starts: accelerate's loaders announce it by `set_epoch`, but not to the
     sampler of a resumed run on several processes, whose loader skips batches behind one more wrapper.

@@ -2,14 +2,14 @@
 
 from trl import GRPOTrainer
 
-from ._trl import SiblingSampler
+from ._trl import EpochSampler
 
 
 class ResumableGRPOTrainer(GRPOTrainer):
     """TRL's trainer; a run that was killed and resumed sees the prompts that the uninterrupted one would have seen."""
 
-    def _get_train_sampler(self, dataset=None) -> SiblingSampler:
-        return SiblingSampler(
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
+        return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
             batch_size=self.args.generation_batch_size // self.num_generations,

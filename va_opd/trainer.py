@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import checks, objective, siblings
-from ._trl import SiblingSampler
+from ._trl import EpochSampler
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
 from .doctor import DoctorCallback, va_figures
@@ -103,10 +103,10 @@ class VAOPDTrainer(DistillationTrainer):
 
     # Generation
 
-    def _get_train_sampler(self, dataset=None) -> SiblingSampler:
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
         args = self.args
         batch = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
-        return SiblingSampler(
+        return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=args.num_generations,
             batch_size=batch // args.num_generations,

@@ -5,7 +5,7 @@ from typing import Any
 from .benchmarks import BENCHMARKS, Benchmark, Source, load_benchmark
 from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, VLLMEngine, json_options
 from .run import evaluate, generate_samples, rescore, score_responses, scores_by_question
-from .scoring import headline, judge_row, summarize
+from .scoring import answer_row, headline, summarize
 from .vision import VISION
 
 BENCHMARKS.update(VISION)
@@ -21,11 +21,11 @@ __all__ = [
     "Source",
     "TransformersEngine",
     "VLLMEngine",
+    "answer_row",
     "evaluate",
     "generate_samples",
     "headline",
     "json_options",
-    "judge_row",
     "load_benchmark",
     "rescore",
     "score_responses",

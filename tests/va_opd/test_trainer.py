@@ -1453,9 +1453,9 @@ def test_the_gap_to_the_engine_divides_soft_capped_logits_by_the_temperature(mak
 # --- order of the prompts and resuming ----------------------------------------------------------------
 
 
-def sampler(n: int, k: int = 3, prompts: int = 2, seed: int = 5, epoch: int = 0) -> _trl.SiblingSampler:
+def sampler(n: int, k: int = 3, prompts: int = 2, seed: int = 5, epoch: int = 0) -> _trl.EpochSampler:
     options = {"batch_size": prompts, "repeat_count": 2, "seed": seed}
-    return _trl.SiblingSampler(range(n), mini_repeat_count=k, epoch=lambda: epoch, **options)
+    return _trl.EpochSampler(range(n), mini_repeat_count=k, epoch=lambda: epoch, **options)
 
 
 def test_sampler_keeps_siblings_together_and_covers_each_epoch():
