@@ -107,7 +107,7 @@ def same(first: str, second: str) -> bool:
 
 def ready_to_compare() -> None:
     """Waits for the process that compares formulas: the first comparisons would be too late on a loaded machine."""
-    n = next(_number)  # another formula each time: of a known one no process would be asked
+    n = next(_number)  # a new formula each time: known ones are answered from memory, without a process
     grade_many([rf"\boxed{{{n}x}}"], [rf"\int_{{0}}^{{x}} {n} dt"])
 
 

@@ -95,7 +95,7 @@ class SRPOTrainer(GRPOTrainer):
         self._is_first_turn = True
         generated = super()._generate(prompts)
         _, completion_ids, tool_mask, *_ = generated
-        # Before TRL masks truncated rollouts: those have a length, too
+        # Taken before TRL masks truncated rollouts, so that these count with their length
         self._lengths = [sum(row) for row in tool_mask] if tool_mask else [len(ids) for ids in completion_ids]
         return generated
 
@@ -135,7 +135,7 @@ class SRPOTrainer(GRPOTrainer):
             return {}  # TRL leaves such a rollout out of its group, and it cannot be routed
         routes = objective.route(rewards, self.num_generations, args.reward_threshold)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-        counts = self.accelerator.gather(mask.sum(1)) > 0  # not so of truncated rows that are masked
+        counts = self.accelerator.gather(mask.sum(1)) > 0  # no token counts in a truncated row that is masked
         distill = objective.distilled_rows(routes, args.routing) & counts
         grpo = objective.grpo_rows(distill, args.routing) & counts
         donors = torch.where(distill, self._donors(routes), -1)
@@ -233,8 +233,8 @@ class SRPOTrainer(GRPOTrainer):
         return loss
 
     def _redirected(self, model, unwrapped, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_routed_loss` inside the forward of the wrapped model. FSDP rounds what goes in and comes out to bfloat16:
-        the weights of the loss pass by it, and the value of the loss and what is logged do."""
+        """`_routed_loss` inside the forward of the wrapped model. FSDP rounds the arguments and results of that
+        forward to bfloat16, so the inputs of the loss, its exact value and what is logged go past it in a closure."""
         exact = {}
 
         def routed(student):

@@ -70,7 +70,7 @@ class LMHead(NamedTuple):
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
-    """The (V, H) head of a model; gathered under FSDP2, which would do so in a forward of the head only.
+    """The (V, H) head of a model. Under FSDP2 it is unsharded here: FSDP2 does so only when the head itself is called.
 
     Raises `ValueError` for a quantized one.
     """

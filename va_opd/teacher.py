@@ -67,10 +67,10 @@ class Teacher:
         """KL(student || teacher) and the student's entropy, (N,) each, from its hidden states (N, H)."""
         trainer = self.trainer
         return chunked_reverse_kl(
-            hidden,
-            torch.cat(batch["teacher_hidden_states"]),
             trainer._head(student),
+            hidden,
             trainer._head(trainer.accelerator.unwrap_model(trainer.teacher_model)),
+            torch.cat(batch["teacher_hidden_states"]),
             batch["coefficients"][siblings.loss_mask(batch)],
             trainer.args.kl_temperature,
         )
