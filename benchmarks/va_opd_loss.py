@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from benchmarks.machine import machine, unless_out_of_memory
-from benchmarks.va_opd_scoring import synchronize
+from benchmarks.machine import machine, synchronize, unless_out_of_memory
 from common import plots
 from common.runs import atomic_write_json
 from va_opd import objective

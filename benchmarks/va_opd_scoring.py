@@ -30,7 +30,7 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from trl import DistillationTrainer
 
-from benchmarks.machine import machine, unless_out_of_memory
+from benchmarks.machine import machine, spread, synchronize, unless_out_of_memory
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import tiny_qwen3_vl
@@ -227,11 +227,6 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return clock() - started, result
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 class Counter:
     """Forwards and tokens of the text tower and patches of the vision tower, while it is entered."""
 
@@ -271,11 +266,6 @@ def compare(works: dict[str, Callable[[], Any]], model, repeats: int) -> dict[st
     ours, *others = taken
     ratios = {name: spread(b / a for a, b in zip(taken[ours], taken[name], strict=True)) for name in others}
     return {"seconds": taken, "counted": counted, "ratio": ratios}, results
-
-
-def spread(values) -> dict[str, float]:
-    values = list(values)
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def scoring(options: argparse.Namespace, folder: str, prompt: int, shares: tuple[float, ...], response: int):

@@ -13,6 +13,9 @@ if version("trl") not in SpecifierSet(SUPPORTED_TRL):
     raise ImportError(f"va_opd overrides private methods of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}")
 
 from trl.kernels import chunked_divergence  # noqa: E402
+from trl.kernels.chunked_divergence import _addmm_fp32 as addmm_fp32  # noqa: E402
+from trl.kernels.chunked_divergence import _compute_dtype as compute_dtype  # noqa: E402
+from trl.kernels.chunked_divergence import _project as project  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     RepeatSampler,
     maybe_gather_lm_head_ctx,
@@ -24,8 +27,11 @@ __all__ = [
     "MULTIMODAL_KEYS",
     "SUPPORTED_TRL",
     "EpochSampler",
+    "addmm_fp32",
     "chunked_divergence",
+    "compute_dtype",
     "maybe_gather_lm_head_ctx",
+    "project",
     "split_pixel_values_by_grid",
     "unsplit_pixel_values_by_grid",
 ]

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from . import objective
-from ._trl import chunked_divergence, maybe_gather_lm_head_ctx
+from ._trl import addmm_fp32, compute_dtype, maybe_gather_lm_head_ctx, project
 
 # Added to the logits of padded vocabulary rows: exp() of it is exactly 0 in float32, and unlike -inf it keeps
 # 0 * (difference of two such logits) at 0
@@ -27,10 +27,10 @@ class LMHead(NamedTuple):
 
     def project(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Writes the float32 products (N, V) of (N, H) hidden states with the head, multiplied in autocast's dtype."""
-        dtype = chunked_divergence._compute_dtype(hidden)
+        dtype = compute_dtype(hidden)
         hidden = hidden.to(dtype)
         for start, end in self._slices():
-            chunked_divergence._project(out[:, start:end], hidden, self.weight, self.bias, start, end, dtype)
+            project(out[:, start:end], hidden, self.weight, self.bias, start, end, dtype)
 
     def pull_back(
         self,
@@ -48,14 +48,14 @@ class LMHead(NamedTuple):
             grad_hidden: (N, H) buffer for the gradient of the states.
             grad_weight, grad_bias: (V, H) and (V,) buffers for those of the head.
         """
-        dtype = chunked_divergence._compute_dtype(hidden)
+        dtype = compute_dtype(hidden)
         hidden = hidden.to(dtype)
         for start, end in self._slices():
             tile = grad_logits[:, start:end].to(dtype)
             if grad_hidden is not None:
-                chunked_divergence._addmm_fp32(grad_hidden, tile, self.weight[start:end].to(dtype))
+                addmm_fp32(grad_hidden, tile, self.weight[start:end].to(dtype))
             if grad_weight is not None:
-                chunked_divergence._addmm_fp32(grad_weight[start:end], tile.t(), hidden)
+                addmm_fp32(grad_weight[start:end], tile.t(), hidden)
             if grad_bias is not None:
                 grad_bias[start:end] += grad_logits[:, start:end].sum(0)
 
