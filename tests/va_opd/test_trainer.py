@@ -46,7 +46,7 @@ from trl.trainer import utils as trl_utils
 
 from common.evaluation.engines import never_sampled
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
-from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, doctor, objective, siblings
+from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, doctor, lm_head, objective, siblings
 from va_opd import trainer as va_opd_trainer
 from va_opd.checks import check_same_tokens
 from va_opd.engine import VLLMRollouts
@@ -422,14 +422,14 @@ def test_logit_scale(fields, expected):
 def test_bf16_reaches_student_and_head_and_leaves_the_teacher(make, monkeypatch, bf16):
     """The redirected forward passes by accelerate's autocast: without one of its own, float32 weights would train in
     float32, many times slower on a GPU."""
-    seen, project = set(), _trl.chunked_divergence._project
+    seen, project = set(), lm_head.project
 
     def record(tile, hidden, weight, bias, start, end, dtype):
         seen.add(("head", dtype))
         project(tile, hidden, weight, bias, start, end, dtype)
 
     fixed_rollouts(monkeypatch)
-    monkeypatch.setattr(_trl.chunked_divergence, "_project", record)
+    monkeypatch.setattr(lm_head, "project", record)
     trainer = make(bf16=bf16)
     for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
         layer = model.model.language_model.layers[0].mlp.down_proj
