@@ -136,7 +136,7 @@ def update_bytes(sharding: str, weights: float, gradients: float, micro_batches:
     Gradients are scattered and summed, after each micro-batch in ZeRO-2 and 3; then as many bytes are gathered. ZeRO-3
     and FSDP gather all weights twice in each micro-batch instead.
     """
-    stage, ring = plan.STAGES[sharding], (processes - 1) / processes
+    stage, ring = plan.ZERO_STAGE[sharding], (processes - 1) / processes
     if stage == 3:
         return ring * micro_batches * (2 * weights + gradients)
     return ring * ((micro_batches if stage == 2 else 1) * gradients + gradients)

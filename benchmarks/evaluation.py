@@ -24,8 +24,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.machine import machine
-from benchmarks.va_opd_scoring import spread
+from benchmarks.machine import machine, spread
 from common import plots
 from common.evaluation import Completion, Decoding, Prompt, TransformersEngine
 from common.evaluation.sampling import seeded_sampling

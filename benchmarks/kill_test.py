@@ -148,11 +148,7 @@ def killed_run(method: str, index: int, seed: int, straight: dict[str, Any], out
         if waited is None:
             break  # it had less left to do than that
         stops.append({"signal": name, "second": round(instant, 1), "exit": code, "waited": waited, **place(folder)})
-        if name == "SIGTERM" and code not in (
-            128 + signal.SIGTERM,
-            -signal.SIGTERM,
-            0,
-        ):
+        if name == "SIGTERM" and code not in STOPPED:
             verdict = f"exit code {code} after SIGTERM"
     code = run(command, log)[0]
     found, wanted = content(folder), straight["content"]

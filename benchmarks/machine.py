@@ -1,10 +1,11 @@
-"""What a measurement ran on, written into every results file, and what did not fit there."""
+"""What a measurement ran on, written into every results file, what did not fit there, and how it is summed up."""
 
 import datetime
 import gc
 import os
 import platform
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,18 @@ def processor() -> str:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
     return f"{os.cpu_count()} cores of {name}"
+
+
+def synchronize() -> None:
+    """Waits for the GPU, where there is one, so that a clock read next has all of its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    values = list(values)
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def unless_out_of_memory(work: Callable[[], T]) -> T | None:

@@ -454,7 +454,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--teacher", help="the same of VA-OPD's teacher; of SRPO: ema, frozen or current")
     made.add_argument("--gpus", type=int, default=8, help="GPUs that train")
     made.add_argument("--gpu", choices=list(GPUS), default="h100")
-    made.add_argument("--sharding", choices=list(plan.STAGES), default="zero2")
+    made.add_argument("--sharding", choices=list(plan.ZERO_STAGE), default="zero2")
     made.add_argument(
         "--placement", choices=["local", "offloaded", "served"], default="local", help="VA-OPD's teacher"
     )

@@ -25,8 +25,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.machine import machine
-from benchmarks.va_opd_scoring import spread
+from benchmarks.machine import machine, spread
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import CHAT_TEMPLATE

@@ -26,8 +26,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-from benchmarks.machine import machine, unless_out_of_memory
-from benchmarks.va_opd_scoring import as_training_does, precision, spread, synchronize
+from benchmarks.machine import machine, spread, synchronize, unless_out_of_memory
+from benchmarks.va_opd_scoring import as_training_does, precision
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import char_tokenizer

@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from benchmarks.machine import machine, unless_out_of_memory
-from benchmarks.va_opd_scoring import synchronize
+from benchmarks.machine import machine, synchronize, unless_out_of_memory
 from common import plots
 from common.runs import atomic_write_json
 from va_opd import objective
@@ -74,8 +73,8 @@ def loss_of(name: str, s_hidden, s_weight, t_hidden, t_weight) -> torch.Tensor:
 
         return LigerFusedLinearJSD(jsd_beta=1.0)(s_hidden, s_weight, t_hidden, t_weight, None) / 2  # the mean weight
     else:
-        heads = (LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
-        kl, _ = chunked_reverse_kl(s_hidden, t_hidden, *heads, weights)
+        student, teacher = (LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
+        kl, _ = chunked_reverse_kl(student, s_hidden, teacher, t_hidden, weights)
     return (kl * weights).sum()
 
 

@@ -30,13 +30,13 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from trl import DistillationTrainer
 
-from benchmarks.machine import machine, unless_out_of_memory
+from benchmarks.machine import machine, spread, synchronize, unless_out_of_memory
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import tiny_qwen3_vl
 from va_opd import VAOPDConfig, VAOPDTrainer, siblings
 from va_opd._trl import MULTIMODAL_KEYS
-from va_opd.lm_head import lm_head, logps_within
+from va_opd.lm_head import lm_head, sampled_logps
 
 K = 4
 TRL, ALONE = "TRL's way", "2 x K whole forwards"  # peers, as the overview names them
@@ -201,8 +201,9 @@ def whole_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]], rows: int)
             inputs, _ = padded_inputs(part)
             length = part["completion_ids"].size(1)
             hidden = trainer._get_last_hidden_state(teacher, logits_to_keep=length, **inputs)
-            ids, mask = part["completion_ids"], part["completion_mask"]
-            logps.append(logps_within(lm_head(teacher), hidden, ids, mask, trainer.vocab_size)[mask.bool()])
+            mask = part["completion_mask"].bool()
+            ids = part["completion_ids"][mask]
+            logps.append(sampled_logps(lm_head(teacher), hidden[mask], ids, trainer.vocab_size))
         results.append(torch.cat(logps))
     return results
 
@@ -224,11 +225,6 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     result = work()
     synchronize()
     return clock() - started, result
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class Counter:
@@ -270,11 +266,6 @@ def compare(works: dict[str, Callable[[], Any]], model, repeats: int) -> dict[st
     ours, *others = taken
     ratios = {name: spread(b / a for a, b in zip(taken[ours], taken[name], strict=True)) for name in others}
     return {"seconds": taken, "counted": counted, "ratio": ratios}, results
-
-
-def spread(values) -> dict[str, float]:
-    values = list(values)
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def scoring(options: argparse.Namespace, folder: str, prompt: int, shares: tuple[float, ...], response: int):

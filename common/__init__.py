@@ -1,1 +1,1 @@
-"""Small shared package: answer checking, rewards, estimators, evaluation. It knows nothing of the methods."""
+"""Small shared package: answers, rewards, evaluation, run folders, models. It knows nothing of the methods."""

@@ -32,7 +32,7 @@ SERVER_FIELDS = (
 # Of a trainer's configuration: how it fits a machine, and who watches; another value is the same training
 MACHINE_FIELDS = (
     *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "dataloader_num_workers", "teacher_offload"),
-    *("report_to", "run_name", "ddp_timeout"),
+    *("report_to", "run_name", "ddp_timeout", "doctor_steps"),
 )
 COUNTS = ("limit", "eval_limit", "eval_samples", "eval_batch_size", "grpo_steps")
 # What Python and safetensors, and what torch.save say of it
@@ -67,7 +67,7 @@ def _reach_this_machine_directly() -> None:
     """Servers that this process and its children start are on this machine, where the proxy of a cluster is not."""
     names = ("no_proxy", "NO_PROXY")
     hosts = [host.strip() for name in names for host in os.environ.get(name, "").split(",") if host.strip()]
-    if "*" not in hosts:  # which is all, but not as one of several
+    if "*" not in hosts:  # "*" stands for all hosts, but only as the whole value
         hosts = dict.fromkeys([*hosts, "127.0.0.1", "localhost"])
         os.environ.update(dict.fromkeys(names, ",".join(hosts)))
 

@@ -17,7 +17,7 @@ from common import models
 GIB = 2**30
 GPU_GIB = 80.0  # of the GPUs that the presets are made for
 NF4_BYTES = 4.127 / 8  # a weight in NF4 with double quantization (arXiv 2305.14314, Section 3)
-STAGES = {"none": 0, "single_gpu": 0, "multi_gpu": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp1": 3, "fsdp2": 3}
+ZERO_STAGE = {"none": 0, "single_gpu": 0, "multi_gpu": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp1": 3, "fsdp2": 3}
 
 
 class Shape(NamedTuple):
@@ -103,9 +103,9 @@ def split(sharding: str, processes: int) -> Split:
 
     `ValueError` for an unknown name.
     """
-    if sharding not in STAGES:
-        raise ValueError(f"sharding {sharding!r} is unknown; choose among {', '.join(STAGES)}")
-    return Split(*(processes if STAGES[sharding] >= least else 1 for least in (3, 2, 1)))
+    if sharding not in ZERO_STAGE:
+        raise ValueError(f"sharding {sharding!r} is unknown; choose among {', '.join(ZERO_STAGE)}")
+    return Split(*(processes if ZERO_STAGE[sharding] >= least else 1 for least in (3, 2, 1)))
 
 
 class Bytes(NamedTuple):
@@ -128,7 +128,7 @@ def bytes_each(sharding: str, bf16: bool, dtype: str = "float32") -> Bytes:
     if sharding.startswith("zero") and bf16:
         return Bytes(2, 2, 12)
     size = 2 if dtype == "bfloat16" and not (sharding.startswith("fsdp") and bf16) else 4
-    return Bytes(size, size, 2 * size, copy=2 if bf16 and size == 4 and not STAGES[sharding] else 0)
+    return Bytes(size, size, 2 * size, copy=2 if bf16 and size == 4 and not ZERO_STAGE[sharding] else 0)
 
 
 def model_bytes(
@@ -206,7 +206,7 @@ def update_line(config: Any, processes: int) -> str:
 
 def memory_lines(parts: dict[str, float], sharding: str, processes: int, who: str = "process") -> list[str]:
     """GiB by part and their sum, which is more than is held at one time where an engine sleeps while training."""
-    how = f"{sharding} over {processes} processes" if STAGES[sharding] else "not sharded"
+    how = f"{sharding} over {processes} processes" if ZERO_STAGE[sharding] else "not sharded"
     rows = {**parts, "sum": sum(parts.values())}
     return [f"memory a {who}, GiB ({how}; activations come on top):"] + [
         f"  {value / GIB:7.2f}  {name}" for name, value in rows.items()

@@ -32,7 +32,7 @@ def intra_repetition(embeddings: ArrayLike, threshold: float = 0.9) -> float:
 
     Returns a share in [0, 1]; NaN for no questions.
     """
-    rows = _unit(embeddings)
+    rows = objective.unit_rows(embeddings)
     _check_threshold(threshold)
     repeated = np.zeros(len(rows), bool)
     for start in range(0, len(rows), BLOCK):
@@ -69,7 +69,7 @@ def batch_cosines(embeddings: ArrayLike) -> np.ndarray:
     A median above 0.5 says that the thresholds of the method do not fit the encoder: one cluster holds nearly all
     questions and P_rep is the same for each.
     """
-    rows = _unit(embeddings)
+    rows = objective.unit_rows(embeddings)
     return (rows @ rows.T)[np.triu_indices(len(rows), 1)]
 
 
@@ -83,7 +83,7 @@ def nearest(embeddings: ArrayLike, earlier: ArrayLike, k: int = 3) -> tuple[np.n
     """
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
-    queries, rows = _unit(embeddings), _unit(earlier)
+    queries, rows = objective.unit_rows(embeddings), objective.unit_rows(earlier)
     if len(queries) and len(rows) and queries.shape[1] != rows.shape[1]:
         raise ValueError(f"embeddings have {queries.shape[1]} dimensions, earlier ones {rows.shape[1]}")
     columns = min(k, len(rows))
@@ -116,7 +116,7 @@ def duplicate_ratio(
     """
     judge = same_wording if is_duplicate is None else is_duplicate
     index, _ = nearest(embeddings, earlier_embeddings, k)
-    if len(questions) != len(index) or len(earlier_questions) != len(_unit(earlier_embeddings)):
+    if len(questions) != len(index) or len(earlier_questions) != len(objective.unit_rows(earlier_embeddings)):
         raise ValueError(
             f"{len(questions)} questions and {len(earlier_questions)} earlier ones do not fit to their embeddings: "
             "pass one row a question"
@@ -149,7 +149,7 @@ def skill_map(embeddings: ArrayLike) -> np.ndarray:
 
     Pass the rows of all iterations at once, so that the points of each lie on the same map.
     """
-    rows = _unit(embeddings)
+    rows = objective.unit_rows(embeddings)
     points = np.zeros((len(rows), 2))
     axes = min(2, *rows.shape)
     if len(rows) > 1 and np.ptp(rows, axis=0).any():
@@ -179,7 +179,7 @@ def diversity(
     NaN in the first, which has none), clusters, effective_clusters (exp of the entropy of their shares),
     largest_cluster (share of the questions), mean_repetition_penalty, median_cosine.
     """
-    rows, iterations = _unit(embeddings), np.asarray(iterations)
+    rows, iterations = objective.unit_rows(embeddings), np.asarray(iterations)
     if not len(questions) == len(rows) == len(iterations):
         raise ValueError(
             f"{len(questions)} questions, {len(rows)} embeddings and {len(iterations)} iterations: pass one each"
@@ -215,18 +215,6 @@ def _effective(sizes: np.ndarray) -> float:
     """How many clusters of equal size have the same entropy."""
     share = sizes / sizes.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
-
-
-def _unit(embeddings: ArrayLike) -> np.ndarray:
-    """(N, D) float64 of length 1; `ValueError` for rows that have no direction."""
-    rows = np.asarray(embeddings, np.float64)
-    if rows.ndim != 2:
-        raise ValueError(f"embeddings must have shape (questions, dimensions), got {rows.shape}")
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not (np.isfinite(norms) & (norms > 0)).all():
-        bad = int((~(np.isfinite(norms) & (norms > 0))).argmax())
-        raise ValueError(f"embedding {bad} has norm {norms[bad, 0]}: leave out the rows that are not ok")
-    return rows / norms
 
 
 def _share(found: np.ndarray) -> float:

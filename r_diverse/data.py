@@ -30,7 +30,7 @@ from . import analysis, objective
 from .budget import Budget
 from .config import RDiverseConfig
 from .memory import MemoryBank
-from .questions import challenger_prompt, last_box, read_challenge, solver_prompt
+from .questions import Challenge, challenger_prompt, last_box, read_challenge, solver_prompt
 from .skills import ENGINE, SkillEncoder
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def same(first: str, second: str) -> bool:
 
 def ready_to_compare() -> None:
     """Waits for the process that compares formulas: the first comparisons would be too late on a loaded machine."""
-    n = next(_number)  # another formula each time: of a known one no process would be asked
+    n = next(_number)  # a new formula each time: known ones are answered from memory, without a process
     grade_many([rf"\boxed{{{n}x}}"], [rf"\int_{{0}}^{{x}} {n} dt"])
 
 
@@ -125,7 +125,7 @@ def label(folder: Path, engine: Engine, run: RDiverseConfig, raw: Path) -> dict[
     """Majority answer and self-consistency of the questions in `raw`, with the reason of each that is dropped."""
     challenges = [(record["sample"], read_challenge(record["response"])) for record in read_jsonl(raw)]
     rows = [
-        {"id": str(sample), "prompt": solver_prompt(challenge.question, run.solver_system), "question": challenge}
+        {"id": str(sample), "prompt": solver_prompt(challenge.question, run.solver_system), "challenge": challenge}
         for sample, challenge in challenges
         if challenge.valid
     ]
@@ -137,7 +137,7 @@ def label(folder: Path, engine: Engine, run: RDiverseConfig, raw: Path) -> dict[
     answers = _answers(path, run) if rows else {}
     budgets = [Budget(same) for _ in rows]
     labelled = [
-        _labelled(row["id"], row["question"], answers[row["id"]], run, budget)
+        _labelled(row["id"], row["challenge"], answers[row["id"]], run, budget)
         for row, budget in zip(rows, budgets, strict=True)
     ]
     write_jsonl(folder / "labelled.jsonl", labelled)
@@ -180,7 +180,9 @@ def _answers(path: Path, run: RDiverseConfig) -> dict[str, list[str | None]]:
     return answers
 
 
-def _labelled(key: str, challenge, answers: list[str | None], run: RDiverseConfig, budget: Budget) -> dict[str, Any]:
+def _labelled(
+    key: str, challenge: Challenge, answers: list[str | None], run: RDiverseConfig, budget: Budget
+) -> dict[str, Any]:
     """The record of a question; `budget` compares its answers."""
     majority, consistency = objective.self_consistency(answers, budget)
     return {

@@ -126,7 +126,7 @@ class MemoryBank:
     def fingerprint(self) -> str:
         """Digest of all rows that tells whether two banks are the same; costs nothing."""
         content = {str(t): segment.sha256 for t, segment in self._segments.items()}
-        encoder = self._manifest["encoder"] if content else None  # nothing is nothing, whatever would encode it
+        encoder = self._manifest["encoder"] if content else None  # empty banks are the same, whatever their encoder
         return hashlib.sha256(json.dumps([encoder, content]).encode()).hexdigest()
 
     # --- writing ---

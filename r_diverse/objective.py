@@ -83,7 +83,7 @@ def repetition_penalty(
     """
     if not 0 < distance_threshold <= 2:
         raise ValueError(f"distance_threshold={distance_threshold} is outside (0, 2], the range of 1 - cosine")
-    unit = _unit_rows(embeddings)
+    unit = unit_rows(embeddings)
     # Equal distances are merged in the order of the rows, so the rows are first brought into an order of their own
     order = _row_order(unit)
     unit = unit[order]
@@ -255,8 +255,7 @@ def challenger_reward(
         memory_penalty: (B,) P_MAP, 0 or more.
         valid: (B,) bool, the output holds a question in the asked form. Elsewhere the other arrays are ignored.
         alpha, beta: weights of the penalties, 0 or more.
-        invalid_reward: of an invalid output. Default -(max(1, alpha) + max(1, beta)), which is -2 in the paper's
-            setting, where the lowest valid reward is -1.625.
+        invalid_reward: of an invalid output. Default: `reward_of_invalid(alpha, beta)`.
 
     Returns (B,); NaN where the question is valid and s is NaN: no reward, which is not the same as a low one. Raises
     `ValueError` where an invalid output would not stand strictly below every valid one.
@@ -266,7 +265,7 @@ def challenger_reward(
     valid, s, repetition, memory = _same_length(valid, consistency, repetition, memory_penalty)
     _check_range("repetition", repetition[valid], 0, 1)
     _check_range("memory_penalty", memory[valid], 0, 2)
-    floor = -(max(1.0, alpha) + max(1.0, beta)) if invalid_reward is None else invalid_reward
+    floor = reward_of_invalid(alpha, beta) if invalid_reward is None else invalid_reward
     reward = np.full(len(valid), floor, np.float64)
     reward[valid] = uncertainty(s[valid]) - alpha * repetition[valid] - beta * memory[valid]
     if (reward[valid] <= floor).any():
@@ -277,13 +276,13 @@ def challenger_reward(
     return reward
 
 
-def r_zero_formless_reward(repetition: ArrayLike, alpha: float = 1.0) -> np.ndarray:
-    """R-Zero's reward of an output without the form: -1 - P_rep in its release, which has alpha = 1.
+def r_zero_invalid_reward(repetition: ArrayLike, alpha: float = 1.0) -> np.ndarray:
+    """R-Zero's reward of an invalid output: -1 - P_rep in its release, which has alpha = 1.
 
     For another alpha it is -max(1, alpha) - alpha P_rep, so that it stays below the lowest valid reward, -alpha.
 
     Args:
-        repetition: (B,) P_rep of the outputs, where one without the form counts as the empty text.
+        repetition: (B,) P_rep of the outputs, where an invalid one counts as the empty text.
         alpha: weight of P_rep, 0 or more.
     """
     return -max(1.0, alpha) - alpha * np.asarray(repetition, np.float64)
@@ -294,6 +293,14 @@ def lowest_valid_reward(
 ) -> float:
     """Lower bound of R_total for a valid question: all answers agree, all penalties full. -1.625 in the paper."""
     return float(-alpha - beta * memory_penalty(1.0, 1.0, gamma, tau_max, tau_mean))
+
+
+def reward_of_invalid(
+    alpha: float = 1.0, beta: float = 1.0, gamma: float = 0.5, tau_max: float = 0.5, tau_mean: float = 0.25
+) -> float:
+    """The one reward of every invalid output, below all valid ones: -2 in the paper's setting. Not in the paper."""
+    lowest = lowest_valid_reward(alpha, beta, gamma, tau_max, tau_mean)
+    return min(-(max(1.0, alpha) + max(1.0, beta)), lowest - 0.375)  # 0.375 = 2 - 1.625
 
 
 def scatter_penalty(values: ArrayLike, ok: ArrayLike, worst: float) -> np.ndarray:
@@ -351,7 +358,8 @@ def drop_reason(
 # --- checks ---
 
 
-def _unit_rows(embeddings: ArrayLike) -> np.ndarray:
+def unit_rows(embeddings: ArrayLike) -> np.ndarray:
+    """(B, D) float64 rows of length 1. Raises `ValueError` for a row without a direction: not finite, or all 0."""
     rows = np.asarray(embeddings, np.float64)
     if rows.ndim != 2:
         raise ValueError(f"embeddings must have shape (questions, dimensions), got {rows.shape}")

@@ -99,7 +99,7 @@ MAY_CHANGE = (
 )
 DERIVED = (
     *("generation_batch_size", "steps_per_generation", "use_cpu", "output_dir", "dataloader_pin_memory"),
-    *("chat_template_kwargs", "doctor_steps"),
+    "chat_template_kwargs",
 )
 
 

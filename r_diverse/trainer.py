@@ -214,16 +214,11 @@ class ChallengerReward:
         valid = np.array([challenge.valid for challenge in challenges], bool)
         repetition, memory, lost, extra = self._penalties(challenges, valid)
         consistency = np.where(lost, np.nan, np.asarray(consistency, float))  # no reward
-        lowest = objective.lowest_valid_reward(
-            config.alpha, config.beta, config.gamma, config.tau_max, config.tau_mean
-        )
-        # -2 in the paper's setting, where the lowest is -1.625
-        invalid = min(-(max(1.0, config.alpha) + max(1.0, config.beta)), lowest - 0.375)
-        reward = objective.challenger_reward(
-            consistency, repetition, memory, valid, config.alpha, config.beta, invalid
-        )
-        if config.penalty == "r_zero":  # which has a reward of its own for an output without the form
-            reward[~valid] = objective.r_zero_formless_reward(repetition[~valid], config.alpha)
+        weights = config.alpha, config.beta
+        invalid = objective.reward_of_invalid(*weights, config.gamma, config.tau_max, config.tau_mean)
+        reward = objective.challenger_reward(consistency, repetition, memory, valid, *weights, invalid)
+        if config.penalty == "r_zero":  # which has a reward of its own for an invalid output
+            reward[~valid] = objective.r_zero_invalid_reward(repetition[~valid], config.alpha)
         repetition[lost] = memory[lost] = np.nan
         return {
             "questions": [challenge.question for challenge in challenges],
@@ -244,7 +239,7 @@ class ChallengerReward:
         repetition, memory, lost = np.zeros(len(valid)), np.zeros(len(valid)), np.zeros(len(valid), bool)
         if self.config.penalty == "none":
             return repetition, memory, lost, {}
-        if self.config.penalty == "r_zero":  # an output without the form is the empty text, as in its release
+        if self.config.penalty == "r_zero":  # an invalid output is the empty text, as in its release
             texts = [challenge.question if challenge.valid else "" for challenge in challenges]
             repetition = objective.bleu_repetition_penalty(texts, self.config.distance_threshold)
             return repetition, memory, lost, {"clusters": objective.cluster_sizes(repetition[valid], len(valid))}

@@ -28,8 +28,8 @@ from trl.trainer.utils import (  # noqa: E402
 __all__ = [
     "SUPPORTED_TRL",
     "ChunkedLogProbFunction",
+    "EpochSampler",
     "ForwardRedirection",
-    "SiblingSampler",
     "addmm_fp32",
     "compute_dtype",
     "create_model_from_path",
@@ -40,9 +40,9 @@ __all__ = [
 ]
 
 
-class SiblingSampler(RepeatSampler):
-    """Each prompt G times in a row; the order of an epoch depends on seed and epoch only, so that a resumed run sees
-    the prompts that the uninterrupted one would have seen.
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, with an order of each epoch that depends on seed and epoch only: a resumed run sees the prompts
+    that the uninterrupted one would have seen.
 
     `epoch` gives the epoch when an iteration starts: accelerate's loaders announce it by `set_epoch`, but not to the
     sampler of a resumed run on several processes, whose loader skips batches behind one more wrapper.

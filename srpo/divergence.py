@@ -51,12 +51,15 @@ def chunked_divergence(
 
     No (N, V) tensor exists: at any N the logits take less than 1 GB. They are computed once, and the gradient is made
     in the forward pass, from the logits that are there. So the loss must be the sum of coefficients * divergence times
-    a factor; the backward pass raises `RuntimeError` for another one.
+    a factor; the backward pass, of which there can be one only, raises `RuntimeError` for another one.
 
     Args:
+        student, teacher: the heads of both models, of the same V rows.
         student_hidden: (N, H), carries the gradient, as does the student's head.
         teacher_hidden: (N, H_teacher).
-        coefficients: (N,).
+        coefficients: (N,), what each divergence is multiplied by in the loss.
+        temperature: by which both models' logits are divided.
+        top_k, alpha, tail: as in `objective.jsd_topk_tail`.
         student_entropy: (N,) float32 to which the student's entropy in nats over the whole vocabulary is written; it
             takes one more pass over the logits that are there.
     """
@@ -75,6 +78,17 @@ def chunked_divergence(
 
 
 class _ChunkedDivergence(torch.autograd.Function):
+    """`chunked_divergence`. Arguments of the forward pass:
+
+    hidden, weight, bias: the student's states (N, H), and its head (V, H) and (V,) or None: what may need a gradient.
+    student: the same head with its scale and soft cap, which autograd cannot see inside a tuple.
+    teacher, teacher_hidden: the teacher's head and states (N, H_teacher).
+    coefficients: (N,) float32, the largest of them near 1.
+    settings: the temperature and which divergence.
+    training: whether to compute gradients; inside a forward pass autograd does not say so.
+    student_entropy: (N,) to be written, or None.
+    """
+
     @staticmethod
     def forward(
         ctx, hidden, weight, bias, student, teacher, teacher_hidden, coefficients, settings, training, student_entropy
@@ -110,7 +124,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         coefficients, *grads = ctx.saved_tensors
         squares = coefficients.square().sum()
         factor = torch.where(squares > 0, (upstream * coefficients).sum() / squares, 0)
-        # Weights below 1e-30, which some figures of a configuration make, count as nothing
+        # Coefficients below 1e-30, to which extreme settings can lead, count as 0
         if not torch.allclose(upstream, factor * coefficients, rtol=1e-3, atol=1e-6 * factor.abs().item() + 1e-30):
             raise RuntimeError(
                 "the loss is not the sum of coefficients * divergence for which chunked_divergence was called"

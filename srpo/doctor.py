@@ -3,8 +3,11 @@
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
+
+from .objective import Routing
 
 LENGTH = "completions/mean_length"
 FIGURES = (
@@ -26,21 +29,21 @@ FIGURES = (
 
 
 def routing_figures(
-    routing, distill: torch.Tensor, policy: torch.Tensor, lengths: torch.Tensor, num_generations: int
+    routes: Routing, distill: torch.Tensor, grpo: torch.Tensor, lengths: torch.Tensor, num_generations: int
 ) -> dict[str, float]:
     """The `route/` metrics (Fig. 5) and lengths of a generation batch over all ranks, from (B,) tensors.
 
-    `distill` and `policy` are the rows with the distillation and the GRPO loss, `lengths` those of the rollouts as
+    `distill` and `grpo` are the rows with the distillation and the GRPO loss, `lengths` those of the rollouts as
     they were generated.
     """
-    correct = routing.correct
+    correct = routes.correct
     solved = correct.view(-1, num_generations).float().mean(1)
     figures = {
         "route/correct": correct,
         "route/sdpo": distill,
-        "route/grpo": policy,
-        "route/teacher_available": routing.has_sibling,
-        "route/lone_success": correct & ~routing.has_sibling,
+        "route/grpo": grpo,
+        "route/teacher_available": routes.has_sibling,
+        "route/lone_success": correct & ~routes.has_sibling,
         "route/all_wrong_groups": solved == 0,
         "route/all_correct_groups": solved == 1,
     }
@@ -59,15 +62,10 @@ def weight_figures(entropy: torch.Tensor, weights: torch.Tensor, mask: torch.Ten
         return {}
     figures = {"teacher/entropy": entropy[mask].mean().item()}
     for name, values in (("teacher/entropy", entropy[mask]), ("weight", weights[mask])):
-        levels = torch.tensor([0.1, 0.5, 0.9], device=values.device, dtype=values.dtype)
-        for level, value in zip((10, 50, 90), torch.quantile(_at_most(values), levels).tolist(), strict=True):
-            figures[f"{name}_p{level}"] = value
+        # numpy's: torch.quantile takes no more than 16 million values
+        for level, value in zip((10, 50, 90), np.percentile(values.cpu().numpy(), (10, 50, 90)), strict=True):
+            figures[f"{name}_p{level}"] = float(value)
     return figures
-
-
-def _at_most(values: torch.Tensor, size: int = 1_000_000) -> torch.Tensor:
-    """Every n-th value: `torch.quantile` takes no more than 16 million."""
-    return values[:: max(1, len(values) // size)]
 
 
 def diagnose(logs: Mapping[str, float], first_length: float = 0.0) -> list[str]:

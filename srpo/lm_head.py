@@ -42,8 +42,15 @@ class LMHead(NamedTuple):
         grad_weight: torch.Tensor | None,
         grad_bias: torch.Tensor | None,
     ) -> None:
-        """From the gradient (N, V) of the products with the head, before scale and cap, adds those of hidden states,
-        grad_weight and grad_bias to float32 sums, where wanted."""
+        """Backward of the products with the head, before scale and cap: adds the gradients to the given float32
+        buffers; None is skipped.
+
+        Args:
+            grad_logits: (N, V) of the products.
+            hidden: (N, H) states of which the products were.
+            grad_hidden: (N, H) buffer for the gradient of the states.
+            grad_weight, grad_bias: (V, H) and (V,) buffers for those of the head.
+        """
         dtype = compute_dtype(hidden)
         hidden = hidden.to(dtype)
         for start, end in self._slices():
@@ -80,7 +87,7 @@ def response_hidden_states(model: PreTrainedModel, inputs: dict[str, torch.Tenso
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
-    """The (V, H) head of a model; gathered under FSDP2, which would do so in a forward of the head only.
+    """The (V, H) head of a model. Under FSDP2 it is unsharded here: FSDP2 does so only when the head itself is called.
 
     Raises `ValueError` for a quantized one.
     """

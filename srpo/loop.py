@@ -22,7 +22,7 @@ from .train import (  # says in one line what is missing without common/
     dry_run,
     load_splits_of,
     parse,
-    steps_of,
+    steps_per_batch,
 )
 
 # isort: split
@@ -130,7 +130,7 @@ def _split_batch(config, steps: int) -> list[str]:
     The paper's steps, of warm-up too, are batches; TRL's are optimizer steps. `ValueError` where it does not divide.
     """
     accumulation, rows = config.gradient_accumulation_steps, config.per_device_train_batch_size
-    now = steps_of(config)
+    now = steps_per_batch(config)
     if now == steps:
         return []
     if now != 1:

@@ -48,27 +48,27 @@ def route(rewards: torch.Tensor, num_generations: int, threshold: float = 0.5) -
     return Routing(correct.flatten(), has_sibling.flatten(), (~correct & has_sibling).flatten(), donor.flatten())
 
 
-def distilled_rows(routing: Routing, kind: str = "srpo") -> torch.Tensor:
+def distilled_rows(routes: Routing, routing: str = "srpo") -> torch.Tensor:
     """Rows (B,) bool that get the distillation loss: SRPO's, SDPO's, or those of the masked variants of Fig. 1b."""
     rows = {
-        "srpo": routing.distill,
-        "grpo": torch.zeros_like(routing.distill),
-        "sdpo": routing.has_sibling,
-        "sdpo_incorrect": routing.distill,
-        "sdpo_correct": routing.correct & routing.has_sibling,
-        "mix": routing.has_sibling,
+        "srpo": routes.distill,
+        "grpo": torch.zeros_like(routes.distill),
+        "sdpo": routes.has_sibling,
+        "sdpo_incorrect": routes.distill,
+        "sdpo_correct": routes.correct & routes.has_sibling,
+        "mix": routes.has_sibling,
     }
-    if kind not in rows:
-        raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}; got {kind!r}")
-    return rows[kind]
+    if routing not in rows:
+        raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}; got {routing!r}")
+    return rows[routing]
 
 
-def policy_rows(distill: torch.Tensor, kind: str = "srpo") -> torch.Tensor:
+def grpo_rows(distill: torch.Tensor, routing: str = "srpo") -> torch.Tensor:
     """Rows (B,) bool that get the GRPO loss, given the distilled ones: SRPO's others, in Advantage Mix and GRPO all,
     in SDPO and its variants none."""
-    if kind == "srpo":
+    if routing == "srpo":
         return ~distill
-    return torch.full_like(distill, kind in ("grpo", "mix"))
+    return torch.full_like(distill, routing in ("grpo", "mix"))
 
 
 def random_donors(
@@ -87,7 +87,8 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, scale: bool = 
     """Advantage of each rollout over its whole group, before routing (Section 2.1): (B,) rewards -> (B,).
 
     The text and configuration of the paper do not divide by the standard deviation, its displayed equation does:
-    `scale=True` (sample standard deviation, epsilon 1e-6).
+    `scale=True` (sample standard deviation, epsilon 1e-6). The trainer takes TRL's advantages, which are equal but for
+    its epsilon of 1e-4.
     """
     grouped = _checked_rewards(rewards, num_generations)
     advantages = grouped - grouped.mean(1, keepdim=True)
@@ -121,7 +122,10 @@ def grpo_token_loss(
 
 
 def teacher_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy of the teacher in nats over the full vocabulary (Section 3.2): logits (..., V) -> (...), in float32."""
+    """Entropy of the teacher in nats over the full vocabulary (Section 3.2): logits (..., V) -> (...).
+
+    In float32 or wider. The trainer has the same from hidden states (`divergence.chunked_entropy`).
+    """
     logps = logits.to(_wide(logits)).log_softmax(-1)
     # A logit of -inf has probability 0 and adds nothing
     return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1)
@@ -156,8 +160,10 @@ def jsd_topk_tail(
 ) -> torch.Tensor:
     """Generalised Jensen-Shannon divergence of each token (SDPO, Section 3): logits (..., V) -> nats (...).
 
-    (1 - alpha) KL(P || M) + alpha KL(Q || M) with M = (1 - alpha) P + alpha Q, P the student, Q the teacher; alpha = 0
-    is KL(Q || P), alpha = 1 is KL(P || Q).
+    (1 - alpha) KL(P || M) + alpha KL(Q || M) with M = (1 - alpha) P + alpha Q, P the student, Q the teacher. At alpha
+    of 0 and 1 that would be 0. As in SDPO's release and TRL, they stand for KL(Q || P), the limit of the divergence /
+    alpha, and KL(P || Q), that of the divergence / (1 - alpha). The trainer has the same from hidden states, and never
+    holds (B, T, V) logits (`divergence.chunked_divergence`).
 
     Args:
         top_k: support, the student's most likely tokens; none or V for the whole vocabulary.
@@ -239,8 +245,7 @@ def srpo_loss(
         num_tokens: all response tokens of the optimizer step, whatever part of them these rows are; by default
             those of `mask`.
     """
-    sdpo = distillation_coefficients("srpo", weights, distill, mask) * sdpo
-    token_loss = torch.where(distill[:, None], sdpo, grpo)
+    token_loss = torch.where(distill[:, None], weights * sdpo, grpo)
     return _masked_sum(token_loss, mask) / (mask.sum().clamp(min=1) if num_tokens is None else num_tokens)
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from .trainer import SRPOTrainer
 
-ROUTES = {"grpo": "policy", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
+ROUTES = {"grpo": "grpo", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
 # TRL sets the first from the batch, and refuses both; the second only says what a GRPO batch's own fields have to be
 DERIVED = ("generation_batch_size", "grpo_steps")
 # May change without another training; evaluation ties its results to those that decide them
@@ -115,7 +115,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
 
 def check_grpo_steps(args: ScriptArguments, config: SRPOConfig) -> None:
     """Raises `ValueError` for GRPO with other steps a generation batch than it is said to have."""
-    steps = steps_of(config)
+    steps = steps_per_batch(config)
     if steps != args.grpo_steps:
         raise ValueError(
             f"routing grpo would take {steps:g} optimizer steps a generation batch, grpo_steps={args.grpo_steps}: "
@@ -123,7 +123,7 @@ def check_grpo_steps(args: ScriptArguments, config: SRPOConfig) -> None:
         )
 
 
-def steps_of(config: SRPOConfig) -> float:
+def steps_per_batch(config: SRPOConfig) -> float:
     """Optimizer steps a generation batch."""
     return config.num_iterations * config.steps_per_generation / config.gradient_accumulation_steps
 

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from . import objective
-from ._trl import ForwardRedirection, SiblingSampler
+from ._trl import EpochSampler, ForwardRedirection
 from .checks import HalfPrecisionCallback, check_batch, check_prompt_lengths, check_support
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
@@ -82,8 +82,8 @@ class SRPOTrainer(GRPOTrainer):
 
     # Generation and rewards
 
-    def _get_train_sampler(self, dataset=None) -> SiblingSampler:
-        return SiblingSampler(
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
+        return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
             batch_size=self.args.generation_batch_size // self.num_generations,
@@ -97,7 +97,7 @@ class SRPOTrainer(GRPOTrainer):
         self._is_first_turn = True
         generated = super()._generate(prompts)
         _, completion_ids, tool_mask, *_ = generated
-        # Before TRL masks truncated rollouts: those have a length, too
+        # Taken before TRL masks truncated rollouts, so that these count with their length
         self._lengths = [sum(row) for row in tool_mask] if tool_mask else [len(ids) for ids in completion_ids]
         return generated
 
@@ -135,12 +135,12 @@ class SRPOTrainer(GRPOTrainer):
         args, rewards, self.last_rollouts = self.args, self._rollouts["rewards"], {}
         if args.routing == "grpo" and not rewards.isfinite().all():
             return {}  # TRL leaves such a rollout out of its group, and it cannot be routed
-        routing = objective.route(rewards, self.num_generations, args.reward_threshold)
+        routes = objective.route(rewards, self.num_generations, args.reward_threshold)
         mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-        counts = self.accelerator.gather(mask.sum(1)) > 0  # not so of truncated rows that are masked
-        distill = objective.distilled_rows(routing, args.routing) & counts
-        policy = objective.policy_rows(distill, args.routing) & counts
-        donors = torch.where(distill, self._donors(routing), -1)
+        counts = self.accelerator.gather(mask.sum(1)) > 0  # no token counts in a truncated row that is masked
+        distill = objective.distilled_rows(routes, args.routing) & counts
+        grpo = objective.grpo_rows(distill, args.routing) & counts
+        donors = torch.where(distill, self._donors(routes), -1)
         lengths = self.accelerator.gather(torch.tensor(self._lengths, device=mask.device))
         start = len(mask) * self.accelerator.process_index
         here = slice(start, start + len(mask))
@@ -150,21 +150,21 @@ class SRPOTrainer(GRPOTrainer):
             "texts": texts,
             "rewards": rewards[here],
             "distill": distill[here],
-            "policy": policy[here],
+            "grpo": grpo[here],
             "donor": donors[here],
         }
-        for name, value in routing_figures(routing, distill, policy, lengths, self.num_generations).items():
+        for name, value in routing_figures(routes, distill, grpo, lengths, self.num_generations).items():
             self._record(name, value)
         if args.routing == "grpo":
             return {}
         entropy = self._self_distillation(batch, mask, distill[here], donors[here], gather_object(texts))
         return self._loss_inputs(mask, distill, entropy, here)
 
-    def _donors(self, routing) -> torch.Tensor:
+    def _donors(self, routes: objective.Routing) -> torch.Tensor:
         if self.args.demonstration == "first":
-            return routing.donor
+            return routes.donor
         generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
-        return objective.random_donors(routing.correct, self.num_generations, generator)
+        return objective.random_donors(routes.correct, self.num_generations, generator)
 
     def _self_distillation(
         self, batch: dict[str, Any], mask: torch.Tensor, distill: torch.Tensor, donors: torch.Tensor, texts: list[str]
@@ -235,8 +235,8 @@ class SRPOTrainer(GRPOTrainer):
         return loss
 
     def _redirected(self, model, unwrapped, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_routed_loss` inside the forward of the wrapped model. FSDP rounds what goes in and comes out to bfloat16:
-        the weights of the loss pass by it, and the value of the loss and what is logged do."""
+        """`_routed_loss` inside the forward of the wrapped model. FSDP rounds the arguments and results of that
+        forward to bfloat16, so the inputs of the loss, its exact value and what is logged go past it in a closure."""
         exact = {}
 
         def routed(student):
@@ -251,7 +251,7 @@ class SRPOTrainer(GRPOTrainer):
 
         There is one optimizer step a generation batch, so the ratio to the old policy is 1; only its gradient counts.
         """
-        args, rows, advantages = self.args, inputs["distill"], inputs["advantages"]
+        args, distill, advantages = self.args, inputs["distill"], inputs["advantages"]
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
         hidden, head = response_hidden_states(model, inputs), lm_head(model)
         tis = inputs.get("importance_sampling_ratio", torch.ones_like(mask, dtype=torch.float32))
@@ -259,23 +259,23 @@ class SRPOTrainer(GRPOTrainer):
         num_tokens = num_tokens * self.current_gradient_accumulation_steps / args.steps_per_generation
 
         # A row that is distilled, or has no advantage, needs no log-probabilities
-        policy_rows = objective.policy_rows(rows, args.routing) & (advantages != 0)
-        policy, routed = mask & policy_rows[:, None], mask & rows[:, None]
-        logps_N, entropy_N = sampled_logps(head, hidden[policy], inputs["completion_ids"][policy], self.temperature)
-        logps = torch.zeros_like(mask, dtype=logps_N.dtype).masked_scatter(policy, logps_N)
+        grpo_rows = objective.grpo_rows(distill, args.routing) & (advantages != 0)
+        by_grpo, by_sdpo = mask & grpo_rows[:, None], mask & distill[:, None]
+        logps_N, entropy_N = sampled_logps(head, hidden[by_grpo], inputs["completion_ids"][by_grpo], self.temperature)
+        logps = torch.zeros_like(mask, dtype=logps_N.dtype).masked_scatter(by_grpo, logps_N)
         grpo = tis * objective.grpo_token_loss(
             logps, logps.detach(), advantages, self.epsilon_low, self.epsilon_high, args.delta
         )
         weights = inputs["entropy_weights"]
-        coefficients = tis * objective.distillation_coefficients(args.routing, weights, rows, mask, args.mix_weight)
+        coefficients = tis * objective.distillation_coefficients(args.routing, weights, distill, mask, args.mix_weight)
         sdpo_N, student_entropy_N = self._divergence(
-            head, hidden[routed], inputs["row"][rows].tolist(), coefficients[routed]
+            head, hidden[by_sdpo], inputs["row"][distill].tolist(), coefficients[by_sdpo]
         )
-        sdpo = tis * torch.zeros_like(mask, dtype=sdpo_N.dtype).masked_scatter(routed, sdpo_N)
-        loss = objective.routed_loss(args.routing, grpo, sdpo, weights, rows, mask, num_tokens, args.mix_weight)
-        entropy = torch.zeros_like(mask, dtype=torch.float32).masked_scatter(policy, entropy_N.detach().float())
-        entropy = entropy.masked_scatter(routed, student_entropy_N)  # the same on tokens of both branches
-        sums = ((entropy, policy | routed), (grpo[policy], policy), (sdpo_N, routed))
+        sdpo = tis * torch.zeros_like(mask, dtype=sdpo_N.dtype).masked_scatter(by_sdpo, sdpo_N)
+        loss = objective.routed_loss(args.routing, grpo, sdpo, weights, distill, mask, num_tokens, args.mix_weight)
+        entropy = torch.zeros_like(mask, dtype=torch.float32).masked_scatter(by_grpo, entropy_N.detach().float())
+        entropy = entropy.masked_scatter(by_sdpo, student_entropy_N)  # the same on tokens of both branches
+        sums = ((entropy, by_grpo | by_sdpo), (grpo[by_grpo], by_grpo), (sdpo_N, by_sdpo))
         return loss, torch.stack([torch.stack([x.detach().float().sum(), m.sum()]) for x, m in sums])
 
     def _divergence(

@@ -46,7 +46,7 @@ def test_va_opd_holds_a_tile_and_equals_trls_kernel(heads, monkeypatch):
     coefficients = torch.linspace(0, 1, ROWS)
     with Largest() as largest:
         made = [va_opd.lm_head.LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight)]
-        kl, entropy = divergence.chunked_reverse_kl(s_hidden, t_hidden, *made, coefficients)
+        kl, entropy = divergence.chunked_reverse_kl(made[0], s_hidden, made[1], t_hidden, coefficients)
         ours = gradients(kl, (s_hidden, s_weight))
     assert largest.elements == 3 * 100 * VOCABULARY
     theirs = ChunkedDivergenceFunction.apply(s_hidden, s_weight, None, t_hidden, t_weight, None, 1.0)

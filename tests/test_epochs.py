@@ -8,7 +8,7 @@ from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
-SAMPLERS = {"va_opd": "SiblingSampler", "srpo": "SiblingSampler", "r_diverse": "EpochSampler"}
+SAMPLERS = {"va_opd": "EpochSampler", "srpo": "EpochSampler", "r_diverse": "EpochSampler"}
 
 
 def loader(method: str, epoch: list[int], processes: int, rank: int):

@@ -13,6 +13,9 @@ if version("trl") not in SpecifierSet(SUPPORTED_TRL):
     raise ImportError(f"va_opd overrides private methods of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}")
 
 from trl.kernels import chunked_divergence  # noqa: E402
+from trl.kernels.chunked_divergence import _addmm_fp32 as addmm_fp32  # noqa: E402
+from trl.kernels.chunked_divergence import _compute_dtype as compute_dtype  # noqa: E402
+from trl.kernels.chunked_divergence import _project as project  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     RepeatSampler,
     maybe_gather_lm_head_ctx,
@@ -23,9 +26,12 @@ from trl.trainer.utils import (  # noqa: E402
 __all__ = [
     "MULTIMODAL_KEYS",
     "SUPPORTED_TRL",
-    "SiblingSampler",
+    "EpochSampler",
+    "addmm_fp32",
     "chunked_divergence",
+    "compute_dtype",
     "maybe_gather_lm_head_ctx",
+    "project",
     "split_pixel_values_by_grid",
     "unsplit_pixel_values_by_grid",
 ]
@@ -43,9 +49,9 @@ MULTIMODAL_KEYS = (
 )
 
 
-class SiblingSampler(RepeatSampler):
-    """Each prompt K times in a row; the order of an epoch depends on seed and epoch only, so that a resumed run sees
-    the prompts that the uninterrupted one would have seen.
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, with an order of each epoch that depends on seed and epoch only: a resumed run sees the prompts
+    that the uninterrupted one would have seen.
 
     `epoch` gives the epoch when an iteration starts: accelerate's loaders announce it by `set_epoch`, but not to the
     sampler of a resumed run on several processes, whose loader skips batches behind one more wrapper.

@@ -2,7 +2,7 @@
 
 from trl import GRPOTrainer
 
-from ._trl import SiblingSampler
+from ._trl import EpochSampler
 from .rope import exact_frequencies
 
 
@@ -13,8 +13,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         exact_frequencies(self.model, self.ref_model)
 
-    def _get_train_sampler(self, dataset=None) -> SiblingSampler:
-        return SiblingSampler(
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
+        return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
             batch_size=self.args.generation_batch_size // self.num_generations,

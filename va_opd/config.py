@@ -32,7 +32,7 @@ class VAOPDConfig(DistillationConfig):
             `"model"` brings the image to the size at which the model sees it and pixelates there; `"raw"` pixelates
             the image as it comes, which leaves fewer cells when the processor enlarges images. Where the processor
             cuts an image into tiles, crops or pads it, `"model"` is `"raw"`.
-        rollout_temperature (`float`, *optional*, defaults to `1.0`):
+        weight_temperature (`float`, *optional*, defaults to `1.0`):
             tau, temperature of the softmax over siblings (Eq. 4).
         va_eps (`float`, *optional*, defaults to `1e-6`):
             epsilon beside the standard deviation (Eq. 3).
@@ -87,7 +87,7 @@ class VAOPDConfig(DistillationConfig):
     pixelate_at: str = field(
         default="model", metadata={"help": "Size at which images are pixelated.", "choices": ["model", "raw"]}
     )
-    rollout_temperature: float = field(
+    weight_temperature: float = field(
         default=1.0, metadata={"help": "tau, temperature of the softmax over sibling rollouts."}
     )
     va_eps: float = field(default=1e-6, metadata={"help": "epsilon, added to the standard deviation of mean VA."})
@@ -155,7 +155,7 @@ class VAOPDConfig(DistillationConfig):
             "pixelate_at": one_of(("model", "raw")),
             "num_generations": at_least_1,
             "degradation_ratio": share,
-            "rollout_temperature": positive,
+            "weight_temperature": positive,
             "va_eps": positive,
             "top_fraction": share,
             "high_weight": (lambda value: 0 <= value <= 1, "must be in [0, 1]"),

@@ -11,10 +11,10 @@ TILE_BYTES = 3 * 2**28  # for logits
 
 
 def chunked_reverse_kl(
-    student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
     student: LMHead,
+    student_hidden: torch.Tensor,
     teacher: LMHead,
+    teacher_hidden: torch.Tensor,
     coefficients: torch.Tensor,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,9 +25,9 @@ def chunked_reverse_kl(
     factor; the backward pass, of which there can be one only, raises `RuntimeError` for another one.
 
     Args:
+        student, teacher: the heads of both models, of the same V rows.
         student_hidden: (N, H_student), carries the gradient, as does the student's head.
         teacher_hidden: (N, H_teacher).
-        student, teacher: the heads of both models, of the same V rows.
         coefficients: (N,), at least 0.
         temperature: by which both models' logits are divided.
     """
@@ -90,7 +90,7 @@ class _ReverseKL(torch.autograd.Function):
         coefficients, *grads = ctx.saved_tensors
         weight_sum = coefficients.sum()
         factor = torch.where(weight_sum > 0, upstream.sum() / weight_sum, 0)
-        # Weights below 1e-30, which some figures of a configuration make, count as nothing
+        # Coefficients below 1e-30, to which extreme settings can lead, count as 0
         if not torch.allclose(upstream, factor * coefficients, rtol=1e-3, atol=1e-6 * factor.abs().item() + 1e-30):
             raise RuntimeError("the loss is not the sum of coefficients * KL for which chunked_reverse_kl was called")
         gradients = [

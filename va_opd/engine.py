@@ -15,7 +15,7 @@ class VLLMRollouts:
     colocated engine forgets what the older weights of the vision tower made of its last images, which TRL leaves in
     its cache.
 
-    After each generation `logps` has B lists of T_i numbers in nats, by which the tokens were sampled.
+    After each generation `logps` has B lists: the log-probabilities in nats with which vLLM sampled the T_i tokens.
     """
 
     def __init__(self, generation):

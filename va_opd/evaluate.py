@@ -226,11 +226,8 @@ def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfi
         processing_class=models.load_processor(args.model),
     )
     trainer.model.eval()
-    path, tokenizer, size = (
-        out / "va_tokens.jsonl",
-        trainer.processing_class.tokenizer,
-        config.per_device_eval_batch_size,
-    )
+    path, tokenizer = out / "va_tokens.jsonl", trainer.processing_class.tokenizer
+    size = config.per_device_eval_batch_size
     path.unlink(missing_ok=True)
     for start in range(0, len(rows), size):
         part = [rows[i] for i in range(start, min(start + size, len(rows)))]

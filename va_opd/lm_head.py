@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from . import objective
-from ._trl import chunked_divergence, maybe_gather_lm_head_ctx
+from ._trl import addmm_fp32, compute_dtype, maybe_gather_lm_head_ctx, project
 
 # Added to the logits of padded vocabulary rows: exp() of it is exactly 0 in float32, and unlike -inf it keeps
 # 0 * (difference of two such logits) at 0
@@ -27,10 +27,10 @@ class LMHead(NamedTuple):
 
     def project(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Writes the float32 products (N, V) of (N, H) hidden states with the head, multiplied in autocast's dtype."""
-        dtype = chunked_divergence._compute_dtype(hidden)
+        dtype = compute_dtype(hidden)
         hidden = hidden.to(dtype)
         for start, end in self._slices():
-            chunked_divergence._project(out[:, start:end], hidden, self.weight, self.bias, start, end, dtype)
+            project(out[:, start:end], hidden, self.weight, self.bias, start, end, dtype)
 
     def pull_back(
         self,
@@ -48,14 +48,14 @@ class LMHead(NamedTuple):
             grad_hidden: (N, H) buffer for the gradient of the states.
             grad_weight, grad_bias: (V, H) and (V,) buffers for those of the head.
         """
-        dtype = chunked_divergence._compute_dtype(hidden)
+        dtype = compute_dtype(hidden)
         hidden = hidden.to(dtype)
         for start, end in self._slices():
             tile = grad_logits[:, start:end].to(dtype)
             if grad_hidden is not None:
-                chunked_divergence._addmm_fp32(grad_hidden, tile, self.weight[start:end].to(dtype))
+                addmm_fp32(grad_hidden, tile, self.weight[start:end].to(dtype))
             if grad_weight is not None:
-                chunked_divergence._addmm_fp32(grad_weight[start:end], tile.t(), hidden)
+                addmm_fp32(grad_weight[start:end], tile.t(), hidden)
             if grad_bias is not None:
                 grad_bias[start:end] += grad_logits[:, start:end].sum(0)
 
@@ -70,7 +70,7 @@ class LMHead(NamedTuple):
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
-    """The (V, H) head of a model; gathered under FSDP2, which would do so in a forward of the head only.
+    """The (V, H) head of a model. Under FSDP2 it is unsharded here: FSDP2 does so only when the head itself is called.
 
     Raises `ValueError` for a quantized one.
     """
@@ -118,22 +118,9 @@ def logit_scale(config: PretrainedConfig) -> float:
     return scaling if config.model_type == "hyperclovax" else 1 / scaling
 
 
-def logps_within(
-    head: LMHead, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
-    """`objective.sampled_logps` through a head, of the tokens within a mask only.
-
-    Args:
-        head: of (V, H) weights, of which the rows from `vocab_size` on are cut off.
-        hidden: (..., H) states, from which `tokens` (...) are predicted.
-        mask: (...).
-
-    Returns (...) float32 in nats, 0 outside the mask.
-    """
-    mask = mask.bool()
-    with maybe_gather_lm_head_ctx(head.weight, head.bias):
+def sampled_logps(head: LMHead, hidden: torch.Tensor, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """`objective.sampled_logps` of (N,) tokens from (N, H) states through a head, whose rows from `vocab_size` on only
+    pad the vocabulary and are cut off: (N,) float32 in nats."""
+    with head.gathered():
         bias = None if head.bias is None else head.bias[:vocab_size]
-        logps = objective.sampled_logps(
-            hidden[mask], head.weight[:vocab_size], tokens[mask], bias, head.scale, head.softcap
-        )
-    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logps)
+        return objective.sampled_logps(hidden, head.weight[:vocab_size], tokens, bias, head.scale, head.softcap)

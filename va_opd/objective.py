@@ -3,7 +3,8 @@
 Nothing here knows a trainer: read it beside the paper, or use it in another framework. Shapes: B rollouts, T response
 tokens, V vocabulary, H hidden width, P prompts, K siblings (rollouts of one prompt), B = P * K. The K siblings of a
 prompt are consecutive rows. Masks are 1 on response tokens (the first end-of-sequence token included) and need not be
-contiguous. Everything but the KL is a constant of the loss: call it under `torch.no_grad()` or on detached tensors.
+contiguous. The groups that Eq. 5 calls V and L are the high and low tokens here. Everything but the KL is a constant
+of the loss: call it under `torch.no_grad()` or on detached tensors.
 """
 
 import math
@@ -13,6 +14,28 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 WEIGHTINGS = ("va", "rollout", "token", "none")
+
+
+# --- Eq. 1: the divergence, and Standard OPD's weights ---
+
+
+def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """KL(student || teacher) over the full vocabulary (Eq. 1): logits (..., V) -> nats (...), in float32 or wider.
+
+    The trainer computes the same number from hidden states without ever holding (B, T, V) logits.
+    """
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    student = student_logits.to(wide).log_softmax(-1)
+    teacher = teacher_logits.to(wide).log_softmax(-1)
+    return (student.exp() * (student - teacher)).sum(-1)
+
+
+def uniform_coefficients(mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Every response token of a rollout alike, as in Standard OPD (Eq. 1): weight / length, (B, T)."""
+    return weights[:, None] * mask / _checked_lengths(mask)[:, None]
+
+
+# --- Section 3.1, Eq. 2: visual advantage ---
 
 
 def pixelate(image: Image.Image, ratio: float = 0.1) -> Image.Image:
@@ -40,58 +63,6 @@ def pixelate(image: Image.Image, ratio: float = 0.1) -> Image.Image:
     return degraded if degraded.mode == mode else degraded.convert(mode)
 
 
-def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """KL(student || teacher) over the full vocabulary (Eq. 1): logits (..., V) -> nats (...), in float32 or wider.
-
-    The trainer computes the same number from hidden states without ever holding (B, T, V) logits.
-    """
-    wide = torch.promote_types(student_logits.dtype, torch.float32)
-    student = student_logits.to(wide).log_softmax(-1)
-    teacher = teacher_logits.to(wide).log_softmax(-1)
-    return (student.exp() * (student - teacher)).sum(-1)
-
-
-def sampled_token_kl(student_logps: torch.Tensor, teacher_logps: torch.Tensor) -> torch.Tensor:
-    """Estimate of `reverse_kl` from the sampled token y alone: (...) log-probabilities of y in nats -> nats (...).
-
-    The value is k1 = log p_S(y) - log p_T(y). The gradient is that of the policy-gradient form with k1 as the cost,
-    stopgrad(k1) * grad log p_S(y); that of the value itself would lose the teacher, as E[grad log p_S(y)] = 0.
-
-    For y drawn from p_S(. | state) itself, the expectations of value and gradient are exactly those of `reverse_kl` at
-    the state. Two things break this in training, though both gradients stay 0 where student and teacher agree:
-    rollouts at a temperature under 1 or within a nucleus (the paper: 0.7, top-p 0.95) are drawn from a sharper
-    distribution than the p_S at temperature 1 that is scored here, and no importance weight makes up for it; and
-    VA coefficients depend on y, so only Standard OPD's coefficients keep the expectation.
-    """
-    k1 = (student_logps - teacher_logps).detach()
-    return k1 * (1 + student_logps - student_logps.detach())
-
-
-def partition_kl(student_logps: torch.Tensor, teacher_logps: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """KL(student || teacher) in nats after the vocabulary is partitioned: K tokens each for itself, the rest as one.
-
-    Merging tokens loses information, so this is at most `reverse_kl` (data processing inequality), does not fall when
-    a token is split from the rest, and is equal with all tokens split off. Inside the rest there is no gradient from
-    one token to another.
-
-    Args:
-        student_logps, teacher_logps: (..., K) log-probabilities of K different tokens under the whole vocabulary.
-        kept: (..., K) bool, the places that hold a token; what stands at the others is ignored.
-
-    Returns (...), finite also where nothing is left for the rest.
-    """
-    student, teacher = student_logps.masked_fill(~kept, 0), teacher_logps.masked_fill(~kept, 0)
-    rest_student, rest_teacher = _log_rest(student, kept), _log_rest(teacher, kept)
-    tokens = (kept * student.exp() * (student - teacher)).sum(-1)
-    return tokens + rest_student.exp() * (rest_student - rest_teacher)
-
-
-def _log_rest(logps: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """log(1 - sum of probabilities), with at least the rounding error of 1 left as the rest."""
-    total = logps.masked_fill(~kept, -math.inf).logsumexp(-1)
-    return (-torch.expm1(total.clamp(max=-torch.finfo(total.dtype).eps))).log()
-
-
 def visual_advantage(logps: torch.Tensor, logps_degraded: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Visual advantage of each token (Eq. 2): max(log p(y_t | v) - log p(y_t | v~), 0), and 0 outside the mask.
 
@@ -112,6 +83,9 @@ def visual_advantage(logps: torch.Tensor, logps_degraded: torch.Tensor, mask: to
             "bfloat16 or float32 and check its weights"
         )
     return torch.where(mask.bool(), difference, 0).clamp(min=0)
+
+
+# --- Eqs. 3-4: rollout weights ---
 
 
 def rollout_weights(
@@ -137,10 +111,18 @@ def rollout_weights(
     return (centred / (sigma + eps) / temperature).softmax(1).flatten()
 
 
+def mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of (B, T) values over the response tokens of each rollout, (B,); the mean VA of Eq. 3."""
+    return torch.where(mask.bool(), values, 0).sum(1) / _checked_lengths(mask)
+
+
+# --- Eqs. 5-6: token groups and the loss ---
+
+
 def high_tokens(
     va: torch.Tensor, mask: torch.Tensor, top_fraction: float = 0.2, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """The group V of Eq. 5: the ceil(top_fraction * length) response tokens of highest VA in each row, (B, T) bool.
+    """The high tokens (Eq. 5): the ceil(top_fraction * length) response tokens of highest VA in each row, (B, T) bool.
 
     Ties, which are common because many tokens have VA 0, go to the earlier token; with a CPU `generator` they are
     drawn at random instead.
@@ -166,15 +148,15 @@ def token_coefficients(
     high_weight: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Coefficient of each token's KL (Eqs. 5-6): weight * (lambda / |V| on V, (1 - lambda) / |L| on the rest).
+    """Coefficient of each token's KL (Eqs. 5-6): weight * (lambda / |high| on high, (1 - lambda) / |low| on low).
 
-    Where a rollout has no token outside V, V carries its whole weight, so each row sums to `weights`.
+    Where a rollout has no low token, the high ones carry its whole weight, so each row sums to `weights`.
 
     Args:
         va, mask: (B, T).
         weights: (B,) rollout weights.
-        top_fraction: p_v, the share of tokens in V.
-        high_weight: lambda, the share of the rollout's weight that V carries.
+        top_fraction: p_v, the share of tokens in the high-VA group.
+        high_weight: lambda, the share of the rollout's weight that this group carries.
         generator: draws ties at random, see `high_tokens`.
 
     Returns (B, T). Raises `ValueError` for a rollout without a response token.
@@ -182,15 +164,10 @@ def token_coefficients(
     high = high_tokens(va, mask, top_fraction, generator)
     low = mask.bool() & ~high
     has_low = low.any(1, keepdim=True)
-    low_share = has_low.to(weights) * (1 - high_weight)  # in the precision of `weights`, which torch.where is not
+    low_share = has_low.to(weights) * (1 - high_weight)  # torch.where would give float32 for float64 `weights`
     high_share = 1 - low_share
     per_token = high * high_share / high.sum(1, keepdim=True) + low * low_share / low.sum(1, keepdim=True).clamp(min=1)
     return weights[:, None] * per_token
-
-
-def uniform_coefficients(mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Every response token of a rollout alike, as in Standard OPD (Eq. 1): weight / length, (B, T)."""
-    return weights[:, None] * mask / _checked_lengths(mask)[:, None]
 
 
 def coefficients(
@@ -198,7 +175,7 @@ def coefficients(
     mask: torch.Tensor,
     num_generations: int,
     weighting: str = "va",
-    rollout_temperature: float = 1.0,
+    weight_temperature: float = 1.0,
     eps: float = 1e-6,
     top_fraction: float = 0.2,
     high_weight: float = 0.5,
@@ -214,7 +191,7 @@ def coefficients(
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got {weighting!r}")
     if weighting in ("va", "rollout"):
-        weights = rollout_weights(va, mask, num_generations, rollout_temperature, eps)
+        weights = rollout_weights(va, mask, num_generations, weight_temperature, eps)
     else:
         _check_groups(va, num_generations)
         weights = torch.full_like(va[:, 0], 1 / num_generations)
@@ -236,24 +213,7 @@ def grouped_kl_loss(kl: torch.Tensor, coefficients: torch.Tensor, num_prompts: i
     return (torch.where(coefficients > 0, kl, 0) * coefficients).sum() / num_prompts
 
 
-def mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of (B, T) values over the response tokens of each rollout, (B,); the mean VA of Eq. 3."""
-    return torch.where(mask.bool(), values, 0).sum(1) / _checked_lengths(mask)
-
-
-def _checked_lengths(mask: torch.Tensor) -> torch.Tensor:
-    lengths = mask.sum(1)
-    if (lengths == 0).any():
-        raise ValueError(
-            f"rollout {int((lengths == 0).nonzero()[0])} has no valid token: every rollout needs at least its "
-            "end-of-sequence token; check max_completion_length and the generation engine"
-        )
-    return lengths
-
-
-def _check_groups(va: torch.Tensor, num_generations: int) -> None:
-    if num_generations < 1 or va.shape[0] % num_generations:
-        raise ValueError(f"{va.shape[0]} rollouts do not divide into groups of num_generations={num_generations}")
+# --- log-probabilities through an LM head ---
 
 
 @torch.no_grad()
@@ -333,3 +293,65 @@ def _logits(hidden, weight, bias, logit_scale, softcap) -> torch.Tensor:
 def _wide_product(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the device multiplies these half-precision tensors into float32, without a float32 copy of the head."""
     return hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
+
+
+# --- a served teacher: approximations of Eq. 1, not in the paper ---
+
+
+def sampled_token_kl(student_logps: torch.Tensor, teacher_logps: torch.Tensor) -> torch.Tensor:
+    """Estimate of `reverse_kl` from the sampled token y alone: (...) log-probabilities of y in nats -> nats (...).
+
+    The value is k1 = log p_S(y) - log p_T(y). The gradient is that of the policy-gradient form with k1 as the cost,
+    stopgrad(k1) * grad log p_S(y); that of the value itself would lose the teacher, as E[grad log p_S(y)] = 0.
+
+    For y drawn from p_S(. | state) itself, the expectations of value and gradient are exactly those of `reverse_kl` at
+    the state. Two things break this in training, though both gradients stay 0 where student and teacher agree:
+    rollouts at a temperature under 1 or within a nucleus (the paper: 0.7, top-p 0.95) are drawn from a sharper
+    distribution than the p_S at temperature 1 that is scored here, and no importance weight makes up for it; and
+    VA coefficients depend on y, so only Standard OPD's coefficients keep the expectation.
+    """
+    k1 = (student_logps - teacher_logps).detach()
+    return k1 * (1 + student_logps - student_logps.detach())
+
+
+def partition_kl(student_logps: torch.Tensor, teacher_logps: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """KL(student || teacher) in nats after the vocabulary is partitioned: K tokens each for itself, the rest as one.
+
+    Merging tokens loses information, so this is at most `reverse_kl` (data processing inequality), does not fall when
+    a token is split from the rest, and is equal with all tokens split off. Inside the rest there is no gradient from
+    one token to another.
+
+    Args:
+        student_logps, teacher_logps: (..., K) log-probabilities of K different tokens under the whole vocabulary.
+        kept: (..., K) bool, the places that hold a token; what stands at the others is ignored.
+
+    Returns (...), finite also where nothing is left for the rest.
+    """
+    student, teacher = student_logps.masked_fill(~kept, 0), teacher_logps.masked_fill(~kept, 0)
+    rest_student, rest_teacher = _log_rest(student, kept), _log_rest(teacher, kept)
+    tokens = (kept * student.exp() * (student - teacher)).sum(-1)
+    return tokens + rest_student.exp() * (rest_student - rest_teacher)
+
+
+def _log_rest(logps: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """log(1 - sum of probabilities), with at least the rounding error of 1 left as the rest."""
+    total = logps.masked_fill(~kept, -math.inf).logsumexp(-1)
+    return (-torch.expm1(total.clamp(max=-torch.finfo(total.dtype).eps))).log()
+
+
+# --- checks ---
+
+
+def _checked_lengths(mask: torch.Tensor) -> torch.Tensor:
+    lengths = mask.sum(1)
+    if (lengths == 0).any():
+        raise ValueError(
+            f"rollout {int((lengths == 0).nonzero()[0])} has no valid token: every rollout needs at least its "
+            "end-of-sequence token; check max_completion_length and the generation engine"
+        )
+    return lengths
+
+
+def _check_groups(va: torch.Tensor, num_generations: int) -> None:
+    if num_generations < 1 or va.shape[0] % num_generations:
+        raise ValueError(f"{va.shape[0]} rollouts do not divide into groups of num_generations={num_generations}")

@@ -161,7 +161,7 @@ def sibling_hidden_states(
     inputs = {key: torch.cat([given[key] for given in inputs]) for key in inputs[0]}
     output = model(**inputs, use_cache=True)
     last = output.last_hidden_state[:, -1:]
-    # M-RoPE counts an image as fewer positions than tokens; without images, the model's number is of an earlier call
+    # M-RoPE counts an image as fewer positions than tokens. Without images `rope_deltas` is left from an earlier call
     shift = getattr(model, "rope_deltas", None) if "image_grid_thw" in inputs else None
     ids, counts = views[0]["completion_ids"], views[0]["completion_mask"].sum(1).tolist()
     states: list[list[torch.Tensor]] = [[last[view]] * len(counts) for view in range(len(views))]

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from . import siblings
 from .divergence import chunked_reverse_kl
-from .lm_head import lm_head, logps_within
+from .lm_head import lm_head, sampled_logps
 from .offload import Offloaded
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ class Teacher:
         """KL(student || teacher) and the student's entropy, (N,) each, from its hidden states (N, H)."""
         trainer = self.trainer
         return chunked_reverse_kl(
-            hidden,
-            torch.cat(batch["teacher_hidden_states"]),
             trainer._head(student),
+            hidden,
             trainer._head(trainer.accelerator.unwrap_model(trainer.teacher_model)),
+            torch.cat(batch["teacher_hidden_states"]),
             batch["coefficients"][siblings.loss_mask(batch)],
             trainer.args.kl_temperature,
         )
@@ -127,7 +127,7 @@ class Teacher:
             states = trainer._forward_redirection(trainer.teacher_model, model, self._states, model, part, shared)
             head, tokens = lm_head(model), part[0]["completion_ids"][mask]
             for found, of_view in zip(logps, states, strict=True):
-                found[rows] = logps_within(head, of_view, tokens, torch.ones_like(tokens), trainer.vocab_size)
+                found[rows] = sampled_logps(head, of_view, tokens, trainer.vocab_size)
             hidden[rows] = states[0].split(mask.sum(1).tolist())
         return [row for rows in hidden.values() for row in rows], [torch.cat(list(x.values())) for x in logps]
 

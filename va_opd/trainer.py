@@ -19,12 +19,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import checks, objective, siblings
-from ._trl import SiblingSampler
+from ._trl import EpochSampler
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
 from .doctor import DoctorCallback, va_figures
 from .engine import VLLMRollouts
-from .lm_head import lm_head, logps_within, without_padding
+from .lm_head import lm_head, sampled_logps, without_padding
 from .rope import exact_frequencies
 from .served import ServedTeacher
 from .teacher import Teacher
@@ -105,10 +105,10 @@ class VAOPDTrainer(DistillationTrainer):
 
     # Generation
 
-    def _get_train_sampler(self, dataset=None) -> SiblingSampler:
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
         args = self.args
         batch = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
-        return SiblingSampler(
+        return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=args.num_generations,
             batch_size=batch // args.num_generations,
@@ -156,7 +156,7 @@ class VAOPDTrainer(DistillationTrainer):
         head, tokens = lm_head(student), part["completion_ids"][siblings.loss_mask(part)]
         softcap = head.softcap and head.softcap / self.temperature  # the temperature comes after the cap
         head = head._replace(scale=head.scale / self.temperature, softcap=softcap)
-        logps = logps_within(head, hidden, tokens, torch.ones_like(tokens), self.vocab_size)
+        logps = sampled_logps(head, hidden, tokens, self.vocab_size)
         return self.accelerator.gather(self.engine.gap(logps, count, self.top_p)).mean().item()
 
     def _prepare_inputs(self, generation_batch):
@@ -197,7 +197,7 @@ class VAOPDTrainer(DistillationTrainer):
             mask_all,
             num_generations,
             weighting,
-            args.rollout_temperature,
+            args.weight_temperature,
             args.va_eps,
             args.top_fraction,
             args.high_weight,

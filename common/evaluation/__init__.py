@@ -12,7 +12,7 @@ from .run import (
     score_responses,
     scores_by_question,
 )
-from .scoring import headline, judge_row, summarize
+from .scoring import answer_row, headline, summarize
 from .vision import VISION
 
 BENCHMARKS.update(VISION)
@@ -28,11 +28,11 @@ __all__ = [
     "Source",
     "TransformersEngine",
     "VLLMEngine",
+    "answer_row",
     "evaluate",
     "generate_samples",
     "headline",
     "json_options",
-    "judge_row",
     "load_benchmark",
     "load_engine",
     "question_fingerprint",

@@ -9,7 +9,7 @@ from common.answers import extract_answer
 from common.verifiers import choice_reward, tool_call_reward
 
 from .engines import Decoding
-from .scoring import Metric, Scorer, bbeh_row, judge_row, reward_scorer
+from .scoring import Metric, Scorer, answer_row, bbeh_row, reward_scorer
 
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
@@ -37,7 +37,7 @@ class Benchmark:
 
     name: str
     rows: Sequence[Row]
-    score: Scorer = judge_row
+    score: Scorer = answer_row
     decoding: Decoding = field(default_factory=Decoding)
     samples: int = 1
     metric: Metric | None = None
@@ -117,7 +117,7 @@ def _after_hashes(row: Row) -> str:
 def _math(rows: int, hub_id: str, answer=_answer, sampled: bool = False, **where: Any) -> Source:
     """R-Diverse (arXiv 2602.13103): greedy, or the mean of 32 samples; its paper gives no temperature for these."""
     decoding = Decoding(0.6, 0.95, 4096) if sampled else Decoding(0.0, 1.0, 4096)
-    return Source(rows, hub_id, math_prompt, answer, judge_row, decoding, samples=32 if sampled else 1, **where)
+    return Source(rows, hub_id, math_prompt, answer, answer_row, decoding, samples=32 if sampled else 1, **where)
 
 
 def _general(rows: int, hub_id: str, prompt, answer, score: Scorer, split: str) -> Source:

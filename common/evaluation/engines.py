@@ -62,8 +62,9 @@ class Engine(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion]:
-        """One completion a prompt, in order. Equal prompts and seeds give equal completions, up to rounding."""
+    def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion | None]:
+        """One completion a prompt, in order; None where a request failed. Equal prompts and seeds give equal
+        completions, up to rounding."""
         ...
 
 

@@ -19,7 +19,7 @@ from common.runs import append_jsonl, atomic_write_json, exclusive, fingerprint,
 
 from .benchmarks import Benchmark
 from .engines import Decoding, Engine, Prompt
-from .scoring import judge_row, majority, score_records, summarize
+from .scoring import answer_row, majority, score_records, summarize
 
 
 def evaluate(
@@ -169,7 +169,7 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
         )
     scored = score_records(benchmark, records, rows)
     metrics = {**identity, **summarize(scored)}
-    if benchmark.score is judge_row and metrics["samples"] > 1:
+    if benchmark.score is answer_row and metrics["samples"] > 1:
         metrics["maj@k"] = majority(scored, rows)
     if benchmark.metric:
         metrics["metric"] = benchmark.metric(scored)

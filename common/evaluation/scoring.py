@@ -20,7 +20,7 @@ Metric = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 UNREAD = (Verdict.NO_ANSWER, Verdict.UNPARSEABLE)
 
 
-def judge_row(response: str, row: dict[str, Any]) -> Verdict:
+def answer_row(response: str, row: dict[str, Any]) -> Verdict:
     """Verdict of `common.answers` on the last committed answer."""
     return judge(response, row["answer"])
 
@@ -81,7 +81,7 @@ def score_records(
 
     `rows` by id.
     """
-    if benchmark.score is judge_row:  # many at once, in parallel processes
+    if benchmark.score is answer_row:  # many at once, in parallel processes
         results = grade_many([r["response"] for r in records], [rows[r["id"]]["answer"] for r in records])
     else:
         results = [benchmark.score(record["response"], rows[record["id"]]) for record in records]

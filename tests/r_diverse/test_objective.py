@@ -557,18 +557,18 @@ def test_hostile_questions_are_text(question):
     assert objective.drop_reason(question, "4", 0.5, r_zero_words=False) is None
 
 
-# --- clusters and R-Zero's formless outputs ---
+# --- clusters and R-Zero's invalid outputs ---
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.5, 3.0])
 def test_without_the_form_r_zero_is_never_better_than_the_worst_valid(alpha):
     """The worst valid output has s in {0, 1} and all of the batch in its cluster: -alpha. P_rep is at least 1 / B."""
     repetition = np.array([1e-4, 0.1, 0.5, 1.0])
-    assert (objective.r_zero_formless_reward(repetition, alpha) < -alpha - 1e-9 * alpha).all()
+    assert (objective.r_zero_invalid_reward(repetition, alpha) < -alpha - 1e-9 * alpha).all()
 
 
 def test_without_the_form_r_zero_is_its_release_at_alpha_1():
-    assert objective.r_zero_formless_reward([0.25, 1.0]).tolist() == [-1.25, -2.0]
+    assert objective.r_zero_invalid_reward([0.25, 1.0]).tolist() == [-1.25, -2.0]
 
 
 def test_cluster_sizes_follow_from_the_shares():

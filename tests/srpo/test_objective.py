@@ -294,7 +294,7 @@ def test_rows_with_the_grpo_loss():
     expected = {"srpo": [True, False, False, True] + [True] * 4, "grpo": [True] * 8, "mix": [True] * 8}
     for kind in objective.ROUTINGS:
         distill = objective.distilled_rows(routing, kind)
-        assert objective.policy_rows(distill, kind).tolist() == expected.get(kind, [False] * 8), kind
+        assert objective.grpo_rows(distill, kind).tolist() == expected.get(kind, [False] * 8), kind
 
 
 @pytest.mark.parametrize("function", [objective.route, objective.group_advantages])

@@ -506,7 +506,7 @@ def test_tokens_of_tools_and_environments_have_no_loss_and_no_route(make, fixed,
     move_teacher(trainer)
     loss, gradients = step(trainer)
     assert_step_is(trainer, reference_loss(trainer, routing, 1.0, masks=masks), loss, gradients)
-    assert not trainer.last_rollouts["distill"][2] and not trainer.last_rollouts["policy"][2]
+    assert not trainer.last_rollouts["distill"][2] and not trainer.last_rollouts["grpo"][2]
     assert trainer.last_rollouts["distill"][0] == (routing != "sdpo_correct")
     metrics = trainer._metrics["train"]
     assert metrics["teacher/scored_over_needed"] == [1.0]
@@ -592,7 +592,7 @@ def test_masked_truncated_rollouts_are_neither_scored_nor_trained(make, fixed, m
     assert math.isfinite(loss)
     assert any(g.any() for g in gradients.values())
     assert trainer.last_rollouts["distill"].tolist() == [False, False, True, False] * 2
-    assert trainer.last_rollouts["policy"].tolist() == [True, False, False, False] * 2
+    assert trainer.last_rollouts["grpo"].tolist() == [True, False, False, False] * 2
     assert trainer._metrics["train"]["teacher/scored_over_needed"] == [1.0]
     lengths = [len(ids) for ids in trainer._rollouts["completion_ids"]]  # they have a length all the same
     assert trainer._metrics["train"]["length/wrong"] == [
@@ -742,7 +742,7 @@ def test_the_policys_entropy_on_the_tokens_that_the_loss_sees(make, fixed, routi
     kept, values = trainer._rollouts, []
     advantages = objective.group_advantages(kept["rewards"], 4)
     for i, response in enumerate(kept["completion_ids"]):
-        if trainer.last_rollouts["distill"][i] or (trainer.last_rollouts["policy"][i] and advantages[i]):
+        if trainer.last_rollouts["distill"][i] or (trainer.last_rollouts["grpo"][i] and advantages[i]):
             prompt = trainer._tokenizer.apply_chat_template(kept["prompts"][i], add_generation_prompt=True)
             with torch.no_grad():
                 logits = response_logits(trainer.model, prompt["input_ids"], response, 0.6)
@@ -768,7 +768,7 @@ def test_a_figure_that_does_not_exist_is_left_out(make, fixed, routing):
 def test_figures_by_hand():
     routing = objective.route(torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0]), 4)
     lengths = torch.arange(16)
-    policy_rows = objective.policy_rows(routing.distill)
+    policy_rows = objective.grpo_rows(routing.distill)
     assert doctor.routing_figures(routing, routing.distill, policy_rows, lengths, 4) == {
         "route/correct": 7 / 16,
         "route/sdpo": 5 / 16,

@@ -44,7 +44,7 @@ def test_against_float64(tiles, padded, temperature, biases):
         for i, w in enumerate((s_weight, t_weight))
     ]
     upstream = torch.rand(n)
-    kl, entropy = chunked_reverse_kl(s_hidden, t_hidden, *heads, upstream, temperature)
+    kl, entropy = chunked_reverse_kl(heads[0], s_hidden, heads[1], t_hidden, upstream, temperature)
     got = torch.autograd.grad((kl * upstream).sum(), (s_hidden, s_weight))
 
     h, w = (x.detach().double().requires_grad_() for x in (s_hidden, s_weight))
@@ -71,7 +71,7 @@ def heads(softcap: float | None = None, scale: float = 1.0):
 def test_scaled_and_capped_logits(tiles, softcap, scale):
     hidden, student, teacher_hidden, teacher = heads(softcap, scale)
     coefficients = torch.rand(N)
-    kl, entropy = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, coefficients, 0.7)
+    kl, entropy = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, coefficients, 0.7)
     got = torch.autograd.grad((kl * coefficients).sum() / 5, (hidden, student.weight))
 
     def logits(hidden, weight):
@@ -89,10 +89,10 @@ def test_scaled_and_capped_logits(tiles, softcap, scale):
 def test_the_loss_must_be_the_one_that_was_announced():
     hidden, student, teacher_hidden, teacher = heads()
     coefficients = torch.rand(N)
-    kl, _ = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, coefficients)
+    kl, _ = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, coefficients)
     with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
         kl.mean().backward()
-    kl, _ = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, torch.zeros(N))
+    kl, _ = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, torch.zeros(N))
     (kl * 0).sum().backward()
     assert not hidden.grad.any() and not student.weight.grad.any()
 
@@ -102,12 +102,12 @@ def test_tiny_coefficients_are_no_error(size):
     """As a micro-batch has them whose rollouts lost against a sibling, with a small rollout temperature."""
     hidden, student, teacher_hidden, teacher = heads()
     coefficients = size * torch.rand(N)
-    kl, _ = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, coefficients)
+    kl, _ = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, coefficients)
     (kl * coefficients).sum().backward()
     assert hidden.grad.isfinite().all()
     if size > 1e-30:
         plain = hidden.detach().requires_grad_()
-        kl, _ = chunked_reverse_kl(plain, teacher_hidden, student, teacher, coefficients / size)
+        kl, _ = chunked_reverse_kl(student, plain, teacher, teacher_hidden, coefficients / size)
         (kl * coefficients / size).sum().backward()
         torch.testing.assert_close(hidden.grad / size, plain.grad, rtol=1e-4, atol=1e-6)
 
@@ -117,7 +117,7 @@ def test_an_evaluation_makes_no_gradient(monkeypatch):
         raise AssertionError("a gradient was made")
 
     hidden, student, teacher_hidden, teacher = heads()
-    given = (hidden, teacher_hidden, student, teacher, torch.ones(N))
+    given = (student, hidden, teacher, teacher_hidden, torch.ones(N))
     expected = chunked_reverse_kl(*given)
     monkeypatch.setattr(LMHead, "pull_back", fail)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_logits_are_computed_once_and_only_for_what_is_needed():
     for trained in ("hidden and head", "hidden"):
         student = student._replace(weight=student.weight.detach().requires_grad_(trained != "hidden"))
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-            kl, _ = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, torch.ones(N))
+            kl, _ = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, torch.ones(N))
             kl.sum().backward()
         products = 12 + 20 + 12 * (2 if trained != "hidden" else 1)
         assert counter.get_total_flops() == 2 * N * VOCAB * products, trained
@@ -187,7 +187,7 @@ def test_small_coefficients_keep_their_bits_in_half_precision():
     gradients = []
     for dtype in (torch.float32, torch.float16):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            kl, _ = chunked_reverse_kl(hidden, teacher_hidden, student, teacher, coefficients)
+            kl, _ = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, coefficients)
         gradients.append(torch.autograd.grad((kl * coefficients).sum() * 65536, (hidden, student.weight)))
     for exact, half in zip(*gradients, strict=True):
         assert (half - exact).norm() < 1e-2 * exact.norm()
@@ -210,7 +210,7 @@ def test_on_a_gpu_as_on_the_cpu(tiles, dtype, softcap):
         s_hidden, s_weight = s_hidden.requires_grad_(), s_weight.requires_grad_()
         bias = None if softcap else padding.to(device)
         made = [LMHead(weight, bias, 1.0, softcap) for weight in (s_weight, t_weight)]
-        kl, entropy = chunked_reverse_kl(s_hidden, t_hidden, *made, coefficients.to(device), 0.7)
+        kl, entropy = chunked_reverse_kl(made[0], s_hidden, made[1], t_hidden, coefficients.to(device), 0.7)
         gradients = torch.autograd.grad((kl * coefficients.to(device)).sum(), (s_hidden, s_weight))
         return [tensor.detach().float().cpu() for tensor in (kl, entropy, *gradients)]
 

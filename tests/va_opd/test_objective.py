@@ -159,7 +159,7 @@ def test_size_of_the_high_group_is_exact_for_other_fractions(fraction):
 def test_coefficients_against_the_reference(seed, prompts, k, length, dtype, tolerance):
     va, mask = random_batch(seed, prompts, k, length)
     weights, got = objective.coefficients(
-        va.to(dtype), mask, k, rollout_temperature=0.7, top_fraction=0.3, high_weight=0.6
+        va.to(dtype), mask, k, weight_temperature=0.7, top_fraction=0.3, high_weight=0.6
     )
     assert weights.dtype == got.dtype == dtype
     for prompt in range(prompts):

@@ -118,7 +118,7 @@ def test_the_paper_config_is_the_papers():
     assert (config.lr_scheduler_type, config.warmup_steps, config.num_train_epochs) == ("cosine", 0.05, 5)
     assert (config.temperature, config.top_p, config.max_completion_length) == (0.7, 0.95, 4096)
     assert (config.max_grad_norm, config.seed, config.bf16, config.kl_temperature) == (1.0, 42, True, 1.0)
-    assert (config.degradation_ratio, config.rollout_temperature, config.va_eps) == (0.1, 1.0, 1e-6)
+    assert (config.degradation_ratio, config.weight_temperature, config.va_eps) == (0.1, 1.0, 1e-6)
     assert (config.top_fraction, config.high_weight, config.weighting) == (0.2, 0.5, "va")
     assert (args.validation_size, args.eval_samples, args.eval_temperature, config.save_steps) == (200, 8, 1.0, 50)
 

@@ -46,7 +46,7 @@ from trl.trainer import utils as trl_utils
 
 from common.evaluation.engines import never_sampled
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
-from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, doctor, objective, siblings
+from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, doctor, lm_head, objective, siblings
 from va_opd import trainer as va_opd_trainer
 from va_opd.checks import check_same_tokens
 from va_opd.engine import VLLMRollouts
@@ -422,14 +422,14 @@ def test_logit_scale(fields, expected):
 def test_bf16_reaches_student_and_head_and_leaves_the_teacher(make, monkeypatch, bf16):
     """The redirected forward passes by accelerate's autocast: without one of its own, float32 weights would train in
     float32, many times slower on a GPU."""
-    seen, project = set(), _trl.chunked_divergence._project
+    seen, project = set(), lm_head.project
 
     def record(tile, hidden, weight, bias, start, end, dtype):
         seen.add(("head", dtype))
         project(tile, hidden, weight, bias, start, end, dtype)
 
     fixed_rollouts(monkeypatch)
-    monkeypatch.setattr(_trl.chunked_divergence, "_project", record)
+    monkeypatch.setattr(lm_head, "project", record)
     trainer = make(bf16=bf16)
     for name, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
         layer = model.model.language_model.layers[0].mlp.down_proj
@@ -488,7 +488,7 @@ def test_weighting_none_equals_trls_own_loss_when_all_rollouts_are_equally_long(
     assert_same_step(got, (trl_loss.item(), gradients_of(trl_loss, trainer.model), None))
 
 
-SETTINGS = {"rollout_temperature": 0.5, "va_eps": 0.01, "top_fraction": 0.4, "high_weight": 0.7, "kl_temperature": 2.0}
+SETTINGS = {"weight_temperature": 0.5, "va_eps": 0.01, "top_fraction": 0.4, "high_weight": 0.7, "kl_temperature": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_loss_and_gradient_against_an_independent_computation(make, monkeypatch,
     kl = reference_kl(student, teacher, batch, trainer.vocab_size, args.kl_temperature)
     for start in range(0, len(mask), k):
         means = np.array([va[r][mask[r]].mean() for r in range(start, start + k)])
-        scores = np.exp((means - means.mean()) / (means.std() + args.va_eps) / args.rollout_temperature)
+        scores = np.exp((means - means.mean()) / (means.std() + args.va_eps) / args.weight_temperature)
         for r, weight in zip(range(start, start + k), scores / scores.sum(), strict=True):
             weight = weight if weighting != "token" else 1 / k
             valid = mask[r].nonzero()[:, 0].tolist()
@@ -926,7 +926,7 @@ def other_tokenizer():
         ({"degradation_ratio": 0.0}, "degradation_ratio must be in"),
         ({"top_fraction": 0.0}, "top_fraction must be in"),
         ({"high_weight": 1.5}, "high_weight must be in"),
-        ({"rollout_temperature": 0.0}, "rollout_temperature must be above 0"),
+        ({"weight_temperature": 0.0}, "weight_temperature must be above 0"),
         ({"kl_temperature": 0.0}, "kl_temperature must be above 0"),
         ({"va_eps": 0.0}, "va_eps must be above 0"),
         ({"beta": 0.5}, "beta must be 1.0"),
@@ -1453,9 +1453,9 @@ def test_the_gap_to_the_engine_divides_soft_capped_logits_by_the_temperature(mak
 # --- order of the prompts and resuming ----------------------------------------------------------------
 
 
-def sampler(n: int, k: int = 3, prompts: int = 2, seed: int = 5, epoch: int = 0) -> _trl.SiblingSampler:
+def sampler(n: int, k: int = 3, prompts: int = 2, seed: int = 5, epoch: int = 0) -> _trl.EpochSampler:
     options = {"batch_size": prompts, "repeat_count": 2, "seed": seed}
-    return _trl.SiblingSampler(range(n), mini_repeat_count=k, epoch=lambda: epoch, **options)
+    return _trl.EpochSampler(range(n), mini_repeat_count=k, epoch=lambda: epoch, **options)
 
 
 def test_sampler_keeps_siblings_together_and_covers_each_epoch():
