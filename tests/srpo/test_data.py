@@ -41,6 +41,19 @@ def test_the_four_subjects_are_the_papers(sciknoweval, subject, capsys):
     assert (shared in capsys.readouterr().out) == (subject == "materials")
 
 
+def test_a_line_of_json_ends_at_a_line_feed_only(tmp_path):
+    row = {"prompt": "a\u2028b", "answer": "A", "idx": 0}
+    (tmp_path / "rows.json").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert data.read_rows(tmp_path / "rows.json")[0]["prompt"][0]["content"] == "a\u2028b"
+
+
+def test_a_gold_answer_that_the_reward_cannot_use_stops_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "chemistry", data.Subject("chemistry", "Chemistry", 1, 1))
+    source = folder(tmp_path, ROW, ROW.replace('"A"', '""'))
+    with pytest.raises(ValueError, match="answer"):
+        data.load_splits("chemistry", source)
+
+
 def test_a_subjects_own_folder_and_the_limit(sciknoweval):
     splits = data.load_splits("materials", str(Path(sciknoweval) / "material"), limit=5)
     assert (len(splits["train"]), len(splits["test"])) == (5, 94)
@@ -116,6 +129,17 @@ def test_choice_reward_with_the_quirks_of_the_release(response, compatible, stri
     assert choice_reward([response], answer=["A"], compatible=True) == [compatible]
     if strict is not None:
         assert choice_reward([response], answer=["A"]) == [strict]
+
+
+def test_the_reward_of_a_data_set_is_the_releases_unless_it_is_strict():
+    response, calls = "<answer>A", "Action: f\nAction Input: {}\nAction: g\nAction Input: {}"
+    gold = '[{"Action": "g", "Action_Input": "{}"}, {"Action": "f", "Action_Input": "{}"}]'
+    for strict in (False, True):
+        choice = choice_reward([response], answer=["A"], compatible=not strict)
+        assert data.reward_of("chemistry", strict)([response], answer=["A"]) == choice
+        call = tool_call_reward([calls], answer=[gold], compatible=not strict)
+        assert data.reward_of("tooluse", strict)([calls], answer=[gold]) == call
+    assert data.reward_of("chemistry")([response], answer=["A"]) == [1.0]
 
 
 def written_calls(answer: str) -> str:
@@ -218,6 +242,7 @@ ROW = json.dumps({"prompt": "p", "answer": "A", "idx": 0, "system": None})
         ("chemistry", "cut", r"train.json, line 2 is no JSON.*cut off"),
         ("chemistry", "columns", r"line 1 has no answer"),
         ("chemistry", "small", r"chemistry has .*'train': 1.*the paper's has.*1890"),
+        ("chemistry", "no idx", r"line 1 has no idx"),
         ("tooluse", "test only", "no train.json: training rows of ToolAlpaca"),
         ("tooluse", None, "tooluse is on no hub"),
     ],
@@ -227,6 +252,7 @@ def test_bad_data_is_one_clear_sentence(tmp_path, monkeypatch, dataset, source, 
     (tmp_path / "empty").mkdir()
     folder(tmp_path / "cut", f"{ROW}\n{ROW[:20]}", ROW)
     folder(tmp_path / "columns", '{"prompt": "p", "idx": 1}', ROW)
+    folder(tmp_path / "no idx", '{"prompt": "p", "answer": "A"}', ROW)
     folder(tmp_path / "small", ROW, ROW)
     folder(tmp_path / "test only", ROW, ROW)
     (tmp_path / "test only" / "train.json").unlink()

@@ -1,14 +1,15 @@
 """Divergence and entropy from hidden states beside their definitions in float64; what they count and refuse."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from srpo import divergence, objective
+from srpo import divergence, lm_head, objective
 from srpo.divergence import chunked_divergence, chunked_entropy
-from srpo.lm_head import LMHead
+from srpo.lm_head import LMHead, logit_scale, sampled_logps
 
 N, VOCAB, SCALE = 23, 40, 0.5
 
@@ -17,6 +18,7 @@ N, VOCAB, SCALE = 23, 40, 0.5
 def tiles(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(divergence, "tile_rows", lambda *arguments: request.param)
+        monkeypatch.setattr(lm_head, "VOCABULARY_TILE", 16)  # real vocabularies are several pieces
 
 
 def heads(seed: int = 0, dtype=torch.float32, vocab: int = VOCAB, bias: bool = True, softcap=None, widths=(6, 8)):
@@ -90,6 +92,15 @@ def test_a_student_that_is_all_but_certain(top_k):
     torch.testing.assert_close(value.double(), naive, rtol=1e-4, atol=1e-5)
     value.sum().backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves(student, hidden))
+
+
+@pytest.mark.parametrize("top_k", [20, None])
+def test_logits_whose_exponential_overflows(top_k):
+    student, hidden, teacher, teacher_hidden = heads()
+    hidden, teacher_hidden = 100 * hidden.detach(), 100 * teacher_hidden
+    value = chunked_divergence(student, hidden, teacher, teacher_hidden, torch.ones(N), top_k=top_k)
+    naive = objective.jsd_topk_tail(naive_logits(student, hidden, 1), naive_logits(teacher, teacher_hidden, 1), top_k)
+    torch.testing.assert_close(value.double(), naive, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [5, None])
@@ -201,6 +212,33 @@ def test_heads_are_gathered_once(monkeypatch):
         given = (hidden[:count], teacher, teacher_hidden[:count], torch.ones(count))
         chunked_divergence(student, *given, top_k=5).sum().backward()
         assert len(entered) == 2
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_sampled_logps_of_scaled_and_capped_logits(softcap):
+    student, hidden, *_ = heads(6, softcap=softcap)
+    tokens = torch.arange(N)
+    naive = naive_logits(student, hidden, 0.7).log_softmax(-1)
+    logps, entropy = sampled_logps(student, hidden, tokens, 0.7)
+    expected = naive[tokens, tokens]
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(naive.exp() * naive).sum(-1), rtol=1e-4, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(value.sum(), leaves(student, hidden)) for value in (logps, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 1.0),
+        ({"logit_scale": 0.25}, 0.25),
+        ({"logit_scale": None, "output_multiplier": 3.0}, 3.0),
+        ({"logits_scaling": 8.0, "model_type": "granite"}, 0.125),
+        ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0),
+    ],
+)
+def test_logit_scale(fields, expected):
+    assert logit_scale(SimpleNamespace(**fields)) == expected
 
 
 def test_entropy_is_exact(tiles):

@@ -418,6 +418,13 @@ def test_the_gradient_is_a_policy_gradient_on_logits():
     torch.testing.assert_close(student.grad, student.detach().softmax(-1) * (gap - kl.detach()))
 
 
+def test_a_tail_of_little_mass_is_kept():
+    """Of a real model the support holds nearly everything."""
+    student, teacher = (torch.tensor([0.0, 0.0, tail, tail], dtype=torch.float64) for tail in (-12.0, -9.0))
+    expected = objective.jsd_topk_tail(student, teacher, None)
+    assert objective.jsd_topk_tail(student, teacher, 2).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_the_tail_carries_gradient_to_tokens_outside_the_support():
     student, teacher = random_logits(4, 20)
     outside = student.argsort(descending=True)[5:]

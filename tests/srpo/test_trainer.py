@@ -798,6 +798,13 @@ def test_the_logged_distance_is_that_before_the_average_moves(make, fixed):
     assert logged == pytest.approx(gap / size, rel=1e-4)
 
 
+def test_the_doctor_compares_lengths_with_those_of_the_first_log(capsys):
+    state = SimpleNamespace(is_world_process_zero=True, global_step=50, log_history=[{doctor.LENGTH: 100.0}])
+    for length in (30.0, 10.0):
+        doctor.DoctorCallback(50).on_log(None, state, None, logs={"route/sdpo": 0.5, doctor.LENGTH: length})
+        assert ("five times shorter" in capsys.readouterr().out) == (length == 10.0)
+
+
 def test_the_doctor_sees_the_collapse_of_sdpo(make, fixed, capsys):
     make(routing="sdpo", max_steps=1, doctor_steps=1, model=policy(sharp=1e4)).train()
     assert "entropy has collapsed" in capsys.readouterr().out
@@ -933,20 +940,24 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj
 
 
 def test_with_lora_the_average_is_of_the_product(make, fixed):
-    """The teacher's weight is the average of W + scale B A, not W + scale (average of B) (average of A)."""
-    trainer = make(peft_config=peft.LoraConfig(**LORA), max_steps=2)
-    layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
-    merged = [layer.get_base_layer().weight + layer.get_delta_weight("default")]
-    update = trainer.teacher.update
-    trainer.teacher.update = lambda model: (
-        merged.append((layer.get_base_layer().weight + layer.get_delta_weight("default")).detach().clone()),
-        update(model),
-    )[1]
+    """The teacher's weight is the average of W + scale B A, not W + scale (average of B) (average of A). What is
+    trained whole beside it, is averaged too."""
+    trainer = make(peft_config=peft.LoraConfig(**LORA, modules_to_save=["norm"]), max_steps=2)
+    model = trainer.model.get_base_model().model
+    layer, norm = model.layers[0].self_attn.q_proj, model.norm.modules_to_save["default"].weight
+
+    def weights():
+        merged = layer.get_base_layer().weight + layer.get_delta_weight("default")
+        return merged.detach().clone(), norm.detach().clone()
+
+    seen, update = [weights()], trainer.teacher.update
+    trainer.teacher.update = lambda model: (seen.append(weights()), update(model))[1]
     trainer.train()
-    got = trainer.teacher.model.model.layers[0].self_attn.q_proj.weight
-    expected = 0.95 * (0.95 * merged[0] + 0.05 * merged[1]) + 0.05 * merged[2]
-    torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(merged[2], merged[0], atol=1e-4)
+    teacher = trainer.teacher.model.model
+    for got, *of_steps in zip((teacher.layers[0].self_attn.q_proj.weight, teacher.norm.weight), *seen, strict=True):
+        expected = 0.95 * (0.95 * of_steps[0] + 0.05 * of_steps[1]) + 0.05 * of_steps[2]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(of_steps[2], of_steps[0], atol=1e-4)
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from va_opd import divergence, objective
+from va_opd import divergence, lm_head, objective
 from va_opd._trl import chunked_divergence
 from va_opd.divergence import chunked_reverse_kl, reverse_kl_by_triton, reverse_kl_in_place
-from va_opd.lm_head import PADDED_ROW_LOGIT, LMHead
+from va_opd.lm_head import PADDED_ROW_LOGIT, LMHead, sampled_logps, without_padding
 
 N, VOCAB = 29, 41
 
@@ -21,6 +21,7 @@ N, VOCAB = 29, 41
 def tiles(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(divergence, "tile_rows", lambda *arguments: request.param)
+        monkeypatch.setattr(lm_head, "VOCABULARY_TILE", 16)  # real vocabularies are several pieces
 
 
 @pytest.mark.parametrize("padded", [0, 13])
@@ -36,7 +37,7 @@ def test_against_float64(tiles, padded, temperature, biases):
         s_weight[vocab:] *= 10
         t_weight[vocab:] *= 10
     s_weight.requires_grad_()
-    bias = torch.randn(2, vocab + padded) if biases else None
+    bias = torch.randn(2, vocab + padded).requires_grad_() if biases else None
     padding = torch.zeros(vocab + padded)
     padding[vocab:] = PADDED_ROW_LOGIT
     heads = [
@@ -45,16 +46,17 @@ def test_against_float64(tiles, padded, temperature, biases):
     ]
     upstream = torch.rand(n)
     kl, entropy = chunked_reverse_kl(heads[0], s_hidden, heads[1], t_hidden, upstream, temperature)
-    got = torch.autograd.grad((kl * upstream).sum(), (s_hidden, s_weight))
+    leaves = (s_hidden, s_weight) if bias is None else (s_hidden, s_weight, bias)
+    got = torch.autograd.grad((kl * upstream).sum(), leaves)
 
-    h, w = (x.detach().double().requires_grad_() for x in (s_hidden, s_weight))
-    s = h @ w[:vocab].T + (0 if bias is None else bias[0, :vocab].double())
+    h, w, *b = (x.detach().double().requires_grad_() for x in leaves)
+    s = h @ w[:vocab].T + (b[0][0, :vocab] if b else 0)
     t = t_hidden.double() @ t_weight[:vocab].double().T + (0 if bias is None else bias[1, :vocab].double())
     s, t = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
     expected = (s.exp() * (s - t)).sum(-1)
     torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), -(s.exp() * s).sum(-1), rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(got, torch.autograd.grad((expected * upstream).sum(), (h, w)), strict=True):
+    for ours, theirs in zip(got, torch.autograd.grad((expected * upstream).sum(), (h, w, *b)), strict=True):
         torch.testing.assert_close(ours[: len(theirs)].double(), theirs, rtol=1e-4, atol=6e-5)
     assert not got[1][vocab:].any()  # padded rows get no gradient
 
@@ -68,22 +70,49 @@ def heads(softcap: float | None = None, scale: float = 1.0):
 
 
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 0.3), (2.0, 1.0), (3.0, 0.5)])
-def test_scaled_and_capped_logits(tiles, softcap, scale):
+@pytest.mark.parametrize("of_teacher", [None, (None, 0.8), (4.0, 0.8)])
+def test_scaled_and_capped_logits(tiles, softcap, scale, of_teacher):
+    """The sizes of a family, such as Granite's, differ in the scale of their logits."""
     hidden, student, teacher_hidden, teacher = heads(softcap, scale)
+    if of_teacher:
+        teacher = teacher._replace(softcap=of_teacher[0], scale=of_teacher[1])
     coefficients = torch.rand(N)
     kl, entropy = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, coefficients, 0.7)
     got = torch.autograd.grad((kl * coefficients).sum() / 5, (hidden, student.weight))
 
-    def logits(hidden, weight):
-        products = hidden @ weight.T * scale
-        return (products if softcap is None else softcap * torch.tanh(products / softcap)) / 0.7
+    def logits(hidden, head):
+        products, cap = hidden @ head.weight.T * head.scale, head.softcap
+        return (products if cap is None else cap * torch.tanh(products / cap)) / 0.7
 
-    s, t = logits(hidden, student.weight), logits(teacher_hidden, teacher.weight)
+    s, t = logits(hidden, student), logits(teacher_hidden, teacher)
     expected = objective.reverse_kl(s, t)
     torch.testing.assert_close(kl, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy, -(s.softmax(-1) * s.log_softmax(-1)).sum(-1), rtol=1e-5, atol=1e-5)
     wanted = torch.autograd.grad((expected * coefficients).sum() / 5, (hidden, student.weight))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_keeps_its_bias_without_its_padding():
+    torch.manual_seed(0)
+    head, hidden, tokens = LMHead(torch.randn(9, 4), torch.randn(9), 0.5, None), torch.randn(7, 4), torch.arange(7)
+    assert without_padding(head, 9, 9) is head
+    bias = without_padding(head, 9, 7).bias
+    torch.testing.assert_close(bias, head.bias + torch.tensor([0.0] * 7 + [PADDED_ROW_LOGIT] * 2))
+    logps = sampled_logps(head, hidden, tokens, 7)
+    expected = (0.5 * (hidden @ head.weight[:7].T + head.bias[:7])).log_softmax(-1)[tokens, tokens]
+    torch.testing.assert_close(logps, expected)
+    with pytest.raises(ValueError, match="^the model soft-caps its logits and pads its vocabulary"):
+        without_padding(head._replace(softcap=30.0), 9, 7)
+
+
+def test_logits_whose_exponential_overflows():
+    hidden, student, teacher_hidden, teacher = heads()
+    kl, entropy = chunked_reverse_kl(student, 50 * hidden, teacher, 50 * teacher_hidden, torch.ones(N))
+    s, t = 50 * hidden.double() @ student.weight.double().T, 50 * teacher_hidden.double() @ teacher.weight.double().T
+    torch.testing.assert_close(kl.double(), objective.reverse_kl(s, t), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(entropy.double(), torch.special.entr(s.softmax(-1)).sum(-1), rtol=1e-3, atol=1e-3)
+    kl.sum().backward()
+    assert hidden.grad.isfinite().all()
 
 
 def test_the_loss_must_be_the_one_that_was_announced():

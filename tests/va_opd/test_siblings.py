@@ -338,6 +338,18 @@ def test_a_pass_over_rollouts_is_bounded(make, monkeypatch):
     assert rows == {2}
 
 
+def test_the_bound_counts_the_rollouts_of_all_views():
+    _, teacher, processor = tests.models("qwen3_vl")
+    batch, rows = group(processor, [tests.image(0)], [7, 7, 7, 7]), []
+    teacher.model.language_model.register_forward_pre_hook(
+        lambda module, args, given: rows.append(len(given["inputs_embeds"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        most = 4 * (int(batch["prompt_mask"][0].sum()) + 7)
+        siblings.sibling_hidden_states(teacher.eval(), [batch, dict(batch)], 1 << 20, most)
+    assert rows == [2, 4, 4]  # the prompt, then two rollouts at a time, in both views
+
+
 # --- parts ----------------------------------------------------------------
 
 

@@ -48,7 +48,7 @@ from common.evaluation.engines import never_sampled
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
 from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, doctor, lm_head, objective, siblings
 from va_opd import trainer as va_opd_trainer
-from va_opd.checks import check_same_tokens
+from va_opd.checks import check_same_tokens, sibling_fingerprints
 from va_opd.engine import VLLMRollouts
 from va_opd.lm_head import logit_scale
 
@@ -1115,6 +1115,23 @@ def test_a_teacher_with_nan_is_one_clear_sentence(make):
         step(make(parts=(student, teacher, processor)))
 
 
+def test_fingerprints_are_of_the_order_of_tokens_and_not_of_the_padding():
+    def fingerprint(ids, width):
+        pad = width - len(ids)
+        batch = {"prompt_ids": [[99] * pad + ids], "prompt_mask": [[0] * pad + [1] * len(ids)]}
+        return sibling_fingerprints({k: torch.tensor(v) for k, v in batch.items()}, False)
+
+    assert torch.equal(fingerprint([1, 2, 3], 3), fingerprint([1, 2, 3], 5))  # as on two ranks
+    assert not torch.equal(fingerprint([1, 2, 3], 3), fingerprint([2, 1, 3], 3))
+
+
+def test_the_models_size_is_width_and_height():
+    pixels = {"pixel_values": torch.zeros(2, 3, 10, 20)}
+    assert degraded.model_size(SimpleNamespace(), pixels, None, 2) == (20, 10)
+    assert degraded.model_size(SimpleNamespace(patch_size=7), pixels, [1, 2, 3], 2) == (21, 14)
+    assert degraded.model_size(SimpleNamespace(), pixels, None, 1) is None  # tiles
+
+
 def test_siblings_that_were_reordered_are_noticed(make):
     trainer = make()
     inputs = next(iter(trainer.get_train_dataloader()))
@@ -1302,9 +1319,9 @@ def test_logged_kl_and_va_against_their_definitions(make, monkeypatch):
 
 def test_figures_of_va_by_hand():
     va, mask = torch.tensor([[4.0, 0.0, 9.0], [0.0, 0.0, 0.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
-    high, weights = torch.tensor([[1, 0, 0], [1, 0, 0]]).bool(), torch.tensor([0.9, 0.1])
+    high, weights = torch.tensor([[1, 0, 0], [1, 1, 0]]).bool(), torch.tensor([0.9, 0.1])
     expected = {"va/mean": 0.8, "va/positive_share": 0.2, "va/top10_mass": 1.0, "va/group_sigma": 1.0}
-    expected |= {"va/weight_min": 0.1, "va/weight_max": 0.9, "va/zero_in_high": 0.5}
+    expected |= {"va/weight_min": 0.1, "va/weight_max": 0.9, "va/zero_in_high": 2 / 3}
     assert doctor.va_figures(va, mask, weights, high, 2) == pytest.approx(expected)
 
 
