@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 from packaging.specifiers import SpecifierSet
+from transformers import Trainer, set_seed
 
 SUPPORTED_TRL = ">=1.16,<1.17"
 if version("trl") not in SpecifierSet(SUPPORTED_TRL):
@@ -16,7 +17,7 @@ if version("trl") not in SpecifierSet(SUPPORTED_TRL):
 
 from trl.trainer.utils import RepeatSampler  # noqa: E402
 
-__all__ = ["SUPPORTED_TRL", "EpochSampler"]
+__all__ = ["SUPPORTED_TRL", "EpochSampler", "seed_rollouts"]
 
 
 class EpochSampler(RepeatSampler):
@@ -35,3 +36,14 @@ class EpochSampler(RepeatSampler):
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + self.epoch())
         return super().__iter__()
+
+
+def seed_rollouts(trainer: Trainer) -> None:
+    """Lets a trainer's seed decide what its colocated vLLM samples.
+
+    The engine seeds this process by its rank alone when it starts, and draws the seeds of its requests from there.
+    """
+    args = trainer.args
+    if trainer.use_vllm and args.vllm_mode == "colocate":
+        group = trainer.accelerator.process_index // args.vllm_tensor_parallel_size
+        set_seed(args.seed + group)  # the same where several processes are one engine

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from . import analysis, objective
-from ._trl import EpochSampler
+from ._trl import EpochSampler, seed_rollouts
 from .budget import Budget
 from .config import RDiverseConfig
 from .doctor import DoctorCallback
@@ -50,9 +50,7 @@ class PhaseTrainer(GRPOTrainer):
                 "batch: lower per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation"
             )
         self._stop_at_the_end_of_a_turn()
-        if self.use_vllm and self.args.vllm_mode == "colocate":  # which seeds this process anew, by its rank alone
-            group = self.accelerator.process_index // self.args.vllm_tensor_parallel_size
-            set_seed(self.args.seed + group)  # the same where several processes are one engine
+        seed_rollouts(self)
         if steps := getattr(self.args, "doctor_steps", 0):  # TRL's own config has none
             self.add_callback(DoctorCallback(steps))
         if not self.is_deepspeed_enabled:  # which keeps float32 copies

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from . import objective
-from ._trl import EpochSampler, ForwardRedirection
+from ._trl import EpochSampler, ForwardRedirection, seed_rollouts
 from .checks import HalfPrecisionCallback, check_batch, check_prompt_lengths, check_support
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
@@ -58,6 +58,7 @@ class SRPOTrainer(GRPOTrainer):
         check_batch(args, train_dataset)
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         exact_frequencies(self.model, self.ref_model)
+        seed_rollouts(self)
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(HalfPrecisionCallback())
         self._forward_redirection = ForwardRedirection()

@@ -1,6 +1,9 @@
-"""A resumed run sees the prompts that the uninterrupted one would have seen, on any number of processes."""
+"""A resumed run sees the prompts that the uninterrupted one would have seen, on any number of processes; seeds."""
 
 import importlib
+import inspect
+import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,19 +11,19 @@ from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
-SAMPLERS = {"va_opd": "EpochSampler", "srpo": "EpochSampler", "r_diverse": "EpochSampler"}
+METHODS = ("va_opd", "srpo", "r_diverse")
 
 
 def loader(method: str, epoch: list[int], processes: int, rank: int):
     """As a trainer makes it: 4 prompts twice a batch of all processes, 3 batches an epoch."""
-    sampler = getattr(importlib.import_module(f"{method}._trl"), SAMPLERS[method])
+    sampler = importlib.import_module(f"{method}._trl").EpochSampler
     order = sampler(range(12), mini_repeat_count=2, batch_size=4, seed=7, epoch=lambda: epoch[0])
     batches = DataLoader(range(12), batch_size=8 // processes, sampler=order, collate_fn=list)
     device = torch.device("cpu")
     return prepare_data_loader(batches, device, num_processes=processes, process_index=rank, put_on_device=False)
 
 
-@pytest.mark.parametrize("method", SAMPLERS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 0), (2, 1), (4, 3)])
 def test_a_run_resumed_in_a_later_epoch(method, processes, rank):
     PartialState(cpu=True)
@@ -35,3 +38,22 @@ def test_a_run_resumed_in_a_later_epoch(method, processes, rank):
         resumed = skip_first_batches(loader(method, epoch, processes, rank), skipped)
         resumed.set_epoch(2)
         assert list(resumed) == straight[2][skipped:]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_decides_what_a_colocated_engine_samples(method):
+    """Started, it seeds this process by its rank, and later draws the seeds of its requests from it."""
+    module = importlib.import_module(f"{method}._trl")
+
+    def drawn(seed: int, rank: int = 0, use_vllm: bool = True, mode: str = "colocate") -> int:
+        args = SimpleNamespace(seed=seed, vllm_mode=mode, vllm_tensor_parallel_size=2)
+        accelerator = SimpleNamespace(process_index=rank)
+        random.seed(0)
+        module.seed_rollouts(SimpleNamespace(args=args, use_vllm=use_vllm, accelerator=accelerator))
+        return random.randrange(2**31)
+
+    assert drawn(1) != drawn(2) == drawn(1, rank=2) and drawn(1) == drawn(1, rank=1)  # two processes are one engine
+    assert drawn(1, use_vllm=False) == drawn(2, use_vllm=False) == drawn(1, mode="server")
+    trainers = {"va_opd": ("trainer", "baselines"), "srpo": ("trainer",), "r_diverse": ("trainer",)}[method]
+    for name in trainers:
+        assert "seed_rollouts(self)" in inspect.getsource(importlib.import_module(f"{method}.{name}"))

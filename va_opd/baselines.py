@@ -2,7 +2,7 @@
 
 from trl import GRPOTrainer
 
-from ._trl import EpochSampler
+from ._trl import EpochSampler, seed_rollouts
 from .rope import exact_frequencies
 
 
@@ -12,6 +12,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         exact_frequencies(self.model, self.ref_model)
+        seed_rollouts(self)
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         return EpochSampler(

@@ -13,7 +13,7 @@ class VLLMRollouts:
     already expanded, which would then be expanded once more (huggingface/trl#6294): here they are folded first, and
     the engine must make the same prompts of them. A server takes them as TRL passes them. After each weight sync a
     colocated engine forgets what the older weights of the vision tower made of its last images, which TRL leaves in
-    its cache.
+    its cache; and what Qwen3-VL adds to the states of text is 0 again, which vLLM's sleep leaves undefined.
 
     After each generation `logps` has B lists: the log-probabilities in nats with which vLLM sampled the T_i tokens.
     """
@@ -27,7 +27,11 @@ class VLLMRollouts:
 
     def _sync_weights(self):
         self._sync()
-        self._generation.llm.llm_engine.reset_encoder_cache()
+        engine = self._generation.llm.llm_engine
+        engine.reset_encoder_cache()
+        model = engine.model_executor.driver_worker.model_runner.model  # the way by which TRL loads weights
+        for tensor in getattr(model, "deepstack_input_embeds", None) or ():  # no buffers, so that sleep loses them
+            tensor.zero_()
 
     def _rollouts(self, prompts, images, *arguments, **options):
         folded = prompts

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import checks, objective, siblings
-from ._trl import EpochSampler
+from ._trl import EpochSampler, seed_rollouts
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
 from .doctor import DoctorCallback, va_figures
@@ -100,6 +100,7 @@ class VAOPDTrainer(DistillationTrainer):
         self._null_is_due = args.doctor_steps > 0
         self.teacher = ServedTeacher(self) if args.teacher_server else Teacher(self)
         self.engine = VLLMRollouts(self.vllm_generation) if self.use_vllm else None
+        seed_rollouts(self)
         if args.doctor_steps:
             self.add_callback(DoctorCallback(args.doctor_steps))
 

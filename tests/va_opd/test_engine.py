@@ -22,10 +22,9 @@ def generation(mode: str, expanded: list[list[int]] | None = None) -> SimpleName
         rows = len(prompts)
         return expanded or prompts, [[5, 6]] * rows, [[[-1.0], [None]]] * rows, [[[5], [6]]] * rows
 
-    tokens, engine = (
-        SimpleNamespace(image_token_id=PAD),
-        SimpleNamespace(reset_encoder_cache=lambda: seen.append("reset")),
-    )
+    tokens, model = SimpleNamespace(image_token_id=PAD), SimpleNamespace(deepstack_input_embeds=[torch.ones(2, 3)])
+    executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model)))
+    engine = SimpleNamespace(reset_encoder_cache=lambda: seen.append("reset"), model_executor=executor)
     return SimpleNamespace(
         generate=generate, logprobs=None, mode=mode, processing_class=tokens, seen=seen,
         sync_weights=lambda: seen.append("sync"), llm=SimpleNamespace(llm_engine=engine),
@@ -38,6 +37,10 @@ def test_images_are_encoded_anew_after_a_weight_sync(mode, done):
     VLLMRollouts(fake)
     fake.sync_weights()
     assert fake.seen == done
+    model = fake.llm.llm_engine.model_executor.driver_worker.model_runner.model
+    assert model.deepstack_input_embeds[0].any() == (mode == "server")  # of a level of sleep that only the former has
+    del model.deepstack_input_embeds  # other families have none
+    fake.sync_weights()
 
 
 def test_the_parts_of_trl_that_are_used():
@@ -45,6 +48,7 @@ def test_the_parts_of_trl_that_are_used():
     assert parameters == ["self", "prompts", "images", "num_generations", "profiler"]
     source = inspect.getsource(VLLMGeneration)
     assert {"self.logprobs = logprobs", "self.mode = mode"} <= {line.strip() for line in source.splitlines()}
+    assert "llm_engine.model_executor.driver_worker.model_runner.model.load_weights" in source
     # As long as TRL hands expanded placeholders to a colocated engine, they must be folded here
     assert 'row = {"prompt_token_ids": ids}' in source
 

@@ -538,7 +538,7 @@ def test_a_resumed_grpo_sees_the_prompts_of_the_uninterrupted_one(config):
 
     assert order(None) == order(0.5) != order(1.0) == order(1.75)
     own = {name for name, value in vars(baselines.ResumableGRPOTrainer).items() if callable(value)}
-    assert own == {"_get_train_sampler"} and hasattr(trl.GRPOTrainer, "_get_train_sampler")
+    assert own == {"__init__", "_get_train_sampler"} and hasattr(trl.GRPOTrainer, "_get_train_sampler")
 
 
 def test_grpo_refuses_a_reference_that_would_lack_the_students_adapter(config, tmp_path, tiny_models):
