@@ -41,7 +41,7 @@ def chosen_letter(answer: str) -> str | None:
     """The choice letter that a short answer commits to ("(C)", "C. Neon", "option c"); None for none and for two."""
     if len(answer) > MAX_CHARS:
         return None
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", normalise(answer)).replace("**", "").strip("{} ")
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", normalise(answer)).strip("{} ")
     found = _CHOICE.fullmatch(text)
     if not found:
         return None

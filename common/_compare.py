@@ -132,7 +132,7 @@ class Comparison:
 
     def _by_number(self, p: str, g: str) -> bool | None:
         p_based, g_based = _notation.based(p), _notation.based(g)
-        if p_based or g_based:
+        if (p_based or g_based) and not (RELATION.search(p) or RELATION.search(g)):  # not n = 77_8
             return p_based == g_based
         left, right = number(p), number(g)
         if left is None or right is None:

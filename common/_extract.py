@@ -21,11 +21,15 @@ _BOX_JOIN = re.compile(
 )
 _TAG = re.compile(r"</?(?:final_)?answer>", re.IGNORECASE)
 _MAX_MARKS = 20  # markers tried before giving up, when the nearest ones are followed by nothing
+_ABOUT = (  # what is said of an answer that stands elsewhere
+    r"[\s*_]+(?:(?:also|indeed|therefore|thus|then|now|both|very|not|the\s+same)\s+)*(?:in(?=\s+[a-z])|consistent|reasonable|plausible"
+    r"|sensible|verified|confirmed|valid|rounded|helpful|clear|obvious|unique|found|obtained|expressed|(?:in)?correct(?=[,\s]+\w))\b"
+)
 _MARKER = re.compile(
-    r"""(?ix) (?:^|(?<=\n))\#{4}\s+ |
+    rf"""(?ix) (?:^|(?<=\n))\#{{4}}\s++ (?![^\w\\$\n]{{0,9}}(?:\d+[.):]\s+\S|[^\W\d_]{{2}}|A\ [a-z])) |  # no heading
     (?:^|(?<=\n)) (?:[\#*_]|[^\S\n])* (?:final\s+)?answer [\s*_]* \n+ |
     \b(?:answers? | (?:correct|right|best)\s+(?:option|choice))\b [\s*_]*
-        (?:['’]s\b|\b(?:is|are|(?:would|should|must|will)\s+be|becomes|equals)\b|[:=：]) [\s*_:：]* |
+        (?:['’]s\b|\b(?:is|are|(?:would|should|must|will)\s+be|becomes|equals)\b (?!{_ABOUT})|[:=：]) [\s*_:：]* |
     \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)\b [\s*_]* (?:\b(?:est|es|é|è|ist)\b|[:：]) [\s*_:：]* |
     (?:答案|答え|答|정답|답)\s*\**\s*(?:应该是|应为|就是|是|为|は|은|[:：])[\s*:：]*"""
 )

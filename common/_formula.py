@@ -244,8 +244,11 @@ class _Parser:
             return Node("term", (letter, *indices))
         if letter in _CONSTANTS and self.next not in ("_", "'"):
             return Node("constant", (letter,))
-        if letter in _UNKNOWN_FUNCTIONS and self.next == "(":
+        if self.next == "(" and letter in _UNKNOWN_FUNCTIONS:
             raise Unreadable("an unknown function")
+        if self.next == "(" and self.tokens[self.at + 1][0] == "number" and self.tokens[self.at + 2][1] == ")":
+            self.at += 3  # I(0) is a value of I, not 0 times I
+            return Node("name", (f"{letter}({self.tokens[self.at - 2][1]})",))
         suffix = f"_{self.raw_group()}" if self.take("_") else ""
         if not suffix and self.tokens[self.at][0] == "number":  # x2 means x_2
             suffix = f"_{self.tokens[self.at][1]}"

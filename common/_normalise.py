@@ -166,7 +166,7 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
     * 3,  # \mathrm{m\,s^{-1}}
     (
         r"math|bold|\bm|\vec",
-        r"\\(?:mathbf|boldsymbol|bm|mathit|mathbit|vec|mathcal|mathscr) ?\{([^{}]*)\}",
+        r"\\(?:mathbf|boldsymbol|bm|mathit|mathbit|vec|mathcal|mathscr) ?\{(" + _NESTED + r")\}",
         r"\1",
     ),
     ("mathbb|Bbb", r"\\(?:mathbb|Bbb) ?\{? ?([A-Z]) ?\}?", r"\\mathbb{\1}"),
@@ -188,6 +188,7 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
     (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),
     (r"\frac{\text", r"(\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*)\} ?\^ ?\{? ?(\d) ?\}?\}", r"\1^\2}}"),
     (r"\frac{\text", r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r"\\text{\1/\2}"),
+    (r"\mu", r"\\text\{ ?\\mu ?(?=[A-Za-z])|(?<=[\d}]) ?\\mu ?\\text\{(?=[A-Za-z])", r"\\text{u"),  # 5\,\mu\text{m}
     (r"\text", r"(\\[A-Za-z]+)\\text\{(?=[A-Za-z])", r"\1 \\text{"),  # \ln\mathrm{e}
     (
         r"\text",
@@ -199,6 +200,7 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
         r"\\text\{([^A-Za-z{}]*[^mshgLKJNWVCF{}]?[^A-Za-z{}]*)\}",
         r"\1",
     ),
+    (r"\text", r"_ ?(?:\{ ?\\text\{([A-Za-z]+)\} ?\}|\\text\{([A-Za-z]+)\})", r"_{\1\2}"),
     ("brace", r"\\l?brace" + _A, r"\\{"),
     ("brace", r"\\rbrace" + _A, r"\\}"),
     ("brack", r"\\lbrack" + _A, "["),
@@ -221,9 +223,13 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
     (r"\infty", r"\+ ?\\infty", r"\\infty"),
     (r"\dot", r"\\dot ?\{?(\d)\}?(\d*)\\dot ?\{?(\d)\}?", r"\\overline{\1\2\3}"),
     (r"\dot|\bar", r"(?<=[.\d])\\(?:dot|bar) ?\{?(\d+)\}?", r"\\overline{\1}"),
-    ("prime", r"\^ ?\{? ?\\prime ?\}?", "'"),
+    ("prime", r"\^ ?(?:\{ ?\\prime ?\}|\\prime" + _A + ")", "'"),
     (r"/\text|/ \text", r"(?<=\d) ?/ ?\\text\{ ?(?=[a-z]{2})", r"\\text{per "),
-    ("circ|degree", r"\^ ?\{? ?\\circ ?\}?|\\(?:text)?degree" + _A, r"\\text{degrees}"),
+    (  # no brace but its own: \sin{30^\circ}; that of 20^{\circ C} is of the next rule
+        "circ|degree",
+        r"\^ ?(?:\{ ?\\circ(?: ?\}|(?= ?(?:\\text\{ ?)?[CFK]))|\\circ" + _A + r")|\\(?:text)?degree" + _A,
+        r"\\text{degrees}",
+    ),
     ("degrees", r"\\text\{degrees\} ?(?:\\text\{ ?)?([CFK])(?:elsius|ahrenheit)?\}?" + _A, r"\\text{deg\1}"),
     (r"\text|land|wedge", rf"\\text\{{ ?,? ?(?:{_AND}) ?,? ?\}}|\\(?:land|wedge)" + _A, ","),
     (r"\text|lor|vee", rf"\\text\{{ ?,? ?(?:{_OR}) ?,? ?\}}|\\(?:lor|vee)" + _A, ";"),
@@ -253,7 +259,7 @@ _PLAIN_RULES = _compiled(
     ("...", r"\.{3,}", r"\\ldots "),
     ("(", r"(\d\.\d*)\((\d+)\)", r"\1\\overline{\2}"),
     ("inf|oo", r"(?<![A-Za-z\\])(?:infinity|infty|inf|oo)" + _A, r"\\infty "),
-    ("^", r"(?<=\d) ?\^ ?\{? ?o ?\}?" + _A, r"\\text{degrees}"),
+    ("^", r"(?<=\d) ?\^ ?(?:\{ ?o ?\}|o" + _A + ")", r"\\text{degrees}"),
     ("st|nd|rd|th", r"(?<=\d) ?\^? ?\{? ?(?:\\text\{)?(st|nd|rd|th)\b\}?\}?", r"\\text{\1}"),
     ("U", r"(?<=[)\]}]) ?U ?(?=[(\[\\])", r"\\cup "),
     ("and|和", " ?(?<![A-Za-z\\\\{])and" + _A + "|和", ","),
@@ -276,6 +282,7 @@ _SCALE = re.compile(rf"(?i)(?<=\d) ?(\\text\{{ ?)?({'|'.join(_SCALES)})s?(?![A-Z
 _LEAD = re.compile(r"(?i)^ ?(?:the )?(?:final )?answers?\b ?(?:is\b|are\b)?[ :]*(?=\S)")
 _QUOTED = re.compile(r"([\"'`])(.*)\1")
 _NUMERAL = re.compile(r"-?\d+(?:[./]\d+)?", re.ASCII)
+_BOLD = re.compile(r"(?<![^\s(\[:])\*\*(?=[^\s*{])|(?<=[^\s*])\*\*(?![\w({\\-])")  # **C**: 12, but no power
 _STARS_STOP = re.compile(r"\*\.$")
 _TAIL = re.compile(r"(?:[\s.,;:]|\\)+$|[\s.]+(?=\}+$)")
 # A number with its unit, all of it in roman type; a letter that touches the number may be a variable
@@ -289,7 +296,7 @@ def normalise(text: str) -> str:
     """One spelling for one meaning: synonyms folded, delimiters dropped, "and" as a comma, "or" as a semicolon."""
     if _NUMERAL.fullmatch(text):  # no rule has anything to do; every second answer is such a number
         return text
-    text = " ".join(_fold_unicode(text).split())
+    text = " ".join(_fold_unicode(_BOLD.sub("", text)).split())
     text = _LEAD.sub("", _STARS_STOP.sub("", text).strip("*").strip())
     if quoted := _QUOTED.fullmatch(text):
         text = quoted[2]

@@ -113,6 +113,7 @@ $ = 1 $: ¤ dollar USD buck | cent = 1/100 $: ¢ | € = 1 €: euro EUR | £ = 
 % = 1 %: percent percentage pct | deg = 1 deg: degree | rad = 1 rad: radian | degC = 1 degC | degF = 1 degF
 kPa = 1000 Pa: kilopascal | MPa = 1000000 Pa: megapascal | atm = 101325 Pa: atmosphere | kHz = 1000 Hz: kilohertz
 MHz = 1000000 Hz: megahertz | GHz = 1000000000 Hz: gigahertz | mmol = 1/1000 mol: millimole | kN = 1000 N: kilonewton
+um = 1/1000000 m: micrometer micrometre micron | us = 1/1000000 s: microsecond | ug = 1/1000000 g: microgram
 K = 1 K: kelvin | N = 1 N: newton | J = 1 J: joule | kJ = 1000 J: kilojoule | W = 1 W: watt | kW = 1000 W: kilowatt
 V = 1 V: volt | A = 1 A: amp ampere | Hz = 1 Hz: hertz | Pa = 1 Pa: pascal | mol = 1 mol: mole | C = 1 C: coulomb
 person = 1 person: people person | unit = 1 unit | point = 1 point: pt pts

@@ -479,7 +479,7 @@ def proportional(p: str, g: str, deadline: float) -> int:
             ratios[0] = point.number(ratios[0])
         return _close(point, ratios[-1], ratios[0])
 
-    agreed = pair.compared(same_ratio)
+    agreed = pair.names and pair.compared(same_ratio)  # any two numbers are proportional
     return 0 if not agreed else 1 if ratios[0] > 0 else -1
 
 

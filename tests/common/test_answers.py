@@ -63,6 +63,13 @@ EXTRACTION = [
     ("Answer:\n\n\\[ 9 \\]\nDone", "\\[ 9 \\]", "\\[ 9 \\]"),
     ("<answer>Paris</answer>", "Paris", "Paris"),
     ("work\n#### 1,234", "1,234", "1,234"),
+    ("#### Step 1: add\n\nso\n\n\\boxed{4}", "4", "4"),  # a heading is no answer
+    ("#### 1. Add\nThe answer is 4.", "4", "4"),
+    ("The answer is 4.\n\n#### Explanation\nWe add.", "4", "4"),
+    ("#### Final Answer\n4", "4", "4"),
+    ("The answer is 42. This answer is consistent with the diagram.", "42", "42"),
+    ("Answer: 42\n\nNote: the answer is in cm.", "42", "42"),
+    ("To see which answer is correct, we add. The answer is 42.", "42", "42"),
     ("最终答案是 42。", "42", "42"),
     ("答案：5", "5", "5"),
     ("The answer is D because A is too small", "D", "D"),
