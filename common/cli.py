@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -134,17 +135,38 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
     keys = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
     if "--config" in argv:
         path = argv[argv.index("--config") + 1] if argv[-1] != "--config" else ""
-        keys += [str(key) for key in read_config(path, configs) if key != "env"]
+        given = read_config(path, configs)
+        keys += [str(key) for key in given if key != "env"]
     for key in keys:
         if key not in known | {"config", "help"}:
             close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    if "--config" in argv:
+        check_types(given, classes)
     if "use_cpu" in known and any(map(_is_dry_run, argv)) and not torch.cuda.is_available():
         argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
     parsed = TrlParser(classes).parse_args_and_config(argv)
     for part in parsed:
         _check_numbers(part)
     return parsed
+
+
+def check_types(given: dict[str, Any], classes: tuple[type, ...], prefix: str = "") -> None:
+    """`ValueError` for a value of a YAML file that its field cannot hold: argparse looks at texts and flags only.
+
+    `prefix` stands before the names in the error.
+    """
+    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    for name, value in given.items():
+        hint = hints.get(name)
+        kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+        plain = kinds - {NoneType}
+        if not plain <= {str, int, float, bool} or (value is None and NoneType in kinds):
+            continue
+        whole = type(value) is int and plain & {float, bool}  # 1 for 1.0 or true
+        if not (isinstance(value, str) or type(value) in plain or whole):
+            wanted = "a text (in quotes)" if str in plain else " or ".join(sorted(kind.__name__ for kind in plain))
+            raise ValueError(f"{prefix}{name} must be {wanted}, got {value!r}")
 
 
 def _is_dry_run(argument: str) -> bool:

@@ -41,6 +41,14 @@ def chosen(name: str, text: str, known: Collection[str] = ()) -> list[str]:
     return entries
 
 
+def chosen_seeds(text: str) -> list[str]:
+    """The entries of a comma list of seeds; `ValueError` for what is none."""
+    entries = chosen("seeds", text)
+    if wrong := [entry for entry in entries if not entry.isdecimal()]:
+        raise ValueError(f"seeds must be whole numbers, got {', '.join(wrong)}")
+    return entries
+
+
 def check_packages(vllm: bool, gpus: int, sharding: str) -> None:
     """Raises `ValueError` when an experiment needs packages that only a GPU machine has, and they are missing, or more
     GPUs than there are."""
@@ -91,6 +99,8 @@ def visible(gpus: Iterable[int]) -> str:
 
 def launcher(gpus: int, sharding: str) -> list[str]:
     """Start of a training command: plain Python, or accelerate with one of the configs that TRL ships."""
+    if gpus < 0:
+        raise ValueError(f"gpus must be at least 0, got {gpus}")
     if gpus <= 1:
         return [sys.executable, "-m"]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup; torch's launcher would take it all the same

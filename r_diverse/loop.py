@@ -70,7 +70,7 @@ from common.runs import (
     fingerprint,
     read_jsonl,
 )
-from common.stages import Command, check_packages, chosen, launcher, run_experiment, shown, visible
+from common.stages import Command, check_packages, chosen, chosen_seeds, launcher, run_experiment, shown, visible
 
 from . import alarm, data, evaluate
 
@@ -449,7 +449,7 @@ def _main(argv: list[str]) -> int:
     settings = parse(fields)
     evaluate.check_benchmarks(settings.run)
     variants = chosen("variants", known.variants, VARIANT_FLAGS) if known.variants else [""]
-    seeds = chosen("seeds", known.seeds or str(settings.run.seed))
+    seeds = chosen_seeds(known.seeds or str(settings.run.seed))
     goals = goals_of(fields, variants, seeds, known.more)
     stages = experiment(settings, fields, variants, seeds, goals) if known.variants or known.seeds else []
     if known.dry_run or settings.run.dry_run:

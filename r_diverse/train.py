@@ -39,7 +39,15 @@ if TYPE_CHECKING:
 try:
     from common import models, plan, preemption, verifiers
     from common.checkpoints import resume_point
-    from common.cli import MACHINE_FIELDS, changed_fields, machine_settings, parse_fields, read_config, run_main
+    from common.cli import (
+        MACHINE_FIELDS,
+        changed_fields,
+        check_types,
+        machine_settings,
+        parse_fields,
+        read_config,
+        run_main,
+    )
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
     from common.lora import check_lora, lora_config, with_adapters
     from common.runs import exclusive, read_jsonl
@@ -115,7 +123,9 @@ def parse(argv: list[str]) -> Settings:
         if not isinstance(section, dict):
             raise ValueError(f"section {name!r} of the config must map fields to values, got {section!r}")
         section |= {key: content.pop(f"{name}.{key}") for key in MACHINE_FIELDS if f"{name}.{key}" in content}
+        check_types(section, (PhaseConfig,), f"{name}.")
         words[name] += _flags({key: _turned_off(key) if value is None else value for key, value in section.items()})
+    check_types(content, (RDiverseConfig,))
     words["run"] += _flags(content)
     rest = list(argv)
     while rest:

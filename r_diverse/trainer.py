@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import IterableDataset
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -40,8 +41,12 @@ class PhaseTrainer(GRPOTrainer):
     A phase that was killed and resumed gives the result of the undisturbed one.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, **kwargs):
+        if isinstance(train_dataset, dict):  # DatasetDict, what load_dataset gives without split=
+            raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
+        if isinstance(train_dataset, IterableDataset):
+            raise ValueError("PhaseTrainer repeats each prompt num_generations times and needs a map-style Dataset")
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         exact_frequencies(self.model, self.ref_model)
         prompts = self.args.generation_batch_size // self.num_generations
         if self.train_dataset is not None and len(self.train_dataset) < prompts:
@@ -163,6 +168,11 @@ class ChallengerReward:
             raise ValueError(
                 f"beta={config.beta} weighs similarity to a memory: pass bank, a MemoryBank, or set beta=0"
             )
+        if config.needs_skills and (skills.coder is None) != (config.measure == "question"):
+            raise ValueError(
+                f"measure={config.measure!r} with skills {skills.name!r}: SkillEncoder(None, encoder) is the measure "
+                "'question', all others need a coder"
+            )
         vectors = config.needs_bank and config.measure in ("sam", "question")
         if vectors and bank.written_with not in (None, skills.name):
             raise ValueError(
@@ -197,6 +207,11 @@ class ChallengerReward:
             raise ValueError(
                 f"the solver gave {len(answers)} rows of answers to {len(questions)} questions: one to each"
             )
+        for question, row in zip(questions, answers, strict=True):
+            if isinstance(row, str) or not all(isinstance(a, (str, type(None))) for a in ([] if row is None else row)):
+                raise ValueError(
+                    f"the solver's answers to {question!r} are {row!r}: a list of texts is needed, None for no answer"
+                )
         found = {question: self._consistency(row) for question, row in zip(questions, answers, strict=True)}
         return [(c, *(found[c.question] if c.valid else (np.nan, False))) for c in challenges]
 

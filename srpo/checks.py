@@ -7,17 +7,23 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .config import SRPOConfig
+from .objective import teacher_prompt
 from .teacher import is_quantized
 
 logger = logging.get_logger(__name__)
 
 
 def check_batch(args: SRPOConfig, train_dataset) -> None:
-    """Raises `ValueError` for another configuration, and unless the data set fills a generation batch."""
+    """Raises `ValueError` for another configuration, for prompts to which no demonstration could be added, and unless
+    the data set fills a generation batch."""
     if not isinstance(args, SRPOConfig):
         raise ValueError(f"args must be an SRPOConfig, got {type(args).__name__}; routing='grpo' makes it GRPO")
+    if isinstance(train_dataset, dict):  # DatasetDict, what load_dataset gives without split=
+        raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
     if isinstance(train_dataset, IterableDataset):
         raise ValueError("SRPOTrainer repeats each prompt num_generations times and needs a map-style Dataset")
+    if train_dataset is not None and len(train_dataset) and args.routing != "grpo":
+        teacher_prompt(train_dataset[0].get("prompt", ""), "")  # any other row is looked at when it is distilled
     prompts = args.generation_batch_size // args.num_generations
     if train_dataset is not None and len(train_dataset) < prompts:
         raise ValueError(

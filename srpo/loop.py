@@ -30,7 +30,7 @@ from common.download import download
 from common.evaluation import json_options
 from common.models import guess_parameters
 from common.plan import GIB
-from common.stages import Command, OneGPUEach, check_packages, chosen, launcher, run_experiment, shown
+from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_experiment, shown
 
 VARIANT_FLAGS = {
     "srpo": ["--routing", "srpo"],
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         variants = chosen("variants", known.variants, VARIANT_FLAGS)
         own = known.datasets in (None, args.dataset)
         datasets = [args.dataset] if own else chosen("datasets", known.datasets, DATASETS)
-        seeds = chosen("seeds", known.seeds or str(config.seed))
+        seeds = chosen_seeds(known.seeds or str(config.seed))
         sources = [(name, partial(load_splits_of, dataclasses.replace(args, dataset=name))) for name in datasets]
         if known.download:
             return download([args.model], sources)

@@ -23,6 +23,8 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
     the data set fills it."""
     if not isinstance(args, VAOPDConfig):
         raise ValueError(f"args must be a VAOPDConfig, got {type(args).__name__}; weighting='none' makes it plain OPD")
+    if isinstance(train_dataset, dict):  # DatasetDict, what load_dataset gives without split=
+        raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
     if isinstance(train_dataset, IterableDataset):
         raise ValueError("VAOPDTrainer repeats each prompt num_generations times and needs a map-style Dataset")
     batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -41,8 +43,8 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
 
 def check_processor(processing_class, train_dataset) -> None:
     """Raises `ValueError` for no processor, and for a tokenizer in its place where the first row has images."""
-    if processing_class is None:
-        raise ValueError("processing_class is required: pass the student's processor")
+    if processing_class is None or isinstance(processing_class, str):
+        raise ValueError("processing_class is required: pass the student's processor, loaded by AutoProcessor")
     if isinstance(processing_class, PreTrainedTokenizerBase) and train_dataset is not None:
         row = train_dataset[0]
         if row.get("images") or row.get("image"):
@@ -90,10 +92,12 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
 def check_teacher(
     args: VAOPDConfig, student: str | PreTrainedModel, teacher_model: str | PreTrainedModel | None, tools: list | None
 ) -> None:
-    """Raises `ValueError` where no teacher is named, where it is blind and the student is not, where one in shards is
-    to be offloaded, and for what a served one cannot score."""
+    """Raises `ValueError` where no teacher is named, where it is the student itself, where it is blind and the student
+    is not, where one in shards is to be offloaded, and for what a served one cannot score."""
     if teacher_model is None and not args.teacher_server:
         raise ValueError("teacher_model is required: pass the teacher, or set teacher_server to a server of it")
+    if student is teacher_model and not isinstance(student, str):
+        raise ValueError("student and teacher are one object, which would be frozen: load the teacher a second time")
     if teacher_model is not None and _reads_images(student) and not _reads_images(teacher_model):
         raise ValueError(
             "the student reads images, the teacher does not: it would score every rollout blindly, and VA would be 0 "

@@ -46,7 +46,9 @@ def degraded_pixel_values(
     options = {"do_resize": False} if grids and pixelate_at == "model" else {}
     if "num_tiles" in batch and "spatial_shapes" not in batch:  # InternVL, whose processor sets this and not its part
         options["crop_to_patches"] = True
-    given = degraded if grids else [degraded[place] for place in places]
+    # By row, as TRL gives the true ones: Idefics3 and SmolVLM put the tiles of a row into one tensor
+    each = iter(places)
+    given = degraded if grids else [[degraded[next(each)] for _ in row] for row in images]
     processed = image_processor(images=given, return_tensors="pt", **options)
     pixels, grid = processed["pixel_values"], processed.get("image_grid_thw")
     if grids:  # a patch belongs to an image, so siblings need no processing of their own
@@ -77,7 +79,20 @@ def model_size(
 def degrade(image: Any, size: tuple[int, int] | None, ratio: float, resample: int | None) -> Image.Image:
     """One image as RGB, brought to `size` with the processor's filter if there is a size, then pixelated."""
     # RGB as the processor makes it, before cells are averaged: it drops alpha, which averaging would apply
-    image = (image if isinstance(image, Image.Image) else load_image(image)).convert("RGB")
+    image = image if isinstance(image, Image.Image) else load_image(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        check_depth(image)
+    image = image.convert("RGB")
     if size is not None:
         image = image.resize(size, resample if isinstance(resample, int) else Image.Resampling.BICUBIC)
     return objective.pixelate(image, ratio)
+
+
+def check_depth(image: Image.Image) -> None:
+    """Raises `ValueError` for an image of more than 8 bits, whose values above 255 processors make white."""
+    _, highest = image.getextrema()
+    if highest > 255:
+        raise ValueError(
+            f"an image has mode {image.mode} and values up to {highest:g}, of which processors make white all above "
+            "255: scale it to 8 bits"
+        )

@@ -26,7 +26,7 @@ from .train import (  # says in one line what is missing without common/
 # isort: split
 from common.download import download
 from common.evaluation import json_options
-from common.stages import Command, OneGPUEach, check_packages, chosen, launcher, run_experiment, shown
+from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_experiment, shown
 
 # The variants of Table 1 and Fig. 4a as flags of va_opd.train
 VARIANT_FLAGS = {
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         args, config = parse([*fields, "--dry_run"] if known.dry_run or known.download else fields)
         names = benchmark_names(args)  # a name that is not there would show only after the training
         variants = chosen("variants", known.variants, VARIANT_FLAGS)
-        seeds = chosen("seeds", known.seeds or str(config.seed))
+        seeds = chosen_seeds(known.seeds or str(config.seed))
         if known.download:
             data = [(name, partial(paper_benchmark, args, name)) for name in names]
             return download([args.model, args.teacher], [(args.dataset, partial(load_splits_of, args)), *data])

@@ -67,7 +67,9 @@ def trimmed_inputs(batch: dict[str, Any], multiple: int | None = None) -> tuple[
     width = -(-int(attention.sum(1).max()) // (multiple or 1)) * (multiple or 1)
     order = attention.argsort(dim=1, stable=True)[:, -width:]  # padding first, then the tokens in their order
     fields = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
-    if "pixel_values" in fields and not len(fields["pixel_values"]):  # no row of this batch has an image
+    pixels = fields.get("pixel_values")
+    # No row of this batch has an image; where the tiles of a row stand together, missing ones are 0
+    if pixels is not None and (not len(pixels) or (pixels.ndim == 5 and not pixels.any())):
         fields = {key: value for key, value in fields.items() if key.endswith("token_type_ids")}
     fields |= {key: value.gather(1, order) for key, value in fields.items() if key.endswith("token_type_ids")}
     fields["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).gather(1, order)

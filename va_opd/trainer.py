@@ -108,6 +108,8 @@ class VAOPDTrainer(DistillationTrainer):
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         args = self.args
+        if dataset is None and self.train_dataset is None:
+            raise ValueError("training requires a train_dataset")
         batch = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,

@@ -58,7 +58,7 @@ def test_an_experiment_names_all_that_it_needs(hub, monkeypatch):
     monkeypatch.setattr(srpo.loop, "load_splits_of", lambda args: loaded.append(args.dataset))
     config = str(ROOT / "srpo/configs/qwen3_8b.yaml")
     assert srpo.loop.main(["--config", config, "--datasets", "all", "--download"]) == 0
-    assert (hub, loaded) == (["Qwen/Qwen3-8B"], list(srpo.loop.BENCHMARKS))
+    assert (hub, loaded) == (["Qwen/Qwen3-8B"], list(srpo.loop.DATASETS))
 
     hub.clear(), loaded.clear()
     monkeypatch.setattr(r_diverse.loop, "load_benchmark", lambda name, data: loaded.append(name))

@@ -242,3 +242,26 @@ def test_one_seed_says_nothing_of_the_spread():
     mean, *rest = over_seeds([0.4])
     assert mean == 0.4
     assert np.isnan(rest).all()
+
+
+def test_samples_that_vary_less_than_chance_count_as_observations_once():
+    """Scores that hardly differ between problems: no interval may be narrower than one of independent samples."""
+    table = [[0.49], [0.51]] * 10
+    low, high = interval(table)
+    wilson = interval([[0], [1]] * 10)
+    assert high - low >= 0.95 * (wilson[1] - wilson[0])
+
+
+def test_intervals_stay_in_the_range_of_their_numbers():
+    _, low, high, _ = paired_difference([[1], [1], [0]], [[0], [0], [0]])
+    assert high == 1
+    assert low > -1
+    assert paired_difference([[0], [0], [0]], [[1], [1], [0]])[1] == -1
+
+
+def test_a_p_value_from_draws_is_the_same_each_time():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((40, 2)), rng.random((40, 2))  # p is far from its least value, which every seed gives
+    assert paired_difference(a, b)[3] > 0.05
+    assert paired_difference(a, b) == paired_difference(a, b)
+    assert len({paired_difference(a, b, seed=seed)[3] for seed in range(4)}) > 1

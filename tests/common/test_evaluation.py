@@ -37,7 +37,7 @@ from common.evaluation import (
 from common.evaluation import __main__ as command
 from common.evaluation.engines import turn_end_id
 from common.evaluation.run import generate_samples, rescore
-from common.evaluation.scoring import bbeh_row, reward_scorer, score_records
+from common.evaluation.scoring import bbeh_row, majority, reward_scorer, score_records
 from common.lora import lora_config
 from common.runs import exclusive, read_jsonl
 from common.tiny import tiny_qwen3
@@ -108,6 +108,21 @@ def test_rates_of_records_by_hand():
     assert rates["pass@k"] == {1: 0.25, 2: 0.5}
 
 
+def test_a_rate_that_some_records_do_not_tell_is_none():
+    records = [{"id": "a", "score": 1.0, "finish_reason": "stop", "num_tokens": 4}, {"id": "b", "score": 0.0}]
+    rates = summarize(records)
+    assert (rates["truncated"], rates["mean_tokens"], rates["parsed"]) == (None, None, None)
+
+
+def test_the_majority_is_of_answers_that_mean_the_same():
+    """Two forms of one value are one class, and responses without an answer are none."""
+    responses = ("\\boxed{3}", "\\boxed{1/2}", "\\boxed{0.5}", "I give up.", "I gave up.", "No idea.")
+    records = [{"id": "a", "response": response} for response in responses]
+    rows = {"a": {"answer": "\\frac{1}{2}"}}
+    assert majority(records, rows) == 1.0
+    assert majority([records[3], records[1]], rows) == 1.0  # a tie would go to the first
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):
     straight = evaluate(Echo(), numbers(), tmp_path / "a", samples=4, decoding=SAMPLED, batch=6)
     with pytest.raises(KeyboardInterrupt):
@@ -136,6 +151,20 @@ def test_batches_of_which_a_kill_left_a_part_are_completed(tmp_path, monkeypatch
         killed.write_bytes(killed.read_bytes()[:-20])
         generate_samples(Echo(), rows, killed, 3, SAMPLED, batch=8)
         assert killed.read_bytes() == whole
+
+
+def test_what_follows_a_lost_response_comes_again_in_order(tmp_path):
+    class LosesOne(Echo):
+        def generate(self, prompts, decoding, seeds):
+            done = super().generate(prompts, decoding, seeds)
+            return [done[0], None, *done[2:]] if len(self.asked) == len(prompts) else done
+
+    rows, straight, lost, engine = numbers(4).rows, tmp_path / "straight.jsonl", tmp_path / "lost.jsonl", LosesOne()
+    generate_samples(Echo(), rows, straight, 1, SAMPLED)
+    with pytest.raises(ConnectionError, match="1 of 4 requests"):
+        generate_samples(engine, rows, lost, 1, SAMPLED)
+    generate_samples(engine, rows, lost, 1, SAMPLED)
+    assert lost.read_bytes() == straight.read_bytes()
 
 
 @pytest.mark.parametrize(

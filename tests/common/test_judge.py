@@ -203,6 +203,15 @@ def test_a_reply_of_another_form_is_a_failure_without_a_verdict(tmp_path, server
     assert report["failures"] == {"no_reply": 0, "unparseable": 1}
     assert report["rules_by_judge"]["right"]["unparseable"] == 1
     assert (report["judged"], report["questions"]) == (7, 7)
+    server.asked.clear()
+    judge.judge_evaluation(engine(server), benchmark, tmp_path)
+    assert len(server.asked) == 1  # by the next run, again
+
+
+def test_half_of_the_points_is_right_by_the_rules_and_counts_in_full_in_the_recheck():
+    records = [{"id": "a", "score": 0.5, "judge": "not_asked"}, {"id": "b", "score": 0.25, "judge": "wrong"}]
+    report = judge.summarize_wrong(records, numbers())
+    assert (report["avg@k"], report["rules"]["avg@k"]) == (0.5, 0.375)
 
 
 def test_only_failures_are_asked_again(tmp_path, server):

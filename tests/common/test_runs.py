@@ -1,6 +1,7 @@
 """Run folders: every kill leaves a folder that can go on, and nothing of another run is overwritten."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -297,3 +298,48 @@ def test_what_may_change_today_an_older_version_has_recorded(tmp_path):
         pass
     with pytest.raises(RunFolderError, match="belongs to a run with solver="):
         RunFolder.open(tmp_path / "run", {**new, "solver": {"steps": 8}}, data={}, seed=0, free=free)
+
+
+def test_infinity_is_logged_as_null_too(tmp_path):
+    runs.append_jsonl(tmp_path / "metrics.jsonl", {"grad_norm": math.inf, "reward": -math.inf})  # JSON has neither
+    assert runs.read_jsonl(tmp_path / "metrics.jsonl") == [{"grad_norm": None, "reward": None}]
+
+
+def test_a_file_can_be_read_by_others(tmp_path):
+    runs.atomic_write_text(tmp_path / "report.md", "x")
+    assert (tmp_path / "report.md").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_its_copies(tmp_path, monkeypatch):
+    """Whatever order the file system lists files in; and a name is not taken for content."""
+    for folder, files in (("one", {"a": "bc", "d": ""}), ("other", {"ab": "c", "d": ""})):
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text)
+    first, listed = runs.fingerprint(tmp_path / "one"), runs._visible_files
+    assert first != runs.fingerprint(tmp_path / "other")
+    for descending in (False, True):
+        monkeypatch.setattr(runs, "_visible_files", lambda path, d=descending: sorted(listed(path), reverse=d))
+        assert runs.fingerprint(tmp_path / "one") == first
+
+
+def test_a_checkpoint_is_on_disk_before_it_counts_as_whole(tmp_path, monkeypatch):
+    folder, synced, before = tmp_path / "checkpoint-2", [], []
+    runs.begin_checkpoint(folder)
+    (folder / "inner").mkdir()
+    files = [folder / "model.safetensors", folder / "inner/optimizer.pt"]
+    for file in files:
+        file.write_text("x")
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", lambda *names: (before.extend(synced), replace(*names)))
+    runs.complete_checkpoint(folder)
+    assert {path.stat().st_ino for path in (tmp_path, folder, folder / "inner", *files)} <= set(before)
+
+
+def test_a_checkpoint_begins_empty(tmp_path):
+    """A killed save of another launch may have left parts that resuming would read."""
+    folder = tmp_path / "checkpoint-2"
+    (folder / "global_step2").mkdir(parents=True)
+    runs.begin_checkpoint(folder)
+    assert [path.name for path in folder.iterdir()] == [runs.COMPLETE]

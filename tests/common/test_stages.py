@@ -89,6 +89,8 @@ def test_launchers():
     assert stages.launcher(8, "zero2")[-3:] == ["--num_processes", "8", "-m"]
     fsdp = stages.launcher(8, "fsdp2")
     assert fsdp[fsdp.index("--fsdp_cpu_ram_efficient_loading") + 1] == "false"
+    with pytest.raises(ValueError, match="gpus must be at least 0, got -1"):
+        stages.launcher(-1, "zero2")
     with pytest.raises(ValueError, match=r"sharding 'zero9' is no accelerate config of TRL; choose among .*zero3"):
         stages.launcher(8, "zero9")
 
@@ -116,7 +118,9 @@ def test_accelerate_reads_the_configs_as_the_methods_need_them(sharding, kind, s
 
 def test_a_comma_list_is_checked_before_anything_runs():
     assert stages.chosen("variants", "all", {"a": [], "b": []}) == ["a", "b"]
-    assert stages.chosen("seeds", "0,1,") == ["0", "1"]
+    assert stages.chosen_seeds("0,1,") == ["0", "1"]
+    with pytest.raises(ValueError, match="seeds must be whole numbers, got a, -1"):
+        stages.chosen_seeds("0,a,-1")
     with pytest.raises(ValueError, match="seeds names nothing, got ','"):
         stages.chosen("seeds", ",")
     with pytest.raises(ValueError, match=r"unknown variants \['c'\]; choose among a, b, or all"):

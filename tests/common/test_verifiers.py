@@ -279,3 +279,11 @@ def test_unusable_gold_answers_are_named_at_loading(reward, row, message):
 def test_an_empty_gold_letter_is_named_at_loading_in_the_form_of_the_release_too():
     with pytest.raises(ValueError, match="row 0 has answer='', which choice_reward cannot use"):
         check_gold(choice_reward, [{"answer": ""}], compatible=True)
+
+
+def test_a_tolerance_is_the_decimal_that_is_written():
+    assert numeric_reward([r"\boxed{1.3}"], answer=["1"], tolerance=0.3) == [1.0]  # in binary, 0.3 is below 3/10
+
+
+def test_a_block_of_thoughts_in_another_one_is_not_the_form():
+    assert format_reward([r"<think>a<think>b</think>\boxed{5}"]) == [0.0]

@@ -16,6 +16,7 @@ from common.evaluation.run import rescore
 from common.evaluation.vision import VISION, mmmu_images, mmmu_prompt
 from common.evaluation.vision_scoring import (
     StructuredMetric,
+    _influence,
     hallusion_units,
     mathvista_value,
     mmmu_letter,
@@ -503,6 +504,12 @@ def test_hallusionbench_components_are_averaged_over_the_samples_before_the_form
     assert metric["score"] == pytest.approx(sum(map(sum, runs.values())) / 12)
 
 
+def test_the_clusters_of_hallusionbench_are_its_sets():
+    clusters = {name: len(values) for name, values in hallusion_units(hallusion_records(0)).items()}
+    sets = {(r["category"], r["subcategory"], r["set_id"]) for r in hallusion_records(0)}
+    assert len(sets) > len({unit[:2] for unit in sets}) and set(clusters.values()) == {len(sets)}
+
+
 def test_with_one_value_a_cluster_intervals_and_differences_are_students():
     draw = random.Random(1)
     a, b = ([{"id": i, "score": draw.choice([0.0, 0.5, 1.0])} for i in range(30)] for _ in range(2))
@@ -534,6 +541,7 @@ def test_a_clusters_pull_is_the_slope_of_the_headline_over_its_weight():
 
     ones, step = dict.fromkeys("xyz", 1.0), 1e-6
     pulls = {n: (headline_of(ones | {n: 1 + step}) - headline_of(ones | {n: 1 - step})) / (2 * step) for n in "xyz"}
+    assert _influence(units)[2] == pytest.approx(pulls)  # the interval below is cut at both ends
     spread = (3 / 2 * sum(pull**2 for pull in pulls.values())) ** 0.5 * stats.t.ppf(0.975, 2)
     found = StructuredMetric(lambda records: units)([])
     assert found["score"] == pytest.approx(headline_of(ones))

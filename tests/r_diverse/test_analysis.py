@@ -195,3 +195,22 @@ def test_diversity_does_not_depend_on_the_order_of_rows():
 def test_diversity_needs_one_row_a_question():
     with pytest.raises(ValueError, match="pass one each"):
         analysis.diversity(["a"], at(0, 1), [1, 1])
+
+
+def test_the_table_compares_with_all_iterations_before():
+    rows, texts = np.eye(4)[[0, 1, 2, 3, 0, 1]], ["one", "two", "three", "four", "one", "two"]
+    table = analysis.diversity(texts, rows, [1, 1, 2, 2, 3, 3])
+    assert [line["cross_repetition"] for line in table[1:]] == [0.0, 1.0]
+    assert [line["duplicate_ratio"] for line in table[1:]] == [0.0, 1.0]
+    table = analysis.diversity(texts, rows, [1, 1, 2, 2, 3, 3], is_duplicate=lambda first, second: True)
+    assert [line["duplicate_ratio"] for line in table[1:]] == [1.0, 1.0]
+
+
+def test_the_thresholds_of_the_table_are_those_given():
+    rows = np.array([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
+    (first, second) = analysis.diversity(
+        ["a", "b", "c"], rows, [1, 1, 2], repetition_threshold=0.75, distance_threshold=0.1
+    )
+    assert (first["intra_repetition"], first["clusters"], second["cross_repetition"]) == (1.0, 2, 1.0)
+    (first, second) = analysis.diversity(["a", "b", "c"], rows, [1, 1, 2])
+    assert (first["intra_repetition"], first["clusters"], second["cross_repetition"]) == (0.0, 1, 0.0)

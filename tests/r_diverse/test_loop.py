@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from common import models  # noqa: E402
 from common.lora import lora_config  # noqa: E402
-from common.once import StageError, once  # noqa: E402
+from common.once import StageError, digest, once  # noqa: E402
 from common.runs import read_jsonl  # noqa: E402
 from r_diverse import MemoryBank, RDiverseConfig, alarm, budget, data, evaluate, loop, train  # noqa: E402
 from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, finished_iterations, main, run_path, variant  # noqa: E402
@@ -86,6 +86,19 @@ def finished(base, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished")
     assert main(["--config", _empty_config(out), *small(base, out, iterations=2)]) == 0
     return out / "r_diverse/small/r_diverse-seed0"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("benchmarks: [a, b]", r"benchmarks must be a text \(in quotes\), got \['a', 'b'\]"),
+        ("solver: {max_steps: 2.5}", "solver.max_steps must be int, got 2.5"),
+    ],
+)
+def test_a_value_in_yaml_of_another_type_is_one_clear_sentence(tmp_path, content, message):
+    (tmp_path / "a.yaml").write_text(f"model: m\n{content}\n")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse(["--config", str(tmp_path / "a.yaml")])
 
 
 def _empty_config(folder: Path) -> str:
@@ -557,6 +570,28 @@ def test_once_runs_a_stage_once(tmp_path):
         once(folder, {"a": "2"}, work)
 
 
+def test_every_file_of_a_stage_is_in_its_digest(tmp_path):
+    digests = set()
+    for i, texts in enumerate((("1", "1"), ("1", "2"), ("2", "1"))):
+
+        def work(folder, texts=texts):
+            for name, text in zip("ab", texts, strict=True):
+                (folder / name).write_text(text)
+            return {}
+
+        digests.add(digest(once(tmp_path / f"{i}/stage", {}, work)))
+    assert len(digests) == 3
+
+
+def test_a_large_file_that_was_cut_after_its_stage_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.once.SMALL", 4)
+    folder = tmp_path / "1/stage"
+    once(folder, {}, lambda folder: (folder / "weights").write_text("12345678") and {})
+    (folder / "weights").write_text("12345")
+    with pytest.raises(StageError, match="is missing or has another size"):
+        once(folder, {}, lambda folder: {})
+
+
 def test_a_stage_that_failed_starts_again_from_the_same_inputs_only(tmp_path):
     def fail(folder):
         raise OSError("disk full")
@@ -575,6 +610,7 @@ def test_the_alarm_knows_repeats_and_yields():
     assert alarm.check(run, 1, [distinct], 8) is None
     assert "of the questions of iteration 1 repeat another" in alarm.check(run, 1, [repeated], 8)
     assert "repeat one of an earlier" in alarm.check(run, 2, [distinct, distinct], 8)
+    assert "repeat one of an earlier" in alarm.check(run, 3, [distinct[:4], distinct[4:], distinct[:4]], 4)
     assert "only 8 of 8000" in alarm.check(run, 1, [distinct], 8000)
     assert alarm.check(run, 1, [distinct], 8, labels=0.0, entropy=0.0) is None  # off by default
     strict = parse(["--model=m", "--alarm=warn", "--alarm_labels=0.5", "--alarm_entropy=0.1"]).run
@@ -709,6 +745,86 @@ def test_labels_of_hostile_answers_are_bounded_and_counted(tmp_path, monkeypatch
     engine = SimpleNamespace(name="e", generate=lambda p, d, s: [Completion(f"\\boxed{{{i}}}", 1, "stop") for i in s])
     counts = data.label(tmp_path, engine, run, tmp_path / "raw.jsonl")
     assert (counts["questions"], counts["late"]) == (1, 1)
+
+
+def test_new_and_replayed_questions_are_told_apart(tmp_path):
+    """The first iteration's labels are right, two of the second's four are wrong, and its first has no program."""
+    run = RDiverseConfig("m", replay_fraction=0.5)
+    for t, answers in ((1, "1234"), (2, "2300")):
+        rows = [
+            {"question": f"{i}+{t}", "answer": a, "consistency": 0.5, "own_answer": "", "answers": []}
+            for i, a in enumerate(answers)
+        ]
+        vectors, folder, embedded = np.eye(4), tmp_path / f"{t}/filter", tmp_path / f"{t}/embed"
+        vectors[: t - 1] = np.nan
+        folder.mkdir(parents=True)
+        once(embedded, {}, lambda path, v=vectors: np.save(path / "embeddings.npy", v) or {"encoder": "table"})
+        counts = data.select(folder, run, t, rows, embedded, tmp_path / "bank")
+    assert (counts["current"], counts["replayed"], counts["replayed_from"]) == (3, 3, {"1": 3})
+    assert counts["label_accuracy"] == pytest.approx(1 / 3)  # of the new ones: those replayed were counted before
+    mixed = read_jsonl(folder / "solver_data.jsonl")
+    assert all(row["question"].endswith(f"+{row['iteration']}") for row in mixed)
+    assert sorted(row["iteration"] for row in mixed) == [1, 1, 1, 2, 2, 2]
+    audit = read_jsonl(folder / "audit.jsonl")
+    assert [(row["question"], row["exact"]) for row in audit] == [("1+2", 3), ("2+2", 4), ("3+2", 5)]
+
+
+def test_the_share_of_right_labels_is_of_the_questions_whose_value_is_known():
+    rows = [{"question": "1+1", "answer": "2"}, {"question": "Which one?", "answer": "2"}]
+    assert data.label_accuracy(rows) == 1.0
+
+
+class Refusing:
+    """A server that refuses the prompt of one question, which is too long for it."""
+
+    name = "refusing"
+
+    def generate(self, prompts, decoding, seeds):
+        from common.evaluation import Completion
+
+        texts = [prompt.messages[-1]["content"] for prompt in prompts]
+        return [Completion(*("", 0, "refused") if text == "long" else ("\\boxed{1}", 1, "stop")) for text in texts]
+
+
+def test_a_question_that_the_solver_or_the_base_cannot_be_asked_is_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ready_to_compare", lambda: None)
+    run = parse(["--model=m", "--m_label=2", "--high=1", "--gate_samples=2"]).run
+    raw = [{"sample": i, "response": f"<question>{q}</question>\\boxed{{1}}"} for i, q in enumerate(("long", "short"))]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(record) + "\n" for record in raw))
+    data.label(tmp_path, Refusing(), run, tmp_path / "raw.jsonl")
+    rows = read_jsonl(tmp_path / "labelled.jsonl")
+    assert [(row["question"], row["answer"], row["drop"]) for row in rows] == [
+        ("long", None, "no_answer"),
+        ("short", "1", None),
+    ]
+    usable = [{**row, "answer": "1", "drop": None} for row in rows]  # as if only the base had no room for it
+    (tmp_path / "usable.jsonl").write_text("".join(json.dumps(row) + "\n" for row in usable))
+    (tmp_path / "gate").mkdir()
+    data.gate(tmp_path / "gate", Refusing(), run, tmp_path / "usable.jsonl")
+    assert [row["drop"] for row in read_jsonl(tmp_path / "gate/labelled.jsonl")] == ["gate", None]
+
+
+def test_each_label_has_a_budget_of_its_own(tmp_path, monkeypatch):
+    """One comparison spends it; that of the next question is made all the same."""
+    now = [0.0]
+
+    def slow(first, second):
+        now[0] += 5.0
+        return True
+
+    monkeypatch.setattr(data, "ready_to_compare", lambda: None)
+    monkeypatch.setattr(data, "same", slow)
+    monkeypatch.setattr(data, "Budget", lambda same: budget.Budget(same, 4.0, lambda: now[0]))
+    run = parse(["--model=m", "--m_label=2", "--high=1", "--gate_samples=2"]).run
+    raw = [{"sample": i, "response": f"<question>{q}</question>\\boxed{{1}}"} for i, q in enumerate("ab")]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(record) + "\n" for record in raw))
+    for name, source in (("label", tmp_path / "raw.jsonl"), ("gate", tmp_path / "label/labelled.jsonl")):
+        (tmp_path / name).mkdir()
+        engine = Asked({q: ["\\boxed{1}", "\\boxed{2}"] for q in "ab"})
+        counts = getattr(data, name)(tmp_path / name, engine, run, source)
+        assert "late" not in counts
+    rows = read_jsonl(tmp_path / "gate/labelled.jsonl")
+    assert [(row["consistency"], row["gate_consistency"]) for row in rows] == [(1.0, 1.0), (1.0, 1.0)]
 
 
 def test_the_memory_of_a_challenger_without_servers_counts_its_reward():

@@ -9,14 +9,14 @@ import numpy as np
 import peft
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from common.tiny import tiny_qwen3
 from r_diverse import ChallengerReward, MemoryBank, PhaseTrainer, RDiverseConfig, SkillEncoder, doctor, objective
 from r_diverse.budget import Budget
-from r_diverse.config import SolverConfig
+from r_diverse.config import ChallengerConfig, SolverConfig
 from r_diverse.questions import Challenge
 from r_diverse.skills import Program
 from r_diverse.trainer import batch_figures, logps_gap
@@ -135,6 +135,14 @@ def test_r_zero_is_its_rule_on_text():
     assert rewards == pytest.approx(expected)
     assert repetition[0] == 0.4  # the two sums are one cluster of five outputs
     assert reward.last_batch["memory"].tolist() == [0] * 5
+
+
+def test_a_question_without_a_box_is_no_repetition_of_r_zeros_others():
+    """It is the empty text, as in the release, though its question can be read."""
+    text = "What is the sum of one and two and three"
+    rewards, reward = reward_of(RDiverseConfig("m", penalty="r_zero"), [output(text), f"<question>{text}</question>"])
+    assert reward.last_batch["failures"] == [None, "no_box"]
+    assert rewards == pytest.approx([0.4 - 0.5, -1 - 0.5])
 
 
 def test_no_penalty_is_uncertainty():
@@ -290,6 +298,22 @@ def test_a_solver_that_answers_too_few_questions():
         reward_of(RDiverseConfig("m", penalty="none"), [output("a"), output("b")], solver=lambda q, step: [["1"] * 10])
 
 
+@pytest.mark.parametrize("row", ["12", [1, 2]])
+def test_answers_of_a_solver_are_lists_of_texts(row):
+    """A text in place of a list would be compared letter by letter."""
+    with pytest.raises(ValueError, match="the solver's answers to 'a' are .*: a list of texts is needed, None for no"):
+        reward_of(RDiverseConfig("m", penalty="none"), [output("a")], solver=lambda questions, step: [row])
+
+
+def test_data_that_a_phase_cannot_repeat_are_one_clear_sentence(tmp_path):
+    config = ChallengerConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    rows = Dataset.from_list([{"prompt": "a"}])
+    with pytest.raises(ValueError, match="train_dataset holds the splits train, test: pass one of them"):
+        PhaseTrainer("a model", None, config, DatasetDict(train=rows, test=rows))
+    with pytest.raises(ValueError, match="needs a map-style Dataset"):
+        PhaseTrainer("a model", None, config, rows.to_iterable_dataset())
+
+
 def test_an_error_in_the_solver_is_raised():
     def broken(questions, seed):
         raise ConnectionError("no server")
@@ -303,6 +327,13 @@ def test_an_error_in_the_solver_is_raised():
     [
         ({}, {"skills": None}, "needs skills, a SkillEncoder"),
         ({"measure": "question_text"}, {"skills": None}, "pass bank, a MemoryBank, or set beta=0"),
+        (
+            {"measure": "question", "beta": 0},
+            {},
+            "measure='question' with skills 'table > table': Skill",
+        ),
+        ({"measure": "sam", "beta": 0}, {"skills": SkillEncoder(None, Table())}, "all others need a coder"),
+        ({"measure": "program_text", "beta": 0}, {"skills": SkillEncoder(None, Table())}, "all others need a coder"),
     ],
 )
 def test_what_a_reward_needs(config, options, message):
@@ -530,6 +561,21 @@ def test_rollouts_of_a_base_model_stop_at_the_end_of_a_turn(tmp_path):
     trainer.train()
     assert any(ids[-1] == turn_end for ids in seen)
     assert not any(turn_end in ids[:-1] for ids in seen)
+
+
+def test_the_order_of_prompts_is_trls_and_another_in_the_next_epoch(tmp_path):
+    model, tokenizer = tiny_qwen3(hidden=32)
+    config = SolverConfig(
+        str(tmp_path), per_device_train_batch_size=5, max_steps=8, num_iterations=2, save_steps=8, seed=5, beta=0.0,
+        bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": f"{i}+{i}="} for i in range(12)])
+    trainer = PhaseTrainer(model, lambda **columns: [], config, train_dataset=rows, processing_class=tokenizer)
+    first = list(trainer._get_train_sampler())
+    assert first == list(GRPOTrainer._get_train_sampler(trainer))
+    trainer.state.epoch = 1.0
+    second = list(trainer._get_train_sampler())
+    assert first != second and sorted(first) == sorted(second)
 
 
 def test_trls_own_config_will_do(tmp_path):

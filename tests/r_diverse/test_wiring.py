@@ -222,6 +222,16 @@ def test_phases_and_rewards_have_seeds_of_their_own_in_every_run(tmp_path, monke
     assert (len(set(salts)), len(set(seeds))) == (4, 8)
 
 
+def test_a_question_with_a_lost_or_a_refused_answer_is_not_measured(monkeypatch):
+    """A share of fewer answers, or of an empty one, would be another reward."""
+    monkeypatch.setattr(train, "ready_to_compare", lambda: None)
+    answer = Completion("\\boxed{1}", 1, "stop")
+    replies = [answer, None, answer, Completion("", 0, "refused"), answer, answer]
+    engine = SimpleNamespace(generate=lambda prompts, decoding, seeds: replies)
+    solver = EngineSolver(engine, parse(["--model=m", "--m_reward=2"]).run, salt=0)
+    assert solver(["lost", "refused", "fine"], seed=0) == [None, None, ["1", "1"]]
+
+
 def test_candidates_of_two_iterations_have_other_seeds(played):
     log, _base, _root = played
     first, second = ({seed for call in log.of(t, "generate_1") for seed in call.seeds} for t in (1, 2))
@@ -300,3 +310,54 @@ def test_the_solvers_reward_needs_a_box():
     figures = {}
     assert train.boxed_reward(completions, answer=["5"] * 4, log_metric=figures.__setitem__) == [0.0, 1.0, 1.0, 0.0]
     assert train.verifiers.math_reward(completions, answer=["5"] * 4) == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_the_solver_is_trained_with_the_reward_of_the_config(tmp_path, monkeypatch):
+    (tmp_path / "data.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
+    rewards = []
+    monkeypatch.setattr(train, "train_phase", lambda config, model, reward, *_: rewards.append(reward))
+    for boxed_only in ("true", "false"):
+        settings = parse(["--model=m", f"--boxed_only={boxed_only}"])
+        train.train_solver(settings, tmp_path, "m", tmp_path / "data.jsonl", 1)
+    assert [reward(["The answer is 2."], answer=["2"]) for reward in rewards] == [[0.0], [1.0]]
+
+
+def test_a_served_base_model_stops_at_the_end_of_a_turn(tmp_path):
+    pytest.importorskip("openai")
+    model, tokenizer = tiny_qwen3(hidden=32)
+    end, tokenizer.eos_token = tokenizer.eos_token_id, "<|endoftext|>"  # all that Qwen3-4B-Base declares
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = train.server_engine("http://127.0.0.1:9/v1", str(tmp_path), parse(["--model=m"]).run)
+    assert engine.stops == [end]
+
+
+def test_the_iteration_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(train.__file__).parent / "README.md").read_text()
+    code = readme.split("## On your own engines")[1].split("```python\n")[1].split("```")[0]
+    quiet = {**QUIET, "use_cpu": True, "gradient_checkpointing": False, "save_strategy": "no", "beta": 0.0}
+    asked = []
+
+    def ask_solver(questions, seed):
+        asked.append(seed)
+        return [["1"] * 5 + [None, "2", "3", "4", "5"] for _ in questions]
+
+    given = {
+        "coder": Table(),
+        "encoder": Table(),
+        "options": {**quiet, "max_steps": 1, "steps_per_generation": 1, "max_completion_length": 4},
+        "ask_solver": ask_solver,
+        "same_answer": lambda a, b: a == b,
+        "sample": lambda model: [f"<question>{q}</question>\\boxed{{1}}" for q in QUESTIONS] + ["no form"],
+        "solver_reward": lambda completions, answer, **columns: [float(label == "1") for label in answer],
+    }
+    exec(code, given)
+    model, tokenizer = tiny_qwen3(hidden=32)
+    model.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    for t in (1, 2):
+        given["iteration"](t, "base", "base")
+    assert given["bank"].iterations == {1: 4, 2: 4}
+    assert {row["answer"] for row in given["bank"].sample(8, seed=0)} == {"1"}
+    assert asked[-1] == 2

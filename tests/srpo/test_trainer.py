@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from torch.utils._pytree import tree_map
 from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -1334,6 +1334,16 @@ def test_another_configuration_and_an_iterable_data_set_are_one_clear_sentence(m
     endless = IterableDataset.from_generator(lambda: iter(rows()))
     with pytest.raises(ValueError, match="needs a map-style Dataset"):
         SRPOTrainer(model, mixed_reward, make().args, train_dataset=endless, processing_class=tokenizer)
+    splits = DatasetDict(train=Dataset.from_list(rows()), test=Dataset.from_list(rows()))
+    with pytest.raises(ValueError, match="train_dataset holds the splits train, test: pass one of them"):
+        SRPOTrainer(model, mixed_reward, make().args, train_dataset=splits, processing_class=tokenizer)
+
+
+def test_prompts_to_which_no_demonstration_can_be_added_show_at_the_start(make):
+    begun = [{**row, "prompt": [*row["prompt"], {"role": "assistant", "content": "So"}]} for row in rows()]
+    with pytest.raises(ValueError, match="the prompt does not end with a user message"):
+        make(rows=begun)
+    make(rows=begun, routing="grpo", delta=None)
 
 
 def test_the_data_set_is_taken_where_trls_trainer_takes_it(make):

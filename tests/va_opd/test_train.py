@@ -123,6 +123,26 @@ def test_the_paper_config_is_the_papers():
     assert (args.validation_size, args.eval_samples, args.eval_temperature, config.save_steps) == (200, 8, 1.0, 50)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("experiment: 12", r"experiment must be a text \(in quotes\), got 12"),
+        ("benchmarks: [wemath, mmstar]", r"benchmarks must be a text \(in quotes\), got \['wemath', 'mmstar'\]"),
+        ("model:", "model must be a text .*, got None"),
+        ("limit: true", "limit must be int, got True"),
+        ("lora_rank: 2.5", "lora_rank must be int, got 2.5"),
+        ("learning_rate: yes", "learning_rate must be float, got True"),
+    ],
+)
+def test_a_value_in_yaml_of_another_type_is_one_clear_sentence(config, tmp_path, line, message):
+    path = tmp_path / "other.yaml"
+    path.write_text(f"{config.read_text()}\n{line}\n")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train.parse(["--config", str(path)])
+    path.write_text(f"{config.read_text()}\nlearning_rate: 1\nlimit: null\nload_in_4bit: 0\n")
+    assert train.parse(["--config", str(path)])[1].learning_rate == 1.0
+
+
 def test_the_command_line_wins_over_the_file(config):
     _, settings = train.parse(["--config", str(config), "--method", "opd", "--seed", "7"])
     assert (settings.weighting, settings.seed, settings.max_steps) == ("none", 7, 6)

@@ -21,13 +21,18 @@ import numpy as np
 import peft
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -40,6 +45,7 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import utils as trl_utils
@@ -172,12 +178,40 @@ def tiny_internvl(hidden: int = 64, layers: int = 2):
     return InternVLForConditionalGeneration(config), processor
 
 
+def tiny_idefics3(hidden: int = 64, layers: int = 2):
+    """The tiles of all images of a row stand together: `pixel_values` (B, tiles, 3, H, W), padded with empty tiles."""
+    special = ["<pad>", "<eos>", "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    special += [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    vocabulary = {token: i for i, token in enumerate([*special, "\n", *map(chr, range(32, 127))])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    words.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    template = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+        "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    config = Idefics3Config(
+        vision_config=dict(VISION),
+        text_config={"model_type": "llama", **_text_config(len(tokenizer), hidden, layers)},
+        scale_factor=2,
+        image_token_id=vocabulary["<image>"],
+        pad_token_id=0,
+    )
+    model = Idefics3ForConditionalGeneration(config)
+    return model, Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
+
+
 FAMILIES = {
     "qwen3_vl": tiny_qwen3_vl,
     "qwen2_5_vl": tiny_qwen2_5_vl,
     "llava": tiny_llava,
     "gemma3": tiny_gemma3,
     "internvl": tiny_internvl,
+    "idefics3": tiny_idefics3,
 }
 
 
@@ -952,16 +986,24 @@ def test_one_rollout_a_prompt_is_fine_without_rollout_weights(make):
         assert math.isfinite(loss)
 
 
-def test_an_iterable_data_set_is_one_clear_sentence(make):
+def test_what_no_trainer_can_be_built_of_is_one_clear_sentence(make):
     student, teacher, processor = models()
-    with pytest.raises(ValueError, match="needs a map-style Dataset"):
-        VAOPDTrainer(
-            model=student,
-            teacher_model=teacher,
-            args=make().args,
-            train_dataset=IterableDataset.from_generator(lambda: iter(image_rows(2))),
-            processing_class=processor,
-        )
+    rows = Dataset.from_list(image_rows(2))
+    good = {"train_dataset": rows, "processing_class": processor}
+
+    def refused(message: str, teacher=teacher, **changes):
+        with pytest.raises(ValueError, match=message):
+            VAOPDTrainer(student, teacher, make().args, **{**good, **changes})
+
+    endless = IterableDataset.from_generator(lambda: iter(image_rows(2)))
+    refused("needs a map-style Dataset", train_dataset=endless)
+    splits = DatasetDict(train=rows, test=rows)
+    refused("train_dataset holds the splits train, test: pass one of them", train_dataset=splits)
+    refused("pass the student's processor, loaded by AutoProcessor", processing_class="org/model")
+    refused("student and teacher are one object", teacher=student)
+    trainer = VAOPDTrainer(student, teacher, make().args, **{**good, "train_dataset": None})
+    with pytest.raises(ValueError, match="training requires a train_dataset"):
+        trainer.train()
 
 
 def test_another_configuration_is_one_clear_sentence(tmp_path):
