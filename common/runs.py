@@ -61,6 +61,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
+    """The whole file or nothing; numpy values, paths and non-finite floats as `_plain` writes them."""
     atomic_write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
 

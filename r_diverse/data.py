@@ -68,6 +68,7 @@ def solver_rows(questions: Sequence[dict[str, Any]], system: str) -> Dataset:
 
 
 def answer_decoding(run: RDiverseConfig) -> Decoding:
+    """How the Solver answers, in rewards, labels and the gate."""
     return Decoding(run.answer_temperature, run.answer_top_p, run.answer_tokens, run.answer_top_k)
 
 

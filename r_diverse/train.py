@@ -212,10 +212,12 @@ def variant(run: RDiverseConfig) -> str:
 
 
 def run_path(run: RDiverseConfig) -> Path:
+    """Folder of the run: OUT/r_diverse/EXPERIMENT/VARIANT-seedK."""
     return Path(run.out) / "r_diverse" / run.experiment / f"{variant(run)}-seed{run.seed}"
 
 
 def sources_of(run: RDiverseConfig, iteration: int) -> Sources:
+    """Both roles go on from their models of the iteration before, in the first one from the base."""
     root = run_path(run)
     before, now = root / f"iteration_{iteration - 1}", root / f"iteration_{iteration}"
     first = iteration == 1

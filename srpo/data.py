@@ -179,6 +179,7 @@ def is_question(row: dict[str, Any], domain: str) -> bool:
 
 
 def hub_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """A row of the hub's data set in TRL's format, in the words of the SDPO release."""
     options = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
     listed = "\n".join(f"{label}: {text}" for label, text in options)
     return _row(str(index), f"{row['question']}\n\n{listed}\nPlease reason step by step.", row["answerKey"], SYSTEM)

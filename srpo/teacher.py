@@ -40,6 +40,7 @@ NOT_MERGED = (
 
 
 def is_quantized(model: nn.Module) -> bool:
+    """Whether a model's weights are in 4 or 8 bits, or of another kind that arithmetic cannot average."""
     return bool(getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None))
 
 

@@ -129,14 +129,17 @@ def steps_per_batch(config: SRPOConfig) -> float:
 
 
 def variant(config: SRPOConfig) -> str:
+    """Name of what is trained, as in the report: "srpo", "srpo_no_dw", "grpo", ..."""
     return "srpo_no_dw" if config.routing == "srpo" and config.entropy_beta == 0 else config.routing
 
 
 def run_path(args: ScriptArguments, config: SRPOConfig) -> Path:
+    """Folder of the run: OUT/srpo/EXPERIMENT-DATASET/VARIANT-seedK."""
     return experiment_folder(args) / f"{variant(config)}-seed{config.seed}"
 
 
 def experiment_folder(args: ScriptArguments) -> Path:
+    """Folder of an experiment's runs on one data set."""
     return Path(args.out) / "srpo" / f"{args.experiment}-{args.dataset}"
 
 
@@ -160,6 +163,7 @@ def load_splits_of(args: ScriptArguments) -> "DatasetDict":
 
 
 def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
+    """The run's folder; `RunFolderError` where it holds a run with other settings or data."""
     return RunFolder.open(
         run_path(args, config),
         changed_settings(args, config, (*DERIVED, *MAY_CHANGE, *MACHINE_FIELDS)),
@@ -243,6 +247,7 @@ class SRPOLog(RunLog):
 
 
 def train_seconds(checkpoint: Path) -> float:
+    """Seconds of training before a checkpoint, 0 for one that does not say."""
     path = checkpoint / "train_seconds.json"
     return json.loads(path.read_text()) if path.exists() else 0.0
 
@@ -307,6 +312,7 @@ def memory_parts(
 
 
 def trained_parameters(args: ScriptArguments, parameters: float) -> float:
+    """Parameters that the optimizer has: with LoRA those of the adapter."""
     return plan.trained_parameters(args.model, parameters, args.lora_rank)
 
 
@@ -316,6 +322,7 @@ def averaged_parameters(args: ScriptArguments, parameters: float) -> float:
 
 
 def disk_line(args: ScriptArguments, config: SRPOConfig, parameters: float, sharding: str) -> str:
+    """What the checkpoints of a run take on the disk, as a line."""
     count, each, resume = checkpoint_sizes(args, config, parameters, sharding)
     return plan.disk_line(count, "checkpoints", each, resume)
 

@@ -31,6 +31,8 @@ def chunked_reverse_kl(
         coefficients: (N,), at least 0.
         temperature: by which both models' logits are divided.
     """
+    # The largest is 1: what bfloat16 or float16 makes of the gradient of a tile would have few bits at 1e-5
+    scaled = coefficients.float() / coefficients.max().clamp(min=torch.finfo(torch.float32).tiny)
     return _ReverseKL.apply(
         student_hidden,
         student.weight,
@@ -38,8 +40,7 @@ def chunked_reverse_kl(
         student,
         teacher_hidden,
         teacher,
-        coefficients.float()
-        / coefficients.max().clamp(min=torch.finfo(torch.float32).tiny),  # 1e-5 has few bits in fp16
+        scaled,
         temperature,
         torch.is_grad_enabled(),
     )

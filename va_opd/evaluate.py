@@ -87,7 +87,7 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
         with closing(build_engine(args, model, config)) as engine:
             for benchmark in (*missing, *(paper_benchmark(args, name) for name in names)):  # one at a time in memory
                 report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
-                print(f"{out.parent.name}: {benchmark.name} = {shown(headline(report)[0])}", flush=True)
+                print(f"{out.parent.name}: {benchmark.name} = {score_text(headline(report)[0])}", flush=True)
     if not (out / "va.json").exists() and (what != "teacher" or args.dataset == "digits"):
         with exclusive(out):  # a paper's teacher is too large to be both models
             score_visual_advantage(model, args, config, rows, out)
@@ -139,7 +139,8 @@ def is_evaluated(out: Path, name: str, limit: int | None) -> bool:
     return True
 
 
-def shown(score: float | None) -> str:
+def score_text(score: float | None) -> str:
+    """A benchmark's score for the log."""
     return "not defined on so few questions" if score is None else f"{score:.3f}"
 
 
@@ -152,6 +153,7 @@ def benchmark_names(args: ScriptArguments) -> list[str]:
 
 
 def paper_benchmark(args: ScriptArguments, name: str) -> Benchmark:
+    """A registered benchmark at the temperature of the settings."""
     benchmark = load_benchmark(name, args.benchmark_data, args.eval_limit)
     decoding = dataclasses.replace(benchmark.decoding, temperature=args.eval_temperature)
     return dataclasses.replace(benchmark, decoding=decoding)
@@ -184,6 +186,7 @@ def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows:
 
 
 def benchmark_name(args: ScriptArguments, pixelated: bool = False) -> str:
+    """Name of the held-out problems in result files."""
     return ("digits" if args.dataset == "digits" else "geo3k_validation") + ("_pixelated" if pixelated else "")
 
 

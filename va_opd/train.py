@@ -183,6 +183,7 @@ def load_validation_of(args: ScriptArguments) -> "Dataset":
 
 
 def row_options(args: ScriptArguments) -> dict[str, Any]:
+    """What is made of the text and the images of each row."""
     return {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "template": args.template}
 
 
@@ -284,6 +285,7 @@ def _words(content: str | list[dict[str, Any]]) -> str:
 
 
 def loads_teacher(args: ScriptArguments, config: VAOPDConfig) -> bool:
+    """Whether the teacher is loaded here: not where a server has it and nothing is compared."""
     return args.teacher_parity or not config.teacher_server
 
 

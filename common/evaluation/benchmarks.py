@@ -88,6 +88,7 @@ def choice_prompt(row: Row) -> Messages:
 
 
 def general_prompt(row: Row) -> Messages:
+    """The question and the request for a boxed answer; options are part of the question."""
     return [{"role": "user", "content": f"{row['question']}\n\n{GENERAL_REQUEST}"}]
 
 

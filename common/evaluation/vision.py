@@ -39,11 +39,13 @@ def _user(text: str) -> Messages:
 
 
 def ai2d_prompt(row: Row) -> Messages:
+    """Question, options A, B, C, ... one a line, and the request for the letter."""
     options = "\n".join(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(row["options"]))
     return _user(f"{row['question']}\n{options}\n{LETTER_REQUEST}")
 
 
 def mmmu_text(row: Row) -> str:
+    """Question and options (A), (B), ... in the words of MMMU's script, with the places of images as they stand."""
     if row["question_type"] != "multiple-choice":
         return f"{row['question']}\n\nAnswer the question using a single word or phrase."
     options = "".join(f"({chr(ord('A') + i)}) {option}\n" for i, option in enumerate(as_list(row["options"])))
@@ -58,6 +60,7 @@ def mmmu_prompt(row: Row) -> Messages:
 
 
 def mmmu_images(row: Row) -> list:
+    """The images in the order in which question and options name them."""
     return [row[f"image_{number}"] for number in _MMMU_IMAGE.findall(mmmu_text(row))]
 
 

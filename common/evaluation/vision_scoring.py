@@ -163,11 +163,13 @@ def _judged(response: str, gold: Any, reader: Callable[[str], Any]) -> Verdict:
 
 
 def wemath_row(response: str, row: Row) -> Verdict:
+    """The letter in WeMath's template, else the one that the answer commits to."""
     in_template = wemath_letter(own_words(response))
     return _judged(response, row["answer"], lambda text: in_template or chosen_letter(text))
 
 
 def mathvista_row(response: str, row: Row) -> Verdict:
+    """The option, number or list that MathVista's script would read, without its GPT."""
     gold = row["answer"]
     if row["question_type"] != "multi_choice":
         gold = re.sub(r"\s", "", gold) if row["answer_type"] == "list" else float(gold)
@@ -187,14 +189,17 @@ def mathverse_row(response: str, row: Row) -> Verdict:
 
 
 def hallusion_row(response: str, row: Row) -> Verdict:
+    """HallusionBench: yes or no."""
     return _judged(response, row["answer"], yes_or_no)
 
 
 def ai2d_row(response: str, row: Row) -> Verdict:
+    """The letter, or the text of an option."""
     return _judged(response, row["answer"], lambda text: option_letter(text, row["options"]))
 
 
 def mmmu_row(response: str, row: Row) -> Verdict:
+    """By MMMU's script: an open answer, or the letter or text of an option."""
     if row["question_type"] != "multiple-choice":
         return _judged(response, True, lambda text: mmmu_open(text, as_list(row["answer"])) if text else None)
     options = as_list(row["options"])
@@ -202,10 +207,12 @@ def mmmu_row(response: str, row: Row) -> Verdict:
 
 
 def mmstar_row(response: str, row: Row) -> Verdict:
+    """The letter by MMStar's rules, else the one that the answer commits to."""
     return _judged(response, row["answer"], lambda text: mmstar_letter(text) or chosen_letter(text))
 
 
 def ocrbench_row(response: str, row: Row) -> Verdict:
+    """By OCRBench's script: whether the response contains an answer; formulas without spaces."""
     formula = row["dataset"] == "HME100k"
     return _judged(response, True, lambda text: ocrbench_contains(text, row["answer"], formula) if text else None)
 
