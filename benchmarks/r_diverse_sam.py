@@ -29,7 +29,7 @@ from benchmarks.machine import machine, spread
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import CHAT_TEMPLATE
-from r_diverse.engines import Generation, TransformersEngine
+from r_diverse.engines import Generation, LocalCoderEngine
 from r_diverse.skills import CLOSE, OPEN, PROMPT, ModelCoder, SkillEncoder, minilm
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -84,7 +84,7 @@ class Written(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, torch.tensor(wanted)[:, None], 0.0)
 
 
-class CountingEngine(TransformersEngine):
+class CountingEngine(LocalCoderEngine):
     """Counts requests, forwards and tokens of the coder, padding included, in `counts`."""
 
     def __init__(self, programs: dict[str, str], batch_size: int = 16):

@@ -21,7 +21,7 @@ class Generation(NamedTuple):
     refused: bool = False
 
 
-class Engine(Protocol):
+class CoderEngine(Protocol):
     """Who generates, greedily. `name` identifies the model."""
 
     name: str
@@ -33,7 +33,7 @@ class Engine(Protocol):
         ...
 
 
-class TransformersEngine:
+class LocalCoderEngine:
     """Generates with `model.generate`, `batch_size` prompts at once, the longest first.
 
     Args:
@@ -88,7 +88,7 @@ class TransformersEngine:
         return Generation(text, bool(found) or end < len(ids))
 
 
-class ServerEngine:
+class ServedCoderEngine:
     """Generates on a server that speaks OpenAI's completions and takes token ids, such as `vllm serve`.
 
     A request that still fails after its retries gives None for its prompt alone, one that the server refuses (status

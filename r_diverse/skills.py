@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from .engines import Engine, need
+from .engines import CoderEngine, need
 
 logger = logging.getLogger(__name__)
 
@@ -385,7 +385,7 @@ class ModelCoder:
     `def solver(`. Prompts are rendered and tokenized here, so all engines see the same tokens.
 
     Args:
-        engine: `TransformersEngine` or `ServerEngine`.
+        engine: `LocalCoderEngine` or `ServedCoderEngine`.
         tokenizer: the model's.
         chat: the prompt is a user turn of the chat template, for Qwen2.5-Coder-7B-Instruct. False is the literal
             option for base models: plain completion after "Output:", as in the paper, which names no Instruct model.
@@ -397,7 +397,7 @@ class ModelCoder:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: CoderEngine,
         tokenizer,
         chat: bool = True,
         max_new_tokens: int = 2048,

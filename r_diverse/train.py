@@ -288,8 +288,7 @@ def revised(model: str) -> str:
 def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None) -> SkillEncoder:
     """SAM by the settings; `coder_url` is a server of `run.coder`."""
     from .arithmetic import ArithmeticCoder, arithmetic_programs
-    from .engines import ServerEngine as CoderServer
-    from .engines import TransformersEngine as LocalCoder
+    from .engines import LocalCoderEngine, ServedCoderEngine
 
     rules = run.coder == "rules"
     if run.measure == "question":
@@ -299,9 +298,9 @@ def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None
     else:
         tokenizer = models.load_processor(run.coder)
         if coder_url:
-            engine = CoderServer(coder_url, run.coder, workers=256, name=revised(run.coder))
+            engine = ServedCoderEngine(coder_url, run.coder, workers=256, name=revised(run.coder))
         else:
-            engine = LocalCoder(_loaded(run.coder), tokenizer, run.engine_batch, name=revised(run.coder))
+            engine = LocalCoderEngine(_loaded(run.coder), tokenizer, run.engine_batch, name=revised(run.coder))
         coder = ModelCoder(engine, tokenizer, chat=run.coder_chat)
     centre = arithmetic_programs() if rules and coder is not None else ()
     encoder = minilm(centre=centre) if run.encoder == "minilm" else SentenceEncoder(run.encoder)

@@ -251,14 +251,14 @@ def test_a_label_server_that_is_killed_in_a_batch(self_play, model_path, tmp_pat
 
 @pytest.mark.slow
 def test_a_coder_on_a_server(self_play, model_path, tmp_path, monkeypatch):
-    local = engines.TransformersEngine(transformers_engine(model_path).model, char_tokenizer())
+    local = engines.LocalCoderEngine(transformers_engine(model_path).model, char_tokenizer())
     serve = loop.vllm_command
     monkeypatch.setattr(
         loop, "vllm_command", lambda *a, **k: [*serve(*a, **k), "--dtype", "float32"]
     )  # its own is bfloat16
     prompts = [char_tokenizer().encode(f"# {i}+{7 * i}=?") for i in range(20)]
     with self_play("run")._server(model_path, tmp_path, 0.5, None) as url:
-        coder = engines.ServerEngine(url, model_path)
+        coder = engines.ServedCoderEngine(url, model_path)
         assert coder.generate(prompts, 32, "7") == local.generate(prompts, 32, "7")
         with pytest.raises(ConnectionError, match="max_model_len=512.*context that is long enough"):
             coder.generate(prompts, 2048, "7")

