@@ -104,18 +104,23 @@ def diagnose(logs: Mapping[str, float], first_length: float = 0.0) -> list[str]:
 
 
 class DoctorCallback(TrainerCallback):
-    """Prints the doctor line at the first log and then about every `every` steps, with warnings in words."""
+    """Prints the doctor line at the first log and then about every `every` steps; a warning in words as soon as it is
+    due, once a line."""
 
     def __init__(self, every: int):
         self.every, self.next_step = every, 0
+        self.said: set[str] = set()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "route/sdpo" not in (logs or {}) or state.global_step < self.next_step:
+        if not state.is_world_process_zero or "route/sdpo" not in (logs or {}):
             return
-        self.next_step = state.global_step + self.every
+        if state.global_step >= self.next_step:
+            self.next_step, self.said = state.global_step + self.every, set()
+            figures = [text.format(logs[name]) for name, text in FIGURES if logs.get(name) is not None]
+            print(f"[doctor] step {state.global_step}: " + "; ".join(figures), flush=True)
         # A resumed run has the logs from before
         first_length = next((log[LENGTH] for log in state.log_history if log.get(LENGTH)), 0.0)
-        figures = [text.format(logs[name]) for name, text in FIGURES if logs.get(name) is not None]
-        print(f"[doctor] step {state.global_step}: " + "; ".join(figures), flush=True)
         for message in diagnose(logs, first_length):
-            print(f"[doctor] WARNING: {message}", flush=True)
+            if message not in self.said:
+                print(f"[doctor] WARNING: {message} (step {state.global_step})", flush=True)
+                self.said.add(message)

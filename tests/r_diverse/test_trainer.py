@@ -395,17 +395,6 @@ def test_the_doctor_line_comes_at_the_first_log_and_then_every_few_steps(capsys)
     assert "step 24" in lines[2]
 
 
-def test_a_warning_does_not_wait_for_the_next_line(capsys):
-    """A Challenger has 20 steps: a lost weight sync at its second batch would never be said."""
-    callback = doctor.DoctorCallback(every=20)
-    for step, gap in ((1, 0.0), (5, 3.0), (9, 3.0), (21, 3.0)):
-        logs = {"reward": 0.25, "sampling/logps_gap": gap}
-        callback.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=step), None, logs)
-    lines = capsys.readouterr().out.splitlines()
-    said = [line.rpartition("(")[2] for line in lines if "WARNING" in line]
-    assert said == ["step 5)", "step 21)"] and len(lines) == 4
-
-
 def test_one_giant_cluster_is_seen():
     """Pairwise cosine 0.7: P_rep is 1 for each question, which gives no gradient, and no two repeat each other."""
 

@@ -1,4 +1,4 @@
-"""A resumed run sees the prompts that the uninterrupted one would have seen, on any number of processes; seeds."""
+"""What all trainers have in common: the order of prompts, seeds, warnings."""
 
 import importlib
 import inspect
@@ -26,6 +26,7 @@ def loader(method: str, epoch: list[int], processes: int, rank: int):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 0), (2, 1), (4, 3)])
 def test_a_run_resumed_in_a_later_epoch(method, processes, rank):
+    """It sees the prompts that the uninterrupted one would have seen."""
     PartialState(cpu=True)
     epoch, straight = [0], []
     batches = loader(method, epoch, processes, rank)
@@ -57,3 +58,16 @@ def test_the_seed_decides_what_a_colocated_engine_samples(method):
     trainers = {"va_opd": ("trainer", "baselines"), "srpo": ("trainer",), "r_diverse": ("trainer",)}[method]
     for name in trainers:
         assert "seed_rollouts(self)" in inspect.getsource(importlib.import_module(f"{method}.{name}"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_doctors_warning_does_not_wait_for_its_next_line(method, capsys):
+    """A Challenger has 20 steps: a collapse at its second batch would never be said."""
+    callback = importlib.import_module(f"{method}.doctor").DoctorCallback(every=20)
+    for step, entropy in ((1, 1.0), (5, 0.001), (9, 0.001), (21, 0.001)):
+        logs = {"loss": 0.5, "reward": 0.25, "route/sdpo": 0.5, "entropy": entropy}
+        state = SimpleNamespace(is_world_process_zero=True, global_step=step, log_history=[])
+        callback.on_log(None, state, None, logs)
+    lines = capsys.readouterr().out.splitlines()
+    said = [line.rpartition("(")[2] for line in lines if "WARNING" in line and "entropy" in line]
+    assert said == ["step 5)", "step 21)"]
