@@ -21,18 +21,22 @@ _BOX_JOIN = re.compile(
 )
 _TAG = re.compile(r"</?(?:final_)?answer>", re.IGNORECASE)
 _MAX_MARKS = 20  # markers tried before giving up, when the nearest ones are followed by nothing
-_ABOUT = (  # what is said of an answer that stands elsewhere
-    r"[\s*_]+(?:(?:also|indeed|therefore|thus|then|now|both|very|not|the\s+same)\s+)*(?:in(?=\s+[a-z])|consistent|reasonable|plausible"
-    r"|sensible|verified|confirmed|valid|rounded|helpful|clear|obvious|unique|found|obtained|expressed|(?:in)?correct(?=[,\s]+\w))\b"
+_ABOUT = (  # what is said of an answer that stands elsewhere; but what denies it, or names one, is no remark
+    r"[\s*_]+(?:(?:also|indeed|therefore|thus|then|now|both|very|the\s+same)\s+)*(?:in(?=\s+[a-z])|consistent|reasonable|plausible"
+    r"|sensible|verified|confirmed(?!\s+as\b)|valid|rounded|helpful|clear|obvious|unique|found|obtained|expressed|correct(?=[,\s]+\w))\b"
+    r"(?!\s+(?:to\s+be\b|(?:to|as)\s+[$\\(\d]))"
 )
 _MARKER = re.compile(
-    rf"""(?ix) (?:^|(?<=\n))\#{{4}}\s++ (?![^\w\\$\n]{{0,9}}(?:\d+[.):]\s+\S|[^\W\d_]{{2}}|A\ [a-z])) |  # no heading
+    rf"""(?ix) (?:^|(?<=\n))\#{{4}}\s++ (?![^\w\\$\n]{{0,9}}  # no heading: "1. Add", or words with text below them
+        (?:\d+[.)][^\S\n]+\S|\d+:[^\S\n]+\D|(?:[^\W\d_]{{2}}|A\ [a-z])[^\n]*\n\s*+\S)) |
     (?:^|(?<=\n)) (?:[\#*_]|[^\S\n])* (?:final\s+)?answer [\s*_]* \n+ |
     \b(?:answers? | (?:correct|right|best)\s+(?:option|choice))\b [\s*_]*
-        (?:['’]s\b|\b(?:is|are|(?:would|should|must|will)\s+be|becomes|equals)\b (?!{_ABOUT})|[:=：]) [\s*_:：]* |
+        (?:['’]s\b|\b(?:is|are|(?:would|should|must|will)\s+be|becomes|equals)\b
+            (?:[\s*_]+(?:in\s+fact|found\s+to\s+be)\b)? (?!{_ABOUT})|[:=：]) [\s*_:：]* |
     \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)\b [\s*_]* (?:\b(?:est|es|é|è|ist)\b|[:：]) [\s*_:：]* |
     (?:答案|答え|答|정답|답)\s*\**\s*(?:应该是|应为|就是|是|为|は|은|[:：])[\s*:：]*"""
 )
+_REMARK = re.compile(rf"(?i)\banswers?\b[\s*_]*\b(?:is|are)\b(?={_ABOUT})(?:[\s*_]+(?:in\s+fact|found\s+to\s+be)\b)?")
 _ASCII_MARKS = ("####", "answer", "option", "choice", "respuesta", "resposta", "risposta", "antwort")
 _FILLER = re.compile(
     r"(?i)(?:for sure|definitely|clearly|simply|just|therefore|thus|indeed|certainly|probably|likely|exactly)\b[\s,:]*"
@@ -127,7 +131,7 @@ def _marks(text: str) -> list[tuple[int, int, int]]:
 
 def _marked(text: str, which: str) -> tuple[int, str] | None:
     """(position, answer) of the last or first marker that an answer follows."""
-    marks = _marks(text)
+    marks = _marks(text) or [(m.start(), m.end(), -1) for m in _REMARK.finditer(text)]  # "valid" is an answer, too
     for start, content, end in marks[: -_MAX_MARKS - 1 : -1] if which == "last" else marks[:_MAX_MARKS]:
         clause = text[content:end] if end >= 0 else _clause(text[content : content + _MAX_CHARS])
         if answer := _clean_clause(clause, is_sentence=end < 0):

@@ -189,6 +189,7 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
     (r"\frac{\text", r"(\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*)\} ?\^ ?\{? ?(\d) ?\}?\}", r"\1^\2}}"),
     (r"\frac{\text", r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r"\\text{\1/\2}"),
     (r"\mu", r"\\text\{ ?\\mu ?(?=[A-Za-z])|(?<=[\d}]) ?\\mu ?\\text\{(?=[A-Za-z])", r"\\text{u"),  # 5\,\mu\text{m}
+    (r"\mu", r"^(\$?-?\d[\d.,]*) ?\\mu ?([ms])(\$?)$", r"\1\\text{ u\2}\3"),  # 5 μm as a whole, else a product
     (r"\text", r"(\\[A-Za-z]+)\\text\{(?=[A-Za-z])", r"\1 \\text{"),  # \ln\mathrm{e}
     (
         r"\text",
@@ -282,7 +283,9 @@ _SCALE = re.compile(rf"(?i)(?<=\d) ?(\\text\{{ ?)?({'|'.join(_SCALES)})s?(?![A-Z
 _LEAD = re.compile(r"(?i)^ ?(?:the )?(?:final )?answers?\b ?(?:is\b|are\b)?[ :]*(?=\S)")
 _QUOTED = re.compile(r"([\"'`])(.*)\1")
 _NUMERAL = re.compile(r"-?\d+(?:[./]\d+)?", re.ASCII)
-_BOLD = re.compile(r"(?<![^\s(\[:])\*\*(?=[^\s*{])|(?<=[^\s*])\*\*(?![\w({\\-])")  # **C**: 12, but no power
+_BOLD = re.compile(  # **C**: 12, but no power
+    r"(?<![^\s(\[:])\*\*(?=[^\s*{])(?!(?<=[\d)\]}]\s\*\*)[\d(√.])|(?<=[^\s*])\*\*(?!\.?[\w({\\+√$-])"
+)
 _STARS_STOP = re.compile(r"\*\.$")
 _TAIL = re.compile(r"(?:[\s.,;:]|\\)+$|[\s.]+(?=\}+$)")
 # A number with its unit, all of it in roman type; a letter that touches the number may be a variable

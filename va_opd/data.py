@@ -24,6 +24,8 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from transformers import TrainerCallback
 
+from .degraded import check_depth
+
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
@@ -240,6 +242,7 @@ def _fault(images: list[dict], min_pixels: int, max_pixels: int) -> str:
         try:
             with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
                 opened.load()
+                check_depth(opened)
                 size = budget_size(opened.size, min_pixels, max_pixels)  # whose rounding changes the aspect
                 if max(size) > MAX_ASPECT * min(size):
                     shown = f"{opened.width} x {opened.height}, in the image budget {size[0]} x {size[1]}"

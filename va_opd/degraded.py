@@ -80,8 +80,7 @@ def degrade(image: Any, size: tuple[int, int] | None, ratio: float, resample: in
     """One image as RGB, brought to `size` with the processor's filter if there is a size, then pixelated."""
     # RGB as the processor makes it, before cells are averaged: it drops alpha, which averaging would apply
     image = image if isinstance(image, Image.Image) else load_image(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        check_depth(image)
+    check_depth(image)
     image = image.convert("RGB")
     if size is not None:
         image = image.resize(size, resample if isinstance(resample, int) else Image.Resampling.BICUBIC)
@@ -90,8 +89,8 @@ def degrade(image: Any, size: tuple[int, int] | None, ratio: float, resample: in
 
 def check_depth(image: Image.Image) -> None:
     """Raises `ValueError` for an image of more than 8 bits, whose values above 255 processors make white."""
-    _, highest = image.getextrema()
-    if highest > 255:
+    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+    if deep and (highest := image.getextrema()[1]) > 255:
         raise ValueError(
             f"an image has mode {image.mode} and values up to {highest:g}, of which processors make white all above "
             "255: scale it to 8 bits"

@@ -70,6 +70,12 @@ EXTRACTION = [
     ("The answer is 42. This answer is consistent with the diagram.", "42", "42"),
     ("Answer: 42\n\nNote: the answer is in cm.", "42", "42"),
     ("To see which answer is correct, we add. The answer is 42.", "42", "42"),
+    ("#### 18.\n\nQuestion: how many?", "18", "18"),
+    ("#### Paris", "Paris", "Paris"),
+    ("#### sqrt(2)", "sqrt(2)", "sqrt(2)"),
+    ("The answer is valid.", "valid", "valid"),  # nothing else is one
+    ("The answer is 12. But that answer is not valid. Hence 24.", "not valid", "12"),  # taken back
+    ("The answer is 5. After rechecking the answer is found to be 6.", "6", "5"),
     ("最终答案是 42。", "42", "42"),
     ("答案：5", "5", "5"),
     ("The answer is D because A is too small", "D", "D"),

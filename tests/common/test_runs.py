@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from datasets import Dataset
 
 from common import runs
 from common.runs import RunFolder, RunFolderError, exclusive
-from common.training import RunLog
+from common.training import RunLog, row_fingerprints
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, DATA = {"learning_rate": 1e-3, "name": "a"}, {"train": "abc"}
@@ -343,3 +345,34 @@ def test_a_checkpoint_begins_empty(tmp_path):
     (folder / "global_step2").mkdir(parents=True)
     runs.begin_checkpoint(folder)
     assert [path.name for path in folder.iterdir()] == [runs.COMPLETE]
+
+
+def test_a_step_has_one_line_and_its_rollouts_once(tmp_path, capsys):
+    class Log(RunLog):
+        SHOWN = ("loss", "reward")
+
+        def measured(self):
+            return {"seconds": 2.0}
+
+        def rollouts(self):
+            return [{"response": "a"}]
+
+    log, state = Log(tmp_path, None, None), SimpleNamespace(global_step=3, max_steps=6)
+    logged = [{"loss": 0.51234567, "reward": "none"}, {"eval_loss": 0.4}, {"train_runtime": 1.0}]
+    for logs in logged:
+        log.on_log(None, state, None, logs)
+    assert runs.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 3, "seconds": 2.0, **logs} for logs in logged]
+    assert runs.read_jsonl(tmp_path / "samples.jsonl") == [{"step": 3, "response": "a"}]
+    assert capsys.readouterr().out == "step 3/6  loss 0.5123\n"
+
+
+def test_other_ids_and_other_answers_are_other_data():
+    rows = [{"id": "0", "answer": "7", "images": "a"}, {"id": "1", "answer": "8", "images": "b"}]
+    of = [
+        row_fingerprints({"train": Dataset.from_list(data)})["train"]
+        for data in (
+            *(rows, [{**row, "images": "c"} for row in rows]),  # images are left out
+            *(rows[::-1], rows[:1], [rows[0], {**rows[1], "answer": "9"}], [rows[0], {**rows[1], "id": "2"}]),
+        )
+    ]
+    assert of[0] == of[1] and len(set(of)) == 5

@@ -1,5 +1,6 @@
 """A self-play run on a tiny model: its stages, refusals, kills. This file is also the program that gets killed."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -852,8 +853,6 @@ def test_the_memory_of_a_challenger_without_servers_counts_its_reward():
     ("allowed", "seen"), [(None, "4,5,6,7"), ("8,9,10,11,12,13,14,15", "12,13,14,15"), ("0,1", None)]
 )
 def test_servers_have_replicas_of_several_gpus(tmp_path, monkeypatch, base, allowed, seen):
-    import contextlib
-
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if allowed:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
@@ -884,6 +883,51 @@ def test_servers_have_replicas_of_several_gpus(tmp_path, monkeypatch, base, allo
         command, gpus = started[-1]
     assert gpus is None and command[command.index("--data-parallel-size") + 1] == "4"
     assert "--chat-template" not in command
+
+
+def test_phases_and_servers_share_gpus_and_their_memory(tmp_path, monkeypatch, base):
+    """The Challenger trains beside the servers of its reward, the Solver on all GPUs."""
+    served, launched = [], []
+
+    @contextlib.contextmanager
+    def serve(self, model, folder, memory, gpus, **options):
+        served.append((model, memory, gpus))
+        yield "url"
+
+    monkeypatch.setattr(loop.SelfPlay, "_served", serve)
+    monkeypatch.setattr(loop.SelfPlay, "_launch", lambda self, phase, t, flags, gpus: launched.append((phase, gpus)))
+    monkeypatch.setattr(loop, "skill_encoder", lambda run, cache, url: url)
+    monkeypatch.setattr(loop.data, "embed", lambda folder, encoder, rows: {"url": encoder})
+    fields = [f"--model={base}", "--gpus=8", "--engine=vllm", "--engine_memory=0.8", "--reward_memory=0.3"]
+    player = loop.SelfPlay(parse(fields), tmp_path, "base")
+    sources = SimpleNamespace(solver=str(base))
+    player._train_challenger(tmp_path, sources, 1)
+    player._train_solver(tmp_path, sources, 1)
+    assert player._embed(tmp_path, []) == {"url": "url"}
+    coder = player.run_config.coder
+    assert served == [(str(base), 0.3, [4, 5, 6, 7]), (coder, 0.3, [4, 5, 6, 7]), (coder, 0.4, None)]
+    assert launched == [("challenger", [0, 1, 2, 3]), ("solver", list(range(8)))]
+    served.clear()  # a penalty on the questions' words asks no coder
+    loop.SelfPlay(parse([*fields, *loop.VARIANT_FLAGS["r_zero"]]), tmp_path, "base")._train_challenger(
+        tmp_path, sources, 1
+    )
+    assert [model for model, *_ in served] == [str(base)]
+
+
+def test_a_batch_of_the_solver_is_of_all_gpus_and_replayed_questions_count(tmp_path, monkeypatch):
+    fields = ["--model=m", "--min_questions=1", "--solver.per_device_train_batch_size=4", "--solver.num_generations=8"]
+    fields += ["--solver.steps_per_generation=2"]
+    needed = {}
+    for gpus in (0, 1, 8):
+        engine = ["--engine=vllm"] if gpus else []
+        player = loop.SelfPlay(parse([*fields, f"--gpus={gpus}", *engine]), tmp_path, "base")
+        needed[gpus] = player._needed()
+    assert needed == {0: 1, 1: 1, 8: 8}
+    monkeypatch.setattr(loop, "read_counts", lambda folder: {"current": 3, "replayed": 5})
+    player._check_enough(1)
+    monkeypatch.setattr(loop, "read_counts", lambda folder: {"current": 3, "replayed": 4})
+    with pytest.raises(loop.StageError, match="7 questions with a solver program, 8 make a batch"):
+        player._check_enough(1)
 
 
 def test_some_questions_are_there_to_be_read(finished):

@@ -12,13 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from datasets import Dataset
 from peft import get_peft_model
 
 from benchmarks import srpo as report
 from common import models, stages
+from common.answers import Verdict
 from common.cli import changed_settings
-from common.evaluation import engines
+from common.evaluation import Completion, engines
 from common.lora import lora_config
 from common.runs import exclusive, last_checkpoint, read_jsonl
 from common.tiny import tiny_qwen3
@@ -198,6 +201,24 @@ def test_the_memory_estimate_by_hand(capsys):
         assert "95 checkpoints x 14.90" in printed
 
 
+def test_the_parts_of_every_teacher_by_hand():
+    """8B, bytes: GRPO has no teacher, in memory or in a checkpoint, and a frozen one with LoRA is the policy."""
+
+    def sizes(*fields: str) -> tuple[float, float]:
+        """Of the teacher in memory, and of what only resuming needs."""
+        argv = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run", *fields]
+        args, settings = train.parse(argv)
+        parts = train.memory_parts(args, settings, 8e9, 1, "none")
+        (teacher,) = (size for name, size in parts.items() if name.startswith("self-teacher"))
+        return teacher, train.checkpoint_sizes(args, settings, 8e9, "none")[2]
+
+    average, states = 4 * 8e9, sizes("--teacher", "current")[1]
+    assert sizes() == (average, states + average)
+    assert sizes("--routing", "grpo") == (0, states)
+    assert sizes("--teacher", "frozen") == (4 * 8e9, states)
+    assert sizes("--teacher", "current")[0] == sizes("--teacher", "frozen", "--lora_rank", "8")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("fields", "sharding", "size"),
     [
@@ -249,6 +270,14 @@ def test_the_shares_of_the_answer_letters_are_logged_and_reported(config, tmp_pa
     table = report.letter_table({("srpo", "0"): run})
     expected = " | ".join(f"{lines[0][f'letter/{x}']:.2f}, {lines[-1][f'letter/{x}']:.2f}" for x in "ABCD")
     assert f"| SRPO | {expected} |" in table
+
+
+def test_an_answer_that_cannot_be_read_is_told_from_a_wrong_one(config, tmp_path):
+    fields = ["--dataset", "biology", "--data", str(choices(tmp_path))]
+    benchmark = evaluate.benchmark_of(*train.parse(["--config", str(config), *fields]))
+    row = next(row for row in benchmark.rows if row["answer"] == "A")
+    said = [benchmark.score(text, row) for text in ("<answer>A</answer>", "<answer>B</answer>", "I do not know.")]
+    assert said == [Verdict.CORRECT, Verdict.WRONG, Verdict.UNPARSEABLE]
 
 
 def test_steps_are_counted_in_generation_batches(tmp_path):
@@ -487,6 +516,37 @@ def test_a_run_folder_that_was_moved_keeps_its_results(config, tmp_path, easy, m
     assert evaluate.main(["run", *fields, "--eval_samples", "3"]) == 2
 
 
+def test_a_point_of_the_curve_is_of_its_checkpoint(config, tmp_path, monkeypatch):
+    args, settings = train.parse(["--config", str(config)])
+    for step, seconds in ((10, 9000.0), (2, 1800.0)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "train_seconds.json").write_text(str(seconds))
+    monkeypatch.setattr(evaluate, "is_done", lambda run: True)
+    monkeypatch.setattr(evaluate, "score", lambda model, args, config, out: {"model": model, "out": out})
+    assert evaluate.evaluate_run(tmp_path, args, settings) == [
+        {"step": step, "hours": hours, "model": str(tmp_path / name), "out": tmp_path / "eval" / name}
+        for step, hours, name in ((2, 0.5, "checkpoint-2"), (10, 2.5, "checkpoint-10"))
+    ]
+
+
+def test_answers_are_sampled_by_the_seed_of_the_run(config, tmp_path, monkeypatch):
+    asked = {}
+
+    def generate(prompts, decoding, seeds):
+        asked[settings.seed] = set(seeds)
+        return [Completion("1", 1, "length" if i else "stop") for i in range(len(seeds))]
+
+    engine = SimpleNamespace(name="policy", generate=generate, close=lambda: None)
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: engine)
+    for seed in ("3", "4"):
+        args, settings = train.parse(["--config", str(config), "--seed", seed, "--eval_samples", "1"])
+        figures = evaluate.score("policy", args, settings, tmp_path / seed / "eval" / "base")
+    assert len(asked[3]) == len(asked[4]) == 40 and asked[3].isdisjoint(asked[4])
+    assert figures["mean_tokens"] == 1 and figures["truncated"] == 39 / 40
+    low, high = figures["interval"]
+    assert low <= figures["accuracy"] <= high
+
+
 def test_budgets_leave_out_what_came_later():
     curve = [{"hours": hours, "accuracy": value} for hours, value in ((0.5, 0.2), (0.9, 0.6), (4.0, 0.4), (11.0, 0.9))]
     table = evaluate.within_budgets(curve)
@@ -524,6 +584,47 @@ def test_the_configs_own_dataset_may_be_named(config, capsys):
     assert loop.main(["--config", str(config), "--datasets", "additions", "--dry_run"]) == 0
     assert loop.main(["--config", str(config), "--datasets", "all", "--dry_run"]) == 0
     assert loop.main(["--config", str(config), "--datasets", "chemistrie", "--dry_run"]) == 2
+
+
+def test_prompts_are_counted_as_the_policy_reads_them(config, capsys):
+    """With the options of the chat template; one of just `max_prompt_length` tokens stays."""
+
+    def apply_chat_template(prompt, add_generation_prompt, enable_thinking):
+        return {"input_ids": [0] * (len(prompt[0]["content"]) + 3 * add_generation_prompt + 10 * enable_thinking)}
+
+    options = ["--chat_template_kwargs", '{"enable_thinking": true}', "--max_prompt_length", "20"]
+    _, settings = train.parse(["--config", str(config), *options])
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "x" * n}]} for n in range(5, 10)])
+    kept = train.short_prompts(rows, SimpleNamespace(apply_chat_template=apply_chat_template), settings)
+    assert kept["prompt"] == rows["prompt"][:3]
+    assert capsys.readouterr().out == "2 of 5 prompts exceed 20 tokens: left out\n"
+
+
+def test_the_strict_scorer_is_that_of_the_training(config, monkeypatch):
+    asked, reward_of = [], train.reward_of
+    monkeypatch.setattr(train, "reward_of", lambda *given: asked.append(given) or reward_of(*given))
+    for strict in (True, False):
+        args, settings = train.parse(["--config", str(config), "--strict", str(strict)])
+        train.build_trainer(args, settings, train.load_splits_of(args))
+    assert asked == [("additions", True), ("additions", False)]
+
+
+def test_records_are_of_the_first_rollouts():
+    rollouts = {
+        "prompts": list("pqr"),
+        "texts": list("abc"),
+        "rewards": torch.tensor([0.1234567, 1.0, 0.0]),
+        "distill": [True, False, False],
+        "grpo": [True, True, False],
+        "donor": torch.tensor([1, -1, -1]),
+    }
+    records = train.rollout_records(rollouts, 9)
+    assert records == [
+        {"prompt": "p", "response": "a", "reward": 0.12346, "route": "grpo+sdpo", "donor": 1},
+        {"prompt": "q", "response": "b", "reward": 1.0, "route": "grpo", "donor": -1},
+        {"prompt": "r", "response": "c", "reward": 0.0, "route": "none", "donor": -1},
+    ]
+    assert train.rollout_records(rollouts, 2) == records[:2] and train.rollout_records({}, 2) == []
 
 
 def test_grpo_shows_the_rollouts_of_a_batch_once(config, tmp_path):
@@ -590,6 +691,8 @@ def test_no_preset_has_teacher_prompts_beyond_the_models_positions(path, caplog,
 
 
 def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
+    args, settings = train.parse(["--config", str(config)])
+    assert evaluate.build_engine(args.model, args, settings).batch_size == 100
     made = []
     monkeypatch.setattr(engines, "VLLMEngine", lambda *names, **options: made.append(options))
     fields = ["--config", str(config), "--engine", "vllm", "--engine_options"]

@@ -765,6 +765,35 @@ def test_a_figure_that_does_not_exist_is_left_out(make, fixed, routing):
     assert all(value is not None for value in line.values())
 
 
+def test_the_figures_of_a_step_are_of_its_own_tokens(make, fixed):
+    """Also with steps before it: nothing of theirs is in a later mean."""
+
+    def logged(data: list[dict[str, Any]], steps: int) -> list[list[float]]:
+        trainer = make(data=data, max_steps=steps, learning_rate=0.0, shuffle_dataset=False)
+        trainer.train()
+        lines = [log for log in trainer.state.log_history if "loss" in log]
+        return [[line[name] for name in ("entropy", "loss/grpo", "loss/sdpo")] for line in lines]
+
+    both, (first,), (second,) = logged(rows(4), 2), logged(rows(4)[:2], 1), logged(rows(4)[2:], 1)
+    assert both == [pytest.approx(first, rel=1e-4), pytest.approx(second, rel=1e-4)]
+    assert second != pytest.approx(first, rel=0.01)
+
+
+@pytest.mark.parametrize("routing", ["srpo", "mix"])
+def test_an_evaluation_has_trls_loss_and_figures_of_its_own(make, fixed, routing):
+    """`eval_loss` is TRL's whatever the routing, and nothing that training logs or shows is changed."""
+    losses = []
+    for name in ("grpo", routing):
+        trainer = make(routing=name, max_steps=1, learning_rate=0.0)
+        trainer.train()
+        shown, before = trainer.last_rollouts, copy.deepcopy(dict(trainer._metrics["train"]))
+        losses.append(trainer.evaluate(Dataset.from_list(rows(2)))["eval_loss"])
+        assert trainer.last_rollouts is shown
+        assert dict(trainer._metrics["train"]) == before
+        assert {"eval_time/generation", "eval_time/reward"} <= trainer.state.log_history[-1].keys()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=1e-7)
+
+
 def test_figures_by_hand():
     routing = objective.route(torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0]), 4)
     lengths = torch.arange(16)
@@ -921,6 +950,8 @@ def test_a_bfloat16_policy_has_a_float32_teacher(make, fixed):
     trainer = make(model=(model.bfloat16(), tokenizer), learning_rate=1e-5, max_steps=3)
     trainer.train()
     assert {p.dtype for p in trainer.teacher.model.parameters()} == {torch.float32}
+    frozen = make(model=(model, tokenizer), teacher="frozen").teacher.model  # which has nothing to lose by it
+    assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", ["frozen", "current"])
@@ -958,6 +989,24 @@ def test_with_lora_the_average_is_of_the_product(make, fixed):
         expected = 0.95 * (0.95 * of_steps[0] + 0.05 * of_steps[1]) + 0.05 * of_steps[2]
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
         assert not torch.allclose(of_steps[2], of_steps[0], atol=1e-4)
+
+
+def test_with_lora_biases_are_averaged_as_they_are(make, fixed):
+    """Qwen2.5's attention has biases: B A is of the weight beside them."""
+    model, tokenizer = policy()
+    config = copy.deepcopy(model.config)
+    config.attention_bias = True
+    model = type(model)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    trainer = make(model=(model, tokenizer), peft_config=peft.LoraConfig(**LORA), max_steps=1)
+    trainer.train()
+    models = trainer.model.get_base_model().model, trainer.teacher.model.model
+    layer, of_teacher = (model.layers[0].self_attn.q_proj for model in models)
+    torch.testing.assert_close(of_teacher.bias, layer.get_base_layer().bias)
+    assert of_teacher.bias.any() and not torch.equal(of_teacher.weight, layer.get_base_layer().weight)
 
 
 @torch.no_grad()
@@ -1227,6 +1276,14 @@ def test_a_checkpoint_without_its_teacher_is_refused(make, tmp_path):
         make(**settings).train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_the_teacher_of_another_model_is_refused(make, tmp_path):
+    trainer = make()
+    trainer.teacher.save(tmp_path)
+    model, _ = tiny_qwen3(hidden=64)
+    with pytest.raises(ValueError, match="belongs to another model: its parameters differ in name or shape"):
+        SelfTeacher(model, trainer.accelerator).load(tmp_path)
+
+
 def test_the_teacher_is_written_before_the_file_that_makes_a_checkpoint_complete(make, tmp_path, monkeypatch):
     trainer = make(max_steps=1, save_strategy="steps", save_steps=1)
     save = type(trainer.state).save_to_json
@@ -1238,6 +1295,12 @@ def test_the_teacher_is_written_before_the_file_that_makes_a_checkpoint_complete
     monkeypatch.setattr(type(trainer.state), "save_to_json", checked)
     trainer.train()
     assert (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").exists()
+
+
+def test_prompts_keep_their_order_where_they_are_not_shuffled(make):
+    trainer = make(data=rows(6), shuffle_dataset=False)
+    assert list(trainer._get_train_sampler()) == [i for i in range(6) for _ in range(4)]
+    assert list(make(data=rows(6))._get_train_sampler()) != list(trainer._get_train_sampler())
 
 
 # --- bad input ----------------------------------------------------------------
@@ -1342,8 +1405,8 @@ def test_another_configuration_and_an_iterable_data_set_are_one_clear_sentence(m
 def test_prompts_to_which_no_demonstration_can_be_added_show_at_the_start(make):
     begun = [{**row, "prompt": [*row["prompt"], {"role": "assistant", "content": "So"}]} for row in rows()]
     with pytest.raises(ValueError, match="the prompt does not end with a user message"):
-        make(rows=begun)
-    make(rows=begun, routing="grpo", delta=None)
+        make(data=begun)
+    make(data=begun, routing="grpo", delta=None)
 
 
 def test_the_data_set_is_taken_where_trls_trainer_takes_it(make):

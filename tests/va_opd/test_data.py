@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Sequence, Value
 from PIL import Image as PILImage
@@ -96,6 +97,19 @@ def test_jsonl_with_paths_questions_and_text_rows(tmp_path):
     assert kinds == ["text", "image", "text", "image", "text"] and len(first["images"]) == 2
     assert first["answer"] == "3" and first["prompt"][0]["content"][-1]["text"] == ". Answer in a box."
     assert second["images"] == [] and [p["type"] for p in second["prompt"][0]["content"]] == ["text"]
+
+
+def test_an_image_of_more_than_8_bits_is_found_at_the_start(tmp_path):
+    """Its RGB would be all but white."""
+    row = {"problem": "Find y.", "images": ["a.png"], "answer": "3"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    for highest in (255, 65535):
+        values = np.linspace(0, highest, 64 * 64).reshape(64, 64).astype(np.uint16)
+        PILImage.fromarray(values).save(tmp_path / "a.png")
+        if highest == 255:
+            data.load_rows(str(tmp_path), "train")
+    with pytest.raises(ValueError, match=r"unreadable images .*id 0: .*mode I;16 and values up to 65535.*8 bits"):
+        data.load_rows(str(tmp_path), "train")
 
 
 def test_a_truncated_image_is_found_at_the_start_and_again_after_a_good_run(tmp_path):

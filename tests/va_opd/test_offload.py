@@ -104,3 +104,37 @@ def test_the_memory_estimate_by_hand():
     for sharding, pieces in (("zero2", 1), ("zero3", 8), ("fsdp2", 1)):
         parts = train.memory_parts(*train.parse(argv), 2e9, 32e9, 8, sharding)
         assert parts["teacher weights, 2 bytes each"] == 2 * 32e9 / pieces
+
+
+def test_the_parts_of_every_method_by_hand():
+    """2B from 8B, bytes: what a method does not have is in no estimate, nor is a teacher on a server."""
+    argv = ["--config", str(tests.ROOT / "va_opd/configs/geo3k.yaml"), "--dry_run"]
+
+    def parts(*fields: str) -> dict[str, float]:
+        return train.memory_parts(*train.parse([*argv, *fields]), 2e9, 8e9, 1, "none")
+
+    names = {method: parts("--method", method).keys() for method in train.METHODS}
+    generated = names["grpo"] - names["sft"] - {"KL reference"}
+    assert generated and generated < names["va_opd"]  # cache and logits of the rollouts
+    assert names["sft"] == names["kd"] < names["grpo"] and names["opd"] == names["va_opd"]
+    assert "KL reference" in names["grpo"]
+    for fields in (["--grpo_beta", "0"], ["--lora_rank", "8"]):  # with LoRA it is the student without its adapter
+        assert "KL reference" not in parts("--method", "grpo", *fields)
+    server = ["--teacher_server", "http://node:8000", "--teacher_mode", "teacher_topk"]
+    served = parts(*server, "--teacher_parity", "false")
+    assert not any(name.startswith(("teacher", "cached teacher")) for name in served)
+    shape = train.plan.shape_of(train.parse(argv)[0].model, 2e9)
+    logits = 4 * shape.vocabulary * (3 * 1024 + shape.width)
+    assert served["logits of 1,024 places and the head in float32"] == logits
+
+
+def test_updates_of_a_run_by_hand():
+    """16 prompts an update on 8 processes; a copy of the data has its own number of rows, known when it is loaded."""
+    argv = ["--config", str(tests.ROOT / "va_opd/configs/geo3k.yaml"), "--dry_run"]
+    for fields, expected in (
+        ([], 5 * 131),  # of 2,101 rows
+        (["--limit", "168"], 5 * 10),
+        (["--data", "/a/copy"], None),
+        (["--max_steps", "7"], 7),
+    ):
+        assert train.steps_of(*train.parse([*argv, *fields]), 8) == expected

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import math
+import random
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -319,6 +320,19 @@ def test_what_is_sent_holds_ids_and_two_views_and_no_more(make, teacher_server, 
         assert [len(list(run)) for token, run in groupby(request["token_ids"]) if token == pad] in ([], [1])
 
 
+def test_log_probabilities_are_not_rounded_by_autocast(make, monkeypatch):
+    """In bfloat16 they would be off by more than what a step changes."""
+    rounded, token_logps = [], served.objective.token_logps
+
+    def recorded(*arguments):
+        rounded.append(torch.is_autocast_enabled("cpu"))
+        return token_logps(*arguments)
+
+    monkeypatch.setattr(served.objective, "token_logps", recorded)
+    tests.step(make(bf16=True))
+    assert rounded == [False]
+
+
 def test_lora_and_bfloat16_students_train_on_a_server(make):
     config = tests.peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     trainer = make("teacher_topk", peft_config=config, bf16=True, doctor_steps=1)
@@ -340,6 +354,22 @@ def test_parity_is_checked_once_and_logged(make, parts, capsys):
     assert "teacher/parity_mean" not in trainer.state.log_history[1]
 
 
+def test_a_server_that_answers_otherwise_each_time_shows_in_the_null(make, teacher_server):
+    """The doctor warns of it: what differs without a reason is no VA."""
+    noise = random.Random(0)
+
+    def change(reply):
+        for place in filter(None, reply["prompt_logprobs"]):
+            for entry in place.values():
+                entry["logprob"] -= 0.1 * noise.random()
+        return reply
+
+    teacher_server.change = change
+    trainer = make(doctor_steps=1, max_steps=1)
+    trainer.train()
+    assert 0.01 < trainer.state.log_history[0]["va/null"] < 0.11
+
+
 def test_another_teacher_on_the_server_is_refused_before_the_first_update(make, parts):
     other = tests.models(sharp=7.0)[1]
     trainer = make(teacher_model=other)
@@ -350,13 +380,18 @@ def test_another_teacher_on_the_server_is_refused_before_the_first_update(make, 
     make(teacher_model=other, teacher_parity_limit=100.0).train()
 
 
-def test_degraded_images_that_the_server_does_not_get_are_refused(make, parts, teacher_server, monkeypatch):
+@pytest.mark.parametrize("rows", [tests.image_rows, tests.mixed_rows])
+def test_degraded_images_that_the_server_does_not_get_are_refused(make, parts, teacher_server, monkeypatch, rows):
+    """Also where the first prompt has no image, of which both views are one."""
     views = served.ServedTeacher._image_urls
     monkeypatch.setattr(
         served.ServedTeacher, "_image_urls", lambda *a: [[(t, t) for t, _ in row] for row in views(*a)]
     )
+    trainer = make(teacher_model=parts[1], teacher_parity_limit=1e-3, rows=rows(4), shuffle_dataset=False)
     with pytest.raises(ValueError, match="given the degraded ones"):
-        make(teacher_model=parts[1], teacher_parity_limit=1e-3).train()
+        trainer.train()
+    logged = last_line(trainer)
+    assert 1e-3 < logged["teacher/parity_mean"] < logged["teacher/parity_max"]
 
 
 # --- what a server can do wrong ----------------------------------------------------------------

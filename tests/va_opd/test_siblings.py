@@ -223,6 +223,23 @@ def test_images_that_come_later_are_checked_too(make, monkeypatch):
     assert trainer.teacher.shares == {False: True, True: True}
 
 
+def test_both_views_are_checked_on_a_prompt_with_an_image(make, monkeypatch):
+    """The first prompt has none. Of a pass over the prompt with two views, the second may be the wrong one."""
+    tests.fixed_rollouts(monkeypatch)
+    trainer = make(rows=tests.mixed_rows(2), shuffle_dataset=False)
+    checked, score = [], trainer.teacher.score
+
+    def wrong(views, parts, shared):
+        checked.extend(parts)
+        hidden, logps = score(views, parts, shared)
+        return hidden, [logps[0], *(x + shared for x in logps[1:])]
+
+    monkeypatch.setattr(trainer.teacher, "score", wrong)
+    tests.step(trainer)
+    assert all(trainer.last_rollouts["images"][row] for row in checked[0])
+    assert trainer.teacher.shares == {True: False}
+
+
 # --- the trainer's step ----------------------------------------------------------------
 
 

@@ -271,6 +271,37 @@ def test_a_run_is_recorded_done_once_and_not_overwritten_by_another(config, caps
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
+def test_records_are_of_the_first_rollouts(tiny_models):
+    tokenizer = train.models.load_processor(tiny_models["student"]).tokenizer
+    prompts, ids = (tokenizer(texts)["input_ids"] for texts in (["Q1", "Q2", "Q3"], ["ab", "cd", "ef"]))
+    rollouts = {
+        "prompt_ids": torch.tensor([[tokenizer.pad_token_id, *row] for row in prompts]),
+        "completion_ids": torch.tensor([[*row, tokenizer.eos_token_id] for row in ids]),
+        "mask": torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 1]]),  # the one in the middle is of a tool
+        "va": torch.tensor([[0.1234567, 0.0, 1.0], [0.2, 0.3, 0.4], [0.0, 0.0, 0.0]]),
+        "weights": torch.tensor([0.75, 0.25, 1.0]),
+    }
+    end = tokenizer.eos_token
+    records = train.rollout_records(rollouts, tokenizer, 2)
+    assert records == [
+        {"prompt": "Q1", "response": "ab", "tokens": ["a", "b", end], "va": [0.12346, 0.0, 1.0], "weight": 0.75},
+        {"prompt": "Q2", "response": "c", "tokens": ["c", end], "va": [0.2, 0.4], "weight": 0.25},
+    ]
+    assert train.rollout_records(rollouts, tokenizer, 9)[:2] == records
+    assert len(train.rollout_records(rollouts, tokenizer, 9)) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        *(([], "va_opd"), (["--weighting", "rollout"], "rollout_only"), (["--weighting", "token"], "token_only")),
+        *((["--weighting", "none"], "opd"), (["--method", "opd"], "opd"), (["--method", "kd"], "kd")),
+    ],
+)
+def test_a_run_is_named_as_its_row_in_the_report(config, fields, name):
+    assert train.run_path(*train.parse(["--config", str(config), *fields])).name == f"{name}-seed0"
+
+
 def test_the_saved_settings_are_the_same_run_again(config, tmp_path):
     args, settings = train.parse(["--config", str(config), "--method", "opd", "--top_fraction", "0.3"])
     saved = tmp_path / "saved.yaml"
@@ -535,6 +566,15 @@ def test_grpo_samples_no_image_token_and_loads_the_student_once(config, monkeypa
         assert model.config._attn_implementation == "eager" and model.dtype == torch.float32
 
 
+def test_the_grpo_baseline_differs_in_loss_and_reward_only(config):
+    """EasyR1's loss and KL weight; optimizer, batch, sampling and seed are those of VA-OPD."""
+    fields = ["--temperature", "0.6", "--top_p", "0.9", "--seed", "3", "--grpo_beta", "0.02"]
+    own, (_, settings) = grpo_trainer(config, *fields).args, train.parse(["--config", str(config), *fields])
+    assert (own.beta, own.epsilon, own.loss_type) == (0.02, 0.2, "grpo")
+    for name in ("temperature", "top_p", "seed", "learning_rate", "num_generations", "max_completion_length"):
+        assert getattr(own, name) == getattr(settings, name), name
+
+
 def test_grpo_samples_no_image_token_under_vllm(config, monkeypatch):
     class Fake:
         def __init__(self, model, args, **given):
@@ -626,6 +666,72 @@ def test_a_model_is_evaluated_on_the_benchmarks_of_the_config(config, vision_dat
 def _seeded(fields: list[str]):
     args, config = train.parse(fields)
     return args, config.seed
+
+
+def test_of_equal_checkpoints_the_earlier_is_chosen(config, tmp_path):
+    args, settings = train.parse(["--config", str(config)])
+    rows, run, accuracy = train.load_splits_of(args)["validation"], tmp_path / "run", {4: 0.5, 8: 0.75, 12: 0.75}
+    for step, value in accuracy.items():
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        (run / f"checkpoint-{step}" / "model.safetensors").touch()
+        atomic_write_json(run / "eval" / f"checkpoint-{step}" / "digits.json", {"avg@k": value})
+    (run / "checkpoint-16").mkdir()  # killed before its weights
+    assert evaluate.best_checkpoint(run, args, settings, rows) == run / "checkpoint-8"
+    assert json.loads((run / "eval/selection.json").read_text()) == {
+        "accuracy": {str(step): value for step, value in accuracy.items()},
+        "best": 8,
+    }
+
+
+@pytest.mark.parametrize(("dataset", "length"), [("digits", 24), ("geo3k", 4096)])
+def test_held_out_problems_are_sampled_as_the_config_says(config, dataset, length):
+    args, _ = train.parse(["--config", str(config), "--eval_temperature", "0.5"])
+    rows = train.load_splits_of(args)["validation"]
+    args.dataset = dataset
+    true, pixelated = evaluate.benchmark_of(args, rows), evaluate.benchmark_of(args, rows, 0.1)
+    assert true.decoding == pixelated.decoding == Decoding(temperature=0.5, top_p=1.0, max_new_tokens=length)
+    assert true.rows[0]["images"] == rows[0]["images"] != pixelated.rows[0]["images"]
+    assert pixelated.rows[0]["images"][0].tobytes() == evaluate.pixelate(rows[0]["images"][0], 0.1).tobytes()
+
+
+def test_benchmarks_are_sampled_at_the_temperature_of_the_config(config, vision_data):
+    fields = ["--benchmark_data", vision_data, "--eval_temperature", "0.5", "--eval_limit", "4"]
+    args, _ = train.parse(["--config", str(config), *fields])
+    benchmark = evaluate.paper_benchmark(args, "mmstar")
+    assert benchmark.decoding == dataclasses.replace(BENCHMARKS["mmstar"].decoding, temperature=0.5)
+    assert len(benchmark.rows) == 4
+
+
+def test_va_is_of_one_rollout_a_problem_and_0_where_images_are_as_they_were(config, tmp_path):
+    args, settings = train.parse(["--config", str(config), "--degradation_ratio", "1.0"])
+    rows, out = train.load_splits_of(args)["validation"], tmp_path / "eval"
+    out.mkdir()
+    (out / "va_tokens.jsonl").write_text('{"id": "of a process that was killed", "va": [1.0]}\n')
+    evaluate.score_visual_advantage(args.model, args, settings, rows, out)
+    records = read_jsonl(out / "va_tokens.jsonl")
+    assert [record["id"] for record in records] == rows["id"]
+    tokens = sum(len(record["tokens"]) for record in records)
+    assert json.loads((out / "va.json").read_text()) == {"mean": 0.0, "positive_share": 0.0, "tokens": tokens}
+
+
+@pytest.mark.parametrize(
+    ("what", "dataset", "scored"), [("base", "geo3k", True), ("teacher", "geo3k", False), ("teacher", "digits", True)]
+)
+def test_va_is_scored_of_all_but_a_papers_teacher(config, tmp_path, monkeypatch, what, dataset, scored):
+    """Which is too large to be student and teacher at once. Answers are sampled by the seed of the run."""
+    seen, answers = [], []
+    monkeypatch.setattr(evaluate, "build_engine", lambda args, model, config: Parrot(model))
+    monkeypatch.setattr(evaluate, "score_visual_advantage", lambda model, *_: seen.append(model))
+    for seed in ("3", "4"):
+        args, settings = train.parse(["--config", str(config), "--seed", seed])
+        rows = train.load_splits_of(args)["validation"]
+        monkeypatch.setattr(evaluate, "load_validation_of", lambda args, rows=rows: rows)
+        args.dataset = dataset
+        evaluate.evaluate_model(what, args, settings)
+        out = tmp_path / f"runs/va_opd/small/{what}-seed{seed}/eval" / evaluate.benchmark_name(args)
+        answers.append({record["response"] for record in read_jsonl(out / "samples.jsonl")})
+    assert seen == [args.model if what == "base" else args.teacher] * 2 * scored
+    assert len(answers[0]) == len(rows) and answers[0].isdisjoint(answers[1])
 
 
 def test_an_unknown_benchmark_stops_the_experiment_at_its_start(config, capsys, tmp_path):
@@ -735,9 +841,10 @@ def test_the_first_of_several_processes_makes_the_caches_and_checks_the_images(c
 
 
 def test_the_engine_is_where_the_trainer_would_be(config, monkeypatch):
-    args, settings = train.parse(["--config", str(config)])
+    args, settings = train.parse(["--config", str(config), "--eval_batch_size", "3"])
     monkeypatch.setattr(type(settings), "device", torch.device("meta"), raising=False)
-    assert responses.build_engine(args, args.model, settings).model.device.type == "meta"
+    engine = responses.build_engine(args, args.model, settings)
+    assert engine.model.device.type == "meta" and engine.batch_size == 3
 
 
 def test_the_paper_presets_evaluate_student_and_teacher_on_the_eight(capsys):

@@ -52,7 +52,7 @@ from trl.trainer import utils as trl_utils
 
 from common.evaluation.engines import never_sampled
 from common.tiny import tiny_qwen2_5_vl, tiny_qwen3_vl
-from va_opd import VAOPDConfig, VAOPDTrainer, _trl, degraded, doctor, lm_head, objective, siblings
+from va_opd import VAOPDConfig, VAOPDTrainer, _trl, checks, degraded, doctor, lm_head, objective, siblings
 from va_opd import trainer as va_opd_trainer
 from va_opd.checks import check_same_tokens, sibling_fingerprints
 from va_opd.engine import VLLMRollouts
@@ -895,6 +895,21 @@ def test_the_callers_own_bans_stay(make):
     assert set(trainer.generation_config.suppress_tokens) == trainer.banned_ids | {free}
 
 
+@pytest.mark.parametrize("use_vllm", [True, False])
+def test_the_callers_options_lift_no_ban(use_vllm):
+    student, _, processor = models()
+    student.config.video_token_id = 30  # which this processor does not name
+    kept = {"logit_bias": {30: 5.0, 40: 1.0}, "allowed_token_ids": [30, 40]} if use_vllm else {"suppress_tokens": [50]}
+    args = SimpleNamespace(use_vllm=use_vllm, generation_kwargs=copy.deepcopy(kept))
+    got, banned = checks.ban_tokens(args, processor, student), checks.banned_ids(processor, student.config)
+    assert args.generation_kwargs == kept  # the caller's own
+    assert {30, student.config.image_token_id} <= banned
+    expected = {"suppress_tokens": sorted({50, *banned})}
+    if use_vllm:
+        expected = {"logit_bias": {40: 1.0, **dict.fromkeys(banned, -100.0)}, "allowed_token_ids": [40]}
+    assert got.generation_kwargs == expected
+
+
 def test_a_teacher_by_name_with_other_padding_is_one_clear_sentence(make, tmp_path):
     student, teacher, processor = models()
     teacher.resize_token_embeddings(len(processor.tokenizer) + 9, mean_resizing=False)
@@ -1342,6 +1357,22 @@ def test_logged_kl_does_not_depend_on_micro_batches(make, monkeypatch):
         np.testing.assert_allclose(other, logged[0], rtol=1e-3)
 
 
+def test_the_logged_kl_of_a_step_is_of_its_own_tokens(make, monkeypatch):
+    """Also with steps before it: nothing of theirs is in a later mean."""
+    fixed_rollouts(monkeypatch)
+
+    def logged(rows: list[dict[str, Any]], steps: int) -> list[list[float]]:
+        trainer = make(rows, max_steps=steps, learning_rate=0.0, shuffle_dataset=False)
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "kl/high" in line]
+        return [[line["kl/high"], line["kl/low"]] for line in lines]
+
+    rows = image_rows(4)
+    both, (first,), (second,) = logged(rows, 2), logged(rows[:2], 1), logged(rows[2:], 1)
+    assert both == [pytest.approx(first, rel=1e-3), pytest.approx(second, rel=1e-3)]
+    assert second != pytest.approx(first, rel=0.01)
+
+
 def test_logged_kl_and_va_against_their_definitions(make, monkeypatch):
     fixed_rollouts(monkeypatch)
     trainer = make()
@@ -1434,7 +1465,8 @@ def test_evaluation(make, monkeypatch):
     metrics = trainer.evaluate()
     assert math.isfinite(metrics["eval_loss"])
     assert metrics["eval_loss"] > 0
-    assert "eval_va/mean" in trainer.state.log_history[-1]
+    assert {"eval_va/mean", "eval_kl/high", "eval_time/teacher"} <= trainer.state.log_history[-1].keys()
+    assert not any(trainer._metrics["train"].values()) and trainer._kl_sums is None  # nothing is left to a step
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
     trainer.train()
     assert trainer.evaluate()["eval_loss"] != metrics["eval_loss"]
