@@ -157,11 +157,12 @@ def check_types(given: dict[str, Any], classes: tuple[type, ...], prefix: str = 
     `prefix` stands before the names in the error.
     """
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    fields = [field for cls in classes for field in dataclasses.fields(cls)]
+    required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
     for name, value in given.items():
         hint = hints.get(name)
-        kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
-        plain = kinds - {NoneType}
-        if not plain <= {str, int, float, bool} or (value is None and NoneType in kinds):
+        plain = (set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}) - {NoneType}
+        if not plain <= {str, int, float, bool} or (value is None and name not in required):
             continue
         whole = type(value) is int and plain & {float, bool}  # 1 for 1.0 or true
         if not (isinstance(value, str) or type(value) in plain or whole):
