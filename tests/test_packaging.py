@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 METHODS = [name for name in ("va_opd", "srpo", "r_diverse") if (ROOT / name).is_dir()]
-MAY_IMPORT_COMMON = {"data.py", "responses.py", "train.py", "loop.py", "evaluate.py"}
+MAY_IMPORT_COMMON = {"data.py", "train.py", "loop.py", "evaluate.py"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LOCK = (ROOT / "requirements-cpu.lock").read_text()

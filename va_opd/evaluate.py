@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from .config import VAOPDConfig
-from .data import digits_correct
 from .objective import pixelate
 from .train import (
     ScriptArguments,
@@ -43,7 +42,7 @@ from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headlin
 from common.runs import append_jsonl, atomic_write_json, claim, exclusive, is_done, read_jsonl
 from common.stages import on_one_gpu
 
-from .responses import build_engine, data_settings, fingerprint_of
+from .data import build_engine, data_settings, digits_correct, fingerprint_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

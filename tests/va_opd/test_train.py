@@ -27,7 +27,7 @@ from common.cli import changed_settings
 from common.evaluation import BENCHMARKS, Completion, Decoding, engines, load_benchmark, score_responses
 from common.runs import atomic_write_json, claim, exclusive, last_checkpoint, read_jsonl, write_jsonl
 from common.tiny import tiny_qwen3_vl
-from va_opd import baselines, evaluate, loop, responses, train
+from va_opd import baselines, data, evaluate, loop, train
 from va_opd.checks import banned_ids
 from va_opd.data import digit_rows
 
@@ -345,8 +345,8 @@ def test_killed_and_started_again_a_run_ends_as_if_nothing_had_been(config):
 def test_the_baselines_train_from_the_same_entry_point(config, method, tmp_path, monkeypatch):
     # Random models never answer right: let every other response count, so that sft has rows and grpo a signal
     counter = iter(range(10_000))
-    monkeypatch.setattr(responses, "digits_correct", lambda response, row: next(counter) % 2 == 0)
-    monkeypatch.setattr(responses, "build_engine", lambda args, model, config: Parrot(model))
+    monkeypatch.setattr(data, "digits_correct", lambda response, row: next(counter) % 2 == 0)
+    monkeypatch.setattr(data, "build_engine", lambda args, model, config: Parrot(model))
     assert train.main(["--config", str(config), "--method", method, "--max_steps", "2"]) == 0
     run = tmp_path / f"runs/va_opd/small/{method}-seed0"
     assert (run / "model" / "model.safetensors").exists()
@@ -359,7 +359,7 @@ def test_the_baselines_train_from_the_same_entry_point(config, method, tmp_path,
 @pytest.mark.parametrize(("method", "complete"), [("sft", 64), ("kd", 0)])
 def test_a_teacher_without_a_usable_response_is_said(config, capsys, monkeypatch, method, complete):
     monkeypatch.setattr(Parrot, "finish_reason", "stop" if complete else "length")
-    monkeypatch.setattr(responses, "build_engine", lambda args, model, config: Parrot("wrong"))
+    monkeypatch.setattr(data, "build_engine", lambda args, model, config: Parrot("wrong"))
     said = fails(capsys, config, "--method", method)
     assert f"method {method} has nothing to train on: of the teacher's 64 responses {complete} are complete" in said
 
@@ -369,27 +369,27 @@ def test_truncated_responses_of_the_teacher_teach_nothing(config, monkeypatch):
         def generate(self, prompts, decoding, seeds):
             return [Completion(f"{seed}", 1, "length" if seed % 4 == 0 else "stop") for seed in seeds]
 
-    monkeypatch.setattr(responses, "build_engine", lambda args, model, config: Cut("teacher"))
+    monkeypatch.setattr(data, "build_engine", lambda args, model, config: Cut("teacher"))
     args, settings = train.parse(["--config", str(config), "--method", "kd"])
-    rows = responses.teacher_rows(args, settings, train.load_splits_of(args)["train"])
+    rows = data.teacher_rows(args, settings, train.load_splits_of(args)["train"])
     assert [row[0]["content"] for row in rows["completion"]] == [str(i) for i in range(64) if i % 4]
 
 
 def test_responses_are_sampled_by_a_process_of_its_own(config, capsys, monkeypatch):
     """Among the processes of a launcher an engine would join their process group, and end it."""
     made, several = [], {"main_process_first": nullcontext, "is_main_process": True}
-    monkeypatch.setattr(responses, "build_engine", lambda args, model, config: made.append(Parrot(model)) or made[-1])
+    monkeypatch.setattr(data, "build_engine", lambda args, model, config: made.append(Parrot(model)) or made[-1])
     with monkeypatch.context() as patch:
         patch.setattr(train, "PartialState", lambda: SimpleNamespace(**several))
-        patch.setattr(responses, "PartialState", lambda: SimpleNamespace(num_processes=2, **several))
-        patch.setattr(train, "train", lambda args, config: responses.teacher_rows(args, config, rows))
+        patch.setattr(data, "PartialState", lambda: SimpleNamespace(num_processes=2, **several))
+        patch.setattr(train, "train", lambda args, config: data.teacher_rows(args, config, rows))
         rows = train.load_splits_of(train.parse(["--config", str(config)])[0])["train"]
         said = fails(capsys, config, "--method", "kd")
         assert "lacks 64 of 64 responses" in said and "--sample_only true" in said and not made
-        patch.setattr(responses, "PartialState", lambda: SimpleNamespace(num_processes=1, **several))
+        patch.setattr(data, "PartialState", lambda: SimpleNamespace(num_processes=1, **several))
         assert train.main(["--config", str(config), "--sample_only", "true"]) == 0
         assert len(made) == 1 and made[0].closed
-        patch.setattr(responses, "PartialState", lambda: SimpleNamespace(num_processes=2, **several))
+        patch.setattr(data, "PartialState", lambda: SimpleNamespace(num_processes=2, **several))
         assert train.main(["--config", str(config), "--method", "kd"]) == 0
     assert len(made) == 1
     args, _ = train.parse(["--config", str(config)])
@@ -500,12 +500,12 @@ class Parrot:
 
 
 def test_the_teachers_responses_are_not_reused_for_other_settings(config, tmp_path, tiny_models, monkeypatch):
-    monkeypatch.setattr(responses, "build_engine", lambda args, model, config: Parrot(model))
+    monkeypatch.setattr(data, "build_engine", lambda args, model, config: Parrot(model))
     cache = tmp_path / "runs/va_opd/small/teacher-seed0/responses.jsonl"
 
     def sample(*fields: str) -> list:
         args, settings = train.parse(["--config", str(config), "--method", "kd", *fields])
-        return read_jsonl(responses.sample_teacher(args, settings, train.load_splits_of(args)["train"]))
+        return read_jsonl(data.sample_teacher(args, settings, train.load_splits_of(args)["train"]))
 
     sampled = sample()
     cache.write_text("".join(json.dumps(record) + "\n" for record in sampled[:40]))  # interrupted
@@ -613,7 +613,7 @@ def test_grpo_refuses_a_reference_that_would_lack_the_students_adapter(config, t
 def test_the_reward_is_of_the_answer_that_evaluation_scores():
     args = train.ScriptArguments(model="s", teacher="t", dataset="geo3k")
     rows = [{"id": "0", "prompt": [], "images": [], "answer": "3"}]
-    score, reward = evaluate.benchmark_of(args, rows).score, responses.reward_of(args)
+    score, reward = evaluate.benchmark_of(args, rows).score, data.reward_of(args)
     boxed = ((r"\boxed{3}. No, \boxed{4}", 1.0), (r"\boxed{4}. No, \boxed{3}", 0.0))
     for text, right in (*boxed, ("none", 0.0), ("x = 3", 1.0), ("4", 0.0), ("3. Answer: 4", 0.0)):
         message = [{"role": "assistant", "content": text}]
@@ -843,7 +843,7 @@ def test_the_first_of_several_processes_makes_the_caches_and_checks_the_images(c
 def test_the_engine_is_where_the_trainer_would_be(config, monkeypatch):
     args, settings = train.parse(["--config", str(config), "--eval_batch_size", "3"])
     monkeypatch.setattr(type(settings), "device", torch.device("meta"), raising=False)
-    engine = responses.build_engine(args, args.model, settings)
+    engine = data.build_engine(args, args.model, settings)
     assert engine.model.device.type == "meta" and engine.batch_size == 3
 
 
@@ -891,7 +891,7 @@ def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
     monkeypatch.setattr(engines, "VLLMEngine", lambda *names, **options: made.append(options))
     fields = ["--config", str(config), "--engine", "vllm", "--engine_options"]
     args, settings = train.parse([*fields, '{"tensor_parallel_size": 2}'])
-    responses.build_engine(args, args.model, settings)
+    data.build_engine(args, args.model, settings)
     assert made[0].items() >= {"tensor_parallel_size": 2}.items()
     assert not any(isinstance(stage, stages.OneGPUEach) for stage in loop.plan(fields, args, ["opd"], ["0"], []))
     assert train.main([*fields, "2", "--dry_run", "true"]) == 2
