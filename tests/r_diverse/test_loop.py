@@ -1017,8 +1017,8 @@ def test_variants_name_their_folders(name):
     assert run.replay_fraction == (0 if without else 0.2)
 
 
-def test_an_experiment_is_a_list_of_commands():
-    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml")]
+def test_an_experiment_is_a_list_of_commands(tmp_path):
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--out", str(tmp_path)]  # runs/ may hold a demo's
     names = ["r_diverse", "r_zero"], ["0", "1"]
     (make_base,), runs, (report,) = experiment(parse(fields), fields, *names, loop.goals_of(fields, *names, 1))
     assert make_base[1][-2:] == ["base", "runs/r_diverse/tiny/models/base"]
