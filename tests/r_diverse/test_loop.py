@@ -1025,7 +1025,7 @@ def test_an_experiment_is_a_list_of_commands(tmp_path):
     assert [name for name, _ in runs] == ["r_diverse-seed0", "r_zero-seed0", "r_diverse-seed1", "r_zero-seed1"]
     assert runs[1][1][-6:] == ["--replay_fraction", "0", "--seed", "0", "--iterations", "1"]
     assert report[1][2] == "benchmarks.r_diverse"
-    assert run_path(parse(fields).run) == Path("runs/r_diverse/tiny/r_diverse-seed0")
+    assert run_path(parse(fields[:2]).run) == Path("runs/r_diverse/tiny/r_diverse-seed0")
 
 
 def test_one_more_iteration_that_was_stopped_is_not_two(tmp_path, monkeypatch):
