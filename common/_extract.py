@@ -21,10 +21,11 @@ _BOX_JOIN = re.compile(
 )
 _TAG = re.compile(r"</?(?:final_)?answer>", re.IGNORECASE)
 _MAX_MARKS = 20  # markers tried before giving up, when the nearest ones are followed by nothing
-_ABOUT = (  # what is said of an answer that stands elsewhere; but what denies it, or names one, is no remark
-    r"[\s*_]+(?:(?:also|indeed|therefore|thus|then|now|both|very|the\s+same)\s+)*(?:in(?=\s+[a-z])|consistent|reasonable|plausible"
-    r"|sensible|verified|confirmed(?!\s+as\b)|valid|rounded|helpful|clear|obvious|unique|found|obtained|expressed|correct(?=[,\s]+\w))\b"
-    r"(?!\s+(?:to\s+be\b|(?:to|as)\s+[$\\(\d]))"
+_ABOUT = (  # what is said of an answer that stands elsewhere
+    r"[\s*_]+(?:(?:also|indeed|therefore|thus|then|now|both|very|the\s+same)\s+)*"
+    r"(?:in(?=\s+[a-z])|correct(?=[,\s]+\w)|confirmed(?!\s+as\b)"
+    r"|consistent|reasonable|plausible|sensible|verified|valid|rounded|helpful|clear|obvious|unique|found|obtained|expressed)\b"
+    r"(?!\s+(?:to\s+be\b|(?:to|as)\s+[$\\(\d]))"  # "found to be 6" names one; what denies one is not in the list
 )
 _MARKER = re.compile(
     rf"""(?ix) (?:^|(?<=\n))\#{{4}}\s++ (?![^\w\\$\n]{{0,9}}  # no heading: "1. Add", or words with text below them
