@@ -85,6 +85,7 @@ SERIES = {
     "overall_avg": "Overall AVG, percent",
     "intra_repetition": "repeated within the iteration",
     "cross_repetition": "repeated from earlier ones",
+    "duplicate_ratio": "wording of one of the 3 nearest earlier ones",
     "effective_clusters": "effective number of skill clusters",
     "label_accuracy": "right labels",
     "usable": "usable questions",
@@ -187,7 +188,7 @@ def _mean(values: Sequence[float]) -> float | None:
 def iteration_table(histories: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     """Mean over the seeds, with their standard deviation where there are several."""
     columns = ("accuracy", "label_accuracy", "usable", "bank", "intra_repetition", "cross_repetition")
-    columns += ("effective_clusters", *REWARD)
+    columns += ("duplicate_ratio", "effective_clusters", *REWARD)
     rows = []
     for name in dict.fromkeys(name for name, _ in histories):
         seeds = [rows for (other, _), rows in histories.items() if other == name]

@@ -69,6 +69,8 @@ PAPER = {
         ),
     },
 }  # fmt: skip
+# Fig. 4b: seconds of a step within 1, 5 and 10 hours, mean over the five data sets, Qwen3-8B
+PAPER_SECONDS = {"grpo": (71.0, 82.4, 91.5), "sdpo": (85.9, 83.9, 83.7), "srpo": (83.4, 78.3, 75.8)}
 PAPER_MODELS = {"qwen3_8b": "Qwen3-8B", "qwen3_4b": "Qwen3-4B"}
 CURVES = {
     "reward": "reward of rollouts",
@@ -124,6 +126,7 @@ def report(args: ScriptArguments) -> str:
         "paper's, where the experiment is the paper's, and its 95 % interval over problems; *ended at* where the "
         "training was shorter than the budget. An empty cell was not run.",
         paper_table(args.experiment, runs),
+        seconds_table(args.experiment, runs),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     atomic_write_text(folder / "report.md", text)
@@ -275,6 +278,32 @@ def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
             cells += [value, _ours(found, value, experiment in PAPER) if len(found) == len(sources) else ""]
         rows.append([NAMES[name], *cells])
     return plots.table_markdown(rows, ["method", *(head for d in (*DATASETS, "average") for head in (d, "ours"))])
+
+
+def seconds_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
+    """Seconds of a generation batch within each budget, mean over the data sets that ran, first seeds; beside the
+    paper's Fig. 4b in its experiment."""
+    rows = []
+    for name in NAMES:
+        first = [r for d in DATASETS for r in [r for (o, n, _), r in runs.items() if (o, n) == (d, name)][:1]]
+        lines = [_metrics(run) for run in first]
+        ours = [_seconds_within(lines, hours) for hours in BUDGETS]
+        if any(ours):
+            paper = PAPER_SECONDS.get(name, ()) if experiment == "qwen3_8b" else ()
+            cells = (" / ".join(f"{x:.1f}" if x else "" for x in values) for values in (paper, ours))
+            rows.append([NAMES[name], *cells, len(first)])
+    if not rows:
+        return ""
+    heading = "Seconds of a step within 1 / 5 / 10 hours of training (Fig. 4b), mean over data sets, first seed:"
+    return f"{heading}\n\n{plots.table_markdown(rows, ['method', 'paper', 'ours', 'data sets'])}"
+
+
+def _seconds_within(runs: list[list[dict[str, Any]]], hours: float) -> float | None:
+    """Mean over runs of seconds over steps up to the last line within the budget; None where a run has none."""
+    inside = [[line for line in lines if line.get("train_seconds", math.inf) <= 3600 * hours] for lines in runs]
+    if not inside or not all(inside):
+        return None
+    return float(np.mean([lines[-1]["train_seconds"] / lines[-1]["step"] for lines in inside]))
 
 
 def _ours(curves: list[list[dict[str, Any]]], paper: str, compared: bool = True) -> str:

@@ -73,13 +73,15 @@ def choice_reward(
     The letter may stand in a box, in `<answer>` tags, after "The answer is", or be all of the response: C, (C), c.
     With `compatible` as in the release of SDPO (arXiv 2601.20802): what stands between the last `<answer>` and the
     next `</answer>` is the letter itself, or wrong; without the opening tag the whole response is read so.
-    Logged beside the verdicts: `letter/A` ... `letter/D`, shares of the letters among the responses that have one.
+    Logged beside the verdicts: `letter/A` ... `letter/D`, shares of the letters among the responses that have one;
+    with `compatible` also `untagged`, the share of responses without the opening tag.
     """
     golds = _column("answer", answer, completions)
     judge_one = _compatible_choice if compatible else _choice_verdict
-    results = [
-        judge_one(completion_text(completion), gold) for completion, gold in zip(completions, golds, strict=True)
-    ]
+    texts = [completion_text(completion) for completion in completions]
+    results = [judge_one(text, gold) for text, gold in zip(texts, golds, strict=True)]
+    if log_metric is not None and compatible and texts:
+        log_metric("untagged", sum("<answer>" not in text for text in texts) / len(texts))
     if log_metric is not None and (chosen := Counter(letter for letter, _ in results if letter)):
         for letter in LETTERS:
             log_metric(f"letter/{letter}", chosen[letter] / chosen.total())

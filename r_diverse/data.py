@@ -79,11 +79,20 @@ def answer_of(response: str, run: RDiverseConfig) -> str | None:
     return extract_answer(response)
 
 
-def boxed_reward(completions, answer=None, log_metric=None, **columns) -> list[float | None]:
-    """`math_reward`, but a response without a closed box gets 0: the Solver's reward with `boxed_only`."""
+def label_reward(completions, answer=None, log_metric=None, **columns) -> list[float]:
+    """The Solver's reward: 1 for the label, else 0.
+
+    `math_reward` has None where it cannot read the gold answer. A label is what most answers said, read or not:
+    another text is another answer, as in the vote, and None beside 1 would leave the group without a gradient.
+    """
+    return [reward or 0.0 for reward in math_reward(completions, answer, log_metric, **columns)]
+
+
+def boxed_reward(completions, answer=None, log_metric=None, **columns) -> list[float]:
+    """`label_reward`, but a response without a closed box gets 0: with `boxed_only`."""
     texts = map(completion_text, completions)
     boxed = [text if boxes_of(own_words(text)) else "" for text in texts]
-    return math_reward(boxed, answer, log_metric, **columns)
+    return label_reward(boxed, answer, log_metric, **columns)
 
 
 _late: set[frozenset[str]] = set()  # pairs that took too long: they would again, also the other way round

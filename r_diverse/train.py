@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .trainer import ChallengerReward, PhaseTrainer
 
 try:
-    from common import models, plan, preemption, verifiers
+    from common import models, plan, preemption
     from common.checkpoints import resume_point
     from common.cli import (
         MACHINE_FIELDS,
@@ -60,6 +60,7 @@ try:
         answer_of,
         boxed_reward,
         challenger_rows,
+        label_reward,
         ready_to_compare,
         same,
         solver_rows,
@@ -357,7 +358,7 @@ def train_solver(settings: Settings, folder: Path, model: str, data: Path, itera
     run = settings.run
     config = phase_config(settings, "solver", folder, iteration)
     rows = solver_rows(read_jsonl(data), run.solver_system)
-    train_phase(config, model, boxed_reward if run.boxed_only else verifiers.math_reward, rows, run)
+    train_phase(config, model, boxed_reward if run.boxed_only else label_reward, rows, run)
 
 
 def phase_config(settings: Settings, name: str, folder: Path, iteration: int):

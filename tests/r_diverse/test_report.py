@@ -139,3 +139,12 @@ def test_usable_is_what_passed_the_gate():
     labels = {"label_1": {"usable": 5}, "label_2": {"questions": 3}, "filter": {"current": 4}}
     assert report.usable_questions(labels) == 5
     assert report.usable_questions({**labels, "gate_1": {"usable": 2}, "gate_2": {"usable": 0}}) == 2
+
+
+def test_duplicates_of_earlier_questions_have_a_column():
+    """Fig. 4; empty where there is nothing before."""
+    lines = [{"step": 0, "accuracy": 0.2}, {"step": 1, "accuracy": 0.3}, {"step": 2, "duplicate_ratio": 0.25}]
+    table = report.iteration_table({("r_diverse", "0"): lines}).splitlines()
+    place = [cell.strip() for cell in table[0].split("|")].index("duplicate ratio")
+    assert [line.split("|")[place].strip() for line in table[2:]] == ["", "", "0.250"]
+    assert "duplicate_ratio" in report.SERIES

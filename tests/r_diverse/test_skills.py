@@ -850,6 +850,14 @@ def test_batches_do_not_change_vectors(minilm):
     np.testing.assert_allclose(minilm.encode(texts), single, atol=1e-6)
 
 
+def test_a_models_own_prefix_is_left_out(minilm, monkeypatch):
+    """Programs are encoded as they are; sentence-transformers would put a model's default prompt before them."""
+    plain = minilm.encode(["def solver(n1): return n1"])
+    monkeypatch.setattr(minilm.model, "prompts", {"query": "Represent this query: "})
+    monkeypatch.setattr(minilm.model, "default_prompt_name", "query")
+    np.testing.assert_array_equal(minilm.encode(["def solver(n1): return n1"]), plain)
+
+
 def test_long_texts_are_cut_at_max_tokens(minilm):
     encoder = skills.SentenceEncoder(minilm.model, name="short", max_tokens=16)
     try:

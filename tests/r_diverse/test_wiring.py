@@ -309,7 +309,14 @@ def test_the_solvers_reward_needs_a_box():
     completions = ["The answer is 5.", "\\boxed{5}", [{"role": "assistant", "content": "\\boxed{5}"}], "\\boxed{6}"]
     figures = {}
     assert train.boxed_reward(completions, answer=["5"] * 4, log_metric=figures.__setitem__) == [0.0, 1.0, 1.0, 0.0]
-    assert train.verifiers.math_reward(completions, answer=["5"] * 4) == [1.0, 1.0, 1.0, 0.0]
+    assert train.label_reward(completions, answer=["5"] * 4) == [1.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("reward", [train.boxed_reward, train.label_reward])
+def test_another_answer_than_a_label_that_cannot_be_read_is_wrong(reward):
+    """And not left out: the group would have one reward, 1, and no gradient."""
+    completions = ["\\boxed{Na^+}", "\\boxed{7}", "\\boxed{Na^+}", "no answer"]
+    assert reward(completions, answer=["Na^+"] * 4) == [1.0, 0.0, 1.0, 0.0]
 
 
 def test_the_solver_is_trained_with_the_reward_of_the_config(tmp_path, monkeypatch):

@@ -131,6 +131,14 @@ def test_choice_reward_with_the_quirks_of_the_release(response, compatible, stri
         assert choice_reward([response], answer=["A"]) == [strict]
 
 
+def test_choices_without_the_tag_are_counted():
+    """The release's scorer takes a bare letter: a policy may learn to leave the form out."""
+    logged = {}
+    said = ["<answer>A</answer>", "A", "A</answer>", "<answer>B"]
+    assert choice_reward(said, answer=["A"] * 4, log_metric=logged.__setitem__, compatible=True) == [1.0] * 3 + [0.0]
+    assert logged["untagged"] == 0.5
+
+
 def test_the_reward_of_a_data_set_is_the_releases_unless_it_is_strict():
     response, calls = "<answer>A", "Action: f\nAction Input: {}\nAction: g\nAction Input: {}"
     gold = '[{"Action": "g", "Action_Input": "{}"}, {"Action": "f", "Action_Input": "{}"}]'

@@ -288,6 +288,28 @@ def test_steps_are_counted_in_generation_batches(tmp_path):
     assert report._metrics(tmp_path) == [{"step": 5, "step_time": 12.0, "reward": 0.5}]
 
 
+def test_seconds_of_a_step_within_the_budgets(tmp_path):
+    """By hand: of GRPO, whose batches have four steps, and SRPO on two data sets, one without a line in 1 h."""
+
+    def run(dataset, name, points):
+        folder = tmp_path / dataset / name
+        folder.mkdir(parents=True)
+        lines = [json.dumps({"step": step, "train_seconds": seconds}) for step, seconds in points]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        config = {"steps_per_generation": 4 if name == "grpo" else 1, "gradient_accumulation_steps": 1}
+        (folder / "manifest.json").write_text(json.dumps({"config": config}))
+        return {(dataset, name, "0"): folder}
+
+    runs = run("physics", "grpo", [(40, 700.0), (400, 9000.0)])
+    runs |= run("physics", "srpo", [(10, 800.0), (30, 3600.0), (100, 9000.0)])
+    runs |= run("biology", "srpo", [(50, 5000.0), (1000, 40000.0)])
+    table = report.seconds_table("qwen3_8b", runs).splitlines()
+    assert "| GRPO | 71.0 / 82.4 / 91.5 | 70.0 / 90.0 / 90.0 | 1 |" in table
+    assert "| SRPO | 83.4 / 78.3 / 75.8 |  / 95.0 / 95.0 | 2 |" in table
+    assert "| GRPO |  | 70.0 / 90.0 / 90.0 | 1 |" in report.seconds_table("mine", runs)
+    assert report.seconds_table("mine", {}) == ""
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -464,6 +464,20 @@ def test_loss_and_gradients_against_float64(make, fixed, routing, beta, temperat
     assert_step_is(trainer, reference_loss(trainer, routing, beta, temperature), loss, gradients)
 
 
+@pytest.mark.parametrize("routing", ROUTED)
+def test_a_lone_success_has_no_teacher_and_its_place_in_the_denominator(make, fixed, routing):
+    """In SRPO and Advantage Mix, whose means are over all tokens; SDPO's and its variants' are over the distilled."""
+
+    def reward(completions, **columns):
+        return [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+
+    trainer = make(routing=routing, reward=reward)
+    move_teacher(trainer)
+    loss, gradients = step(trainer)
+    assert not trainer.last_rollouts["distill"][0]
+    assert_step_is(trainer, reference_loss(trainer, routing, trainer.args.entropy_beta), loss, gradients)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

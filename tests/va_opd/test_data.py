@@ -192,6 +192,13 @@ def test_the_budget_keeps_the_aspect(size, expected):
     assert data.fit_budget(diagram(0, size), data.MIN_PIXELS, data.MAX_PIXELS).size == expected
 
 
+def test_the_budget_is_reached_by_bicubic_interpolation():
+    """As in EasyR1, whose `resize` names no filter: it decides what a pixelated cell is made of."""
+    image = diagram(1, (300, 250))
+    resized = image.convert("RGB").resize((560, 467), PILImage.Resampling.BICUBIC)
+    assert data.fit_budget(image, data.MIN_PIXELS, data.MAX_PIXELS).tobytes() == resized.tobytes()
+
+
 def test_exif_rotation_is_applied():
     image = PILImage.new("RGB", (600, 500))
     exif = image.getexif()
