@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("processes", "srpo_trainers", "va_opd_trainers")  # so that their asserts show values
 ROOT = Path(__file__).parents[1]
 
 

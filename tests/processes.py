@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,15 +32,6 @@ ZERO = [
     )
     for name in ("zero2", "zero3")
 ]
-
-
-def trainer_tests(file: str) -> ModuleType:
-    """`test_trainer.py` beside a test file, by its path: another folder has a file of the same name."""
-    path = Path(file).with_name("test_trainer.py")
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_test_trainer", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def two_processes(

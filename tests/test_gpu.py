@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder not in sys.path]
 
-from processes import trainer_tests  # noqa: E402
+import srpo_trainers as srpo  # noqa: E402
+import va_opd_trainers as va_opd  # noqa: E402
 
 from common.tiny import tiny_qwen3  # noqa: E402
 from r_diverse import ChallengerConfig, PhaseTrainer  # noqa: E402
 
-va_opd, srpo = (trainer_tests(str(TESTS / name / "test_gpu.py")) for name in ("va_opd", "srpo"))
 pytestmark = pytest.mark.gpu
 BFLOAT16 = {"use_cpu": False, "bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
 
@@ -51,7 +52,7 @@ def test_srpo_routing_grpo_is_trls_trainer(tmp_path, monkeypatch):
     srpo.fixed_rollouts(monkeypatch)
     ours = srpo.step(srpo.build(tmp_path, routing="grpo", use_cpu=False))
     plain = {"loss_type": "dapo", "scale_rewards": "none", "epsilon_high": 0.28, "delta": 3.0, "temperature": 1.0}
-    trl = {"cls": srpo.GRPOTrainer, "config": srpo.GRPOConfig}
+    trl = {"cls": GRPOTrainer, "config": GRPOConfig}
     theirs = srpo.step(srpo.build(tmp_path, **trl, **plain, use_cpu=False))
     assert ours[0] != 0
     srpo.assert_same_step(ours, theirs, 1e-5)

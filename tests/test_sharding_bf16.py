@@ -13,12 +13,13 @@ from torch import nn
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder not in sys.path]
 
-from processes import PROCESSES, ZERO, run, trainer_tests, two_processes  # noqa: E402
+import srpo_trainers as srpo_tests  # noqa: E402
+import va_opd_trainers as va_opd_tests  # noqa: E402
+from processes import PROCESSES, ZERO, run, two_processes  # noqa: E402
 
 from common import models  # noqa: E402
 from common.tiny import tiny_qwen3, tiny_qwen3_vl  # noqa: E402
 
-va_opd_tests, srpo_tests = (trainer_tests(str(TESTS / method / "x")) for method in ("va_opd", "srpo"))
 BATCH = 8 // PROCESSES
 SETTINGS = {"max_steps": 1, "bf16": True, "gradient_checkpointing": True, "per_device_train_batch_size": BATCH}
 

@@ -11,22 +11,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [folder for folder in (str(HERE), str(ROOT)) if folder not in sys.path]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder not in sys.path]
 
+import srpo_trainers as tests  # noqa: E402
 
-def _trainer_tests():
-    """The neighbouring file by its path: another folder has a file of the same name."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("srpo_test_trainer", HERE / "test_trainer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tests = _trainer_tests()
 pytestmark = pytest.mark.distributed
 
 

@@ -1,20 +1,12 @@
 """`teacher_offload`: the same training, with the self-teacher's weights elsewhere between its passes."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import srpo_trainers as tests
 import torch
 from peft import LoraConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from processes import trainer_tests
-
 from srpo import teacher as teacher_module
 from srpo.offload import Offloaded
-
-tests = trainer_tests(__file__)
 
 
 @pytest.mark.parametrize("kind", ["ema", "frozen"])

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
+TESTS = HERE.parent
+sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder not in sys.path]
+
+import va_opd_trainers as tests  # noqa: E402
 
 from va_opd.doctor import DoctorCallback  # noqa: E402
 
@@ -28,7 +30,7 @@ def _neighbour(name: str):
     return module
 
 
-test_trainer, test_served = _neighbour("test_trainer"), _neighbour("test_served")
+test_served = _neighbour("test_served")
 pytestmark = pytest.mark.distributed
 
 # `batch` is the per-device batch of two processes; the single process gets twice of it
@@ -85,16 +87,16 @@ def run(case: str, output_dir: Path, processes: int) -> dict[str, Any]:
     """One optimizer step and one evaluation through `Trainer`'s own loops."""
     settings = dict(CASES[case])
     rows, batch, mixed = settings.pop("rows"), settings.pop("batch"), settings.pop("mixed", False)
-    callback, parts = Gradients(), test_trainer.models(settings.pop("family", "qwen3_vl"))
+    callback, parts = Gradients(), tests.models(settings.pop("family", "qwen3_vl"))
     with contextlib.ExitStack() as stack:
         if "teacher_mode" in settings:
             settings["teacher_server"] = stack.enter_context(test_served.serving(test_served.Served(*parts[1:])))
-        trainer = test_trainer.build(
+        trainer = tests.build(
             output_dir,
-            test_trainer.mixed_rows(rows) if mixed else test_trainer.image_rows(rows),
+            tests.mixed_rows(rows) if mixed else tests.image_rows(rows),
             parts=parts,
             callbacks=[callback],
-            eval_rows=test_trainer.image_rows(4),
+            eval_rows=tests.image_rows(4),
             max_steps=1,
             max_grad_norm=0.0,
             shuffle_dataset=False,
@@ -116,7 +118,7 @@ def run(case: str, output_dir: Path, processes: int) -> dict[str, Any]:
 
 
 def main(output_dir: str) -> None:
-    test_trainer.fixed_rollouts(pytest.MonkeyPatch())
+    tests.fixed_rollouts(pytest.MonkeyPatch())
     results = {case: run(case, Path(output_dir) / "run", processes=2) for case in CASES}
     torch.save(results, Path(output_dir) / f"rank{os.environ['RANK']}.pt")
 
@@ -150,7 +152,7 @@ def two_processes(tmp_path_factory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(two_processes, tmp_path, monkeypatch, case):
-    test_trainer.fixed_rollouts(monkeypatch)
+    tests.fixed_rollouts(monkeypatch)
     expected = run(case, tmp_path, processes=1)
     for rank in two_processes:
         got = rank[case]

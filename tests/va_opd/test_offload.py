@@ -1,19 +1,15 @@
 """`teacher_offload`: the same training, with the teacher's weights elsewhere while it does not score."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from processes import trainer_tests
+import va_opd_trainers as tests
 
 from va_opd import VAOPDTrainer, train
 from va_opd.offload import Offloaded
 
-tests = trainer_tests(__file__)
+ROOT = Path(__file__).parents[2]
 GIB = 2**30
 
 
@@ -95,7 +91,7 @@ def test_what_cannot_be_offloaded_is_one_clear_sentence(tmp_path, monkeypatch):
 
 def test_the_memory_estimate_by_hand():
     """32B -> 2B in GiB: an offloaded teacher leaves its head; a whole one is cut by ZeRO-3 and not by FSDP."""
-    argv = ["--config", str(tests.ROOT / "va_opd/configs/geo3k_teacher_32b.yaml"), "--dry_run"]
+    argv = ["--config", str(ROOT / "va_opd/configs/geo3k_teacher_32b.yaml"), "--dry_run"]
     text = train.dry_run(*train.parse([*argv, "--teacher_offload", "true"]))
     (head,) = [line for line in text.splitlines() if "teacher's output head" in line]
     assert float(head.split()[0]) == pytest.approx(2 * 151_936 * 5120 / GIB, abs=0.005)
@@ -108,7 +104,7 @@ def test_the_memory_estimate_by_hand():
 
 def test_the_parts_of_every_method_by_hand():
     """2B from 8B, bytes: what a method does not have is in no estimate, nor is a teacher on a server."""
-    argv = ["--config", str(tests.ROOT / "va_opd/configs/geo3k.yaml"), "--dry_run"]
+    argv = ["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), "--dry_run"]
 
     def parts(*fields: str) -> dict[str, float]:
         return train.memory_parts(*train.parse([*argv, *fields]), 2e9, 8e9, 1, "none")
@@ -130,7 +126,7 @@ def test_the_parts_of_every_method_by_hand():
 
 def test_updates_of_a_run_by_hand():
     """16 prompts an update on 8 processes; a copy of the data has its own number of rows, known when it is loaded."""
-    argv = ["--config", str(tests.ROOT / "va_opd/configs/geo3k.yaml"), "--dry_run"]
+    argv = ["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), "--dry_run"]
     for fields, expected in (
         ([], 5 * 131),  # of 2,101 rows
         (["--limit", "168"], 5 * 10),

@@ -12,19 +12,15 @@ import random
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import util
 from itertools import groupby
-from pathlib import Path
 
 import pytest
 import torch
+import va_opd_trainers as tests
 from PIL import Image
 
 from va_opd import VAOPDConfig, VAOPDTrainer, objective, served, train
 
-spec = util.spec_from_file_location("va_opd_trainer_tests", Path(__file__).with_name("test_trainer.py"))
-tests = util.module_from_spec(spec)
-spec.loader.exec_module(tests)
 F64 = torch.float64
 
 

@@ -11,12 +11,12 @@ from accelerate import PartialState
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder not in sys.path]
 
-from processes import PROCESSES, ZERO, assert_same_run, run, trainer_tests, two_processes  # noqa: E402
+import va_opd_trainers as tests  # noqa: E402
+from processes import PROCESSES, ZERO, assert_same_run, run, two_processes  # noqa: E402
 
 from common import models  # noqa: E402
 from common.lora import lora_config  # noqa: E402
 
-tests = trainer_tests(__file__)
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # `batch` is the batch of both ranks together

@@ -2,14 +2,13 @@
 equal padded ones, and counts of passes and tokens that a later change must not raise unseen.
 """
 
-import importlib.util
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import va_opd_trainers as tests
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
@@ -25,23 +24,7 @@ from trl import DistillationTrainer
 from benchmarks.va_opd_scoring import padded_inputs, trl_micro_batches
 from va_opd import siblings
 
-
-def _trainer_tests():
-    """The neighbouring file by its path: another folder has a file of the same name."""
-    path = Path(__file__).with_name("test_trainer.py")
-    spec = importlib.util.spec_from_file_location("va_opd_siblings_trainer_tests", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tests = _trainer_tests()
 SHARED = ("qwen3_vl", "qwen2_5_vl", "llava")
-
-
-@pytest.fixture
-def make(tmp_path):
-    return lambda rows=None, **overrides: tests.build(tmp_path / "run", rows, **overrides)
 
 
 # --- one prompt ----------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""`SRPOTrainer`: bad settings, rewards and data are one clear sentence; what is warned of."""
+
+import math
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from srpo_trainers import LORA, mixed_reward, policy, rows, step
+from trl import GRPOConfig
+
+from srpo import SRPOTrainer
+from srpo.checks import check_support
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("routing", "spro", "routing must be one of srpo, grpo"),
+        ("teacher", "best", "teacher must be one of ema, frozen, current"),
+        ("demonstration", "last", "demonstration must be one of first, random"),
+        ("divergence", "kl", "divergence must be one of jsd"),
+        ("mix_weight", 1.5, r"mix_weight must be in \[0, 1\]"),
+        ("teacher_update_rate", 0.0, "teacher_update_rate must be in"),
+        ("entropy_beta", -1.0, "entropy_beta must be at least 0"),
+        ("distillation_topk", 0, "distillation_topk must be at least 1"),
+        ("reprompt_template", "{prompt} solve it", "reprompt_template must hold {demonstration} once"),
+        ("reprompt_template", "{prompt}{prompt}{demonstration}", "reprompt_template must hold {prompt} once"),
+        ("reprompt_template", None, "reprompt_template must be a text, got None"),
+        ("mix_weight", None, r"mix_weight must be in \[0, 1\], got None"),
+        ("reward_threshold", None, "reward_threshold must be finite, got None"),
+        ("num_generations", 0, "num_generations must be at least 2"),
+        ("num_generations", None, "num_generations must be at least 2"),
+        ("num_generations", 3, "must be divisible by num_generations"),
+        ("temperature", 0.0, "temperature must be above 0"),
+        ("temperature", math.nan, "temperature must be above 0"),
+        ("top_p", 2.0, r"top_p must be in \(0, 1\]"),
+        ("epsilon", -0.1, "epsilon must be at least 0"),
+        ("epsilon_high", math.nan, "epsilon_high must be at least 0, or none"),
+        ("delta", 0.5, "delta must be above 1, or none"),
+        ("doctor_steps", -1, "doctor_steps must be at least 0"),
+        ("per_device_train_batch_size", 32, "train_dataset has 4 prompts, fewer than the 8 of one generation batch"),
+        ("loss_type", "grpo", "loss_type must be 'dapo' with routing='srpo'"),
+        ("num_iterations", 2, "num_iterations must be 1"),
+        ("steps_per_generation", 4, "steps_per_generation=4 must equal gradient_accumulation_steps=1"),
+    ],
+)
+def test_wrong_settings_are_one_clear_sentence(make, field, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(**{field: value})
+    assert "\n" not in str(error.value)
+
+
+def test_another_configuration_and_an_iterable_data_set_are_one_clear_sentence(make, tmp_path):
+    model, tokenizer = policy()
+    plain = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="args must be an SRPOConfig, got GRPOConfig"):
+        SRPOTrainer(model, mixed_reward, plain, train_dataset=Dataset.from_list(rows()), processing_class=tokenizer)
+    endless = IterableDataset.from_generator(lambda: iter(rows()))
+    with pytest.raises(ValueError, match="needs a map-style Dataset"):
+        SRPOTrainer(model, mixed_reward, make().args, train_dataset=endless, processing_class=tokenizer)
+    splits = DatasetDict(train=Dataset.from_list(rows()), test=Dataset.from_list(rows()))
+    with pytest.raises(ValueError, match="train_dataset holds the splits train, test: pass one of them"):
+        SRPOTrainer(model, mixed_reward, make().args, train_dataset=splits, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_is_one_clear_sentence(make, fixed, value):
+    def reward(completions, **columns):
+        return [value if i == 5 else 1.0 for i in range(len(completions))]
+
+    with pytest.raises(ValueError, match="reward of rollout 5 is") as error:
+        step(make(reward=reward))
+    assert "\n" not in str(error.value)
+
+
+def test_rewards_of_the_wrong_number(make, fixed):
+    with pytest.raises(ValueError, match="returned 1 rewards, but 8 were expected"):
+        step(make(reward=lambda completions, **columns: [1.0]))
+
+
+def test_a_prompt_over_the_limit(make):
+    with pytest.raises(ValueError, match="max_prompt_length=5"):
+        step(make(max_prompt_length=5))
+
+
+def test_environments_are_refused():
+    trainer = SimpleNamespace(model=policy()[0], _is_vlm=False, environment_factories={None: object})
+    with pytest.raises(ValueError, match="^SRPOTrainer has no environment_factory"):
+        check_support(trainer)
+
+
+def begin(trainer) -> None:
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_trained_weights_in_half_precision_are_warned_of(make, warned, dtype):
+    model, tokenizer = policy()
+    begin(make(model=(model.to(dtype), tokenizer)))
+    assert warned('load the model with dtype="float32"') == (dtype == torch.bfloat16)
+
+
+def test_adapters_that_are_made_float32_after_the_constructor_are_not_warned_of(make, warned):
+    """As `srpo.train` does with those on quantized weights, which TRL rounds."""
+    trainer = make(peft_config=peft.LoraConfig(**LORA))
+    trainer.model.base_model.model.is_quantized = True  # stands for 4 bits
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    begin(trainer)
+    assert warned("p.data = p.data.float()") == warned("in half precision") == 1
+    for p in trainer.model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    begin(trainer)
+    assert warned("in half precision") == 1

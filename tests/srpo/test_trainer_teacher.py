@@ -1,0 +1,349 @@
+"""`SRPOTrainer`: the self-teacher: its average, frozen and current ones, with LoRA, its copy under ZeRO-3."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from srpo_trainers import LORA, ROUTED, policy, step
+from transformers import TrainerCallback
+
+from srpo import teacher
+from srpo.teacher import SelfTeacher
+
+# --- scoring and averaging ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("routing", ROUTED)
+def test_the_teacher_scores_the_needed_tokens_and_no_others(make, fixed, routing):
+    trainer = make(routing=routing, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    backbone = []
+    trainer.teacher.model.model.register_forward_hook(lambda m, a, out: backbone.append(len(out.last_hidden_state)))
+    step(trainer)
+    distilled = int(trainer.last_rollouts["distill"].sum())
+    assert sum(backbone) == distilled > 0
+    assert trainer._metrics["train"]["teacher/scored_over_needed"] == [1.0]
+
+
+def test_the_average_follows_the_policy_by_hand(make, fixed):
+    """theta'_2 = 0.95 (0.95 theta_0 + 0.05 theta_1) + 0.05 theta_2, in float32 also for a bfloat16 policy."""
+    history = []
+    trainer = make(max_steps=2)
+
+    start = copy.deepcopy(dict(trainer.model.named_parameters()))
+    update = trainer.teacher.update
+    trainer.teacher.update = lambda model: (
+        history.append({n: p.detach().clone() for n, p in model.named_parameters()}),
+        update(model),
+    )[1]
+    trainer.train()
+    assert len(history) == 2
+    for name, parameter in trainer.teacher.model.named_parameters():
+        expected = 0.95 * (0.95 * start[name] + 0.05 * history[0][name]) + 0.05 * history[1][name]
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-7)
+        assert parameter.dtype == torch.float32
+        assert not parameter.requires_grad
+    assert not torch.equal(history[1]["model.norm.weight"], start["model.norm.weight"])
+
+
+def weights_after_each_step(trainer) -> list[dict[str, torch.Tensor]]:
+    """The policy's weights at the start, and (filled by training) after each optimizer step."""
+    history = [copy.deepcopy(trainer.model.state_dict())]
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            history.append(copy.deepcopy(trainer.model.state_dict()))
+
+    trainer.add_callback(Record())
+    return history
+
+
+def assert_teacher_is(trainer, history: list[dict[str, torch.Tensor]]) -> None:
+    """theta' <- 0.8 theta' + 0.2 theta over the weights after the first ones."""
+    for name, got in trainer.teacher.model.state_dict().items():
+        expected = history[0][name]
+        for weights in history[1:]:
+            expected = 0.8 * expected + 0.2 * weights[name]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(history[1]["model.norm.weight"], history[0]["model.norm.weight"])
+
+
+def test_the_average_moves_once_an_optimizer_step(make, fixed):
+    """Not at each of its four micro-batches."""
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = make(teacher_update_rate=0.2, max_steps=2, **batch)
+    history = weights_after_each_step(trainer)
+    trainer.train()
+    assert len(history) == 3
+    assert_teacher_is(trainer, history)
+
+
+def test_the_average_stays_where_the_optimizer_step_was_skipped(make, fixed, monkeypatch):
+    """As the gradient scaler of float16 skips one whose gradients are not finite: the second of three."""
+    trainer = make(teacher_update_rate=0.2, max_steps=3)
+    history, skips = weights_after_each_step(trainer), iter([False, True, False])
+    update = torch.optim.AdamW.step
+
+    def optimizer_step(optimizer, *args, **kwargs):
+        optimizer.was_skipped = next(skips)
+        return None if optimizer.was_skipped else update(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", optimizer_step)
+    monkeypatch.setattr(
+        type(trainer.accelerator),
+        "optimizer_step_was_skipped",
+        property(lambda accelerator: trainer.optimizer.optimizer.was_skipped),
+    )
+    trainer.train()
+    assert torch.equal(history[2]["model.norm.weight"], history[1]["model.norm.weight"])
+    assert_teacher_is(trainer, [history[0], history[1], history[3]])
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    assert ["teacher/distance" in log for log in logged] == [True, False, True]
+
+
+@pytest.mark.parametrize("kind", ["ema", "frozen", "current"])
+def test_the_self_teacher_has_no_dropout(make, fixed, kind):
+    """The policy has, while it trains."""
+    entropy = []
+    for dropout in (0.0, 0.9):
+        model, tokenizer = policy()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = dropout
+        trainer = make(model=(model, tokenizer), teacher=kind)
+        loss, _ = step(trainer)
+        assert trainer.model.training
+        entropy.append((trainer._metrics["train"]["teacher/entropy"], loss))
+    assert entropy[0][0] == entropy[1][0]
+    assert entropy[0][1] != entropy[1][1]
+
+
+def test_a_bfloat16_policy_has_a_float32_teacher(make, fixed):
+    model, tokenizer = policy()
+    trainer = make(model=(model.bfloat16(), tokenizer), learning_rate=1e-5, max_steps=3)
+    trainer.train()
+    assert {p.dtype for p in trainer.teacher.model.parameters()} == {torch.float32}
+    frozen = make(model=(model, tokenizer), teacher="frozen").teacher.model  # which has nothing to lose by it
+    assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["frozen", "current"])
+def test_other_teachers(make, fixed, kind):
+    trainer = make(teacher=kind, max_steps=3)
+    start = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+    if kind == "current":
+        assert trainer.teacher.model is None
+    else:
+        assert all(torch.equal(t, start[n]) for n, t in trainer.teacher.model.state_dict().items())
+    assert trainer.model.training
+
+
+# --- LoRA ----------------------------------------------------------------
+
+
+def test_with_lora_the_average_is_of_the_product(make, fixed):
+    """The teacher's weight is the average of W + scale B A, not W + scale (average of B) (average of A). What is
+    trained whole beside it, is averaged too."""
+    trainer = make(peft_config=peft.LoraConfig(**LORA, modules_to_save=["norm"]), max_steps=2)
+    model = trainer.model.get_base_model().model
+    layer, norm = model.layers[0].self_attn.q_proj, model.norm.modules_to_save["default"].weight
+
+    def weights():
+        merged = layer.get_base_layer().weight + layer.get_delta_weight("default")
+        return merged.detach().clone(), norm.detach().clone()
+
+    seen, update = [weights()], trainer.teacher.update
+    trainer.teacher.update = lambda model: (seen.append(weights()), update(model))[1]
+    trainer.train()
+    teacher = trainer.teacher.model.model
+    for got, *of_steps in zip((teacher.layers[0].self_attn.q_proj.weight, teacher.norm.weight), *seen, strict=True):
+        expected = 0.95 * (0.95 * of_steps[0] + 0.05 * of_steps[1]) + 0.05 * of_steps[2]
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(of_steps[2], of_steps[0], atol=1e-4)
+
+
+def test_with_lora_biases_are_averaged_as_they_are(make, fixed):
+    """Qwen2.5's attention has biases: B A is of the weight beside them."""
+    model, tokenizer = policy()
+    config = copy.deepcopy(model.config)
+    config.attention_bias = True
+    model = type(model)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    trainer = make(model=(model, tokenizer), peft_config=peft.LoraConfig(**LORA), max_steps=1)
+    trainer.train()
+    models = trainer.model.get_base_model().model, trainer.teacher.model.model
+    layer, of_teacher = (model.layers[0].self_attn.q_proj for model in models)
+    torch.testing.assert_close(of_teacher.bias, layer.get_base_layer().bias)
+    assert of_teacher.bias.any() and not torch.equal(of_teacher.weight, layer.get_base_layer().weight)
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    return model.eval()(input_ids=torch.tensor([[20, 30, 40]])).logits
+
+
+def assert_frozen_teacher_gives(expected: torch.Tensor, trainer) -> None:
+    with trainer.teacher.view(trainer.model) as teacher:
+        torch.testing.assert_close(logits_of(teacher), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"target_modules": ["embed_tokens"]}, {"r": 2}])
+def test_the_frozen_teacher_of_a_lora_run_is_the_base_model_without_a_copy(make, fixed, fields):
+    trainer = make(peft_config=peft.LoraConfig(**{**LORA, "init_lora_weights": True, **fields}), teacher="frozen")
+    assert trainer.teacher.model is None
+    assert_frozen_teacher_gives(logits_of(policy()[0]), trainer)
+    assert math.isfinite(step(trainer)[0])
+
+
+@pytest.mark.parametrize("init", [False, "pissa", "olora"])
+def test_the_frozen_teacher_of_an_adapter_that_does_not_begin_at_zero_is_a_merged_copy(make, fixed, init):
+    """False stands for one that was trained before; the others take out of the model what they hold."""
+    trainer = make(peft_config=peft.LoraConfig(**{**LORA, "init_lora_weights": init}), teacher="frozen")
+    start = logits_of(trainer.model)
+    trainer.train()
+    assert_frozen_teacher_gives(start, trainer)
+    with trainer.model.disable_adapter():
+        assert not torch.allclose(logits_of(trainer.model), start, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["norm"]}, {"trainable_token_indices": [20], "ensure_weight_tying": True}]
+)
+def test_what_else_an_adapter_holds_is_in_the_frozen_teacher(make, settings):
+    adapter = peft.LoraConfig(**{**LORA, "init_lora_weights": True, **settings})
+    model, tokenizer = policy()
+    adapted = peft.get_peft_model(model, adapter)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens" in name:
+                weight.add_(1.0)
+    trainer = make(model=(adapted, tokenizer), teacher="frozen")
+    assert trainer.teacher.model is not None
+    assert_frozen_teacher_gives(logits_of(trainer.model), trainer)
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("quantized", "is_quantized"), ("sharded", "is_fsdp2")])
+def test_where_no_merged_copy_can_be_made_such_an_adapter_is_refused(make, kind, weights):
+    accelerator = SimpleNamespace(is_fsdp2=weights == "is_fsdp2")
+    model, _ = policy()
+    model.is_quantized = weights == "is_quantized"
+    fresh = peft.get_peft_model(model, peft.LoraConfig(**{**LORA, "init_lora_weights": True}))
+    assert SelfTeacher(fresh, accelerator, "frozen").model is None
+    adapted = peft.get_peft_model(fresh.unload(), peft.LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=f"merged copy of {kind} weights cannot be made: pass the merged") as error:
+        SelfTeacher(adapted, accelerator, "frozen")
+    assert "\n" not in str(error.value)
+
+
+def test_the_averaged_head_of_a_quantized_policy_is_not_the_policys(make, fixed):
+    model, _ = policy()
+    model.is_quantized = True  # stands for a 4-bit policy: its adapter is averaged and no copy is made
+    settings = {**LORA, "modules_to_save": ["lm_head"], "ensure_weight_tying": False}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    teacher = SelfTeacher(adapted, make().accelerator)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    batch = {"completion_ids": torch.tensor([[20, 30, 40]]), "prompt_ids": torch.tensor([[11, 12]])}
+    batch["completion_mask"] = torch.ones_like(batch["completion_ids"])
+    states, head = teacher.hidden_states(adapted, {0: [15, 16]}, batch, batch["completion_mask"], 1, 0)
+    with torch.no_grad(), teacher.view(adapted) as average:
+        expected = average(input_ids=torch.tensor([[15, 16, 20, 30, 40]])).logits[0, 1:-1]
+    torch.testing.assert_close(states[0] @ head.weight.T, expected)
+    assert not torch.allclose(head.weight, adapted.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_dora", True), ("trainable_token_indices", [20, 30]), ("lora_bias", True)]
+)
+def test_an_adapter_that_is_more_than_a_product_is_refused_with_the_average(make, name, value):
+    """DoRA's magnitude, trained tokens and biases are no part of B A: the average would lack them without a word."""
+    adapter = peft.LoraConfig(**{**LORA, name: value})
+    for routing in ("srpo", "sdpo"):
+        with pytest.raises(ValueError, match=rf"leave {name}=.* out of peft_config, or set teacher=") as error:
+            make(peft_config=adapter, routing=routing)
+        assert "\n" not in str(error.value)
+    make(peft_config=adapter, routing="grpo")  # which has no teacher
+    loss, _ = step(make(peft_config=adapter, teacher="current"))
+    assert math.isfinite(loss)
+
+
+def test_another_kind_of_adapter_is_refused_with_the_average(make):
+    with pytest.raises(ValueError, match="leave peft_type=IA3 out of peft_config, or set teacher="):
+        make(peft_config=peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+
+
+def test_lora_on_the_head_is_refused(make):
+    with pytest.raises(ValueError, match="lm_head"):
+        make(peft_config=peft.LoraConfig(target_modules=["lm_head"]))
+
+
+# --- loading, and ZeRO-3 ----------------------------------------------------------------
+
+
+def test_the_options_of_loading_reach_the_teacher(make, monkeypatch):
+    given = []
+    monkeypatch.setattr("srpo.trainer.SelfTeacher", lambda *arguments: given.append(arguments[-1]))
+    make(model_init_kwargs={"revision": "v2"}, trust_remote_code=True)
+    make()
+    assert given == [{"revision": "v2", "trust_remote_code": True}, {"trust_remote_code": False}]
+
+
+def in_shards(weight: torch.Tensor, partitioned: bool = True) -> torch.nn.Linear:
+    """A layer of 2 x 3 as on the last of two ranks under ZeRO-3, where one value fills up the share."""
+    layer = torch.nn.Linear(3, 2, bias=False, dtype=weight.dtype)
+    layer.weight.data = torch.empty(0) if partitioned else weight
+    if partitioned:
+        layer.weight.ds_tensor = torch.cat([weight.flatten()[4:], weight.new_full((2,), math.nan)])
+        layer.weight.ds_numel, layer.weight.ds_shape = 6, weight.shape
+    return layer
+
+
+def zero3_copy(monkeypatch, policy: torch.nn.Linear, loaded: torch.nn.Linear, **loading):
+    """`_zero3_copy` of a policy, and the options with which its name was loaded."""
+    seen = {}
+    monkeypatch.setattr(teacher, "create_model_from_path", lambda name, **options: seen.update(options) or loaded)
+    monkeypatch.setattr(teacher, "prepare_deepspeed", lambda model, accelerator: model)
+    policy.config = SimpleNamespace(_name_or_path="m", _attn_implementation="flash_attention_2")
+    policy.dtype = torch.bfloat16
+    owner = object.__new__(SelfTeacher)
+    owner.accelerator = SimpleNamespace(process_index=1, device="cpu", gather=lambda tensor: tensor)
+    owner.loading, owner.zero3 = loading, True
+    return owner._zero3_copy(policy), seen
+
+
+def test_a_copy_under_zero3_is_loaded_as_the_policy_was_and_placed_by_deepspeed(monkeypatch):
+    weight = torch.randn(2, 3).bfloat16()
+    loading = {"revision": "v2", "trust_remote_code": True, "dtype": "auto", "device_map": "auto"}
+    loading |= {"attn_implementation": "eager", "quantization_config": {}}
+    copy, seen = zero3_copy(monkeypatch, in_shards(weight), in_shards(weight), **loading)
+    assert not any(weight.requires_grad for weight in copy.parameters())
+    own = {"dtype": torch.bfloat16, "device_map": None, "attn_implementation": "flash_attention_2"}
+    assert seen == {"revision": "v2", "trust_remote_code": True, **own}
+
+
+@pytest.mark.parametrize("partitioned", [True, False])
+def test_another_models_weights_under_the_policys_name_are_refused(monkeypatch, partitioned):
+    """Such as those of a base model whose adapter was merged into the policy, which keeps its name."""
+    weight = torch.randn(2, 3)
+    zero3_copy(monkeypatch, in_shards(weight, partitioned), in_shards(weight))
+    zero3_copy(monkeypatch, in_shards(weight, partitioned), in_shards(weight.bfloat16()))  # rounded, as by DeepSpeed
+    for other in (weight + torch.tensor([0, 0, 1e-6]), weight.T):
+        with pytest.raises(ValueError, match="loaded from the policy's name, 'm', and its weights are not") as error:
+            zero3_copy(monkeypatch, in_shards(weight, partitioned), in_shards(other))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, [0, 1, 2, 3]), (1, [0, 1])])
+def test_what_fills_up_a_share_under_zero3_is_not_averaged(rank, kept):
+    teacher = SimpleNamespace(zero3=True, accelerator=SimpleNamespace(process_index=rank))
+    share = torch.tensor([0.0, 1.0, 2.0 if rank == 0 else math.nan, 3.0 if rank == 0 else math.nan])
+    parameter = SimpleNamespace(ds_tensor=share, ds_numel=6)
+    assert SelfTeacher._shard(teacher, parameter).tolist() == kept

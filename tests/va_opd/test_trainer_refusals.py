@@ -1,0 +1,192 @@
+"""`VAOPDTrainer`: bad settings, models and data are one clear sentence; what is warned of."""
+
+import copy
+import logging
+import math
+import re
+
+import peft
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from trl import DistillationConfig, DistillationTrainer
+from va_opd_trainers import image_rows, mixed_rows, models, prompt, step, text_config
+
+from va_opd import VAOPDTrainer
+from va_opd import trainer as va_opd_trainer
+from va_opd.checks import check_same_tokens
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_generations": 3}, "8 rollouts do not divide into groups of num_generations=3"),
+        ({"num_generations": 1}, "num_generations=1 leaves rollout weights without siblings"),
+        ({"num_generations": 1, "weighting": "rollout"}, "num_generations=1 leaves rollout weights without siblings"),
+        ({"num_generations": 0}, "num_generations must be at least 1"),
+        ({"num_generations": 1.5}, "num_generations must be at least 1, and whole, got 1.5"),
+        ({"max_completion_length": 1.5}, "max_completion_length must be at least 1, and whole"),
+        ({"adam_beta2": 2}, "adam_beta2 must be in [0, 1), got 2"),
+        ({"num_train_epochs": math.nan}, "num_train_epochs must be above 0 and finite, got nan"),
+        ({"weight_decay": math.nan}, "weight_decay must be at least 0 and finite"),
+        ({"weighting": "vaopd"}, "weighting must be one of va, rollout, token, none, got 'vaopd'"),
+        ({"pixelate_at": "before"}, "pixelate_at must be one of model, raw"),
+        ({"degradation_ratio": 0.0}, "degradation_ratio must be in"),
+        ({"top_fraction": 0.0}, "top_fraction must be in"),
+        ({"high_weight": 1.5}, "high_weight must be in"),
+        ({"weight_temperature": 0.0}, "weight_temperature must be above 0"),
+        ({"kl_temperature": 0.0}, "kl_temperature must be above 0"),
+        ({"va_eps": 0.0}, "va_eps must be above 0"),
+        ({"beta": 0.5}, "beta must be 1.0"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": math.nan}, "temperature must be above 0"),
+        ({"top_p": 2.0}, "top_p must be in (0, 1]"),
+        ({"max_prompt_length": None}, "max_prompt_length must be at least 1, and whole, got None"),
+        ({"max_completion_length": None}, "max_completion_length must be at least 1, and whole, got None"),
+        ({"doctor_steps": -1}, "doctor_steps must be at least 0"),
+        ({"va_floor": math.nan}, "va_floor must be finite, or none"),
+        ({"per_device_train_batch_size": 32}, "train_dataset has 4 prompts, fewer than the 8"),
+    ],
+)
+def test_bad_settings_are_one_clear_sentence(make, overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        make(**overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_what_no_trainer_can_be_built_of_is_one_clear_sentence(make):
+    student, teacher, processor = models()
+    rows = Dataset.from_list(image_rows(2))
+    good = {"train_dataset": rows, "processing_class": processor}
+
+    def refused(message: str, teacher=teacher, **changes):
+        with pytest.raises(ValueError, match=message):
+            VAOPDTrainer(student, teacher, make().args, **{**good, **changes})
+
+    endless = IterableDataset.from_generator(lambda: iter(image_rows(2)))
+    refused("needs a map-style Dataset", train_dataset=endless)
+    splits = DatasetDict(train=rows, test=rows)
+    refused("train_dataset holds the splits train, test: pass one of them", train_dataset=splits)
+    refused("pass the student's processor, loaded by AutoProcessor", processing_class="org/model")
+    refused("student and teacher are one object", teacher=student)
+    trainer = VAOPDTrainer(student, teacher, make().args, **{**good, "train_dataset": None})
+    with pytest.raises(ValueError, match="training requires a train_dataset"):
+        trainer.train()
+
+
+def test_another_configuration_is_one_clear_sentence(tmp_path):
+    student, teacher, processor = models()
+    plain = DistillationConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="args must be a VAOPDConfig, got DistillationConfig"):
+        VAOPDTrainer(student, teacher, plain, Dataset.from_list(image_rows(4)), processing_class=processor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_student_in_half_precision_is_warned_of(make, caplog, monkeypatch, dtype):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    student, teacher, processor = models()
+    begin(make(parts=(student.to(dtype), teacher, processor)))
+    warned = [record for record in caplog.records if "in half precision" in record.getMessage()]
+    assert len(warned) == (dtype == torch.bfloat16)
+
+
+def begin(trainer) -> None:
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_adapters_that_are_made_float32_after_the_constructor_are_not_warned_of(make, caplog, monkeypatch):
+    """As `va_opd.train` does with those on quantized weights, which TRL rounds."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    trainer = make(peft_config=peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    trainer.model.base_model.model.is_quantized = True  # stands for 4 bits
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for _ in range(2):
+        begin(trainer)
+        (warning,) = [record.getMessage() for record in caplog.records if "in half" in record.getMessage()]
+        assert "p.data = p.data.float()" in warning
+        for p in trainer.model.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+
+
+def test_a_missing_processor_is_one_clear_sentence(make):
+    student, teacher, _ = models()
+    with pytest.raises(ValueError, match="processing_class is required"):
+        VAOPDTrainer(student, teacher, make().args, Dataset.from_list(image_rows(4)))
+
+
+def test_a_tokenizer_for_rows_with_images_is_one_clear_sentence(make):
+    student, teacher, processor = models()
+    parts = student, teacher, processor.tokenizer
+    with pytest.raises(ValueError, match=r"rows have images, but processing_class is a tokenizer: .*AutoProcessor"):
+        make(parts=parts)
+    for extra in ({}, {"image": None}, {"images": []}):
+        make(rows=[{"prompt": prompt(i), **extra} for i in range(4)], parts=parts)
+
+
+@pytest.mark.parametrize(("sharding", "stops_evaluation"), [("zero2", False), ("zero3", True), ("fsdp", True)])
+def test_mixed_rows_stop_evaluation_only_where_weights_are_sharded(make, monkeypatch, sharding, stops_evaluation):
+    trainer = make()
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer, "_gather", lambda tensor: tensor)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", sharding != "fsdp")
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", sharding == "fsdp")
+    monkeypatch.setattr(va_opd_trainer, "is_deepspeed_zero3_enabled", lambda: sharding == "zero3")
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", lambda *_: pytest.fail("generates"))
+    stopped = ValueError, "1 of the 2 rollouts of a step have images"
+    for training, stops in ((True, True), (False, stops_evaluation)):
+        trainer.model.train(training)
+        error, message = stopped if stops else (pytest.fail.Exception, "generates")
+        with pytest.raises(error, match=message):
+            trainer._generate_and_score_completions(mixed_rows(2))
+
+
+def other_tokenizer():
+    tokenizer = copy.deepcopy(models()[2].tokenizer)
+    tokenizer.add_tokens(["another"])
+    return tokenizer
+
+
+def test_another_tokenizer_is_one_clear_sentence(tmp_path, make):
+    student, teacher, processor = models()
+    check_same_tokens(processor.tokenizer, copy.deepcopy(processor.tokenizer))
+    with pytest.raises(ValueError, match=r"different vocabularies .*'another'") as error:
+        check_same_tokens(processor.tokenizer, other_tokenizer())
+    assert "\n" not in str(error.value)
+    teacher.save_pretrained(tmp_path / "teacher")
+    other_tokenizer().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="different vocabularies"):
+        make(parts=(student, str(tmp_path / "teacher"), processor))
+
+
+def test_a_teacher_that_lacks_tokens_is_one_clear_sentence(make):
+    student, teacher, processor = models()
+    teacher.resize_token_embeddings(len(processor.tokenizer) - 2)
+    with pytest.raises(ValueError, match="must be of one tokenizer family"):
+        make(parts=(student, teacher, processor))
+
+
+def test_a_teacher_by_name_with_other_padding_is_one_clear_sentence(make, tmp_path):
+    student, teacher, processor = models()
+    teacher.resize_token_embeddings(len(processor.tokenizer) + 9, mean_resizing=False)
+    teacher.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pads its vocabulary to .* rows.*pass the model") as error:
+        make(parts=(student, str(tmp_path), processor))
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_without_eyes_is_one_clear_sentence(make):
+    student, _, processor = models()
+    teacher = Qwen3ForCausalLM(Qwen3Config(**text_config(student.config.get_text_config().vocab_size, 32, 1)))
+    with pytest.raises(ValueError, match="the student reads images, the teacher does not: .* vision-language teacher"):
+        make(parts=(student, teacher, processor))
+
+
+def test_a_teacher_with_nan_is_one_clear_sentence(make):
+    student, teacher, processor = models()
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight[7] = float("nan")
+    with pytest.raises(ValueError, match="teacher log-probability of rollout 0, token 0 is not finite"):
+        step(make(parts=(student, teacher, processor)))

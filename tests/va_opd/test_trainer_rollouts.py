@@ -1,0 +1,182 @@
+"""`VAOPDTrainer`: prompts and rollouts: order, tokens that are never sampled, limits, the rollout engine."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trl import DistillationTrainer
+from va_opd_trainers import FAMILIES, fixed_rollouts, models, prompt, response_logits, step
+
+from common.evaluation.engines import never_sampled
+from va_opd import _trl, checks
+from va_opd.checks import sibling_fingerprints
+from va_opd.engine import VLLMRollouts
+
+# --- order of the prompts ----------------------------------------------------------------
+
+
+def sampler(n: int, k: int = 3, prompts: int = 2, seed: int = 5, epoch: int = 0) -> _trl.EpochSampler:
+    options = {"batch_size": prompts, "repeat_count": 2, "seed": seed}
+    return _trl.EpochSampler(range(n), mini_repeat_count=k, epoch=lambda: epoch, **options)
+
+
+def test_sampler_keeps_siblings_together_and_covers_each_epoch():
+    order = list(sampler(8))
+    assert len(order) == len(sampler(8)) == 8 * 3 * 2
+    for start in range(0, len(order), 3):
+        assert len(set(order[start : start + 3])) == 1
+    for start in range(0, len(order), 12):  # each generation batch twice, for two accumulation steps
+        assert order[start : start + 6] == order[start + 6 : start + 12]
+    assert sorted(order) == sorted(list(range(8)) * 6)
+
+
+def test_sampler_order_depends_on_seed_and_epoch_only():
+    straight, epoch = sampler(8), iter(range(3))
+    straight.epoch = lambda: next(epoch)
+    epochs = [list(straight) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert list(sampler(8, epoch=2)) == epochs[2]
+    assert list(sampler(8, seed=6, epoch=2)) != epochs[2]
+
+
+def test_fingerprints_are_of_the_order_of_tokens_and_not_of_the_padding():
+    def fingerprint(ids, width):
+        pad = width - len(ids)
+        batch = {"prompt_ids": [[99] * pad + ids], "prompt_mask": [[0] * pad + [1] * len(ids)]}
+        return sibling_fingerprints({k: torch.tensor(v) for k, v in batch.items()}, False)
+
+    assert torch.equal(fingerprint([1, 2, 3], 3), fingerprint([1, 2, 3], 5))  # as on two ranks
+    assert not torch.equal(fingerprint([1, 2, 3], 3), fingerprint([2, 1, 3], 3))
+
+
+def test_siblings_that_were_reordered_are_noticed(make):
+    trainer = make()
+    inputs = next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(RuntimeError, match="have different prompts or images"):
+        step(trainer, inputs[::2] + inputs[1::2])
+    same_question = [{**row, "prompt": prompt(0)} for row in inputs]  # only the images tell the prompts apart
+    step(trainer, same_question)
+    trainer._step = 0
+    with pytest.raises(RuntimeError, match="have different prompts or images"):
+        step(trainer, same_question[::2] + same_question[1::2])
+
+
+# --- sampling ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_placeholders_and_padded_rows_are_never_sampled(make, family):
+    student, teacher, processor = models(family)
+    tokens = len(processor.tokenizer)
+    for model in (student, teacher):
+        model.resize_token_embeddings(tokens + 9, mean_resizing=False)
+    trainer = make(parts=(student, teacher, processor), family=family, temperature=1.0, top_p=1.0)
+    placeholders = {trainer.model.config.image_token_id}
+    placeholders |= {i for i in [getattr(trainer.model.config, "video_token_id", None)] if i is not None}
+    banned = placeholders | set(range(tokens, tokens + 9))
+    assert banned <= trainer.banned_ids
+    assert trainer.banned_ids == set(never_sampled(processor, trainer.model.config))  # nor in evaluation
+    assert processor.tokenizer.eos_token_id not in trainer.banned_ids
+
+    boost = torch.zeros(tokens + 9)
+    boost[sorted(banned)] = 30.0
+    hook = trainer.model.get_output_embeddings().register_forward_hook(lambda m, a, out: out + boost)
+    step(trainer)
+    hook.remove()
+    assert not banned & set(trainer.last_rollouts["completion_ids"][trainer.last_rollouts["mask"].bool()].tolist())
+
+
+def test_bans_add_to_the_callers_generation_settings(make):
+    trainer = make(generation_kwargs={"no_repeat_ngram_size": 3})
+    assert trainer.generation_config.no_repeat_ngram_size == 3
+    assert set(trainer.generation_config.suppress_tokens) == trainer.banned_ids
+
+
+def test_the_callers_own_bans_stay(make):
+    free = min(set(range(20)) - make().banned_ids)
+    trainer = make(generation_kwargs={"suppress_tokens": [free]})
+    assert set(trainer.generation_config.suppress_tokens) == trainer.banned_ids | {free}
+
+
+@pytest.mark.parametrize("use_vllm", [True, False])
+def test_the_callers_options_lift_no_ban(use_vllm):
+    student, _, processor = models()
+    student.config.video_token_id = 30  # which this processor does not name
+    kept = {"logit_bias": {30: 5.0, 40: 1.0}, "allowed_token_ids": [30, 40]} if use_vllm else {"suppress_tokens": [50]}
+    args = SimpleNamespace(use_vllm=use_vllm, generation_kwargs=copy.deepcopy(kept))
+    got, banned = checks.ban_tokens(args, processor, student), checks.banned_ids(processor, student.config)
+    assert args.generation_kwargs == kept  # the caller's own
+    assert {30, student.config.image_token_id} <= banned
+    expected = {"suppress_tokens": sorted({50, *banned})}
+    if use_vllm:
+        expected = {"logit_bias": {40: 1.0, **dict.fromkeys(banned, -100.0)}, "allowed_token_ids": [40]}
+    assert got.generation_kwargs == expected
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        (lambda t: [11, t.model.config.image_token_id, 12], "which stand for images or padding"),
+        (lambda t: [11, t.model.config.video_token_id], "which stand for images or padding"),
+        (lambda t: [], "rollout 3 is empty"),
+    ],
+)
+def test_a_bad_rollout_of_the_engine_is_one_clear_sentence(make, monkeypatch, rollout, message):
+    trainer = make()
+
+    def generate(self, prompt_ids, *args, **kwargs):
+        return [[11, 12] if row != 3 else rollout(trainer) for row in range(len(prompt_ids))]
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", generate)
+    with pytest.raises(ValueError, match=message) as error:
+        step(trainer)
+    assert "rollout 3" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_seconds_of_generation_are_those_of_all_turns(make, monkeypatch):
+    """With tools TRL generates once a turn, and averages what is logged."""
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda self, *arguments: [[11]])
+    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0, 30.0, 38.0])
+    monkeypatch.setattr("va_opd.trainer.time.perf_counter", lambda: next(clock))
+    trainer = make()
+    trainer.model.train()
+    for turns in (3, 1):  # generation batches
+        trainer._is_first_turn = True
+        for _ in range(turns):
+            trainer._generate_single_turn([[11]], None, {})
+    assert trainer._metrics["train"]["time/generation"] == [1.0 + 2.0 + 4.0, 8.0]
+
+
+def test_the_results_of_tools_are_no_part_of_the_prompts_limit(make, monkeypatch):
+    """TRL's loop of tool calls generates again with the whole conversation as prompt."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(max_prompt_length=60)
+    trainer._is_first_turn = True
+    trainer._generate_single_turn([[11] * 60] * 8, None, {})
+    trainer._generate_single_turn([[11] * 70] * 8, None, {})
+    with pytest.raises(ValueError, match="above max_prompt_length=5"):
+        step(make(max_prompt_length=5))
+
+
+def test_a_prompt_over_the_limit_is_one_clear_sentence(make):
+    with pytest.raises(ValueError, match=r"a prompt has \d+ tokens, above max_prompt_length=12"):
+        step(make(max_prompt_length=12))
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_the_gap_to_the_engine_divides_soft_capped_logits_by_the_temperature(make, monkeypatch, softcap):
+    """The engine has sampled by these very probabilities: the gap is 0."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(temperature=0.7)
+    trainer.model.config.get_text_config().final_logit_softcapping = softcap
+    _, _, (batch,) = step(trainer)
+    with torch.no_grad():
+        logits = response_logits(trainer.model, batch)[..., : trainer.vocab_size]
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    logps = (logits / 0.7).log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+    generation = SimpleNamespace(mode="server", generate=None)
+    trainer.engine, trainer.top_p = VLLMRollouts(generation), 1.0
+    trainer.engine.logps = [row[m.bool()].tolist() for row, m in zip(logps, batch["completion_mask"], strict=True)]
+    assert trainer._engine_gap(batch) < 1e-5

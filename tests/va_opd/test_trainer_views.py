@@ -1,0 +1,243 @@
+"""`VAOPDTrainer`: the teacher and the two views that it scores, true and pixelated, of images of all kinds."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trl import DistillationTrainer
+from va_opd_trainers import (
+    FAMILIES,
+    fixed_rollouts,
+    image,
+    image_rows,
+    models,
+    pixelated_pixels,
+    prompt,
+    response_logits,
+    step,
+)
+
+from va_opd import degraded, siblings
+
+
+def test_teacher_is_frozen_and_nothing_but_the_student_carries_gradient(make):
+    student, teacher, processor = models()
+    teacher.train()
+    trainer = make(parts=(student, teacher, processor))
+    modes = []
+    trainer.teacher_model.model.register_forward_hook(lambda m, *_: modes.append(m.training))
+    _, gradients, (batch,) = step(trainer)
+    assert modes
+    assert not any(modes)
+    assert not trainer.teacher_model.training
+    assert all(p.grad is None and not p.requires_grad for p in trainer.teacher_model.parameters())
+    assert not any(value.requires_grad for value in batch.values() if isinstance(value, torch.Tensor))
+    assert not trainer.last_rollouts["va"].requires_grad
+    assert not trainer.last_rollouts["weights"].requires_grad
+    assert any(g.abs().max() > 0 for n, g in gradients.items() if "visual" in n)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_only_pixel_values_differ_in_the_degraded_view(make, shared):
+    trainer = make(gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    views = []
+    trainer.teacher_model.model.register_forward_pre_hook(
+        lambda m, a, kw: views.append({k: v.clone() if torch.is_tensor(v) else v for k, v in kw.items()}),
+        with_kwargs=True,
+    )
+    trainer.teacher.shares = {True: shared}
+    step(trainer)
+    prompts = [view for view in views if "pixel_values" in view]
+    if shared:  # both views of a prompt are rows of one pass
+        prompts = [
+            {k: v.chunk(2)[row] if torch.is_tensor(v) else v for k, v in p.items()} for p in prompts for row in (0, 1)
+        ]
+    assert len(prompts) == 2 * 2  # views of prompts, or of micro-batches
+    for true, blurred in zip(prompts[::2], prompts[1::2], strict=True):
+        assert true.keys() == blurred.keys() >= {"input_ids", "image_grid_thw", "mm_token_type_ids"}
+        for key in true.keys() - {"pixel_values"}:
+            assert torch.equal(*(torch.as_tensor(view[key]) for view in (true, blurred))), key
+        assert true["pixel_values"].shape == blurred["pixel_values"].shape
+        assert not torch.equal(true["pixel_values"], blurred["pixel_values"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_va_is_exactly_zero_when_the_degraded_view_is_the_true_one(make, family, pixelate_at):
+    """Images that are not square: a view of another shape (squashed where the processor crops) would not be equal."""
+    rows = [{**row, "image": image(i, (70, 40))} for i, row in enumerate(image_rows(4))]
+    trainer = make(rows=rows, family=family, degradation_ratio=1.0, pixelate_at=pixelate_at, doctor_steps=1)
+    step(trainer)
+    assert trainer.last_rollouts["va"].shape[0] == 8
+    assert not trainer.last_rollouts["va"].any()
+    assert trainer._metrics["train"]["va/null"] == [0.0]
+    assert trainer.last_rollouts["weights"].tolist() == [0.25] * 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_and_sees_the_image(make, family):
+    trainer = make(family=family, max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    trainer.train()
+    logs = trainer.state.log_history[:2]
+    assert all(math.isfinite(log["loss"]) and log["loss"] > 0 and log["va/mean"] > 0 for log in logs)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "exif", "L", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_degraded_view_of_odd_images_is_the_true_view_at_ratio_one(make, monkeypatch, mode, pixelate_at):
+    """Both views take the same way to RGB, and neither or both are turned by an orientation tag."""
+    fixed_rollouts(monkeypatch)
+    picture = image(0, (72, 40))
+    if mode == "RGBA":
+        picture.putalpha(Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 72), dtype=np.uint8)))
+    elif mode == "P":
+        picture = picture.quantize(32)
+        picture.info["transparency"] = 0
+    elif mode == "exif":
+        exif = Image.Exif()
+        exif[274] = 6  # turned by 90 degrees
+        picture.info["exif"] = exif.tobytes()
+    elif mode == "I;16":
+        picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 72)).astype(np.uint16))
+    else:
+        picture = picture.convert(mode)
+    trainer = make(degradation_ratio=1.0, pixelate_at=pixelate_at)
+    # past the data set, which re-encodes images
+    step(trainer, [{"prompt": prompt(0), "image": picture}] * 8)
+    assert not trainer.last_rollouts["va"].any()
+
+
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_alpha_does_not_darken_the_degraded_view(make, monkeypatch, pixelate_at):
+    """The processor drops alpha, so a transparent white background is white; it must be so in both views."""
+    fixed_rollouts(monkeypatch)
+    picture = Image.new("RGBA", (72, 40), (255, 255, 255, 0))
+    trainer = make(pixelate_at=pixelate_at)
+    step(trainer, [{"prompt": prompt(0), "image": picture}] * 8)
+    assert not trainer.last_rollouts["va"].any()  # a constant image is its own pixelation
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "exif"])
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_odd_images_train(make, monkeypatch, mode, pixelate_at):
+    fixed_rollouts(monkeypatch)
+    picture = image(0, (72, 40))
+    exif = Image.Exif()
+    exif[274] = 6
+    if mode == "exif":
+        picture.info["exif"] = exif.tobytes()
+    else:
+        picture = picture.convert(mode)
+    trainer = make(pixelate_at=pixelate_at)
+    loss, _, _ = step(trainer, [{"prompt": prompt(0), "image": picture}] * 8)
+    assert math.isfinite(loss)
+    assert trainer.last_rollouts["va"].any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (1900, 10), (300, 300)])
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_images_of_odd_sizes_train(make, monkeypatch, size, pixelate_at):
+    """The processor enlarges small images and shrinks large ones; the degraded view must keep their grid."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(pixelate_at=pixelate_at)
+    loss, _, _ = step(trainer, [{"prompt": prompt(0), "image": image(0, size)}] * 8)
+    assert math.isfinite(loss)
+
+
+def test_pixelation_at_the_models_size_and_at_the_raw_size_differ_in_cells(make, monkeypatch):
+    """A 20 x 20 image is enlarged to 32 x 32: 3 x 3 cells at the model's size, 2 x 2 at its own."""
+    fixed_rollouts(monkeypatch)
+    rows = [{**row, "image": image(i, (20, 20))} for i, row in enumerate(image_rows(4))]
+    for pixelate_at, cells in (("model", 9.0), ("raw", 4.0)):
+        trainer = make(rows=rows, pixelate_at=pixelate_at)
+        step(trainer)
+        assert set(trainer._metrics["train"]["va/cells"]) == {cells}
+
+
+def test_the_models_size_is_width_and_height():
+    pixels = {"pixel_values": torch.zeros(2, 3, 10, 20)}
+    assert degraded.model_size(SimpleNamespace(), pixels, None, 2) == (20, 10)
+    assert degraded.model_size(SimpleNamespace(patch_size=7), pixels, [1, 2, 3], 2) == (21, 14)
+    assert degraded.model_size(SimpleNamespace(), pixels, None, 1) is None  # tiles
+
+
+def test_siblings_share_a_degraded_image(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    trainer, calls = make(), []
+    degrade = degraded.degrade
+    monkeypatch.setattr(degraded, "degrade", lambda picture, *a: calls.append(a) or degrade(picture, *a))
+    step(trainer)
+    assert len(calls) == 2  # 8 rollouts of 2 prompts
+
+
+def test_all_images_of_a_row_are_pixelated(make, monkeypatch):
+    """Three images a row: the views differ in the rows of each of them."""
+    fixed_rollouts(monkeypatch)
+    rows = [{"prompt": prompt(i), "images": [image(10 * i + j, (40, 40)) for j in range(3)]} for i in range(4)]
+    trainer, seen = make(rows=rows), {}
+    pixels = trainer._degraded_pixel_values
+    monkeypatch.setattr(
+        trainer,
+        "_degraded_pixel_values",
+        lambda batch, *a: seen.update(true=batch, other=pixels(batch, *a)) or seen["other"],
+    )
+    step(trainer)
+    sizes = seen["true"]["image_grid_thw"].prod(1).tolist()
+    assert len(sizes) == 3 * 8
+    for true, other in zip(seen["true"]["pixel_values"].split(sizes), seen["other"].split(sizes), strict=True):
+        assert (true != other).float().mean() > 0.9
+    assert len({other.sum().item() for other in seen["other"].split(sizes)}) == 3 * 2  # three images, two prompts
+
+
+def zoom(box: str) -> list:
+    """Shows a part of the image.
+
+    Args:
+        box: which part.
+    """
+
+
+def rollouts_with_tool_images(monkeypatch) -> None:
+    """Each rollout: some letters, the result of a tool with an image of its own, some letters."""
+
+    def generate(self, prompts):
+        prompt_ids, images, _ = self._tokenize_prompts(prompts)
+        tokens, rollouts, masks = self.processing_class.tokenizer.get_vocab(), [], []
+        for row in range(len(prompts)):
+            letters = np.random.default_rng(row).integers(10, 100, 3 + row % 3).tolist()
+            result = [tokens["<|vision_start|>"], *[tokens["<|image_pad|>"]] * 4, tokens["<|vision_end|>"]]
+            rollouts.append([*letters, *result, *letters[::-1], self.eos_token_ids[0]])
+            masks.append([1] * len(letters) + [0] * len(result) + [1] * (len(letters) + 1))
+        shown = [[image(100 + row, (32, 32))] for row in range(len(prompts))]
+        merged = [own + new for own, new in zip(images, shown, strict=True)]
+        return prompt_ids, rollouts, masks, merged, shown
+
+    monkeypatch.setattr(DistillationTrainer, "_generate", generate)
+
+
+def test_siblings_with_other_images_from_tools(make, monkeypatch):
+    """VA against an independent computation: each rollout has degraded images of its own."""
+    rollouts_with_tool_images(monkeypatch)
+    monkeypatch.setattr(siblings, "length_sorted", lambda batch, parts: [batch])
+    trainer = make()
+    trainer.tools = [zoom]
+    loss, _, (batch,) = step(trainer)
+    assert math.isfinite(loss)
+    images = trainer.last_rollouts["images"]
+    assert [len(row) for row in images] == [2] * 8
+    degraded = pixelated_pixels(trainer.processing_class, batch, list(itertools.chain(*images)))
+    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    with torch.no_grad():
+        true, other = (
+            response_logits(trainer.teacher_model, batch, **extra)
+            .log_softmax(-1)
+            .gather(-1, batch["completion_ids"][..., None])[..., 0]
+            for extra in ({}, {"pixel_values": degraded})
+        )
+    va = (true - other).clamp(min=0) * mask
+    torch.testing.assert_close(trainer.last_rollouts["va"].double(), va, atol=2e-5, rtol=0)
+    assert va.max() > 0.01
