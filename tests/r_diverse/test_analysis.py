@@ -27,6 +27,8 @@ def test_repetition_of_angles_counted_by_hand():
     assert analysis.intra_repetition(now, threshold=0.99) == 0.0
     assert analysis.cross_repetition(now, before) == 0.25
     assert analysis.cross_repetition(now, now) == 1.0
+    assert analysis.intra_repetition(at(0, 25.8)) == 1.0
+    assert analysis.intra_repetition(at(0, 25.9)) == analysis.cross_repetition(at(0), at(25.9)) == 0.0
 
 
 @pytest.mark.parametrize("block", [1, 7, 4096])
@@ -54,6 +56,8 @@ def test_repetition_at_the_ends():
 def test_repetition_rejects_a_threshold_that_is_no_cosine(threshold):
     with pytest.raises(ValueError, match="threshold="):
         analysis.intra_repetition(unit(0, 2), threshold)
+    with pytest.raises(ValueError, match="threshold="):
+        analysis.cross_repetition(unit(0, 2), unit(1, 2), threshold)
 
 
 @pytest.mark.parametrize("bad", [[[math.nan, 1.0]], [[0.0, 0.0]], [1.0, 0.0]])
@@ -92,7 +96,7 @@ def test_nearest_is_sorted_and_takes_the_first_of_equals():
     assert index.tolist() == [[4, 1, 2]]
     np.testing.assert_allclose(cosine, [np.cos(np.radians([10, 30, 30]))])
     assert analysis.nearest(at(0, 5), at(90), k=3)[0].tolist() == [[0], [0]]
-    assert analysis.nearest(at(0, 5), np.empty((0, 2)))[0].shape == (2, 0)
+    assert analysis.nearest(at(0, 5), np.empty((0, 3)))[0].shape == (2, 0)  # of no rows the dimensions say nothing
     with pytest.raises(ValueError, match="k=0"):
         analysis.nearest(at(0), at(1), k=0)
     with pytest.raises(ValueError, match="dimensions"):
@@ -107,7 +111,7 @@ def test_only_the_nearest_k_are_judged():
         return b == "same"
 
     past = ["near", "nearer", "far", "same"]
-    ratio = analysis.duplicate_ratio(["new"], at(0), past, at(20, 10, 80, 170), k=3, is_duplicate=judge)
+    ratio = analysis.duplicate_ratio(["new"], at(0), past, at(20, 10, 80, 170), is_duplicate=judge)  # the paper's 3
     assert ratio == 0.0
     assert asked == [("new", "nearer"), ("new", "near"), ("new", "far")]
     assert analysis.duplicate_ratio(["new"], at(0), past, at(20, 10, 80, 170), k=4, is_duplicate=judge) == 1.0
@@ -121,6 +125,8 @@ def test_duplicate_ratio_with_the_local_judge():
     assert math.isnan(analysis.duplicate_ratio([], np.empty((0, 2)), past, at(0, 90)))
     with pytest.raises(ValueError, match="one row a question"):
         analysis.duplicate_ratio(new, at(0), past, at(0, 90))
+    with pytest.raises(ValueError, match="one row a question"):
+        analysis.duplicate_ratio(new, at(0, 90), past[:1], at(0, 90))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +137,8 @@ def test_duplicate_ratio_with_the_local_judge():
         ("Find x if 2x + 3 = 7.", "Find x if 9x + 1 = 4.", True),
         ("A train goes 60 km in 2 hours. How fast is it?", "A car goes 80 km in 4 hours. How fast is it?", True),
         ("A train goes 60 km in 2 hours. How fast is it?", "A train is 60 m long. How long is half of it?", False),
+        ("one two three four five six seven eight nine", "one two three four x six seven eight nine", True),  # 0.8
+        ("one two three four five six seven eight", "one two three four x six seven eight", False),
         ("", "", True),
         ("", "What?", False),
         ("?!", "?!", True),
@@ -177,10 +185,25 @@ def test_diversity_table():
     assert first["intra_repetition"] == pytest.approx(2 / 3)
     assert (first["clusters"], first["largest_cluster"]) == (2, pytest.approx(2 / 3))
     assert first["effective_clusters"] == pytest.approx(3 / 2 ** (2 / 3))  # exp of the entropy of 2/3 and 1/3
+    assert first["median_cosine"] == pytest.approx(math.cos(math.radians(89)))  # of 1, 89 and 90 degrees
     assert first["mean_repetition_penalty"] == pytest.approx(objective.repetition_penalty(rows[:3]).mean())
     assert second["cross_repetition"] == second["duplicate_ratio"] == 0.5
     assert second["intra_repetition"] == 0.0
     assert second["median_cosine"] == pytest.approx(math.cos(math.radians(178)))
+
+
+def test_an_iteration_of_one_question_has_no_cosine():
+    (row,) = analysis.diversity(["What is 1 + 2?"], at(0), [1])
+    assert (row["questions"], row["clusters"], row["intra_repetition"]) == (1, 1, 0.0)
+    assert math.isnan(row["median_cosine"])
+
+
+def test_clusters_are_cut_where_the_paper_cuts_them():
+    """At cosine 0.5, which is 60 degrees."""
+    for degrees, clusters in ((59, 1), (61, 2)):
+        assert len(analysis.cluster_sizes(at(0, degrees))) == clusters
+        (row,) = analysis.diversity(["a", "b"], at(0, degrees), [1, 1])
+        assert row["clusters"] == clusters
 
 
 def test_diversity_does_not_depend_on_the_order_of_rows():

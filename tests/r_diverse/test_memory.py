@@ -82,6 +82,7 @@ def test_similarity_is_exact_over_iterations_and_chunks(tmp_path, monkeypatch, e
         monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(memory, "CHUNK", 64)
     bank = fill(MemoryBank(tmp_path), {1: 200, 2: 1, 3: 129, 7: 64})
+    bank.verify()
     rows = np.concatenate([bank.embeddings(t) for t in (1, 2, 3, 7)]).astype(np.float64)
     queries = unit(np.random.default_rng(5), 50).astype(np.float64)
     queries[7] = rows[300]  # a question asked before
@@ -218,6 +219,18 @@ def test_a_view_of_earlier_iterations_never_meets_its_own_rows(tmp_path):
         view.add(*content(1, 2), 1)
 
 
+def test_a_fingerprint_is_of_rows_their_iteration_and_their_encoder(tmp_path):
+    rows = content(1, 3)
+    prints = []
+    for name, encoder, iteration in (("a", "x", 1), ("b", "x", 1), ("c", "y", 1), ("d", "x", 2)):
+        bank = MemoryBank(tmp_path / name, encoder)
+        bank.add(*rows, iteration)
+        prints.append(bank.fingerprint())
+        # what a run has seen before its first iteration stays the same once that has added its rows
+        assert bank.before(1).fingerprint() == MemoryBank(tmp_path / "none").fingerprint()
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
 def test_a_reader_keeps_its_rows_until_it_looks_again(tmp_path):
     bank = fill(MemoryBank(tmp_path), {1: 5})
     reader = MemoryBank(tmp_path)
@@ -308,6 +321,7 @@ def test_the_same_question_twice_is_two_rows(tmp_path):
         ([math.inf, 0.0], "embedding 1 has norm inf"),
         ([3.0, 4.0], "embedding 1 has norm 5.0, not 1: normalise"),
         ([0.5, 0.5], "embedding 1 has norm 0.7"),
+        ([1.02, 0.0], "embedding 1 has norm 1.02"),
     ],
 )
 def test_a_vector_that_is_no_direction_is_refused_and_nothing_is_kept(toy, bad, message):
@@ -317,6 +331,12 @@ def test_a_vector_that_is_no_direction_is_refused_and_nothing_is_kept(toy, bad, 
     assert files(toy.path) == before
     with pytest.raises(ValueError, match=message):
         toy.penalty([[1.0, 0.0], bad])
+
+
+def test_a_bad_vector_is_named_by_its_row_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CHUNK", 2)
+    with pytest.raises(ValueError, match="embedding 4 has norm 0.0"):
+        MemoryBank(tmp_path).add(["q"] * 5, [*TOY, [1.0, 0.0], [0.0, 0.0]], ["a"] * 5, 1)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +368,9 @@ def test_an_iteration_is_a_whole_number(toy):
 def test_other_precisions_are_stored_as_unit_vectors_in_float32(tmp_path, dtype):
     bank = MemoryBank(tmp_path)
     questions, embeddings, answers = content(1, 50)
-    bank.add(questions, embeddings.astype(dtype), answers, 1)
+    rounded = embeddings.astype(dtype)
+    rounded[:2] *= [[0.996], [1.004]]  # as far off as bfloat16 may be
+    bank.add(questions, rounded, answers, 1)
     stored = bank.embeddings(1)
     assert stored.dtype == np.float32
     assert np.linalg.norm(stored.astype(float), axis=1) == pytest.approx(np.ones(50), abs=1e-6)
@@ -364,6 +386,8 @@ def test_other_dimensions_are_refused_in_a_search(toy):
         toy.nearest(TOY, k=0)
     with pytest.raises(ValueError, match="row numbers reach from 0 to 3; the bank has 0 to 2"):
         toy.records([0, 3])
+    with pytest.raises(ValueError, match="row numbers reach from -1 to 0"):
+        toy.records([-1, 0])
     with pytest.raises(ValueError, match="n=-1"):
         toy.sample(-1, seed=0)
     with pytest.raises(ValueError, match=r"no iteration 9; it has \[1\]"):
@@ -591,6 +615,43 @@ def test_a_kill_before_any_file_operation_loses_at_most_the_add(tmp_path, first)
     assert process.exitcode == 0, "the add must come to its end once it is not killed"
     assert outcomes == sorted(outcomes)  # once committed, it stays
     assert outcomes.count(False) >= 8
+
+
+def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """What a loss of power keeps: a file is synced before it is renamed, and the folder after that."""
+    synced = set()
+
+    def fsync(descriptor, call=os.fsync):
+        synced.add(os.fstat(descriptor).st_ino)
+        call(descriptor)
+
+    def renaming(call):
+        def wrapper(source, target):
+            parts = [Path(source), *Path(source).rglob("*")]
+            assert {part.stat().st_ino for part in parts} <= synced
+            synced.discard(Path(target).parent.stat().st_ino)
+            call(source, target)
+
+        return wrapper
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, renaming(getattr(os, name)))
+    bank = MemoryBank(tmp_path)
+    for version in range(2):
+        bank.add(*content(1, 5, version), 1)
+        assert tmp_path.stat().st_ino in synced
+
+
+def test_another_user_can_read_a_bank(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        fill(MemoryBank(tmp_path), {1: 5})
+    finally:
+        os.umask(umask)
+    for path in tmp_path.rglob("*"):
+        assert path.name == ".lock" or path.stat().st_mode & 0o044 == 0o044
+        assert not path.is_dir() or path.stat().st_mode & 0o011 == 0o011
 
 
 def _add_for_ever(path: Path, seed: int, acknowledged) -> None:
