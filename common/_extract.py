@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 __all__ = ["after_thinking", "boxes_of", "extract_answer", "own_words"]
 
@@ -38,7 +39,10 @@ _MARKER = re.compile(
     (?:答案|答え|答|정답|답)\s*\**\s*(?:应该是|应为|就是|是|为|は|은|[:：])[\s*:：]*"""
 )
 _REMARK = re.compile(rf"(?i)\banswers?\b[\s*_]*\b(?:is|are)\b(?={_ABOUT})(?:[\s*_]+(?:in\s+fact|found\s+to\s+be)\b)?")
-_ASCII_MARKS = ("####", "answer", "option", "choice", "respuesta", "resposta", "risposta", "antwort")
+_MARK_WORDS = (  # one of them is in each match of `_MARKER`, at most a word, spaces and "#*_" before it
+    *("####", "answer", "option", "choice", "réponse", "respuesta", "resposta", "risposta", "antwort"),
+    *("ответ", "答", "답"),
+)
 _FILLER = re.compile(
     r"(?i)(?:for sure|definitely|clearly|simply|just|therefore|thus|indeed|certainly|probably|likely|exactly)\b[\s,:]*"
 )
@@ -83,16 +87,19 @@ def own_words(response: str) -> str:
 
 def after_thinking(text: str) -> str:
     """What follows the last closed `<think>` block, up to one that has no end; elsewhere in a line it is a word."""
-    return _OPENED.split(text.rpartition("</think>")[2], maxsplit=1)[0]
+    text = text.rpartition("</think>")[2]
+    return _OPENED.split(text, maxsplit=1)[0] if "<think>" in text else text
 
 
 def boxes_of(text: str) -> list[tuple[int, int, str]]:
     """Outermost balanced boxes as (start, end, content); boxes joined by "and" or commas are one. Linear time."""
-    if "box" not in text:
+    starts = [start for start in map(text.find, ("\\boxed", "\\fbox")) if start >= 0]
+    if not starts:
         return []
+    first = len(text[: min(starts)].rstrip("\\"))  # backslashes before it escape each other, or it
     found: list[tuple[int, int, int, int]] = []  # start, end, start and end of the content
     stack: list[tuple[int, int] | None] = []
-    for token in _BOX_TOKEN.finditer(text):
+    for token in _BOX_TOKEN.finditer(text, first):
         if token["box"]:
             stack.append(token.span())
         elif token["bare"]:
@@ -117,13 +124,45 @@ def _join_boxes(text: str, boxes: list[tuple[int, int, str]]) -> list[tuple[int,
     return joined
 
 
+def _matches(pattern: re.Pattern[str], text: str, words: tuple[str, ...]) -> Iterator[re.Match[str]]:
+    """`pattern.finditer(text)`, tried only around `words`: twenty times as fast on a long response."""
+    lowered = text.lower()
+    if len(lowered) != len(text):  # one capital letter became two: the places are not the same
+        yield from pattern.finditer(text)
+        return
+    done = 0
+    for place in sorted(place for word in words if word in lowered for place in _places(lowered, word)):
+        for start in range(_start(text, place, done), place + 1):
+            if found := pattern.match(text, start):
+                yield found
+                done = found.end()
+                break
+
+
+def _start(text: str, place: int, done: int) -> int:
+    """Where a match with its word at `place` may start: before it stand at most spaces, "#*_" and one other word."""
+    for may_stand in (_is_space_or_mark, str.isalpha, _is_space_or_mark):
+        while place > done and may_stand(text[place - 1]):
+            place -= 1
+    return max(place, done)
+
+
+def _is_space_or_mark(char: str) -> bool:
+    return char.isspace() or char in "#*_"
+
+
+def _places(text: str, word: str) -> Iterator[int]:
+    at = text.find(word)
+    while at >= 0:
+        yield at
+        at = text.find(word, at + 1)
+
+
 def _marks(text: str) -> list[tuple[int, int, int]]:
     """(start, start of the content, its end or -1 where the sentence decides) of every answer marker, in order."""
-    if text.isascii() and not any(word in text.lower() for word in _ASCII_MARKS):
-        return []
-    marks = [(m.start(), m.end(), -1) for m in _MARKER.finditer(text)]
+    marks = [(m.start(), m.end(), -1) for m in _matches(_MARKER, text, _MARK_WORDS)]
     opened = None
-    for tag in _TAG.finditer(text):
+    for tag in _TAG.finditer(text) if "<" in text else ():
         if opened and tag[0][1] == "/":
             marks.append((opened.start(), opened.end(), tag.start()))
         opened = tag if tag[0][1] != "/" else None
@@ -132,7 +171,9 @@ def _marks(text: str) -> list[tuple[int, int, int]]:
 
 def _marked(text: str, which: str) -> tuple[int, str] | None:
     """(position, answer) of the last or first marker that an answer follows."""
-    marks = _marks(text) or [(m.start(), m.end(), -1) for m in _REMARK.finditer(text)]  # "valid" is an answer, too
+    marks = _marks(text) or [  # "valid" is an answer, too
+        (m.start(), m.end(), -1) for m in _matches(_REMARK, text, ("answer",))
+    ]
     for start, content, end in marks[: -_MAX_MARKS - 1 : -1] if which == "last" else marks[:_MAX_MARKS]:
         clause = text[content:end] if end >= 0 else _clause(text[content : content + _MAX_CHARS])
         if answer := _clean_clause(clause, is_sentence=end < 0):

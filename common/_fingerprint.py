@@ -2,13 +2,14 @@ r"""A number by which two formulas are seen to be the same but for the order and
 
 It is the value of the formula modulo a prime, where names, functions and roots are random numbers: equal functions of
 equal arguments have equal ones. So it shows that `2x(x+1) + \sin 2x` is `\sin(2x) + 2x^2 + 2x`, up to a chance of
-2^-50; it cannot show that `\sin^2 x + \cos^2 x` is 1. A text can be made to have the number of another one, so that it
-is no proof by itself.
+2^-50; it cannot show that `\sin^2 x + \cos^2 x` is 1. Each process draws its own random numbers, so that no text can
+be made to have the number of another one. Whether the formula has a value it does not say: `\ln 0` has a number.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -18,6 +19,7 @@ from common._formula import Node, parse
 __all__ = ["fingerprint"]
 
 _PRIME = 2**61 - 1
+_SECRET = os.urandom(16)
 _MAX_EXPONENT, _MAX_DEGREE = 1000, 12  # beyond these a power is a function like others
 _WITH_VARIABLES = ("sum", "prod", "term")  # the names of which mean nothing
 _JUMPS = ("abs", "re", "im", "floor", "ceil", "i")  # equal arguments are not enough, or several branches count
@@ -72,7 +74,7 @@ def _power(base: int, exponent: int) -> int:
 
 
 def _random(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) % _PRIME
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8, key=_SECRET).digest()) % _PRIME
 
 
 _STEPS: dict[str, Callable[..., int]] = {

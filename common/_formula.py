@@ -34,10 +34,10 @@ class Node(NamedTuple):
     args: tuple
 
 
-_CIRCULAR, HYPERBOLIC = ("sin", "cos", "tan", "cot", "sec", "csc"), ("sinh", "cosh", "tanh", "coth", "sech", "csch")
-_INVERSE = {f"{prefix}{name}": f"a{name}" for name in _CIRCULAR + HYPERBOLIC[:3] for prefix in ("arc", "ar", "a")}
+CIRCULAR, HYPERBOLIC = ("sin", "cos", "tan", "cot", "sec", "csc"), ("sinh", "cosh", "tanh", "coth", "sech", "csch")
+_INVERSE = {f"{prefix}{name}": f"a{name}" for name in CIRCULAR + HYPERBOLIC[:3] for prefix in ("arc", "ar", "a")}
 _OTHER = ("ln", "log", "exp", "cis", "sqrt", "abs", "floor", "ceil")
-_FUNCTIONS = {name: name for name in _CIRCULAR + HYPERBOLIC + _OTHER} | _INVERSE
+_FUNCTIONS = {name: name for name in CIRCULAR + HYPERBOLIC + _OTHER} | _INVERSE
 _FUNCTIONS |= {"cosec": "csc", "lg": "log", "ceiling": "ceil", "Re": "re", "Im": "im"}
 _GREEK = re.findall(
     r"\w+",
@@ -224,7 +224,7 @@ class _Parser:
         start = self.at
         if value.denominator == 1 and self.take("frac"):
             top, bottom = self.group(), self.group()
-            if _is_whole(top) and _is_whole(bottom) and 0 < top.args[0] < bottom.args[0]:
+            if is_whole(top) and is_whole(bottom) and 0 < top.args[0] < bottom.args[0]:
                 return Node("number", (value + top.args[0] / bottom.args[0],))
             self.at = start
         return Node("number", (value,))
@@ -395,7 +395,7 @@ class _Parser:
         return kind in ("word", "operator", "command") and text in _FUNCTIONS and text != "sqrt"
 
 
-def _is_whole(node: Node) -> bool:
+def is_whole(node: Node) -> bool:
     return node.op == "number" and node.args[0].denominator == 1
 
 

@@ -19,7 +19,19 @@ from functools import lru_cache
 from typing import Any
 
 from common._fingerprint import fingerprint
-from common._formula import HYPERBOLIC, Node, Unreadable, indexed, names, operators, parse, sequences, whole_names
+from common._formula import (
+    CIRCULAR,
+    HYPERBOLIC,
+    Node,
+    Unreadable,
+    indexed,
+    is_whole,
+    names,
+    operators,
+    parse,
+    sequences,
+    whole_names,
+)
 
 __all__ = ["TooLarge", "equal", "order", "proportional", "scattered_points", "within"]
 
@@ -337,6 +349,26 @@ _WHOLE = frozenset("nkmN")  # where every name is one of these, whole numbers ar
 _BOUNDS = tuple(map(Fraction, (7, 4, 11, 3, 9, 2, 12, 6, 8, 5)))  # of sums, at each of the points
 _MAX_NAMES = 16
 _NEEDED = 3  # points at which both formulas have values
+# Functions with one branch, defined but at poles: two of these that agree at a few points agree everywhere
+_SMOOTH = frozenset(_ARITHMETIC) - {"abs", "re", "im", "floor", "ceil"} | {"name", "exp", *CIRCULAR, *HYPERBOLIC}
+_POSITIVE = frozenset(["+", "*", "/", "^", "root"])
+
+
+def _is_smooth(node: Node) -> bool:
+    if not names(node):
+        return node.op not in ("term", *_SERIES)
+    if node.op == "^":
+        base, exponent = node.args
+        return _is_smooth(base) if is_whole(exponent) else _is_positive(base) and _is_smooth(exponent)
+    return node.op in _SMOOTH and all(_is_smooth(arg) for arg in node.args if isinstance(arg, Node))
+
+
+def _is_positive(node: Node) -> bool:
+    if node.op == "constant":
+        return node.args[0] != "i"
+    if node.op == "number":
+        return node.args[0] > 0
+    return node.op in _POSITIVE and all(map(_is_positive, node.args))
 
 
 @lru_cache(maxsize=1)
@@ -408,14 +440,16 @@ class _Pair:
             if result is False:
                 return 0
             agreed += result is True
-            if agreed == _NEEDED and self.names and self._are_one():
+            if agreed == 1 and self.names and self._are_one():
+                return agreed
+            if agreed == _NEEDED and self.names and all(map(_is_smooth, self.nodes)):
                 return agreed
         if too_large and agreed < _NEEDED:
             raise too_large
         return agreed if not self.names or agreed >= _NEEDED else 0
 
     def _are_one(self) -> bool:
-        """Whether no further point can tell the two apart (up to `scale`), nor change that enough of them agree."""
+        """Whether no further point can tell the two apart (up to `scale`), once they are seen to have values."""
         if not isinstance(self.scale, Fraction):
             return False
         p, g = fingerprint(self.texts[0], Fraction(1)), fingerprint(self.texts[1], self.scale)

@@ -24,11 +24,14 @@ is killed when it is late (`common._worker`). Nothing here evaluates code; every
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -222,8 +225,10 @@ def _settle(answer: str | None, gold: str, deadline: float, policy: Policy) -> C
         return Check(Verdict.CORRECT, answer, "text", "text")
     if len(gold) > MAX_CHARS or len(answer) > MAX_CHARS:
         return Check(Verdict.GOLD_UNPARSEABLE if len(gold) > MAX_CHARS else Verdict.UNPARSEABLE, answer, "", "size")
-    stated = extract_answer(answer) or own_words(answer)
-    p, g = normalise(stated), normalise(extract_answer(gold) or own_words(gold))
+    if (policy is _DEFAULT or policy == _DEFAULT) and (settled := _settle_numerals(answer.strip(), gold.strip())):
+        return settled
+    stated = _stated(answer)
+    p, g = normalise(stated), normalise(_stated(gold))
     if not p or not g:
         return Check(Verdict.NO_ANSWER if g else Verdict.GOLD_UNPARSEABLE, answer)
     if letter := gold_letter(g):
@@ -238,6 +243,41 @@ def _settle(answer: str | None, gold: str, deadline: float, policy: Policy) -> C
         return _Request(p, g, policy)
     except TimeoutError:
         return Check(Verdict.TIMEOUT, answer, "", "late")
+
+
+@lru_cache(maxsize=8192)
+def _stated(answer: str) -> str:
+    """What an answer, or a gold answer, says: there may be a box or a marker in it."""
+    return extract_answer(answer) or own_words(answer)
+
+
+_NUMERAL = re.compile(
+    r"(?P<currency>\\?\$(?=\d))?"
+    r"(?P<value>-?(?:\d{1,3}(?:,\d{3}){1,9}|\d{1,99})(?:\.\d{1,99})?)"
+    r"(?P<unit> ?(?:\\?%|°|\^ ?(?:\\circ|\{ ?\\circ ?\})|degrees))?",
+    re.ASCII,
+)
+
+
+def _decimal(numeral: re.Match[str]) -> Decimal:
+    return Decimal(numeral["value"].replace(",", ""))
+
+
+def _settle_numerals(answer: str, gold: str) -> Check | None:
+    """What the long way below gives for two plain numerals, in a third of its time. None for any other answers.
+
+    One of the two may have a sign of percent, degree or dollar; two such signs have to agree, which is not seen here.
+    """
+    p, g = _NUMERAL.fullmatch(answer), _NUMERAL.fullmatch(gold)
+    if not p or not g:
+        return None
+    signs = [sign for sign in (p["currency"], p["unit"], g["currency"], g["unit"]) if sign]
+    if len(signs) > 1:
+        return None
+    by_text = p["value"] == g["value"]
+    same = by_text or _decimal(p) == _decimal(g)
+    verdict = Verdict.CORRECT if same else Verdict.WRONG
+    return Check(verdict, answer, "unit" if signs else "number", "text" if by_text else "number")
 
 
 def _verdict(outcome: Outcome) -> Check:

@@ -19,6 +19,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from common import _extract, answers
 from common.answers import Policy, Verdict, check, exact_number, extract_answer, grade_many, judge, same_answer
 
 FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
@@ -335,6 +336,80 @@ def test_units(value, units, form):
     assert same_answer(form.format(plain, units[0]), plain)
     assert same_answer(plain, rf"{plain}\text{{ {units[0]}}}")
     assert not same_answer(form.format(plain, units[0]), rf"{plain}\text{{ {units[1]}}}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Short ways give what the long ways give
+# ---------------------------------------------------------------------------------------------------------------------
+
+NUMERAL_FORMS = (
+    "{}",
+    "-{}",
+    r"\${}",
+    "${}",
+    "-${}",
+    "{}%",
+    r"{}\%",
+    "{} %",
+    r"{}^\circ",
+    r"{}^{{\circ}}",
+    "{}°",
+    "{} °",
+)
+NUMERAL_FORMS += ("{} degrees", r"\${}%", "{}^{{ \\circ }}", " {} ", "${}$", "{}.", ".{}", "{}/7", r"\$ {}")
+numerals = st.builds(
+    str.format,
+    st.sampled_from(NUMERAL_FORMS),
+    st.sampled_from(
+        ["0", "5", "5.0", "05", "5.50", "1000", "1,000", "1,000.00", "2024", "12.34", "1,00", "0.05", "100"]
+    ),
+)
+
+
+@SETTINGS
+@given(numerals, numerals)
+def test_plain_numerals_get_the_verdict_of_all_others(answer, gold):
+    with pytest.MonkeyPatch.context() as patch:
+        short = check(rf"\boxed{{{answer}}}", gold)
+        patch.setattr(answers, "_settle_numerals", lambda *_: None)
+        assert short == check(rf"\boxed{{{answer}}}", gold)
+
+
+PIECES = (
+    *("answer", "Answers", "The final answer is ", "#### ", "##", "right ", "correct option is ", "best choice: "),
+    *("is ", "5", "x=3", ". ", ": ", "：", "réponse est ", "RÉPONSE : ", "respuesta es ", "Antwort ist ", "ответ: "),
+    *("答案是", "答え", "정답: ", "답은 ", "<answer>", "</answer>", r"\boxed{5}", r"\boxed{", "}", "{", r"\\boxed{7}"),
+    *(r"\\\boxed{8}", r"\fbox{2}", r"\boxed 3", "\\", r"\{", "box", "</think>", "<think>", "valid", "correct, "),
+    *(
+        "in fact ",
+        "the same ",
+        "A b",
+        "1. ",
+        "İ",
+        "’s ",
+        "**",
+        "_",
+        ", ",
+        " and ",
+        "é",
+        "$",
+        "\n",
+        " ",
+        "\t",
+        "\u3000",
+    ),
+)
+
+
+@SETTINGS
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_answers_are_found_around_the_words_of_markers_as_in_the_whole_text(text):
+    for pattern, words in ((_extract._MARKER, _extract._MARK_WORDS), (_extract._REMARK, ("answer",))):
+        found = [m.span() for m in _extract._matches(pattern, text, words)]
+        assert found == [m.span() for m in pattern.finditer(text)]
+    other = r"\boxed{0}" + 99 * "-"  # split into tokens from here on
+    boxes = [(start - len(other), end - len(other), box) for start, end, box in _extract.boxes_of(other + text)]
+    assert boxes[1:] == _extract.boxes_of(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
