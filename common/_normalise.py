@@ -106,21 +106,32 @@ class _Rule(NamedTuple):
     to: str
 
 
-def _compiled(*rules: tuple[str, str, str]) -> list[_Rule]:
-    return [_Rule(tuple(needs.split("|")), re.compile(pattern), to) for needs, pattern, to in rules]
+class _Rules:
+    """Substitutions, one after the other; of a text only those are tried that it may match."""
+
+    def __init__(self, *rules: tuple[str, str, str]) -> None:
+        self.rules = [_Rule(tuple(needs.split("|")), re.compile(pattern), to) for needs, pattern, to in rules]
+        self.of_word: dict[str, list[int]] = {}
+        for place, rule in enumerate(self.rules):
+            for word in rule.needs:
+                self.of_word.setdefault(word, []).append(place)
+
+    def that_may_match(self, text: str) -> list[int]:
+        return sorted({place for word, places in self.of_word.items() if word in text for place in places})
+
+    def apply(self, text: str) -> str:
+        places, done = self.that_may_match(text), 0
+        while done < len(places):
+            place = places[done]
+            _, pattern, to = self.rules[place]
+            done += 1
+            if pattern.search(text):  # few match, and `sub` looks at its template first
+                text = pattern.sub(to, text)
+                places, done = [later for later in self.that_may_match(text) if later > place], 0
+        return text
 
 
-def _apply(rules: list[_Rule], text: str) -> str:
-    for needs, pattern, to in rules:
-        for word in needs:
-            if word in text:
-                if pattern.search(text):  # few match, and `sub` looks at its template first
-                    text = pattern.sub(to, text)
-                break
-    return text
-
-
-_LATEX_RULES = _compiled(  # only where there is a backslash
+_LATEX_RULES = _Rules(  # only where there is a backslash
     (r"\!", r"(\d), ?\\! ?(?=\d{3})", r"\1"),
     ("{}", r"(?<=[\d)\]]) ?\{\} ?(?=\^)", ""),
     ("%|#|&|_", _O + r"\\([%#&_])", r"\1"),
@@ -236,7 +247,7 @@ _LATEX_RULES = _compiled(  # only where there is a backslash
     (r"\text|lor|vee", rf"\\text\{{ ?,? ?(?:{_OR}) ?,? ?\}}|\\(?:lor|vee)" + _A, ";"),
     (r"\text", rf"(\\text\{{[^{{}}]*?),? (?:{_AND}|{_OR}) (?=[^{{}}\d]*\}})", r"\1},\\text{"),
 )
-_PLAIN_RULES = _compiled(
+_PLAIN_RULES = _Rules(
     (",", r"(\d) ?\{ ?, ?\} ?(?=\d{3})", r"\1"),
     ("~", r"~", " "),
     (
@@ -310,10 +321,10 @@ def normalise(text: str) -> str:
         start, end, content = boxes[0]
         text = content if (start, end) == (0, len(text)) else f"{text[:start]}{{{content}}}{text[end:]}"
     if "\\" in text:
-        text = _apply(_LATEX_RULES, text)
+        text = _LATEX_RULES.apply(text)
         if (roman := _ROMAN.fullmatch(text)) and is_unit(roman[2]):
             text = rf"{roman[1]}\text{{ {roman[2]}}}"
-    text = _apply(_PLAIN_RULES, text)
+    text = _PLAIN_RULES.apply(text)
     text = _SCALE.sub(lambda m: rf" \cdot 10^{{{_SCALES[m[2].lower()]}}}{m[1] or ''}", text).replace("\\text{}", "")
     return (text if text[-1:].isalnum() else _TAIL.sub("", text)).strip()
 

@@ -19,7 +19,7 @@ ROWS = [
 ]
 PAIRS = [(answer, row["gold"]) for row in ROWS for answer in row.get("same", []) + row.get("different", [])]
 LOOK_AROUND = re.compile(r"\(\?<?[=!](?:\\.|\[(?:\\.|[^\]])*\]|[^()\\])*\)")
-RULES = _normalise._LATEX_RULES + _normalise._PLAIN_RULES
+RULES = _normalise._LATEX_RULES.rules + _normalise._PLAIN_RULES.rules
 
 
 @pytest.fixture
