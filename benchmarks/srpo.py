@@ -326,7 +326,8 @@ def _ours(curves: list[list[dict[str, Any]]], paper: str, compared: bool = True)
 
 
 def figures(folder: Path, dataset: str, runs: dict[tuple[str, str], Path]) -> list[Path]:
-    """Accuracy over steps, bars of the last checkpoints, and the logged series of Figs. 1, 4 and 5."""
+    """Accuracy over steps and over hours of training (Fig. 3), bars of the last checkpoints, and the logged series of
+    Figs. 1, 4 and 5."""
     first = _first_seeds(runs)
     base = curve(first["base"])["curve"] if "base" in first else []
     points = {NAMES[name]: [*base, *_curve_points(run)] for name, run in first.items() if name != "base"}
@@ -340,6 +341,8 @@ def figures(folder: Path, dataset: str, runs: dict[tuple[str, str], Path]) -> li
                 1,
             )
         )
+        hours, path = {"accuracy": "test accuracy"}, folder / f"{dataset}_hours.png"
+        drawn.append(plots.training_curves(points, hours, path, 1, "hours of training", over="hours"))
     logged = {NAMES[name]: lines for name, run in first.items() if (lines := _metrics(run))}
     if logged:
         drawn.append(plots.training_curves(logged, CURVES, folder / f"{dataset}_training.png"))

@@ -94,7 +94,8 @@ def report(args: ScriptArguments, seed: int) -> str:
     }
     last = {name: found for name, run in runs.items() if (found := last_checkpoint_scores(run, args)) is not None}
     rollouts = {name: read_jsonl(run / "eval" / "va_tokens.jsonl") for name, run in runs.items()}
-    drawn = figures(folder / "figures", args, runs, scores, rollouts)
+    hours = accuracy_by_hours(runs, scores)
+    drawn = figures(folder / "figures", args, runs, scores, rollouts, hours)
     problems = len(next(iter(scores.values()))["true"])
     results = vision_results(folder, seed)
     parts = [
@@ -103,6 +104,7 @@ def report(args: ScriptArguments, seed: int) -> str:
         selection_line(last),
         measured_table(scores, rollouts, last),
         difference_line(scores, last),
+        hours_line(hours),
         seeds_table(folder, args),
         "## The paper's Table 1 (8B -> 2B, Geometry3K)",
         "*Ours*: the rule-based score in percent, its difference from the paper's, its 95 % interval; n is the number "
@@ -217,6 +219,35 @@ def difference_line(scores: dict[str, dict[str, list]], last: dict[str, list]) -
     return "\n\n".join(lines)
 
 
+def accuracy_by_hours(runs: dict[str, Path], scores: dict[str, dict[str, list]]) -> dict[str, list[dict[str, float]]]:
+    """Accuracy on the held-out problems over hours of training, one point a checkpoint, the base student at 0; of the
+    runs whose checkpoints were evaluated."""
+    base = [{"hours": 0.0, "accuracy": avg_at_k(scores["base"]["true"])}] if "base" in scores else []
+    curves = {}
+    for name, run in runs.items():
+        path = run / "eval" / "selection.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        hours = found.get("hours", {})  # none in results of an older version
+        points = [{"hours": hours[step], "accuracy": found["accuracy"][step]} for step in sorted(hours, key=int)]
+        if points:
+            curves[name] = [*base, *points]
+    return curves
+
+
+def hours_line(curves: dict[str, list[dict[str, float]]]) -> str:
+    """When VA-OPD has the accuracy with which Standard OPD ends: the paper's 3 times, of MathVerse (Fig. 5)."""
+    if not {"opd", "va_opd"} <= curves.keys():
+        return ""
+    end = curves["opd"][-1]
+    first = next((point["hours"] for point in curves["va_opd"] if point["accuracy"] >= end["accuracy"]), None)
+    reached = "no checkpoint of VA-OPD has that" if first is None else f"VA-OPD has that after {first:.3g} h"
+    return (
+        f"Standard OPD ends at {end['accuracy']:.3f} after {end['hours']:.3g} h of training, and {reached}. In the "
+        "paper (Fig. 5, MathVerse, 8 x A100) these are 19.3 h and 6.5 h. Hours are those of optimizer steps with "
+        "their rollouts; accuracy is known at checkpoints only."
+    )
+
+
 def seeds_table(folder: Path, args: ScriptArguments) -> str:
     """Accuracy of each trained variant over all seeds that are there, if there are at least two."""
     rows = []
@@ -317,14 +348,19 @@ def scaling_table(experiments: Path, seed: int) -> str:
     return plots.table_markdown(rows, ["Standard OPD -> VA-OPD", "Math", "ours", "Visual", "ours"])
 
 
-def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, rollouts) -> list[Path]:
-    """Accuracy bars, curves of the trainings, cumulative VA mass (Fig. 2a), one rollout coloured by VA."""
+def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, rollouts, hours) -> list[Path]:
+    """Accuracy bars, accuracy over hours of training (Fig. 5) where it is known, curves of the trainings, cumulative
+    VA mass (Fig. 2a), one rollout coloured by VA."""
     folder.mkdir(parents=True, exist_ok=True)
     bars = {
         NAMES[name]: {kind: (avg_at_k(values), *interval(values)) for kind, values in kinds.items()}
         for name, kinds in scores.items()
     }
     drawn = [plots.accuracy_bars(bars, folder / "accuracy.png")]
+    if hours:
+        curves = {NAMES[name]: points for name, points in hours.items()}
+        label, path = {"accuracy": "accuracy, held-out problems"}, folder / "hours.png"
+        drawn.append(plots.training_curves(curves, label, path, 1, "hours of training", over="hours"))
     trained = {
         NAMES[name]: read_jsonl(run / "metrics.jsonl")
         for name, run in runs.items()

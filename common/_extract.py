@@ -34,11 +34,13 @@ _MARKER = re.compile(
     (?:^|(?<=\n)) (?:[\#*_]|[^\S\n])* (?:final\s+)?answer [\s*_]* \n+ |
     \b(?:answers? | (?:correct|right|best)\s+(?:option|choice))\b [\s*_]*
         (?:['’]s\b|\b(?:is|are|(?:would|should|must|will)\s+be|becomes|equals)\b
-            (?:[\s*_]+(?:in\s+fact|found\s+to\s+be)\b)? (?!{_ABOUT})|[:=：]) [\s*_:：]* |
+            (?:[\s*_]+(?:in\s+fact|(?:found|confirmed)\s+to\s+be|confirmed\s+as)\b)? (?!{_ABOUT})|[:=：]) [\s*_:：]* |
     \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)\b [\s*_]* (?:\b(?:est|es|é|è|ist)\b|[:：]) [\s*_:：]* |
     (?:答案|答え|答|정답|답)\s*\**\s*(?:应该是|应为|就是|是|为|は|은|[:：])[\s*:：]*"""
 )
-_REMARK = re.compile(rf"(?i)\banswers?\b[\s*_]*\b(?:is|are)\b(?={_ABOUT})(?:[\s*_]+(?:in\s+fact|found\s+to\s+be)\b)?")
+_REMARK = re.compile(
+    rf"(?i)\banswers?\b[\s*_]*\b(?:is|are)\b(?={_ABOUT})(?:[\s*_]+(?:in\s+fact|(?:found|confirmed)\s+to\s+be|confirmed\s+as)\b)?"
+)
 _MARK_WORDS = (  # one of them is in each match of `_MARKER`, at most a word, spaces and "#*_" before it
     *("####", "answer", "option", "choice", "réponse", "respuesta", "resposta", "risposta", "antwort"),
     *("ответ", "答", "답"),

@@ -33,14 +33,16 @@ def training_curves(
     path: str | Path,
     smooth: int = 3,
     unit: str = "step",
+    over: str = "step",
 ) -> Path:
     """Small multiples, one for each metric that a run has logged, one line for each run.
 
     Args:
-        runs: name of a run -> its logged lines with `step`.
+        runs: name of a run -> its logged lines with `step`, or what `over` names.
         metrics: name of a metric -> label of its axis.
         smooth: lines show the mean over so many logged points.
-        unit: what `step` counts.
+        unit: label of the horizontal axis, what `step` counts.
+        over: what the lines have on the horizontal axis.
     """
     present = [name for name in metrics if any(name in line for lines in runs.values() for line in lines)]
     if not present:
@@ -51,14 +53,15 @@ def training_curves(
         axes = figure.add_subplot(math.ceil(len(present) / wide), wide, place)
         for number, (name, lines) in enumerate(runs.items()):
             points = np.array(
-                [(line["step"], line[metric]) for line in lines if line.get(metric) is not None], dtype=float
+                [(line[over], line[metric]) for line in lines if line.get(metric) is not None], dtype=float
             )
             if len(points):
                 shown = _smoothed(points, smooth)
                 marker = "o" if len(shown) == 1 else None  # a line of one point would not be seen
                 axes.plot(*shown.T, marker=marker, label=name, color=PALETTE[number % len(PALETTE)])
         axes.set(xlabel=unit, ylabel=metrics[metric])
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        whole = {"integer": True, "min_n_ticks": 1} if over == "step" else {"nbins": 6}  # 0.0025 is long for a tick
+        axes.xaxis.get_major_locator().set_params(**whole)
         _light(axes)
         if place == 1:
             names = axes.get_legend_handles_labels()

@@ -1,10 +1,13 @@
 """One training in a run folder: begun or resumed, its logs recorded, ended; the same for each method."""
 
+import json
+import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback
 
@@ -17,10 +20,17 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-class RunLog(TrainerCallback):
-    """Writes metrics.jsonl and a short line at each log, and rollouts to samples.jsonl.
+SECONDS = "train_seconds.json"  # in a checkpoint
 
-    A method says in a subclass which metrics the line has (`SHOWN`) and what its rollouts are.
+
+class RunLog(TrainerCallback):
+    """Writes metrics.jsonl and a short line at each log, rollouts to samples.jsonl, and the seconds of training so
+    far (`train_seconds`) to each line and checkpoint.
+
+    Seconds are those of optimizer steps alone, with their rollouts: the papers' hours leave out start and evaluation,
+    and a checkpoint of one method may hold more than another's. A resumed run counts on from its checkpoint; what a
+    kill has lost is done again and counted once. A method says in a subclass which metrics the line has (`SHOWN`) and
+    what its rollouts are.
 
     Args:
         folder: of the run; lines after the checkpoint, which will come again, are dropped from its files.
@@ -33,26 +43,44 @@ class RunLog(TrainerCallback):
 
     def __init__(self, folder: Path, checkpoint: Path | None, trainer: "Trainer"):
         self.folder, self.trainer = folder, trainer
+        self.seconds, self.started = train_seconds(checkpoint) if checkpoint else 0.0, 0.0
         step = step_of(checkpoint)
         for name in ("metrics.jsonl", "samples.jsonl"):
             truncate_jsonl(folder / name, step)
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self.seconds is not None:
+            self.seconds += time.monotonic() - self.started
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
-        append_jsonl(self.folder / "metrics.jsonl", {"step": state.global_step, **self.measured(), **logs})
+        seconds = {} if self.seconds is None else {"train_seconds": self.seconds}
+        append_jsonl(self.folder / "metrics.jsonl", {"step": state.global_step, **seconds, **logs})
         shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
         if shown:
             print(f"{self.unit} {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
         for record in self.rollouts() if "loss" in logs else []:  # not with the last line, of the whole training
             append_jsonl(self.folder / "samples.jsonl", {"step": state.global_step, **record})
 
-    def measured(self) -> dict[str, float]:
-        """What each line has besides the trainer's logs."""
-        return {}
+    def on_save(self, args, state, control, **kwargs):
+        if self.seconds is not None:
+            newest = self.folder / f"checkpoint-{state.global_step}"
+            (newest / SECONDS).write_text(json.dumps(self.seconds))
 
     def rollouts(self) -> list[dict[str, Any]]:
         """Records of some rollouts of the step that is logged."""
         return []
+
+
+def train_seconds(checkpoint: Path) -> float | None:
+    """Seconds of training before a checkpoint; None for one that does not say, of an older version."""
+    path = checkpoint / SECONDS
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def step_of(checkpoint: Path | None) -> int:

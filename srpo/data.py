@@ -209,6 +209,11 @@ def check_answers(dataset: str, splits: DatasetDict) -> None:
             (verifiers.tool_call_reward, {"compatible": True}) if tools else (verifiers.choice_reward, {})
         )
         for rows in splits.values():
+            if None in (answers := list(rows["answer"])):
+                raise ValueError(
+                    f"{dataset}, row {rows['id'][answers.index(None)]}: answer is null, which no response can equal: "
+                    "mend the row"
+                )
             verifiers.check_gold(reward, rows, **options)
 
 

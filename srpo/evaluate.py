@@ -18,7 +18,7 @@ from typing import Any
 
 from .config import SRPOConfig
 from .data import DATASETS, reward_of
-from .train import ScriptArguments, load_splits_of, parse, run_path, train_seconds
+from .train import ScriptArguments, load_splits_of, parse, run_path
 
 # isort: split
 from common.cli import run_main
@@ -33,6 +33,7 @@ from common.evaluation import (
 )
 from common.evaluation.scoring import reward_scorer
 from common.runs import atomic_write_json, is_done
+from common.training import SECONDS, train_seconds
 
 WHAT = ("run", "base")
 BUDGETS = (1, 5, 10)  # hours of training, Table 1
@@ -61,7 +62,7 @@ def evaluate_run(run: Path, args: ScriptArguments, config: SRPOConfig) -> list[d
     """One point of the curve for each checkpoint that has its weights."""
     if not is_done(run):
         raise ValueError(f"{run} holds no finished run: run srpo.train with the same settings first")
-    steps = sorted(int(path.parent.name.split("-")[1]) for path in run.glob("checkpoint-*/train_seconds.json"))
+    steps = sorted(int(path.parent.name.split("-")[1]) for path in run.glob(f"checkpoint-*/{SECONDS}"))
     if not steps:
         raise ValueError(f"{run} holds no checkpoint: set save_steps to at most max_steps={config.max_steps}")
     return [

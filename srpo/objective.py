@@ -322,8 +322,12 @@ def _text_parts(text: str) -> list[dict[str, str]]:
 def strip_thinking(text: str) -> str:
     """A response without its closed `<think>...</think>` blocks and the space behind them, nor what comes before a
     `</think>` whose start is in the prompt."""
-    text = re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)
-    return re.sub(r"^.*</think>\s*", "", text, flags=re.DOTALL)
+    thinking, end, answer = text.rpartition("</think>")
+    if not end:
+        return text
+    # Not in the answer, where no block ends: from each <think> there the search would read on to the end of the text
+    thinking = re.sub(r"<think>.*?</think>\s*", "", thinking + end, flags=re.DOTALL)
+    return re.sub(r"^.*</think>\s*", "", thinking + answer.lstrip(), flags=re.DOTALL)
 
 
 def _checked_rewards(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:

@@ -9,9 +9,7 @@ Deviations from the paper: srpo/README.md; its numbers: benchmarks/srpo.py.
 The whole experiment: `python -m srpo.loop`.
 """
 
-import json
 import sys
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -211,45 +209,16 @@ def short_prompts(rows, tokenizer, config: SRPOConfig):
 
 
 class SRPOLog(RunLog):
-    """Adds the seconds of training so far to metrics.jsonl and checkpoints, and two prompts' rollouts to
-    samples.jsonl."""
+    """Writes two prompts' rollouts to samples.jsonl."""
 
     SHOWN = ("loss", "reward", "route/sdpo", "teacher/entropy", "completions/mean_length", "step_time")
-
-    def __init__(self, folder: Path, checkpoint: Path | None, trainer: "SRPOTrainer"):
-        super().__init__(folder, checkpoint, trainer)
-        self.seconds = train_seconds(checkpoint) if checkpoint else 0.0
-        self.started = time.monotonic()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Only steps count: checkpoints of SRPO hold a teacher, and would take more of its budget than GRPO's."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds += time.monotonic() - self.started
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs)
         self.trainer.last_rollouts = {}  # GRPO takes several steps on them
 
-    def measured(self) -> dict[str, float]:
-        return {"train_seconds": self.seconds}
-
     def rollouts(self) -> list[dict[str, Any]]:
         return rollout_records(self.trainer.last_rollouts, 2 * self.trainer.args.num_generations)
-
-    def on_save(self, args, state, control, **kwargs):
-        """Seconds of training up to the checkpoint, by which the paper's budgets of 1, 5 and 10 hours choose."""
-        newest = self.folder / f"checkpoint-{state.global_step}"
-        (newest / "train_seconds.json").write_text(json.dumps(self.seconds))
-
-
-def train_seconds(checkpoint: Path) -> float:
-    """Seconds of training before a checkpoint, 0 for one that does not say."""
-    path = checkpoint / "train_seconds.json"
-    return json.loads(path.read_text()) if path.exists() else 0.0
 
 
 def rollout_records(rollouts: dict[str, Any], count: int) -> list[dict[str, Any]]:

@@ -218,8 +218,9 @@ def _report_golds(dataset: Dataset, source: str) -> None:
     if unread:
         shown = "; ".join(f"row {dataset['id'][i]}: {golds[i][:40]!r}" for i in unread[:3])
         print(
-            f"data {source!r}: {len(unread)} of {len(golds)} gold answers cannot be read ({shown}): only the same "
-            "text counts as right there, for the baselines grpo and sft and in evaluation",
+            f"data {source!r}: {len(unread)} of {len(golds)} gold answers cannot be read ({shown}): there the same "
+            "text is right, score 1, and any other answer wrong, score 0, in the reward of grpo, in the choice of "
+            "responses for sft and in evaluation",
             flush=True,
         )
 
@@ -542,7 +543,7 @@ def fingerprint_of(rows: Dataset) -> str:
     return question_fingerprint(rows.select_columns(["id", "prompt", "answer"]))
 
 
-def reward_of(args: ScriptArguments) -> Callable[..., list[float | None]]:
+def reward_of(args: ScriptArguments) -> Callable[..., list[float]]:
     """GRPO's reward: the first answer counts, as in the paper's monitoring reward and in evaluation; for digits the
     exact sentence."""
     if args.dataset != "digits":
@@ -555,9 +556,15 @@ def reward_of(args: ScriptArguments) -> Callable[..., list[float | None]]:
     return digits_reward
 
 
-def first_answer_reward(completions, answer, **columns) -> list[float | None]:
-    """`verifiers.math_reward` of the first answer that each completion commits to, or of a short one as a whole."""
-    return verifiers.math_reward(completions, answer, which="first", whole=True, **columns)
+def first_answer_reward(completions, answer, **columns) -> list[float]:
+    """1 where the first answer that a completion commits to, or a short one as a whole, is the gold answer, else 0.
+
+    `math_reward` has None where it cannot read the gold answer and the texts differ. As the grade of evaluation and
+    the paper's monitoring reward, this is 0: TRL leaves None out of its group, where the same text, 1, would be alone
+    and without an advantage.
+    """
+    rewards = verifiers.math_reward(completions, answer, which="first", whole=True, **columns)
+    return [reward or 0.0 for reward in rewards]
 
 
 def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig) -> Engine:

@@ -41,6 +41,7 @@ from common.cli import run_main
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
 from common.runs import append_jsonl, atomic_write_json, claim, exclusive, is_done, read_jsonl
 from common.stages import on_one_gpu
+from common.training import train_seconds
 
 from .data import build_engine, data_settings, digits_correct, fingerprint_of
 
@@ -161,7 +162,8 @@ def paper_benchmark(args: ScriptArguments, name: str) -> Benchmark:
 def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows: "Dataset") -> Path:
     """The checkpoint with the highest avg@k on the held-out problems, ties to the earlier one, as in the paper.
 
-    Its own accuracy there is then too good by chance: selection.json holds those of all checkpoints.
+    Its own accuracy there is then too good by chance: selection.json holds those of all checkpoints, and the hours of
+    training before each.
     """
     steps = sorted(
         int(path.name.split("-")[1]) for path in run.glob("checkpoint-*") if any(path.glob("*.safetensors"))
@@ -179,7 +181,9 @@ def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows:
                 report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
         accuracy[step] = report["avg@k"]
     best = max(accuracy, key=lambda step: (accuracy[step], -step))
-    atomic_write_json(run / "eval" / "selection.json", {"accuracy": accuracy, "best": best})
+    seconds = {step: train_seconds(run / f"checkpoint-{step}") for step in steps}
+    hours = {step: value / 3600 for step, value in seconds.items() if value is not None}
+    atomic_write_json(run / "eval" / "selection.json", {"accuracy": accuracy, "hours": hours, "best": best})
     print(f"{run.name}: best of {len(steps)} checkpoints is step {best} with {accuracy[best]:.3f}", flush=True)
     return run / f"checkpoint-{best}"
 

@@ -116,8 +116,9 @@ def _after_hashes(row: Row) -> str:
 
 
 def _math(rows: int, hub_id: str, answer=_answer, sampled: bool = False, **where: Any) -> Source:
-    """R-Diverse (arXiv 2602.13103): greedy, or the mean of 32 samples; its paper gives no temperature for these."""
-    decoding = Decoding(0.6, 0.95, 4096) if sampled else Decoding(0.0, 1.0, 4096)
+    """R-Diverse (arXiv 2602.13103): greedy, or the mean of 32 samples. Its paper gives no temperature for these: here
+    that of the Solver's rollouts and labels."""
+    decoding = Decoding(1.0, 0.95, 4096) if sampled else Decoding(0.0, 1.0, 4096)
     return Source(rows, hub_id, math_prompt, answer, answer_row, decoding, samples=32 if sampled else 1, **where)
 
 

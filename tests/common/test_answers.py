@@ -76,6 +76,7 @@ EXTRACTION = [
     ("The answer is valid.", "valid", "valid"),  # nothing else is one
     ("The answer is 12. But that answer is not valid. Hence 24.", "not valid", "12"),  # taken back
     ("The answer is 5. After rechecking the answer is found to be 6.", "6", "5"),
+    ("The answer is confirmed as 7.", "7", "7"),
     ("最终答案是 42。", "42", "42"),
     ("答案：5", "5", "5"),
     ("The answer is D because A is too small", "D", "D"),
@@ -330,11 +331,15 @@ def test_verdicts(response, gold, verdict):
 
 
 EVALUATING = {"eval", "exec", "compile", "sympify", "S", "parse_expr", "__import__"}
-UNPICKLING = {"pickle", "dill", "marshal", "shelve", "numexpr"}
+# The last is a checker of answers that makes Python code of them
+IMPORTS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "numexpr", "mathruler"}
+UNPICKLING = {"torch.load": "weights_only=True", "yaml.load": "Loader=yaml.SafeLoader"}  # without this argument
+# Why a file may: it measures this peer beside ours, in a process of its own, and warns of data that is not trusted
+ALLOWED = {"benchmarks/answers.py": ["from mathruler.grader import extract_boxed_content, grade_answer"]}
 
 
 def evaluations(source):
-    """Calls that run text as code, and imports of what unpickles it; `model.eval()` takes no argument."""
+    """Calls that run text as code or unpickle a file, and imports of what does; `model.eval()` takes no argument."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
@@ -346,9 +351,11 @@ def evaluations(source):
             found += (
                 [ast.unparse(node)] if name in EVALUATING and (node.args or node.keywords) and not of_module else []
             )
+            options, safe = [ast.unparse(keyword) for keyword in node.keywords], UNPICKLING.get(ast.unparse(called))
+            found += [ast.unparse(node)] if (safe and safe not in options) or "allow_pickle=True" in options else []
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            found += [ast.unparse(node)] if UNPICKLING & {name.split(".")[0] for name in names} else []
+            found += [ast.unparse(node)] if IMPORTS & {name.split(".")[0] for name in names} else []
     return found
 
 
@@ -356,9 +363,13 @@ def test_no_source_evaluates_text():
     assert sorted(evaluations("eval('1'); sympy.sympify(text); import pickle; torch.compile(f)")) == [
         "eval('1')", "import pickle", "sympy.sympify(text)",
     ]  # fmt: skip
-    folders = [ROOT / name for name in ("common", "va_opd", "srpo", "r_diverse")]
-    files = [path for folder in folders for path in folder.rglob("*.py")]
-    assert {path.name: found for path in files if (found := evaluations(path.read_text("utf-8")))} == {}
+    loads = "torch.load(p); torch.load(p, weights_only=False); np.load(p, allow_pickle=True); yaml.load(t)"
+    assert evaluations(loads) == loads.split("; ")
+    assert evaluations("torch.load(p, weights_only=True); np.load(p); yaml.safe_load(t)") == []
+    folders = [ROOT / name for name in ("common", "va_opd", "srpo", "r_diverse", "benchmarks", "scripts")]
+    files = {path.relative_to(ROOT).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
+    assert {folder.name for folder in folders} == {name.partition("/")[0] for name in files}
+    assert {name: found for name, path in files.items() if (found := evaluations(path.read_text("utf-8")))} == ALLOWED
 
 
 def test_import_is_light():

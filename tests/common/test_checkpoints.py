@@ -28,6 +28,7 @@ from common.runs import (
     read_jsonl,
 )
 from common.tiny import tiny_qwen3, tiny_qwen3_vl
+from common.training import train_seconds
 from tests.processes import ZERO, run, two_processes
 
 # Lines of metrics.jsonl and checkpoints fall on different steps, so that sums must live through a restart
@@ -155,6 +156,9 @@ def test_a_run_killed_after_its_last_checkpoint_does_not_train_on(method):
     method.copy_of_straight("killed")
     assert method.run("killed") == 0
     assert method.content("killed") == method.content("straight")
+    path = method.path("killed")
+    seconds = [line["train_seconds"] for line in read_jsonl(path / "metrics.jsonl")]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] == train_seconds(last_checkpoint(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -565,7 +565,7 @@ SRPO = {
     ("names", "samples", "decoding"),
     [
         (("math500", "gsm8k", "minerva_math", "olympiadbench"), 1, Decoding(0.0, 1.0, 4096)),
-        (("amc23", "aime24", "aime25"), 32, Decoding(0.6, 0.95, 4096)),
+        (("amc23", "aime24", "aime25"), 32, Decoding(1.0, 0.95, 4096)),
         (("mmlu_pro", "supergpqa", "bbeh"), 1, Decoding(0.0, 1.0, 8192)),
         (SRPO, 16, Decoding(0.6, 0.95, 8192)),
     ],

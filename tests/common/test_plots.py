@@ -60,6 +60,18 @@ def test_curves_skip_what_a_run_has_not_logged(tmp_path):
     assert not (tmp_path / "d.png").exists()
 
 
+def test_curves_over_hours_have_few_ticks_and_no_whole_ones_only(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure) or path)
+    lines = [{"step": 9, "hours": 0.0, "accuracy": 0.5}, {"step": 1, "hours": 0.018, "accuracy": 0.75}]
+    plots.training_curves({"a": lines}, {"accuracy": "accuracy"}, tmp_path / "a.png", 1, "hours", over="hours")
+    (axes,) = figures[0].axes
+    (line,) = axes.get_lines()
+    assert line.get_xdata().tolist() == [0.0, 0.018] and line.get_ydata().tolist() == [0.5, 0.75]
+    inside = [tick for tick in axes.get_xticks() if 0 <= tick <= 0.018]
+    assert axes.get_xlabel() == "hours" and 2 < len(inside) <= 6
+
+
 def test_bars_with_a_missing_condition_and_values_at_the_ends(tmp_path):
     table = {
         "a very long name of a variant": {"true": (1.0, 0.95, 1.0), "other": (0.0, 0.0, 0.05)},

@@ -1,5 +1,6 @@
 """Run folders: every kill leaves a folder that can go on, and nothing of another run is overwritten."""
 
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from common import runs
+from common import runs, training
 from common.runs import RunFolder, RunFolderError, exclusive
 from common.training import RunLog, row_fingerprints
 
@@ -351,9 +352,6 @@ def test_a_step_has_one_line_and_its_rollouts_once(tmp_path, capsys):
     class Log(RunLog):
         SHOWN = ("loss", "reward")
 
-        def measured(self):
-            return {"seconds": 2.0}
-
         def rollouts(self):
             return [{"response": "a"}]
 
@@ -361,9 +359,47 @@ def test_a_step_has_one_line_and_its_rollouts_once(tmp_path, capsys):
     logged = [{"loss": 0.51234567, "reward": "none"}, {"eval_loss": 0.4}, {"train_runtime": 1.0}]
     for logs in logged:
         log.on_log(None, state, None, logs)
-    assert runs.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 3, "seconds": 2.0, **logs} for logs in logged]
+    assert runs.read_jsonl(tmp_path / "metrics.jsonl") == [
+        {"step": 3, "train_seconds": 0.0, **logs} for logs in logged
+    ]
     assert runs.read_jsonl(tmp_path / "samples.jsonl") == [{"step": 3, "response": "a"}]
     assert capsys.readouterr().out == "step 3/6  loss 0.5123\n"
+
+
+def test_the_seconds_of_training_are_those_of_its_steps_and_go_on_from_a_checkpoint(tmp_path, monkeypatch):
+    """By a clock of the test: a step takes 10 seconds, and what is between two, as saving a checkpoint, 1,000."""
+    now = itertools.accumulate(itertools.cycle((1000, 10)))
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(now)))
+
+    def train(checkpoint, steps):
+        log = RunLog(tmp_path, checkpoint, None)
+        for step in steps:
+            state = SimpleNamespace(global_step=step, max_steps=6)
+            log.on_step_begin(None, state, None)
+            log.on_step_end(None, state, None)
+            log.on_log(None, state, None, {"loss": 1.0})
+            if step % 2 == 0:
+                (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+                log.on_save(None, state, None)
+
+    train(None, (1, 2, 3, 4, 5))
+    train(tmp_path / "checkpoint-4", (5, 6))  # killed after step 5, which is done again and counted once
+    lines = runs.read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["train_seconds"]) for line in lines] == [(s, 10.0 * s) for s in range(1, 7)]
+    assert [training.train_seconds(tmp_path / f"checkpoint-{s}") for s in (2, 4, 6)] == [20.0, 40.0, 60.0]
+
+
+def test_a_checkpoint_of_an_older_version_leaves_the_seconds_unknown(tmp_path):
+    """From 0 on they would be too few."""
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-3").mkdir()
+    log, state = RunLog(tmp_path, tmp_path / "checkpoint-2", None), SimpleNamespace(global_step=3, max_steps=6)
+    log.on_step_begin(None, state, None)
+    log.on_step_end(None, state, None)
+    log.on_log(None, state, None, {"loss": 1.0})
+    log.on_save(None, state, None)
+    assert runs.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 3, "loss": 1.0}]
+    assert training.train_seconds(tmp_path / "checkpoint-3") is None
 
 
 def test_other_ids_and_other_answers_are_other_data():

@@ -47,10 +47,14 @@ def test_a_line_of_json_ends_at_a_line_feed_only(tmp_path):
     assert data.read_rows(tmp_path / "rows.json")[0]["prompt"][0]["content"] == "a\u2028b"
 
 
-def test_a_gold_answer_that_the_reward_cannot_use_stops_at_the_start(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [('""', "row 0 has answer='', which .* cannot use"), ("null", "row 0: answer is null.* mend")],
+)
+def test_a_gold_answer_that_the_reward_cannot_use_stops_at_the_start(tmp_path, monkeypatch, answer, message):
     monkeypatch.setitem(data.DATASETS, "chemistry", data.Subject("chemistry", "Chemistry", 1, 1))
-    source = folder(tmp_path, ROW, ROW.replace('"A"', '""'))
-    with pytest.raises(ValueError, match="answer"):
+    source = folder(tmp_path, ROW, ROW.replace('"A"', answer))
+    with pytest.raises(ValueError, match=message):
         data.load_splits("chemistry", source)
 
 

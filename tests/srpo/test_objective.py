@@ -5,6 +5,8 @@ The references are plain Python loops in float64 and share no code with `srpo.ob
 
 import itertools
 import math
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -689,3 +691,32 @@ def test_a_prompt_without_a_user_turn_is_one_clear_sentence(prompt):
 )
 def test_thinking_is_stripped(text, expected):
     assert objective.strip_thinking(text) == expected
+
+
+def by_searching_the_whole_text(text: str) -> str:
+    text = re.sub(r"<think>.*?</think>\s*", "", text, flags=re.DOTALL)
+    return re.sub(r"^.*</think>\s*", "", text, flags=re.DOTALL)
+
+
+def test_thinking_is_stripped_as_by_searching_the_whole_text():
+    """Of all texts of up to six pieces, some of which are a tag only when what is between them is gone."""
+    pieces = ("<think>", "</think>", " \n", "a", "</thi", "nk>")
+    for count in range(7):
+        for text in map("".join, itertools.product(pieces, repeat=count)):
+            assert objective.strip_thinking(text) == by_searching_the_whole_text(text), text
+
+
+@pytest.mark.parametrize("start", ["", "a</think>", "<think>a</think> b"])
+def test_thinking_that_does_not_end_is_not_searched_for_its_end(start, monkeypatch):
+    """From each `<think>` the search would read to the end of the text."""
+    searched = []
+
+    def sub(pattern, new, text, flags):
+        searched.append((pattern[:7], text))
+        return re.sub(pattern, new, text, flags=flags)
+
+    monkeypatch.setattr(objective, "re", SimpleNamespace(sub=sub, DOTALL=re.DOTALL))
+    text = start + "<think>a" * 100
+    assert objective.strip_thinking(text) == by_searching_the_whole_text(text)
+    assert all(text.endswith("</think>") for pattern, text in searched if pattern == "<think>")
+    assert len(searched) == 2 * bool(start)

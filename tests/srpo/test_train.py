@@ -380,34 +380,6 @@ def test_the_saved_settings_are_the_same_run_again(config, tmp_path):
     assert again.output_dir == settings.output_dir
 
 
-def test_the_hours_of_a_budget_are_those_of_steps(config, tmp_path, monkeypatch):
-    """A slow disk, or a teacher in the checkpoint, is no training; resumed, the seconds go on."""
-    save = train.models.PreTrainedModel.save_pretrained
-
-    def slow(self, *arguments, **options):
-        time.sleep(1)
-        save(self, *arguments, **options)
-
-    monkeypatch.setattr(train.models.PreTrainedModel, "save_pretrained", slow)
-    fields = ["--config", str(config), "--max_steps", "2", "--save_steps", "1"]
-    assert train.main(fields) == 0
-    run = tmp_path / "runs/srpo/small-additions/srpo-seed0"
-    logged = {line["step"]: line["train_seconds"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
-    steps = {line["step"]: line["step_time"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
-    for step in (1, 2):
-        assert train.train_seconds(run / f"checkpoint-{step}") == logged[step]
-    assert logged[1] >= steps[1]
-    assert steps[2] <= logged[2] - logged[1] < steps[2] + 0.9
-
-
-def test_seconds_go_on_from_the_checkpoint(tmp_path):
-    checkpoint = tmp_path / "checkpoint-5"
-    checkpoint.mkdir()
-    (checkpoint / "train_seconds.json").write_text("7200.5")
-    assert train.SRPOLog(tmp_path, checkpoint, None).seconds == 7200.5
-    assert train.SRPOLog(tmp_path, None, None).seconds == 0.0
-
-
 def run_until(config: Path, step: int | None, *fields: str) -> int:
     """`python -m srpo.train`, killed with SIGKILL once the checkpoint of `step` is complete."""
     command = [sys.executable, "-m", "srpo.train", "--config", str(config), *fields]
@@ -593,7 +565,7 @@ def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(config, t
         "66.5 / 74.8 / 75.6",
     ):
         assert text in report
-    for name in ("accuracy", "training", "last"):
+    for name in ("accuracy", "hours", "training", "last"):
         assert (tmp_path / f"runs/srpo/small/figures/additions_{name}.png").stat().st_size > 5000
     samples = tmp_path / "runs/srpo/small-additions/srpo-seed0/eval/checkpoint-2/additions/samples.jsonl"
     before = samples.stat().st_mtime_ns

@@ -172,7 +172,9 @@ def test_gold_answers_that_are_no_mathematics_are_counted_once(tmp_path, capsys)
     rows = [{"problem": "q", "images": [], "answer": answer} for answer in ("\\frac{1}{2}", "5 cm", "Na^+", "x+1")]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert len(data.load_rows(str(tmp_path), "train")) == 4
-    assert "1 of 4 gold answers cannot be read (row 2: 'Na^+')" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 4 gold answers cannot be read (row 2: 'Na^+'): there the same text is right, score 1, and any" in said
+    assert "wrong, score 0, in the reward of grpo, in the choice of responses for sft and in evaluation\n" in said
     data.load_rows(str(tmp_path), "train", check_images=False)  # by the other processes
     assert "cannot be read" not in capsys.readouterr().out
 

@@ -547,6 +547,26 @@ def test_the_report_shows_the_last_checkpoint_beside_the_chosen_one(tmp_path, co
     assert report.difference_line(best, {}).startswith("VA-OPD minus Standard OPD on the same problems: +0.500")
 
 
+def test_accuracy_over_hours_says_when_va_opd_has_what_opd_ends_with(tmp_path):
+    """Steps sort as numbers; a run without a choice of the checkpoint, and one of an older version, have no curve."""
+    accuracy = {"opd": {"50": 0.3, "100": 0.4}, "va_opd": {"100": 0.45, "50": 0.41}, "kd": {"50": 0.3}, "sft": None}
+    runs = {name: tmp_path / name for name in accuracy}
+    for name, values in accuracy.items():
+        hours = {"hours": {step: int(step) / 20 for step in values}} if name in ("opd", "va_opd") else {}
+        if values:
+            atomic_write_json(runs[name] / "eval/selection.json", {"accuracy": values, "best": 50, **hours})
+    curves = report.accuracy_by_hours(runs, {"base": {"true": [[0, 0, 0, 1]]}})
+    assert {name: [tuple(point.values()) for point in points] for name, points in curves.items()} == {
+        "opd": [(0.0, 0.25), (2.5, 0.3), (5.0, 0.4)],
+        "va_opd": [(0.0, 0.25), (2.5, 0.41), (5.0, 0.45)],
+    }
+    said = report.hours_line(curves)
+    assert said.startswith("Standard OPD ends at 0.400 after 5 h of training, and VA-OPD has that after 2.5 h. In")
+    low = {**curves, "va_opd": curves["va_opd"][:1]}
+    assert "and no checkpoint of VA-OPD has that. In" in report.hours_line(low)
+    assert report.hours_line({"opd": curves["opd"]}) == "" and report.accuracy_by_hours({}, {}) == {}
+
+
 # --- the GRPO baseline ----------------------------------------------------------------
 
 
@@ -620,6 +640,15 @@ def test_the_reward_is_of_the_answer_that_evaluation_scores():
         assert reward([text], answer=["3"]) == reward([message], answer=["3"]) == [score(text, rows[0])] == [right]
 
 
+def test_another_answer_than_a_gold_that_cannot_be_read_is_wrong_as_in_evaluation():
+    """And not left out of its group, which would have one reward, 1, and no gradient."""
+    args = train.ScriptArguments(model="s", teacher="t", dataset="geo3k")
+    row = {"id": "0", "prompt": [], "images": [], "answer": "Na^+"}
+    score, responses = evaluate.benchmark_of(args, [row]).score, [r"\boxed{Na^+}", r"\boxed{7}", "Na^+", "none"]
+    rewards = data.reward_of(args)(responses, answer=[row["answer"]] * 4)
+    assert rewards == [score(response, row) for response in responses] == [1.0, 0.0, 1.0, 0.0]
+
+
 def test_a_failing_stage_stops_the_experiment(config, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert loop.main(["--config", str(config), "--max_prompt_length", "5"]) == 2
@@ -676,9 +705,12 @@ def test_of_equal_checkpoints_the_earlier_is_chosen(config, tmp_path):
         (run / f"checkpoint-{step}" / "model.safetensors").touch()
         atomic_write_json(run / "eval" / f"checkpoint-{step}" / "digits.json", {"avg@k": value})
     (run / "checkpoint-16").mkdir()  # killed before its weights
+    for step, seconds in ((8, 5400), (12, 9000.0)):  # the first is of an older version, which did not say
+        (run / f"checkpoint-{step}" / "train_seconds.json").write_text(str(seconds))
     assert evaluate.best_checkpoint(run, args, settings, rows) == run / "checkpoint-8"
     assert json.loads((run / "eval/selection.json").read_text()) == {
         "accuracy": {str(step): value for step, value in accuracy.items()},
+        "hours": {"8": 1.5, "12": 2.5},
         "best": 8,
     }
 
