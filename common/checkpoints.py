@@ -108,6 +108,8 @@ class ExactCheckpoints(TrainerCallback):
             control.should_training_stop, control.should_save = True, False
             self.trainer.get_batch_samples = lambda *_: ([], None)  # the loop looks at `control` after a batch only
             self.trainer.model.train()  # else TRL's last log line would be one of an evaluation
+            if args.process_index == 0:
+                self._tidy(args, state)  # the last time, a kill may have come before
 
     def on_train_end(self, args, state, control, **kwargs):
         args.save_total_limit = self.limit

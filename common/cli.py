@@ -143,7 +143,7 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
             raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     if "--config" in argv:
         check_types(given, classes)
-    if "use_cpu" in known and any(map(_is_dry_run, argv)) and not torch.cuda.is_available():
+    if "use_cpu" in known and any(map(_is_dry_run, argv, [*argv[1:], ""])) and not torch.cuda.is_available():
         argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
     parsed = TrlParser(classes).parse_args_and_config(argv)
     for part in parsed:
@@ -170,8 +170,9 @@ def check_types(given: dict[str, Any], classes: tuple[type, ...], prefix: str = 
             raise ValueError(f"{prefix}{name} must be {wanted}, got {value!r}")
 
 
-def _is_dry_run(argument: str) -> bool:
-    name, _, value = argument.partition("=")
+def _is_dry_run(argument: str, following: str) -> bool:
+    name, assigned, value = argument.partition("=")
+    value = value if assigned else following
     return name in ("--dry_run", "--dry-run") and value.lower() not in ("false", "0", "no")
 
 

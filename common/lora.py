@@ -15,10 +15,17 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 def adapter_base(name: str) -> str | None:
-    """The model that a folder with a LoRA adapter belongs to; None for any other name."""
-    if not (Path(name) / "adapter_config.json").is_file():
+    """The model that a folder with a LoRA adapter belongs to; None for any other name.
+
+    Raises `ValueError` for an adapter's folder whose configuration cannot be read.
+    """
+    file = Path(name) / "adapter_config.json"
+    if not file.is_file():
         return None
-    return PeftConfig.from_pretrained(name).base_model_name_or_path
+    try:
+        return PeftConfig.from_pretrained(name).base_model_name_or_path
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): copy the adapter again") from error
 
 
 def check_lora(rank: int, load_in_4bit: bool) -> None:

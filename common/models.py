@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -92,7 +93,10 @@ def load_model(
                 "model first (load_model(...).save_pretrained(...)), or set load_in_4bit to false"
             )
         model = load_model(base, dtype, device, attn_implementation)
-        return PeftModel.from_pretrained(model, name).merge_and_unload()
+        try:
+            return PeftModel.from_pretrained(model, name).merge_and_unload()
+        except SafetensorError as error:
+            raise _cut(name, error) from error
     config = load_config(name)
     auto = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -102,9 +106,16 @@ def load_model(
         model = auto.from_pretrained(name, dtype=dtype, **options)
     except OSError as error:
         raise ModelNotFound(f"model {name!r}: {str(error).splitlines()[0]}") from error
+    except SafetensorError as error:
+        raise _cut(name, error) from error
     if load_in_4bit:
         differentiable_after_evaluation(model)
     return model if device is None else model.to(device)
+
+
+def _cut(name: str, error: SafetensorError) -> ModelNotFound:
+    """For a file that a copy or a download has cut: what safetensors says names neither file nor model."""
+    return ModelNotFound(f"model {name!r}: its weights are not whole ({error}); copy or download it again")
 
 
 def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:

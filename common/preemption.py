@@ -7,6 +7,7 @@ caller cannot tell a run that was stopped from one that has ended.
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -96,13 +97,13 @@ def call(words: Sequence[str], environment: dict[str, str]) -> int:
 def train(trainer: Any, checkpoint: Path | None, keep_weights: bool = False) -> None:
     """`trainer.train` from the checkpoint, which SIGTERM ends with a checkpoint and `Preempted`.
 
-    That is at the first step from which the run can resume exactly: the end of a generation batch. With
+    That is at the first step from which the run can resume exactly: one that ends with a generation batch. With
     `keep_weights`, all older checkpoints keep their weights, but only the newest can resume.
     """
     args = trainer.args
     micro_steps = (getattr(args, "steps_per_generation", None) or 1) * getattr(args, "num_iterations", 1)
-    batch = micro_steps // args.gradient_accumulation_steps or 1
-    sigterm = SaveOnSigterm(batch)
+    steps = math.lcm(micro_steps, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+    sigterm = SaveOnSigterm(steps)
     trainer.add_callback(sigterm)
     trainer.add_callback(ExactCheckpoints(trainer, checkpoint, keep_weights))  # last: it completes what others save
     with _handled(sigterm.ask):

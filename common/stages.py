@@ -42,11 +42,11 @@ def chosen(name: str, text: str, known: Collection[str] = ()) -> list[str]:
 
 
 def chosen_seeds(text: str) -> list[str]:
-    """The entries of a comma list of seeds; `ValueError` for what is none."""
+    """The numbers of a comma list of seeds, as texts; `ValueError` for what is none, and for one that comes twice."""
     entries = chosen("seeds", text)
     if wrong := [entry for entry in entries if not entry.isdecimal()]:
         raise ValueError(f"seeds must be whole numbers, got {', '.join(wrong)}")
-    return entries
+    return chosen("seeds", ",".join(str(int(entry)) for entry in entries))  # 0 and 00 are one seed and one folder
 
 
 def check_packages(vllm: bool, gpus: int, sharding: str) -> None:
@@ -192,8 +192,9 @@ def _pool(
                     line = (_end(logs, name, 1) or ["starting"])[0]
                     print(f"  {spoken - started:4.0f} s  {name}: {line[:100]}", flush=True)
     finally:
-        for process in running.values():
+        for process in running.values():  # all before any is waited for: a scheduler kills what is slow to save
             process.terminate()
+        for process in running.values():
             process.wait()
     return 0
 

@@ -196,13 +196,19 @@ def load_benchmark(name: str, data: str | Path | None = None, limit: int | None 
         if number == limit:
             break
         try:
-            rows.append({"id": str(number), **_question(source, row, folder)})
-            if None in rows[-1].get("images", ()):
-                raise ValueError(f"benchmark {name}: row {number} has no image where its prompt names one")
-            if rows[-1]["answer"] is None:
-                raise ValueError(f"benchmark {name}: row {number} has no answer: take a copy that has all of them")
+            question = _question(source, row, folder)
         except KeyError as error:
             raise ValueError(f"benchmark {name}: no column {error} among {', '.join(row)}; rename yours") from error
+        except (AttributeError, IndexError, SyntaxError, TypeError, ValueError) as error:  # a column of another kind
+            raise ValueError(
+                f"benchmark {name}: row {number} is not as in {source.hub_id or 'the release'} ({error}): take a copy "
+                "with columns of the same kinds"
+            ) from error
+        if None in question.get("images", ()):
+            raise ValueError(f"benchmark {name}: row {number} has no image where its prompt names one")
+        if question["answer"] is None:
+            raise ValueError(f"benchmark {name}: row {number} has no answer: take a copy that has all of them")
+        rows.append({"id": str(number), **question})
     columns = source.columns if source.metric else ()
     return Benchmark(name, rows, source.score, source.decoding, source.samples, source.metric, columns)
 

@@ -17,7 +17,6 @@ fooled: look at the table of rules against judge, and at the records where they 
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -34,7 +33,7 @@ from common.runs import append_jsonl, atomic_write_json, fingerprint, read_jsonl
 
 from .benchmarks import Benchmark, load_benchmark
 from .engines import Decoding, Engine, Prompt, ServerEngine
-from .run import question_fingerprint
+from .run import question_fingerprint, read_identity
 
 RESPONSE_CHARS = 4000
 BATCH = 128
@@ -197,8 +196,8 @@ def judge_evaluation(
     folder = Path(out) / benchmark.name
     if not (folder / "scored.jsonl").exists():
         raise ValueError(f"{folder} holds no scored evaluation of {benchmark.name}: run common.evaluation first")
-    identity = json.loads((folder / "identity.json").read_text())
-    if identity["rows"] != question_fingerprint(benchmark.rows):
+    identity = read_identity(folder)
+    if identity.get("rows") != question_fingerprint(benchmark.rows):
         raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
     records = judge_records(engine, benchmark, folder, recheck, max_new_tokens)
     suffix, protocol, summarize = PROTOCOLS[recheck]

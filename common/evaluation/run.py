@@ -97,7 +97,7 @@ def rescore(benchmark: Benchmark, out: str | Path) -> dict[str, Any]:
     folder = Path(out) / benchmark.name
     if not (folder / "identity.json").exists() or not (folder / "samples.jsonl").exists():
         raise ValueError(f"{folder} holds no records of {benchmark.name}: run the evaluation first")
-    identity = _identity(folder)
+    identity = read_identity(folder)
     if identity.get("rows") != question_fingerprint(benchmark.rows):
         raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
     records = read_jsonl(folder / "samples.jsonl")
@@ -150,6 +150,8 @@ def _foreign(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number}: num_tokens must be a number, got {tokens!r}")
         record["num_tokens"] = None if tokens != tokens else tokens  # NaN is how tables write that it is not known
         which = str(record["id"]), record.get("sample")
+        if isinstance(which[1], list | dict):
+            raise ValueError(f"{path}, line {number}: sample must be a number, got {which[1]!r}")
         if which[1] is not None and which in seen:
             raise ValueError(f"{path}, line {number}: sample {which[1]} of question {which[0]} stands there twice")
         seen.add(which)
@@ -225,7 +227,8 @@ def _sample_seed(seed: int, key: str, sample: int) -> int:
     return zlib.crc32(f"{seed}/{key}/{sample}".encode())
 
 
-def _identity(folder: Path) -> dict[str, Any]:
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Whose records a folder holds; `ValueError` where identity.json is missing or cannot be read."""
     try:
         return {**json.loads((folder / "identity.json").read_text())}
     except (OSError, ValueError, TypeError) as error:
@@ -240,7 +243,7 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
     if not any((path.parent / name).exists() for name in ("samples.jsonl", "scored.jsonl")):
         atomic_write_json(path, identity)
         return
-    theirs = _identity(path.parent)
+    theirs = read_identity(path.parent)
     for name, value in identity.items():
         unrecorded = name in ("engine", "chat_template_kwargs") and name not in theirs  # in older folders
         if value is not None and not unrecorded and theirs.get(name) != value:

@@ -120,7 +120,12 @@ def mathvista_value(text: str, row: Row) -> str | float | None:
     number = exact_number(text)
     if number is None:
         return None
-    return int(number) if row["answer_type"] == "integer" else round(float(number), int(row["precision"]))
+    if row["answer_type"] == "integer":
+        return int(number)
+    try:
+        return round(float(number), int(row["precision"]))
+    except OverflowError:  # beyond what a float holds, as no gold answer is
+        return math.inf
 
 
 def yes_or_no(text: str) -> str | None:

@@ -161,6 +161,16 @@ def test_a_run_killed_after_its_last_checkpoint_does_not_train_on(method):
     assert 0 < seconds[0] < seconds[1] < seconds[2] == train_seconds(last_checkpoint(path))
 
 
+def test_what_a_kill_after_the_last_checkpoint_has_left_is_cleared_up(srpo_runs):
+    """Between its last file and the clearing up; SIGTERM's checkpoint would be evaluated among the others."""
+    path = srpo_runs.copy_of_straight("untidy")
+    shutil.copytree(path / "checkpoint-8", path / "checkpoint-6")
+    shutil.copy(path / "checkpoint-8/optimizer.pt", path / "checkpoint-4")
+    assert srpo_runs.run("untidy") == 0
+    assert srpo_runs.content("untidy") == srpo_runs.content("straight")
+    assert not (path / "checkpoint-4/optimizer.pt").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Damaged checkpoints
 
@@ -386,6 +396,66 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     state = SimpleNamespace(global_step=8, save_steps=2, best_model_checkpoint=str(tmp_path / "checkpoint-4"))
     callback._tidy(trainer(tmp_path, 1, deepspeed=False).args, state)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_only_the_newest_keeps_what_only_resuming_needs(tmp_path, keep_weights):
+    folders = [checkpoint_of(tmp_path, step, processes=1, deepspeed=False) for step in (4, 8)]
+    resuming = {"optimizer.pt", "self_teacher.safetensors", "pytorch_model_fsdp_0"}
+    for folder in folders:
+        (folder / "self_teacher.safetensors").touch()
+        (folder / "pytorch_model_fsdp_0").mkdir()
+    callback, state = ExactCheckpoints(None, None, keep_weights), SimpleNamespace(global_step=8, save_steps=4)
+    callback._tidy(trainer(tmp_path, 1, deepspeed=False).args, state)
+    older, newest = ({path.name for path in folder.iterdir()} for folder in folders)
+    assert newest - older == (resuming if keep_weights else set())
+    assert {"model.safetensors", "trainer_state.json"} < older
+
+
+def test_checkpoints_of_epochs_are_all_of_the_schedule(tmp_path):
+    for step in (3, 6):
+        checkpoint_of(tmp_path, step, processes=1, deepspeed=False)
+    args, state = trainer(tmp_path, 1, deepspeed=False).args, SimpleNamespace(global_step=6, save_steps=500)
+    args.save_strategy = "epoch"
+    ExactCheckpoints(None, None, keep_weights=True)._tidy(args, state)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "begun", "saved"),
+    [(0, ["begin", "wait"], ["sums 0", "wait", "complete", "tidy"]), (1, ["wait"], ["sums 1", "wait"])],
+)
+def test_a_checkpoint_is_whole_when_every_process_has_written_its_part(tmp_path, monkeypatch, rank, begun, saved):
+    """The first process empties the folder before any writes there, and completes it after all have."""
+    done = []
+    monkeypatch.setattr("common.checkpoints.begin_checkpoint", lambda folder: done.append("begin"))
+    monkeypatch.setattr("common.checkpoints.complete_checkpoint", lambda folder: done.append("complete"))
+    monkeypatch.setattr(ExactCheckpoints, "_tidy", lambda *_: done.append("tidy"))
+    monkeypatch.setattr("torch.save", lambda sums, path: done.append(f"sums {path.stem.split('_')[-1]}"))
+    fake = trainer(tmp_path, 2, deepspeed=False, rank=rank)
+    fake.accelerator.wait_for_everyone = lambda: done.append("wait")
+    fake._metrics, fake._tr_loss = {"train": {}}, None
+    for name in LOG_SUMS:
+        setattr(fake, name, 0)
+    callback = ExactCheckpoints(fake, None, keep_weights=True)
+    state, control = SimpleNamespace(global_step=4, save_steps=4), SimpleNamespace(should_save=True)
+    for event in (callback.on_step_end, callback.on_epoch_end):
+        event(fake.args, state, control)
+        assert done == begun
+        done.clear()
+    callback.on_save(fake.args, state, control)
+    assert done == saved
+
+
+def test_the_first_process_alone_names_the_newest_that_is_not_whole(tmp_path, capsys):
+    whole = checkpoint_of(tmp_path, 4, processes=2, deepspeed=False)
+    for step in (6, 8):
+        begin_checkpoint(tmp_path / f"checkpoint-{step}")
+    assert resume_point(trainer(tmp_path, 2, deepspeed=False, rank=1)) == whole
+    assert said(capsys) == []
+    assert resume_point(trainer(tmp_path, 2, deepspeed=False)) == whole
+    newest = tmp_path / "checkpoint-8"
+    assert said(capsys) == [f"{newest}: it was not saved to its end; going on from checkpoint-4"]
 
 
 def test_deepspeeds_parts_are_looked_at_and_freed(tmp_path):

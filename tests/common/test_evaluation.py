@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 import weakref
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -35,7 +37,7 @@ from common.evaluation import (
     summarize,
 )
 from common.evaluation import __main__ as command
-from common.evaluation.engines import turn_end_id
+from common.evaluation.engines import stop_ids, turn_end_id
 from common.evaluation.run import generate_samples, rescore
 from common.evaluation.scoring import bbeh_row, majority, reward_scorer, score_records
 from common.lora import lora_config
@@ -95,6 +97,16 @@ def test_another_seed_draws_other_samples(tmp_path):
         evaluate(engine, numbers(), tmp_path / str(seed), samples=4, decoding=SAMPLED, seed=seed)
         seeds.append({asked for _, asked in engine.asked})
     assert not seeds[0] & seeds[1]
+
+
+def test_a_sample_has_a_seed_of_its_own_that_stays(tmp_path):
+    """A resumed evaluation of an older version draws what that one would have drawn."""
+    engine, benchmark = Echo(), numbers(12)
+    for seed in range(12):
+        path = tmp_path / f"{seed}.jsonl"
+        generate_samples(engine, benchmark.rows, path, 12, SAMPLED, seed)
+    assert len({seed for _, seed in engine.asked}) == 12**3  # not one for seed 1, question 11 and seed 11, question 1
+    assert engine.asked[12 + 3] == ("3", zlib.crc32(b"0/3/1"))
 
 
 def test_rates_of_records_by_hand():
@@ -226,6 +238,11 @@ def test_records_of_a_killed_evaluation_are_not_scored_as_a_whole_one(tmp_path):
         evaluate(Echo(fail_after=10), numbers(), tmp_path, samples=4, decoding=SAMPLED, batch=10)
     with pytest.raises(ValueError, match="holds 10 of 40 responses: the same evaluation goes on there"):
         rescore(numbers(), tmp_path)
+    evaluate(Echo(), numbers(), tmp_path, samples=4, decoding=SAMPLED, batch=10)
+    records = tmp_path / "numbers/samples.jsonl"
+    records.write_bytes(records.read_bytes()[:-1])  # killed within its last line
+    with pytest.raises(ValueError, match="holds 39 of 40 responses"):
+        rescore(numbers(), tmp_path)
 
 
 @pytest.mark.parametrize("content", ['{"model": "ec', "[]", "5"])
@@ -290,6 +307,7 @@ def test_responses_of_others_are_scored_into_the_same_table(tmp_path):
     assert (report["avg@k"], report["parsed"], report["truncated"], report["mean_tokens"]) == (0.5, 1.0, None, None)
     assert json.loads((tmp_path / "out/numbers.json").read_text()) == json.loads(json.dumps(report))
     assert len(read_jsonl(tmp_path / "out/numbers/scored.jsonl")) == 10
+    assert "maj@k" not in report  # of one sample
     assert rescore(numbers(), tmp_path / "out") == report
     (tmp_path / "out/numbers/samples.jsonl").unlink()  # as in folders of older versions
     with pytest.raises(ValueError, match="holds no records of numbers"):
@@ -315,6 +333,7 @@ def test_blank_lines_and_a_last_line_without_an_end_are_read(tmp_path):
         ([{"id": 0}], "line 1: a record needs `id` and `response`"),
         ([{"id": 0, "response": "5", "num_tokens": "x"}], "line 1: num_tokens must be a number, got 'x'"),
         ([{"id": 0, "response": "5", "sample": 0}] * 2, "line 2: sample 0 of question 0 stands there twice"),
+        ([{"id": 0, "response": "5", "sample": [0]}], r"line 1: sample must be a number, got \[0\]"),
         ([{"id": 0, "response": None}], "line 1: a record needs"),
         ([{"id": 99, "response": "5"}], "there is no question '99'"),
         ([{"id": i, "response": "5"} for i in range(9)], "there is no response to question '9'"),
@@ -408,6 +427,12 @@ def test_a_prompt_has_the_special_tokens_of_its_template_only():
     assert tokenizer("?")["input_ids"][0] == first[1]
     engine = TransformersEngine(model, tokenizer)
     assert engine.generate(prompts(3), Decoding(max_new_tokens=4), range(3)) == plain
+
+
+@pytest.mark.parametrize(("declared", "ends"), [(None, [5]), (7, [5, 7]), ([9, 7], [5, 7, 9])])
+def test_every_declared_end_ends_a_response(declared, ends):
+    assert stop_ids(declared, SimpleNamespace(eos_token_id=5)) == ends
+    assert stop_ids(declared, SimpleNamespace(eos_token_id=None)) == ends[1:]
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end():
@@ -673,6 +698,7 @@ def test_several_samples_of_a_greedy_benchmark_are_drawn(tmp_path, capsys, monke
     assert "2 samples are drawn with {'temperature': 0.6, 'top_p': 0.95}" in capsys.readouterr().err
     identity = json.loads((tmp_path / "runs/evaluation/model/minerva_math/identity.json").read_text())
     assert (identity["decoding"]["temperature"], identity["samples"]) == (0.6, 2)
+    assert len(read_jsonl(tmp_path / "runs/evaluation/model/minerva_math/samples.jsonl")) == 4 * 2
 
 
 def test_the_command_prints_value_interval_and_rates(tmp_path, capsys):
@@ -699,6 +725,7 @@ def test_the_command_prints_value_interval_and_rates(tmp_path, capsys):
         (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
         (["--batch_size", "0"], "batch_size must be at least 1"),
         (["--samples", "0"], "samples must be at least 1, got 0"),
+        (["--limit", "0"], "limit must be at least 1, got 0"),
         (["--tokenizer", "x"], "tokenizer 'x' is for a --server"),
         (["--server", "http://127.0.0.1:9/v1", "--tokenizer", "/nowhere"], "there is no such folder"),
         (["--chat_template_kwargs", '{"tokenize": false}'], "chat_template_kwargs must leave out tokenize"),
@@ -786,6 +813,7 @@ def test_a_server_is_asked_once_a_prompt_with_its_seed(chat_server):
     assert (request["presence_penalty"], request["frequency_penalty"]) == (0.0, 0.0)
     server_engine(chat_server, stop_token_ids=[2]).generate(asked("d"), Decoding(), [1])
     assert chat_server.asked[-1]["stop_token_ids"] == [2]
+    assert chat_server.asked[-1]["top_k"] == -1  # off: 0 is refused by older servers
 
 
 def test_a_server_hears_of_the_end_of_a_turn(chat_server, tmp_path, capsys):
@@ -807,6 +835,9 @@ def test_a_prompt_that_a_server_refuses(chat_server, tmp_path):
     done = engine.generate(asked("a", "too long", "c"), Decoding(), [1, 2, 3])
     assert [c.finish_reason for c in done] == ["length", "refused", "length"]
     assert {c.finish_reason for c in engine.generate(asked("too long", "too long"), Decoding(), [1, 2])} == {"refused"}
+    other = Prompt([{"role": "system", "content": "x"}, *asked("too long")[0].messages])
+    with pytest.raises(ConnectionError, match="no request of 2"):  # not the prompt alone can be the reason
+        engine.generate([*asked("too long"), other], Decoding(), [1, 2])
     rows = [{"id": str(i), "prompt": p.messages, "answer": "1"} for i, p in enumerate(asked("a", "too long", "c"))]
     with pytest.raises(ValueError, match="m refuses 1 of 3 prompts: serve it with a longer context"):
         evaluate(engine, Benchmark("refused", rows), tmp_path)
@@ -854,3 +885,17 @@ def test_both_copies_of_olympiadbench_are_whole(tmp_path, rows, known):
     else:
         with pytest.raises(ValueError, match="673 rows where 674 are expected"):
             load_benchmark("olympiadbench", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "row"),
+    [
+        ("gsm8k", 1319, {"question": "1+1?", "answer": 2}),
+        ("olympiadbench", 674, {"question": "1+1?", "final_answer": []}),
+    ],
+)
+def test_a_column_of_another_kind_is_one_sentence(tmp_path, name, rows, row):
+    (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * rows)
+    with pytest.raises(ValueError, match=f"{name}: row 0 is not as in .*: take a copy") as error:
+        load_benchmark(name, tmp_path)
+    assert "\n" not in str(error.value)

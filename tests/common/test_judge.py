@@ -275,6 +275,10 @@ def test_records_of_other_questions_are_refused(tmp_path, server):
     evaluated(tmp_path)
     with pytest.raises(ValueError, match="records of other questions"):
         judge.judge_evaluation(engine(server), numbers(["5"] * 8), tmp_path)
+    for content, message in (("{}", "records of other questions"), ("[", "identity.json, .* cannot be read: delete")):
+        (tmp_path / "numbers/identity.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            judge.judge_evaluation(engine(server), numbers(), tmp_path)
     assert server.asked == []
 
 

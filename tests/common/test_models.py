@@ -1,6 +1,8 @@
 """Loading by path or name: what cannot be had is one clear sentence; the tiny models load back as they were."""
 
 import json
+import os
+from pathlib import Path
 
 import peft
 import pytest
@@ -39,6 +41,25 @@ def test_a_folder_without_a_model_or_with_a_broken_one(tmp_path):
     with pytest.raises(models.ModelNotFound) as error:  # a config without weights
         models.load_model(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def test_files_that_a_copy_has_cut_are_named(tmp_path):
+    tiny_qwen3(hidden=32)[0].save_pretrained(tmp_path / "base")
+    base = models.load_model(str(tmp_path / "base"))
+    peft.get_peft_model(base, lora_config(2)).save_pretrained(tmp_path / "adapter")
+    for name, file in (("adapter", "adapter_model.safetensors"), ("base", "model.safetensors")):
+        cut(tmp_path / name / file)
+        with pytest.raises(models.ModelNotFound, match=f"model '.*/{name}': .*; copy or download it again"):
+            models.load_model(str(tmp_path / name))
+    cut(settings := tmp_path / "adapter/adapter_config.json")
+    for content in (settings.read_text(), "[]"):
+        settings.write_text(content)
+        with pytest.raises(ValueError, match="adapter_config.json cannot be read .*: copy the adapter again"):
+            models.load_config(str(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("build", [tiny_qwen3, tiny_qwen3_vl, tiny_qwen2_5_vl])

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,11 +63,13 @@ def test_training_saves_and_goes_on(tmp_path):
 
 
 class FakeTrainer:
-    """Twelve steps, four on each generation batch; the process gets SIGTERM in one of them."""
+    """Twelve steps, four on each generation batch unless said otherwise; the process gets SIGTERM in one of them."""
 
-    args = SimpleNamespace(steps_per_generation=8, gradient_accumulation_steps=2, device="cpu")
-
-    def __init__(self, signal_at: int | None):
+    def __init__(self, signal_at: int | None, steps_per_generation: int = 8, num_iterations: int = 1):
+        self.args = SimpleNamespace(
+            gradient_accumulation_steps=2, device="cpu",
+            steps_per_generation=steps_per_generation, num_iterations=num_iterations,
+        )  # fmt: skip
         self.signal_at, self.saved, self.state = signal_at, [], SimpleNamespace(global_step=0, max_steps=12)
 
     def add_callback(self, callback):
@@ -94,6 +98,27 @@ def test_only_between_generation_batches():
     assert trainer.resumed == "checkpoint-4"
     assert trainer.saved == [8]
     assert not hasattr(trainer, "ended")
+
+
+@pytest.mark.parametrize(
+    ("steps_per_generation", "num_iterations", "saved"),
+    [(None, 1, 4), (1, 1, 4), (4, 2, 4), (6, 1, 6), (3, 1, 6), (5, 1, 5), (1, 3, 6), (2, 5, 5)],
+)
+def test_where_generation_batches_and_steps_end_together(steps_per_generation, num_iterations, saved):
+    """Also where a generation batch ends within a step of two micro-batches."""
+    trainer = FakeTrainer(4, steps_per_generation, num_iterations)
+    with pytest.raises(preemption.Preempted):
+        preemption.train(trainer, None)
+    assert trainer.saved == [saved]
+
+
+def test_a_signal_in_the_last_step_leaves_the_end_of_the_training_alone():
+    """transformers saves then by itself; the next start writes the model."""
+    trainer = FakeTrainer(signal_at=12)
+    with pytest.raises(preemption.Preempted):
+        preemption.train(trainer, None)
+    assert trainer.ended
+    assert trainer.saved == []
 
 
 def test_a_training_that_was_not_stopped_ends_as_ever():
@@ -191,6 +216,36 @@ def test_commands_exit_with_143(capsys):
 
     assert run_main("x.y", command, []) == 143
     assert "x.y: stopped; the same command goes on from here" in capsys.readouterr().err
+
+
+def test_an_interrupted_call_returns_after_its_command(tmp_path):
+    """Else the machine may be taken back while it saves."""
+    started, saved = tmp_path / "started", tmp_path / "saved"
+    child = f"""
+import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(0.3)
+    pathlib.Path({str(saved)!r}).touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path({str(started)!r}).touch()
+time.sleep(60)
+"""
+
+    def interrupt():
+        while not started.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(preemption.Preempted), preemption.sigterm_raises():
+        preemption.call([sys.executable, "-c", child], dict(os.environ))
+    assert saved.exists()
+
+
+def test_a_command_in_a_thread_leaves_signals_alone():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run_main, "x.y", lambda _: 3, []).result() == 3
 
 
 def test_a_command_under_way_is_told_to_end(tmp_path):

@@ -71,6 +71,36 @@ def test_a_failure_stops_the_others_and_shows_its_log(tmp_path, two_cores, capfd
     assert not (tmp_path / "later.log").exists()
 
 
+def test_all_commands_are_told_to_end_before_one_is_waited_for(tmp_path, two_cores, monkeypatch):
+    """A scheduler leaves them seconds, all of which each may need to save."""
+    child = """
+import pathlib, signal, sys, time
+mine, other = map(pathlib.Path, sys.argv[1:])
+def stop(*_):
+    mine.with_suffix(".told").touch()
+    for _ in range(1000):
+        if other.with_suffix(".told").exists():
+            sys.exit(mine.with_suffix(".saved").touch())
+        time.sleep(0.01)
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+mine.touch()
+while True:
+    time.sleep(0.01)
+"""
+    files, sleep = [tmp_path / "a", tmp_path / "b"], stages.time.sleep
+
+    def interrupted(seconds):
+        if all(file.exists() for file in files):
+            raise KeyboardInterrupt
+        sleep(seconds)
+
+    monkeypatch.setattr(stages.time, "sleep", interrupted)
+    words = [[sys.executable, "-c", child, str(file), str(other)] for file, other in (files, files[::-1])]
+    assert stages.run_experiment("x", [[("a", words[0]), ("b", words[1])]], tmp_path / "logs") == 130
+    assert all(file.with_suffix(".saved").exists() for file in files)
+
+
 def test_a_failed_command_alone_ends_the_experiment(tmp_path):
     assert stages.run_stages([[sleeper("bad", 0, code=4)], [sleeper("later", 0)]], tmp_path) == 4
 
@@ -125,8 +155,9 @@ def test_a_comma_list_is_checked_before_anything_runs():
         stages.chosen("seeds", ",")
     with pytest.raises(ValueError, match=r"unknown variants \['c'\]; choose among a, b, or all"):
         stages.chosen("variants", "a,c", ("a", "b"))
-    with pytest.raises(ValueError, match="seeds must differ, got 0,0"):
-        stages.chosen("seeds", "0,0")
+    for text in ("0,0", "0,00"):
+        with pytest.raises(ValueError, match="seeds must differ, got 0,0"):
+            stages.chosen_seeds(text)
 
 
 def test_a_shown_command_can_be_pasted():

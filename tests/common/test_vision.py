@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 
 import pytest
@@ -320,6 +321,7 @@ MATHVISTA = {
         ("integer", "$13", 13),
         ("integer", "no number", None),
         ("float", "1.456", 1.46),
+        ("float", "1e400", math.inf),  # a response is not to end the scoring of all others
         ("list", "[1, 2, 3]", "[1,2,3]"),
         ("list", "1, 2, 3", None),
     ],

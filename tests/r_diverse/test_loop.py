@@ -571,6 +571,41 @@ def test_once_runs_a_stage_once(tmp_path):
         once(folder, {"a": "2"}, work)
 
 
+def test_a_finished_stage_is_its_outputs_alone(tmp_path):
+    """What depends on when and how often it was started is in no digest; drafts and checkpoints go."""
+
+    def work(folder):
+        for name in ("out.txt", ".out.txt.draft", "metrics.jsonl", "logs/server.log", "checkpoint-4/model"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("x")
+        return {}
+
+    folder = tmp_path / "iteration_1" / "stage"
+    assert list(once(folder, {}, work)["outputs"]) == ["out.txt"]
+    left = {"DONE.json", "STARTED.json", "logs", "metrics.jsonl", "out.txt"}
+    assert {path.name for path in folder.iterdir()} == left
+    (record,) = read_jsonl(tmp_path / "stages.jsonl")
+    assert (record["iteration"], record["stage"]) == ("iteration_1", "stage")
+    (folder / "checkpoint-4").mkdir()  # of a kill while they were deleted
+    once(folder, {}, work)
+    assert {path.name for path in folder.iterdir()} == left
+
+
+@pytest.mark.parametrize("ours", [{}, {"a": "1", "b": "2"}])
+def test_another_number_of_inputs_is_another_stage(tmp_path, ours):
+    once(tmp_path / "1/stage", {"a": "1"}, lambda folder: {})
+    with pytest.raises(StageError, match="was made with"):
+        once(tmp_path / "1/stage", ours, lambda folder: {})
+
+
+@pytest.mark.parametrize("name", ["STARTED.json", "DONE.json"])
+def test_a_marker_that_is_no_json_is_one_sentence(tmp_path, name):
+    once(tmp_path / "1/stage", {}, lambda folder: {})
+    (tmp_path / "1/stage" / name).write_text("{")
+    with pytest.raises(StageError, match=f"{name} is no JSON .*: delete .*/1/stage to make it anew"):
+        once(tmp_path / "1/stage", {}, lambda folder: {})
+
+
 def test_every_file_of_a_stage_is_in_its_digest(tmp_path):
     digests = set()
     for i, texts in enumerate((("1", "1"), ("1", "2"), ("2", "1"))):

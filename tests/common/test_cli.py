@@ -1,0 +1,105 @@
+"""What the command lines share: exit codes, sentences, `env:` of a config, models that are made once.
+
+Signals and full disks: test_preemption.py. Fields and their mistakes: test_train.py of each method.
+"""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+
+from common.cli import make_model_main, parse_fields, run_main
+
+
+@dataclass
+class Fields:
+    """Of a command."""
+
+    steps: int = 1
+    dry_run: bool = False
+    use_cpu: bool = False
+    limit: int | None = None
+    eval_temperature: float = 1.0
+    eval_top_p: float = 1.0
+
+
+def failing(error: BaseException):
+    def command(_):
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(("said", "code"), [(None, 0), (0, 0), (7, 7)])
+def test_the_exit_code_is_the_commands(said, code):
+    assert run_main("x.y", lambda _: said, []) == code
+
+
+def test_ctrl_c_is_not_sigterm(capsys):
+    assert run_main("x.y", failing(KeyboardInterrupt()), []) == 130
+    assert "x.y: stopped; the same command goes on from here" in capsys.readouterr().err
+
+
+def test_traceback_1_shows_where(capsys, monkeypatch):
+    assert run_main("x.y", failing(ValueError("two\nlines")), []) == 2
+    assert capsys.readouterr().err == "x.y: two lines (TRACEBACK=1 shows where)\n"
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(ValueError, match="two"):
+        run_main("x.y", failing(ValueError("two\nlines")), [])
+
+
+def test_a_rollout_server_that_is_gone_is_one_sentence_with_the_remedy(capsys):
+    kind = type("ConnectionError", (OSError,), {"__module__": "requests.exceptions"})  # of a package of GPU machines
+    assert run_main("x.y", failing(kind("refused")), []) == 2
+    assert "x.y: the rollout server does not answer; start it, then the same command" in capsys.readouterr().err
+
+
+def test_a_config_may_set_variables_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("X_OF_A_CONFIG", "before")
+    (tmp_path / "x.yaml").write_text("env:\n  X_OF_A_CONFIG: set\nsteps: 3\n")
+    (fields,) = parse_fields(["--config", str(tmp_path / "x.yaml")], (Fields,), "configs/")
+    assert (fields.steps, os.environ["X_OF_A_CONFIG"]) == (3, "set")
+
+
+@pytest.mark.parametrize(
+    ("words", "dry"),
+    [
+        (["--dry_run"], True),
+        (["--dry-run=true"], True),
+        (["--dry_run", "--steps", "2"], True),
+        (["--dry_run=false"], False),
+        (["--dry_run", "False"], False),
+    ],
+)
+def test_only_a_dry_run_is_taken_to_the_cpu(monkeypatch, words, dry):
+    """A training whose record says `use_cpu` would be refused by the same command on a GPU machine."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (fields,) = parse_fields(words, (Fields,), "configs/")
+    assert (fields.dry_run, fields.use_cpu) == (dry, dry)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "rule"),
+    [
+        ("limit", "1", ["0", "-1"], "must be at least 1"),
+        ("eval_temperature", "0", ["-0.1", "inf", "nan"], "must be at least 0 and finite"),
+        ("eval_top_p", "1", ["0", "1.01", "nan"], r"must be in \(0, 1\]"),
+    ],
+)
+def test_a_number_that_would_fail_after_the_training_is_refused_before(name, good, bad, rule):
+    assert getattr(parse_fields([f"--{name}", good], (Fields,), "configs/")[0], name) == float(good)
+    for value in bad:
+        with pytest.raises(ValueError, match=f"{name} {rule}, got"):
+            parse_fields([f"--{name}={value}"], (Fields,), "configs/")
+
+
+def test_a_model_that_a_kill_has_left_unmade_is_made(tmp_path, capsys):
+    def make(out, seed):
+        (out / "config.json").write_text(str(seed))
+        return "made"
+
+    assert make_model_main("x.data", {"base": make}, ["base", str(tmp_path), "--seed", "5"]) == 0  # a folder is there
+    assert (tmp_path / "config.json").read_text() == "5"
+    assert make_model_main("x.data", {"base": make}, ["base", str(tmp_path), "--seed", "6"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}: done already"
+    assert (tmp_path / "config.json").read_text() == "5"
