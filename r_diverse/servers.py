@@ -16,6 +16,8 @@ from pathlib import Path
 
 READY_SECONDS = 1800  # loading 8B weights from a cold network disk and compiling
 POLL_SECONDS = 0.5
+END_SECONDS = 20  # for a server that was told to end; vLLM ends its workers meanwhile
+GROUP_SECONDS = 5  # for workers that outlive it
 CAUSE = re.compile(r"\b(?:\w+Error|OutOfMemory\w*): ")
 
 
@@ -118,10 +120,33 @@ def _end_of(log: Path) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Its own session, so its workers end with it and no other process can be hit."""
-    for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+    """Ends the server, and what of its group outlives it: that would keep GPU memory from the next stage.
+
+    The group is of its own session, so no other process can be hit.
+    """
+    try:
+        _signal_group(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            return
+            process.wait(END_SECONDS)
+            _wait_until_empty(process)
+    finally:  # also where another Ctrl-C or SIGTERM cuts the waiting short
+        if _signal_group(process, signal.SIGKILL):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
+                _wait_until_empty(process)
+
+
+def _wait_until_empty(process: subprocess.Popen) -> None:
+    """Gives up after a while: in a container nobody may reap orphans, and zombies stay in the group for ever."""
+    deadline = time.monotonic() + GROUP_SECONDS
+    while _signal_group(process, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _signal_group(process: subprocess.Popen, number: int) -> bool:
+    """Whether the group has a process left, be it a zombie."""
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):  # the second where only zombies are left, on macOS
+        return False
+    return True

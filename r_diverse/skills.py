@@ -18,8 +18,8 @@ import json
 import logging
 import os
 import re
-import tempfile
 import textwrap
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -218,13 +218,13 @@ class _ProgramCache:
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         entry = {"code": program.code, "failure": program.failure, "sha256": _sha256([key, *program])}
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".")
+        temporary = file.with_name(f".{uuid.uuid4().hex}")  # of tempfile only the user's own processes could read it
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            with temporary.open("x", encoding="utf-8") as stream:
                 json.dump(entry, stream)
             os.replace(temporary, file)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     def _file(self, key: str) -> Path:

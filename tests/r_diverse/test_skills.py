@@ -495,6 +495,30 @@ def test_a_failed_program_is_asked_for_once_more(taught, tokenizer):
     assert program == [Program(None, "truncated")] and len(engine.calls) == 2
 
 
+def test_a_base_model_that_does_not_declare_the_end_of_a_turn_ends_there(taught, tokenizer, monkeypatch):
+    monkeypatch.setattr(taught.model.generation_config, "eos_token_id", tokenizer.pad_token_id)
+    engine = LocalCoderEngine(taught.model.train(), tokenizer, name="taught")
+    assert not taught.model.training  # no dropout
+    prompt = ModelCoder(engine, tokenizer)._prompt("What is 3 + 4?", "")
+    (generation,) = engine.generate([prompt], 60, "no such text")
+    assert generation == Generation(f"<CODE>\n{ADD}\n</CODE>", True)
+
+
+def test_a_penalty_that_a_model_declares_is_not_applied(tokenizer):
+    engine = LocalCoderEngine(causal_lm(tokenizer), tokenizer, name="tiny")
+    plain = engine.generate([[1, 2, 3]], 20, "</CODE>")
+    engine.model.generation_config.repetition_penalty = 100.0
+    assert engine.generate([[1, 2, 3]], 20, "</CODE>") == plain
+
+
+def test_a_local_engine_is_named_by_the_commit_of_its_model(tokenizer):
+    model = causal_lm(tokenizer)
+    model.name_or_path = "org/coder"
+    assert LocalCoderEngine(model, tokenizer).name == "org/coder"
+    model.config._commit_hash = "abc123"
+    assert LocalCoderEngine(model, tokenizer).name == "org/coder abc123"
+
+
 def test_junk_of_an_untaught_model_is_a_failure(tokenizer):
     for chat in (True, False):
         coder = ModelCoder(LocalCoderEngine(causal_lm(tokenizer), tokenizer, name="tiny"), tokenizer, chat, 8)
@@ -525,15 +549,25 @@ def test_generations_end_at_the_stop_or_at_the_end_of_turn(taught, tokenizer):
     assert taught._read(ids("a b"), "</CODE>") == Generation("a b", False)
 
 
-def test_settings_that_change_programs_change_the_name(taught, tokenizer):
+def test_settings_that_change_programs_change_the_name(taught, tokenizer, monkeypatch):
     names = [
         ModelCoder(taught, tokenizer).name,
         ModelCoder(taught, tokenizer, chat=False).name,
         ModelCoder(taught, tokenizer, max_new_tokens=100).name,
         ModelCoder(LocalCoderEngine(taught.model, tokenizer, name="other"), tokenizer).name,
+        ModelCoder(taught, tokenizer, max_prompt_tokens=100).name,
     ]
-    assert len(set(names)) == 4
     assert names[0] == ModelCoder(taught, tokenizer).name
+    for place, name, value in (
+        (tokenizer, "chat_template", tokenizer.chat_template + " "),
+        (skills, "CHECKS", skills.CHECKS + 1),
+        (skills, "PROMPT", skills.PROMPT + " "),
+        (skills, "RETRY_PREFIX", skills.RETRY_PREFIX + " "),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            names.append(ModelCoder(taught, tokenizer).name)
+    assert len(set(names)) == len(names)
 
 
 def test_a_coder_that_cannot_work_is_refused(taught, tokenizer, monkeypatch):
@@ -591,11 +625,33 @@ def test_a_server_writes_the_same_programs(server, taught, tokenizer):
     questions = ["What is 3 + 4?", "5 + 6?", HOSTILE["end of turn"]]
     assert coder.write(questions) == local.write(questions)
     assert coder.name == local.name  # so they share a cache
+    assert [body["max_tokens"] for _, _, body in server.seen] == [18] * 3 + [36] * 3
     path, key, body = server.seen[0]
     assert (path, key, body["model"], body["temperature"]) == ("/v1/completions", "Bearer EMPTY", "taught", 0.0)
     penalties = [body[f"{name}_penalty"] for name in ("repetition", "presence", "frequency")]
     assert penalties == [1.0, 0.0, 0.0]  # what is left out is the model's own value
     assert "secret" not in str(server.seen)
+    assert ModelCoder(coder.engine, tokenizer, max_new_tokens=3).write(["5 + 6?"]) == [Program(None, "truncated")]
+
+
+def test_requests_go_out_together_up_to_workers(server, tokenizer):
+    """Each of the four is answered when all of them have come."""
+    together = threading.Barrier(4)
+    server.trouble = lambda body: together.wait(timeout=60) and None
+    engine = engines.ServedCoderEngine(server.url, "taught", workers=4, retries=0)
+    assert len(engine.generate([[1], [2], [3], [4]], 1, "x")) == 4
+    assert not together.broken
+
+
+def test_a_request_has_a_limit_of_time(server, tokenizer):
+    over = threading.Event()
+    server.trouble = lambda body: over.wait(60) and None
+    engine = engines.ServedCoderEngine(server.url, "taught", timeout=0.2, retries=0)
+    try:
+        with pytest.raises(ConnectionError, match="no request of 1 was answered by taught"):
+            engine.generate([[1]], 1, "x")
+    finally:
+        over.set()
 
 
 def test_one_failed_request_costs_one_question_and_is_not_cached(server, tokenizer, tmp_path, caplog):
@@ -631,9 +687,13 @@ def test_a_server_that_is_not_there_is_an_error(server, tokenizer):
     coder = ModelCoder(engines.ServedCoderEngine("http://127.0.0.1:9/v1", "taught", retries=0), tokenizer)
     with pytest.raises(ConnectionError, match="no request of 2 was answered by taught at http://127.0.0.1:9/v1"):
         coder.write(["1 + 2", "3 + 4"])
-    server.trouble = lambda body: (404, {"error": "no such model"})
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_does_not_serve_the_model_to_this_key_is_an_error(server, tokenizer, status):
+    server.trouble = lambda body: (status, {"error": "no"})
     coder = ModelCoder(engines.ServedCoderEngine(server.url, "taught", retries=0), tokenizer)
-    with pytest.raises(ConnectionError, match="serves this model"):
+    with pytest.raises(ConnectionError, match="serves this model .* and accepts the key"):
         coder.write(["1 + 2"])
 
 
@@ -645,6 +705,7 @@ def test_a_question_that_a_server_refuses_has_a_failure_of_its_own(server, token
     cats = [f"How many cats are 5 + {n} cats?" for n in (6, 7, 8)]
     refused = Program(None, "refused")
     assert skill.programs(["What is 3 + 4?", cats[0]]) == [Program(ADD), refused]
+    assert len(server.seen) == 2  # a longer answer would be refused as well
     assert skill.programs(cats) == [refused] * 3  # all of this call, by a server that has answered another
     server.seen.clear()
     assert skill.programs(cats) == [refused] * 3 and not server.seen
@@ -652,6 +713,8 @@ def test_a_question_that_a_server_refuses_has_a_failure_of_its_own(server, token
         engine.generate([list(bad)] * 2, 4096, "")
     with pytest.raises(ConnectionError, match="with a context that is long enough"):
         ModelCoder(engines.ServedCoderEngine(server.url, "taught", retries=0), tokenizer).write(cats)
+    alone = ModelCoder(engines.ServedCoderEngine(server.url, "taught", retries=0), tokenizer)
+    assert alone.write(cats[:1]) == [refused]  # the prompt may be the reason
 
 
 def test_a_server_that_ends_between_two_tries_costs_no_program_of_the_first(taught, tokenizer, tmp_path, caplog):
@@ -688,6 +751,18 @@ def test_cached_programs_are_not_written_again(tmp_path):
     ]
     assert second.asked == ["5 - 5"]
     assert [path.suffix for path in entries(tmp_path)] == [".json"] * 4
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_others_can_read_a_cache_if_the_umask_lets_them(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        SkillEncoder(Counting(), HashEncoder(), tmp_path / "cache").programs(["1 + 2"])
+    finally:
+        os.umask(before)
+    (path,) = entries(tmp_path / "cache")
+    assert path.stat().st_mode & 0o777 == mode
+    assert path.parent.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_coders_do_not_share_programs(tmp_path):
@@ -871,8 +946,9 @@ def test_long_texts_are_cut_at_max_tokens(minilm):
 def test_an_encoder_names_its_model(minilm):
     with pytest.raises(ValueError, match="name the encoder"):
         skills.SentenceEncoder(minilm.model)
-    with pytest.raises(ValueError, match="max_tokens=0"):
-        skills.SentenceEncoder(minilm.model, name="x", max_tokens=0)
+    for wrong in ("max_tokens", "batch_size"):
+        with pytest.raises(ValueError, match=f"{wrong}=0 .*must be at least 1"):
+            skills.SentenceEncoder(minilm.model, name="x", **{wrong: 0})
     assert "/" not in minilm.name
 
 
@@ -917,6 +993,24 @@ def test_an_encoder_of_the_hub_is_named_by_its_commit():
 
     assert skills._commit([Part]) == "abc123"
     assert skills._commit([object()]) is None  # a local folder, or a module without a model of transformers
+
+
+def test_an_encoder_without_a_commit_is_named_by_its_revision_and_its_own_limit_stays(monkeypatch):
+    library = pytest.importorskip("sentence_transformers")
+
+    class Model(list):
+        def __init__(self, name, **options):
+            self.max_seq_length = 512
+
+        def eval(self):
+            return self
+
+        def get_embedding_dimension(self):
+            return 3
+
+    monkeypatch.setattr(library, "SentenceTransformer", Model)
+    assert skills.SentenceEncoder("org/x", revision="v1").name == "org/x v1 (512 tokens)"
+    assert skills.SentenceEncoder("org/x", max_tokens=64).name == "org/x (64 tokens)"
 
 
 def test_a_server_has_one_name_for_requests_and_one_for_caches():

@@ -350,13 +350,15 @@ def test_the_iteration_of_the_readme_runs(tmp_path, monkeypatch):
         asked.append(seed)
         return [["1"] * 5 + [None, "2", "3", "4", "5"] for _ in questions]
 
+    outputs = [*QUESTIONS, QUESTIONS[0]]  # an equal question counts again
+
     given = {
         "coder": Table(),
         "encoder": Table(),
         "options": {**quiet, "max_steps": 1, "steps_per_generation": 1, "max_completion_length": 4},
         "ask_solver": ask_solver,
         "same_answer": lambda a, b: a == b,
-        "sample": lambda model: [f"<question>{q}</question>\\boxed{{1}}" for q in QUESTIONS] + ["no form"],
+        "sample": lambda model: [f"<question>{q}</question>\\boxed{{1}}" for q in outputs] + ["no form"],
         "solver_reward": lambda completions, answer, **columns: [float(label == "1") for label in answer],
     }
     exec(code, given)
@@ -365,6 +367,6 @@ def test_the_iteration_of_the_readme_runs(tmp_path, monkeypatch):
     tokenizer.save_pretrained("base")
     for t in (1, 2):
         given["iteration"](t, "base", "base")
-    assert given["bank"].iterations == {1: 4, 2: 4}
-    assert {row["answer"] for row in given["bank"].sample(8, seed=0)} == {"1"}
+    assert given["bank"].iterations == {1: 5, 2: 5}
+    assert {row["answer"] for row in given["bank"].sample(10, seed=0)} == {"1"}
     assert asked[-1] == 2

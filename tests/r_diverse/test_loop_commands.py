@@ -1,0 +1,341 @@
+"""The command: settings and what they are refused for, dry runs, experiments of several runs, one iteration more."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import yaml
+from r_diverse_loops import empty_config, small
+
+from common import models
+from common.lora import lora_config
+from r_diverse import RDiverseConfig, evaluate, loop, train
+from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, main, run_path, variant
+from r_diverse.train import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "r_diverse" / "configs").glob("*.yaml"))
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("benchmarks: [a, b]", r"benchmarks must be a text \(in quotes\), got \['a', 'b'\]"),
+        ("solver: {max_steps: 2.5}", "solver.max_steps must be int, got 2.5"),
+    ],
+)
+def test_a_value_in_yaml_of_another_type_is_one_clear_sentence(tmp_path, content, message):
+    (tmp_path / "a.yaml").write_text(f"model: m\n{content}\n")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse(["--config", str(tmp_path / "a.yaml")])
+
+
+def test_flags_win_over_the_config(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("model: m\nalpha: 0.5\nsolver:\n  learning_rate: 1.0e-5\n")
+    settings = parse(["--config", str(config), "--alpha", "0.25", "--solver.learning_rate=3e-5", "--beta=0"])
+    assert (settings.run.alpha, settings.run.beta, settings.solver.learning_rate) == (0.25, 0.0, 3e-5)
+    assert settings.solver.beta == 0.01
+    assert settings.challenger.learning_rate == 1e-6
+
+
+def test_the_recorded_settings_are_the_same_run_again(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: m\nsolver:\n  delta: null\n  steps_per_generation: 2\n  save_steps: 2\n  scale_rewards: null\n"
+        "  optim: null\n  max_steps: null\n"
+    )
+    settings = parse(["--config", str(config), "--challenger.epsilon_high=none"])
+    assert settings.solver.delta is settings.challenger.epsilon_high is None
+    assert settings.solver.scale_rewards == "group"  # which cannot be none
+    assert settings.plain()["solver"]["steps_per_generation"] == 2
+    config.write_text(yaml.safe_dump(settings.plain()))
+    assert parse(["--config", str(config)]).plain() == settings.plain()
+    assert "steps_per_generation" not in parse(["--model=m"]).plain()["solver"]
+
+
+def test_lists_and_mappings_of_a_config(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: m\nsolver:\n  report_to: [tensorboard]\n  reward_weights: [0.5, 2]\n"
+        "  gradient_checkpointing_kwargs: {use_reentrant: false}\n"
+    )
+    solver = parse(["--config", str(config)]).solver
+    assert (solver.report_to, solver.reward_weights) == (["tensorboard"], [0.5, 2.0])
+    assert solver.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_a_broken_config_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model: [m")
+    assert main(["--config", str(tmp_path / "c.yaml")]) == 2
+    assert "c.yaml' is no YAML" in capsys.readouterr().err
+
+
+def test_how_often_the_doctor_speaks_is_not_what_a_run_is():
+    plain = parse(["--model=m"]).plain()
+    assert parse(["--model=m", "--challenger.doctor_steps=3", "--solver.doctor_steps=0"]).plain() == plain
+    assert parse(["--model=m", "--solver.top_p=0.5"]).plain() != plain
+
+
+# --- models and benchmarks ---
+
+
+def test_another_local_encoder_or_coder_under_the_same_name_is_refused(base, tmp_path, capsys):
+    """Its files count, not its name; a hub id has the commit that is loaded."""
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "weights").write_text("A")
+    run = parse([f"--model={base}", f"--encoder={encoder}", f"--coder={encoder}"]).run
+    first = loop.model_digests(run)
+    assert set(first) == {"model", "coder", "encoder"}
+    (encoder / ".git").mkdir()
+    (encoder / ".git" / "index").write_text("newer than the run")
+    assert loop.model_digests(run) == first
+    (encoder / "weights").write_text("B")
+    second = loop.model_digests(run)
+    assert second["model"] == first["model"]
+    assert second["encoder"] != first["encoder"] and second["coder"] != first["coder"]
+    assert set(loop.model_digests(parse([f"--model={base}", "--coder=rules", "--encoder=minilm"]).run)) == {"model"}
+
+
+def test_a_hub_id_has_the_commit_that_is_loaded(monkeypatch):
+
+    def known(name):
+        if name == "unknown":
+            raise OSError("no such model")
+        return SimpleNamespace(_commit_hash="abc" if name == "hub/id" else None)
+
+    monkeypatch.setattr(train, "AutoConfig", SimpleNamespace(from_pretrained=known))
+    assert [train.revised(name) for name in ("hub/id", "folder", "unknown")] == ["hub/id abc", "folder", "unknown"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coder": "Qwen/Qwen2.5-Codr"}, "coder: model 'Qwen/Qwen2.5-Codr': it is no local folder, and the hub"),
+        ({"coder": "/nowhere"}, "coder: model '/nowhere': there is no such folder"),
+        ({"encoder": "Qwen/Qwen3-Embeding"}, "encoder 'Qwen/Qwen3-Embeding': it is no folder with"),
+        ({"encoder": "allMiniLM"}, "encoder 'allMiniLM': it is no folder with"),
+        ({"encoder": "/nowhere"}, "encoder '/nowhere': it is no folder with"),
+    ],
+)
+def test_a_mistyped_coder_or_encoder_is_said_before_there_is_a_run(base, tmp_path, fields, message, capsys):
+    assert main(["--config", empty_config(tmp_path), *small(base, tmp_path, **fields)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r_diverse").exists()
+
+
+def test_coders_and_encoders_that_are_there(base, tmp_path):
+    def check(**fields):
+        loop.check_skill_models(RDiverseConfig("m", **{"coder": str(base), "encoder": str(base), **fields}))
+
+    check()
+    check(coder="rules", encoder="minilm")
+    check(coder="nobody/asks-it", measure="question")
+    tokenizer = models.load_processor(str(base))
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    models.load_config(str(base)).save_pretrained(tmp_path)
+    check(coder=str(tmp_path), coder_chat=False)
+    with pytest.raises(ValueError, match="coder_chat=True, but the tokenizer of coder .* set coder_chat to false"):
+        check(coder=str(tmp_path))
+
+
+def test_an_adapter_is_no_model_to_begin_with(tmp_path, base, capsys):
+    adapter = tmp_path / "adapter"
+    model = models.load_model(str(base))
+    peft.get_peft_model(model, lora_config(2)).save_pretrained(adapter)
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--model", str(adapter), "--out", str(tmp_path)]
+    assert loop.main(fields) == 2
+    assert "holds a LoRA adapter" in capsys.readouterr().err
+    assert not (tmp_path / "r_diverse").exists()
+
+
+def test_a_dry_run_names_an_unknown_benchmark(capsys):
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--benchmarks", "arithmetic,x", "--dry_run"]
+    assert main(fields) == 2
+    assert "benchmarks has 'x', which is unknown: choose among arithmetic, math500" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", ["", "none", "arithmetic", " math500 , arithmetic", "none,"])
+def test_known_benchmarks_and_none_pass(names):
+    evaluate.check_benchmarks(RDiverseConfig("m", benchmarks=names))
+
+
+def test_a_context_without_room_for_a_benchmarks_answers_is_said_at_the_start():
+    run = RDiverseConfig("m", engine="vllm", gpus=1, max_model_len=8192, benchmarks="math500,mmlu_pro")
+    with pytest.raises(ValueError, match="max_model_len=8192 .* mmlu_pro asks for answers of up to 8192 tokens"):
+        loop.check_context(run)
+    loop.check_context(dataclasses.replace(run, max_model_len=16384))
+    loop.check_context(dataclasses.replace(run, benchmarks="math500"))
+    loop.check_context(dataclasses.replace(run, max_model_len=None))
+
+
+@pytest.mark.parametrize(
+    ("fields", "models", "benchmarks"),
+    [
+        ({"coder": "rules", "encoder": "minilm", "benchmarks": "arithmetic,math500"}, [], ["math500"]),
+        ({"benchmarks": "none"}, ["Qwen/Qwen2.5-Coder-7B-Instruct", "jinaai/jina-code-embeddings-1.5b"], []),
+        ({"measure": "question", "encoder": "name", "benchmarks": "none"}, ["sentence-transformers/name"], []),
+        ({"measure": "question", "encoder": "folder", "benchmarks": "none"}, ["folder"], []),
+    ],
+)
+def test_a_download_is_of_all_that_a_run_loads(tmp_path, monkeypatch, fields, models, benchmarks):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(loop, "download", lambda *given: asked.append(given) or 2)
+    flags = [f"--{name}={value}" for name, value in fields.items()]
+    assert main(["--config", empty_config(tmp_path), "--model=org/base", *flags, "--download"]) == 2
+    ((names, data),) = asked
+    assert (names, [name for name, _ in data]) == (["org/base", *models], benchmarks)
+
+
+def test_what_a_machine_lacks_is_said_before_a_run_begins(tmp_path, monkeypatch, capsys):
+    packages, begun = [], []
+    monkeypatch.setattr(loop, "check_packages", lambda *given: packages.append(given))
+    monkeypatch.setattr(loop, "play", lambda settings: begun.append(settings.run.iterations))
+    cuda = SimpleNamespace(is_available=lambda: True)
+    monkeypatch.setattr(loop, "torch", SimpleNamespace(cuda=cuda))  # for the loop alone, not for TRL's settings
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    command = ["--config", empty_config(tmp_path), "--model=m", f"--out={tmp_path}", "--sharding=zero3"]
+    for flags, message in (
+        (["--engine=vllm", "--gpus=2"], "GPU number 1 is needed"),
+        (["--engine=vllm", "--gpus=1", "--max_model_len=8192", "--benchmarks=mmlu_pro"], "and mmlu_pro asks"),
+        (["--challenger.use_vllm=true"], "use_vllm of challenger needs gpus"),
+        (["--solver.use_vllm=true"], "use_vllm of solver needs gpus"),
+    ):
+        assert main([*command, *flags]) == 2
+        assert message in capsys.readouterr().err
+    assert not begun
+    assert main([*command, "--iterations=7"]) == main([*command, "--more=2"]) == 0
+    assert begun == [7, 2]
+    assert packages == [(True, 2, "zero3"), (True, 1, "zero3"), *[(True, 0, "zero3")] * 2, *[(False, 0, "zero3")] * 2]
+
+
+# --- dry runs ---
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_every_config_has_a_dry_run(config, capsys):
+    assert main(["--config", str(config), "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert "run folder: runs/r_diverse/" in text
+    assert "challenger: " in text
+    assert "memory a training process" in text or "memory: unknown" in text
+
+
+def test_the_paper_presets_have_the_papers_batches():
+    for name in ("qwen3_4b", "qwen3_8b"):
+        text = dry_run(parse(["--config", str(ROOT / f"r_diverse/configs/{name}.yaml")]))
+        assert "20 optimizer steps of 512 rollouts" in text
+        assert "a generation batch has 512 prompts x 4 rollouts" in text
+        assert "60 optimizer steps of 640 rollouts" in text
+        assert "a generation batch has 512 prompts x 5 rollouts" in text
+
+
+@pytest.mark.parametrize("dry", [["--dry_run"], []])
+def test_a_dry_run_runs_nothing(tmp_path, capsys, dry):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"model: m\nout: {tmp_path}/out\n" + ("" if dry else "dry_run: true\n"))
+    assert main(["--config", str(config), *dry]) == 0
+    assert "run folder" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_prints_the_commands_of_an_experiment_and_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(loop, "run_experiment", lambda *arguments: pytest.fail("it ran"))
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--variants", "r_diverse,r_zero", "--seeds", "3"]
+    assert main([*fields, "--dry_run"]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ python -m ")]
+    assert len(printed) == 4
+    assert printed[2].endswith("--penalty r_zero --replay_fraction 0 --seed 3")
+    assert main([*fields[:2], "--variants", "no_sam", "--seed", "7", "--dry_run"]) == 0
+    assert "--measure question_text --seed 7\n" in capsys.readouterr().out
+
+
+# --- experiments, and one iteration more ---
+
+
+@pytest.mark.parametrize("name", VARIANT_FLAGS)
+def test_variants_name_their_folders(name):
+    assert variant(parse(["--model=m", *VARIANT_FLAGS[name]]).run) == name
+    run = parse(["--model=m", "--replay_fraction=0.2", *VARIANT_FLAGS[name]]).run
+    without = name in ("r_zero", "no_penalty", "no_map", "no_replay")  # beside R-Diverse with a replay of its own
+    assert run.replay_fraction == (0 if without else 0.2)
+
+
+def test_an_experiment_is_a_list_of_commands(tmp_path):
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--out", str(tmp_path)]  # runs/ may hold a demo's
+    names = ["r_diverse", "r_zero"], ["0", "1"]
+    (make_base,), runs, (report,) = experiment(parse(fields), fields, *names, loop.goals_of(fields, *names, 1))
+    assert make_base[1][-2:] == ["base", "runs/r_diverse/tiny/models/base"]
+    assert [name for name, _ in runs] == ["r_diverse-seed0", "r_zero-seed0", "r_diverse-seed1", "r_zero-seed1"]
+    assert runs[1][1][-6:] == ["--replay_fraction", "0", "--seed", "0", "--iterations", "1"]
+    assert report[1][2] == "benchmarks.r_diverse"
+    assert run_path(parse(fields[:2]).run) == Path("runs/r_diverse/tiny/r_diverse-seed0")
+
+
+def test_an_experiment_makes_no_model_under_the_name_of_a_published_one():
+    fields = ["--model=Qwen/Qwen3-0.6B-Base", "--benchmarks=math500,arithmetic"]
+    assert "make-base" not in str(experiment(parse(fields), fields, [""], ["0"], {}))
+
+
+def test_one_more_iteration_that_was_stopped_is_not_two(tmp_path, monkeypatch):
+    """Whatever stops the command, in the second run or in the report: repeated, it ends where it wanted to."""
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--out", str(tmp_path)]
+    command = [*fields, "--variants", "r_diverse,r_zero"]
+    folder, wanted = tmp_path / "r_diverse/tiny", []
+
+    def stopped(after: int):
+        """In place of an experiment: the first `after` of its runs reach their last iteration."""
+
+        def run(name, stages, logs):
+            words = [words for _, words in stages[1]]
+            goals = [int(w[w.index("--iterations") + 1]) for w in words]
+            wanted.append(goals)
+            for name, goal in list(zip(("r_diverse-seed0", "r_zero-seed0"), goals, strict=True))[:after]:
+                for t in range(1, goal + 1):
+                    (folder / name / f"iteration_{t}/evaluate").mkdir(parents=True, exist_ok=True)
+                    (folder / name / f"iteration_{t}/evaluate/DONE.json").touch()
+            return 0 if after > 2 else 2  # 3: the report, too
+
+        return run
+
+    for after, more in ((1, 1), (2, 1), (3, 1), (1, 2), (3, 2), (0, 1), (3, 2)):
+        monkeypatch.setattr(loop, "run_experiment", stopped(after))
+        assert main([*command, "--more", str(more), "--dry_run"]) == 0
+        assert main([*command, "--more", str(more)]) == (0 if after > 2 else 2)
+    # An iteration; two more; another number begins anew
+    assert wanted == [[1, 1], [1, 1], [1, 1], [3, 3], [3, 3], [4, 4], [5, 5]]
+    assert not list(folder.glob(".*"))
+
+
+def test_one_more_iteration_that_another_command_has_finished_lacks_only_its_report(tmp_path, monkeypatch):
+    config = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--out", str(tmp_path)]
+    root, wanted = run_path(parse(config).run), []
+    (root / "iteration_1/evaluate").mkdir(parents=True)
+    (root / "iteration_1/evaluate/DONE.json").touch()
+    loop._begun(root).write_text('{"more": 1, "iterations": 1}')  # stopped
+
+    def run(name, stages, logs):
+        wanted.append(stages[1][0][1][-1])
+        return 0
+
+    monkeypatch.setattr(loop, "run_experiment", run)
+    for _ in range(2):
+        assert main([*config, "--seeds", "0", "--more", "1"]) == 0
+    assert wanted == ["1", "2"]
+
+
+def test_a_new_folder_under_the_name_of_a_stopped_run_begins_anew(tmp_path, monkeypatch):
+    fields = [f"--out={tmp_path}", "--model=m"]
+    root = run_path(parse(fields).run)
+    root.mkdir(parents=True)
+    loop._begun(root).write_text('{"more": 1, "iterations": 4}')
+    assert loop.goals_of(fields, [""], ["0"], 1) == {root: 1}
