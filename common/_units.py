@@ -16,6 +16,7 @@ __all__ = [
     "decimals",
     "is_lowest_terms",
     "is_unit",
+    "is_unit_word",
     "number",
     "split_unit",
 ]
@@ -249,6 +250,11 @@ def is_unit(text: str) -> bool:
     """Whether a text is made of known units alone."""
     unit = _parse_unit(text)
     return unit is not None and not unit.others
+
+
+def is_unit_word(word: str) -> bool:
+    """Whether a word of two letters or more is the name of a unit and nothing else."""
+    return word in _UNITS and word not in AMBIGUOUS
 
 
 def conversion(p: Unit, g: Unit) -> Fraction | None:

@@ -42,7 +42,7 @@ from common._compare import NeedsAlgebra, Outcome, Policy, compare
 from common._extract import boxes_of, extract_answer, own_words
 from common._normalise import MAX_CHARS, key, normalise, within_limits
 from common._notation import assignment, bare
-from common._units import number, split_unit
+from common._units import is_unit_word, number, split_unit
 
 BARE_WORDS = 5  # a response of so few words is an answer, not a text that has one; MMMU's script draws the same line
 
@@ -254,7 +254,8 @@ def _stated(answer: str) -> str:
 _NUMERAL = re.compile(
     r"(?P<currency>\\?\$(?=\d))?"
     r"(?P<value>-?(?:\d{1,3}(?:,\d{3}){1,9}|\d{1,99})(?:\.\d{1,99})?)"
-    r"(?P<unit> ?(?:\\?%|°|\^ ?(?:\\circ|\{ ?\\circ ?\})|degrees))?",
+    r"(?P<sign> ?(?:\\?%|°|\^ ?(?:\\circ|\{ ?\\circ ?\})))?"
+    r"(?: ?\\(?:text|mathrm|mbox)\{ ?(?P<roman>[A-Za-z]{2,15})\}| (?P<word>[A-Za-z]{2,15}))?",
     re.ASCII,
 )
 
@@ -264,20 +265,20 @@ def _decimal(numeral: re.Match[str]) -> Decimal:
 
 
 def _settle_numerals(answer: str, gold: str) -> Check | None:
-    """What the long way below gives for two plain numerals, in a third of its time. None for any other answers.
+    """What the long way below gives for two plain numerals, in a tenth of its time. None for any other answers.
 
-    One of the two may have a sign of percent, degree or dollar; two such signs have to agree, which is not seen here.
+    One of the two may have a unit, which has to agree with another one: that is not seen here.
     """
     p, g = _NUMERAL.fullmatch(answer), _NUMERAL.fullmatch(gold)
     if not p or not g:
         return None
-    signs = [sign for sign in (p["currency"], p["unit"], g["currency"], g["unit"]) if sign]
-    if len(signs) > 1:
+    units = [found[name] for found in (p, g) for name in ("currency", "sign", "roman", "word") if found[name]]
+    if len(units) > 1 or (units and units[0].isalpha() and not is_unit_word(units[0])):
         return None
     by_text = p["value"] == g["value"]
     same = by_text or _decimal(p) == _decimal(g)
     verdict = Verdict.CORRECT if same else Verdict.WRONG
-    return Check(verdict, answer, "unit" if signs else "number", "text" if by_text else "number")
+    return Check(verdict, answer, "unit" if units else "number", "text" if by_text else "number")
 
 
 def _verdict(outcome: Outcome) -> Check:

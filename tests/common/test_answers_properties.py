@@ -357,6 +357,8 @@ NUMERAL_FORMS = (
     "{} °",
 )
 NUMERAL_FORMS += ("{} degrees", r"\${}%", "{}^{{ \\circ }}", " {} ", "${}$", "{}.", ".{}", "{}/7", r"\$ {}")
+UNIT_WORDS = ("cm", "m", "miles", "USD", "percent", "degrees", "in", "am", "pi", "dozen", "or", "apples", "cm^2", "KM")
+NUMERAL_FORMS += tuple(f"{{}}{f.replace('w', w)}" for f in (" w", r"\text{{ w}}", r"\mathrm{{w}}") for w in UNIT_WORDS)
 numerals = st.builds(
     str.format,
     st.sampled_from(NUMERAL_FORMS),
