@@ -1,4 +1,5 @@
-r"""Answer checkers side by side: accuracy, answers over the time limit, checks a second by kind; batches of 2,048.
+r"""Answer checkers side by side: accuracy, answers over the time limit, checks a second by kind; batches of 2,048
+responses, and of 256 long ones.
 
     python -m benchmarks.answers [--data FILE ...] [--repeats N] [--checkers NAME ...]
 
@@ -43,6 +44,8 @@ LARGE = (
 PACKAGES = ("math-verify", "mathruler", "latex2sympy2-extended", "sympy", "mpmath")
 BATCH = 2048
 BATCHES = (512, 1024, BATCH)
+LONG = 256  # responses as of reasoning models
+CHARACTERS = (3_000, 10_000, 30_000)
 MIN_TIMED = 5  # pairs of a kind below which its checks a second say little
 
 
@@ -73,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         result["files"][name] = measure(pairs, names, args.repeats, args.limit)
         print(f"\n{name}: {len(pairs)} pairs\n{table(result['files'][name])}", flush=True)
     result["large"] = measure_large(names, args.limit)
-    result["batches"] = {count: measure_batch(names, args.repeats, args.limit, count) for count in BATCHES}
+    result["batches"] = {count: measure_batch(names, args.repeats, args.limit, (count,)) for count in BATCHES}
+    result["long"] = {size: measure_batch(names, args.repeats, args.limit, (LONG, size)) for size in CHARACTERS}
     print(f"\n{other_table(result)}")
     atomic_write_json(args.out, result)
     print(f"\nWritten to {args.out}")
@@ -112,14 +116,17 @@ def read_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-def batch_pairs(count: int) -> list[Pair]:
+def batch_pairs(count: int, characters: int = 800) -> list[Pair]:
     """`count` responses as a training step has them, none seen before, three in four right."""
     kinds = (
         ("{i}", "{i}"), (r"\frac{{{i}}}{{7}}", r"{i}/7"), ("x^2+{i}x", "x(x+{i})"), ("({i}, 2)", "({i},2)"),
         (r"{i}\sqrt{{2}}", r"\sqrt{{2}} \cdot {i}"), (r"\$1,{i:03d}.50", "1{i:03d}.5"), ("[0, {i})", "[0,{i})"),
         ("x={i}", "{i}"), (r"\dfrac{{{i}\pi}}{{6}}", r"\frac{{{i}}}{{6}}\pi"), ("{i}^\\circ", "{i}"),
     )  # fmt: skip
-    reasoning = "Let $x$ be the number sought. From the first equation $x = 3y + 2$, and so on for a while. " * 8
+    sentence = (
+        r"Let $x$ be the number sought. From the first equation $x = \frac{3}{2}y_{1} + 2$, and so on for a while. "
+    )
+    reasoning = sentence * (characters // len(sentence))
     pairs = []
     for i in range(count):
         answer, gold = (text.format(i=i % 997 + 2) for text in kinds[i % len(kinds)])
@@ -266,13 +273,13 @@ def measure_large(names: list[str], limit: float) -> dict[str, Any]:
     return result
 
 
-def measure_batch(names: list[str], repeats: int, limit: float, count: int) -> dict[str, Any]:
-    """Seconds for `count` responses: ours by `grade_many`, the others one after the other."""
-    pairs, result = batch_pairs(count), {}
+def measure_batch(names: list[str], repeats: int, limit: float, size: tuple[int, ...]) -> dict[str, Any]:
+    """Seconds for the responses `batch_pairs(*size)`: ours by `grade_many`, the others one after the other."""
+    pairs, result = batch_pairs(*size), {}
     for name in names:
         if name == "ours":
             with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                runs = [pool.apply(grade_batch, (count,)) for _ in range(repeats)]
+                runs = [pool.apply(grade_batch, size) for _ in range(repeats)]
         else:
             with Checker(name, limit) as checker:
                 answers = [
@@ -285,9 +292,9 @@ def measure_batch(names: list[str], repeats: int, limit: float, count: int) -> d
     return result
 
 
-def grade_batch(count: int) -> tuple[float, int]:
+def grade_batch(*size: int) -> tuple[float, int]:
     """Seconds and wrong verdicts of one batch, in a process that has checked nothing before."""
-    pairs = batch_pairs(count)
+    pairs = batch_pairs(*size)
     start = time.perf_counter()
     verdicts = grade_many([pair.prediction for pair in pairs], [pair.gold for pair in pairs])
     seconds = time.perf_counter() - start
@@ -337,10 +344,13 @@ def other_table(result: dict[str, Any]) -> str:
             f"{row['late']} of {len(LARGE)}",
             f"{result['batches'][BATCH][name]['seconds']:.2f}",
             result["batches"][BATCH][name]["wrong_verdicts"],
+            f"{result['long'][CHARACTERS[-1]][name]['seconds']:.2f}",
         ]
         for name, row in result["large"].items()
     ]
-    return grid(rows, ["checker", "late on answers without end", f"seconds for {BATCH:,} responses", "wrong verdicts"])
+    long = f"seconds for {LONG} of {CHARACTERS[-1]:,} characters"
+    columns = ["late on answers without end", f"seconds for {BATCH:,} responses", "wrong verdicts", long]
+    return grid(rows, ["checker", *columns])
 
 
 if __name__ == "__main__":

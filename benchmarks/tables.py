@@ -70,10 +70,13 @@ def answers(result: Result) -> list[list[str]]:
             ours, theirs = rates["ours"]["all"], rates[peer]["all"]
             work = f"answer checks a second, {result['files'][file]['pairs']:,} {name} pairs"
             rows.append([work, peer, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f} x", "10 x"])
-    sizes, batches = list(map(int, result["batches"])), list(result["batches"].values())
-    ours, theirs = ([batch[name]["seconds"] for batch in batches] for name in ("ours", "math-verify"))
-    slopes, ratio = growth(sizes, ours, theirs), f"{theirs[-1] / ours[-1]:.1f} x"
-    return [*rows, [f"{sizes[-1]:,} responses, s", "math-verify", *_pair(ours[-1], theirs[-1]), ratio, "", slopes]]
+    for key, work in (("batches", "{:,} responses, s"), ("long", "256 responses of {:,} characters, s")):
+        sizes, batches = list(map(int, result[key])), list(result[key].values())
+        for peer in ("math-verify", "mathruler"):
+            ours, theirs = ([batch[name]["seconds"] for batch in batches] for name in ("ours", peer))
+            slopes, ratio = growth(sizes, ours, theirs), f"{theirs[-1] / ours[-1]:.1f} x"
+            rows.append([work.format(sizes[-1]), peer, *_pair(ours[-1], theirs[-1]), ratio, "", slopes])
+    return rows
 
 
 def r_diverse_reward(result: Result) -> list[list[str]]:
