@@ -281,8 +281,8 @@ def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
 
 
 def seconds_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
-    """Seconds of a generation batch within each budget, mean over the data sets that ran, first seeds; beside the
-    paper's Fig. 4b in its experiment."""
+    """Seconds of a step (here a whole generation batch) within each budget, mean over the data sets that ran, first
+    seeds; beside the paper's Fig. 4b in its experiment."""
     rows = []
     for name in NAMES:
         first = [r for d in DATASETS for r in [r for (o, n, _), r in runs.items() if (o, n) == (d, name)][:1]]

@@ -239,7 +239,8 @@ def hours_line(curves: dict[str, list[dict[str, float]]]) -> str:
     if not {"opd", "va_opd"} <= curves.keys():
         return ""
     end = curves["opd"][-1]
-    first = next((point["hours"] for point in curves["va_opd"] if point["accuracy"] >= end["accuracy"]), None)
+    trained = [point for point in curves["va_opd"] if point["hours"]]  # not the base student
+    first = next((point["hours"] for point in trained if point["accuracy"] >= end["accuracy"]), None)
     reached = "no checkpoint of VA-OPD has that" if first is None else f"VA-OPD has that after {first:.3g} h"
     return (
         f"Standard OPD ends at {end['accuracy']:.3f} after {end['hours']:.3g} h of training, and {reached}. In the "

@@ -2,8 +2,9 @@ r"""A number by which two formulas are seen to be the same but for the order and
 
 It is the value of the formula modulo a prime, where names, functions and roots are random numbers: equal functions of
 equal arguments have equal ones. So it shows that `2x(x+1) + \sin 2x` is `\sin(2x) + 2x^2 + 2x`, up to a chance of
-2^-50; it cannot show that `\sin^2 x + \cos^2 x` is 1. Each process draws its own random numbers, so that no text can
-be made to have the number of another one. Whether the formula has a value it does not say: `\ln 0` has a number.
+2^-50; it cannot show that `\sin^2 x + \cos^2 x` is 1. Each process draws its own prime and random numbers, so that no
+text can be made to have the number of another one. Whether the formula has a value it does not say: `\ln 0` has a
+number.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from common._formula import Node, parse
 
 __all__ = ["fingerprint"]
 
-_PRIME = 2**61 - 1
+
+def _draw_prime() -> int:
+    """One of 61 bits, by Fermat's test: with a known one, a multiple of it could be added to an answer unseen."""
+    while True:
+        number = int.from_bytes(os.urandom(8)) >> 3 | 2**60 | 1
+        if all(pow(base, number - 1, number) == 1 for base in (2, 3, 5, 7, 11, 13, 17)):
+            return number
+
+
+_PRIME = _draw_prime()
 _SECRET = os.urandom(16)
 _MAX_EXPONENT, _MAX_DEGREE = 1000, 12  # beyond these a power is a function like others
 _WITH_VARIABLES = ("sum", "prod", "term")  # the names of which mean nothing

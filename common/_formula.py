@@ -88,6 +88,7 @@ class _Parser:
         self.tokens = _tokens(text)
         self.at = 0
         self.bars = 0  # open absolute values
+        self.raised = 0  # index behind the last exponent of one letter
         self.depth = 0
         self.variables: list[str] = []  # of the sums and products around
 
@@ -140,7 +141,8 @@ class _Parser:
 
     def implicit(self) -> Node:
         """The next factor of a product without a sign; a number stands there only after what plainly ends."""
-        if self.tokens[self.at][0] in ("number", "repeating") and self.tokens[self.at - 1][1] not in _BEFORE_NUMBER:
+        is_number, before = self.tokens[self.at][0] in ("number", "repeating"), self.tokens[self.at - 1][1]
+        if is_number and before not in _BEFORE_NUMBER and self.at != self.raised:
             raise Unreadable("two numbers side by side")
         return self.power()
 
@@ -172,7 +174,13 @@ class _Parser:
     def exponent(self) -> Node:
         negative = self.take("-")
         self.take("+")
-        node = self.primary()
+        kind, text = self.tokens[self.at]
+        if kind == "name" and self.tokens[self.at + 1][0] == "number":  # in LaTeX 2^n 3^n is a product
+            self.at += 1
+            self.raised = self.at
+            node = Node("constant" if text in _CONSTANTS else "name", (text,))
+        else:
+            node = self.primary()
         return Node("neg", (node,)) if negative else node
 
     def postfix(self) -> Node:

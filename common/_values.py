@@ -349,7 +349,7 @@ _WHOLE = frozenset("nkmN")  # where every name is one of these, whole numbers ar
 _BOUNDS = tuple(map(Fraction, (7, 4, 11, 3, 9, 2, 12, 6, 8, 5)))  # of sums, at each of the points
 _MAX_NAMES = 16
 _NEEDED = 3  # points at which both formulas have values
-# Functions with one branch, defined but at poles: two of these that agree at a few points agree everywhere
+# Functions with one branch, defined but at poles: two of these that differ do so almost everywhere
 _SMOOTH = frozenset(_ARITHMETIC) - {"abs", "re", "im", "floor", "ceil"} | {"name", "exp", *CIRCULAR, *HYPERBOLIC}
 _POSITIVE = frozenset(["+", "*", "/", "^", "root"])
 
@@ -375,14 +375,16 @@ def _is_positive(node: Node) -> bool:
 def scattered_points() -> list[list[Fraction]]:
     """Ten points with 16 coordinates each, of sizes below 1 to above 10, of one sign and of mixed signs.
 
-    The denominators are even, so that (-1)^x is not taken for an odd root.
+    The denominators are even, so that (-1)^x is not taken for an odd root, and differ, so that no sine of a usual
+    multiple of x vanishes at all of them.
     """
     rng = random.Random(2605)
+    halves = (47, 53, 59, 61, 67, 71, 73, 79, 83, 89)
     sizes = [(1, "+"), (3, "+"), (1, "-"), (11, "+-"), (3, "+-"), (1, "+-"), (3, "-"), (41, "+"), (1, "+"), (5, "+-")]
     signs = {"+": (1,), "-": (-1,), "+-": (1, -1)}
     return [
-        [rng.choice(signs[sign]) * size * Fraction(2 * rng.randint(3, 45) + 1, 94) for _ in range(_MAX_NAMES)]
-        for size, sign in sizes
+        [rng.choice(signs[sign]) * size * Fraction(2 * rng.randint(3, 45) + 1, 2 * half) for _ in range(_MAX_NAMES)]
+        for half, (size, sign) in zip(halves, sizes, strict=True)
     ]
 
 
@@ -514,7 +516,7 @@ def proportional(p: str, g: str, deadline: float) -> int:
         return _close(point, ratios[-1], ratios[0])
 
     agreed = pair.names and pair.compared(same_ratio)  # any two numbers are proportional
-    return 0 if not agreed else 1 if ratios[0] > 0 else -1
+    return 0 if not agreed else 1 if ratios[0].real > 0 else -1
 
 
 def within(p: str, g: str, tolerance: Fraction, deadline: float) -> bool:

@@ -173,7 +173,7 @@ def check_types(given: dict[str, Any], classes: tuple[type, ...], prefix: str = 
 def _is_dry_run(argument: str, following: str) -> bool:
     name, assigned, value = argument.partition("=")
     value = value if assigned else following
-    return name in ("--dry_run", "--dry-run") and value.lower() not in ("false", "0", "no")
+    return name in ("--dry_run", "--dry-run") and value.lower() not in ("no", "false", "f", "n", "0")
 
 
 def read_config(path: str, configs: str) -> dict[str, Any]:

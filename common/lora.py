@@ -24,7 +24,7 @@ def adapter_base(name: str) -> str | None:
         return None
     try:
         return PeftConfig.from_pretrained(name).base_model_name_or_path
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # the first for an unknown `peft_type`
         raise ValueError(f"{file} cannot be read ({error}): copy the adapter again") from error
 
 

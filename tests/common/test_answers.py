@@ -77,6 +77,7 @@ EXTRACTION = [
     ("The answer is 12. But that answer is not valid. Hence 24.", "not valid", "12"),  # taken back
     ("The answer is 5. After rechecking the answer is found to be 6.", "6", "5"),
     ("The answer is confirmed as 7.", "7", "7"),
+    ("The anſwer is 5", "5", "5"),  # the long s is an s of another case
     ("最终答案是 42。", "42", "42"),
     ("答案：5", "5", "5"),
     ("The answer is D because A is too small", "D", "D"),

@@ -215,21 +215,15 @@ def test_hostile_batch_keeps_order_and_time():
 
 
 def test_linear_time_extraction():
-    for unit in (
-        r"\boxed{5",
-        r"\boxed5 ",
-        "answer: ",
-        "#### \n",
-        "<answer>x",
-        "{",
-        "}",
-        "The answer is $",
-        "**Answer** \n",
-        "</think>",
-    ):
+    units = [
+        r"\boxed{5", r"\boxed5 ", "answer: ", "#### \n", "<answer>x", "{", "}", "The answer is $", "**Answer** \n",
+        "</think>", "#", "#### ", "answer", "答", "\n",
+    ]  # fmt: skip
+    texts = [unit * (1_000_000 // len(unit)) + "x<think>" for unit in units]
+    for text in [*texts, " " * 1_000_000 + "<|im_start|>", "答" + " " * 1_000_000]:
         for which in ("last", "first"):
             start = time.process_time()
-            extract_answer(unit * (1_000_000 // len(unit)), which=which)
+            extract_answer(text, which=which)
             assert time.process_time() - start < 5
 
 

@@ -69,6 +69,8 @@ def test_a_config_may_set_variables_of_the_environment(tmp_path, monkeypatch):
         (["--dry_run", "--steps", "2"], True),
         (["--dry_run=false"], False),
         (["--dry_run", "False"], False),
+        (["--dry_run", "n"], False),
+        (["--dry_run=f"], False),
     ],
 )
 def test_only_a_dry_run_is_taken_to_the_cpu(monkeypatch, words, dry):

@@ -564,6 +564,8 @@ def test_accuracy_over_hours_says_when_va_opd_has_what_opd_ends_with(tmp_path):
     assert said.startswith("Standard OPD ends at 0.400 after 5 h of training, and VA-OPD has that after 2.5 h. In")
     low = {**curves, "va_opd": curves["va_opd"][:1]}
     assert "and no checkpoint of VA-OPD has that. In" in report.hours_line(low)
+    fallen = {**curves, "opd": [{"hours": 5.0, "accuracy": 0.2}]}  # below the base student
+    assert "and VA-OPD has that after 2.5 h. In" in report.hours_line(fallen)
     assert report.hours_line({"opd": curves["opd"]}) == "" and report.accuracy_by_hours({}, {}) == {}
 
 
