@@ -16,6 +16,7 @@ Python code: give it no file that you do not trust. Writes benchmarks/results/an
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -278,8 +279,9 @@ def measure_batch(names: list[str], repeats: int, limit: float, size: tuple[int,
     pairs, result = batch_pairs(*size), {}
     for name in names:
         if name == "ours":
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            with contextlib.closing(multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)) as pool:
                 runs = [pool.apply(grade_batch, size) for _ in range(repeats)]
+            pool.join()
         else:
             with Checker(name, limit) as checker:
                 answers = [
