@@ -72,13 +72,14 @@ def _quotient(a: Fraction, b: Fraction) -> Fraction:
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
         return _rational_root(base, exponent)
-    if not base and exponent <= 0:
+    power = exponent.numerator
+    if not base and power <= 0:
         raise _Undefined
-    if abs(base) in (0, 1):
-        return base ** (2 - int(exponent) % 2)
-    if abs(exponent) > 2 * _MAX_DIGITS / _digits(base):  # the product may be larger than any float
+    if base.denominator == 1 and abs(base.numerator) < 2:
+        return base ** (2 - power % 2)
+    if abs(power) > 2 * _MAX_DIGITS / _digits(base):  # the product may be larger than any float
         raise TooLarge
-    return base ** int(exponent)
+    return base**power
 
 
 def _rational_root(base: Fraction, exponent: Fraction) -> Fraction:
