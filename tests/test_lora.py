@@ -218,6 +218,8 @@ def test_wrong_settings_of_lora_are_one_sentence(prepared, monkeypatch):
     train, build, _ = prepared
     with pytest.raises(ValueError, match="^load_in_4bit trains an adapter on frozen weights: set lora_rank too"):
         build("--lora_rank", "0", "--load_in_4bit", "true")
+    with pytest.raises(ValueError, match="^lora_rank must be at least 0, got -1$"):
+        build("--lora_rank", "-1")
     with monkeypatch.context() as patch:
         patch.setattr(lora.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match="^load_in_4bit needs the package bitsandbytes: pip install"):
@@ -262,6 +264,36 @@ def test_a_weight_sync_sends_the_trained_model_and_leaves_its_weights(make, load
         engine.load_state_dict(sent, strict=False)
         got, expected = engine(input_ids=IDS).logits, model(input_ids=IDS).logits.float()
     assert (got - expected).norm() < 0.02 * (got - base).norm()
+
+
+def test_trained_weights_of_a_bfloat16_model_are_made_float32_and_no_others():
+    model = get_peft_model(tiny.tiny_qwen3(hidden=32)[0], lora.lora_config(4)).bfloat16()
+    lora.float32_adapters(model)
+    for name, weight in model.named_parameters():
+        assert weight.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
+
+
+def test_a_trainer_with_adapters_sends_merged_weights():
+    model = get_peft_model(tiny.tiny_qwen3(hidden=32)[0], lora.lora_config(4))
+    for rank in (0, 4):
+        generation = weight_sync(model)
+        found = lora.with_adapters(lambda: SimpleNamespace(vllm_generation=generation), rank, False)  # noqa: B023
+        assert ("_iter_named_params" in vars(found.vllm_generation)) == bool(rank)
+
+
+def test_trl_is_told_of_no_bitsandbytes_only_while_a_trainer_is_built(monkeypatch):
+    monkeypatch.setattr(vllm_generation, "is_bitsandbytes_available", lambda: True)
+    seen = []
+
+    def build():
+        seen.append(vllm_generation.is_bitsandbytes_available())
+        raise ValueError("no such field")
+
+    for load_in_4bit in (True, False):
+        with pytest.raises(ValueError, match="no such field"):
+            lora.with_adapters(build, 4, load_in_4bit)
+        assert vllm_generation.is_bitsandbytes_available()
+    assert seen == [False, True]
 
 
 @pytest.mark.qlora

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GPTNeoXConfig, Qwen2Config, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import cost
 from benchmarks import plan as step_plan
@@ -65,7 +65,18 @@ def test_the_shape_of_a_local_model_and_its_adapters(tmp_path):
     linear = sum(weight.numel() for name, weight in adapters.named_parameters() if name.endswith("base_layer.weight"))
     assert plan.linear_parameters(shape) == plan.in_4_bits(str(tmp_path), 1e6, True) == linear > 0
     assert plan.in_4_bits(str(tmp_path), 1e6, False) == 0
+    assert plan.in_4_bits("Some/Model-0.1B", 1e8, True) == 1e8  # no more than it has
     assert plan.shape_of("Some/Model-7B", 7e9) == plan.QWEN3[8e9]
+    assert plan.shape_of("Some/Model-1.1B", 1.1e9) == plan.QWEN3[1.7e9]  # the nearest by ratio
+
+
+@pytest.mark.parametrize(("make", "key"), [(Qwen2Config, 16), (GPTNeoXConfig, 32)])
+def test_configs_without_a_size_or_a_number_of_their_key_heads(make, key, tmp_path):
+    config = make(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=24, vocab_size=50)
+    if make is Qwen2Config:
+        config.num_key_value_heads = 2
+    config.save_pretrained(tmp_path)
+    assert plan.shape_of(str(tmp_path), 1e3) == (2, 32, 32, key, 24, 50)
 
 
 def test_what_each_sharding_cuts():
@@ -141,6 +152,8 @@ def test_the_engines_share_is_of_the_gpu_that_is_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     here = {"rollout engine, 50% of 139.8 GiB, this GPU, asleep while training": 69.9 * plan.GIB}
     assert plan.engine_bytes(config) == pytest.approx(here)
+    config.vllm_enable_sleep_mode = False
+    assert list(plan.engine_bytes(config)) == ["rollout engine, 50% of 139.8 GiB, this GPU"]
     config.vllm_mode = "server"
     assert plan.generation_bytes(config, TINY, 4) == {}
 
@@ -163,7 +176,10 @@ def test_what_the_launcher_says(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert plan.launched() == (8, "zero3")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert plan.launched() == (8, "zero3")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert plan.launched() == (8, "fsdp1")
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert plan.launched() == (8, "fsdp2")
 
@@ -171,11 +187,27 @@ def test_what_the_launcher_says(monkeypatch):
 def test_number_of_checkpoints():
     assert plan.checkpoint_count(655, 50) == 14  # one at the end
     assert plan.checkpoint_count(475, 5) == 95
+    assert plan.checkpoint_count(100, 1) == 100  # a number of steps, not a share
     assert plan.checkpoint_count(100, 0.25) == 4
+    assert plan.checkpoint_count(5, 0.3) == 3  # every 2 steps, as transformers rounds
     assert plan.checkpoint_count(None, 50) is None
     assert "GiB: number of checkpoints x 2.00, and 2 x 1.00 to resume" in plan.disk_line(
         None, "checkpoints", 2 * plan.GIB, plan.GIB
     )
+
+
+def test_the_lines_of_a_dry_run():
+    chosen = {"seed": 0, "use_vllm": False, "delta": None, "use_cpu": True, "model": "x"}
+    lines = plan.settings_lines(Path("runs/a"), chosen)
+    assert lines[0] == "run folder: runs/a"
+    assert lines[2:] == ["  seed: 0", "  use_vllm: False", "  model: x"]
+    config = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=6, num_generations=8)
+    line = plan.update_line(config, 3)
+    assert line == "one update: 9 prompts x 8 rollouts, 3 processes x 4 rollouts x 6 micro-batches"
+    for sharding, how in (("zero2", "zero2 over 8 processes"), ("multi_gpu", "not sharded")):
+        head, *rows = plan.memory_lines({"a": 2 * plan.GIB, "b": plan.GIB}, sharding, 8)
+        assert head == f"memory a process, GiB ({how}; activations come on top):"
+        assert [row.split() for row in rows] == [["2.00", "a"], ["1.00", "b"], ["3.00", "sum"]]
 
 
 # --- formulas, by hand ---

@@ -388,6 +388,16 @@ def test_what_a_kill_left_beyond_the_step_is_not_taken_for_the_newest(models, tm
     assert runs.content("stopped") == runs.content("straight")
 
 
+def test_the_limit_of_checkpoints_is_only_away_while_training(tmp_path):
+    """Else training_args.bin, beside the trained model, would have another."""
+    args, state = trainer(tmp_path, 1, deepspeed=False).args, SimpleNamespace(global_step=0, max_steps=8)
+    args.save_total_limit, callback = 2, ExactCheckpoints(None, None, keep_weights=True)
+    callback.on_train_begin(args, state, None)
+    assert (args.save_total_limit, callback.limit) == (None, 2)
+    callback.on_train_end(args, state, None)
+    assert args.save_total_limit == 2
+
+
 def test_the_best_checkpoint_is_kept(tmp_path):
     for step in (2, 4, 6, 8):
         checkpoint_of(tmp_path, step, processes=1, deepspeed=False)

@@ -65,6 +65,8 @@ def test_maj_at_k_of_every_order_is_that_of_a_plain_count(n):
     [
         (lambda: avg_at_k([]), "no problems"),
         (lambda: avg_at_k([[1], []]), "problem 1 has no samples"),
+        (lambda: avg_at_k([1, 0]), r"the table is not \(problems, samples\)"),
+        (lambda: avg_at_k([[[1, 0]]]), r"the table is not \(problems, samples\)"),
         (lambda: avg_at_k([[1.5]]), r"outside \[0, 1\]"),
         (lambda: avg_at_k([[float("nan")]]), r"outside \[0, 1\]"),
         (lambda: avg_at_k([[1, None]]), r"outside \[0, 1\]"),
@@ -97,6 +99,14 @@ def test_a_difference_without_spread_has_an_interval_as_wide_as_that_of_its_prob
         assert found == pytest.approx(difference)
         assert high - low > 1 / (2 * problems)
         assert -1 <= low <= found <= high <= 1
+
+
+def test_a_spread_of_rounding_alone_is_none():
+    a, b = [[0.8], [0.7], [0.6]], [[0.5], [0.4], [0.3]]  # 0.30000000000000004, 0.29999999999999993, 0.3
+    same = paired_difference([[0.65]] * 3, [[0.35]] * 3, 0.8)
+    assert paired_difference(a, b, 0.8) == pytest.approx(same)
+    wider = paired_difference(a, b, 0.95)
+    assert wider[1] < same[1] < same[2] < wider[2]
 
 
 @pytest.mark.parametrize("value", [0, 1])
@@ -235,6 +245,8 @@ def test_seeds_are_combined_as_scipy_does():
     scipys = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean, deviation) == pytest.approx((0.515, np.sqrt(np.sum((np.array(values) - 0.515) ** 2) / 3)))
     assert (low, high) == pytest.approx((scipys.low, scipys.high))
+    scipys = stats.ttest_1samp(values, 0).confidence_interval(0.8)
+    assert over_seeds(values, 0.8)[2:] == pytest.approx((scipys.low, scipys.high))
     assert over_seeds([0.3, 0.3]) == (0.3, 0.0, 0.3, 0.3)
 
 

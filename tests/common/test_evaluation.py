@@ -42,7 +42,7 @@ from common.evaluation.run import generate_samples, rescore
 from common.evaluation.scoring import bbeh_row, majority, reward_scorer, score_records
 from common.lora import lora_config
 from common.runs import exclusive, read_jsonl
-from common.tiny import tiny_qwen3
+from common.tiny import tiny_qwen3, tiny_qwen3_vl
 from common.verifiers import choice_reward
 from r_diverse import questions as questions_of_r_diverse
 
@@ -481,9 +481,10 @@ def test_a_mistyped_address_of_a_server_is_one_sentence():
         ServerEngine("http://localhost:80OO/v1", "m")
 
 
-def test_a_closed_engine_holds_no_model():
-    model, tokenizer = tiny_qwen3(hidden=32)
-    engine, held = TransformersEngine(model, tokenizer), weakref.ref(model)
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_qwen3_vl])
+def test_a_closed_engine_holds_no_model(make):
+    model, processor = make(hidden=32)
+    engine, held = TransformersEngine(model, processor), weakref.ref(next(model.model.parameters()))
     del model
     engine.close()
     gc.collect()
@@ -699,6 +700,11 @@ def test_several_samples_of_a_greedy_benchmark_are_drawn(tmp_path, capsys, monke
     identity = json.loads((tmp_path / "runs/evaluation/model/minerva_math/identity.json").read_text())
     assert (identity["decoding"]["temperature"], identity["samples"]) == (0.6, 2)
     assert len(read_jsonl(tmp_path / "runs/evaluation/model/minerva_math/samples.jsonl")) == 4 * 2
+    for more in (["--samples", "1"], ["--samples", "2", "--temperature", "0.3"]):
+        assert command.main([*words, *more, "--max_new_tokens", "4", "--out", more[-1]]) == 0
+        assert "are drawn with" not in capsys.readouterr().err
+    greedy, chosen = (json.loads(Path(f"{out}/minerva_math/identity.json").read_text()) for out in ("1", "0.3"))
+    assert (greedy["decoding"]["temperature"], chosen["decoding"]["temperature"]) == (0.0, 0.3)
 
 
 def test_the_command_prints_value_interval_and_rates(tmp_path, capsys):
@@ -816,14 +822,38 @@ def test_a_server_is_asked_once_a_prompt_with_its_seed(chat_server):
     assert chat_server.asked[-1]["top_k"] == -1  # off: 0 is refused by older servers
 
 
+def test_the_command_gives_its_options_to_the_engine(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def load_engine(*given, **options):
+        asked.append((given, options))
+        raise ValueError("no GPU")
+
+    monkeypatch.setattr("common.evaluation.load_engine", load_engine)
+    words = ["--engine", "vllm", "--seed", "7", "--chat_template_kwargs", '{"a": 1}', "--batch_size", "3"]
+    words += ["--engine_options", '{"max_model_len": 99}']
+    assert command.main(arguments(tmp_path, "out", *words)) == 2
+    assert "no GPU" in capsys.readouterr().err
+    ((given, options),) = asked
+    assert given == ("vllm", str(tmp_path / "model"), 3)
+    assert (options["chat_template_kwargs"], options["options"]) == ({"a": 1}, {"seed": 7, "max_model_len": 99})
+
+
 def test_a_server_hears_of_the_end_of_a_turn(chat_server, tmp_path, capsys):
     pytest.importorskip("openai")
     model_folder(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     server = ["--server", f"http://127.0.0.1:{chat_server.server_port}/v1"]
-    named = [*server, "--tokenizer", str(tmp_path / "model")]
+    named = [*server, "--tokenizer", str(tmp_path / "model"), "--limit", "5"]
+    named += ["--chat_template_kwargs", '{"enable_thinking": false}']
     assert command.main(arguments(tmp_path, "out", *named)) == 0
     assert all(asked["stop_token_ids"] == [turn_end_id(tokenizer)] for asked in chat_server.asked)
+    assert {(asked["max_tokens"], *asked["chat_template_kwargs"].items()) for asked in chat_server.asked} == {
+        (8, ("enable_thinking", False))
+    }
+    seeds = {asked["seed"] for asked in chat_server.asked}
+    assert command.main(arguments(tmp_path, "seed 1", *named, "--seed", "1")) == 0
+    assert len(seeds) == 15 and seeds.isdisjoint(asked["seed"] for asked in chat_server.asked[15:])
     model_folder(tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     assert command.main(arguments(tmp_path, "other", *server, "--tokenizer", str(tmp_path / "plain"))) == 2

@@ -131,6 +131,12 @@ def test_the_judge_reads_the_text_of_a_question_with_images():
     assert "<question>\n[image]\nHow many?\n</question>" in prompt
 
 
+def test_the_judge_reads_the_last_turn_of_the_user():
+    turns = [("system", "Box it."), ("user", "1+1?"), ("assistant", "2"), ("user", "1+2?"), ("assistant", "It is")]
+    row = {"prompt": [{"role": role, "content": content} for role, content in turns], "answer": "3"}
+    assert "<question>\n1+2?\n</question>" in judge.judge_request(row, "3")[1]
+
+
 @pytest.mark.parametrize(
     "response",
     [
@@ -178,7 +184,8 @@ def test_right_and_wrong_answers_are_judged_and_compared(tmp_path, server):
     assert report["interval"][0] < 4 / 7 < report["interval"][1]
     assert json.loads((tmp_path / "numbers.judge.json").read_text()) == json.loads(json.dumps(report))
     assert (tmp_path / "numbers.json").read_bytes() == rules  # never mixed
-    assert {request["temperature"] for request in server.asked} == {0.0}
+    assert {(request["temperature"], request["max_tokens"]) for request in server.asked} == {(0.0, 16)}
+    assert report["evaluation"] == json.loads((tmp_path / "numbers/identity.json").read_text())
     for record in read_jsonl(tmp_path / "numbers/judged.jsonl"):
         assert (record["judge"], record["prompt"]) == ("m", "answer/1")
         assert judge.parse_verdict(record["reply"]) == record["verdict"]
@@ -247,6 +254,14 @@ def test_samples_of_one_question_are_one_cluster(tmp_path, server):
     assert (report["questions"], report["judged"], report["avg@k"]) == (2, 4, 0.5)
 
 
+def test_responses_without_numbers_are_judged_one_by_one(tmp_path, server):
+    benchmark, path = numbers(["0"]), tmp_path / "theirs.jsonl"
+    path.write_text(2 * (json.dumps({"id": 0, "response": r"yes \boxed{0}"}) + "\n"))
+    score_responses(benchmark, path, tmp_path)
+    assert judge.judge_evaluation(engine(server), benchmark, tmp_path)["judged"] == 2
+    assert [record["sample"] for record in read_jsonl(tmp_path / "numbers/judged.jsonl")] == [0, 1]
+
+
 def test_a_metric_of_its_own_needs_every_verdict(tmp_path, server):
     def metric(records):
         return {"score": max(record["score"] for record in records), "interval": [0, 1]}
@@ -267,6 +282,9 @@ def test_a_server_that_is_gone_is_an_error_until_it_has_answered_something(tmp_p
     assert not (tmp_path / "numbers.judge.json").exists()
     judge.judge_evaluation(engine(server), benchmark, tmp_path)
     assert judge.judge_evaluation(nowhere, benchmark, tmp_path)["failures"]["no_reply"] == 1
+    other = ServerEngine("http://127.0.0.1:9/v1", "other", workers=4, retries=0)
+    with pytest.raises(ConnectionError, match="no request of 8 to other"):  # what m has answered is not its answer
+        judge.judge_evaluation(other, benchmark, tmp_path)
 
 
 def test_records_of_other_questions_are_refused(tmp_path, server):
@@ -297,11 +315,16 @@ def finished_aime(folder: Path, count: int = 30) -> list[str]:
 
 def test_the_command_prints_both_numbers_and_the_table(tmp_path, server, capsys):
     arguments = [*finished_aime(tmp_path), "--server", url(server), "--judge_model", "m", "--no_thinking"]
+    arguments += ["--max_new_tokens", "64"]
     assert judge.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "judged: avg@k = 1.0000 [0." in printed and "rules, the same records: avg@k = 1.0000" in printed
     assert "rules right: correct 30" in printed and "failures: no_reply 0, unparseable 0" in printed
     assert server.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert server.asked[0]["max_tokens"] == 64
+    assert judge.main([*arguments, "--recheck", "wrong"]) == 0
+    assert "R-Zero's re-check" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/aime24.judge_wrong.json").read_text())["judged"] == 0
     assert judge.main([*arguments, "--limit", "5"]) == 2
     assert "pass the --data and --limit of that evaluation" in capsys.readouterr().err
 

@@ -84,6 +84,32 @@ def test_fixed_batches_give_the_same(monkeypatch):
     assert [ours.generate(prompts, decoding, range(9)) for decoding in (GREEDY, SAMPLED)] == live
 
 
+def test_the_longest_prompts_are_the_first():
+    """What does not fit into memory fails in the first forward."""
+    ours, prompts = engine(tiny_qwen3, 4), questions(9, False)
+    assert ours._rows_are_exchangeable
+    widths = []
+    ours.model.register_forward_pre_hook(
+        lambda module, args, given: widths.append(given["input_ids"].size(1)), with_kwargs=True
+    )
+    ours.generate(prompts, Decoding(max_new_tokens=1), [0] * 9)
+    assert len(widths) == 3
+    assert widths[0] > widths[1] > widths[2]
+
+
+def test_a_model_in_training_generates_with_a_cache():
+    model, processor = tiny_qwen3(hidden=32)
+    model.config.use_cache = model.generation_config.use_cache = False  # as with gradient checkpointing
+    assert TransformersEngine(model, processor)._rows_are_exchangeable
+
+
+def test_images_are_in_the_first_turn_of_the_user():
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    text = engine(tiny_qwen3_vl, 1)._render(Prompt(turns, [picture(0), picture(1)]))
+    assert text.count("<|image_pad|>") == 2
+    assert text.index("<|im_start|>user") < text.rindex("<|image_pad|>") < text.index("<|im_start|>assistant")
+
+
 def test_no_prompts_give_no_completions():
     assert engine(tiny_qwen3, 4).generate([], GREEDY, []) == []
 
@@ -151,6 +177,14 @@ def test_a_token_of_probability_zero_is_never_chosen():
     scores = torch.full((4000, 6), -torch.inf)
     scores[:, 3] = 0.0
     assert set(choose(scores, range(4000), [7] * 4000, limit=1).argmax(1).tolist()) == {3}
+
+
+def test_the_least_number_chooses_a_token_that_is_possible():
+    """A number may be 0, and the first tokens have no probability."""
+    processors = seeded_sampling(1.0, 1.0, 0, [5], torch.tensor([7]), 1)
+    processors[-1].numbers.zero_()
+    scores = torch.tensor([[-torch.inf, -torch.inf, 0.0, 0.0]])
+    assert processors(torch.zeros(1, 7, dtype=torch.long), scores).argmax().item() == 2
 
 
 def test_each_position_has_a_number_of_its_own():

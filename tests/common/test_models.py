@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -18,6 +19,8 @@ from common.tiny import char_tokenizer, tiny_qwen2_5_vl, tiny_qwen3, tiny_qwen3_
     [
         ("/nowhere/at/all", "there is no such folder"),
         ("./nowhere", "there is no such folder"),
+        ("~/nowhere", "there is no such folder"),
+        ("no/where/here", "there is no such folder"),
         ("someone/no-such-model-8B", "no local folder, and the hub cannot be reached"),
         ("", "no local folder|no model"),
     ],
@@ -65,6 +68,7 @@ def test_files_that_a_copy_has_cut_are_named(tmp_path):
 @pytest.mark.parametrize("build", [tiny_qwen3, tiny_qwen3_vl, tiny_qwen2_5_vl])
 def test_a_tiny_model_comes_back_from_its_folder(tmp_path, build):
     model, processor = build(hidden=32)
+    getattr(processor, "tokenizer", processor).padding_side = "right"  # as many models on the hub have it
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again = models.load_model(str(tmp_path))
@@ -73,6 +77,7 @@ def test_a_tiny_model_comes_back_from_its_folder(tmp_path, build):
         assert torch.equal(tensor, again.state_dict()[name])
     loaded = models.load_processor(str(tmp_path))
     assert type(loaded) is type(processor)
+    assert getattr(loaded, "tokenizer", loaded).padding_side == "left"
     messages = [{"role": "user", "content": "What is 1+2?"}]
     options = {"tokenize": False, "add_generation_prompt": True}
     assert loaded.apply_chat_template(messages, **options) == processor.apply_chat_template(messages, **options)
@@ -88,6 +93,8 @@ def test_an_adapter_is_not_merged_into_weights_in_4_bits(tmp_path):
     adapter = peft.get_peft_model(models.load_model(str(tmp_path / "base")), lora_config(2))
     adapter.save_pretrained(tmp_path / "adapter")
     assert models.load_model(str(tmp_path / "adapter")).num_parameters() == model.num_parameters()
+    merged = models.load_model(str(tmp_path / "adapter"), torch.bfloat16, attn_implementation="eager")
+    assert (merged.dtype, merged.config._attn_implementation) == (torch.bfloat16, "eager")
     with pytest.raises(ValueError, match="holds a LoRA adapter, which cannot be merged into weights in 4 bits"):
         models.load_model(str(tmp_path / "adapter"), load_in_4bit=True)
 
@@ -99,6 +106,33 @@ def test_a_processor_saved_without_video_comes_back_where_torchvision_is(tmp_pat
     processor.save_pretrained(tmp_path)
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: name)
     assert type(models.load_processor(str(tmp_path))) is type(processor)
+
+
+def test_a_processor_of_another_family_pads_on_the_left_and_reads_images(tmp_path, monkeypatch):
+    """`AutoProcessor` returns the tokenizer alone where it finds no more."""
+    model, processor = tiny_qwen3_vl(hidden=32)
+    model.config.save_pretrained(tmp_path)
+    monkeypatch.setattr(models, "IMAGE_ONLY", {})
+    processor.tokenizer.padding_side = "right"
+    monkeypatch.setattr(models.AutoProcessor, "from_pretrained", lambda name: processor)
+    assert models.load_processor(str(tmp_path)).tokenizer.padding_side == "left"
+    monkeypatch.setattr(models.AutoProcessor, "from_pretrained", lambda name: processor.tokenizer)
+    with pytest.raises(models.ModelNotFound, match=r"reads images, but only a .*Tokenizer\w* was found: save its"):
+        models.load_processor(str(tmp_path))
+
+
+def test_a_saved_folder_appears_whole_or_not_at_all(tmp_path):
+    model, tokenizer = tiny_qwen3(hidden=32)
+    with pytest.raises(KeyboardInterrupt):
+        models.save_whole(tmp_path / "model", model, SimpleNamespace(save_pretrained=stopped))
+    assert not (tmp_path / "model").exists()
+    models.save_whole(tmp_path / "model", model, tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert models.load_model(str(tmp_path / "model")).num_parameters() == model.num_parameters()
+
+
+def stopped(*arguments):
+    raise KeyboardInterrupt
 
 
 def test_equal_seeds_give_equal_weights_and_the_global_state_stays():

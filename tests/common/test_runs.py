@@ -13,12 +13,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from datasets import Dataset
+from transformers import PrinterCallback
 
 from common import runs, training
 from common.runs import RunFolder, RunFolderError, exclusive
-from common.training import RunLog, row_fingerprints
+from common.training import RunLog, row_fingerprints, train_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG, DATA = {"learning_rate": 1e-3, "name": "a"}, {"train": "abc"}
@@ -387,6 +389,60 @@ def test_the_seconds_of_training_are_those_of_its_steps_and_go_on_from_a_checkpo
     lines = runs.read_jsonl(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["train_seconds"]) for line in lines] == [(s, 10.0 * s) for s in range(1, 7)]
     assert [training.train_seconds(tmp_path / f"checkpoint-{s}") for s in (2, 4, 6)] == [20.0, 40.0, 60.0]
+
+
+def test_a_step_is_over_when_the_gpu_has_done_it(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: now.append(now.pop() + 5))
+    log = RunLog(tmp_path, None, None)
+    log.on_step_begin(None, None, None)
+    log.on_step_end(None, None, None)
+    assert log.seconds == 5.0
+
+
+def test_lines_and_rollouts_after_the_checkpoint_are_dropped(tmp_path):
+    """They come again."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        runs.append_jsonl(tmp_path / name, *({"step": step} for step in (1, 2, 3)))
+    (tmp_path / "checkpoint-2").mkdir()
+    RunLog(tmp_path, tmp_path / "checkpoint-2", None)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert [line["step"] for line in runs.read_jsonl(tmp_path / name)] == [1, 2]
+
+
+def test_a_run_is_done_with_its_model_and_not_before(tmp_path, monkeypatch, capsys):
+    """Stopped while the model is saved, and started twice more."""
+    run, removed, trained, saved = tmp_path / "run", [], [], iter([KeyboardInterrupt, None])
+
+    def save_model(path: str) -> None:
+        assert path == str(run / "model") and not runs.is_done(run)
+        if error := next(saved):
+            raise error
+
+    def build() -> SimpleNamespace:
+        assert trained or not run.exists()  # what is wrong with models and data leaves nothing
+        return SimpleNamespace(add_callback=list, remove_callback=removed.append, save_model=save_model)
+
+    points = iter([None, run / "checkpoint-4"])
+    monkeypatch.setattr(training, "resume_point", lambda trainer: next(points))
+    monkeypatch.setattr(training.preemption, "train", lambda trainer, at, keep_weights: trained.append(at))
+    config = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=4, num_generations=8)
+    start = lambda: train_run("srpo.train", run, config, lambda: opened(run), build, lambda *given: given)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert not runs.is_done(run)
+    start()
+    assert runs.is_done(run)
+    assert trained == [None, run / "checkpoint-4"]
+    assert removed == [PrinterCallback] * 2  # whose dictionaries would be between the lines of `RunLog`
+    update = "one update: 2 prompts x 8 rollouts, 1 processes x 4 rollouts x 4 micro-batches"
+    printed = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("srpo.train: Python ") for line in printed[::3])
+    assert [*printed[1:3], *printed[4:]] == [update, f"{run}: starting", update, f"{run}: resuming at step 4"]
+    start()
+    assert capsys.readouterr().out == f"{run}: done already\n"
 
 
 def test_a_checkpoint_of_an_older_version_leaves_the_seconds_unknown(tmp_path):
