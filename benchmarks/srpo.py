@@ -191,7 +191,8 @@ def accuracy_table(runs: dict[tuple[str, str], Path]) -> str:
         time = f"{np.mean(seconds):.2f}" if seconds else ""
         rows.append([NAMES[name], len(seeds), *cells, f"[{low:.3f}, {high:.3f}]", time])
     columns = ["variant", "seeds", "best", "mean", "last", "95 % of last, first seed", "seconds per step"]
-    return plots.table_markdown(rows, columns)
+    note = "Trainings that ran side by side on one machine took time from each other, in seconds and in hours."
+    return f"{plots.table_markdown(rows, columns)}\n\n{note}"
 
 
 def _mean_sd(values: list[float]) -> str:

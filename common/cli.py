@@ -145,7 +145,17 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
         check_types(given, classes)
     if "use_cpu" in known and any(map(_is_dry_run, argv, [*argv[1:], ""])) and not torch.cuda.is_available():
         argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
-    parsed = TrlParser(classes).parse_args_and_config(argv)
+    parser = TrlParser(classes)
+    parser.usage = "%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]; --help explains the fields"  # there are 200
+    try:
+        parsed = parser.parse_args_and_config(argv)
+    except ValueError as error:
+        if "bf16/gpu" not in str(error):
+            raise
+        raise ValueError(
+            "bf16 is true, but there is no GPU: take a machine that has one, or set use_cpu to true for a tiny model; "
+            "--dry_run shows settings and memory here"
+        ) from error
     for part in parsed:
         _check_numbers(part)
     return parsed

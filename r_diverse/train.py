@@ -432,7 +432,9 @@ def dry_run(settings: Settings) -> str:
     """Resolved settings, sizes of both phases and memory a process, as text."""
     run = settings.run
     lines = [f"run folder: {run_path(run)}", "settings:"]
-    for name, value in (settings.plain() | settings.free()).items():
+    shown = settings.plain() | settings.free()
+    phases = {f"{phase}.{name}": value for phase in PHASES for name, value in shown.pop(phase, {}).items()}
+    for name, value in (shown | phases).items():
         text = " ".join(str(value).split())
         lines.append(f"  {name}: {text if len(text) < 100 else text[:97] + '...'}")
     trainers = {"challenger": run.trainer_gpus, "solver": max(1, run.gpus)}

@@ -49,7 +49,8 @@ def check_processor(processing_class, train_dataset) -> None:
         row = train_dataset[0]
         if row.get("images") or row.get("image"):
             raise ValueError(
-                "rows have images, but processing_class is a tokenizer: pass the student's processor (AutoProcessor)"
+                "rows have images, but processing_class is a tokenizer: pass the student's processor (AutoProcessor, "
+                "which returns the tokenizer alone where torchvision is missing)"
             )
 
 

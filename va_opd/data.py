@@ -77,6 +77,8 @@ def load_rows(
     enough.
     Raises `ValueError` naming the source, the column, the row or the image that is at fault, and the remedy.
     """
+    if "{problem}" not in template:
+        raise ValueError(f"template must hold {{problem}}, which each row's problem replaces, got {template!r}")
     dataset = _load_split(source, split)
     dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     dataset = _standard_columns(dataset, source)
@@ -153,6 +155,8 @@ def _load_split(source: str, split: str) -> Dataset:
             builder = "parquet" if path.suffix == ".parquet" else "json"
             return load_dataset(builder, data_files=str(path), split="train")
         return load_dataset(source, split=split)
+    except StopIteration as error:  # of datasets, for files without a row
+        raise ValueError(f"data {source!r}, split {split!r}: there are no rows; set data to other files") from error
     except Exception as error:
         where = "local data" if path.exists() else "no local path, and the hub gave no data set of this name"
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -255,6 +255,8 @@ def _read(name: str, source: Source, data: str | Path | None):
         if not path.is_file():
             raise FileNotFoundError("there is no such file")
         return load_dataset(_builder(path), data_files=str(path), split="train")
+    except StopIteration as error:  # of datasets, for files without a row
+        raise ValueError(f"benchmark {name}: {data} has no rows; pass --data another copy") from error
     except Exception as error:  # datasets raises many kinds; the user needs one sentence
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 
 import pytest
+import torch
+from transformers import TrainingArguments
 
 from common.cli import make_model_main, parse_fields, run_main
 
@@ -78,6 +80,18 @@ def test_only_a_dry_run_is_taken_to_the_cpu(monkeypatch, words, dry):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (fields,) = parse_fields(words, (Fields,), "configs/")
     assert (fields.dry_run, fields.use_cpu) == (dry, dry)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_half_precision_without_a_gpu_names_the_field_and_the_remedy():
+    with pytest.raises(ValueError, match="bf16 is true, but there is no GPU: .* set use_cpu to true .* --dry_run"):
+        parse_fields(["--output_dir", "x", "--bf16", "true"], (TrainingArguments,), "configs/")
+
+
+def test_a_wrong_type_is_said_without_a_list_of_all_fields(capsys):
+    with pytest.raises(SystemExit):
+        parse_fields(["--steps", "five"], (Fields,), "configs/")
+    assert "argument --steps: invalid int value: 'five'" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,17 @@ def test_validation_ids_are_a_seeded_sorted_draw_without_repeats():
         data.validation_ids(rows.select(range(199)))
 
 
+def test_files_without_a_row_and_a_template_without_the_problem_are_one_sentence(tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    for source in (tmp_path, tmp_path / "train.jsonl"):
+        with pytest.raises(
+            ValueError, match=r"^data '.*', split 'train': there are no rows; set data to other files$"
+        ):
+            data.load_rows(str(source), "train")
+    with pytest.raises(ValueError, match=r"template must hold \{problem\}, .* got 'Solve this\.'"):
+        data.load_rows(str(tmp_path), "train", template="Solve this.")
+
+
 def test_jsonl_with_paths_questions_and_text_rows(tmp_path):
     diagram(0).save(tmp_path / "a.png")
     lines = [
