@@ -25,7 +25,7 @@ BITSANDBYTES := .venv/.bitsandbytes
 endif
 
 help: ## This list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-zA-Z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-zA-Z0-9_-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Variables of the experiments:"
 	@echo "  PRESET=paper|single-gpu|tiny   8 x 80 GB, 1 x 80 GB, or 2 CPU cores (default: $(PRESET))"

@@ -85,7 +85,7 @@ SERIES = {
     "overall_avg": "Overall AVG, percent",
     "intra_repetition": "repeated within the iteration",
     "cross_repetition": "repeated from earlier ones",
-    "duplicate_ratio": "wording of one of the 3 nearest earlier ones",
+    "duplicate_ratio": "same wording as an earlier one",
     "effective_clusters": "effective number of skill clusters",
     "label_accuracy": "right labels",
     "usable": "usable questions",
@@ -382,6 +382,7 @@ def skill_map(run: Path, path: Path, title: str) -> Path:
         places, counts = np.unique(part.round(6), axis=0, return_counts=True)
         ax.scatter(*places.T, s=12 + 4 * counts, alpha=0.6, color=plots.PALETTE[0], linewidths=0)
         ax.set_title(f"iteration {t}: {len(part)} questions", fontsize=9)
+        ax.margins(0.15)  # large points stand at the border, too
         ax.grid(alpha=0.25)
     text = f"{title}: skills of the usable questions (area: how many)"
     figure.suptitle("\n".join(textwrap.wrap(text, 42 * len(vectors))), fontsize=10)  # one panel is narrow

@@ -59,7 +59,8 @@ def training_curves(
                 shown = _smoothed(points, smooth)
                 marker = "o" if len(shown) == 1 else None  # a line of one point would not be seen
                 axes.plot(*shown.T, marker=marker, label=name, color=PALETTE[number % len(PALETTE)])
-        axes.set(xlabel=unit, ylabel=metrics[metric])
+        is_smoothed = any(len(lines) >= 2 * smooth > 2 for lines in runs.values())
+        axes.set(xlabel=f"{unit} (means of {smooth} logged ones)" if is_smoothed else unit, ylabel=metrics[metric])
         whole = {"integer": True, "min_n_ticks": 1} if over == "step" else {"nbins": 6}  # 0.0025 is long for a tick
         axes.xaxis.get_major_locator().set_params(**whole)
         _light(axes)

@@ -196,13 +196,20 @@ def ban_tokens(args: VAOPDConfig, processing_class, model: str | PreTrainedModel
     return args
 
 
-def check_prompts(prompt_ids: list[list[int]], max_prompt_length: int) -> None:
-    """Raises `ValueError` for a prompt over the limit."""
+def check_prompts(prompt_ids: list[list[int]], args: VAOPDConfig, config: PretrainedConfig) -> None:
+    """Raises `ValueError` for a prompt over the limit; warns once of rollouts that may end beyond the positions that
+    the student's configuration names."""
     longest = max(len(ids) for ids in prompt_ids)
-    if longest > max_prompt_length:
+    if longest > args.max_prompt_length:
         raise ValueError(
-            f"a prompt has {longest} tokens, above max_prompt_length={max_prompt_length}: raise the limit, lower the "
-            "image budget, or filter the data set (prompts are never cut)"
+            f"a prompt has {longest} tokens, above max_prompt_length={args.max_prompt_length}: raise the limit, lower "
+            "the image budget, or filter the data set (prompts are never cut)"
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and longest + args.max_completion_length > positions:
+        logger.warning_once(  # no error: some models scale their positions
+            f"prompts and rollouts may be longer than the student's max_position_embeddings={positions}: lower "
+            "max_completion_length or the image budget, or set max_prompt_length to refuse such prompts"
         )
 
 

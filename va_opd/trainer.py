@@ -124,7 +124,7 @@ class VAOPDTrainer(DistillationTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         first, self._is_first_turn = self._is_first_turn, False
         if first:  # in later ones a prompt holds the rollout so far and the results of its tools
-            checks.check_prompts(prompt_ids, self.args.max_prompt_length)
+            checks.check_prompts(prompt_ids, self.args, self.model.config)
         with self._timed("generation", add=not first):
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         checks.check_rollouts(completion_ids, self.banned_ids)
