@@ -114,6 +114,8 @@ DERIVED = (
 
 def parse(argv: list[str]) -> Settings:
     """Settings from `--config FILE.yaml` and flags, the latter winning. `ValueError` for unknown keys."""
+    if {"-h", "--help"}.intersection(argv):
+        parse_fields(["--help"], (RDiverseConfig,), "r_diverse/configs/")
     words: dict[str, list[str]] = {name: [] for name in ("run", *PHASES)}
     given = [w.partition("=")[2] for w in argv if w.startswith("--config=")]
     given += [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]

@@ -59,6 +59,13 @@ def test_the_recorded_settings_are_the_same_run_again(tmp_path):
     assert "steps_per_generation" not in parse(["--model=m"]).plain()["solver"]
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--config", "no such file", "-h"]])
+def test_help_is_about_the_fields_of_a_run(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(words)
+    assert ended.value.code == 0 and "--iterations" in capsys.readouterr().out
+
+
 def test_lists_and_mappings_of_a_config(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(
