@@ -28,19 +28,18 @@ _ABOUT = (  # what is said of an answer that stands elsewhere
     r"|consistent|reasonable|plausible|sensible|verified|valid|rounded|helpful|clear|obvious|unique|found|obtained|expressed)\b"
     r"(?!\s+(?:to\s+be\b|(?:to|as)\s+[$\\(\d]))"  # "found to be 6" names one; what denies one is not in the list
 )
+_INDEED = r"(?:[\s*_]+(?:in\s+fact|(?:found|confirmed)\s+to\s+be|confirmed\s+as)\b)?"  # an answer follows
 _MARKER = re.compile(
     rf"""(?ix) (?:^|(?<=\n))\#{{4}}\s++ (?![^\w\\$\n]{{0,9}}  # no heading: "1. Add", or words with text below them
         (?:\d+[.)][^\S\n]+\S|\d+:[^\S\n]+\D|(?:[^\W\d_]{{2}}|A\ [a-z])[^\n]*\n\s*+\S)) |
     (?:^|(?<=\n)) (?:[\#*_]|[^\S\n])* (?:final\s+)?answer [\s*_]* \n+ |
     \b(?:answers? | (?:correct|right|best)\s+(?:option|choice))\b [\s*_]*
         (?:['’]s\b|\b(?:is|are|(?:would|should|must|will)\s+be|becomes|equals)\b
-            (?:[\s*_]+(?:in\s+fact|(?:found|confirmed)\s+to\s+be|confirmed\s+as)\b)? (?!{_ABOUT})|[:=：]) [\s*_:：]* |
+            {_INDEED} (?!{_ABOUT})|[:=：]) [\s*_:：]* |
     \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)\b [\s*_]* (?:\b(?:est|es|é|è|ist)\b|[:：]) [\s*_:：]* |
     (?:答案|答え|答|정답|답)\s*+\**\s*(?:应该是|应为|就是|是|为|は|은|[:：])[\s*:：]*"""
 )
-_REMARK = re.compile(
-    rf"(?i)\banswers?\b[\s*_]*\b(?:is|are)\b(?={_ABOUT})(?:[\s*_]+(?:in\s+fact|(?:found|confirmed)\s+to\s+be|confirmed\s+as)\b)?"
-)
+_REMARK = re.compile(rf"(?i)\banswers?\b[\s*_]*\b(?:is|are)\b(?={_ABOUT}){_INDEED}")
 _MARK_WORDS = (  # one of them is in each match of `_MARKER`, at most a word, spaces and "#*_" before it
     *("####", "answer", "option", "choice", "réponse", "respuesta", "resposta", "risposta", "antwort"),
     *("ответ", "答", "답"),
@@ -136,7 +135,8 @@ def _matches(pattern: re.Pattern[str], text: str, words: tuple[str, ...]) -> Ite
         yield from pattern.finditer(text)
         return
     done = 0
-    for place in sorted(place for word in words if word in lowered for place in _places(lowered, word)):
+    found_words = (word for word in words if word in lowered)
+    for place in sorted(m.start() for word in found_words for m in re.finditer(re.escape(word), lowered)):
         for start in range(_start(text, place, done), place + 1):
             if found := pattern.match(text, start):
                 yield found
@@ -156,13 +156,6 @@ def _start(text: str, place: int, done: int) -> int:
 
 def _is_space_or_mark(char: str) -> bool:
     return char.isspace() or char in "#*_"
-
-
-def _places(text: str, word: str) -> Iterator[int]:
-    at = text.find(word)
-    while at >= 0:
-        yield at
-        at = text.find(word, at + 1)
 
 
 def _marks(text: str) -> list[tuple[int, int, int]]:
