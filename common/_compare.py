@@ -91,6 +91,7 @@ _SET_ALGEBRA = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # in a list with a space after its own commas
 _UNBOUNDED_ABOVE = re.compile(r"([(\[])(.+),\\infty\)")
 _UNBOUNDED_BELOW = re.compile(r"\(-\\infty,(.+)([)\]])")
+_UPRIGHT = re.compile(r"\\(?:text|mathrm|ce)(?![a-z])")  # names of substances are set upright
 _CUP, _COLON = re.compile(r"\\cup"), re.compile(":")
 
 
@@ -337,6 +338,8 @@ class Comparison:
     def _by_words(self, p: str, g: str) -> bool | None:
         if (p_letters := _CAPITALS.fullmatch(p)) and (g_letters := _CAPITALS.fullmatch(g)):
             return p_letters[1] == g_letters[1]
+        if _UPRIGHT.search(p + g) and (substance := _notation.chemical(g)) and substance == _notation.chemical(p):
+            return True
         p_text, g_text = _notation.is_text(p), _notation.is_text(g)
         return None if not p_text and not g_text else g_text and _notation.fold_text(p) == _notation.fold_text(g)
 

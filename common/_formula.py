@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from functools import lru_cache
+from itertools import takewhile
 from typing import NamedTuple
 
 __all__ = ["Node", "Unreadable", "indexed", "names", "operators", "parse", "sequences", "whole", "whole_names"]
@@ -88,7 +89,7 @@ class _Parser:
         self.tokens = _tokens(text)
         self.at = 0
         self.bars = 0  # open absolute values
-        self.raised = 0  # index behind the last exponent of one letter
+        self.factor = 0  # index of a number that is a factor although a letter stands before it
         self.depth = 0
         self.variables: list[str] = []  # of the sums and products around
 
@@ -142,7 +143,7 @@ class _Parser:
     def implicit(self) -> Node:
         """The next factor of a product without a sign; a number stands there only after what plainly ends."""
         is_number, before = self.tokens[self.at][0] in ("number", "repeating"), self.tokens[self.at - 1][1]
-        if is_number and before not in _BEFORE_NUMBER and self.at != self.raised:
+        if is_number and before not in _BEFORE_NUMBER and self.at != self.factor:
             raise Unreadable("two numbers side by side")
         return self.power()
 
@@ -177,7 +178,7 @@ class _Parser:
         kind, text = self.tokens[self.at]
         if kind == "name" and self.tokens[self.at + 1][0] == "number":  # in LaTeX 2^n 3^n is a product
             self.at += 1
-            self.raised = self.at
+            self.factor = self.at
             node = Node("constant" if text in _CONSTANTS else "name", (text,))
         else:
             node = self.primary()
@@ -258,12 +259,24 @@ class _Parser:
             self.at += 3  # I(0) is a value of I, not 0 times I
             return Node("name", (f"{letter}({self.tokens[self.at - 2][1]})",))
         suffix = f"_{self.raw_group()}" if self.take("_") else ""
-        if not suffix and self.tokens[self.at][0] == "number":  # x2 means x_2
+        if not suffix and self.tokens[self.at][0] == "number":  # x2 means x_2, but n2^{n-1} a product
+            if self.is_power():
+                self.factor = self.at
+                return Node("name", (letter,))
             suffix = f"_{self.tokens[self.at][1]}"
             self.at += 1
         while self.take("'"):
             suffix += "'"
         return Node("name", (letter + suffix,))
+
+    def is_power(self) -> bool:
+        """Whether the next number has an exponent with a letter."""
+        exponent = self.tokens[self.at + 1 :]
+        if exponent[0][1] != "^":
+            return False
+        if exponent[1][1] == "{":
+            return any(kind == "name" for kind, _ in takewhile(lambda token: token[1] != "}", exponent))
+        return exponent[1][0] == "name"
 
     def indices(self) -> tuple[Node, ...]:
         """The indices in a subscript in which the variable of a sum stands; nothing is taken for another one."""

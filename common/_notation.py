@@ -21,6 +21,7 @@ __all__ = [
     "bare",
     "based",
     "carried",
+    "chemical",
     "closing_bracket",
     "date",
     "exact_side",
@@ -255,6 +256,16 @@ def is_text(text: str) -> bool:
 def fold_text(text: str) -> str:
     text = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])|[\s_.,;:!?'\"()\[\]{}$]+", " ", text.replace("\\text", " "))
     return re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", " ".join(text.split()).casefold())
+
+
+_CHEMICAL = re.compile(r"(?:[A-Z][a-z]?\d*|\((?:[A-Z][a-z]?\d*)+\)\d*)++(?:\^\d?[+-])?")
+_SET_UPRIGHT = re.compile(r"\\(?:mathrm|text|ce)(?= ?\{)|[{}_ ]")
+
+
+def chemical(text: str) -> str | None:
+    r"""`Fe2(SO4)3` from `\mathrm{Fe_2(SO_4)_3}`, `Fe^3+` from `\text{Fe}^{3+}`; None for no formula of a substance."""
+    plain = _SET_UPRIGHT.sub("", text)
+    return plain if _CHEMICAL.fullmatch(plain) else None
 
 
 def matrix_of(text: str) -> list[list[str]] | None:
