@@ -89,6 +89,8 @@ def _sentence(error: Exception) -> str:
         return f"the disk is full; free some of it, then the same command goes on from here ({text})"
     if any(cls.__module__ == "requests.exceptions" for cls in type(error).__mro__):  # TRL's client of a vLLM server
         return f"the rollout server does not answer; start it, then the same command goes on from here ({text})"
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
+        return f"{error.filename}: there is a file in the place of a folder: choose another path"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         remedy = "choose another path, or get the right to read and write this one; then the same command goes on"
         return f"{error.filename}: {error.strerror}: {remedy}"

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .preemption import EXIT_CODE, Preempted, call, end_with_parent, sigterm_raises
+from .preemption import call, end_with_parent
+from .runs import check_writable
 
 SIGN_OF_LIFE = 20  # seconds between two lines about commands that run side by side
 
@@ -115,22 +116,13 @@ def launcher(gpus: int, sharding: str) -> list[str]:
     return [*launch, "--num_processes", str(gpus), "-m"]
 
 
-def run_experiment(name: str, stages: list[list[Command]], logs: Path, gpus: int = 1) -> int:
-    """Exit code of the first command that failed, 130 for Ctrl-C, 143 for SIGTERM, else 0; on so many GPUs."""
-    try:
-        with sigterm_raises():
-            return run_stages(stages, logs, gpus)
-    except KeyboardInterrupt as error:
-        print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
-        return EXIT_CODE if isinstance(error, Preempted) else 130
-
-
 def run_stages(stages: list[list[Command]], logs: Path, gpus: int = 1) -> int:
     """Runs the stages; on a machine without GPU, two commands of a stage at a time, one core and one log file each; of
     a stage `OneGPUEach` one command on each of the first `gpus` GPUs.
 
-    Exit code of the first command that failed, else 0.
+    Exit code of the first command that failed, else 0. `OSError` where no log can be written.
     """
+    check_writable(logs)
     cpu, gpus = not torch.cuda.is_available(), min(gpus, torch.cuda.device_count())
     # One thread each: two processes with two threads spin against each other, and a sum would depend on the company
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if cpu else {})}
@@ -158,7 +150,6 @@ def _pool(
 ) -> int:
     """`width` at a time, each writing to its log, and each on a GPU of its own if asked for; when one fails the others
     are stopped."""
-    logs.mkdir(parents=True, exist_ok=True)
     waiting, running, places = list(commands), {}, {}
     started = spoken = time.monotonic()
     try:
@@ -168,7 +159,8 @@ def _pool(
                 places[name] = min(set(range(width)) - {places[other] for other in running})
                 gpu = {"CUDA_VISIBLE_DEVICES": visible([places[name]])} if one_gpu_each else {}
                 print(f"$ {shown((name, words))}", flush=True)
-                with (logs / f"{name}.log").open("w") as log:
+                # At the end: where another command is at work on the run, this one is refused, and its log stays
+                with (logs / f"{name}.log").open("a") as log:
                     running[name] = subprocess.Popen(
                         words,
                         stdout=log,

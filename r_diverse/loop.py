@@ -70,7 +70,7 @@ from common.runs import (
     fingerprint,
     read_jsonl,
 )
-from common.stages import Command, check_packages, chosen, chosen_seeds, launcher, run_experiment, shown, visible
+from common.stages import Command, check_packages, chosen, chosen_seeds, launcher, run_stages, shown, visible
 
 from . import alarm, data, evaluate
 
@@ -466,7 +466,7 @@ def _main(argv: list[str]) -> int:
     for root, iterations in goals.items():
         atomic_write_json(_begun(root), {"more": known.more, "iterations": iterations})
     if stages:
-        code = run_experiment("r_diverse.loop", stages, run_path(settings.run).parent / "logs")
+        code = run_stages(stages, run_path(settings.run).parent / "logs")
     else:
         versions.announce("r_diverse.loop")
         iterations = goals.get(run_path(settings.run), settings.run.iterations)

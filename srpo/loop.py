@@ -26,11 +26,12 @@ from .train import (  # says in one line what is missing without common/
 )
 
 # isort: split
+from common.cli import run_main
 from common.download import download
 from common.evaluation import json_options
 from common.models import guess_parameters
 from common.plan import GIB
-from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_experiment, shown
+from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_stages, shown
 
 VARIANT_FLAGS = {
     "srpo": ["--routing", "srpo"],
@@ -45,6 +46,10 @@ VARIANT_FLAGS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code of the first command that failed, 2 for a mistake in the arguments, 130 for Ctrl-C, else 0."""
+    return run_main("srpo.loop", _main, argv)
+
+
+def _main(argv: list[str]) -> int:
     formatter = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(
         prog="srpo.loop", description=__doc__, formatter_class=formatter, allow_abbrev=False
@@ -59,28 +64,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sharding", default="zero3", help="accelerate config of TRL used for several GPUs")
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--download", action="store_true", help="fetch model and data into the caches; run nothing")
-    known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    known, rest = parser.parse_known_args(argv)
     fields = ["--config", known.config, *rest]
-    try:
-        args, config = parse([*fields, "--dry_run"] if known.dry_run or known.download else fields)
-        variants = chosen("variants", known.variants, VARIANT_FLAGS)
-        own = known.datasets in (None, args.dataset)
-        datasets = [args.dataset] if own else chosen("datasets", known.datasets, DATASETS)
-        seeds = chosen_seeds(known.seeds or str(config.seed))
-        sources = [(name, partial(load_splits_of, dataclasses.replace(args, dataset=name))) for name in datasets]
-        if known.download:
-            return download([args.model], sources)
-        missing = [problem for dataset in datasets if (problem := missing_source(dataset, args.data))]
-        if not known.dry_run:
-            check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
-            if missing:  # it would show only after the trainings on the data sets before
-                raise ValueError(missing[0])
-            for _, load in sources:
-                load()
-        stages = plan(fields, args, config, variants, datasets, seeds, launcher(known.gpus, known.sharding))
-    except (ValueError, OSError) as error:
-        print(f"srpo.loop: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args, config = parse([*fields, "--dry_run"] if known.dry_run or known.download else fields)
+    variants = chosen("variants", known.variants, VARIANT_FLAGS)
+    own = known.datasets in (None, args.dataset)
+    datasets = [args.dataset] if own else chosen("datasets", known.datasets, DATASETS)
+    seeds = chosen_seeds(known.seeds or str(config.seed))
+    sources = [(name, partial(load_splits_of, dataclasses.replace(args, dataset=name))) for name in datasets]
+    if known.download:
+        return download([args.model], sources)
+    missing = [problem for dataset in datasets if (problem := missing_source(dataset, args.data))]
+    if not known.dry_run:
+        check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
+        if missing:  # it would show only after the trainings on the data sets before
+            raise ValueError(missing[0])
+        for _, load in sources:
+            load()
+    stages = plan(fields, args, config, variants, datasets, seeds, launcher(known.gpus, known.sharding))
     if known.dry_run:
         print(
             dry_run(args, config, max(1, known.gpus), known.sharding),
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             sep="\n",
         )
         return 0
-    return run_experiment("srpo.loop", stages, Path(args.out) / "srpo" / args.experiment / "logs", known.gpus)
+    return run_stages(stages, Path(args.out) / "srpo" / args.experiment / "logs", known.gpus)
 
 
 def disk_of_all(args: ScriptArguments, config, runs: int, gpus: int, sharding: str) -> str:

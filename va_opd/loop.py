@@ -24,9 +24,10 @@ from .train import (  # says in one line what is missing without common/
 )
 
 # isort: split
+from common.cli import run_main
 from common.download import download
 from common.evaluation import json_options
-from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_experiment, shown
+from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_stages, shown
 
 # The variants of Table 1 and Fig. 4a as flags of va_opd.train
 VARIANT_FLAGS = {
@@ -42,6 +43,10 @@ VARIANT_FLAGS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code of the first command that failed, 2 for a mistake in the arguments, 130 for Ctrl-C, else 0."""
+    return run_main("va_opd.loop", _main, argv)
+
+
+def _main(argv: list[str]) -> int:
     formatter = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(
         prog="va_opd.loop", description=__doc__, formatter_class=formatter, allow_abbrev=False
@@ -53,23 +58,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sharding", default="zero2", help="accelerate config of TRL used for several GPUs")
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--download", action="store_true", help="fetch models and data into the caches; run nothing")
-    known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    known, rest = parser.parse_known_args(argv)
     fields = ["--config", known.config, *rest]
-    try:
-        args, config = parse([*fields, "--dry_run"] if known.dry_run or known.download else fields)
-        names = benchmark_names(args)  # a name that is not there would show only after the training
-        variants = chosen("variants", known.variants, VARIANT_FLAGS)
-        seeds = chosen_seeds(known.seeds or str(config.seed))
-        if known.download:
-            data = [(name, partial(paper_benchmark, args, name)) for name in names]
-            return download([args.model, args.teacher], [(args.dataset, partial(load_splits_of, args)), *data])
-        if not known.dry_run:
-            check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
-        local = loads_teacher(args, config)
-        stages = plan(fields, args, variants, seeds, launcher(known.gpus, known.sharding), local)
-    except (ValueError, OSError) as error:
-        print(f"va_opd.loop: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args, config = parse([*fields, "--dry_run"] if known.dry_run or known.download else fields)
+    names = benchmark_names(args)  # a name that is not there would show only after the training
+    variants = chosen("variants", known.variants, VARIANT_FLAGS)
+    seeds = chosen_seeds(known.seeds or str(config.seed))
+    if known.download:
+        data = [(name, partial(paper_benchmark, args, name)) for name in names]
+        return download([args.model, args.teacher], [(args.dataset, partial(load_splits_of, args)), *data])
+    if not known.dry_run:
+        check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
+    local = loads_teacher(args, config)
+    stages = plan(fields, args, variants, seeds, launcher(known.gpus, known.sharding), local)
     if known.dry_run:
         print(
             dry_run(args, config, max(1, known.gpus), known.sharding),
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             sep="\n",
         )
         return 0
-    return run_experiment("va_opd.loop", stages, Path(args.out) / "va_opd" / args.experiment / "logs", known.gpus)
+    return run_stages(stages, Path(args.out) / "va_opd" / args.experiment / "logs", known.gpus)
 
 
 def plan(

@@ -3,6 +3,7 @@
 import atexit
 import errno
 import fcntl
+import importlib
 import os
 import signal
 import subprocess
@@ -159,6 +160,17 @@ def test_a_folder_that_cannot_be_written_is_one_sentence_before_any_work(capsys,
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize("method", ["va_opd", "srpo", "r_diverse"])
+def test_a_file_in_the_place_of_a_folder_is_one_sentence_before_any_work(capsys, tmp_path, method):
+    (tmp_path / "out").touch()
+    loop = importlib.import_module(f"{method}.loop")
+    config = ["--config", str(ROOT / method / "configs" / "tiny.yaml"), "--seeds", "0"]
+    assert loop.main([*config, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{method}.loop: {tmp_path}/out") and "choose another path" in said
+    assert len(said.splitlines()) == 1
+
+
 def test_a_folder_that_can_be_written_keeps_no_trace_of_the_check(tmp_path, capsys):
     seen = []
     makers = {"base": lambda out, seed: seen.extend(out.iterdir()) or "made"}
@@ -256,8 +268,10 @@ def test_a_command_under_way_is_told_to_end(tmp_path):
     parent = f"""
 import sys
 from pathlib import Path
-from common.stages import run_experiment
-sys.exit(run_experiment("x", [[("child", [sys.executable, "-c", {child!r}])]], Path("logs")))
+from common.cli import run_main
+from common.stages import run_stages
+stage = [("child", [sys.executable, "-c", {child!r}])]
+sys.exit(run_main("x", lambda _: run_stages([stage], Path("logs")), []))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment)
@@ -282,7 +296,7 @@ from common import stages
 stages.os.cpu_count = lambda: 2
 commands = [(name, [sys.executable, *words[1:]]) for name, words in {commands!r}]
 commands = [(f"{{name}}{{i}}", words) for i, (name, words) in enumerate(commands)]
-stages.run_experiment("x", [commands], Path("logs"))
+stages.run_stages([commands], Path("logs"))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment)

@@ -34,7 +34,7 @@ def test_stages_run_in_order(tmp_path, two_cores, capfd):
         [python("b", write.format(str(log), "b")), python("b2", write.format(str(log), "b"))],
         [python("c", write.format(str(log), "c"))],
     ]
-    assert stages.run_experiment("x", plan, tmp_path / "logs") == 0
+    assert stages.run_stages(plan, tmp_path / "logs") == 0
     assert log.read_text() == "abbc"
     assert "$ python -c 'open(" in capfd.readouterr().out
 
@@ -46,6 +46,13 @@ def test_a_free_place_is_taken_at_once(tmp_path, two_cores, capfd):
     ends = [line.split()[2] for line in capfd.readouterr().out.splitlines() if line.endswith("ended")]
     assert ends == ["short:", "third:", "long:"]
     assert (tmp_path / "third.log").read_text() == "third here\n"
+
+
+def test_a_log_keeps_what_was_written_before(tmp_path, two_cores):
+    """A second command on a run that is in use ends at once, and must not empty the log of the first."""
+    stage = [python("a", "print('one')"), python("b", "print('two')")]
+    assert stages.run_stages([stage], tmp_path) == stages.run_stages([stage], tmp_path) == 0
+    assert [(tmp_path / f"{name}.log").read_text() for name in "ab"] == ["one\none\n", "two\ntwo\n"]
 
 
 def test_each_command_has_one_thread_on_a_cpu(tmp_path, two_cores, monkeypatch):
@@ -61,7 +68,7 @@ def test_a_failure_stops_the_others_and_shows_its_log(tmp_path, two_cores, capfd
     other = f"import os, time; open({path}, 'w').write(str(os.getpid())); time.sleep(60); os.remove({path})"
     bad = f"import os, sys, time\nwhile not os.path.getsize({path}): time.sleep(0.01)\nprint('bad here'); sys.exit(3)"
     plan = [[python("other", other), python("bad", bad), sleeper("never", 0)], [sleeper("later", 0)]]
-    assert stages.run_experiment("x", plan, tmp_path) == 3
+    assert stages.run_stages(plan, tmp_path) == 3
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     printed = capfd.readouterr().out
@@ -97,21 +104,13 @@ while True:
 
     monkeypatch.setattr(stages.time, "sleep", interrupted)
     words = [[sys.executable, "-c", child, str(file), str(other)] for file, other in (files, files[::-1])]
-    assert stages.run_experiment("x", [[("a", words[0]), ("b", words[1])]], tmp_path / "logs") == 130
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_stages([[("a", words[0]), ("b", words[1])]], tmp_path / "logs")
     assert all(file.with_suffix(".saved").exists() for file in files)
 
 
 def test_a_failed_command_alone_ends_the_experiment(tmp_path):
     assert stages.run_stages([[sleeper("bad", 0, code=4)], [sleeper("later", 0)]], tmp_path) == 4
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(stages, "run_stages", interrupted)
-    assert stages.run_experiment("va_opd.loop", [], tmp_path) == 130
-    assert "va_opd.loop: stopped; the same command goes on from here" in capsys.readouterr().err
 
 
 def test_launchers():
@@ -218,7 +217,7 @@ def test_commands_of_one_gpu_each_share_the_gpus(tmp_path, monkeypatch):
     each, whole = (tell.format(str(tmp_path / name)) for name in ("each", "whole"))
     commands = [python(f"e{i}", each) for i in range(3)]
     plan = [stages.OneGPUEach(commands), [python(f"w{i}", whole) for i in range(2)]]
-    assert stages.run_experiment("x", plan, tmp_path / "logs", gpus=2) == 0
+    assert stages.run_stages(plan, tmp_path / "logs", gpus=2) == 0
     seen = (tmp_path / "each").read_text().split()
     assert sorted(seen[:2]) == ["4", "5"] and len(seen) == 3 and seen[2] in ("4", "5")
     assert (tmp_path / "whole").read_text().split() == ["4,5,6", "4,5,6"]

@@ -256,7 +256,7 @@ def test_a_dry_run_runs_nothing(tmp_path, capsys, dry):
 
 
 def test_a_dry_run_prints_the_commands_of_an_experiment_and_runs_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(loop, "run_experiment", lambda *arguments: pytest.fail("it ran"))
+    monkeypatch.setattr(loop, "run_stages", lambda *arguments: pytest.fail("it ran"))
     fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--variants", "r_diverse,r_zero", "--seeds", "3"]
     assert main([*fields, "--dry_run"]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ python -m ")]
@@ -302,7 +302,7 @@ def test_one_more_iteration_that_was_stopped_is_not_two(tmp_path, monkeypatch):
     def stopped(after: int):
         """In place of an experiment: the first `after` of its runs reach their last iteration."""
 
-        def run(name, stages, logs):
+        def run(stages, logs):
             words = [words for _, words in stages[1]]
             goals = [int(w[w.index("--iterations") + 1]) for w in words]
             wanted.append(goals)
@@ -315,7 +315,7 @@ def test_one_more_iteration_that_was_stopped_is_not_two(tmp_path, monkeypatch):
         return run
 
     for after, more in ((1, 1), (2, 1), (3, 1), (1, 2), (3, 2), (0, 1), (3, 2)):
-        monkeypatch.setattr(loop, "run_experiment", stopped(after))
+        monkeypatch.setattr(loop, "run_stages", stopped(after))
         assert main([*command, "--more", str(more), "--dry_run"]) == 0
         assert main([*command, "--more", str(more)]) == (0 if after > 2 else 2)
     # An iteration; two more; another number begins anew
@@ -330,11 +330,11 @@ def test_one_more_iteration_that_another_command_has_finished_lacks_only_its_rep
     (root / "iteration_1/evaluate/DONE.json").touch()
     loop._begun(root).write_text('{"more": 1, "iterations": 1}')  # stopped
 
-    def run(name, stages, logs):
+    def run(stages, logs):
         wanted.append(stages[1][0][1][-1])
         return 0
 
-    monkeypatch.setattr(loop, "run_experiment", run)
+    monkeypatch.setattr(loop, "run_stages", run)
     for _ in range(2):
         assert main([*config, "--seeds", "0", "--more", "1"]) == 0
     assert wanted == ["1", "2"]

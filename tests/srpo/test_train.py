@@ -634,7 +634,7 @@ def test_data_that_is_missing_is_said_before_the_first_training(config, capsys, 
     assert "tooluse is on no hub" in capsys.readouterr().err
     assert loop.main([*paper, "--dry_run"]) == 0
     assert "missing: tooluse is on no hub" in capsys.readouterr().out
-    monkeypatch.setattr(loop, "run_experiment", lambda *_: pytest.fail("a training has begun"))
+    monkeypatch.setattr(loop, "run_stages", lambda *_: pytest.fail("a training has begun"))
     (tmp_path / "data/chemistry").mkdir(parents=True)
     assert loop.main([*paper, "--data", str(tmp_path / "data")]) == 2
     assert "holds no test.json" in capsys.readouterr().err
