@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("processes", "srpo_trainers", "va_opd_trainers")  # so that their asserts show values
+HELPERS = ("processes", "r_diverse_coders", "srpo_trainers", "training_runs", "va_opd_trainers")
+pytest.register_assert_rewrite(*HELPERS)  # so that their asserts show values
 ROOT = Path(__file__).parents[1]
 
 

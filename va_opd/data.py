@@ -10,25 +10,22 @@ and kd train, and the reward that chooses among them, GRPO's. Needs `common/`.
 
 from __future__ import annotations  # datasets is imported where it is used: `--help` needs none
 
-import io
 import math
 import random
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate import PartialState
 from PIL import Image as PILImage
-from PIL import ImageOps
 from transformers import TrainerCallback
 
 from .config import VAOPDConfig
-from .degraded import check_depth
+from .images import MAX_PIXELS, MIN_PIXELS, check_readable, decoded
 
 # isort: split
 from common import verifiers
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
 
     from .train import ScriptArguments
 
-MIN_PIXELS, MAX_PIXELS = 262_144, 4_194_304  # image budget of the paper's framework
-MAX_ASPECT = 200  # longer side / shorter side, above which Qwen-VL's processors raise an error
 TEACHER_ROWS = 256  # responses of the teacher between two writes: an engine fills its batch from so many
 
 
@@ -84,7 +79,7 @@ def load_rows(
     dataset = _standard_columns(dataset, source)
     if check_images:
         _report_golds(dataset, source)
-        _check_images(dataset, source, min_pixels, max_pixels, num_proc)
+        check_readable(dataset, source, min_pixels, max_pixels, num_proc)
     dataset = dataset.map(
         lambda row: {"prompt": _messages(template.replace("{problem}", row["problem"]), len(row["images"]))},
         desc=f"prompts of {split}",
@@ -103,32 +98,11 @@ def validation_ids(dataset: Dataset, size: int = 200, seed: int = 42) -> list[in
     return sorted(random.Random(seed).sample(range(len(dataset)), size))
 
 
-def fit_budget(image: PILImage.Image, min_pixels: int, max_pixels: int) -> PILImage.Image:
-    """The image upright, in RGB, and scaled, its aspect kept, until its area lies within the budget in pixels."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    size = budget_size(image.size, min_pixels, max_pixels)
-    return image if size == image.size else image.resize(size, PILImage.Resampling.BICUBIC)
-
-
-def budget_size(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(width, height) of `fit_budget` of an image of that size."""
-    area = size[0] * size[1]
-    scale = (max_pixels / area) ** 0.5 if area > max_pixels else max(1.0, (min_pixels / area) ** 0.5)
-    return size if scale == 1.0 else tuple(max(1, int(side * scale)) for side in size)
-
-
-@lru_cache(maxsize=64)
-def _decoded(data: bytes | None, path: str | None, min_pixels: int, max_pixels: int) -> PILImage.Image:
-    """The image in its budget. TRL's loader reads a generation batch anew for each sibling and each micro-batch."""
-    with PILImage.open(io.BytesIO(data) if data else path) as image:
-        return fit_budget(image, min_pixels, max_pixels)
-
-
 def _budget_transform(min_pixels: int, max_pixels: int) -> Callable[[dict], dict]:
     def transform(batch: dict) -> dict:
         if "images" in batch:
             batch["images"] = [
-                [_decoded(image["bytes"], image["path"], min_pixels, max_pixels) for image in images]
+                [decoded(image["bytes"], image["path"], min_pixels, max_pixels) for image in images]
                 for images in batch["images"]
             ]
         if "prompt" in batch:  # a column of mixed parts comes back with "text": None on image parts
@@ -232,41 +206,6 @@ def _report_golds(dataset: Dataset, source: str) -> None:
 def _as_files(images, folder: Path) -> list[dict]:
     images = [] if images is None else images if isinstance(images, list) else [images]
     return [{"bytes": None, "path": str(folder / i)} if isinstance(i, str) else i for i in images]
-
-
-def _check_images(dataset: Dataset, source: str, min_pixels: int, max_pixels: int, num_proc: int | None) -> None:
-    """Decodes every image once, so that a broken file stops the run at its start and not in step 900."""
-    checked = dataset.map(
-        lambda row: {"fault": _fault(row["images"], min_pixels, max_pixels)},
-        remove_columns=dataset.column_names,
-        num_proc=num_proc,
-        load_from_cache_file=False,  # a cached verdict would not notice that a file has changed
-        desc="checking images",
-    )
-    faults = [(row_id, fault) for row_id, fault in zip(dataset["id"], checked["fault"], strict=True) if fault]
-    if faults:
-        shown = "; ".join(f"id {row_id}: {fault}" for row_id, fault in faults[:3])
-        raise ValueError(
-            f"data {source!r} has {len(faults)} rows with unreadable images ({shown}): repair or remove them"
-        )
-
-
-def _fault(images: list[dict], min_pixels: int, max_pixels: int) -> str:
-    """What is wrong with the first image that a processor will not read; empty for none."""
-    for image in images:
-        if image is None or not (image["bytes"] or image["path"]):
-            return "no image"
-        try:
-            with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
-                opened.load()
-                check_depth(opened)
-                size = budget_size(opened.size, min_pixels, max_pixels)  # whose rounding changes the aspect
-                if max(size) > MAX_ASPECT * min(size):
-                    shown = f"{opened.width} x {opened.height}, in the image budget {size[0]} x {size[1]}"
-                    return f"{shown}: one side is over {MAX_ASPECT} times the other"
-        except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
-            return f"{type(error).__name__}: {error}".replace("\n", " ")
-    return ""
 
 
 def _messages(problem: str, num_images: int) -> list[dict]:

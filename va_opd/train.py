@@ -21,6 +21,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from .config import VAOPDConfig
+from .images import MAX_PIXELS, MIN_PIXELS
 
 try:
     from common import models, plan
@@ -31,16 +32,7 @@ try:
     from common.stages import on_one_gpu
     from common.training import RunLog, row_fingerprints, train_run
 
-    from .data import (
-        MAX_PIXELS,
-        MIN_PIXELS,
-        SOURCES,
-        load_splits,
-        load_validation,
-        reward_of,
-        sample_teacher,
-        teacher_rows,
-    )
+    from .data import SOURCES, load_splits, load_validation, reward_of, sample_teacher, teacher_rows
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise

@@ -1,49 +1,19 @@
-"""`common.answers`: what counts as the answer, what counts as equal, and where the time limit holds."""
+"""`common.answers`: what counts as the answer, what counts as equal, and the verdicts."""
 
-import ast
-import asyncio
 import json
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
-from common import _values, _worker
+from common import _values
 from common.answers import Policy, Verdict, check, extract_answer, grade, grade_many, judge, same_answer
 
+pytestmark = pytest.mark.usefixtures("ready_worker")
 ROOT = Path(__file__).parents[2]
 CASES = ROOT.parent / "shared" / "data" / "answers" / "cases.jsonl"
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text("utf-8").splitlines()]
-
-
-def needs_algebra(i):
-    """(prediction, gold): equal, and decided in a worker process."""
-    return rf"\frac{{x^2}}{{2}}+{i}", rf"\int_{{0}}^{{x}} t dt+{i}"
-
-
-def has_no_end(i):
-    """A text on which the computer algebra system works for minutes."""
-    return rf"\sum_{{n=1}}^{{\infty}} \frac{{1}}{{n^{i}+\sin n}}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ready_worker():
-    """Start one worker before any test that measures time."""
-    assert same_answer(*needs_algebra(0), timeout=60)
-
-
-def workers():
-    return [worker.process.pid for worker in _worker._pool.workers]
-
-
 EXTRACTION = [
     # response, last, first
     (r"so \boxed{42}.", "42", "42"),
@@ -152,7 +122,6 @@ EQUAL = [  # gold, prediction
     ("(1+i)^2", "2i"), (r"\sqrt[3]{-8}", "-2"), (r"\cos 60^\circ", "1/2"), ("1/sqrt(3)", r"\frac{\sqrt{3}}{3}"),
     ("nan", "nan"), ("None", "none"), (r"\boxed{24}", "24"), ("9^{9^{9^{9}}}", "9^{9^{9^9}}"),
 ]  # fmt: skip
-
 UNEQUAL = [  # gold, prediction
     ("5", "5 or 7"), ("5", r"5 \text{ or } 7"), ("5", "5, 7"), ("5", r"\{5,7\}"), ("5", r"x=5 \text{ or } x=7"),
     ("5", r"5\text{ or maybe 7}"), ("5", r"5\text{ (or 7)}"), ("A", "A, possibly B"), ("7", "5=7"), ("5", "5=7"),
@@ -329,210 +298,6 @@ def test_verdicts(response, gold, verdict):
     assert grade(response, gold) is (verdict is Verdict.CORRECT)
     assert grade_many([response], [gold]) == [verdict]
     assert str(verdict) == verdict.value
-
-
-EVALUATING = {"eval", "exec", "compile", "sympify", "S", "parse_expr", "__import__"}
-# The last is a checker of answers that makes Python code of them
-IMPORTS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "numexpr", "mathruler"}
-UNPICKLING = {"torch.load": "weights_only=True", "yaml.load": "Loader=yaml.SafeLoader"}  # without this argument
-# Why a file may: it measures this peer beside ours, in a process of its own, and warns of data that is not trusted
-ALLOWED = {"benchmarks/answers.py": ["from mathruler.grader import extract_boxed_content, grade_answer"]}
-
-
-def evaluations(source):
-    """Calls that run text as code or unpickle a file, and imports of what does; `model.eval()` takes no argument."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call):
-            called = node.func
-            name = (
-                called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
-            )
-            of_module = isinstance(called, ast.Attribute) and ast.unparse(called.value) in ("re", "torch")
-            found += (
-                [ast.unparse(node)] if name in EVALUATING and (node.args or node.keywords) and not of_module else []
-            )
-            options, safe = [ast.unparse(keyword) for keyword in node.keywords], UNPICKLING.get(ast.unparse(called))
-            found += [ast.unparse(node)] if (safe and safe not in options) or "allow_pickle=True" in options else []
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            found += [ast.unparse(node)] if IMPORTS & {name.split(".")[0] for name in names} else []
-    return found
-
-
-def test_no_source_evaluates_text():
-    assert sorted(evaluations("eval('1'); sympy.sympify(text); import pickle; torch.compile(f)")) == [
-        "eval('1')", "import pickle", "sympy.sympify(text)",
-    ]  # fmt: skip
-    loads = "torch.load(p); torch.load(p, weights_only=False); np.load(p, allow_pickle=True); yaml.load(t)"
-    assert evaluations(loads) == loads.split("; ")
-    assert evaluations("torch.load(p, weights_only=True); np.load(p); yaml.safe_load(t)") == []
-    folders = [ROOT / name for name in ("common", "va_opd", "srpo", "r_diverse", "benchmarks", "scripts")]
-    files = {path.relative_to(ROOT).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
-    assert {folder.name for folder in folders} == {name.partition("/")[0] for name in files}
-    assert {name: found for name, path in files.items() if (found := evaluations(path.read_text("utf-8")))} == ALLOWED
-
-
-def test_import_is_light():
-    heavy = {"sympy", "math_verify", "torch", "latex2sympy2_extended"}
-    code = f"import sys, common.answers; print({heavy!r} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
-
-
-def test_workers_are_reused_and_replaced_after_a_kill():
-    before = workers()
-    assert same_answer(*needs_algebra(1))
-    assert same_answer(*needs_algebra(2))
-    assert workers() == before
-    assert judge(rf"\boxed{{{has_no_end(4)}}}", "5", timeout=0.3) is Verdict.TIMEOUT
-    assert len(workers()) == len(before)
-    assert workers() != before
-    assert grade_many(*zip(needs_algebra(3), strict=True), timeout=30) == [Verdict.NO_ANSWER]
-    assert boxed_many(3) == [Verdict.CORRECT]
-
-
-def boxed_many(i):
-    prediction, gold = needs_algebra(i)
-    return grade_many([rf"\boxed{{{prediction}}}"], [gold], timeout=30)
-
-
-def test_a_worker_killed_from_outside_costs_no_verdict():
-    for _ in range(2):  # the second is killed while it starts
-        for pid in workers():
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
-    assert boxed_many(4) == [Verdict.CORRECT]
-
-
-def test_code_in_c_is_ended_too():
-    """An integer power runs in C for minutes and looks at no signal; the worker dies all the same."""
-    worker = _worker._Worker()
-    worker.wait_ready(time.monotonic() + 60)
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from common import _worker; "
-    code += "with_limits = _worker._limits(1.0); with_limits.__enter__(); len(str(7 ** (10**8)))"
-    start = time.monotonic()
-    ended = subprocess.run([sys.executable, "-c", code, str(ROOT)], stdin=subprocess.PIPE, timeout=60).returncode
-    worker.kill()
-    assert ended in (-signal.SIGALRM, -signal.SIGXCPU)
-    assert time.monotonic() - start < 10
-
-
-def test_grade_many_keeps_order_among_hostile_rows():
-    rows = [(rf"\boxed{{{i}+x}}", f"x+{i}") for i in range(20)]
-    rows[3] = (rf"\boxed{{{needs_algebra(5)[0]}}}", needs_algebra(5)[1])
-    rows[7] = (rf"\boxed{{{has_no_end(5)}}}", "5")
-    rows[9] = ("no idea", "5")
-    expected = [Verdict.CORRECT] * 20
-    expected[7], expected[9] = Verdict.TIMEOUT, Verdict.NO_ANSWER
-    assert grade_many(*zip(*rows, strict=True), workers=2, timeout=2.0) == expected
-    with pytest.raises(ValueError, match="1 responses but 2"):
-        grade_many(["5"], ["5", "6"])
-
-
-def test_grade_many_of_a_training_step_is_fast():
-    """2,048 responses of usual kinds, none seen before."""
-    kinds = [
-        "{i}",
-        r"\frac{{{i}}}{{7}}",
-        "x^2+{i}x",
-        "({i}, 2)",
-        r"{i}\sqrt{{2}}",
-        r"\$1,{i:03d}.50",
-        "[0, {i})",
-        "x={i}",
-    ]
-    answers = [kinds[i % 8].format(i=i % 1000) for i in range(2048)]
-    responses = [
-        f"Let me see. So $x = 3$ gives the result.\n\nThe answer is \\boxed{{{answer}}}." for answer in answers
-    ]
-    golds = [answer.replace("x^2+", "x*x + ").replace("2)", "2.0)") for answer in answers]
-    start = time.process_time()
-    assert set(grade_many(responses, golds)) == {Verdict.CORRECT}
-    assert time.process_time() - start < 2  # half a second on a quiet machine
-
-
-def test_threads():
-    pairs = [needs_algebra(i % 10) for i in range(40)] + [(f"z+{i}", f"{i}+z") for i in range(160)]
-    with ThreadPoolExecutor(50) as executor:
-        assert all(executor.map(lambda pair: same_answer(*pair, timeout=30), pairs))
-        late = list(executor.map(lambda i: same_answer(has_no_end(6 + i % 2), "5", timeout=0.5), range(4)))
-    assert late == [False] * 4
-
-
-def test_asyncio():
-    async def both():
-        direct = same_answer(*needs_algebra(11), timeout=30)
-        start = time.monotonic()
-        late = await asyncio.to_thread(same_answer, has_no_end(8), "5", timeout=0.5)
-        return direct, late, time.monotonic() - start < 3
-
-    assert asyncio.run(both()) == (True, False, True)
-
-
-def test_alarm_of_the_caller_is_untouched():
-    rang = []
-    previous = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
-    try:
-        handler = signal.getsignal(signal.SIGALRM)
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        assert not same_answer(has_no_end(9), "5", timeout=0.5)
-        assert rang == [True]
-        assert signal.getsignal(signal.SIGALRM) is handler
-    finally:
-        signal.signal(signal.SIGALRM, previous)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_forked_process_makes_its_own_workers():
-    held = threading.Thread(target=lambda: same_answer(has_no_end(10), "5", timeout=0.5))
-    held.start()  # a thread is inside the pool while the process forks
-    parents = set(workers())
-    child = os.fork()
-    if child == 0:
-        right = same_answer(*needs_algebra(12), timeout=30) and not set(workers()) & parents
-        os._exit(0 if right else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    held.join()
-    assert boxed_many(13) == [Verdict.CORRECT]
-
-
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_started_processes(method):
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.apply(same_answer, needs_algebra(14), {"timeout": 30})
-        start = time.monotonic()
-        assert not pool.apply(same_answer, (has_no_end(11), "5"), {"timeout": 0.5})
-        assert time.monotonic() - start < 3
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-@pytest.mark.parametrize("busy", [False, True])
-def test_workers_end_with_the_process(busy):
-    code = f"""
-import os, threading, time
-from common import _worker, answers
-assert answers.same_answer({needs_algebra(15)[0]!r}, {needs_algebra(15)[1]!r}, timeout=60)
-if {busy}:
-    threading.Thread(target=answers.same_answer, args=({has_no_end(12)!r}, "5"), kwargs={{"timeout": 60}}).start()
-    time.sleep(0.5)
-print(*[worker.process.pid for worker in _worker._pool.workers], flush=True)
-os.kill(os.getpid(), 9)
-"""
-    pids = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout.split()
-    deadline = time.monotonic() + 5
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert pids
-    assert not any(map(is_running, pids))
-
-
-def is_running(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"  # a container without an init process does not reap
 
 
 def scored_cases():

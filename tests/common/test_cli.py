@@ -1,6 +1,6 @@
 """What the command lines share: exit codes, sentences, `env:` of a config, models that are made once.
 
-Signals and full disks: test_preemption.py. Fields and their mistakes: test_train.py of each method.
+Signals and full disks: test_preemption.py. Fields and their mistakes: test_train_settings.py of each method.
 """
 
 import os

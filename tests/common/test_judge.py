@@ -1,16 +1,15 @@
 """The optional judge: strict reading of replies, hostile responses, resuming, and a report beside the rules' one."""
 
-import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from chat_servers import chat_server
 
 from common.evaluation import Benchmark, ServerEngine, judge, score_responses
 from common.runs import read_jsonl
@@ -33,45 +32,19 @@ def answer(prompt: str) -> tuple[int, str]:
     return 200, "VERDICT: CORRECT" if response.startswith("yes") else " VERDICT: INCORRECT\n"
 
 
-class Server(http.server.ThreadingHTTPServer):
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked, self.delay = [], 0.0
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        time.sleep(self.server.delay)
-        self.server.asked.append(asked)
-        status, text = answer(asked["messages"][-1]["content"])
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        usage = {"completion_tokens": 1, "prompt_tokens": 1, "total_tokens": 2}
-        self.wfile.write(json.dumps({**reply, "usage": usage}).encode())
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def server():
-    server = Server()
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    def reply(request):
+        time.sleep(server.delay)
+        return *answer(request["messages"][-1]["content"]), "stop", 1
 
-
-def url(server) -> str:
-    return f"http://127.0.0.1:{server.server_port}/v1"
+    with chat_server(reply) as server:
+        server.delay = 0.0
+        yield server
 
 
 def engine(server, name: str = "m") -> ServerEngine:
-    return ServerEngine(url(server), name, workers=4, retries=0)
+    return ServerEngine(server.url, name, workers=4, retries=0)
 
 
 def numbers(golds=GOLDS) -> Benchmark:
@@ -314,7 +287,7 @@ def finished_aime(folder: Path, count: int = 30) -> list[str]:
 
 
 def test_the_command_prints_both_numbers_and_the_table(tmp_path, server, capsys):
-    arguments = [*finished_aime(tmp_path), "--server", url(server), "--judge_model", "m", "--no_thinking"]
+    arguments = [*finished_aime(tmp_path), "--server", server.url, "--judge_model", "m", "--no_thinking"]
     arguments += ["--max_new_tokens", "64"]
     assert judge.main(arguments) == 0
     printed = capsys.readouterr().out
@@ -331,7 +304,7 @@ def test_the_command_prints_both_numbers_and_the_table(tmp_path, server, capsys)
 
 def test_a_killed_judge_goes_on_where_it_was(tmp_path, server, monkeypatch):
     program = "import sys; from common.evaluation import judge; judge.BATCH = 4; sys.exit(judge.main(sys.argv[1:]))"
-    arguments = [*finished_aime(tmp_path), "--server", url(server), "--judge_model", "m"]
+    arguments = [*finished_aime(tmp_path), "--server", server.url, "--judge_model", "m"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     server.delay = 0.1
     process = subprocess.Popen(

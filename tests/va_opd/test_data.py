@@ -12,7 +12,7 @@ from PIL import ImageDraw
 from sklearn.datasets import load_digits
 
 from common.tiny import tiny_qwen3_vl
-from va_opd import data
+from va_opd import data, images
 
 
 def diagram(shade: int, size: tuple[int, int] = (300, 250), mode: str = "RGB") -> PILImage.Image:
@@ -67,14 +67,14 @@ def test_one_file_is_not_trained_on_and_held_out(geometry):
 
 def test_an_image_is_decoded_once_for_all_siblings_and_micro_batches(geometry, monkeypatch):
     rows, opened = data.load_rows(str(geometry), "train"), []
-    original = data.fit_budget
-    monkeypatch.setattr(data, "fit_budget", lambda image, *budget: opened.append(1) or original(image, *budget))
-    data._decoded.cache_clear()
+    original = images.fit_budget
+    monkeypatch.setattr(images, "fit_budget", lambda image, *budget: opened.append(1) or original(image, *budget))
+    images.decoded.cache_clear()
     order = [0, 0, 1, 1, 2, 2, 3, 3] * 3
-    images = [rows[i]["images"][0] for i in order]
+    seen = [rows[i]["images"][0] for i in order]
     assert len(opened) == 4
-    assert all(images[k] is images[k % 8] for k in range(len(order)))
-    assert images[0].tobytes() != images[2].tobytes()
+    assert all(seen[k] is seen[k % 8] for k in range(len(order)))
+    assert seen[0].tobytes() != seen[2].tobytes()
 
 
 def test_validation_ids_are_a_seeded_sorted_draw_without_repeats():
@@ -202,14 +202,14 @@ def test_a_missing_source_is_one_clear_sentence(tmp_path):
     [((300, 250), (560, 467)), ((512, 512), (512, 512)), ((4000, 2000), (2896, 1448)), ((1, 1), (512, 512))],
 )
 def test_the_budget_keeps_the_aspect(size, expected):
-    assert data.fit_budget(diagram(0, size), data.MIN_PIXELS, data.MAX_PIXELS).size == expected
+    assert images.fit_budget(diagram(0, size), images.MIN_PIXELS, images.MAX_PIXELS).size == expected
 
 
 def test_the_budget_is_reached_by_bicubic_interpolation():
     """As in EasyR1, whose `resize` names no filter: it decides what a pixelated cell is made of."""
     image = diagram(1, (300, 250))
     resized = image.convert("RGB").resize((560, 467), PILImage.Resampling.BICUBIC)
-    assert data.fit_budget(image, data.MIN_PIXELS, data.MAX_PIXELS).tobytes() == resized.tobytes()
+    assert images.fit_budget(image, images.MIN_PIXELS, images.MAX_PIXELS).tobytes() == resized.tobytes()
 
 
 def test_exif_rotation_is_applied():
@@ -217,7 +217,7 @@ def test_exif_rotation_is_applied():
     exif = image.getexif()
     exif[0x0112] = 6  # rotated by a quarter turn
     image.info["exif"] = exif.tobytes()
-    assert data.fit_budget(image, 1, data.MAX_PIXELS).size == (500, 600)
+    assert images.fit_budget(image, 1, images.MAX_PIXELS).size == (500, 600)
 
 
 def test_digit_rows_hold_writers_out_and_say_what_the_image_shows():

@@ -15,8 +15,7 @@ from va_opd import objective
 
 F64 = torch.float64
 
-
-# --- references, straight from the definitions ----------------------------------------------------------------
+# --- references, straight from the definitions ---
 
 
 def ref_rollout_weights(means: list[float], tau: float = 1.0, eps: float = 1e-6) -> list[float]:
@@ -50,7 +49,7 @@ def random_batch(seed: int, prompts: int, k: int, length: int) -> tuple[torch.Te
     return torch.tensor(va, dtype=F64), torch.tensor(mask)
 
 
-# --- golden values of the specification ----------------------------------------------------------------
+# --- golden values of the specification ---
 
 PAPER_MEANS = [0.045, 0.030, 0.020, 0.010]  # Fig. 3
 
@@ -149,7 +148,7 @@ def test_size_of_the_high_group_is_exact_for_other_fractions(fraction):
     assert got.tolist() == [math.ceil(Fraction(fraction) * n) for n in lengths.tolist()]
 
 
-# --- against the references on random shapes ----------------------------------------------------------------
+# --- against the references on random shapes ---
 
 
 @pytest.mark.parametrize(
@@ -223,7 +222,7 @@ def test_mean_over_tokens_does_not_read_outside_the_mask():
     assert objective.mean_over_tokens(values, mask).tolist() == [2.0, 5.0]
 
 
-# --- invariants ----------------------------------------------------------------
+# --- invariants ---
 
 
 @pytest.mark.parametrize("weighting", objective.WEIGHTINGS)
@@ -379,7 +378,7 @@ def test_random_ties_never_choose_a_masked_token():
     assert not high[mask == 0].any()
 
 
-# --- errors ----------------------------------------------------------------
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -416,206 +415,3 @@ def test_bad_input_is_one_clear_sentence(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
-
-
-# --- pixelation ----------------------------------------------------------------
-
-
-def random_image(mode: str, size: tuple[int, int] = (60, 40), transparency: bool = False) -> Image.Image:
-    rng = np.random.default_rng(0)
-    width, height = size
-    if mode in ("I;16", "F"):
-        values = rng.integers(0, 2**16, (height, width))
-        return Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.float32))
-    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    if mode in ("P", "PA"):
-        image = image.quantize(64).convert(mode)
-        if transparency:
-            image.info["transparency"] = 0
-    if mode in ("RGBA", "LA", "PA"):
-        image.putalpha(Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)))
-    return image.convert(mode)
-
-
-MODES = ["L", "RGB", "RGBA", "LA", "P", "PA", "1", "CMYK", "I;16", "I", "F"]
-
-
-@pytest.mark.parametrize(("mode", "transparency"), [*((mode, False) for mode in MODES), ("P", True)])
-def test_pixelation_keeps_mode_and_size_and_leaves_few_cells(mode, transparency):
-    image = random_image(mode, transparency=transparency)
-    before = image.tobytes()
-    got = objective.pixelate(image)
-    assert (got.mode, got.size) == (mode, (60, 40))
-    assert image.tobytes() == before
-    if mode != "1":  # 1-bit cells are dithered
-        cells = {got.getpixel((x, y)) for x in range(60) for y in range(40)}
-        assert len(cells) <= 24
-        assert len(cells) > 4
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    image = image.convert("RGBA") if image.mode in ("P", "PA", "1", "CMYK") else image
-    return np.asarray(image).astype(np.float64)
-
-
-@pytest.mark.parametrize(
-    ("mode", "colour", "palette"),
-    [
-        ("L", 77, None),
-        ("RGB", (100, 150, 201), None),
-        ("RGBA", (100, 150, 201, 255), None),
-        ("LA", (99, 255), None),
-        ("P", 3, [5, 6, 7] * 3 + [100, 150, 201]),  # a colour that no standard palette holds
-        ("1", 1, None),
-        ("1", 0, None),
-        ("CMYK", (1, 99, 200, 7), None),
-        ("I;16", 40000, None),
-        ("I", 70000, None),
-        ("F", 0.375, None),
-    ],
-)
-def test_pixelation_leaves_a_constant_image_alone(mode, colour, palette):
-    image = Image.new(mode, (61, 37), colour)
-    if palette:
-        image.putpalette(palette)
-    np.testing.assert_array_equal(pixels(objective.pixelate(image)), pixels(image))
-
-
-def test_a_transparent_colour_of_a_palette_stays_transparent():
-    image = Image.new("P", (61, 37), 3)
-    image.putpalette([5, 6, 7] * 3 + [100, 150, 201])
-    image.info["transparency"] = 3
-    assert objective.pixelate(image).convert("RGBA").getextrema()[3] == (0, 0)
-
-
-def test_pixelation_of_a_palette_image_looks_like_that_of_its_colours():
-    image = random_image("P")
-    expected = objective.pixelate(image.convert("RGB"))
-    difference = np.abs(pixels(objective.pixelate(image).convert("RGB")) - pixels(expected))
-    assert difference.max() <= 2
-
-
-@pytest.mark.parametrize("opaque", [True, False])
-def test_pixelation_of_a_palette_with_opacity_looks_like_that_of_its_colours(opaque):
-    image = random_image("P").convert("PA") if opaque else random_image("PA")
-    expected = objective.pixelate(image.convert("RGBA"))
-    got = objective.pixelate(image).convert("RGBA")
-    assert np.abs(pixels(got) - pixels(expected)).max() <= 2
-    assert len(np.unique(pixels(got).reshape(-1, 4), axis=0)) > 4
-
-
-@pytest.mark.parametrize(
-    ("size", "cells"),
-    [((60, 40), (6, 4)), ((467, 448), (46, 44)), ((1, 1), (1, 1)), ((8000, 20), (800, 2)), ((9, 300), (1, 30))],
-)
-def test_number_of_cells_is_floored_and_at_least_one(size, cells):
-    """A ramp in each direction shows the grid: as many distinct columns and rows as there are cells."""
-    width, height = size
-    ramp = np.zeros((height, width), np.float32)
-    columns = pixels(objective.pixelate(Image.fromarray(ramp + np.arange(width, dtype=np.float32))))
-    rows = pixels(objective.pixelate(Image.fromarray(ramp + np.arange(height, dtype=np.float32)[:, None])))
-    assert (len(np.unique(columns)), len(np.unique(rows))) == cells
-
-
-def test_pixelation_averages_over_the_cell():
-    """The reduction is anti-aliased: a single white pixel leaves grey, and no pixel is merely picked."""
-    image = Image.new("L", (100, 100), 0)
-    for x in range(0, 100, 2):
-        for y in range(100):
-            image.putpixel((x, y), 255)
-    inner = np.asarray(objective.pixelate(image))[20:80, 20:80]
-    assert abs(inner.mean() - 127.5) < 2
-    assert inner.std() < 2
-
-
-def test_pixelation_at_ratio_one_changes_nothing():
-    image = random_image("RGB")
-    assert objective.pixelate(image, 1.0).tobytes() == image.tobytes()
-
-
-def test_pixelation_does_not_forget_the_orientation_tag():
-    """A tag that is lost would turn the degraded view against the true one."""
-    image = random_image("RGB")
-    image.info["exif"] = (exif := Image.Exif()).tobytes()
-    exif[274] = 6
-    image.info["exif"] = exif.tobytes()
-    assert objective.pixelate(image).getexif().get(274) == 6
-
-
-# --- log-probabilities of sampled tokens ----------------------------------------------------------------
-
-
-def ref_logps(hidden, weight, tokens, bias=None, scale=1.0, softcap=None) -> np.ndarray:
-    logits = hidden.double().numpy() @ weight.double().numpy().T
-    if bias is not None:
-        logits = logits + bias.double().numpy()
-    logits = logits * scale
-    if softcap is not None:
-        logits = softcap * np.tanh(logits / softcap)
-    logits = logits - logits.max(1, keepdims=True)
-    return (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[np.arange(len(tokens)), tokens.numpy()]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bias": True}, {"logit_scale": 0.25}, {"softcap": 3.0}, {"bias": True, "logit_scale": 2.0, "softcap": 5.0}],
-)
-def test_sampled_logps_against_float64(dtype, options):
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(37, 24).to(dtype), torch.randn(53, 24).to(dtype)
-    tokens = torch.randint(53, (37,))
-    bias = torch.randn(53).to(dtype) if options.get("bias") else None
-    scale, softcap = options.get("logit_scale", 1.0), options.get("softcap")
-    got = objective.sampled_logps(hidden, weight, tokens, bias, scale, softcap)
-    assert got.dtype == torch.float32
-    assert not got.requires_grad
-    np.testing.assert_allclose(got.numpy(), ref_logps(hidden, weight, tokens, bias, scale, softcap), atol=5e-5)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 36, 37, 1000])
-def test_sampled_logps_do_not_depend_on_the_chunk(rows):
-    torch.manual_seed(0)
-    hidden, weight, tokens = torch.randn(37, 24), torch.randn(53, 24), torch.randint(53, (37,))
-    torch.testing.assert_close(
-        objective.sampled_logps(hidden, weight, tokens, rows=rows),
-        objective.sampled_logps(hidden, weight, tokens),
-        rtol=0,
-        atol=5e-6,
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sampled_logps_of_nothing(dtype):
-    hidden, weight = torch.zeros(0, 4, dtype=dtype), torch.zeros(7, 4, dtype=dtype)
-    got = objective.sampled_logps(hidden, weight, torch.zeros(0, dtype=torch.long))
-    assert got.shape == (0,)
-    assert got.dtype == torch.float32
-
-
-def test_va_of_nearby_bfloat16_states_is_not_lost_to_rounding():
-    """The teacher's two views differ in the last bits of its hidden states; log-probabilities in bfloat16 would make
-    most differences exactly 0. Autocast must not undo this."""
-    torch.manual_seed(0)
-    hidden = torch.randn(400, 64).to(torch.bfloat16)
-    nearby = (hidden.float() * (1 + 0.01 * torch.randn(400, 64))).to(torch.bfloat16)
-    weight, tokens = (0.3 * torch.randn(300, 64)).to(torch.bfloat16), torch.randint(300, (400,))
-    with torch.autocast("cpu", torch.bfloat16):
-        true = objective.sampled_logps(hidden, weight, tokens)
-        other = objective.sampled_logps(nearby, weight, tokens)
-    got = objective.visual_advantage(true[None], other[None], torch.ones(1, 400))[0]
-    expected = np.maximum(ref_logps(hidden, weight, tokens) - ref_logps(nearby, weight, tokens), 0)
-    np.testing.assert_allclose(got.numpy(), expected, atol=1e-4)
-    positive = (expected > 1e-3).mean()
-    assert positive > 0.3
-    assert (got > 1e-3).double().mean().item() == pytest.approx(positive, abs=0.01)
-    in_bf16 = (hidden @ weight.T).log_softmax(-1) - (nearby @ weight.T).log_softmax(-1)
-    rounded = in_bf16.gather(1, tokens[:, None])[:, 0].float().clamp(min=0)
-    assert (rounded.numpy() - expected).std() > 50 * (got.numpy() - expected).std()  # what the float32 path avoids
-
-
-def test_sampled_logps_carry_no_gradient():
-    hidden = torch.randn(4, 6, requires_grad=True)
-    weight = torch.randn(9, 6, requires_grad=True)
-    logps = objective.sampled_logps(hidden, weight, torch.zeros(4, dtype=torch.long))
-    assert not logps.requires_grad

@@ -1,0 +1,151 @@
+"""Engines of the harness: generation in this process, and where a response ends."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from common.evaluation import Decoding, Prompt, TransformersEngine
+from common.evaluation.engines import stop_ids, turn_end_id
+from common.tiny import tiny_qwen3, tiny_qwen3_vl
+from r_diverse import questions as questions_of_r_diverse
+
+SAMPLED = Decoding(temperature=1.0, max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model, tokenizer = tiny_qwen3(hidden=32)
+    return TransformersEngine(model, tokenizer, batch_size=3)
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt([{"role": "user", "content": "?" * (1 + 3 * i % 7)}]) for i in range(count)]
+
+
+def test_a_prompt_has_the_special_tokens_of_its_template_only():
+    """Gemma's and Llama's tokenizers put a first token before what their templates have begun with it already."""
+    model, tokenizer = tiny_qwen3(hidden=32)
+    plain = TransformersEngine(model, tokenizer).generate(prompts(3), Decoding(max_new_tokens=4), range(3))
+    first = ("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
+    assert tokenizer("?")["input_ids"][0] == first[1]
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.generate(prompts(3), Decoding(max_new_tokens=4), range(3)) == plain
+
+
+@pytest.mark.parametrize(("declared", "ends"), [(None, [5]), (7, [5, 7]), ([9, 7], [5, 7, 9])])
+def test_every_declared_end_ends_a_response(declared, ends):
+    assert stop_ids(declared, SimpleNamespace(eos_token_id=5)) == ends
+    assert stop_ids(declared, SimpleNamespace(eos_token_id=None)) == ends[1:]
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end():
+    model, tokenizer = tiny_qwen3(hidden=32)
+    plain = TransformersEngine(model, tokenizer).generate(prompts(3), Decoding(max_new_tokens=4), range(3))
+    tokenizer.pad_token = None
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.generate(prompts(3), Decoding(max_new_tokens=4), range(3)) == plain
+
+
+def test_a_repetition_penalty_that_a_model_declares_is_left_out():
+    model, tokenizer = tiny_qwen3(hidden=32)
+    plain = TransformersEngine(model, tokenizer).generate(prompts(3), Decoding(max_new_tokens=30), range(3))
+    model.generation_config.repetition_penalty = 5.0
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.generate(prompts(3), Decoding(max_new_tokens=30), range(3)) == plain
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_qwen3_vl])
+def test_a_closed_engine_holds_no_model(make):
+    model, processor = make(hidden=32)
+    engine, held = TransformersEngine(model, processor), weakref.ref(next(model.model.parameters()))
+    del model
+    engine.close()
+    gc.collect()
+    assert held() is None
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(engine):
+    together = engine.generate(prompts(7), Decoding(max_new_tokens=5), [0] * 7)
+    for prompt, completion in zip(prompts(7), together, strict=True):
+        assert engine.generate([prompt], Decoding(max_new_tokens=5), [0]) == [completion]
+
+
+def test_sampling_is_seeded_and_leaves_the_global_state(engine):
+    import torch
+
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first = engine.generate(prompts(5), SAMPLED, range(5))
+    assert torch.equal(torch.rand(2), expected)
+    assert engine.generate(prompts(5), SAMPLED, range(5)) == first
+    assert engine.generate(prompts(5), SAMPLED, range(9, 14)) != first
+
+
+def test_length_and_truncation(engine):
+    (completion,) = engine.generate(prompts(1), Decoding(max_new_tokens=3), [0])
+    assert (completion.num_tokens, completion.finish_reason) == (3, "length")
+
+
+def test_the_end_of_a_turn_stops_a_base_model_too(monkeypatch):
+    """As Qwen3-4B-Base has it: `<|endoftext|>` is the only end that is declared, its template has another."""
+    model, tokenizer = tiny_qwen3()
+    turn_end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert turn_end_id(tokenizer) == turn_end
+    base = TransformersEngine(model, tokenizer)
+    assert base.stops == sorted({tokenizer.eos_token_id, turn_end})
+    text = r"So \boxed{5}<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n\boxed{4}"
+    completion = base._completion(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert completion.text == r"So \boxed{5}" and completion.finish_reason == "stop"
+
+
+def test_a_template_that_reads_content_as_parts_has_an_end_of_turn_too():
+    tokenizer = tiny_qwen3()[1]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{% for part in m['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    assert turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+# None, one that shows the question only, one that wants three turns, one without text, one that cannot be rendered
+NO_END = [
+    None, "{{ messages[0]['content'] }}<|im_end|>", "{{ raise_exception('three turns') }}", "<|im_start|><|im_end|>",
+    "{{ messages[0]['content'] + 1 }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", NO_END)
+def test_a_template_without_an_end_of_turn_adds_none(template):
+    tokenizer = tiny_qwen3()[1]
+    tokenizer.chat_template = template
+    assert turn_end_id(tokenizer) is None
+    assert questions_of_r_diverse.turn_end_id(tokenizer) is None
+
+
+def test_the_chat_template_gets_its_options(engine):
+    model, tokenizer = engine.model, engine.tokenizer
+    kept = tokenizer.chat_template
+    tokenizer.chat_template = "{{ 'off' if enable_thinking is false else 'on' }}"
+    try:
+        plain = TransformersEngine(model, tokenizer)
+        off = TransformersEngine(model, tokenizer, chat_template_kwargs={"enable_thinking": False})
+        assert [e._render(prompts(1)[0]) for e in (plain, off)] == ["on", "off"]
+    finally:
+        tokenizer.chat_template = kept
+
+
+def test_vllm_without_its_package_names_the_extra():
+    from common.evaluation import VLLMEngine
+
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match=r"post-training-reference\[vllm\]"):
+            VLLMEngine("x")

@@ -1,0 +1,300 @@
+"""The memory bank on hostile rows and hostile files, and its size."""
+
+import json
+import math
+import os
+import shutil
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from r_diverse_banks import TOY, content, files, fill, run, unit
+
+from r_diverse import memory
+from r_diverse.memory import MemoryBank
+
+HOSTILE = ["", "a\nb\r\n\u2028c", '{"question": "x"}\n', "\x00\x1b<|im_end|>", "\ud800", "证明 ∫ é", "x" * 50_000]
+
+# --- hostile rows ---
+
+
+def test_hostile_text_comes_back_as_it_was(tmp_path):
+    bank = MemoryBank(tmp_path / "path with spaces" / "ünïcode")
+    bank.add(HOSTILE, unit(np.random.default_rng(0), len(HOSTILE)), HOSTILE[::-1], 1)
+    again = MemoryBank(bank.path)
+    again.verify()
+    records = again.records(range(len(HOSTILE)))
+    assert [r["question"] for r in records] == HOSTILE
+    assert [r["answer"] for r in records] == HOSTILE[::-1]
+
+
+def test_the_same_question_twice_is_two_rows(tmp_path):
+    bank = MemoryBank(tmp_path)
+    bank.add(["q", "q"], [[1, 0], [1, 0]], ["1", "2"], 1)
+    bank.add(["q"], [[1, 0]], ["1"], 2)
+    assert len(bank) == 3
+    assert [r["answer"] for r in bank.records([0, 1, 2])] == ["1", "2", "1"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([0.0, 0.0], "embedding 1 has norm 0.0"),
+        ([math.nan, 1.0], "embedding 1 has norm nan"),
+        ([math.inf, 0.0], "embedding 1 has norm inf"),
+        ([3.0, 4.0], "embedding 1 has norm 5.0, not 1: normalise"),
+        ([0.5, 0.5], "embedding 1 has norm 0.7"),
+        ([1.02, 0.0], "embedding 1 has norm 1.02"),
+    ],
+)
+def test_a_vector_that_is_no_direction_is_refused_and_nothing_is_kept(toy, bad, message):
+    before = files(toy.path)
+    with pytest.raises(ValueError, match=message):
+        toy.add(["x", "y"], [[1.0, 0.0], bad], ["1", "2"], 2)
+    assert files(toy.path) == before
+    with pytest.raises(ValueError, match=message):
+        toy.penalty([[1.0, 0.0], bad])
+
+
+def test_a_bad_vector_is_named_by_its_row_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CHUNK", 2)
+    with pytest.raises(ValueError, match="embedding 4 has norm 0.0"):
+        MemoryBank(tmp_path).add(["q"] * 5, [*TOY, [1.0, 0.0], [0.0, 0.0]], ["a"] * 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ((["q"], [[1, 0]], ["1", "2"], 2), "1 questions, 1 embeddings, 2 answers"),
+        ((["q"], [[1, 0, 0]], ["1"], 2), "embeddings have 3 dimensions, .* has 2"),
+        ((["q"], [1], ["1"], 2), "shape"),
+        ((["q"], [[1, 0]], [None], 2), "answer of row 0 is None"),
+        (([7], [[1, 0]], ["1"], 2), "question of row 0 is 7"),
+        ((["q"], [[1, 0]], ["1"], -1), "iteration=-1"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(toy, row, message):
+    before = files(toy.path)
+    with pytest.raises(ValueError, match=message):
+        toy.add(*row)
+    assert files(toy.path) == before
+
+
+def test_an_iteration_is_a_whole_number(toy):
+    with pytest.raises(TypeError):
+        toy.add(["q"], [[1, 0]], ["1"], 1.5)
+    toy.add(["q"], [[1, 0]], ["1"], np.int64(2))
+    assert toy.iterations == {1: 3, 2: 1}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_precisions_are_stored_as_unit_vectors_in_float32(tmp_path, dtype):
+    bank = MemoryBank(tmp_path)
+    questions, embeddings, answers = content(1, 50)
+    rounded = embeddings.astype(dtype)
+    rounded[:2] *= [[0.996], [1.004]]  # as far off as bfloat16 may be
+    bank.add(questions, rounded, answers, 1)
+    stored = bank.embeddings(1)
+    assert stored.dtype == np.float32
+    assert np.linalg.norm(stored.astype(float), axis=1) == pytest.approx(np.ones(50), abs=1e-6)
+    assert np.abs(stored - embeddings).max() < 2e-3
+
+
+def test_other_dimensions_are_refused_in_a_search(toy):
+    with pytest.raises(ValueError, match="embeddings have 3 dimensions, .* has 2"):
+        toy.penalty([[1.0, 0.0, 0.0]])
+    with pytest.raises(ValueError, match="shape"):
+        toy.penalty([1.0, 0.0])
+    with pytest.raises(ValueError, match="k=0"):
+        toy.nearest(TOY, k=0)
+    with pytest.raises(ValueError, match="row numbers reach from 0 to 3; the bank has 0 to 2"):
+        toy.records([0, 3])
+    with pytest.raises(ValueError, match="row numbers reach from -1 to 0"):
+        toy.records([-1, 0])
+    with pytest.raises(ValueError, match="n=-1"):
+        toy.sample(-1, seed=0)
+    with pytest.raises(ValueError, match=r"no iteration 9; it has \[1\]"):
+        toy.embeddings(9)
+
+
+# --- hostile files ---
+
+
+def test_another_encoder_is_refused(tmp_path):
+    bank = MemoryBank(tmp_path, encoder="jina, last token")
+    bank.add(*content(1, 3), 1)
+    assert MemoryBank(tmp_path, encoder="jina, last token").iterations == {1: 3}
+    with pytest.raises(ValueError, match="written with encoder='jina, last token', this one is 'minilm'"):
+        MemoryBank(tmp_path, encoder="minilm")
+    unnamed = MemoryBank(tmp_path)
+    assert len(unnamed.penalty(content(2, 3)[1])) == 3  # anyone may look
+    with pytest.raises(ValueError, match="open it with that name to add"):
+        unnamed.add(*content(2, 3), 2)
+    fill(MemoryBank(tmp_path / "b"), {1: 3})
+    with pytest.raises(ValueError, match="written with encoder=None, this one is 'minilm'"):
+        MemoryBank(tmp_path / "b", encoder="minilm")
+
+
+def damage_manifest(**changes):
+    def damage(path: Path) -> None:
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+    return damage
+
+
+def damage_array(name: str, change):
+    def damage(path: Path) -> None:
+        file = next(path.glob(f"iteration_00001_*/{name}"))
+        np.save(file, change(np.load(file)))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_manifest(normalized=False), "normalized=False"),
+        (damage_manifest(format=1), "format=1"),
+        (damage_manifest(dim=8), "holds .* not"),
+        (damage_manifest(iterations=[]), "is no manifest"),
+        (lambda path: (path / "manifest.json").write_text("{"), "is no manifest"),
+        (lambda path: (path / "manifest.json").write_text("[]"), "is no manifest"),
+        (lambda path: (path / "manifest.json").unlink(), "has rows but no manifest.json"),
+        (lambda path: shutil.rmtree(next(path.glob("iteration_00001_*"))), "cannot be read"),
+        (lambda path: next(path.glob("iteration_00001_*/records.jsonl")).write_text(""), "cannot be read"),
+        (lambda path: next(path.glob("iteration_00001_*/sum.npy")).write_text(""), "cannot be read"),
+        (lambda path: next(path.glob("iteration_00001_*/records.jsonl")).write_text("{}"), "holds .* not"),
+        (lambda path: os.truncate(next(path.glob("iteration_00001_*/embeddings.npy")), 200), "cannot be read"),
+        (damage_array("embeddings.npy", lambda a: a.astype(np.float16)), "holds .* not"),
+        (damage_array("embeddings.npy", lambda a: a[:-1]), "holds .* not"),
+        (damage_array("codes.npy", lambda a: a[:-1]), "holds .* not"),
+        (damage_array("blocks.npy", lambda a: a[:, :1]), "holds .* not"),
+        (damage_array("offsets.npy", lambda a: a[:-1]), "holds .* not"),
+        (damage_array("sum.npy", lambda a: a[:-1]), "holds .* not"),
+    ],
+)
+def test_a_damaged_bank_is_refused_by_name(tmp_path, damage, message):
+    bank = fill(MemoryBank(tmp_path), {1: 5, 2: 5})
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        MemoryBank(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=message):  # and nothing is added to it
+        bank.add(*content(3, 5), 3)
+    assert files(tmp_path).items() >= before.items()
+
+
+@pytest.mark.parametrize(
+    "name", ["embeddings.npy", "records.jsonl", "sum.npy", "offsets.npy", "codes.npy", "blocks.npy"]
+)
+def test_verify_finds_one_changed_byte(tmp_path, name):
+    bank = fill(MemoryBank(tmp_path), {1: 5, 2: 5})
+    bank.verify()
+    file = next(tmp_path.glob(f"iteration_00002_*/{name}"))
+    data = bytearray(file.read_bytes())
+    data[-12] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="iteration_00002_.* changed after it was written"):
+        MemoryBank(tmp_path).verify()
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "bank").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        MemoryBank(tmp_path / "bank")
+
+
+def test_files_of_others_are_left_alone(toy):
+    (toy.path / "notes.txt").write_text("mine")
+    (toy.path / "figures").mkdir()
+    toy.add(["q"], [[1, 0]], ["1"], 2)
+    assert (toy.path / "notes.txt").read_text() == "mine"
+    assert (toy.path / "figures").is_dir()
+
+
+def test_a_read_only_folder_can_be_read(toy):
+    for path in [*toy.path.rglob("*"), toy.path]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = files(toy.path)
+    try:
+        reader = MemoryBank(toy.path)
+        assert reader.penalty([[0.8, 0.6]]) == pytest.approx([0.4983333], abs=1e-7)
+        assert len(reader.sample(3, seed=0)) == 3
+        reader.verify()
+        assert files(toy.path) == before
+    finally:
+        for path in [toy.path, *toy.path.rglob("*")]:
+            path.chmod(0o755)
+
+
+def test_a_full_disk_leaves_the_bank_as_it_was(tmp_path):
+    fill(MemoryBank(tmp_path), {1: 5})
+    before = files(tmp_path)
+    script = textwrap.dedent(
+        """
+        import resource, signal, sys
+        import numpy as np
+        from r_diverse.memory import MemoryBank
+        bank = MemoryBank(sys.argv[1])
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        n = 5000
+        try:
+            bank.add(["q"] * n, np.tile(np.eye(1, 16), (n, 1)), ["a"] * n, 2)
+        except OSError as error:
+            print("refused", error.errno, bank.iterations)
+        """
+    )
+    done = run(script, str(tmp_path))
+    assert done.stdout.startswith("refused"), done.stderr
+    assert "{1: 5}" in done.stdout
+    assert files(tmp_path) == before
+
+
+def test_another_user_can_read_a_bank(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        fill(MemoryBank(tmp_path), {1: 5})
+    finally:
+        os.umask(umask)
+    for path in tmp_path.rglob("*"):
+        assert path.name == ".lock" or path.stat().st_mode & 0o044 == 0o044
+        assert not path.is_dir() or path.stat().st_mode & 0o011 == 0o011
+
+
+# --- size ---
+
+
+def test_rows_are_mapped_not_read_and_written_piece_by_piece(tmp_path):
+    """A process that may use 350 MB more of memory of its own adds, opens and searches 512 MB of rows."""
+    rows, dim = 80_000, 1600
+    script = textwrap.dedent(
+        f"""
+        import resource, sys
+        import numpy as np
+        from r_diverse.memory import MemoryBank
+        source = np.lib.format.open_memmap(sys.argv[1] + "/source.npy", "w+", np.float32, ({rows}, {dim}))
+        for i in range(0, {rows}, 500):
+            source[i:i + 500, i // 500] = 1
+        del source
+        source = np.load(sys.argv[1] + "/source.npy", mmap_mode="r")
+        bank = MemoryBank(sys.argv[1] + "/bank")
+        bank.nearest(np.eye({dim})[:1])
+        used = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (used + 350_000_000, -1))
+        bank.add(["q"] * {rows}, source, ["a"] * {rows}, 1)
+        bank = MemoryBank(sys.argv[1] + "/bank")
+        p_max, p_mean = bank.similarity(np.eye({dim})[[3, 1599]])
+        print(p_max.tolist(), p_mean.tolist(), len(bank))
+        """
+    )
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory of a process is read from /proc")
+    if shutil.disk_usage(tmp_path).free < 2e9:
+        pytest.skip("needs 1 GB of disk")
+    done = run(script, str(tmp_path))
+    shutil.rmtree(tmp_path)
+    assert done.stdout.strip() == f"[1.0, 0.0] [0.00625, 0.0] {rows}", done.stderr[-2000:]

@@ -1,0 +1,152 @@
+"""Evaluation of SRPO's runs: every checkpoint, the budgets in hours, results that belong to their settings."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from peft import get_peft_model
+from training_runs import choices
+
+from common import models, stages
+from common.answers import Verdict
+from common.evaluation import Completion, engines
+from common.lora import lora_config
+from common.runs import read_jsonl
+from srpo import evaluate, loop, train
+
+
+def test_an_answer_that_cannot_be_read_is_told_from_a_wrong_one(config, tmp_path):
+    fields = ["--dataset", "biology", "--data", str(choices(tmp_path))]
+    benchmark = evaluate.benchmark_of(*train.parse(["--config", str(config), *fields]))
+    row = next(row for row in benchmark.rows if row["answer"] == "A")
+    said = [benchmark.score(text, row) for text in ("<answer>A</answer>", "<answer>B</answer>", "I do not know.")]
+    assert said == [Verdict.CORRECT, Verdict.WRONG, Verdict.UNPARSEABLE]
+
+
+def test_evaluation_of_every_checkpoint_and_the_budgets(config, tmp_path, easy):
+    assert train.main(["--config", str(config)]) == 0
+    assert evaluate.main(["run", "--config", str(config)]) == 0
+    folder = tmp_path / "runs/srpo/small-additions/srpo-seed0/eval"
+    table = json.loads((folder / "curve.json").read_text())
+    assert [point["step"] for point in table["curve"]] == [2, 4, 6]
+    accuracy = [point["accuracy"] for point in table["curve"]]
+    found = table["1h"]
+    assert found.pop("hours") == table["curve"][-1]["hours"]
+    assert found == {"best": max(accuracy), "mean": pytest.approx(sum(accuracy) / 3), "last": accuracy[-1]}
+    records = read_jsonl(folder / "checkpoint-6/additions/samples.jsonl")
+    assert len(records) == 40 * 2
+    assert evaluate.main(["nothing"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["--eval_temperature", "0.6"], "eval_temperature=1.0 and not 0.6"),
+        (["--eval_top_p", "0.5"], "eval_top_p=0.95 and not 0.5"),
+        (["--eval_samples", "3"], "eval_samples=2 and not 3"),
+        (["--eval_limit", "30"], "test problems (data, eval_limit)="),
+        (["--max_completion_length", "5"], "max_completion_length=4 and not 5"),
+        (["--chat_template_kwargs", '{"enable_thinking": true}'], "chat_template_kwargs={'enable_thinking': False}"),
+        (["--strict", "true"], "strict=False and not True"),
+        (["--model", "{other}"], "and not"),
+    ],
+)
+def test_a_result_of_other_settings_is_refused(evaluated, other_policy, capsys, monkeypatch, fields, message):
+    """Before, `evaluate base` said the old number whatever was asked."""
+    config, folder = evaluated
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: pytest.fail("a model was loaded"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert evaluate.main(["base", "--config", str(config)]) == 0  # done: nothing is loaded
+    capsys.readouterr()
+    fields = [field.replace("{other}", other_policy) for field in fields]
+    assert evaluate.main(["base", "--config", str(config), *fields]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line and f"move the folder {folder / 'eval'} away" in line
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_policy_before_training_is_evaluated_once_for_all_seeds(evaluated, monkeypatch):
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: pytest.fail("a model was loaded"))
+    assert evaluate.main(["base", "--config", str(evaluated[0]), "--seed", "1"]) == 0
+
+
+def test_a_run_is_evaluated_with_the_seed_of_its_record(tmp_path):
+    with pytest.raises(ValueError, match="seed=0 and not 1"):
+        evaluate.check_settings({"seed": 0}, {"model": "m", "seed": 1}, tmp_path / "run/eval/checkpoint-2")
+
+
+def test_an_adapters_folder_is_its_own_model(evaluated, policy, tmp_path):
+    """The record once named its base, and the second call was refused."""
+    config, _ = evaluated
+    adapter = get_peft_model(models.load_model(policy), lora_config(2))
+    adapter.save_pretrained(tmp_path / "adapter")
+    models.load_processor(policy).save_pretrained(tmp_path / "adapter")
+    fields = ["--config", str(config), "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "runs")]
+    assert [evaluate.main(["base", *fields]) for _ in range(2)] == [0, 0]
+
+
+def test_a_run_folder_that_was_moved_keeps_its_results(config, tmp_path, easy, monkeypatch):
+    assert train.main(["--config", str(config)]) == evaluate.main(["run", "--config", str(config)]) == 0
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: pytest.fail("a model was loaded"))
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    fields = ["--config", str(config), "--out", str(tmp_path / "moved")]
+    assert evaluate.main(["run", *fields]) == 0
+    assert evaluate.main(["run", *fields, "--eval_samples", "3"]) == 2
+
+
+def test_a_point_of_the_curve_is_of_its_checkpoint(config, tmp_path, monkeypatch):
+    args, settings = train.parse(["--config", str(config)])
+    for step, seconds in ((10, 9000.0), (2, 1800.0)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "train_seconds.json").write_text(str(seconds))
+    monkeypatch.setattr(evaluate, "is_done", lambda run: True)
+    monkeypatch.setattr(evaluate, "score", lambda model, args, config, out: {"model": model, "out": out})
+    assert evaluate.evaluate_run(tmp_path, args, settings) == [
+        {"step": step, "hours": hours, "model": str(tmp_path / name), "out": tmp_path / "eval" / name}
+        for step, hours, name in ((2, 0.5, "checkpoint-2"), (10, 2.5, "checkpoint-10"))
+    ]
+
+
+def test_answers_are_sampled_by_the_seed_of_the_run(config, tmp_path, monkeypatch):
+    asked = {}
+
+    def generate(prompts, decoding, seeds):
+        asked[settings.seed] = set(seeds)
+        return [Completion("1", 1, "length" if i else "stop") for i in range(len(seeds))]
+
+    engine = SimpleNamespace(name="policy", generate=generate, close=lambda: None)
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: engine)
+    for seed in ("3", "4"):
+        args, settings = train.parse(["--config", str(config), "--seed", seed, "--eval_samples", "1"])
+        figures = evaluate.score("policy", args, settings, tmp_path / seed / "eval" / "base")
+    assert len(asked[3]) == len(asked[4]) == 40 and asked[3].isdisjoint(asked[4])
+    assert figures["mean_tokens"] == 1 and figures["truncated"] == 39 / 40
+    low, high = figures["interval"]
+    assert low <= figures["accuracy"] <= high
+
+
+def test_budgets_leave_out_what_came_later():
+    curve = [{"hours": hours, "accuracy": value} for hours, value in ((0.5, 0.2), (0.9, 0.6), (4.0, 0.4), (11.0, 0.9))]
+    table = evaluate.within_budgets(curve)
+    assert table["1h"] == {"best": 0.6, "mean": pytest.approx(0.4), "last": 0.6, "hours": 1}
+    assert table["5h"]["last"] == table["10h"]["last"] == 0.4
+    assert table["all"]["best"] == 0.9
+    assert "1h" not in evaluate.within_budgets(curve[2:])
+    assert (table["10h"]["hours"], table["all"]["hours"]) == (10, 11.0)
+    assert evaluate.within_budgets(curve[:3])["10h"] == {**evaluate.within_budgets(curve[:3])["all"], "hours": 4.0}
+
+
+def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
+    args, settings = train.parse(["--config", str(config)])
+    assert evaluate.build_engine(args.model, args, settings).batch_size == 100
+    made = []
+    monkeypatch.setattr(engines, "VLLMEngine", lambda *names, **options: made.append(options))
+    fields = ["--config", str(config), "--engine", "vllm", "--engine_options"]
+    args, settings = train.parse([*fields, '{"tensor_parallel_size": 2}'])
+    evaluate.build_engine(args.model, args, settings)
+    assert made[0].items() >= {"tensor_parallel_size": 2}.items()
+    plan = loop.plan(fields, args, settings, ["srpo"], ["additions"], ["0"], [])
+    assert not any(isinstance(stage, stages.OneGPUEach) for stage in plan)
+    assert train.main([*fields, "2", "--dry_run", "true"]) == 2
+    assert 'engine_options must be JSON such as {"tensor_parallel_size": 2}, got 2' in capsys.readouterr().err

@@ -1,0 +1,175 @@
+"""SRPO's experiment: GRPO's several steps a batch, memory, its stages end to end, what stops it at its start."""
+
+from pathlib import Path
+
+import pytest
+from training_runs import fails
+
+from srpo import evaluate, loop, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# --- GRPO's steps ---
+
+
+def test_the_papers_grpo_takes_four_steps_a_batch(capsys):
+    assert loop.main(["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run", "--variants", "grpo"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "srpo.train" in line]
+    flags = (
+        "--steps_per_generation 8 --gradient_accumulation_steps 2 --max_steps 1900 --save_steps 20 --warmup_steps 40"
+    )
+    assert flags in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "flags"),
+    [
+        ("--gradient_accumulation_steps 8", "--steps_per_generation 8 --gradient_accumulation_steps 2"),
+        ("--gradient_accumulation_steps 1", "--steps_per_generation 4 --per_device_train_batch_size 8"),
+        ("--gradient_accumulation_steps 6", "--steps_per_generation 24 --per_device_train_batch_size 8"),
+        ("--gradient_accumulation_steps 6 --grpo_steps 3", "--steps_per_generation 6 --gradient_accumulation_steps 2"),
+    ],
+)
+def test_grpo_splits_any_batch_that_divides_and_keeps_it_whole(fields, flags):
+    given = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--per_device_train_batch_size", "32", "--use_cpu"]
+    args, config = train.parse([*given, *fields.split()])
+    steps = loop._split_batch(config, args.grpo_steps)
+    assert " ".join(steps[:4]) == flags
+    _, split = train.parse([*given, *fields.split(), "--routing", "grpo", *steps])
+    assert split.generation_batch_size == config.generation_batch_size
+    assert split.max_steps == args.grpo_steps * config.max_steps
+
+
+def test_a_batch_that_is_split_already_is_not_split_again():
+    """As in the config.yaml of a finished GRPO run."""
+    given = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--use_cpu", "--routing", "grpo"]
+    _, config = train.parse([*given, "--steps_per_generation", "8", "--gradient_accumulation_steps", "2"])
+    assert loop._split_batch(config, 4) == []
+    with pytest.raises(ValueError, match="takes 4 optimizer steps already, grpo_steps=2: set steps_per_gen"):
+        loop._split_batch(config, 2)
+
+
+def test_grpo_never_takes_other_steps_than_it_says(config, capsys):
+    assert "grpo_steps=4: python -m srpo.loop" in fails(
+        train, capsys, config, "--routing", "grpo", "--grpo_steps", "4"
+    )
+    capsys.readouterr()
+    assert loop.main(["--config", str(config), "--variants", "grpo", "--grpo_steps", "3", "--dry_run"]) == 2
+    assert "is a multiple of grpo_steps=3" in capsys.readouterr().err
+    assert loop.main(["--config", str(config), "--variants", "srpo", "--grpo_steps", "3", "--dry_run"]) == 0
+
+
+# --- memory ---
+
+
+def test_the_memory_estimate_by_hand(capsys):
+    """Qwen3-8B on 8 GPUs, in GiB: 2 + 2 + 12 + 6 bytes a parameter over 8 shards; 2 + 2/8 + 12/8 + 4 under ZeRO-2."""
+    for sharding, weights, teacher in (("zero3", 2 / 8, 6 / 8), ("zero2", 2, 4)):
+        fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--gpus", "8", "--sharding", sharding]
+        assert loop.main([*fields, "--dry_run"]) == 0
+        printed = capsys.readouterr().out
+        for name, per_parameter in (
+            ("policy weights", weights),
+            ("gradients", 2 / 8),
+            ("optimizer", 12 / 8),
+            ("self-teacher, ema", teacher),
+        ):
+            (line,) = [line for line in printed.splitlines() if line[10:].strip().startswith(name)]
+            assert float(line.split()[0]) == pytest.approx(8e9 * per_parameter / 2**30, abs=0.005)
+        total = float(next(line for line in printed.splitlines() if line.endswith("  sum")).split()[0])
+        assert (total < 80) == (sharding == "zero3")  # the default fits the 80 GB that the preset names
+        assert "95 checkpoints x 14.90" in printed
+
+
+def test_the_parts_of_every_teacher_by_hand():
+    """8B, bytes: GRPO has no teacher, in memory or in a checkpoint, and a frozen one with LoRA is the policy."""
+
+    def sizes(*fields: str) -> tuple[float, float]:
+        """Of the teacher in memory, and of what only resuming needs."""
+        argv = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run", *fields]
+        args, settings = train.parse(argv)
+        parts = train.memory_parts(args, settings, 8e9, 1, "none")
+        (teacher,) = (size for name, size in parts.items() if name.startswith("self-teacher"))
+        return teacher, train.checkpoint_sizes(args, settings, 8e9, "none")[2]
+
+    average, states = 4 * 8e9, sizes("--teacher", "current")[1]
+    assert sizes() == (average, states + average)
+    assert sizes("--routing", "grpo") == (0, states)
+    assert sizes("--teacher", "frozen") == (4 * 8e9, states)
+    assert sizes("--teacher", "current")[0] == sizes("--teacher", "frozen", "--lora_rank", "8")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "sharding", "size"),
+    [
+        ([], "zero2", 4),  # a float32 average has float32 states, autocast or not
+        ([], "zero3", 2),  # there it computes in the policy's dtype
+        (["--teacher", "frozen", "--policy_dtype", "bfloat16"], "none", 2),
+        (["--teacher", "current"], "none", 4),
+    ],
+)
+def test_the_teachers_cached_states_have_its_dtype(capsys, fields, sharding, size):
+    gpus = "1" if sharding == "none" else "8"
+    fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--gpus", gpus, *fields, "--dry_run"]
+    assert loop.main([*fields, "--sharding", "zero2" if sharding == "none" else sharding]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cached teacher hidden states" in line]
+    _, config = train.parse(["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run"])
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    expected = size * 4096 * 0.4 * rows * 800
+    assert float(line.split()[0]) == pytest.approx(expected / 2**30, abs=0.005)
+
+
+def test_the_self_teacher_is_cut_under_fsdp_too(capsys):
+    fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--gpus", "8", "--sharding", "fsdp2", "--dry_run"]
+    assert loop.main(fields) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "self-teacher, ema" in line]
+    assert float(line.split()[0]) == pytest.approx(8e9 * 4 / 8 / 2**30, abs=0.005)
+
+
+# --- the experiment ---
+
+
+def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    fields = ["--config", str(config), "--max_steps", "2"]
+    assert loop.main([*fields, "--variants", "grpo,srpo"]) == 0
+    report = (tmp_path / "runs/srpo/small/report.md").read_text()
+    for text in (
+        "| GRPO | 1 |",
+        "| SRPO | 1 |",
+        "SRPO minus GRPO, seed 0",
+        "| base | 41.1 |  |",
+        "66.5 / 74.8 / 75.6",
+    ):
+        assert text in report
+    for name in ("accuracy", "hours", "training", "last"):
+        assert (tmp_path / f"runs/srpo/small/figures/additions_{name}.png").stat().st_size > 5000
+    samples = tmp_path / "runs/srpo/small-additions/srpo-seed0/eval/checkpoint-2/additions/samples.jsonl"
+    before = samples.stat().st_mtime_ns
+    assert train.main(fields) == evaluate.main(["run", *fields]) == 0
+    assert "done already" in capsys.readouterr().out
+    assert samples.stat().st_mtime_ns == before
+
+
+def test_the_configs_own_dataset_may_be_named(config, capsys):
+    assert loop.main(["--config", str(config), "--datasets", "additions", "--dry_run"]) == 0
+    assert loop.main(["--config", str(config), "--datasets", "all", "--dry_run"]) == 0
+    assert loop.main(["--config", str(config), "--datasets", "chemistrie", "--dry_run"]) == 2
+
+
+def test_data_that_is_missing_is_said_before_the_first_training(config, capsys, tmp_path, monkeypatch):
+    paper = ["--config", str(config), "--datasets", "all"]
+    assert loop.main(paper) == 2
+    assert "tooluse is on no hub" in capsys.readouterr().err
+    assert loop.main([*paper, "--dry_run"]) == 0
+    assert "missing: tooluse is on no hub" in capsys.readouterr().out
+    monkeypatch.setattr(loop, "run_stages", lambda *_: pytest.fail("a training has begun"))
+    (tmp_path / "data/chemistry").mkdir(parents=True)
+    assert loop.main([*paper, "--data", str(tmp_path / "data")]) == 2
+    assert "holds no test.json" in capsys.readouterr().err
+
+
+def test_unknown_variants_are_one_sentence(config, capsys):
+    assert loop.main(["--config", str(config), "--variants", "ppo"]) == 2
+    assert "choose among srpo, grpo, sdpo" in capsys.readouterr().err

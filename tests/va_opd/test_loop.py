@@ -1,0 +1,54 @@
+"""VA-OPD's experiment: its stages, end to end, what stops it at its start."""
+
+import json
+from pathlib import Path
+
+from va_opd import loop, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_seed_has_its_base_and_teacher_and_the_report_is_of_one_that_ran():
+    """The report of a seed looks for the base and the teacher of that seed."""
+    fields = ["--config", str(ROOT / "va_opd/configs/tiny.yaml")]
+    stages = loop.plan(fields, train.parse(fields)[0], ["va_opd"], ["1", "2"], ["python", "-m"])
+    seeds = {name: words[words.index("--seed") + 1] for stage in stages[1:] for name, words in stage}
+    assert seeds == {
+        **{f"{kind}-seed{seed}": seed for kind in ("train-va_opd", "evaluate-va_opd") for seed in "12"},
+        **{f"evaluate-{kind}-seed{seed}": seed for kind in ("base", "teacher") for seed in "12"},
+        "report": "1",
+    }
+
+
+def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(
+    config, tmp_path, tiny_models, capsys, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    fields = ["--config", str(config), "--max_steps", "2", "--variants", "va_opd"]
+    assert loop.main(fields) == 0
+    folder = tmp_path / "runs/va_opd/small"
+    report = (folder / "report.md").read_text()
+    for name in ("Base student", "Standard OPD", "VA-OPD", "Teacher", "| CoT-SFT | 39.7 |  |"):
+        assert name in report
+    for name in ("accuracy", "training", "va_mass", "va_tokens"):
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
+    selection = json.loads((folder / "va_opd-seed0/eval/selection.json").read_text())
+    assert selection["best"] == 2 and set(selection["accuracy"]) == {"2"}
+    assert "Checkpoint chosen on these problems: VA-OPD." in report
+    assert "| accuracy, last checkpoint |" in report
+    before = (folder / "va_opd-seed0/eval/digits/samples.jsonl").stat().st_mtime_ns
+    assert loop.main(fields) == 0
+    assert (folder / "va_opd-seed0/eval/digits/samples.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_failing_stage_stops_the_experiment(config, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert loop.main(["--config", str(config), "--max_prompt_length", "5"]) == 2
+    assert "above max_prompt_length=5" in capfd.readouterr().out
+    assert loop.main(["--config", str(config), "--variants", "opdd"]) == 2
+
+
+def test_an_unknown_benchmark_stops_the_experiment_at_its_start(config, capsys, tmp_path):
+    assert loop.main(["--config", str(config), "--benchmarks", "mmstar,mathvista2"]) == 2
+    assert "unknown benchmarks mathvista2; choose among" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

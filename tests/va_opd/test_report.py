@@ -1,0 +1,78 @@
+"""Tables and figures of VA-OPD from records of runs."""
+
+import json
+
+import pytest
+
+from benchmarks import va_opd as report
+from common.evaluation import load_benchmark, score_responses
+from common.runs import atomic_write_json, write_jsonl
+from va_opd import train
+
+
+def test_the_report_shows_the_last_checkpoint_beside_the_chosen_one(tmp_path, config):
+    args, _ = train.parse(["--config", str(config)])
+    scores = {"opd": {4: [1, 0, 0, 0], 12: [0, 0, 0, 1]}, "va_opd": {4: [1, 1, 1, 0], 12: [1, 1, 0, 0]}}
+    for name, by_step in scores.items():
+        out = tmp_path / f"{name}-seed0" / "eval"
+        atomic_write_json(out / "selection.json", {"accuracy": dict.fromkeys(map(str, by_step), 0.5), "best": 4})
+        for step, values in by_step.items():
+            records = [{"id": str(i), "sample": 0, "score": value} for i, value in enumerate(values)]
+            write_jsonl(out / f"checkpoint-{step}" / "digits" / "scored.jsonl", records)
+    last = {name: report.last_checkpoint_scores(tmp_path / f"{name}-seed0", args) for name in scores}
+    assert last["va_opd"] == [[1], [1], [0], [0]]
+    assert report.last_checkpoint_scores(tmp_path, args) is None and report.selection_line({}) == ""
+    best = {name: {"true": [[v] for v in by_step[4]]} for name, by_step in scores.items()}
+    chosen, plain = report.difference_line(best, last).split("\n\n")
+    assert "(checkpoint chosen on these problems): +0.500" in chosen and "last checkpoints: +0.250" in plain
+    assert report.difference_line(best, {}).startswith("VA-OPD minus Standard OPD on the same problems: +0.500")
+
+
+def test_accuracy_over_hours_says_when_va_opd_has_what_opd_ends_with(tmp_path):
+    """Steps sort as numbers; a run without a choice of the checkpoint, and one of an older version, have no curve."""
+    accuracy = {"opd": {"50": 0.3, "100": 0.4}, "va_opd": {"100": 0.45, "50": 0.41}, "kd": {"50": 0.3}, "sft": None}
+    runs = {name: tmp_path / name for name in accuracy}
+    for name, values in accuracy.items():
+        hours = {"hours": {step: int(step) / 20 for step in values}} if name in ("opd", "va_opd") else {}
+        if values:
+            atomic_write_json(runs[name] / "eval/selection.json", {"accuracy": values, "best": 50, **hours})
+    curves = report.accuracy_by_hours(runs, {"base": {"true": [[0, 0, 0, 1]]}})
+    assert {name: [tuple(point.values()) for point in points] for name, points in curves.items()} == {
+        "opd": [(0.0, 0.25), (2.5, 0.3), (5.0, 0.4)],
+        "va_opd": [(0.0, 0.25), (2.5, 0.41), (5.0, 0.45)],
+    }
+    said = report.hours_line(curves)
+    assert said.startswith("Standard OPD ends at 0.400 after 5 h of training, and VA-OPD has that after 2.5 h. In")
+    low = {**curves, "va_opd": curves["va_opd"][:1]}
+    assert "and no checkpoint of VA-OPD has that. In" in report.hours_line(low)
+    fallen = {**curves, "opd": [{"hours": 5.0, "accuracy": 0.2}]}  # below the base student
+    assert "and VA-OPD has that after 2.5 h. In" in report.hours_line(fallen)
+    assert report.hours_line({"opd": curves["opd"]}) == "" and report.accuracy_by_hours({}, {}) == {}
+
+
+def test_tables_of_the_benchmarks_stand_beside_the_papers(vision_data, tmp_path):
+    """Scores by hand: of 8 questions OPD has 4 right and VA-OPD 6 on MMStar; HallusionBench 1/3 and 1."""
+    folder = tmp_path / "geo3k"
+    right = {"opd": ([1, 1, 1, 1, 0, 0, 0, 0], ["yes"] * 8), "va_opd": ([1, 1, 1, 1, 1, 1, 0, 0], ["no", "yes"] * 4)}
+    for name, (letters, words) in right.items():
+        texts = {"mmstar": ["A" if one else "B" for one in letters], "hallusionbench": words}
+        for benchmark, answers in texts.items():
+            lines = [json.dumps({"id": i, "sample": 0, "response": text}) + "\n" for i, text in enumerate(answers)]
+            path = tmp_path / f"{name}-{benchmark}.jsonl"
+            path.write_text("".join(lines))
+            score_responses(load_benchmark(benchmark, vision_data), path, folder / f"{name}-seed0" / "eval")
+    results = report.vision_results(folder, 0)
+    assert results["va_opd"].keys() == {"mmstar", "hallusionbench"}
+    value, low, high = report.mean_score(results["va_opd"], ("mmstar",))
+    assert (value, 100 * results["va_opd"]["mmstar"]["interval"][0]) == (75.0, pytest.approx(low)) and high > 75
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in report.paper_table(results).splitlines()}
+    assert len(lines["VA-OPD"]) == 21 and lines["VA-OPD"][16].startswith("75.0 (+15.1) [")
+    assert lines["Standard OPD"][10].startswith("33.3 (-18.7) [") and lines["GRPO"][16] == ""
+    table = report.vision_differences(folder, 0, results)
+    assert "| MMStar | +0.2 | +25.0 | [" in table and "| HallusB | +2.5 | +66.7 | [" in table
+    assert "| MMMU | +0.6 |  |  |  |" in table and "| Visual | +1.5 |  |  |  |" in table
+    value, low, high = report.mean_score(results["va_opd"], ("hallusionbench", "mmstar"))
+    assert value == pytest.approx((75 + 100) / 2) and low < value <= high
+    assert "| 8B -> 2B, Geometry3K | 45.4 -> 48.3 (+2.9) |  | 64.6 -> 66.1 (+1.5) |  |" in report.scaling_table(
+        tmp_path, 0
+    )

@@ -1,0 +1,166 @@
+"""Settings of VA-OPD's command line: presets, mistakes in one sentence, what is made of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from training_runs import fails
+
+from common.cli import changed_settings
+from common.tiny import tiny_qwen3_vl
+from va_opd import loop, train
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "va_opd" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_parsed_and_dry_run(path, capsys):
+    assert train.main(["--config", str(path), "--dry_run"]) == 0
+    assert loop.main(["--config", str(path), "--dry_run", "--gpus", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "memory a process" in printed or "memory: unknown" in printed
+    assert "-m va_opd.train --config" in printed and "--num_processes 8" in printed
+
+
+def test_the_paper_config_is_the_papers():
+    args, config = train.parse(["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), "--dry_run"])
+    rollouts = 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert (rollouts, config.num_generations, rollouts // config.num_generations) == (64, 4, 16)
+    assert (config.learning_rate, config.adam_beta1, config.adam_beta2, config.weight_decay) == (1e-6, 0.9, 0.95, 0.1)
+    assert (config.lr_scheduler_type, config.warmup_steps, config.num_train_epochs) == ("cosine", 0.05, 5)
+    assert (config.temperature, config.top_p, config.max_completion_length) == (0.7, 0.95, 4096)
+    assert (config.max_grad_norm, config.seed, config.bf16, config.kl_temperature) == (1.0, 42, True, 1.0)
+    assert (config.degradation_ratio, config.weight_temperature, config.va_eps) == (0.1, 1.0, 1e-6)
+    assert (config.top_fraction, config.high_weight, config.weighting) == (0.2, 0.5, "va")
+    assert (args.validation_size, args.eval_samples, args.eval_temperature, config.save_steps) == (200, 8, 1.0, 50)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("experiment: 12", r"experiment must be a text \(in quotes\), got 12"),
+        ("benchmarks: [wemath, mmstar]", r"benchmarks must be a text \(in quotes\), got \['wemath', 'mmstar'\]"),
+        ("model:", "model must be a text .*, got None"),
+        ("limit: true", "limit must be int, got True"),
+        ("lora_rank: 2.5", "lora_rank must be int, got 2.5"),
+        ("learning_rate: yes", "learning_rate must be float, got True"),
+    ],
+)
+def test_a_value_in_yaml_of_another_type_is_one_clear_sentence(config, tmp_path, line, message):
+    path = tmp_path / "other.yaml"
+    path.write_text(f"{config.read_text()}\n{line}\n")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train.parse(["--config", str(path)])
+    path.write_text(f"{config.read_text()}\nlearning_rate: 1\nlimit: null\nload_in_4bit: 0\n")
+    assert train.parse(["--config", str(path)])[1].learning_rate == 1.0
+
+
+def test_the_command_line_wins_over_the_file(config):
+    _, settings = train.parse(["--config", str(config), "--method", "opd", "--seed", "7"])
+    assert (settings.weighting, settings.seed, settings.max_steps) == ("none", 7, 6)
+    assert settings.output_dir.endswith("va_opd/small/opd-seed7")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["--learning_rat", "1e-3"], "did you mean 'learning_rate'"),
+        (["--num_generations", "1"], "num_generations=1"),
+        (["--num_generations", "3"], "do not divide into groups"),
+        (["--model", "nowhere/at/all"], "no such folder"),
+        (["--teacher", "/nowhere"], "no such folder"),
+        (["--dataset", "digit"], "dataset must be"),
+        (["--dataset", "geo3k", "--data", "/nowhere"], "no local path"),
+        (["--limit", "1"], "fewer than the 2 of one optimizer step"),
+        (["--max_prompt_length", "5"], "above max_prompt_length=5"),
+        (["--weighting", "vision"], "weighting"),
+        (["--config_file", "x"], "unknown field"),
+        (["--limit", "0"], "limit must be at least 1, got 0"),
+        (["--eval_samples", "0"], "eval_samples must be at least 1, got 0"),
+        (["--eval_temperature", "nan"], "eval_temperature must be at least 0 and finite"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1, and whole, got 0"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, and whole, got 0"),
+        (["--learning_rate", "nan"], "learning_rate must be at least 0 and finite"),
+        (["--learning_rate", "-1"], "learning_rate must be at least 0 and finite"),
+        (["--max_completion_length", "0"], "max_completion_length must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing_trained(config, capsys, fields, message, tmp_path):
+    if fields[0] == "--weighting":  # argparse's own list of choices
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--config", str(config), *fields])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    else:
+        assert message in fails(train, capsys, config, *fields)
+    assert not list(tmp_path.glob("runs/**/model"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [1", "is no YAML"), ("a: \x00", "is no YAML"), ("1: 2", "unknown field '1'"), ("- 1", "holds no mapping")],
+)
+def test_a_broken_config_file_is_one_sentence(tmp_path, capsys, content, message):
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    for argv in (["--config", str(path)], [f"--config={path}"]):
+        assert train.main(argv) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_missing_and_an_odd_config_file(tmp_path, capsys):
+    assert "does not exist" in fails(train, capsys, tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    assert "no mapping" in fails(train, capsys, tmp_path / "list.yaml")
+
+
+def test_a_teacher_with_other_tokens_is_refused(config, capsys, tmp_path, tiny_models):
+    model, processor = tiny_qwen3_vl(hidden=32)
+    processor.tokenizer.add_tokens(["<extra>"])
+    model.save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    assert "different vocabularies" in fails(train, capsys, config, "--teacher", str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>"])
+def test_a_special_token_in_a_problem_stops_the_run_at_its_start(config, capsys, tmp_path, token):
+    Image.new("RGB", (64, 48), "white").save(tmp_path / "a.png")
+    for split, problem in (("train", "Find <image> x."), ("validation", f"Find {token} x.")):
+        rows = [{"problem": problem if i else "Find x.", "images": ["a.png"], "answer": "1"} for i in range(8)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    message = fails(train, capsys, config, "--dataset", "geo3k", "--data", str(tmp_path), "--min_pixels", "16")
+    assert f"the prompt of row 1 holds {token}, a special token of the model: put a space" in message
+
+
+def test_a_truncated_image_stops_the_run_at_its_start(config, capsys, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        Image.new("RGB", (64, 48), "white").save(folder / f"{split}.png")
+        rows = [{"problem": f"Find x{i}.", "images": [f"{split}.png"], "answer": "1"} for i in range(8)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with (folder / "train.png").open("r+b") as file:
+        file.truncate(60)
+    assert "unreadable images" in fails(train, capsys, config, "--dataset", "geo3k", "--data", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        *(([], "va_opd"), (["--weighting", "rollout"], "rollout_only"), (["--weighting", "token"], "token_only")),
+        *((["--weighting", "none"], "opd"), (["--method", "opd"], "opd"), (["--method", "kd"], "kd")),
+    ],
+)
+def test_a_run_is_named_as_its_row_in_the_report(config, fields, name):
+    assert train.run_path(*train.parse(["--config", str(config), *fields])).name == f"{name}-seed0"
+
+
+def test_the_saved_settings_are_the_same_run_again(config, tmp_path):
+    args, settings = train.parse(["--config", str(config), "--method", "opd", "--top_fraction", "0.3"])
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(yaml.safe_dump(changed_settings(args, settings)))
+    again_args, again = train.parse(["--config", str(saved), "--out", args.out])
+    assert changed_settings(again_args, again) == changed_settings(args, settings)
+    assert again.output_dir == settings.output_dir
