@@ -75,6 +75,8 @@ PAPER_MODELS = {"qwen3_8b": "Qwen3-8B", "qwen3_4b": "Qwen3-4B"}
 CURVES = {
     "reward": "reward of rollouts",
     "route/sdpo": "share routed to SDPO",
+    "route/grpo": "share routed to GRPO",
+    "route/teacher_available": "share with a correct sibling",
     "teacher/entropy": "teacher entropy, nats",
     "completions/mean_length": "response length, tokens",
     "entropy": "policy entropy, nats",
@@ -346,7 +348,8 @@ def figures(folder: Path, dataset: str, runs: dict[tuple[str, str], Path]) -> li
         drawn.append(plots.training_curves(points, hours, path, 1, "hours of training", over="hours"))
     logged = {NAMES[name]: lines for name, run in first.items() if (lines := _metrics(run))}
     if logged:
-        drawn.append(plots.training_curves(logged, CURVES, folder / f"{dataset}_training.png"))
+        path = folder / f"{dataset}_training.png"  # the paper's figures are means of five steps with such a band
+        drawn.append(plots.training_curves(logged, CURVES, path, smooth=5, band=True))
     bars = {
         NAMES[name]: {"last checkpoint": (avg_at_k(scores), *interval(scores))}
         for name, run in first.items()

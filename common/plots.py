@@ -14,6 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy.lib.stride_tricks import sliding_window_view
 
 # Okabe and Ito's palette: told apart with any colour vision
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,6 +35,7 @@ def training_curves(
     smooth: int = 3,
     unit: str = "step",
     over: str = "step",
+    band: bool = False,
 ) -> Path:
     """Small multiples, one for each metric that a run has logged, one line for each run.
 
@@ -43,6 +45,7 @@ def training_curves(
         smooth: lines show the mean over so many logged points.
         unit: label of the horizontal axis, what `step` counts.
         over: what the lines have on the horizontal axis.
+        band: shade a standard deviation of these points on both sides of their mean.
     """
     present = [name for name in metrics if any(name in line for lines in runs.values() for line in lines)]
     if not present:
@@ -56,11 +59,16 @@ def training_curves(
                 [(line[over], line[metric]) for line in lines if line.get(metric) is not None], dtype=float
             )
             if len(points):
-                shown = _smoothed(points, smooth)
+                shown, spread = _smoothed(points, smooth)
                 marker = "o" if len(shown) == 1 else None  # a line of one point would not be seen
-                axes.plot(*shown.T, marker=marker, label=name, color=PALETTE[number % len(PALETTE)])
+                color = PALETTE[number % len(PALETTE)]
+                axes.plot(*shown.T, marker=marker, label=name, color=color)
+                if band:
+                    x, y = shown.T
+                    axes.fill_between(x, y - spread, y + spread, color=color, alpha=0.15, linewidth=0)
         is_smoothed = any(len(lines) >= 2 * smooth > 2 for lines in runs.values())
-        axes.set(xlabel=f"{unit} (means of {smooth} logged ones)" if is_smoothed else unit, ylabel=metrics[metric])
+        means = f" (means of {smooth} logged ones{', ± their standard deviation' * band})" * is_smoothed
+        axes.set(xlabel=unit + means, ylabel=metrics[metric])
         whole = {"integer": True, "min_n_ticks": 1} if over == "step" else {"nbins": 6}  # 0.0025 is long for a tick
         axes.xaxis.get_major_locator().set_params(**whole)
         _light(axes)
@@ -166,11 +174,11 @@ def _place(tokens: Sequence[str]) -> tuple[list[tuple[int, int, str]], int]:
     return boxes, line + 1
 
 
-def _smoothed(points: np.ndarray, window: int) -> np.ndarray:
-    if len(points) < 2 * window:
-        return points
-    kernel = np.ones(window) / window
-    return np.stack([np.convolve(column, kernel, mode="valid") for column in points.T], axis=1)
+def _smoothed(points: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rolling means (M, 2) of (N, 2) points, and the standard deviation (M,) of the second column in each window; too
+    few points stay as they are."""
+    windows = sliding_window_view(points, window if len(points) >= 2 * window else 1, axis=0)
+    return windows.mean(-1), windows[:, 1].std(-1)
 
 
 def _light(axes) -> None:

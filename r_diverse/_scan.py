@@ -89,7 +89,8 @@ def _multiplier(codes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     import torch
 
     weights = torch.ops.onednn.qlinear_prepack(torch.from_numpy(codes), [ROWS, codes.shape[1]])
-    layer, ones, zeros = torch.ops.onednn.qlinear_pointwise, torch.ones(len(codes)), torch.zeros(len(codes)).long()
+    layer, zeros = torch.ops.onednn.qlinear_pointwise, torch.zeros(len(codes), dtype=torch.long)
+    ones = torch.ones(len(codes), dtype=torch.float32)  # whatever the default dtype is
 
     def multiply(rows: np.ndarray) -> np.ndarray:
         unsigned = torch.from_numpy(rows.view(np.uint8) ^ 128)  # the code plus 128

@@ -21,6 +21,7 @@ from common.cli import changed_settings
 from common.evaluation import Benchmark, Completion, evaluate
 from common.once import once
 from common.runs import RunFolder, append_jsonl, atomic_write_json, write_jsonl
+from srpo.data import DATASETS
 from srpo.evaluate import within_budgets
 from srpo.train import DERIVED
 from srpo.train import parse as parse_srpo
@@ -355,6 +356,76 @@ def test_an_experiment_with_a_longer_name_is_another_one(made, runs):
     assert before == after
     rows = Page(runs / "report.html").rows
     assert [row[1] for row in rows if row[0] == "SRPO" and len(row) == 6] == ["mini", "mini-b"]
+
+
+@pytest.mark.parametrize("name", va_opd.PAPER)
+def test_va_opds_averages_follow_from_its_benchmarks(name):
+    wemath, mathvista, mathverse, math_avg, *visual, visual_avg = va_opd.PAPER[name]
+    assert np.mean([wemath, mathvista, mathverse]) == pytest.approx(math_avg, abs=0.051)
+    assert np.mean(visual) == pytest.approx(visual_avg, abs=0.051)
+
+
+def test_va_opds_gains_are_the_papers():
+    gains = np.subtract(va_opd.PAPER["va_opd"], va_opd.PAPER["opd"])
+    assert gains.round(1).tolist() == [3.3, 2.7, 2.8, 2.9, 2.5, 2.4, 0.6, 0.2, 1.7, 1.5]
+    scaling = {name: np.diff(pairs)[:, 0].round(1).tolist() for name, (_, *pairs) in va_opd.SCALING.items()}
+    assert scaling == {
+        "geo3k_teacher_4b": [2.1, 0.8],
+        "geo3k": [2.9, 1.5],
+        "geo3k_teacher_32b": [3.7, 2.0],
+        "virl39k": [3.8, 2.5],
+    }
+    _, (opd_math, va_math), (opd_visual, va_visual) = va_opd.SCALING["geo3k"]  # Table 2 has a row of Table 1
+    for name, math_avg, visual_avg in (("opd", opd_math, opd_visual), ("va_opd", va_math, va_visual)):
+        assert (va_opd.PAPER[name][3], va_opd.PAPER[name][9]) == (math_avg, visual_avg)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name"), [(e, n) for e in srpo.PAPER for n in ("base", "grpo", "sdpo", "srpo")]
+)
+def test_srpos_averages_follow_from_its_benchmarks(experiment, name):
+    *each, average = ([float(x) for x in cell.split(" / ")] for cell in srpo.PAPER[experiment][name])
+    assert np.mean(each, axis=0) == pytest.approx(average, abs=0.051)
+
+
+def test_the_papers_columns_are_in_the_order_of_the_data_sets():
+    base = dict(zip([*DATASETS, "average"], srpo.PAPER["qwen3_8b"]["base"], strict=True))
+    assert base == {
+        "chemistry": "41.1",
+        "physics": "58.7",
+        "biology": "30.5",
+        "materials": "59.3",
+        "tooluse": "57.9",
+        "average": "49.5",
+    }
+    student = dict(zip(va_opd.COLUMNS, va_opd.PAPER["base"], strict=True))
+    assert (student["WeMath"], student["MathVerse"], student["MMMU"], student["OCRB"]) == (36.8, 19.6, 49.1, 85.9)
+    assert {name: benchmarks[0] for name, benchmarks in va_opd.COLUMNS.items() if len(benchmarks) == 1} == {
+        "WeMath": "wemath",
+        "MathVista": "mathvista",
+        "MathVerse": "mathverse",
+        "HallusB": "hallusionbench",
+        "AI2D": "ai2d",
+        "MMMU": "mmmu",
+        "MMStar": "mmstar",
+        "OCRB": "ocrbench",
+    }
+
+
+@pytest.mark.parametrize(
+    ("experiment", "baseline", "gains"),
+    [
+        ("qwen3_8b", "grpo", [4.1, 4.8, 2.2, 3.7, 2.2]),
+        ("qwen3_8b", "sdpo", [2.4, 4.4, 14.3, 4.9, 5.5]),
+        ("qwen3_4b", "grpo", [4.4, 2.1, 10.3, 1.2, 4.1]),
+        ("qwen3_4b", "sdpo", [5.4, 7.3, 11.8, 7.0, 5.9]),
+    ],
+)
+def test_srpos_gains_after_ten_hours_are_the_papers(experiment, baseline, gains):
+    ours, theirs = (
+        [float(cell.split(" / ")[-1]) for cell in srpo.PAPER[experiment][name][:5]] for name in ("srpo", baseline)
+    )
+    assert np.subtract(ours, theirs).round(1).tolist() == gains
 
 
 def test_ours_beside_the_papers_table():

@@ -289,13 +289,10 @@ def load_splits(
     validation = load_validation(dataset, source, validation_source, validation_size, **options)
     if dataset == "digits":
         return DatasetDict(train=digit_rows("train", limit or 2000, seed=0), validation=validation)
-    hub_id = SOURCES[dataset].hub_id
-    train = load_rows(source or hub_id, "train", limit, **options)
-    expected = SOURCES[dataset].rows["train"]
-    if limit is None and (source or hub_id) == hub_id and len(train) != expected:
-        raise ValueError(
-            f"data {hub_id!r} has {len(train)} training rows, the paper's has {expected}: the copy changed"
-        )
+    source = source or SOURCES[dataset].hub_id
+    train = load_rows(source, "train", limit, **options)
+    if limit is None:
+        _check_count(dataset, source, "train", train)
     return DatasetDict(train=train, validation=validation)
 
 
@@ -315,7 +312,17 @@ def load_validation(
             "problems to hold out as validation_data, or a folder with both splits as data"
         )
     rows = load_rows(validation_source, "validation", **options)
+    _check_count("geo3k", validation_source, "validation", rows)  # of others the same seed draws other problems
     return rows.select(validation_ids(rows, size))
+
+
+def _check_count(dataset: str, source: str, split: str, rows: Dataset) -> None:
+    expected = SOURCES[dataset].rows[split]
+    if source == SOURCES[dataset].hub_id and len(rows) != expected:
+        raise ValueError(
+            f"data {source!r} has {len(rows)} rows in split {split}, the paper's has {expected}: the copy changed; "
+            "name another copy as data or validation_data"
+        )
 
 
 # What the tiny preset starts from. The base student stops on measured accuracy and not on a step count, because the

@@ -72,6 +72,26 @@ def test_curves_over_hours_have_few_ticks_and_no_whole_ones_only(tmp_path, monke
     assert axes.get_xlabel() == "hours" and 2 < len(inside) <= 6
 
 
+@pytest.mark.parametrize(("count", "window"), [(12, 5), (9, 5), (10, 1)])
+def test_rolling_means_and_their_band(tmp_path, monkeypatch, count, window):
+    """Fewer than two windows are drawn as they are, without a spread."""
+    figures, size = [], window if count >= 2 * window else 1
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure) or path)
+    values = np.random.default_rng(0).normal(size=count)
+    lines = [{"step": step, "loss": value} for step, value in enumerate(values)]
+    plots.training_curves({"a": lines}, {"loss": "loss"}, tmp_path / "a.png", window, band=True)
+    plots.training_curves({"a": lines}, {"loss": "loss"}, tmp_path / "a.png", window)
+    for figure, has_band in zip(figures, (True, False), strict=True):
+        (axes,) = figure.axes
+        parts = [values[i : i + size] for i in range(count - size + 1)]
+        assert axes.get_lines()[0].get_ydata() == pytest.approx([part.mean() for part in parts])
+        assert axes.get_lines()[0].get_xdata() == pytest.approx([i + (size - 1) / 2 for i in range(len(parts))])
+        assert len(axes.collections) == has_band
+        assert ("means of 5" in axes.get_xlabel()) == (size == 5)
+    highest = max(part.mean() + part.std() for part in parts)
+    assert figures[0].axes[0].collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(highest)
+
+
 def test_bars_with_a_missing_condition_and_values_at_the_ends(tmp_path):
     table = {
         "a very long name of a variant": {"true": (1.0, 0.95, 1.0), "other": (0.0, 0.0, 0.05)},

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from r_diverse_loops import empty_config, small
 
+from benchmarks import r_diverse as report
 from common import models
 from common.lora import lora_config
 from r_diverse import RDiverseConfig, evaluate, loop, train
@@ -238,8 +239,11 @@ def test_every_config_has_a_dry_run(config, capsys):
 
 
 def test_the_paper_presets_have_the_papers_batches():
-    for name in ("qwen3_4b", "qwen3_8b"):
-        text = dry_run(parse(["--config", str(ROOT / f"r_diverse/configs/{name}.yaml")]))
+    for size in ("4b", "8b"):
+        settings = parse(["--config", str(ROOT / f"r_diverse/configs/qwen3_{size}.yaml")])
+        assert (settings.run.model, settings.run.iterations) == (f"Qwen/Qwen3-{size.upper()}-Base", 5)
+        assert sorted(evaluate.benchmark_names(settings.run)) == sorted([*report.MATH, *report.GENERAL])
+        text = dry_run(settings)
         assert "20 optimizer steps of 512 rollouts" in text
         assert "a generation batch has 512 prompts x 4 rollouts" in text
         assert "60 optimizer steps of 640 rollouts" in text

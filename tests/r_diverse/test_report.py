@@ -44,11 +44,27 @@ def test_the_papers_averages_follow_from_its_benchmarks(experiment, key):
     assert report.mean_of([report.mean_of(found[:7]), *found[7:]]).value == pytest.approx(overall, abs=0.011)
 
 
+def test_the_papers_ablations_have_its_differences():
+    table = {name: row for (name, t), row in report.PAPER["qwen3_4b"].items() if t == 5}
+    losses = {name: round(row[0] - 52.59, 2) for name, row in table.items() if len(row) == 1}
+    assert losses == {
+        "no_map": -2.97,
+        "no_map_penalty": -2.71,
+        "no_replay": -1.41,
+        "no_sam": -2.09,
+        "no_code": -1.80,
+        "no_embedding": -1.54,
+    }
+
+
 def test_all_rows_of_the_paper_are_there_and_ours_is_empty_where_nothing_ran(tmp_path):
     run = evaluated(tmp_path / "r_diverse-seed0", {0: {}, 1: {}})
     table = rows("qwen3_4b", {("r_diverse", "0"): run})
-    assert len(table) == 2 * 17  # base, two methods of five iterations, six ablations
+    assert len(table) == 2 * 17 + 2  # base, two methods of five iterations, six ablations; two methods of others
+    assert table["paper: SPIRAL"][:2] == ["47.00", "34.22"] and "ours: SPIRAL" not in table
     assert table["paper: R-Diverse, 5 iterations"][:3] == ["52.59", "36.68", "60.23"]
+    base = dict(zip(TEN, table["paper: base"][2:], strict=True))
+    assert (base["aime24"], base["aime25"], base["math500"], base["bbeh"]) == ("10.94", "6.15", "68.20", "7.57")
     assert table["paper: R-Zero, 4 iterations"] == ["46.52", "34.81", *[""] * 10]
     assert table["paper: without MAP, 5 iterations"] == ["49.62", *[""] * 11]
     assert {cell for name, cells in table.items() if name.startswith("ours") for cell in cells} == {""}
@@ -91,6 +107,8 @@ def test_another_experiment_has_no_difference_to_the_papers_models(tmp_path):
     table = rows("single_gpu", {("gate", "0"): run})
     assert [name for name in table if name.startswith("paper")] == [
         "paper: base",
+        "paper: Absolute Zero",
+        "paper: SPIRAL",
         "paper: R-Diverse, 3 iterations",
         "paper: R-Diverse, 5 iterations",
         "paper: R-Zero, 3 iterations",

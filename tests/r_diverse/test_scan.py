@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from r_diverse import _scan
 
@@ -156,6 +157,18 @@ def test_products_of_codes(dim):
     assert np.abs(products - exact).max() <= _scan.SUM_ROUNDING * dim
     if dim <= 96:
         assert (products == exact).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_torch_has_no_effect(dtype):
+    rng = np.random.default_rng(0)
+    rows, queries = gaussian(rng, 50, 8), gaussian(rng, 3, 8).astype(np.float64)
+    expected = _scan.nearest_rows(queries, blocks(rows, 10))
+    torch.set_default_dtype(dtype)
+    try:
+        assert (_scan.nearest_rows(queries, blocks(rows, 10)) == expected).all()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_without_torch_it_is_not_fast(monkeypatch):

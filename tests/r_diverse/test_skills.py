@@ -11,7 +11,7 @@ from r_diverse_coders import Counting, HashEncoder
 from r_diverse import engines, objective, skills
 from r_diverse.arithmetic import ArithmeticCoder
 from r_diverse.memory import MemoryBank
-from r_diverse.skills import Program, SkillEncoder
+from r_diverse.skills import ModelCoder, Program, SkillEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,6 +178,40 @@ def test_an_encoder_without_a_commit_is_named_by_its_revision_and_its_own_limit_
     monkeypatch.setattr(library, "SentenceTransformer", Model)
     assert skills.SentenceEncoder("org/x", revision="v1").name == "org/x v1 (512 tokens)"
     assert skills.SentenceEncoder("org/x", max_tokens=64).name == "org/x (64 tokens)"
+
+
+def test_programs_have_2048_tokens_and_texts_4096(monkeypatch, tokenizer):
+    """The limits of SAM, and the prompt of each question as it is without a prefix."""
+    library = pytest.importorskip("sentence_transformers")
+    asked = []
+
+    class Model(list):
+        def __init__(self, name):
+            self.max_seq_length = 32_768
+
+        def eval(self):
+            return self
+
+        def get_embedding_dimension(self):
+            return 2
+
+        def encode(self, texts, **options):
+            asked.append((list(texts), options["prompt"]))
+            return np.ones((len(texts), 2), np.float32)
+
+    class Engine:
+        name = "coder"
+
+        def generate(self, prompts, budget, stop):
+            asked.append((budget, stop))
+            return [None] * len(prompts)
+
+    monkeypatch.setattr(library, "SentenceTransformer", Model)
+    encoder = skills.SentenceEncoder("org/x")
+    encoder.encode(["def solver(n1=1):\n    return n1"])
+    ModelCoder(Engine(), tokenizer).write(["1 + 1"])
+    assert encoder.model.max_seq_length == 4096
+    assert asked == [(["def solver(n1=1):\n    return n1"], ""), (2048, "</CODE>")]
 
 
 # --- packages that are not there ---

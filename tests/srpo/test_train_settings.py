@@ -9,6 +9,7 @@ import yaml
 from datasets import Dataset
 from training_runs import fails
 
+from benchmarks import srpo as report
 from common.cli import changed_settings
 from srpo import checks, loop, train
 
@@ -36,7 +37,14 @@ def test_the_paper_configs_are_the_papers(size):
     assert (args.model, config.learning_rate, config.entropy_beta) == (f"Qwen/Qwen3-{size.upper()}", 5e-6, 1.0)
     assert (args.eval_samples, args.eval_temperature, args.eval_top_p) == (16, 0.6, 0.95)
     assert (config.max_completion_length, config.max_prompt_length, config.temperature) == (8192, 2048, 1.0)
-    assert config.max_grad_norm == 1.0
+    assert (config.max_grad_norm, config.max_steps, config.save_steps, args.grpo_steps) == (1.0, 475, 5, 4)
+
+
+@pytest.mark.parametrize("name", loop.VARIANT_FLAGS)
+def test_a_variant_is_named_as_its_row_in_the_report(name):
+    config = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run"]
+    assert train.variant(train.parse([*config, *loop.VARIANT_FLAGS[name]])[1]) == name
+    assert name in report.NAMES
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,29 @@ def test_validation_ids_are_a_seeded_sorted_draw_without_repeats():
     rows = Dataset.from_dict({"id": list(range(300))})
     ids = data.validation_ids(rows)
     assert ids == sorted(set(ids)) and len(ids) == 200 and ids != data.validation_ids(rows, seed=43)
+    assert ids == data.validation_ids(rows, seed=42)
     with pytest.raises(ValueError, match="200"):
         data.validation_ids(rows.select(range(199)))
+
+
+@pytest.mark.parametrize(("dataset", "trained"), [("geo3k", 2101), ("virl39k", 38_870)])
+def test_another_number_of_rows_on_the_hub_is_another_copy(monkeypatch, dataset, trained):
+    counts = {"train": trained, "validation": 300}
+
+    def load(source, split, limit=None, **options):
+        return Dataset.from_dict({"id": list(range(limit or counts[split]))})
+
+    monkeypatch.setattr(data, "load_rows", load)
+    splits = data.load_splits(dataset)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": trained, "validation": 200}
+    counts["train"] -= 1
+    with pytest.raises(ValueError, match=f"{trained - 1} rows in split train, the paper's has {trained}"):
+        data.load_splits(dataset)
+    assert len(data.load_splits(dataset, limit=5)["train"]) == 5
+    assert len(data.load_splits(dataset, "mine/copy", "mine/copy")["train"]) == trained - 1
+    counts["validation"] = 301
+    with pytest.raises(ValueError, match="'hiyouga/geometry3k' has 301 rows in split validation, the paper's has 300"):
+        data.load_splits(dataset, limit=5)
 
 
 def test_files_without_a_row_and_a_template_without_the_problem_are_one_sentence(tmp_path):
