@@ -131,8 +131,7 @@ def same_wording(first: str, second: str, threshold: float = 0.8) -> bool:
     Dice coefficient of the word pairs of both texts, with every number replaced by one mark, at `threshold` or more.
     """
     a, b = _word_pairs(first), _word_pairs(second)
-    total = a.total() + b.total()
-    return 2 * (a & b).total() >= threshold * total if total else first == second
+    return 2 * (a & b).total() >= threshold * (a.total() + b.total())
 
 
 def _word_pairs(text: str) -> Counter[tuple[str, str]]:

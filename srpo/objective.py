@@ -147,7 +147,7 @@ def entropy_weights(entropy: torch.Tensor, mask: torch.Tensor, beta: float = 1.0
     if not mask.any():
         return torch.zeros_like(entropy)
     lowest = entropy[mask].min()  # cancels in the quotient, and keeps a large beta from making every weight 0
-    raw = torch.where(mask, (-beta * torch.where(mask, entropy - lowest, 0)).exp(), 0)
+    raw = torch.where(mask, (-beta * (entropy - lowest)).exp(), 0)
     return raw * mask.sum() / raw.sum()
 
 
@@ -188,7 +188,7 @@ def student_support(student_logits: torch.Tensor, top_k: int | None = 100) -> to
     """Ids (..., K) of the student's most likely tokens; none where the whole vocabulary is the support."""
     if top_k is None or top_k >= student_logits.size(-1):
         return None
-    return student_logits.detach().topk(top_k, dim=-1).indices
+    return student_logits.topk(top_k, dim=-1).indices
 
 
 def topk_tail_logps(logits: torch.Tensor, support: torch.Tensor | None, tail: bool = True) -> torch.Tensor:

@@ -41,7 +41,7 @@ NOT_MERGED = (
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether a model's weights are in 4 or 8 bits, or of another kind that arithmetic cannot average."""
-    return bool(getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None))
+    return getattr(model, "is_quantized", False)
 
 
 def check_mergeable(adapters: dict[str, Any]) -> None:
@@ -78,6 +78,16 @@ def begins_elsewhere(policy: nn.Module) -> bool:
         elif isinstance(module, BaseTunerLayer):
             return True
     return False
+
+
+def untie_adapted(policy: nn.Module) -> None:
+    """Gives a head that is tied to an embedding with an adapter its own weight: the adapter changes the embedding
+    alone, merging it would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embedding, head = policy.get_input_embeddings(), policy.get_output_embeddings()
+    if isinstance(embedding, BaseTunerLayer) and head.weight is embedding.get_base_layer().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 def _has_values(factor: nn.Module | nn.Parameter) -> bool:
@@ -172,9 +182,10 @@ class SelfTeacher:
             return self._zero3_copy(policy)
         teacher = copy.deepcopy(policy)
         if is_peft_model(teacher):
+            untie_adapted(teacher)
             teacher = teacher.merge_and_unload()
         teacher.__dict__.pop("forward", None)  # TRL's patched forward is bound to the policy
-        teacher = (teacher.float() if self.kind == "ema" else teacher).eval().requires_grad_(False)
+        teacher = (teacher.float() if self.kind == "ema" else teacher).requires_grad_(False)
         if self.fsdp:
             return fsdp2_prepare_model(self.accelerator, teacher)
         return teacher.to(self.accelerator.device)

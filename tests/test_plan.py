@@ -323,6 +323,21 @@ def test_programs_are_planned_where_a_coder_writes_them(capsys):
     assert ["reward: programs" in text for text in texts] == [True, True, False, False]
 
 
+def test_what_is_scored_and_moved_is_of_the_settings():
+    job = step_plan.va_opd_job(step_plan.paper_case("va_opd", 99_999, teacher_offload="true"), 8)
+    assert job.response == job.limit == 4096  # no rollout is longer, whatever the mean that is asked for
+    assert job.moved == 2 * 8e9  # bytes of its bfloat16 teacher
+    assert step_plan.va_opd_job(step_plan.paper_case("va_opd"), 8).moved == 0
+    for beta, names in (("0", ["policy: old logps"]), ("0.01", ["policy: old logps", "KL reference"])):
+        case = step_plan.paper_case("r_diverse", **{"challenger.beta": beta})
+        assert [scored.name for scored in step_plan.phase_job(case, "challenger", 4).passes] == names
+
+
+def test_the_bottleneck_takes_most_of_both_ends_together():
+    slow, fast = {"a": 5.0, "b": 4.0}, {"a": 1.0, "b": 3.0}
+    assert step_plan.bottleneck(slow, fast) == "b, 44% to 75%"
+
+
 def test_sizes_in_place_of_models(capsys):
     words = ["--method", "va_opd", "--student", "2e9", "--teacher", "32e9", "--sharding", "zero2"]
     local = run(capsys, *words)
@@ -337,14 +352,16 @@ def test_sizes_in_place_of_models(capsys):
         run(capsys, *words, "--placement", placement, "--gpu", "a100-40g").count(text)
         for placement, text in zip(("offloaded", "served"), fit, strict=True)
     ] == [1, 1]
-    server = run(capsys, *words, "--vllm_mode", "server", "--server_gpus", "8")
-    assert "rollout engine" in local and "rollout engine" not in server
+    for mode in ([], ["--vllm_mode", "server"]):
+        assert "rollout engine" not in run(capsys, *words, *mode, "--server_gpus", "8")
+    assert "rollout engine" in local
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--config", "x.yaml"], "is in no method's folder"),
+        (["--config", "old/srpo.yaml"], "is in no method's folder"),
         (["--method", "srpo", "--model", "nowhere"], "set --student 8e9"),
         (["--method", "srpo", "--train", "2,a"], "could not convert"),
         (["--method", "srpo", "--train", "0"], "--train takes one or two numbers above 0"),

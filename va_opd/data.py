@@ -13,6 +13,7 @@ from __future__ import annotations  # datasets is imported where it is used: `--
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def _budget_transform(min_pixels: int, max_pixels: int) -> Callable[[dict], dict
                 [decoded(image["bytes"], image["path"], min_pixels, max_pixels) for image in images]
                 for images in batch["images"]
             ]
-        if "prompt" in batch:  # a column of mixed parts comes back with "text": None on image parts
+        if "prompt" in batch:  # behind a thousand rows of text alone, image parts come back with "text": None
             batch["prompt"] = [
                 [
                     {**m, "content": [{k: v for k, v in part.items() if v is not None} for part in m["content"]]}
@@ -440,14 +441,18 @@ def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows: Dataset) -> D
 def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows: Dataset) -> Path:
     """The file with one teacher response a row, to which the missing ones are added, `TEACHER_ROWS` at a time.
 
-    Raises `ValueError` where the responses there are of another teacher, decoding or data, and where some are missing
-    in the processes of a launcher: an engine would join their process group.
+    Raises `ValueError` for rows with the same id, where the responses there are of another teacher, decoding or data,
+    and where some are missing in the processes of a launcher: an engine would join their process group.
     """
+    ids = list(rows["id"])
+    (most, times), *_ = Counter(ids).most_common(1)
+    if times > 1:  # the response to one of them would be taken for that to the others
+        raise ValueError(f"data has {times} rows with the id {most!r}: give each its own")
     cache = Path(args.out) / "va_opd" / args.experiment / f"teacher-seed{config.seed}" / "responses.jsonl"
     claim(cache.with_name("settings.json"), teacher_settings(args, config, rows), cache.exists())
     found = read_jsonl(cache) if cache.exists() else []
     done = {record["id"] for record in found if "finish_reason" in record}  # older ones do not say if they are whole
-    missing = [index for index, row_id in enumerate(rows["id"]) if row_id not in done]
+    missing = [index for index, row_id in enumerate(ids) if row_id not in done]
     if not missing:
         return cache
     if PartialState().num_processes > 1:

@@ -110,13 +110,18 @@ def test_a_spread_of_rounding_alone_is_none():
 
 
 @pytest.mark.parametrize("value", [0, 1])
-@pytest.mark.parametrize("problems", [1, 2, 30])
+@pytest.mark.parametrize("problems", [1, 2, 3, 18, 30])  # at 3 and 18 the end is 1e-16 off before it is put right
 @pytest.mark.parametrize("samples", [1, 16])
 def test_the_interval_is_never_empty_at_the_ends(value, problems, samples):
     low, high = interval([[value] * samples] * problems)
     assert 0 <= low <= value <= high <= 1
     assert high - low > 0.05
     assert (low, high) == interval([[value]] * problems)  # more samples of the same problems are no new problems
+
+
+def test_a_mean_that_is_rounded_to_the_end_is_at_the_end():
+    table = [[1.0], [np.nextafter(1, 0)]]  # two problems that differ, and a mean of 1
+    assert interval(table) == interval([[1.0], [1.0]])
 
 
 @pytest.mark.parametrize("problems", [1, 2, 30])
@@ -224,7 +229,7 @@ def test_the_difference_is_antisymmetric_and_seeded():
     a, b = rng.random((60, 4)) < 0.6, rng.random((60, 4)) < 0.4
     difference, low, high, p_value = paired_difference(a, b)
     assert low < difference < high
-    assert 0 < p_value < 0.01
+    assert 0 < p_value < 0.001  # a tenth of the 9,999 draws could not say so
     back = paired_difference(b, a)
     assert back[:3] == pytest.approx((-difference, -high, -low))
     assert back[3] == pytest.approx(p_value, abs=2e-3)

@@ -168,6 +168,7 @@ def test_skill_map_keeps_distances_of_a_plane():
     np.testing.assert_array_equal(points, analysis.skill_map(rows))
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("rows", [np.empty((0, 4)), at(30), np.repeat(at(30), 4, axis=0), np.ones((3, 1))])
 def test_skill_map_of_too_few_directions_is_the_origin(rows):
     assert analysis.skill_map(rows).tolist() == [[0.0, 0.0]] * len(rows)
@@ -192,6 +193,7 @@ def test_diversity_table():
     assert second["median_cosine"] == pytest.approx(math.cos(math.radians(178)))
 
 
+@pytest.mark.filterwarnings("error")
 def test_an_iteration_of_one_question_has_no_cosine():
     (row,) = analysis.diversity(["What is 1 + 2?"], at(0), [1])
     assert (row["questions"], row["clusters"], row["intra_repetition"]) == (1, 1, 0.0)

@@ -88,7 +88,7 @@ def test_what_is_no_list_of_texts_is_refused(bad, message):
         SkillEncoder(ArithmeticCoder(), HashEncoder()).encode(bad)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 1e200])  # the square of the last is infinite
 def test_a_vector_without_direction_is_a_failure(value):
     encoder = HashEncoder()
     encoder.encode = lambda texts: np.array([[value] * 8 if "subtract" in text else [1.0] * 8 for text in texts])

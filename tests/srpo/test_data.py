@@ -63,6 +63,16 @@ def test_a_subjects_own_folder_and_the_limit(sciknoweval):
     assert (len(splits["train"]), len(splits["test"])) == (5, 94)
 
 
+def test_the_limit_may_exceed_the_rows():
+    assert [len(data.load_splits("additions", limit=limit)["train"]) for limit in (5, 10_000)] == [5, 9500]
+
+
+def test_a_gold_call_that_only_the_strict_reward_reads_is_refused():
+    rows = Dataset.from_dict({"id": ["7"], "answer": ['[{"name": "f", "arguments": {}}]']})
+    with pytest.raises(ValueError, match="row 7 has answer=.* which tool_call_reward cannot use"):
+        data.check_answers("tooluse", {"train": rows})
+
+
 def test_local_prompts_are_rebuilt_from_the_hubs_columns(sciknoweval):
     """A row of the file, taken apart into the hub's columns, comes back as it was."""
     row = json.loads((Path(sciknoweval) / "chemistry" / "test.json").read_text().splitlines()[0])

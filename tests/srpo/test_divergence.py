@@ -152,6 +152,9 @@ def test_the_loss_must_be_the_one_that_was_announced():
     value = chunked_divergence(*given, torch.rand(N))
     with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
         value.mean().backward()
+    coefficients = torch.ones(N)
+    with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
+        (chunked_divergence(*given, coefficients) * torch.linspace(1, 1.02, N)).sum().backward()
     value = chunked_divergence(*given, torch.zeros(N))
     (value * 0).sum().backward()
     assert not hidden.grad.any() and not student.weight.grad.any()
@@ -160,7 +163,25 @@ def test_the_loss_must_be_the_one_that_was_announced():
         value.sum().backward()
 
 
-@pytest.mark.parametrize("size", [1e-17, 1e-28, 1e-42, 0.0])
+def test_coefficients_of_both_signs():
+    student, hidden, teacher, teacher_hidden = heads()
+    coefficients, gradients = torch.tensor([1.0, -1.0] + [0.0] * (N - 2)), []  # whose sum is 0
+    for part in (coefficients, coefficients.relu(), (-coefficients).relu()):
+        leaf = hidden.detach().requires_grad_()
+        (chunked_divergence(student, leaf, teacher, teacher_hidden, part, top_k=5) * part).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[0], gradients[1] - gradients[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("top_k", "softcap", "expected"), [(5, None, 2), (5, 3.0, 3), (None, None, 14)])
+def test_tiles_have_room_for_all_that_is_alive_at_once(monkeypatch, top_k, softcap, expected):
+    asked = []
+    monkeypatch.setattr(divergence, "tile_rows", lambda rows, size, buffers: asked.append(buffers) or rows)
+    chunked_divergence(*heads(softcap=softcap), torch.ones(N), top_k=top_k)
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize("size", [1e-17, 1e-28, 1e-42, 1e-44, 0.0])
 def test_tiny_coefficients_are_no_error(size):
     """As entropy weights with a large beta are."""
     student, hidden, teacher, teacher_hidden = heads()

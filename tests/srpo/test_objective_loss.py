@@ -86,6 +86,8 @@ def test_weights_are_normalised_over_all_rows_and_not_by_row():
 def test_a_large_beta_does_not_make_every_weight_zero():
     weights = objective.entropy_weights(torch.tensor([[9.0, 9.0, 10.0]]), torch.ones(1, 3), beta=100.0)
     assert weights.tolist() == [pytest.approx([1.5, 1.5, 0.0])]
+    weights = objective.entropy_weights(torch.tensor([[9.0, 9.0, 10.0]]), torch.ones(1, 3), beta=1000.0)
+    assert weights.tolist() == [[1.5, 1.5, 0.0]]  # nor infinite
 
 
 def test_weights_outside_the_mask():

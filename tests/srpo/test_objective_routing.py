@@ -105,6 +105,13 @@ def test_random_donors_are_uniform_over_the_correct_siblings():
     assert again[0].equal(again[1])
 
 
+def test_a_draw_of_0_is_a_draw(monkeypatch):
+    """torch.rand gives 0 once in 17 million."""
+    monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.zeros(shape))
+    correct = torch.tensor([False, True, False, False, False, True])
+    assert objective.random_donors(correct, 3).tolist() == [1, -1, 1, 5, 5, -1]
+
+
 def test_rows_with_the_grpo_loss():
     """Every rollout has a loss in SRPO; in Advantage Mix all have GRPO's."""
     routing = objective.route(torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]), 4)
@@ -175,6 +182,13 @@ def test_surrogate_against_the_definition(delta):
         for xs, ys, a in zip(logps.tolist(), old.tolist(), advantages.tolist(), strict=True)
     ]
     torch.testing.assert_close(got, f64(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_the_clip_range_is_the_papers_by_default():
+    logps = f64([0.5, 1.25, 1.5]).log()[None]
+    for advantage, expected in ((1.0, [-0.5, -1.25, -1.28]), (-1.0, [0.8, 1.25, 1.5])):
+        loss = objective.grpo_token_loss(logps, torch.zeros_like(logps), f64([advantage]))
+        torch.testing.assert_close(loss, f64([expected]))
 
 
 def test_surrogate_gradient():

@@ -111,8 +111,9 @@ def test_the_seconds_of_generation_are_those_of_all_turns(make, monkeypatch):
     """With tools TRL generates once a turn, and averages what is logged."""
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, *arguments: ([], None))
     clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0, 30.0, 38.0])
-    monkeypatch.setattr("srpo.trainer.time.perf_counter", lambda: next(clock))
     trainer = make()
+    # The name in the trainer's module and not the function in `time`, which other threads call too
+    monkeypatch.setattr("srpo.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     trainer.model.train()
     for turns in (3, 1):  # generation batches
         trainer._is_first_turn = True

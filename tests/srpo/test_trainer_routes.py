@@ -140,6 +140,7 @@ def test_weights_of_reward_functions_count_for_the_routes(make, fixed):
         (2, {}, True),
         (2, {"reward_weights": [1.0, 0.0]}, False),
         (2, {"reward_weights": [1.0, 0.2]}, False),
+        (2, {"reward_weights": [1.0, 0.5]}, True),
         (3, {"reward_weights": [1.0, 0.3, -0.3]}, True),
         (2, {"reward_threshold": 1.5}, False),
         (2, {"routing": "grpo"}, False),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import peft
@@ -46,6 +47,16 @@ def test_the_average_follows_the_policy_by_hand(make, fixed):
         assert parameter.dtype == torch.float32
         assert not parameter.requires_grad
     assert not torch.equal(history[1]["model.norm.weight"], start["model.norm.weight"])
+
+
+def test_the_distance_is_relative_to_the_policy(make):
+    model, _ = policy()
+    average = SelfTeacher(model, make().accelerator, rate=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert average.update(model) == pytest.approx(0.5)  # of theta and 2 theta
+    assert average.update(model) == pytest.approx(0.25)  # of 1.5 theta and 2 theta
 
 
 def weights_after_each_step(trainer) -> list[dict[str, torch.Tensor]]:
@@ -128,6 +139,14 @@ def test_a_bfloat16_policy_has_a_float32_teacher(make, fixed):
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float32_average_computes_in_bfloat16_also_where_accelerate_casts_nothing(dtype):
+    """As under DeepSpeed, which casts the weights that it has, among them a copy in the policy's dtype."""
+    accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("cpu"), autocast=nullcontext)
+    with teacher.autocast(accelerator, dtype):
+        assert torch.is_autocast_enabled("cpu") == (dtype == torch.float32)
+
+
 @pytest.mark.parametrize("kind", ["frozen", "current"])
 def test_other_teachers(make, fixed, kind):
     trainer = make(teacher=kind, max_steps=3)
@@ -139,6 +158,16 @@ def test_other_teachers(make, fixed, kind):
     else:
         assert all(torch.equal(t, start[n]) for n, t in trainer.teacher.model.state_dict().items())
     assert trainer.model.training
+
+
+def test_a_policy_that_is_its_own_teacher_has_its_mode_back_also_after_an_error(make):
+    trainer = make(teacher="current")
+    for mode in (True, False):
+        trainer.model.train(mode)
+        with suppress(KeyError), trainer.teacher.view(trainer.model) as policy:
+            assert not policy.training
+            raise KeyError
+        assert trainer.model.training is mode
 
 
 # --- LoRA ----------------------------------------------------------------
@@ -188,7 +217,7 @@ def logits_of(model) -> torch.Tensor:
     return model.eval()(input_ids=torch.tensor([[20, 30, 40]])).logits
 
 
-def assert_frozen_teacher_gives(expected: torch.Tensor, trainer) -> None:
+def assert_teacher_gives(expected: torch.Tensor, trainer) -> None:
     with trainer.teacher.view(trainer.model) as teacher:
         torch.testing.assert_close(logits_of(teacher), expected, rtol=1e-4, atol=1e-4)
 
@@ -197,19 +226,48 @@ def assert_frozen_teacher_gives(expected: torch.Tensor, trainer) -> None:
 def test_the_frozen_teacher_of_a_lora_run_is_the_base_model_without_a_copy(make, fixed, fields):
     trainer = make(peft_config=peft.LoraConfig(**{**LORA, "init_lora_weights": True, **fields}), teacher="frozen")
     assert trainer.teacher.model is None
-    assert_frozen_teacher_gives(logits_of(policy()[0]), trainer)
+    assert_teacher_gives(logits_of(policy()[0]), trainer)
     assert math.isfinite(step(trainer)[0])
 
 
-@pytest.mark.parametrize("init", [False, "pissa", "olora"])
-def test_the_frozen_teacher_of_an_adapter_that_does_not_begin_at_zero_is_a_merged_copy(make, fixed, init):
-    """False stands for one that was trained before; the others take out of the model what they hold."""
-    trainer = make(peft_config=peft.LoraConfig(**{**LORA, "init_lora_weights": init}), teacher="frozen")
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"target_modules": ["embed_tokens"]}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}],
+)
+def test_the_frozen_teacher_of_an_adapter_that_does_not_begin_at_zero_is_a_merged_copy(make, fixed, fields):
+    """The first two stand for ones that were trained before; the others take out of the model what they hold."""
+    trainer = make(peft_config=peft.LoraConfig(**{**LORA, **fields}), teacher="frozen")
     start = logits_of(trainer.model)
     trainer.train()
-    assert_frozen_teacher_gives(start, trainer)
+    assert_teacher_gives(start, trainer)
     with trainer.model.disable_adapter():
         assert not torch.allclose(logits_of(trainer.model), start, atol=1e-2)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens"]])
+def test_an_average_of_rate_1_is_the_policy_also_where_embedding_and_head_are_tied(make, fixed, targets):
+    """An adapter on the embedding does not change the head, though both have one weight."""
+    adapter = peft.LoraConfig(**{**LORA, "target_modules": targets})
+    trainer = make(peft_config=adapter, teacher_update_rate=1.0, max_steps=1)
+    assert trainer.model.config.tie_word_embeddings
+    before = logits_of(trainer.model)
+    trainer.train()
+    assert not torch.allclose(logits_of(trainer.model), before, atol=1e-2)
+    assert_teacher_gives(logits_of(trainer.model), trainer)
+
+
+def test_the_average_is_of_all_adapters_in_use(make):
+    adapted = peft.get_peft_model(policy()[0], peft.LoraConfig(**LORA), "one")
+    adapted.add_adapter("two", peft.LoraConfig(**LORA))
+    adapted.base_model.set_adapter(["one", "two"])
+    average = SelfTeacher(adapted, make().accelerator, rate=1.0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    average.update(adapted)
+    with average.view(adapted) as teacher:
+        torch.testing.assert_close(logits_of(teacher), logits_of(adapted), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +283,7 @@ def test_what_else_an_adapter_holds_is_in_the_frozen_teacher(make, settings):
                 weight.add_(1.0)
     trainer = make(model=(adapted, tokenizer), teacher="frozen")
     assert trainer.teacher.model is not None
-    assert_frozen_teacher_gives(logits_of(trainer.model), trainer)
+    assert_teacher_gives(logits_of(trainer.model), trainer)
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("quantized", "is_quantized"), ("sharded", "is_fsdp2")])
@@ -247,6 +305,7 @@ def test_the_averaged_head_of_a_quantized_policy_is_not_the_policys(make, fixed)
     settings = {**LORA, "modules_to_save": ["lm_head"], "ensure_weight_tying": False}
     adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     teacher = SelfTeacher(adapted, make().accelerator)
+    assert set(teacher.average) == {name for name, weight in adapted.named_parameters() if weight.requires_grad}
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -283,6 +342,18 @@ def test_another_kind_of_adapter_is_refused_with_the_average(make):
 def test_lora_on_the_head_is_refused(make):
     with pytest.raises(ValueError, match="lm_head"):
         make(peft_config=peft.LoraConfig(target_modules=["lm_head"]))
+
+
+@pytest.mark.parametrize(
+    ("sharded", "rank", "files"),
+    [(False, 1, []), (False, 0, ["self_teacher.safetensors"]), (True, 1, ["self_teacher-00001.safetensors"])],
+)
+def test_an_average_is_written_once_and_its_shards_by_every_rank(tmp_path, sharded, rank, files):
+    owner = object.__new__(SelfTeacher)
+    owner.kind, owner.sharded, owner.average = "ema", sharded, {"weight": torch.ones(2)}
+    owner.accelerator = SimpleNamespace(is_main_process=rank == 0, process_index=rank)
+    owner.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == files
 
 
 # --- loading, and ZeRO-3 ----------------------------------------------------------------

@@ -55,6 +55,13 @@ def test_truncated_responses_of_the_teacher_teach_nothing(config, monkeypatch):
     assert [row[0]["content"] for row in rows["completion"]] == [str(i) for i in range(64) if i % 4]
 
 
+def test_rows_with_the_same_id_have_no_responses_of_their_own(config):
+    args, settings = train.parse(["--config", str(config), "--method", "kd"])
+    rows = train.load_splits_of(args)["train"].select([0, 1, 2, 1])
+    with pytest.raises(ValueError, match="has 2 rows with the id 'train-1': give each its own"):
+        data.teacher_rows(args, settings, rows)
+
+
 def test_responses_are_sampled_by_a_process_of_its_own(config, capsys, monkeypatch):
     """Among the processes of a launcher an engine would join their process group, and end it."""
     made, several = [], {"main_process_first": nullcontext, "is_main_process": True}

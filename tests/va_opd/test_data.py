@@ -81,7 +81,8 @@ def test_validation_ids_are_a_seeded_sorted_draw_without_repeats():
     rows = Dataset.from_dict({"id": list(range(300))})
     ids = data.validation_ids(rows)
     assert ids == sorted(set(ids)) and len(ids) == 200 and ids != data.validation_ids(rows, seed=43)
-    assert ids == data.validation_ids(rows, seed=42)
+    assert ids == data.validation_ids(rows, seed=42)  # the author release's
+    assert data.validation_ids(rows.select(range(200))) == list(range(200))
     with pytest.raises(ValueError, match="200"):
         data.validation_ids(rows.select(range(199)))
 
@@ -131,6 +132,31 @@ def test_jsonl_with_paths_questions_and_text_rows(tmp_path):
     assert second["images"] == [] and [p["type"] for p in second["prompt"][0]["content"]] == ["text"]
 
 
+def test_parts_without_text_have_no_text_whatever_the_first_rows_hold(tmp_path):
+    """The columns of a data set are those of its first thousand rows: the rows behind are filled up with None."""
+    diagram(0).save(tmp_path / "a.png")
+    columns = {"problem": ["What?"] * 1001, "images": [[]] * 1000 + [["a.png"]], "answer": ["1"] * 1001}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    *_, last = data.load_rows(str(tmp_path), "train", check_images=False)["prompt"]
+    assert last == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "source", "held_out", "expected"),
+    [
+        ("geo3k", None, None, "hiyouga/geometry3k"),
+        ("geo3k", "folder", None, "folder"),
+        ("virl39k", "folder", None, "hiyouga/geometry3k"),
+        ("virl39k", "folder", "other", "other"),
+    ],
+)
+def test_problems_are_held_out_of_geometry3k(monkeypatch, dataset, source, held_out, expected):
+    asked, rows = [], Dataset.from_dict({"id": list(range(300))})
+    monkeypatch.setattr(data, "load_rows", lambda *arguments: asked.append(arguments) or rows)
+    assert len(data.load_validation(dataset, source, held_out)) == 200
+    assert asked == [(expected, "validation")]
+
+
 def test_an_image_of_more_than_8_bits_is_found_at_the_start(tmp_path):
     """Its RGB would be all but white."""
     row = {"problem": "Find y.", "images": ["a.png"], "answer": "3"}
@@ -155,7 +181,9 @@ def test_a_truncated_image_is_found_at_the_start_and_again_after_a_good_run(tmp_
     assert len(data.load_rows(str(tmp_path), "train", check_images=False)) == 1
 
 
-@pytest.mark.parametrize(("size", "wrong"), [((8000, 20), True), ((20, 3980), True), ((3900, 20), False)])
+@pytest.mark.parametrize(
+    ("size", "wrong"), [((8000, 20), True), ((20, 3980), True), ((3900, 20), False), ((8000, 40), False)]
+)
 def test_an_image_too_narrow_for_the_processor_is_found_at_the_start(tmp_path, size, wrong):
     PILImage.new("L", size).save(tmp_path / "a.png")
     rows = [{"problem": "Find y.", "images": [], "answer": "3"}, {"problem": "x?", "images": ["a.png"], "answer": "3"}]
@@ -255,6 +283,8 @@ def test_digit_rows_hold_writers_out_and_say_what_the_image_shows():
         == train["answer"]
         != data.digit_rows("train", 50, seed=1)["answer"]
     )
+    assert train["answer"][:3] == ["7, 7, 6", "9, 6, 3", "8, 2, 3"]  # the README's tables are of these draws
+    assert test["answer"][:3] == ["0, 4, 1", "1, 3, 3", "7, 6, 5"]
 
 
 @pytest.mark.parametrize(

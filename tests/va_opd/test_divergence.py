@@ -118,27 +118,39 @@ def test_logits_whose_exponential_overflows():
 def test_the_loss_must_be_the_one_that_was_announced():
     hidden, student, teacher_hidden, teacher = heads()
     coefficients = torch.rand(N)
-    kl, _ = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, coefficients)
+    kl, entropy = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, coefficients)
+    assert not entropy.requires_grad
     with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
         kl.mean().backward()
+    kl, _ = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, torch.ones(N))
+    with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
+        (kl * torch.linspace(1, 1.02, N)).sum().backward()
     kl, _ = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, torch.zeros(N))
     (kl * 0).sum().backward()
     assert not hidden.grad.any() and not student.weight.grad.any()
 
 
-@pytest.mark.parametrize("size", [1e-17, 1e-28, 1e-42, 0.0])
+@pytest.mark.parametrize(("softcap", "expected"), [(None, 3), (3.0, 4)])
+def test_tiles_have_room_for_all_that_is_alive_at_once(monkeypatch, softcap, expected):
+    asked, (hidden, student, teacher_hidden, teacher) = [], heads(softcap)
+    monkeypatch.setattr(divergence, "tile_rows", lambda rows, size, buffers: asked.append(buffers) or rows)
+    chunked_reverse_kl(student, hidden, teacher, teacher_hidden, torch.ones(N))
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize("size", [1e-17, 1e-28, 1e-42, 1e-43, 0.0])
 def test_tiny_coefficients_are_no_error(size):
     """As a micro-batch has them whose rollouts lost against a sibling, with a small rollout temperature."""
     hidden, student, teacher_hidden, teacher = heads()
     coefficients = size * torch.rand(N)
     kl, _ = chunked_reverse_kl(student, hidden, teacher, teacher_hidden, coefficients)
-    (kl * coefficients).sum().backward()
+    (kl * coefficients / 64).sum().backward()  # by the prompts of the step
     assert hidden.grad.isfinite().all()
     if size > 1e-30:
         plain = hidden.detach().requires_grad_()
         kl, _ = chunked_reverse_kl(student, plain, teacher, teacher_hidden, coefficients / size)
         (kl * coefficients / size).sum().backward()
-        torch.testing.assert_close(hidden.grad / size, plain.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(64 * hidden.grad / size, plain.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_an_evaluation_makes_no_gradient(monkeypatch):

@@ -10,6 +10,7 @@ import json
 import math
 import random
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
@@ -184,7 +185,7 @@ def serving(answers: Served, port: int = 0):
             self.wfile.write(data)
 
         def do_GET(self):
-            self._answer(200, {"data": [{"id": "teacher"}]})
+            self._answer(200 if self.path == "/v1/models" else 404, {"data": [{"id": "teacher"}]})
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -193,7 +194,7 @@ def serving(answers: Served, port: int = 0):
                 if answers.fail(self):
                     return
                 reply = answers.change(answers.reply(request))
-            self._answer(200, reply)
+            self._answer(200 if self.path == "/inference/v1/generate" else 404, reply)
 
         def log_message(self, *arguments):
             pass
@@ -432,6 +433,14 @@ def refuse(code: int):
     return lambda handler: handler._answer(code, {"error": {"message": "no such thing"}}) or True
 
 
+def cut(handler) -> bool:
+    """Ends in the middle of an answer."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    return bool(handler.wfile.write(b"{"))
+
+
 @pytest.mark.parametrize(
     ("fail", "error", "message"),
     [
@@ -439,12 +448,30 @@ def refuse(code: int):
         (refuse(400), ValueError, "400.*no such thing"),
         (refuse(500), ConnectionError, "HTTP 500.*3 requests in a row.*goes on from the last checkpoint"),
         (lambda handler: handler.connection.close() or True, ConnectionError, "does not answer"),
+        (cut, ConnectionError, r"does not answer \(IncompleteRead"),
     ],
 )
 def test_a_failing_server_is_one_clear_sentence(make, teacher_server, fail, error, message):
     teacher_server.fail = fail
     with pytest.raises(error, match=message):
         make().train()
+
+
+def test_after_a_refusal_the_other_requests_are_not_sent(monkeypatch):
+    sent = []
+
+    def send(path, request=None):
+        sent.append(request)
+        if len(sent) > 1:
+            time.sleep(0.2)  # in which what waits is cancelled
+        raise ValueError("refused")
+
+    client = object.__new__(served.TeacherServer)
+    client._send = send
+    monkeypatch.setattr(served, "REQUESTS_AT_ONCE", 1)
+    with pytest.raises(ValueError, match="refused"):
+        client.score([{}] * 20)
+    assert len(sent) < 10
 
 
 def test_a_short_failure_is_survived(make, teacher_server):

@@ -139,8 +139,9 @@ def test_the_seconds_of_generation_are_those_of_all_turns(make, monkeypatch):
     """With tools TRL generates once a turn, and averages what is logged."""
     monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda self, *arguments: [[11]])
     clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0, 30.0, 38.0])
-    monkeypatch.setattr("va_opd.trainer.time.perf_counter", lambda: next(clock))
     trainer = make()
+    # The name in the trainer's module and not the function in `time`, which other threads call too
+    monkeypatch.setattr("va_opd.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     trainer.model.train()
     for turns in (3, 1):  # generation batches
         trainer._is_first_turn = True
