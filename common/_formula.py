@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from functools import lru_cache
-from itertools import takewhile
+from itertools import pairwise
 from typing import NamedTuple
 
 __all__ = ["Node", "Unreadable", "indexed", "names", "operators", "parse", "sequences", "whole", "whole_names"]
@@ -270,13 +270,20 @@ class _Parser:
         return Node("name", (letter + suffix,))
 
     def is_power(self) -> bool:
-        """Whether the next number has an exponent with a letter."""
-        exponent = self.tokens[self.at + 1 :]
-        if exponent[0][1] != "^":
+        """Whether the next number has an exponent with a letter, and its name is not one that is counted: x1^n + x2^n
+        has indices."""
+        if self.tokens[self.at + 1][1] != "^":
             return False
-        if exponent[1][1] == "{":
-            return any(kind == "name" for kind, _ in takewhile(lambda token: token[1] != "}", exponent))
-        return exponent[1][0] == "name"
+        depth = 0
+        for at in range(self.at + 2, len(self.tokens)):
+            kind, text = self.tokens[at]
+            if kind in ("name", "letter") or text in _GREEK:
+                name = self.tokens[self.at - 1]
+                return not any(left == name and right[1] in ("0", "1") for left, right in pairwise(self.tokens))
+            depth += (text == "{") - (text == "}")
+            if not depth and text not in ("+", "-"):
+                break
+        return False
 
     def indices(self) -> tuple[Node, ...]:
         """The indices in a subscript in which the variable of a sum stands; nothing is taken for another one."""

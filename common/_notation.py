@@ -259,7 +259,7 @@ def fold_text(text: str) -> str:
 
 
 _CHEMICAL = re.compile(r"(?:[A-Z][a-z]?\d*|\((?:[A-Z][a-z]?\d*)+\)\d*)++(?:\^\d?[+-])?")
-_SET_UPRIGHT = re.compile(r"\\(?:mathrm|text|ce)(?= ?\{)|[{}_ ]")
+_SET_UPRIGHT = re.compile(r"\\(?:mathrm|text|ce)(?= ?\{)|[{} ]|_(?= ?\{? ?\d)")
 
 
 def chemical(text: str) -> str | None:

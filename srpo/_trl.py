@@ -24,6 +24,7 @@ from trl.trainer.utils import (  # noqa: E402
     create_model_from_path,
     maybe_gather_lm_head_ctx,
     pad,
+    split_tensor_dict,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "prepare_deepspeed",
     "project",
     "seed_rollouts",
+    "split_tensor_dict",
 ]
 
 

@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 
 from . import objective
 from ._trl import EpochSampler, ForwardRedirection, seed_rollouts
+from .batches import length_sorted, trimmed
 from .checks import HalfPrecisionCallback, check_batch, check_prompt_lengths, check_support
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
@@ -127,6 +128,16 @@ class SRPOTrainer(GRPOTrainer):
         if self.model.training:
             batch.update(self._route(batch))
         return batch
+
+    def _prepare_inputs(self, generation_batch):
+        """TRL's, but the micro-batches of a routed update are of like length instead of drawn: the same sum with less
+        padding."""
+        if self.args.routing == "grpo" or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        parts = self.args.steps_per_generation
+        if self._step % parts == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = length_sorted(self._generate_and_score_completions(generation_batch), parts)
+        return self._buffered_inputs[self._step % parts]
 
     # Routing and teacher phase
 
@@ -252,6 +263,7 @@ class SRPOTrainer(GRPOTrainer):
 
         There is one optimizer step a generation batch, so the ratio to the old policy is 1; only its gradient counts.
         """
+        inputs = trimmed(inputs, self.pad_to_multiple_of)
         args, distill, advantages = self.args, inputs["distill"], inputs["advantages"]
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
         hidden, head = response_hidden_states(model, inputs), lm_head(model)

@@ -97,9 +97,8 @@ def read_scores(
     seen, places = reply.get("prompt_token_ids"), reply.get("prompt_logprobs") or []
     if seen != ids or len(places) != len(ids):
         raise ValueError(_other_ids(seen, ids))
-    tokens = torch.zeros(len(ids) - start, 1 + top_k, dtype=torch.long)
-    logps = torch.full(tokens.shape, -math.inf)
-    for row, place in enumerate(range(start, len(ids))):
+    tokens, logps = [], []  # lists of numbers, because a tensor a place would take most of the time
+    for place in range(start, len(ids)):
         found = {int(token): entry.get("logprob") for token, entry in (places[place] or {}).items()}
         for token in (ids[place], *found):
             logp = found.get(token)
@@ -112,9 +111,11 @@ def read_scores(
                 )
         own = found.pop(ids[place])
         others = [(t, logp) for t, logp in found.items() if t < vocab_size and logp > VLLM_MINUS_INFINITY][:top_k]
-        tokens[row, : 1 + len(others)] = torch.tensor([ids[place], *(token for token, _ in others)])
-        logps[row, : 1 + len(others)] = torch.tensor([own, *(logp for _, logp in others)])
-    return tokens, logps
+        others += [(0, -math.inf)] * (top_k - len(others))
+        tokens.append([ids[place], *(token for token, _ in others)])
+        logps.append([own, *(logp for _, logp in others)])
+    shape = (len(ids) - start, 1 + top_k)
+    return torch.tensor(tokens).long().view(shape), torch.tensor(logps, dtype=torch.float32).view(shape)
 
 
 def _other_ids(seen: list[int] | None, ids: list[int]) -> str:

@@ -29,6 +29,7 @@ from srpo import SRPOConfig, SRPOTrainer, _trl
         ),
         (GRPOTrainer._calculate_rewards, "self inputs prompts completions completion_ids_list"),
         (GRPOTrainer._generate_and_score_completions, "self inputs"),
+        (GRPOTrainer._prepare_inputs, "self generation_batch"),
         (GRPOTrainer._compute_loss, "self model inputs"),
         (Trainer._save_optimizer_and_scheduler, "self output_dir"),
         (GRPOTrainer._load_optimizer_and_scheduler, "self checkpoint"),
@@ -40,6 +41,7 @@ from srpo import SRPOConfig, SRPOTrainer, _trl
         (_trl.project, "tile hidden_chunk weight bias start end dtype"),
         (_trl.addmm_fp32, "acc a b"),
         (trl_utils.maybe_gather_lm_head_ctx, "params"),
+        (trl_utils.split_tensor_dict, "tensor_dict num_chunks"),
         (trl_utils.RepeatSampler.__init__, "self data_source mini_repeat_count batch_size repeat_count shuffle seed"),
     ],
 )

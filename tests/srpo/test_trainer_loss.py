@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from trl import GRPOConfig, GRPOTrainer
 
 from srpo import SRPOTrainer, lm_head, objective
+from srpo.batches import length_sorted
 
 # --- against TRL's trainer ----------------------------------------------------------------
 
@@ -68,7 +69,7 @@ def test_advantages_are_those_of_the_paper_before_routing(make, fixed, scale):
     if scale:  # TRL adds 1e-4 to the deviation, where the SDPO release adds 1e-6
         deviation = rewards.view(-1, 4).std(1, keepdim=True)
         expected = (expected.view(-1, 4) * (deviation + 1e-6) / (deviation + 1e-4)).flatten()
-    torch.testing.assert_close(got.sort().values, expected.sort().values)  # TRL shuffles the rows of a batch
+    torch.testing.assert_close(got.sort().values, expected.sort().values)  # the rows are in the order of their lengths
 
 
 # --- against references ----------------------------------------------------------------
@@ -281,6 +282,47 @@ def test_row_order_and_padding_do_not_matter(make, fixed):
     expected = step(trainer, inputs)
     assert_same_step(step(make(), inputs[4:] + inputs[:4]), expected)
     assert_same_step(step(make(pad_to_multiple_of=16), inputs), expected)
+
+
+@pytest.mark.parametrize("multiple", [None, 4])
+def test_the_policy_reads_a_micro_batch_as_wide_as_its_longest_prompt_and_response(make, fixed, multiple):
+    """TRL pads both to the longest of the generation batch."""
+    trainer, seen = make(per_device_train_batch_size=2, gradient_accumulation_steps=4, pad_to_multiple_of=multiple), []
+    trainer.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    step(trainer)
+    empty = [int((~mask.bool()).all(0).sum()) for mask in seen]  # columns of padding alone
+    padded = sum(trainer._buffered_inputs[0][name].size(1) for name in ("prompt_ids", "completion_ids"))
+    widths = [mask.size(1) for mask in seen]
+    assert len(seen) == 4 and min(widths) < padded
+    if multiple is None:
+        assert empty == [0] * 4
+    else:
+        assert max(empty) <= 2 * (multiple - 1) and all(width % multiple == 0 for width in widths)
+
+
+def test_micro_batches_are_of_like_length():
+    """Every row once, with all that belongs to it, the longest first and siblings of equal length in their order."""
+    prompts, responses = torch.tensor([2, 2, 3, 3, 1, 1]), torch.tensor([4, 1, 4, 2, 5, 5])
+    batch = {
+        "prompt_mask": (torch.arange(3) >= 3 - prompts[:, None]).long(),
+        "completion_mask": (torch.arange(5) < responses[:, None]).long(),
+        "row": torch.arange(6),
+        "num_items_in_batch": torch.tensor(21),
+    }
+    parts = length_sorted(batch, 3)
+    assert [part["row"].tolist() for part in parts] == [[2, 0], [4, 5], [3, 1]]
+    assert [part["num_items_in_batch"].item() for part in parts] == [21] * 3
+    for part in parts:
+        for name in ("prompt_mask", "completion_mask"):
+            assert part[name].equal(batch[name][part["row"]])
+
+
+def test_plain_grpo_has_trls_micro_batches(make, monkeypatch):
+    """Several updates follow from a generation batch, and each wants a random part of it."""
+    monkeypatch.setattr("srpo.trainer.length_sorted", lambda *_: pytest.fail("sorted"))
+    step(make(routing="grpo"))
 
 
 @pytest.mark.parametrize("routing", ROUTED)
