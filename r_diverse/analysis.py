@@ -116,7 +116,7 @@ def duplicate_ratio(
     """
     judge = same_wording if is_duplicate is None else is_duplicate
     index, _ = nearest(embeddings, earlier_embeddings, k)
-    if len(questions) != len(index) or len(earlier_questions) != len(objective.unit_rows(earlier_embeddings)):
+    if len(questions) != len(index) or len(earlier_questions) != len(earlier_embeddings):
         raise ValueError(
             f"{len(questions)} questions and {len(earlier_questions)} earlier ones do not fit to their embeddings: "
             "pass one row a question"

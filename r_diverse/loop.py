@@ -448,6 +448,7 @@ def _main(argv: list[str]) -> int:
     fields = ["--config", known.config, *rest]
     settings = parse(fields)
     evaluate.check_benchmarks(settings.run)
+    launcher(settings.run.gpus, settings.run.sharding)  # a wrong name would show after the evaluation of the base
     variants = chosen("variants", known.variants, VARIANT_FLAGS) if known.variants else [""]
     seeds = chosen_seeds(known.seeds or str(settings.run.seed))
     goals = goals_of(fields, variants, seeds, known.more)

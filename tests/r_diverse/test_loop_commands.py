@@ -259,6 +259,13 @@ def test_a_dry_run_runs_nothing(tmp_path, capsys, dry):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_sharding_shows_before_anything_runs(tmp_path, capsys):
+    fields = [f"--config={ROOT}/r_diverse/configs/tiny.yaml", f"--out={tmp_path}", "--gpus=2", "--sharding=zero9"]
+    assert main(fields) == main([*fields, "--dry_run"]) == 2
+    assert "sharding 'zero9' is no accelerate config of TRL" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_dry_run_prints_the_commands_of_an_experiment_and_runs_nothing(monkeypatch, capsys):
     monkeypatch.setattr(loop, "run_stages", lambda *arguments: pytest.fail("it ran"))
     fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--variants", "r_diverse,r_zero", "--seeds", "3"]
