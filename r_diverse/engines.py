@@ -62,24 +62,21 @@ class LocalCoderEngine:
         return done
 
     def _batch(self, prompts: list[Sequence[int]], max_new_tokens: int, stop: str) -> list[list[int]]:
-        import torch
-
         inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         inputs = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            output = self.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,  # some models declare another one
-                stop_strings=[stop],
-                tokenizer=self.tokenizer,
-                eos_token_id=self._stops,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,  # some models declare another one
+            stop_strings=[stop],
+            tokenizer=self.tokenizer,
+            eos_token_id=self._stops,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
         return output[:, inputs["input_ids"].size(1) :].tolist()
 
     def _read(self, ids: list[int], stop: str) -> Generation:

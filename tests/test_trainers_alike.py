@@ -42,6 +42,16 @@ def test_a_run_resumed_in_a_later_epoch(method, processes, rank):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_seed_decides_the_order_of_prompts_that_are_shuffled(method):
+    def order(seed: int, shuffle: bool = True) -> list[int]:
+        sampler = importlib.import_module(f"{method}._trl").EpochSampler
+        return list(sampler(range(12), mini_repeat_count=1, batch_size=4, shuffle=shuffle, seed=seed, epoch=lambda: 1))
+
+    assert order(3) == order(3) != order(4)
+    assert order(3, shuffle=False) == list(range(12))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_seed_decides_what_a_colocated_engine_samples(method):
     """Started, it seeds this process by its rank, and later draws the seeds of its requests from it."""
     module = importlib.import_module(f"{method}._trl")
@@ -65,9 +75,25 @@ def test_a_doctors_warning_does_not_wait_for_its_next_line(method, capsys):
     """A Challenger has 20 steps: a collapse at its second batch would never be said."""
     callback = importlib.import_module(f"{method}.doctor").DoctorCallback(every=20)
     for step, entropy in ((1, 1.0), (5, 0.001), (9, 0.001), (21, 0.001)):
-        logs = {"loss": 0.5, "reward": 0.25, "route/sdpo": 0.5, "entropy": entropy}
+        logs = {"loss": 0.5, "reward": 0.25, "route/sdpo": 0.5, "entropy": entropy, "completions/mean_length": None}
         state = SimpleNamespace(is_world_process_zero=True, global_step=step, log_history=[])
         callback.on_log(None, state, None, logs)
     lines = capsys.readouterr().out.splitlines()
     said = [line.rpartition("(")[2] for line in lines if "WARNING" in line and "entropy" in line]
     assert said == ["step 5)", "step 21)"]
+    other = SimpleNamespace(is_world_process_zero=False, global_step=99, log_history=[])
+    callback.on_log(None, other, None, logs)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["va_opd.checks", "srpo.checks", "r_diverse.trainer"])
+def test_one_process_warns_of_trained_weights_in_half_precision(module, monkeypatch):
+    module, said = importlib.import_module(module), []
+    monkeypatch.setattr(module.logger, "warning", lambda text, count, *_: said.append((dtype, count)))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), frozen).to(dtype)
+        for main in (True, False):
+            state = SimpleNamespace(is_world_process_zero=main)
+            module.HalfPrecisionCallback().on_train_begin(None, state, None, model=model)
+    assert said == [(torch.float16, 2), (torch.bfloat16, 2)]

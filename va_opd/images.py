@@ -74,5 +74,5 @@ def _fault(images: list[dict], min_pixels: int, max_pixels: int) -> str:
                     shown = f"{opened.width} x {opened.height}, in the image budget {size[0]} x {size[1]}"
                     return f"{shown}: one side is over {MAX_ASPECT} times the other"
         except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
-            return f"{type(error).__name__}: {error}".replace("\n", " ")
+            return f"{type(error).__name__}: {error}"
     return ""

@@ -206,8 +206,16 @@ def test_equal_questions_are_asked_once_and_by_step():
     assert asked.calls == [(["a", "b"], 7)]
 
 
+@pytest.mark.parametrize(("outputs", "clusters"), [(["a", "far"], 2), (["a", "b"], 1), (["a"], None), ([], None)])
+def test_clusters_are_logged_of_several_questions_only(outputs, clusters):
+    figures, written = {}, [*map(output, outputs), "no form"]
+    reward_of(RDiverseConfig("m", beta=0.0), written, log_metric=figures.__setitem__)
+    assert figures.get("challenger/clusters") == clusters
+    assert figures.get("challenger/largest_cluster") == (1 / clusters if clusters else None)
+
+
 def test_conversational_completions():
-    outputs = [[{"role": "assistant", "content": output("a")}]]
+    outputs = [[{"role": "assistant", "content": text} for text in ("A call of a tool.", output("a"))]]
     assert reward_of(RDiverseConfig("m", beta=0.0), outputs)[0] == pytest.approx([0.4 - 1.0])
 
 
@@ -285,6 +293,9 @@ def test_a_bank_of_another_encoder_is_refused_before_anything_is_asked(tmp_path)
     for written in (memory, MemoryBank(tmp_path / "a").before(2), MemoryBank(tmp_path / "new", "A")):
         with pytest.raises(ValueError, match="has encoder='A', skills has name='table > table'"):
             ChallengerReward(RDiverseConfig("m"), solver(0.5), lambda a, b: False, skills(), written)
+    questions, encoder = RDiverseConfig("m", measure="question"), SkillEncoder(None, Table())
+    with pytest.raises(ValueError, match="has encoder='A', skills has name='question text > table'"):
+        ChallengerReward(questions, solver(0.5), lambda a, b: False, encoder, memory)
     ChallengerReward(RDiverseConfig("m"), solver(0.5), lambda a, b: False, skills(), MemoryBank(tmp_path / "none"))
     texts = RDiverseConfig("m", measure="question_text")  # which compares no vectors
     ChallengerReward(texts, solver(0.5), lambda a, b: False, None, memory)
@@ -321,12 +332,16 @@ def test_each_question_has_a_budget_of_its_own(monkeypatch):
             super().__init__(same, seconds=0.0)
             budgets.append(self)
 
+    def late() -> float:
+        figures, outputs = {}, [output("a"), output("b"), "none"]
+        reward_of(RDiverseConfig("m", penalty="none"), outputs, skills=None, log_metric=figures.__setitem__)
+        return figures["challenger/late"]
+
+    assert late() == 0
     monkeypatch.setattr("r_diverse.trainer.Budget", Short)
-    figures = {}
-    outputs = [output("a"), output("b"), "none"]
-    reward_of(RDiverseConfig("m", penalty="none"), outputs, skills=None, log_metric=figures.__setitem__)
-    assert len(budgets) == 2
-    assert figures["challenger/late"] == 1
+    assert late() == 1 and len(budgets) == 2
+    monkeypatch.setattr("r_diverse.trainer.gather_object", lambda rows: rows * 2)  # another process with the same
+    assert late() == 1
 
 
 def test_score_needs_no_process_group(tmp_path):

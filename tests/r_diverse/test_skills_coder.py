@@ -165,6 +165,27 @@ def test_batches_of_an_engine_keep_the_order_of_prompts(taught, tokenizer):
     assert together == alone and len({g.text for g in alone}) > 1
 
 
+def test_padding_is_masked(taught, monkeypatch):
+    """transformers finds it by itself, but not where a tokenizer pads with its end of sequence."""
+    seen = {}
+    monkeypatch.setattr(taught.model, "generate", lambda **given: seen.update(given) or given["input_ids"])
+    taught.generate([[11], [12, 13, 14]], 1, "</CODE>")
+    assert seen["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_prompts_of_like_length_are_generated_together_the_longest_first(taught, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(taught, "_batch", lambda part, *_: lengths.append([*map(len, part)]) or [[]] * len(part))
+    taught.generate([[11] * n for n in (2, 9, 1, 8, 7)], 1, "</CODE>")
+    assert lengths == [[9, 8, 7], [2, 1]]
+
+
+def test_generation_goes_on_no_longer_than_to_the_stop(taught, tokenizer):
+    prompt = ModelCoder(taught, tokenizer)._prompt("What is 3 + 4?", "")
+    text = tokenizer.decode(taught._batch([prompt], 60, "return")[0])
+    assert "return" in text and "n1 + n2" not in text
+
+
 def test_generations_end_at_the_stop_or_at_the_end_of_turn(taught, tokenizer):
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     assert taught._read(ids("a b</CODE> c"), "</CODE>") == Generation("a b", True)

@@ -21,6 +21,7 @@ QUESTION = "How many marbles are left in the big green bag after 3 were taken ou
         block(f"```python\n{ADD}\n```"),
         f"```python\n{ADD}\n```",
         f"Sure.\n```\n{ADD}\n```\n",
+        f"```PY \n    {ADD.replace(chr(10), chr(10) + '    ')}\n```",
         f"<CODE>\n{ADD}\n",  # the stop string is not part of a generation
         block(f"# adds\n{ADD}  # end\n\nprint(solver())\nif __name__ == '__main__':\n    solver()"),
         block("def solver(n1 = 1,n2=2) :\n  '''Adds.'''\n  'a comment'\n  pass\n  return (n1+n2)"),
@@ -106,6 +107,7 @@ def parser_attacks() -> dict[str, str]:
         "blocks": "def solver():\n" + "".join(" " * i + "if x:\n" for i in range(1, 150)),
         "targets": head.replace("return ", "") + "a = " * 4_000 + "1",
         "escapes": head + r"'\d\q\N{x}'",
+        "escapes that Python warns of": head + r"'\d\q'",
         "text": head + "'" * 19_000,
         "continued": "\\\n" * 9_000,
         "decorators": "@a\n" * 6_000 + "def solver(): return 1",
@@ -115,11 +117,11 @@ def parser_attacks() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", parser_attacks())
-@pytest.mark.filterwarnings("error")
-def test_no_program_stops_the_parser(kind):
+def test_no_program_stops_the_parser(kind, recwarn):
     start = time.monotonic()
     program = skills.check_program(parser_attacks()[kind], "q")
     assert time.monotonic() - start < 2
+    assert not recwarn.list
     if program.ok:
         assert ast.unparse(ast.parse(program.code)) == program.code
 

@@ -41,6 +41,20 @@ def test_grpo_splits_any_batch_that_divides_and_keeps_it_whole(fields, flags):
     assert split.max_steps == args.grpo_steps * config.max_steps
 
 
+def test_counts_that_are_shares_of_all_steps_stay_as_they_are():
+    given = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--use_cpu", "--warmup_steps", "0.05"]
+    _, config = train.parse([*given, "--save_steps", "0.5"])
+    steps = loop._split_batch(config, 4)
+    assert "--max_steps" in steps and not {"--warmup_steps", "--save_steps"} & {*steps}
+
+
+def test_every_command_of_a_data_set_names_it():
+    fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--use_cpu"]
+    stages = loop.plan(fields, *train.parse(fields), ["srpo"], ["physics", "biology"], ["0"], ["python", "-m"])
+    named = [words[words.index("--dataset") + 1] for stage in stages[:2] for _, words in stage]
+    assert named == ["physics", "biology", *["physics"] * 2, *["biology"] * 2]
+
+
 def test_a_batch_that_is_split_already_is_not_split_again():
     """As in the config.yaml of a finished GRPO run."""
     given = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--use_cpu", "--routing", "grpo"]
@@ -118,6 +132,16 @@ def test_the_teachers_cached_states_have_its_dtype(capsys, fields, sharding, siz
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     expected = size * 4096 * 0.4 * rows * 800
     assert float(line.split()[0]) == pytest.approx(expected / 2**30, abs=0.005)
+
+
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_the_disk_of_all_runs_is_that_of_their_checkpoints(capsys, sharding):
+    """On one GPU nothing is sharded. Each of two runs keeps what resuming needs of its newest checkpoint."""
+    fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run"]
+    assert loop.main([*fields, "--variants", "srpo", "--seeds", "0,1", "--sharding", sharding]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "the disk has to hold" in line]
+    count, each, resume = train.checkpoint_sizes(*train.parse(fields), 8e9, "none")
+    assert f"checkpoints of 2 runs: {2 * (count * each + resume) / 2**30:,.0f} GiB;" in line
 
 
 def test_the_self_teacher_is_cut_under_fsdp_too(capsys):

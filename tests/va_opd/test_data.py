@@ -181,6 +181,33 @@ def test_a_truncated_image_is_found_at_the_start_and_again_after_a_good_run(tmp_
     assert len(data.load_rows(str(tmp_path), "train", check_images=False)) == 1
 
 
+def test_all_that_is_wrong_with_a_file_is_found_and_three_rows_are_named(tmp_path):
+    for name in ("chunk.png", "large.bmp"):
+        noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        PILImage.fromarray(noise).save(tmp_path / name)
+    whole = (tmp_path / "chunk.png").read_bytes()
+    (tmp_path / "chunk.png").write_bytes(b"\0\0\0\0".join(whole.rsplit(b"IDAT", 1)))
+    whole = (tmp_path / "large.bmp").read_bytes()
+    (tmp_path / "large.bmp").write_bytes(whole[:18] + b"\xff\xff\0\0" * 2 + whole[26:])  # width and height
+    names = ["chunk.png", "large.bmp", "none.png", "none.png"]
+    rows = [{"problem": "q", "images": [name], "answer": "1"} for name in names]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="has 4 rows with unreadable images") as error:
+        data.load_rows(str(tmp_path), "train")
+    faults = [fault.split(": ")[:2] for fault in str(error.value).split("(", 1)[1].split("; ")]
+    assert faults == [["id 0", "SyntaxError"], ["id 1", "DecompressionBombError"], ["id 2", "FileNotFoundError"]]
+
+
+def test_an_image_that_is_in_the_file_is_read_there(tmp_path):
+    """Parquet files of the hub hold images beside names that are files nowhere."""
+    diagram(0).save(tmp_path / "a.png")
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "nowhere.png"}
+    features = Features(images=Sequence(Image()), problem=Value("string"), answer=Value("string"))
+    rows = Dataset.from_dict({"images": [[image]], "problem": ["q"], "answer": ["1"]}, features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    assert data.load_rows(str(tmp_path), "train")[0]["images"][0].size == (560, 467)
+
+
 @pytest.mark.parametrize(
     ("size", "wrong"), [((8000, 20), True), ((20, 3980), True), ((3900, 20), False), ((8000, 40), False)]
 )
@@ -252,6 +279,10 @@ def test_a_missing_source_is_one_clear_sentence(tmp_path):
 )
 def test_the_budget_keeps_the_aspect(size, expected):
     assert images.fit_budget(diagram(0, size), images.MIN_PIXELS, images.MAX_PIXELS).size == expected
+
+
+def test_no_side_of_an_image_vanishes_in_the_budget():
+    assert images.budget_size((4000, 1), 1, 1000) == (2000, 1)
 
 
 def test_the_budget_is_reached_by_bicubic_interpolation():

@@ -35,6 +35,7 @@ def test_results_of_other_settings_are_refused_without_loading_a_model(config, t
         "teacher": (tiny_models["student"], repr(tiny_models["teacher"])),
         "degradation_ratio": ("0.5", "0.1"),
         "validation_size": ("4", "8"),
+        "max_pixels": ("5000000", "4194304"),
     }
     for name, (other, found) in others.items():
         capsys.readouterr()
@@ -100,6 +101,27 @@ def test_a_model_is_evaluated_on_the_benchmarks_of_the_config(config, vision_dat
     assert "n=4 |" in text and "| CoT-SFT | 39.7 |  | 64.4 |  |" in text
 
 
+@pytest.mark.parametrize(
+    ("limit", "questions", "wanted"),
+    [
+        *((None, 8, None), (None, 6, None), (100, 8, None), (100, 6, None), (4, 4, None)),
+        *((None, 4, 8), (100, 4, 8), (4, 8, 4), (7, 8, 7), (7, 6, None)),
+    ],
+)
+def test_a_result_is_of_as_many_questions_as_there_are_or_as_the_limit_says(
+    tmp_path, monkeypatch, limit, questions, wanted
+):
+    """Some benchmarks are published with two numbers of questions, here 8 and 6."""
+    monkeypatch.setitem(BENCHMARKS, "mmstar", dataclasses.replace(BENCHMARKS["mmstar"], rows=8, also=(6,)))
+    assert not evaluate.is_evaluated(tmp_path, "mmstar", limit)
+    atomic_write_json(tmp_path / "mmstar.json", {"questions": questions})
+    if wanted is None:
+        assert evaluate.is_evaluated(tmp_path, "mmstar", limit)
+    else:
+        with pytest.raises(ValueError, match=f"is of {questions} questions, .* eval_limit for {wanted}: set it to"):
+            evaluate.is_evaluated(tmp_path, "mmstar", limit)
+
+
 def _seeded(fields: list[str]):
     args, config = train.parse(fields)
     return args, config.seed
@@ -143,7 +165,8 @@ def test_benchmarks_are_sampled_at_the_temperature_of_the_config(config, vision_
 
 
 def test_va_is_of_one_rollout_a_problem_and_0_where_images_are_as_they_were(config, tmp_path):
-    args, settings = train.parse(["--config", str(config), "--degradation_ratio", "1.0"])
+    uneven = ["--per_device_eval_batch_size", "3"]  # of 8 problems
+    args, settings = train.parse(["--config", str(config), "--degradation_ratio", "1.0", *uneven])
     rows, out = train.load_splits_of(args)["validation"], tmp_path / "eval"
     out.mkdir()
     (out / "va_tokens.jsonl").write_text('{"id": "of a process that was killed", "va": [1.0]}\n')

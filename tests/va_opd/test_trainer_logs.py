@@ -105,6 +105,8 @@ def test_figures_of_va_by_hand():
     expected = {"va/mean": 0.8, "va/positive_share": 0.2, "va/top10_mass": 1.0, "va/group_sigma": 1.0}
     expected |= {"va/weight_min": 0.1, "va/weight_max": 0.9, "va/zero_in_high": 2 / 3}
     assert doctor.va_figures(va, mask, weights, high, 2) == pytest.approx(expected)
+    blind = doctor.va_figures(torch.zeros(2, 3), mask, weights, torch.zeros(2, 3).bool(), 2)
+    assert blind["va/top10_mass"] == 0 and "va/zero_in_high" not in blind
 
 
 def test_the_logged_entropy_is_the_students(make, monkeypatch):

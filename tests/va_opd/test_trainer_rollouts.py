@@ -55,7 +55,8 @@ def test_siblings_that_were_reordered_are_noticed(make):
     inputs = next(iter(trainer.get_train_dataloader()))
     with pytest.raises(RuntimeError, match="have different prompts or images"):
         step(trainer, inputs[::2] + inputs[1::2])
-    same_question = [{**row, "prompt": prompt(0)} for row in inputs]  # only the images tell the prompts apart
+    size = inputs[0]["image"].size  # as many tokens: only the images tell the prompts apart
+    same_question = [{**row, "prompt": prompt(0), "image": row["image"].resize(size)} for row in inputs]
     step(trainer, same_question)
     trainer._step = 0
     with pytest.raises(RuntimeError, match="have different prompts or images"):
@@ -87,6 +88,16 @@ def test_placeholders_and_padded_rows_are_never_sampled(make, family):
     assert not banned & set(trainer.last_rollouts["completion_ids"][trainer.last_rollouts["mask"].bool()].tolist())
 
 
+def test_what_opens_an_image_is_never_sampled_either():
+    """Gemma 3n and later have tokens of their own for it and for the features of an image."""
+    student, _, processor = models()
+    tokens = {"image_token": "<|image_pad|>", "boi_token": "<|vision_start|>"}
+    other, ids = SimpleNamespace(tokenizer=processor.tokenizer, **tokens), processor.tokenizer.get_vocab()
+    banned = checks.banned_ids(other, student.config)
+    assert banned == checks.banned_ids(processor, student.config) | {ids["<|vision_start|>"]}
+    assert banned == set(never_sampled(other, student.config))
+
+
 def test_bans_add_to_the_callers_generation_settings(make):
     trainer = make(generation_kwargs={"no_repeat_ngram_size": 3})
     assert trainer.generation_config.no_repeat_ngram_size == 3
@@ -112,6 +123,17 @@ def test_the_callers_options_lift_no_ban(use_vllm):
     if use_vllm:
         expected = {"logit_bias": {40: 1.0, **dict.fromkeys(banned, -100.0)}, "allowed_token_ids": [40]}
     assert got.generation_kwargs == expected
+
+
+def test_more_bans_than_vllm_takes_are_one_clear_sentence(monkeypatch):
+    student, _, processor = models()
+    args = SimpleNamespace(use_vllm=True, generation_kwargs=None)
+    count = len(checks.banned_ids(processor, student.config))
+    monkeypatch.setattr(checks, "MOST_BIASES", count)
+    assert len(checks.ban_tokens(args, processor, student).generation_kwargs["logit_bias"]) == count
+    monkeypatch.setattr(checks, "MOST_BIASES", count - 1)
+    with pytest.raises(ValueError, match=f"{count} ids must not be sampled, .* at most {count - 1}: call resize"):
+        checks.ban_tokens(args, processor, student)
 
 
 @pytest.mark.parametrize(
