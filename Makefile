@@ -105,7 +105,6 @@ clean: ## Remove .venv, .venv-vllm and caches; runs/ stays
 
 # --- Experiments: EXPERIMENT and PRESET choose the config; a variable that is set becomes a flag ---
 
-EXPERIMENT ?= geo3k
 SHARED = $(strip $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(if $(SEED),--seed $(SEED)) \
 	$(if $(OUT),--out '$(OUT)') $(ARGS))
 VA_OPTIONS = $(strip $(if $(TEACHER),--teacher '$(TEACHER)') $(SHARED))
@@ -158,13 +157,13 @@ rdiverse-qwen3-4b rdiverse-qwen3-8b:
 	$(PY) -m r_diverse.loop $(call CONFIG,$@) --variants r_diverse,r_zero $(RDIVERSE_GPUS) $(OPTIONS)
 
 eval-r_diverse: $(READY) ## Tables against the paper and figures, from finished runs of EXPERIMENT=qwen3-4b|qwen3-8b
-	$(PY) -m benchmarks.r_diverse --config $(word 2,$(call CONFIG,rdiverse-$(or $(filter qwen3-%,$(EXPERIMENT)),qwen3-4b))) $(OPTIONS)
+	$(PY) -m benchmarks.r_diverse --config $(word 2,$(call CONFIG,rdiverse-$(or $(EXPERIMENT),qwen3-4b))) $(OPTIONS)
 
 eval-srpo: $(READY) ## Tables against the paper and figures, from finished runs of EXPERIMENT=qwen3-8b|qwen3-4b
-	$(PY) -m benchmarks.srpo --config $(word 2,$(call CONFIG,srpo-$(or $(filter qwen3-%,$(EXPERIMENT)),qwen3-8b))) $(OPTIONS)
+	$(PY) -m benchmarks.srpo --config $(word 2,$(call CONFIG,srpo-$(or $(EXPERIMENT),qwen3-8b))) $(OPTIONS)
 
 eval-va_opd: $(READY) ## Table against the paper and figures, from finished runs of EXPERIMENT=geo3k|virl39k
-	$(PY) -m benchmarks.va_opd $(call CONFIG,va_opd-$(EXPERIMENT)) $(VA_OPTIONS)
+	$(PY) -m benchmarks.va_opd $(call CONFIG,va_opd-$(or $(EXPERIMENT),geo3k)) $(VA_OPTIONS)
 
 report: $(READY) ## Every run in one page: runs/report.html, and the same as report.md
 	$(PY) -m benchmarks.report $(if $(OUT),--runs '$(OUT)') $(ARGS)

@@ -388,8 +388,10 @@ def skill_map(run: Path, path: Path, title: str) -> Path:
         places, counts = np.unique(part.round(6), axis=0, return_counts=True)
         ax.scatter(*places.T, s=12 + 4 * counts, alpha=0.6, color=plots.PALETTE[0], linewidths=0)
         ax.set_title(f"iteration {t}: {len(part)} questions", fontsize=9)
+        ax.set_xlabel("principal axis 1")
         ax.margins(0.15)  # large points stand at the border, too
         ax.grid(alpha=0.25)
+    axes[0].set_ylabel("principal axis 2")
     text = f"{title}: skills of the usable questions (area: how many)"
     figure.suptitle("\n".join(textwrap.wrap(text, 42 * len(vectors))), fontsize=10)  # one panel is narrow
     return plots.save(figure, path)

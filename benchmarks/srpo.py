@@ -339,7 +339,7 @@ def figures(folder: Path, dataset: str, runs: dict[tuple[str, str], Path]) -> li
         drawn.append(
             plots.training_curves(
                 points,
-                {"accuracy": "test accuracy", "mean_tokens": "test length"},
+                {"accuracy": "test accuracy", "mean_tokens": "test response length, tokens"},
                 folder / f"{dataset}_accuracy.png",
                 1,
             )

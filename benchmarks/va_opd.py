@@ -354,7 +354,7 @@ def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, 
     VA mass (Fig. 2a), one rollout coloured by VA."""
     folder.mkdir(parents=True, exist_ok=True)
     bars = {
-        NAMES[name]: {kind: (avg_at_k(values), *interval(values)) for kind, values in kinds.items()}
+        NAMES[name]: {f"{kind} image": (avg_at_k(values), *interval(values)) for kind, values in kinds.items()}
         for name, kinds in scores.items()
     }
     drawn = [plots.accuracy_bars(bars, folder / "accuracy.png")]
@@ -368,15 +368,15 @@ def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, 
         if (run / "metrics.jsonl").exists()
     }
     curves = {
-        "kl/high": "KL, high-VA tokens",
-        "kl/low": "KL, other tokens",
-        "va/mean": "mean VA",
-        "entropy": "student entropy",
+        "kl/high": "KL of high-VA tokens, nats",
+        "kl/low": "KL of other tokens, nats",
+        "va/mean": "mean VA, nats",
+        "entropy": "student entropy, nats",
     }
     if trained:
         drawn.append(plots.training_curves(trained, curves, folder / "training.png"))
     values = {NAMES[name]: np.concatenate([r["va"] for r in records]) for name, records in rollouts.items()}
-    drawn.append(plots.cumulative_mass(values, folder / "va_mass.png"))
+    drawn.append(plots.cumulative_mass(values, folder / "va_mass.png", "VA"))
     name = next(n for n in ("va_opd", "opd", *runs) if n in runs)
     record = max(rollouts[name][:50], key=lambda r: sum(r["va"]))
     image = held_out_image(args, record["id"])

@@ -147,7 +147,8 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
         check_types(given, classes)
     if "use_cpu" in known and any(map(_is_dry_run, argv, [*argv[1:], ""])) and not torch.cuda.is_available():
         argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
-    parser = TrlParser(classes)
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # argparse alone says "train.py"
+    parser = TrlParser(classes, **({"prog": f"python -m {module.name}"} if module else {}))
     parser.usage = "%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]; --help explains the fields"  # there are 200
     try:
         parsed = parser.parse_args_and_config(argv)

@@ -20,6 +20,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARK = 0.1  # share of the tokens at which `cumulative_mass` says what they hold
 WIDTH = 48  # characters of a line of `token_heatmap`
+DPI = 150  # of a picture: text stays sharp on a page of 72 rem
 
 
 def table_markdown(rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> str:
@@ -66,15 +67,17 @@ def training_curves(
                 if band:
                     x, y = shown.T
                     axes.fill_between(x, y - spread, y + spread, color=color, alpha=0.15, linewidth=0)
-        is_smoothed = any(len(lines) >= 2 * smooth > 2 for lines in runs.values())
-        means = f" (means of {smooth} logged ones{', ± their standard deviation' * band})" * is_smoothed
-        axes.set(xlabel=unit + means, ylabel=metrics[metric])
+        axes.set(xlabel=unit, ylabel=metrics[metric])
         whole = {"integer": True, "min_n_ticks": 1} if over == "step" else {"nbins": 6}  # 0.0025 is long for a tick
         axes.xaxis.get_major_locator().set_params(**whole)
         _light(axes)
         if place == 1:
             names = axes.get_legend_handles_labels()
             figure.legend(*names, loc="outside upper center", ncols=min(4, max(1, len(names[1]))), frameon=False)
+    if any(len(lines) >= 2 * smooth > 2 for lines in runs.values()):
+        bands = "; shaded: ± the standard deviation of these" * band
+        figure.supxlabel(f"Lines: means of {smooth} logged points{bands}", fontsize="small")
+    figure.align_ylabels()
     return save(figure, path)
 
 
@@ -96,11 +99,15 @@ def accuracy_bars(table: Mapping[str, Mapping[str, tuple[float, float, float]]],
     axes.set(ylabel="accuracy", ylim=(0, 1.08))
     axes.legend(frameon=False, ncols=len(conditions), loc="upper left")
     _light(axes)
+    axes.grid(visible=False, axis="x")  # names are no scale
     return save(figure, path)
 
 
-def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path) -> Path:
-    """Share of the total that the largest values hold, against the share of tokens; marked at `MARK`."""
+def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path, what: str) -> Path:
+    """Share of the total that the largest values hold, against the share of tokens; marked at `MARK`.
+
+    `what` the values are, for the label.
+    """
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, array) in enumerate(values.items()):
@@ -111,7 +118,7 @@ def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path) -> Path:
         axes.plot(share, mass, color=PALETTE[number % len(PALETTE)], label=f"{name}: {at_mark:.0%} at {MARK:.0%}")
     axes.axvline(MARK, color="#999999", linewidth=1, linestyle=":")
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)
-    axes.set(xlabel="share of tokens, largest first", ylabel="share of the total", xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(xlabel="share of tokens, largest first", ylabel=f"share of all {what}", xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(frameon=False, loc="lower right")
     _light(axes)
     return save(figure, path)
@@ -155,7 +162,8 @@ def token_heatmap(tokens: Sequence[str], values: Sequence[float], path: str | Pa
     axes.set(xlim=(0, max(used, 12)), ylim=(-lines, 0))
     axes.set_axis_off()
     figure.suptitle(title, fontsize=11, parse_math=False)
-    figure.colorbar(scale, cax=figure.add_subplot(grid[-1]), orientation="horizontal", label="nats")
+    unit = "nats (\u00b7 in the text: a blank)"
+    figure.colorbar(scale, cax=figure.add_subplot(grid[-1]), orientation="horizontal", label=unit)
     return save(figure, path)
 
 
@@ -192,6 +200,7 @@ def save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    figure.set_dpi(DPI)
     FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
     os.replace(temporary, path)
     return path

@@ -150,7 +150,7 @@ def _pool(
 ) -> int:
     """`width` at a time, each writing to its log, and each on a GPU of its own if asked for; when one fails the others
     are stopped."""
-    waiting, running, places = list(commands), {}, {}
+    waiting, running, places, begun = list(commands), {}, {}, {}
     started = spoken = time.monotonic()
     try:
         while waiting or running:
@@ -161,6 +161,7 @@ def _pool(
                 print(f"$ {shown((name, words))}", flush=True)
                 # At the end: where another command is at work on the run, this one is refused, and its log stays
                 with (logs / f"{name}.log").open("a") as log:
+                    begun[name] = log.tell()
                     running[name] = subprocess.Popen(
                         words,
                         stdout=log,
@@ -174,14 +175,14 @@ def _pool(
                 if code := running.pop(name).returncode:
                     print(
                         f"{name} failed with exit code {code}. The end of {logs / name}.log:",
-                        *_end(logs, name, 15),
+                        *_end(logs, name, begun[name], 15),
                         sep="\n",
                     )
                     return code
             if time.monotonic() - spoken > SIGN_OF_LIFE:
                 spoken = time.monotonic()
                 for name in running:
-                    line = (_end(logs, name, 1) or ["starting"])[0]
+                    line = (_end(logs, name, begun[name], 1) or ["starting"])[0]
                     print(f"  {spoken - started:4.0f} s  {name}: {line[:100]}", flush=True)
     finally:
         for process in running.values():  # all before any is waited for: a scheduler kills what is slow to save
@@ -191,8 +192,9 @@ def _pool(
     return 0
 
 
-def _end(logs: Path, name: str, lines: int) -> list[str]:
-    return (logs / f"{name}.log").read_text(errors="replace").splitlines()[-lines:]
+def _end(logs: Path, name: str, begun: int, lines: int) -> list[str]:
+    """Last lines of a log, none from before its byte `begun`: those are of an earlier start."""
+    return (logs / f"{name}.log").read_bytes()[begun:].decode(errors="replace").splitlines()[-lines:]
 
 
 def shown(command: Command) -> str:

@@ -346,7 +346,7 @@ def train_base(out: Path, until: float = 0.3, max_steps: int = 2000, seed: int =
         warmup.step()
         if step % 50 == 0:
             shares = base_shares(model, tokenizer, held_out)
-            print(f"step {step}: loss {loss.item():.2f}, {shares}", flush=True)
+            print(f"{out}: step {step}, loss {loss.item():.2f}, {_shares(shares)}", flush=True)
             if shares["accuracy"] >= until and shares["form"] >= 0.9:
                 break
     else:
@@ -369,7 +369,11 @@ def base_shares(model, tokenizer, rows: Sequence[dict[str, str]]) -> dict[str, f
 
 
 def _base(out: Path, seed: int) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in train_base(out, seed=seed).items())
+    return _shares(train_base(out, seed=seed))
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return f"accuracy {shares['accuracy']:.2f}, questions in the right form {shares['form']:.2f}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -298,7 +298,7 @@ def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int 
                 "plain": greedy_accuracy(model, tokenizer, held_out),
                 "demonstration": greedy_accuracy(model, tokenizer, [with_demonstration(row) for row in held_out]),
             }
-            print(f"step {step}: loss {loss.item():.2f}, accuracy {accuracy}", flush=True)
+            print(f"{out}: step {step}, loss {loss.item():.2f}, {_accuracies(accuracy)}", flush=True)
             if accuracy["plain"] >= until and accuracy["demonstration"] >= 0.8:
                 break
     else:
@@ -345,8 +345,11 @@ def unpack_smollm2(out: Path) -> None:
 
 
 def _base(out: Path, seed: int) -> str:
-    accuracy = train_base(out, seed=seed)
-    return "accuracy " + ", ".join(f"{name} {value:.2f}" for name, value in accuracy.items())
+    return _accuracies(train_base(out, seed=seed))
+
+
+def _accuracies(accuracy: dict[str, float]) -> str:
+    return f"accuracy {accuracy['plain']:.2f}, with a demonstration {accuracy['demonstration']:.2f}"
 
 
 def _smollm2(out: Path, seed: int) -> str:

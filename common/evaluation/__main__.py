@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 SEVERAL = {"temperature": 0.6, "top_p": 0.95}  # for more than one sample where the benchmark's decoding is greedy
+TEMPLATE_EXAMPLE = '{"enable_thinking": false}'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=float, help=f"default: the benchmark's{several.format(value)}")
     parser.add_argument("--max_new_tokens", type=int, help="default: the benchmark's")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at once with transformers")
-    parser.add_argument("--chat_template_kwargs", default="{}", help="JSON, such as '{\"enable_thinking\": false}'")
+    parser.add_argument("--chat_template_kwargs", default="{}", help=f"JSON, such as '{TEMPLATE_EXAMPLE}'")
     parser.add_argument(
         "--engine_options", default="{}", help="JSON, of vllm.LLM, such as '{\"max_model_len\": 8192}'"
     )
@@ -49,22 +50,36 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> dict:
     from common import versions
 
-    from . import json_options, load_benchmark
+    from . import load_benchmark
     from .run import evaluate, rescore, score_responses
 
+    _check(args)
     benchmark = load_benchmark(args.benchmark, args.data, args.limit)
     if args.rescore:
         return rescore(benchmark, args.out)
     if args.responses:
         return score_responses(benchmark, args.responses, args.out)
-    if not args.model:
-        raise ValueError("there is no --model to ask, no file of --responses, and no --rescore: pass one of them")
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     versions.announce("common.evaluation")
-    options = json_options("chat_template_kwargs", args.chat_template_kwargs, '{"enable_thinking": false}')
-    engine, decoding = _engine(args, options), _decoding(args, benchmark)
+    engine, decoding = _engine(args), _decoding(args, benchmark)
     return evaluate(engine, benchmark, args.out, samples=args.samples, decoding=decoding, seed=args.seed)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Reads the options that are JSON; `ValueError` for what is wrong with any benchmark, which may be a download."""
+    from . import json_options
+
+    if args.responses and not Path(args.responses).is_file():
+        raise ValueError(f"there is no file of responses {args.responses}")
+    if not (args.model or args.responses or args.rescore):
+        raise ValueError("there is no --model to ask, no file of --responses, and no --rescore: pass one of them")
+    for name in ("samples", "limit", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if args.tokenizer and not args.server:
+        raise ValueError(f"tokenizer {args.tokenizer!r} is for a --server: leave it out")
+    args.chat_template_kwargs = json_options("chat_template_kwargs", args.chat_template_kwargs, TEMPLATE_EXAMPLE)
+    args.engine_options = json_options("engine_options", args.engine_options)
 
 
 def _decoding(args: argparse.Namespace, benchmark):
@@ -77,13 +92,12 @@ def _decoding(args: argparse.Namespace, benchmark):
     return dataclasses.replace(decoding, **{name: value for name, value in changes.items() if value is not None})
 
 
-def _engine(args: argparse.Namespace, options: dict):
-    from . import ServerEngine, json_options, load_engine
+def _engine(args: argparse.Namespace):
+    from . import ServerEngine, load_engine
 
+    options = args.chat_template_kwargs
     if args.server:
         return ServerEngine(args.server, args.model, options, stop_token_ids=_turn_end(args.tokenizer))
-    if args.tokenizer:
-        raise ValueError(f"tokenizer {args.tokenizer!r} is for a --server: leave it out")
     import torch
 
     cuda = torch.cuda.is_available()
@@ -94,7 +108,7 @@ def _engine(args: argparse.Namespace, options: dict):
         bf16=cuda,
         device="cuda" if cuda else "cpu",
         chat_template_kwargs=options,
-        options={"seed": args.seed, **json_options("engine_options", args.engine_options)},
+        options={"seed": args.seed, **args.engine_options},
     )
 
 

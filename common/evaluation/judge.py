@@ -27,7 +27,6 @@ from typing import Any
 from tqdm import tqdm
 
 from common.answers import gold_letter
-from common.cli import run_main
 from common.estimators import avg_at_k, interval
 from common.runs import append_jsonl, atomic_write_json, fingerprint, read_jsonl
 
@@ -254,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
         options = {"enable_thinking": False} if args.no_thinking else {}
         engine = ServerEngine(args.server, args.judge_model, options, workers=BATCH)
         print(described(judge_evaluation(engine, benchmark, args.out, args.recheck, args.max_new_tokens)))
+
+    from common.cli import run_main  # torch: `--help` need not wait for it
 
     return run_main("common.evaluation.judge", run, [])
 

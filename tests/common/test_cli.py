@@ -4,7 +4,9 @@ Signals and full disks: test_preemption.py. Fields and their mistakes: test_trai
 """
 
 import os
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,10 +90,13 @@ def test_half_precision_without_a_gpu_names_the_field_and_the_remedy():
         parse_fields(["--output_dir", "x", "--bf16", "true"], (TrainingArguments,), "configs/")
 
 
-def test_a_wrong_type_is_said_without_a_list_of_all_fields(capsys):
+def test_a_wrong_type_is_said_without_a_list_of_all_fields(capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="srpo.train"), raising=False)
     with pytest.raises(SystemExit):
         parse_fields(["--steps", "five"], (Fields,), "configs/")
-    assert "argument --steps: invalid int value: 'five'" in capsys.readouterr().err.splitlines()[-1]
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: python -m srpo.train [--config")
+    assert error == "python -m srpo.train: error: argument --steps: invalid int value: 'five'"
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,25 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys, more, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no --model to ask"),
+        (["--responses", "nowhere.jsonl"], "there is no file of responses nowhere.jsonl"),
+        (["--model", "x", "--samples", "0"], "samples must be at least 1"),
+        (["--model", "x", "--limit", "-1"], "limit must be at least 1"),
+        (["--model", "x", "--batch_size", "0"], "batch_size must be at least 1"),
+        (["--model", "x", "--tokenizer", "y"], "is for a --server"),
+        (["--model", "x", "--engine_options", "{bad"], "engine_options must be JSON"),
+        (["--model", "x", "--chat_template_kwargs", "[]"], "chat_template_kwargs must be JSON"),
+    ],
+)
+def test_a_mistake_is_told_before_the_benchmark_is_fetched(capsys, monkeypatch, words, message):
+    monkeypatch.setattr("common.evaluation.load_benchmark", lambda *_: pytest.fail("fetched"))
+    assert command.main(["--benchmark", "math500", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_killed_evaluation_ends_with_the_same_records(tmp_path):
     model_folder(tmp_path / "model")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

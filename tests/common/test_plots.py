@@ -87,7 +87,8 @@ def test_rolling_means_and_their_band(tmp_path, monkeypatch, count, window):
         assert axes.get_lines()[0].get_ydata() == pytest.approx([part.mean() for part in parts])
         assert axes.get_lines()[0].get_xdata() == pytest.approx([i + (size - 1) / 2 for i in range(len(parts))])
         assert len(axes.collections) == has_band
-        assert ("means of 5" in axes.get_xlabel()) == (size == 5)
+        bands = "; shaded: ± the standard deviation of these" * has_band
+        assert figure.get_supxlabel() == (f"Lines: means of 5 logged points{bands}" if size == 5 else "")
     highest = max(part.mean() + part.std() for part in parts)
     assert figures[0].axes[0].collections[0].get_paths()[0].vertices[:, 1].max() == pytest.approx(highest)
 
@@ -102,7 +103,7 @@ def test_bars_with_a_missing_condition_and_values_at_the_ends(tmp_path):
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0], [3.0, 2.0, 0.0, 0.0]])
 def test_cumulative_mass(tmp_path, values):
-    assert drawn(plots.cumulative_mass({"x": np.array(values)}, tmp_path / "a.png")).std() > 1
+    assert drawn(plots.cumulative_mass({"x": np.array(values)}, tmp_path / "a.png", "VA")).std() > 1
 
 
 def test_a_single_point_is_seen(tmp_path, monkeypatch):

@@ -109,6 +109,15 @@ while True:
     assert all(file.with_suffix(".saved").exists() for file in files)
 
 
+def test_what_an_earlier_start_logged_is_kept_and_not_shown(tmp_path, two_cores, capfd):
+    for name in ("failing", "speaking"):
+        (tmp_path / f"{name}.log").write_text("of yesterday\n")
+    plan = [[sleeper("failing", 0.5, code=3), python("speaking", "print('of today')")]]
+    assert stages.run_stages(plan, tmp_path) == 3
+    assert (tmp_path / "speaking.log").read_text() == "of yesterday\nof today\n"
+    assert "of yesterday" not in capfd.readouterr().out
+
+
 def test_a_failed_command_alone_ends_the_experiment(tmp_path):
     assert stages.run_stages([[sleeper("bad", 0, code=4)], [sleeper("later", 0)]], tmp_path) == 4
 
