@@ -12,12 +12,12 @@ from transformers import Trainer, set_seed
 SUPPORTED_TRL = ">=1.16,<1.17"
 if version("trl") not in SpecifierSet(SUPPORTED_TRL):
     raise ImportError(
-        f"r_diverse overrides a private method of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}"
+        f"r_diverse overrides private methods of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}"
     )
 
-from trl.trainer.utils import RepeatSampler  # noqa: E402
+from trl.trainer.utils import RepeatSampler, split_tensor_dict  # noqa: E402
 
-__all__ = ["SUPPORTED_TRL", "EpochSampler", "seed_rollouts"]
+__all__ = ["SUPPORTED_TRL", "EpochSampler", "seed_rollouts", "split_tensor_dict"]
 
 
 class EpochSampler(RepeatSampler):

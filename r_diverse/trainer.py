@@ -16,11 +16,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
+from torch.nn.functional import pad
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from . import analysis, objective
 from ._trl import EpochSampler, seed_rollouts
+from .batches import length_sorted, real_columns
 from .budget import Budget
 from .config import RDiverseConfig
 from .doctor import DoctorCallback
@@ -99,6 +101,54 @@ class PhaseTrainer(GRPOTrainer):
             gap = self.accelerator.gather(logps_gap(*logps, batch["completion_mask"], self.top_p)).mean().item()
             self._metrics["train" if self.model.training else "eval"]["sampling/logps_gap"].append(gap)
         return batch
+
+    def _prepare_inputs(self, generation_batch):
+        """TRL's, but the micro-batches of an update are of like length instead of drawn: the same sum with less
+        padding."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        # These are no sum over rows: a part of them is a mean or a quantile of a micro-batch
+        drawn = self.loss_type == "bnpo" or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
+        if self._buffered_inputs is before or drawn or "pixel_values" in inputs:
+            return inputs
+        batches, parts = self._buffered_inputs, self.args.steps_per_generation
+        size = math.gcd(parts, self.args.gradient_accumulation_steps)  # so many are never of two updates
+        self._buffered_inputs = [
+            batch for start in range(0, parts, size) for batch in length_sorted(batches[start : start + size])
+        ]
+        return self._buffered_inputs[self._step % parts]
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **images,
+    ):
+        """TRL's in micro-batches of like length, each without the columns that are padding in all its rows."""
+        compute = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+        whole = super()._get_per_token_logps_and_entropies
+        if any(value is not None for value in images.values()):
+            return whole(model, input_ids, attention_mask, logits_to_keep, batch_size, **compute, **images)
+        order = attention_mask.sum(1).argsort(descending=True, stable=True)
+        found = []
+        for rows in order.split(batch_size or len(order)):
+            columns, kept = real_columns(attention_mask[rows], logits_to_keep, self.pad_to_multiple_of)
+            logps, entropies, aux_loss = whole(
+                model, input_ids[rows, columns], attention_mask[rows, columns], kept, **compute
+            )
+            padding = (0, logits_to_keep - kept)
+            found.append((pad(logps, padding), pad(entropies, padding) if compute_entropy else None, aux_loss))
+        (logps, entropies, aux_losses), back = zip(*found, strict=True), order.argsort()
+        return (
+            torch.cat(logps)[back],
+            torch.cat(entropies)[back] if compute_entropy else None,
+            torch.stack(aux_losses).mean() if compute_aux_loss else None,
+        )
 
 
 class HalfPrecisionCallback(TrainerCallback):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from common.tiny import tiny_qwen3
 from r_diverse import PhaseTrainer, doctor
@@ -23,7 +23,24 @@ def test_what_is_overridden_in_trl():
     parameters = ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"]
     assert list(inspect.signature(RepeatSampler.__init__).parameters)[1:] == parameters
     own = {name for name, value in vars(PhaseTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)}
-    assert own == {"__init__", "_get_train_sampler", "_generate_and_score_completions"}
+    assert own == {
+        "__init__",
+        "_get_train_sampler",
+        "_generate_and_score_completions",
+        "_prepare_inputs",
+        "_get_per_token_logps_and_entropies",
+    }
+    for function, parameters in (
+        (GRPOTrainer._prepare_inputs, "self generation_batch"),
+        (
+            GRPOTrainer._get_per_token_logps_and_entropies,
+            "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss "
+            "pixel_values image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes "
+            "token_type_ids mm_token_type_ids image_position_ids",
+        ),
+        (split_tensor_dict, "tensor_dict num_chunks"),
+    ):
+        assert list(inspect.signature(inspect.unwrap(function)).parameters) == parameters.split()
     assert list(inspect.signature(GRPOTrainer._generate_and_score_completions).parameters) == ["self", "inputs"]
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     for name in ("old_per_token_logps", "sampling_per_token_logps"):

@@ -1,0 +1,150 @@
+"""Micro-batches of like length, no wider than their longest row: the same update as TRL's with less work."""
+
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Qwen3ForCausalLM
+from trl import GRPOTrainer
+
+from common.tiny import tiny_qwen3
+from r_diverse import PhaseTrainer, SolverConfig
+from r_diverse.batches import length_sorted, real_columns
+
+LENGTHS = (40, 3, 5, 4, 9, 2, 6, 5, 31, 3, 4, 2, 7, 8, 2, 3)  # of one generation batch: 2 updates of 4 micro-batches
+
+
+@pytest.mark.parametrize(
+    ("prompts", "lengths", "multiple", "columns", "kept"),
+    [
+        ([2, 3], [1, 2], None, slice(1, 6), 2),
+        ([4, 1], [5, 0], None, slice(0, 9), 5),
+        ([2, 2], [0, 0], None, slice(2, 5), 1),  # truncated rows that are masked
+        ([1, 2], [3, 1], 2, slice(2, 8), 4),
+        ([4, 3], [5, 5], 3, slice(0, 9), 5),  # never wider than what there is
+    ],
+)
+def test_only_columns_with_a_token_are_left(prompts, lengths, multiple, columns, kept):
+    mask = torch.tensor([[0] * (4 - p) + [1] * (p + t) + [0] * (5 - t) for p, t in zip(prompts, lengths, strict=True)])
+    assert real_columns(mask, 5, multiple) == (columns, kept)
+
+
+def test_rows_stay_whole_and_the_longest_come_first():
+    lengths = torch.tensor([[3, 1], [5, 2], [4, 5]])
+    batches = [
+        {
+            "prompt_mask": torch.ones(2, 1),
+            "completion_mask": (torch.arange(5) < row[:, None]).long(),
+            "row": row * 10,
+            "nothing": None,
+            "num_items_in_batch": torch.tensor(20),
+        }
+        for row in lengths
+    ]
+    found = length_sorted(batches)
+    assert [batch["row"].tolist() for batch in found] == [[50, 50], [40, 30], [20, 10]]
+    assert [batch["completion_mask"].sum(1).tolist() for batch in found] == [[5, 5], [4, 3], [2, 1]]
+    assert all(batch["nothing"] is None and batch["num_items_in_batch"] == 20 for batch in found)
+
+
+def area(shapes) -> int:
+    return sum(rows * columns for rows, columns in shapes)
+
+
+def note(seen, module, args, kwargs):
+    seen.append(tuple(kwargs["input_ids"].shape))
+
+
+def trained(kind, folder, monkeypatch, **options):
+    """A trainer after one generation batch of `LENGTHS`, and the (rows, columns) of each forward of its policy and of
+    the KL reference."""
+    model, tokenizer = tiny_qwen3(hidden=32)
+    model.save_pretrained(folder / "base")  # from which TRL loads the KL reference
+    tokenizer.save_pretrained(folder / "base")
+    model = Qwen3ForCausalLM.from_pretrained(folder / "base")
+    generator = torch.Generator().manual_seed(0)
+    ids = [[*torch.randint(10, 100, (n - 1,), generator=generator).tolist(), tokenizer.eos_token_id] for n in LENGTHS]
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, *args, **kwargs: (ids, None))
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
+    settings |= {"num_generations": 4, "max_steps": 2, "max_completion_length": 40, "learning_rate": 1e-3}
+    settings |= {"beta": 0.1, "weight_decay": 0.0, "adam_epsilon": 1.0}  # a step is linear in the gradient, or nearly
+    config = SolverConfig(
+        str(folder), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False, save_strategy="no",
+        doctor_steps=0, logging_steps=1, **settings | options,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": f"{'1' * (7 * i)}+{i}="} for i in range(4)])
+    trainer = kind(
+        model,
+        lambda completions, **columns: [float(i % 3) for i in range(len(completions))],
+        config,
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    shapes = {"policy": [], "reference": []}
+    for seen, part in zip(shapes.values(), (trainer.model, trainer.ref_model), strict=True):
+        if part is not None:
+            part.model.register_forward_pre_hook(partial(note, seen), with_kwargs=True)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    return trainer, shapes, {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_iterations": 2, "max_steps": 4, "save_steps": 4},
+        {"loss_type": "dapo", "pad_to_multiple_of": 4},
+        {"loss_type": "bnpo", "beta": 0.0},
+        {"top_entropy_quantile": 0.5},
+        {"gradient_accumulation_steps": 2, "max_steps": 4},
+        {"mask_truncated_completions": True, "max_completion_length": 31},
+    ],
+    ids=str,
+)
+def test_the_update_is_trls(tmp_path, monkeypatch, options):
+    ours, shapes, step = trained(PhaseTrainer, tmp_path, monkeypatch, **options)
+    theirs, padded, expected = trained(GRPOTrainer, tmp_path, monkeypatch, **options)
+    assert max(value.abs().max() for value in expected.values()) > 1e-6
+    for name, value in expected.items():
+        torch.testing.assert_close(step[name], value, rtol=1e-3, atol=2e-9)
+    for ours_line, line in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+        for name in {"loss", "kl", "reward", "grad_norm"} & line.keys():
+            assert ours_line[name] == pytest.approx(line[name], rel=1e-3, abs=1e-6)
+    for name, rows in padded.items():
+        assert len(shapes[name]) == len(rows)  # as many forwards
+        assert not rows or area(shapes[name]) < area(rows)
+
+
+def test_work_grows_with_the_tokens_and_not_with_the_longest_rollout(tmp_path, monkeypatch):
+    _, shapes, _ = trained(PhaseTrainer, tmp_path, monkeypatch)
+    _, padded, _ = trained(GRPOTrainer, tmp_path, monkeypatch)
+    tokens = sum(LENGTHS) + 4 * sum(len(f"{'1' * (7 * i)}+{i}=") for i in range(4))
+    policy, reference = (area(shapes[name]) for name in ("policy", "reference"))
+    # The policy gives the log-probabilities of the old one too, of all rows
+    assert area(padded["policy"]) == 2 * 16 * (40 + 24) and policy < 1.3 * 2 * tokens
+    assert area(padded["reference"]) == 16 * (40 + 24) and reference < 1.2 * tokens
+    widths = [width for _, width in shapes["policy"]]
+    assert all(sorted(half, reverse=True) == half for half in (widths[:8], widths[8:12], widths[12:]))
+
+
+def test_rows_of_two_updates_are_never_mixed(tmp_path, monkeypatch):
+    """Six micro-batches a generation batch and four an update: of the second update two are of the next batch."""
+    seen = {}
+    for kind in (GRPOTrainer, PhaseTrainer):
+        trainer, _, _ = trained(kind, tmp_path, monkeypatch, max_steps=1, save_steps=1)
+        trainer.args.steps_per_generation = 6
+        trainer.args.gradient_accumulation_steps = 4
+        rows = {"prompt_mask": torch.ones(12, 1), "completion_mask": torch.ones(12, 40), "row": torch.arange(12)}
+        rows["completion_mask"] = (torch.arange(40) < torch.tensor(LENGTHS[:12])[:, None]).long()
+        monkeypatch.setattr(trainer, "_generate_and_score_completions", lambda inputs, rows=rows: rows)
+        trainer.model.train()
+        trainer._buffered_inputs, found = None, []
+        torch.manual_seed(0)
+        for trainer._step in range(6):
+            found.append(trainer._prepare_inputs([])["row"].tolist())
+        seen[kind] = [sorted(a + b) for a, b in zip(found[::2], found[1::2], strict=True)]
+        trainer.model.eval()
+        assert trainer._prepare_inputs([]) is rows  # as it comes
+    assert seen[GRPOTrainer] == seen[PhaseTrainer]
