@@ -30,6 +30,7 @@ WORKS = {  # name of the result: module and arguments
     "srpo_step": "srpo_step --real 4B --response 800 --repeats 1 --kinds srpo 'sdpo (trl)' grpo",
     "va_opd_scoring": "va_opd_scoring --real --repeats 3",
     "evaluation": "evaluation --real --prompts 32 --tokens 256 --repeats 1",
+    "r_diverse_step": "r_diverse_step --real 4B --rollouts 32 --response 2048 --repeats 1",
     "srpo_step_8b": "srpo_step --real 8B --rollouts 16 --micro_batch 4 --response 200 --repeats 1"
     " --kinds srpo 'sdpo (trl)'",
 }

@@ -109,8 +109,8 @@ def count_teacher(trainer) -> list[int]:
 
 
 def seconds_of_a_step(trainer) -> float:
-    accumulation = trainer.args.gradient_accumulation_steps
-    trainer.current_gradient_accumulation_steps = accumulation
+    """Of a generation batch, without its generation and optimizer."""
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer._step = 0
     inputs = next(iter(trainer.get_train_dataloader()))
     trainer.model.zero_grad()
@@ -119,7 +119,7 @@ def seconds_of_a_step(trainer) -> float:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = clock()
-    for _ in range(accumulation):
+    for _ in range(trainer.args.steps_per_generation):
         trainer.training_step(trainer.model, inputs, None)
     synchronize()
     return clock() - started

@@ -124,6 +124,18 @@ def srpo_step(result: Result) -> list[list[str]]:
     return rows
 
 
+def r_diverse_step(result: Result) -> list[list[str]]:
+    found = {int(longest): x for longest, x in result["responses"].items()}
+    sides = [[statistics.median(x["seconds"][kind]) for x in found.values()] for kind in ("ours", "trl")]
+    size = f"{result['settings']['real']}, " if result["settings"].get("real") else ""
+    rows, slopes = [], growth(list(found), *sides)
+    for longest, entry, *pair in zip(found, found.values(), *sides, strict=True):
+        work = f"R-Diverse's phase, {size}rollouts of up to {longest}, s"
+        ratio = "{median:.2f} x [{low:.2f}, {high:.2f}]".format(**entry["ratio"])
+        rows.append([work, "TRL's GRPOTrainer", *_pair(*pair), ratio, "", slopes])
+    return rows
+
+
 def startup(result: Result) -> list[list[str]]:
     rows = []
     for name, sides in result["seconds"].items():
@@ -225,6 +237,7 @@ ROWS: dict[str, Callable[[Result], list[list[str]]]] = {
     "srpo_step": srpo_step,
     "srpo_step_8b": srpo_step,
     "srpo_loss": srpo_loss,
+    "r_diverse_step": r_diverse_step,
     "r_diverse_reward": r_diverse_reward,
     "r_diverse_sam": r_diverse_sam,
     "evaluation": evaluation,

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import evaluation, gpu, srpo_loss, srpo_step, tables, va_opd_loss, va_opd_scoring
+from benchmarks import evaluation, gpu, r_diverse_step, srpo_loss, srpo_step, tables, va_opd_loss, va_opd_scoring
 from benchmarks.machine import unless_out_of_memory
 from common.evaluation import Completion
 from common.tiny import char_tokenizer
@@ -55,6 +55,22 @@ def test_both_steps_compute_in_bfloat16_and_checkpoint_as_training_does(kind, sa
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
     assert trainer.model.is_gradient_checkpointing and trainer.model.training
     assert products(trainer.model, lambda: srpo_step.seconds_of_a_step(trainer)) == {torch.bfloat16}
+
+
+def test_a_phase_is_measured_beside_trls_own_in_fewer_positions(tmp_path, monkeypatch, saved):
+    settings = argparse.Namespace(**vars(STEP) | {"rollouts": 16, "response": 32, "micro_batch": 2})
+    saves = []
+    found = r_diverse_step.measure(saved, char_tokenizer(), settings, lambda x: saves.append(list(x)))
+    assert saves == [[8], [8, 16], [8, 16, 32]]
+    for longest, entry in found.items():
+        ours, theirs = (entry["positions"][kind] for kind in ("ours", "trl"))
+        # 24 forwards of 2 rows: 8 of each model for what is compared with, and 8 of the updates
+        assert theirs % (2 * 24) == 0 and theirs // 48 > longest and ours < theirs
+        assert len(entry["seconds"]["ours"]) == len(entry["seconds"]["trl"]) == 1
+    result = {"settings": {"real": "4B"}, "responses": {str(longest): x for longest, x in found.items()}}
+    rows = tables.r_diverse_step(result)
+    assert [row[0] for row in rows] == [f"R-Diverse's phase, 4B, rollouts of up to {n}, s" for n in (8, 16, 32)]
+    assert "32 | 2" in r_diverse_step.table(found)
 
 
 def options(repeats: int = 1) -> argparse.Namespace:

@@ -1,0 +1,147 @@
+"""A generation batch of an R-Diverse phase beside TRL's GRPOTrainer, with the same uneven rollouts in one run.
+
+    python -m benchmarks.r_diverse_step                                     # CPU, about 6 minutes
+    python -m benchmarks.r_diverse_step --real 4B --response 2048 --repeats 1       # a GPU with 141 GB
+
+A step here is the log-probabilities of the old policy and of the KL reference, then forward and backward of the four
+updates of a generation batch; generation and optimizer are the same for both and left out. Both have the settings of
+`SolverConfig`. The models have random weights. Lengths of rollouts are log-normal, one of them the longest allowed, as
+among the thousands of a real batch. Writes benchmarks/results/r_diverse_step.json.
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from trl import GRPOTrainer
+
+from benchmarks.machine import machine, spread
+from benchmarks.srpo_step import REAL, fix_rollouts, save_model, seconds_of_a_step
+from benchmarks.va_opd_scoring import as_training_does, precision
+from common import plots
+from common.runs import atomic_write_json
+from common.tiny import char_tokenizer
+from r_diverse import PhaseTrainer, SolverConfig
+
+GROUP, UPDATES = 4, 4
+KINDS = {"ours": PhaseTrainer, "trl": GRPOTrainer}
+
+
+def rollout_ids(rollouts: int, response: int, eos: int) -> list[list[int]]:
+    """Printable characters; the median length is 0.2 of the longest and the 90th percentile 0.6."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(0.2 * response), 0.85, rollouts), 2, response).astype(int)
+    lengths[rng.integers(rollouts)] = response
+    return [[*rng.integers(10, 100, length - 1).tolist(), eos] for length in lengths]
+
+
+def build(kind: str, folder: str, tokenizer, options: argparse.Namespace):
+    """A trainer that computes as in `train()`."""
+    config = SolverConfig(
+        output_dir=folder,
+        per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=options.rollouts // options.micro_batch // UPDATES,
+        num_generations=GROUP,
+        max_completion_length=options.response,
+        report_to=[],
+        save_strategy="no",
+        shuffle_dataset=False,
+        **precision(),
+    )
+    question = "".join(chr(97 + i % 26) for i in range(options.prompt))
+    rows = [{"prompt": [{"role": "user", "content": f"{i}{question}"}]} for i in range(options.rollouts // GROUP)]
+    trainer = KINDS[kind](
+        model=folder,
+        reward_funcs=lambda completions, **columns: [float(i % 3 == 0) for i in range(len(completions))],
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    as_training_does(trainer)
+    return trainer
+
+
+def count(trainer) -> list[int]:
+    """Collects the positions, padding included, of every forward of the policy and of the KL reference."""
+    positions: list[int] = []
+    for model in (trainer.model, trainer.ref_model):
+        model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: positions.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+    return positions
+
+
+def measure(
+    folder: str, tokenizer, options: argparse.Namespace, save: Callable[[dict[int, Any]], None]
+) -> dict[int, dict[str, Any]]:
+    """By longest response: seconds of both, which take turns, and positions and tokens of a step; saved after each."""
+    trainers = {kind: build(kind, folder, tokenizer, options) for kind in KINDS}
+    positions, found = {kind: count(trainer) for kind, trainer in trainers.items()}, {}
+    for share in (4, 2, 1):
+        ids = rollout_ids(options.rollouts, options.response // share, tokenizer.eos_token_id)
+        fix_rollouts(ids)
+        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for repeat in range(options.repeats + 1):  # the first warms up
+            for kind, trainer in trainers.items():
+                positions[kind].clear()
+                taken = seconds_of_a_step(trainer)
+                print(f"{kind}, responses of up to {options.response // share}: {taken:.2f} s", flush=True)
+                seconds[kind] += [taken] if repeat else []
+        found[options.response // share] = {
+            "seconds": seconds,
+            "ratio": spread(b / a for a, b in zip(seconds["ours"], seconds["trl"], strict=True)),
+            "positions": {kind: sum(numbers) for kind, numbers in positions.items()},
+            "response_tokens": sum(map(len, ids)),
+            "mean_over_longest": sum(map(len, ids)) / len(ids) / (options.response // share),
+        }
+        save(found)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--real", choices=REAL, help="shapes of this Qwen3; the three above are ignored")
+    parser.add_argument("--rollouts", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=64, help="characters, about the tokens of a prompt")
+    parser.add_argument("--response", type=int, default=256, help="longest response in tokens")
+    parser.add_argument("--micro_batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "r_diverse_step.json")
+    options = parser.parse_args(argv)
+    tokenizer = char_tokenizer()
+    about = {"settings": vars(options) | {"out": options.out.name}, "machine": machine("transformers", "trl")}
+
+    def save(found: dict[int, Any]) -> None:
+        atomic_write_json(options.out, about | {"responses": found})
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder, tokenizer, options)
+        found = measure(folder, tokenizer, options, save)
+    print(table(found))
+
+
+def table(found: dict[int, dict[str, Any]]) -> str:
+    columns = ["longest response", "mean", "ours, s", "TRL, s", "TRL / ours", "positions, ours", "TRL"]
+    rows = [
+        [
+            longest,
+            f"{x['mean_over_longest']:.0%}",
+            *(f"{statistics.median(x['seconds'][kind]):.2f}" for kind in KINDS),
+            "{median:.2f} [{low:.2f}, {high:.2f}]".format(**x["ratio"]),
+            *(f"{x['positions'][kind]:,}" for kind in KINDS),
+        ]
+        for longest, x in found.items()
+    ]
+    return plots.table_markdown(rows, columns)
+
+
+if __name__ == "__main__":
+    main()
