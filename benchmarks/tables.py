@@ -124,6 +124,18 @@ def srpo_step(result: Result) -> list[list[str]]:
     return rows
 
 
+def srpo_memory(result: Result) -> list[list[str]]:
+    lengths, rows = result["settings"]["responses"], []
+    peaks = {kind: [statistics.median(by[str(n)]) / 1e9 for n in lengths] for kind, by in result["peak"].items()}
+    work, teacher = f"SRPO step, responses of up to {lengths[-1]}, peak GB", result["teacher"] / 1e9
+    for kind, label in (("grpo", "TRL's GRPO"), ("sdpo (trl)", "trl.experimental.sdpo")):
+        ours, theirs = peaks["srpo"][-1], peaks[kind][-1]
+        aim = f"{theirs + teacher:.2f} GB, with a teacher" if kind == "grpo" else ""
+        cells = [*_pair(ours, theirs), f"{theirs / ours:.2f} x", aim, growth(lengths, peaks["srpo"], peaks[kind])]
+        rows.append([work, label, *cells])
+    return rows
+
+
 def r_diverse_step(result: Result) -> list[list[str]]:
     found = {int(longest): x for longest, x in result["responses"].items()}
     sides = [[statistics.median(x["seconds"][kind]) for x in found.values()] for kind in ("ours", "trl")]
@@ -236,6 +248,7 @@ ROWS: dict[str, Callable[[Result], list[list[str]]]] = {
     "va_opd_loss": va_opd_loss,
     "srpo_step": srpo_step,
     "srpo_step_8b": srpo_step,
+    "srpo_memory": srpo_memory,
     "srpo_loss": srpo_loss,
     "r_diverse_step": r_diverse_step,
     "r_diverse_reward": r_diverse_reward,

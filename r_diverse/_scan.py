@@ -37,12 +37,19 @@ def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_fast() -> bool:
-    """Whether torch is there, and the processor has an instruction for 8-bit products; else float32 is faster."""
+    """Whether torch is there, and adds up 8-bit products by an instruction of the processor for them.
+
+    Else float32 is faster, and sums are wrong: without that instruction, or where ONEDNN_MAX_CPU_ISA forbids it, they
+    are cut at 16 bits. So the largest sums are tried.
+    """
     if importlib.util.find_spec("torch") is None:
         return False
     import torch
 
-    return torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
+    if not (torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()):
+        return False
+    codes = np.repeat(np.array([[LEVELS], [-LEVELS]], np.int8), 64, axis=1)
+    return bool((_multiplier(codes)(codes) == 64 * LEVELS**2 * np.array([[1, -1], [-1, 1]])).all())
 
 
 def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:

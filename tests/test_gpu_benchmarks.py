@@ -11,8 +11,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Qwen3ForCausalLM
 
-from benchmarks import evaluation, gpu, r_diverse_step, srpo_loss, srpo_step, tables, va_opd_loss, va_opd_scoring
+from benchmarks import (
+    evaluation,
+    gpu,
+    r_diverse_step,
+    srpo_loss,
+    srpo_memory,
+    srpo_step,
+    tables,
+    va_opd_loss,
+    va_opd_scoring,
+)
 from benchmarks.machine import unless_out_of_memory
 from common.evaluation import Completion
 from common.tiny import char_tokenizer
@@ -71,6 +82,31 @@ def test_a_phase_is_measured_beside_trls_own_in_fewer_positions(tmp_path, monkey
     rows = tables.r_diverse_step(result)
     assert [row[0] for row in rows] == [f"R-Diverse's phase, 4B, rollouts of up to {n}, s" for n in (8, 16, 32)]
     assert "32 | 2" in r_diverse_step.table(found)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="a high-water mark that can be reset is Linux's"
+)
+def test_the_peak_of_a_step_counts_weights_teacher_and_gradients(saved):
+    found = srpo_memory.child("srpo", saved, STEP)
+    weights = sum(weight.nbytes for weight in Qwen3ForCausalLM.from_pretrained(saved).float().parameters())
+    assert found["weights"] == weights and found["peak"] > 3 * weights
+
+
+def test_the_table_of_memory_says_what_grpo_and_a_teacher_have():
+    peaks = {"srpo": [11e9, 13e9, 14e9], "grpo": [10e9, 12e9, 13e9], "sdpo (trl)": [22e9, 24e9, 28e9]}
+    result = {
+        "settings": {"responses": [1, 2, 4]},
+        "teacher": 2e9,
+        "peak": {
+            kind: {str(n): [peak] for n, peak in zip((1, 2, 4), row, strict=True)} for kind, row in peaks.items()
+        },
+    }
+    (grpo, sdpo) = tables.srpo_memory(result)
+    assert grpo[1:6] == ["TRL's GRPO", "14.00", "13.00", "0.93 x", "15.00 GB, with a teacher"]
+    assert sdpo[1:6] == ["trl.experimental.sdpo", "14.00", "28.00", "2.00 x", ""]
+    result["peak"] = {kind: {int(n): x for n, x in row.items()} for kind, row in result["peak"].items()}
+    assert srpo_memory.table(result).splitlines()[-1] == "| GRPO and one teacher | 12.00 | 14.00 | 15.00 |"
 
 
 def options(repeats: int = 1) -> argparse.Namespace:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from r_diverse_banks import TOY, content, everything, files, fill, unit
+from r_diverse_banks import TOY, content, everything, exact_multiplier, files, fill, unit
 
 from r_diverse import memory, objective
 from r_diverse.memory import MemoryBank
@@ -27,6 +27,8 @@ def test_the_toy_bank_of_the_specification(toy):
 
 @pytest.mark.parametrize("engine", ["8 bits", "faiss", "numpy"])
 def test_similarity_is_exact_over_iterations_and_chunks(tmp_path, monkeypatch, engine):
+    if not memory._scan.is_fast():
+        monkeypatch.setattr(memory._scan, "_multiplier", exact_multiplier)
     monkeypatch.setattr(memory._scan, "is_fast", lambda: engine == "8 bits")
     if engine == "faiss":
         pytest.importorskip("faiss", reason="faiss-cpu is not installed")

@@ -3,8 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from r_diverse_banks import exact_multiplier
 
 from r_diverse import _scan
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch, request):
+    """Whether this processor multiplies codes; else what stands around the products is tested with others."""
+    if not (fast := _scan.is_fast()):
+        monkeypatch.setattr(_scan, "_multiplier", exact_multiplier)
+    return fast
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -146,8 +155,10 @@ def test_few_rows_are_looked_at_closely(monkeypatch):
 
 
 @pytest.mark.parametrize("dim", [1, 96, 1536, 8192])
-def test_products_of_codes(dim):
+def test_products_of_codes(dim, exact):
     """By a kernel without a public name: no sum overflows, and those beyond 2**24 are off by rounding alone."""
+    if not exact:
+        pytest.skip("this processor has no instruction for 8-bit products, so float32 ones are taken")
     rng = np.random.default_rng(0)
     rows, queries = (rng.integers(-127, 128, (count, dim)).astype(np.int8) for count in (5, 3))
     rows[0], rows[1], queries[0], queries[1] = 127, -127, 127, -127
@@ -169,6 +180,19 @@ def test_the_default_dtype_of_torch_has_no_effect(dtype):
         assert (_scan.nearest_rows(queries, blocks(rows, 10)) == expected).all()
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("largest", "fast"), [(np.inf, True), (2**15 - 1, False)])
+def test_sums_that_are_cut_at_16_bits_are_not_used(largest, fast, monkeypatch):
+    def multiplier(codes):
+        return lambda rows: np.clip(rows.astype(np.float32) @ codes.T.astype(np.float32), -largest, largest)
+
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(_scan, "_multiplier", multiplier)
+    assert _scan.is_fast() is fast
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert _scan.is_fast() is False
 
 
 def test_without_torch_it_is_not_fast(monkeypatch):

@@ -1,0 +1,103 @@
+"""Peak memory of one SRPO step beside GRPO, TRL's own, and TRL's SDPO, on a CPU under Linux.
+
+    python -m benchmarks.srpo_memory            # about 10 minutes
+
+The step is that of `benchmarks.srpo_step`, which shows the peaks of a GPU itself. Each measurement is a process of its
+own: after a short step for what is loaded at first, the high-water mark of its resident memory during a step, less
+what it had before the trainer was made. So weights, the teacher's copy and gradients count. Writes
+benchmarks/results/srpo_memory.json.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from benchmarks.srpo_step import build, fix_rollouts, rollout_ids, save_model, seconds_of_a_step
+from common import plots
+from common.runs import atomic_write_json
+from common.tiny import char_tokenizer
+
+KINDS = ("srpo", "grpo", "sdpo (trl)")
+
+
+def memory(field: str) -> int:
+    """Bytes of this process: VmRSS is what is resident, VmHWM its high-water mark."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def child(kind: str, folder: str, options: argparse.Namespace) -> dict[str, int]:
+    """Bytes at the peak of a step, and of the policy's weights."""
+    tokenizer, before = char_tokenizer(), memory("VmRSS")
+    trainer = build(kind, folder, tokenizer, options)
+    for response in (16, options.response):
+        fix_rollouts(rollout_ids(options.rollouts, response, tokenizer.eos_token_id))
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident
+        seconds_of_a_step(trainer)
+    weights = sum(weight.nbytes for weight in trainer.model.parameters())
+    return {"peak": memory("VmHWM") - before, "weights": weights}
+
+
+def measured(kind: str, folder: str, options: argparse.Namespace, response: int) -> dict[str, int]:
+    """`child` in a process of its own."""
+    sizes = {name: getattr(options, name) for name in ("rollouts", "prompt", "micro_batch")}
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "benchmarks.srpo_memory", "--child", kind, folder, "--responses", str(response)]
+    done = subprocess.run(
+        [*command, *flags], stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--rollouts", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=64, help="characters, about the tokens of a prompt")
+    parser.add_argument("--responses", type=int, nargs="+", default=[64, 128, 256], help="longest response in tokens")
+    parser.add_argument("--micro_batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "srpo_memory.json")
+    options = parser.parse_args(argv)
+    if options.child:
+        print(json.dumps(child(*options.child, argparse.Namespace(**vars(options), response=options.responses[0]))))
+        return
+    found: dict[str, dict[int, list[int]]] = {kind: {n: [] for n in options.responses} for kind in KINDS}
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder, char_tokenizer(), argparse.Namespace(**vars(options), real=None))
+        for response in options.responses:
+            for kind in [kind for _ in range(options.repeats) for kind in KINDS]:
+                one = measured(kind, folder, options, response)
+                found[kind][response].append(one["peak"])
+                print(f"{kind}, responses of up to {response}: {one['peak'] / 1e9:.3f} GB", flush=True)
+    settings = vars(options) | {"out": options.out.name}
+    result = {
+        "settings": settings,
+        "machine": machine("transformers", "trl"),
+        "teacher": one["weights"],
+        "peak": found,
+    }
+    atomic_write_json(options.out, result)
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    lengths = result["settings"]["responses"]
+    peaks = {kind: [statistics.median(side[n]) / 1e9 for n in lengths] for kind, side in result["peak"].items()}
+    rows = [[kind, *(f"{value:.2f}" for value in values)] for kind, values in peaks.items()]
+    teacher = result["teacher"] / 1e9
+    rows.append(["GRPO and one teacher", *(f"{value + teacher:.2f}" for value in peaks["grpo"])])
+    return plots.table_markdown(rows, ["peak, GB", *(f"responses of up to {n}" for n in lengths)])
+
+
+if __name__ == "__main__":
+    main()
