@@ -13,6 +13,7 @@ With `--server_gpus N` the rollouts come from one vLLM server on N more GPUs.
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -425,6 +426,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     options, rest = parser().parse_known_args(argv)
+    check_numbers(options)
     slow, fast = ends_of(options)
     if options.check:
         print(check_table(slow, fast))
@@ -469,12 +471,32 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raises `ValueError` for a number with which no plan can be made."""
+    for name, least in (("gpus", 1), ("teacher_gpus", 1), ("server_gpus", 0), ("prompt", 1), ("response", 1)):
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"--{name} must be a number from {least} on, got {value}")
+    for name in ("student", "teacher"):
+        value = number_of(getattr(options, name))
+        if value is not None and not 1 <= value < math.inf:
+            raise ValueError(f"--{name} must be a number of parameters such as 2e9, got {getattr(options, name)!r}")
+
+
+def number_of(value: str | None) -> float | None:
+    """None for a name."""
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return None
+
+
 def ends_of(options: argparse.Namespace) -> tuple[Assumed, Assumed]:
     """Slow and fast end of the assumptions; one number stands for both."""
     ends: tuple[dict, dict] = {}, {}
     for name in ASSUMED:
-        numbers = [float(part) for part in getattr(options, name).split(",")]
-        if len(numbers) > 2 or min(numbers) <= 0:
+        numbers = [number_of(part) or 0.0 for part in getattr(options, name).split(",")]
+        if len(numbers) > 2 or not all(0 < number < math.inf for number in numbers):
             raise ValueError(f"--{name} takes one or two numbers above 0, slow,fast, got {getattr(options, name)!r}")
         ends[0][name], ends[1][name] = numbers[0], numbers[-1]
     return Assumed(**ends[0]), Assumed(**ends[1])
@@ -484,15 +506,14 @@ def method_of(config: str | None) -> str:
     for method in PARSERS:
         if config and method in Path(config).parts:
             return method
-    raise ValueError(f"--config {config!r} is in no method's folder: set --method to {', '.join(PARSERS)}")
+    where = f"--config {config!r} is in no method's folder" if config else "neither --config nor --method is set"
+    raise ValueError(f"{where}: set --method to {', '.join(PARSERS)}")
 
 
 def name_of(value: str) -> str:
     """A number of parameters as a name that holds it."""
-    try:
-        return f"model-{float(value) / 1e9:.9f}B"
-    except ValueError:
-        return value
+    number = number_of(value)
+    return value if number is None else f"model-{number / 1e9:.9f}B"
 
 
 if __name__ == "__main__":

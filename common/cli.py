@@ -35,7 +35,7 @@ MACHINE_FIELDS = (
     *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "dataloader_num_workers", "teacher_offload"),
     *("report_to", "run_name", "ddp_timeout", "doctor_steps"),
 )
-COUNTS = ("limit", "eval_limit", "eval_samples", "eval_batch_size", "grpo_steps")
+COUNTS = ("limit", "validation_size", "eval_limit", "eval_samples", "eval_batch_size", "grpo_steps")
 # What Python and safetensors, and what torch.save say of it
 FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
 
@@ -165,14 +165,18 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
 
 
 def check_types(given: dict[str, Any], classes: tuple[type, ...], prefix: str = "") -> None:
-    """`ValueError` for a value of a YAML file that its field cannot hold: argparse looks at texts and flags only.
+    """`ValueError` for a value of a YAML file that its field cannot hold: argparse looks at texts and flags only,
+    and at choices in flags only.
 
     `prefix` stands before the names in the error.
     """
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
     fields = [field for cls in classes for field in dataclasses.fields(cls)]
     required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
+    choices = {field.name: field.metadata["choices"] for field in fields if "choices" in field.metadata}
     for name, value in given.items():
+        if isinstance(value, str) and name in choices and value not in choices[name]:
+            raise ValueError(f"{prefix}{name} must be one of {', '.join(choices[name])}, got {value!r}")
         hint = hints.get(name)
         plain = (set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}) - {NoneType}
         if not plain <= {str, int, float, bool} or (value is None and name not in required):

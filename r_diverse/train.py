@@ -136,14 +136,14 @@ def parse(argv: list[str]) -> Settings:
         if not word.startswith("--"):
             raise ValueError(f"{word!r} is no flag: write --field value")
         key, equals, value = word[2:].partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        if not equals and rest and not rest[0].startswith("--"):
+            equals, value = "=", rest.pop(0)  # else no value: true for a switch, an error for other fields
         section, dot, field = key.partition(".")
         if key == "config":
             continue
         if dot and section not in PHASES:
             raise ValueError(f"unknown section {section!r} in --{key}; choose among {', '.join(PHASES)}")
-        words[section if dot else "run"].append(f"--{field if dot else key}={value}")
+        words[section if dot else "run"].append(f"--{field if dot else key}{equals}{value}")
     parsed = []
     for name, cls in (("run", RDiverseConfig), ("challenger", ChallengerConfig), ("solver", SolverConfig)):
         if name != "run":

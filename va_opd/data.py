@@ -134,9 +134,11 @@ def _load_split(source: str, split: str) -> Dataset:
         raise ValueError(f"data {source!r}, split {split!r}: there are no rows; set data to other files") from error
     except Exception as error:
         where = "local data" if path.exists() else "no local path, and the hub gave no data set of this name"
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = str(error.__cause__ or error).strip()  # of a file that cannot be read datasets says why in the cause
+        remedy = "parquet, json or jsonl file" if path.is_file() else f"folder with the split {split!r}"
         raise ValueError(
-            f"data {source!r}, split {split!r}: {where} ({first_line}); set data to a hub id or a folder"
+            f"data {source!r}, split {split!r}: {where} ({cause.splitlines()[0] if cause else type(error).__name__}); "
+            f"set data to a hub id or a {remedy}"
         ) from error
 
 
@@ -165,7 +167,7 @@ def _standard_columns(dataset: Dataset, source: str) -> Dataset:
     return dataset.map(
         lambda row, number: {
             "problem": _problem(row["problem"], f"data {source!r}, row {ids[number]}"),
-            "images": _as_files(row["images"], folder),
+            "images": _as_files(row["images"], folder, f"data {source!r}, row {ids[number]}"),
             "answer": _gold(row["answer"], f"data {source!r}, row {ids[number]}"),
         },
         with_indices=True,
@@ -204,8 +206,10 @@ def _report_golds(dataset: Dataset, source: str) -> None:
         )
 
 
-def _as_files(images, folder: Path) -> list[dict]:
+def _as_files(images, folder: Path, where: str) -> list[dict]:
     images = [] if images is None else images if isinstance(images, list) else [images]
+    if wrong := [image for image in images if not isinstance(image, str | dict | None)]:
+        raise ValueError(f"{where}: images must be paths or images, got {wrong[0]!r}: mend the row or leave it out")
     return [{"bytes": None, "path": str(folder / i)} if isinstance(i, str) else i for i in images]
 
 
@@ -303,8 +307,7 @@ def load_validation(
     """The `validation` rows of `load_splits` alone."""
     if dataset == "digits":
         return digit_rows("test", size, seed=0)
-    if dataset not in SOURCES:
-        raise ValueError(f"dataset must be digits, {' or '.join(SOURCES)}; got {dataset!r}")
+    check_dataset(dataset)
     geo3k = SOURCES["geo3k"].hub_id
     validation_source = validation_source or (source if dataset == "geo3k" and source else geo3k)
     if validation_source == source and Path(source).expanduser().is_file():
@@ -315,6 +318,12 @@ def load_validation(
     rows = load_rows(validation_source, "validation", **options)
     _check_count("geo3k", validation_source, "validation", rows)  # of others the same seed draws other problems
     return rows.select(validation_ids(rows, size))
+
+
+def check_dataset(name: str) -> None:
+    """`ValueError` for a data set that is not there."""
+    if name not in (*SOURCES, "digits"):
+        raise ValueError(f"dataset must be digits, {' or '.join(SOURCES)}; got {name!r}")
 
 
 def _check_count(dataset: str, source: str, split: str, rows: Dataset) -> None:

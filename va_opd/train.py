@@ -32,7 +32,7 @@ try:
     from common.stages import on_one_gpu
     from common.training import RunLog, row_fingerprints, train_run
 
-    from .data import SOURCES, load_splits, load_validation, reward_of, sample_teacher, teacher_rows
+    from .data import SOURCES, check_dataset, load_splits, load_validation, reward_of, sample_teacher, teacher_rows
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -131,6 +131,7 @@ def _main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
     args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
+    check_dataset(args.dataset)
     check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
     if args.method == "opd":

@@ -17,6 +17,7 @@ Messages = list[dict[str, Any]]
 MATH_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 GENERAL_REQUEST = "Please reason step by step, and put your final answer within \\boxed{}."
 CHOICE_REQUEST = "Please reason step by step, and put the letter of the right option within \\boxed{}."
+DATA = "--data (of va_opd: --benchmark_data)"  # the flag, in messages
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def load_benchmark(name: str, data: str | Path | None = None, limit: int | None 
     if len(table) not in (source.rows, *source.also):
         raise ValueError(
             f"benchmark {name}: {data or source.hub_id} has {len(table)} rows where {source.rows} are expected: it is "
-            "another version or incomplete; pass --data the full set, and --limit for a part of it"
+            f"another version or incomplete; pass {DATA} the full set, and --limit for a part of it"
         )
     rows, folder = [], data and _folder_of(Path(data).expanduser(), name)
     for number, row in enumerate(table):
@@ -256,11 +257,11 @@ def _read(name: str, source: Source, data: str | Path | None):
             raise FileNotFoundError("there is no such file")
         return load_dataset(_builder(path), data_files=str(path), split="train")
     except StopIteration as error:  # of datasets, for files without a row
-        raise ValueError(f"benchmark {name}: {data} has no rows; pass --data another copy") from error
+        raise ValueError(f"benchmark {name}: {data} has no rows; pass {DATA} another copy") from error
     except Exception as error:  # datasets raises many kinds; the user needs one sentence
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"benchmark {name}: cannot read {data or source.hub_id} ({first}); pass --data a local copy"
+            f"benchmark {name}: cannot read {data or source.hub_id} ({first}); pass {DATA} a local copy"
         ) from error
 
 

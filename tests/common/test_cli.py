@@ -5,7 +5,7 @@ Signals and full disks: test_preemption.py. Fields and their mistakes: test_trai
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -124,3 +124,17 @@ def test_a_model_that_a_kill_has_left_unmade_is_made(tmp_path, capsys):
     assert make_model_main("x.data", {"base": make}, ["base", str(tmp_path), "--seed", "6"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}: done already"
     assert (tmp_path / "config.json").read_text() == "5"
+
+
+@dataclass
+class Chosen:
+    engine: str = field(default="vllm", metadata={"choices": ["transformers", "vllm"]})
+
+
+def test_a_choice_is_checked_in_a_file_as_in_a_flag(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("engine: transformers\n")
+    assert parse_fields(["--config", str(config)], (Chosen,), "configs/")[0].engine == "transformers"
+    config.write_text("engine: tgi\n")
+    with pytest.raises(ValueError, match="engine must be one of transformers, vllm, got 'tgi'"):
+        parse_fields(["--config", str(config)], (Chosen,), "configs/")

@@ -86,7 +86,10 @@ def test_the_command_prints_value_interval_and_rates(tmp_path, capsys):
     [
         (["--benchmark", "math5000"], "unknown benchmark"),
         (["--model", "/nowhere"], "no such folder"),
-        (["--data", "/nowhere.jsonl"], "cannot read /nowhere.jsonl"),
+        (
+            ["--data", "/nowhere.jsonl"],
+            "cannot read /nowhere.jsonl (there is no such file); pass --data (of va_opd: --benchmark_data)",
+        ),
         (["--temperature", "0"], "3 samples at temperature 0"),
         (["--temperature", "nan"], "temperature must be at least 0 and finite"),
         (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),

@@ -36,6 +36,16 @@ def test_a_value_in_yaml_of_another_type_is_one_clear_sentence(tmp_path, content
         parse(["--config", str(tmp_path / "a.yaml")])
 
 
+def test_only_a_switch_needs_no_value(tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text("model: m\nboxed_only: false\n")
+    assert parse(["--config", str(config), "--boxed_only", "--seed", "3"]).run.boxed_only is True
+    for word in ("--model", "--experiment", "--challenger.run_name"):  # was the text "true"
+        with pytest.raises(SystemExit):
+            parse(["--config", str(config), word, "--seed", "3"])
+        assert "expected one argument" in capsys.readouterr().err
+
+
 def test_flags_win_over_the_config(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("model: m\nalpha: 0.5\nsolver:\n  learning_rate: 1.0e-5\n")

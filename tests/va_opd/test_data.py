@@ -231,6 +231,7 @@ def test_an_image_too_narrow_for_the_processor_is_found_at_the_start(tmp_path, s
         ({"problem": "q", "images": ["missing.png"], "answer": "1"}, "missing.png"),
         ({"problem": "<image><image>", "images": [], "answer": "1"}, "marks 2 images but has 0"),
         ({"problem": "q", "images": [None], "answer": "1"}, r"unreadable images \(id 0: no image\): repair or remove"),
+        ({"problem": "q", "images": [3], "answer": "1"}, "row 0: images must be paths or images, got 3: mend the row"),
         ({"problem": None, "images": [], "answer": "1"}, "row 0: problem must be a text, got None: mend the row"),
         ({"problem": " ", "images": [], "answer": "1"}, "row 0: problem must be a text, got ' '"),
         ({"problem": "q", "images": [], "answer": None, "id": "g7"}, "row g7: answer must be .*, got None: mend the"),
@@ -242,6 +243,28 @@ def test_faulty_rows_are_named(tmp_path, rows, message):
     (tmp_path / "train.jsonl").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=message):
         data.load_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        (
+            "rows.jsonl",
+            "train",
+            r"local data \(.*JSON parse error.*\); set data to a hub id or a parquet, json or jsonl file",
+        ),
+        ("rows.csv", "train", r"JSON parse error.*; set data to a hub id or a parquet, json or jsonl file"),
+        (
+            "",
+            "validation",
+            'Unknown split "validation".*; set data to a hub id or a folder with the split .validation.',
+        ),
+    ],
+)
+def test_data_that_cannot_be_read_says_why_and_what_would_do(tmp_path, name, split, message):
+    (tmp_path / (name or "train.jsonl")).write_text("problem,answer\n" if name else '{"problem": "q"}')
+    with pytest.raises(ValueError, match=message):
+        data.load_rows(str(tmp_path / name), split)
 
 
 @pytest.mark.parametrize(("answer", "read"), [(3, "3"), (0.5, "0.5"), (math.nan, None), (math.inf, None)])

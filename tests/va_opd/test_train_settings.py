@@ -91,6 +91,8 @@ def test_the_command_line_wins_over_the_file(config):
         (["--model", "nowhere/at/all"], "no such folder"),
         (["--teacher", "/nowhere"], "no such folder"),
         (["--dataset", "digit"], "dataset must be"),
+        (["--dataset", "digit", "--dry_run"], "dataset must be"),
+        (["--validation_size", "-1"], "validation_size must be at least 1, got -1"),
         (["--dataset", "geo3k", "--data", "/nowhere"], "no local path"),
         (["--limit", "1"], "fewer than the 2 of one optimizer step"),
         (["--max_prompt_length", "5"], "above max_prompt_length=5"),
