@@ -10,6 +10,7 @@ The whole experiment: `python -m va_opd.loop`.
 """
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -397,7 +398,11 @@ def steps_of(args: ScriptArguments, config: VAOPDConfig, processes: int) -> int 
     published = SOURCES[args.dataset].rows["train"] if args.dataset in SOURCES and not args.data else None
     rows = args.limit or published
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    return rows and int(config.num_train_epochs * (rows // max(1, rollouts // config.num_generations)))
+    if rows is None:
+        return None
+    if args.method in ("sft", "kd"):  # one response a prompt; the last update of an epoch may have fewer
+        return math.ceil(config.num_train_epochs * math.ceil(rows / rollouts))
+    return math.ceil(config.num_train_epochs * (rows // max(1, rollouts // config.num_generations)))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def test_responses_are_sampled_by_a_process_of_its_own(config, capsys, monkeypat
     sampled = [command for name, command in stages[1] if name.startswith("teacher-seed")]
     assert [command[command.index("--seed") + 1] for command in sampled] == ["0", "1"]
     assert all("launch" not in command and "--sample_only" in command for command in sampled)
-    assert not any("--sample_only" in c for stage in loop.plan([], args, ["opd"], ["0"], []) for _, c in stage)
+    for variant, samples in (("opd", False), ("sft", True), ("kd", True)):
+        commands = [command for stage in loop.plan([], args, [variant], ["0"], []) for _, command in stage]
+        assert any("--sample_only" in command for command in commands) is samples
 
 
 def test_the_teachers_responses_are_not_reused_for_other_settings(config, tmp_path, tiny_models, monkeypatch):

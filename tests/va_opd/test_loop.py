@@ -20,6 +20,21 @@ def test_every_seed_has_its_base_and_teacher_and_the_report_is_of_one_that_ran()
     }
 
 
+def test_without_seeds_the_experiment_has_the_one_of_its_config(config, capsys):
+    config.write_text(config.read_text().replace("seed: 0", "seed: 7"))
+    assert loop.main(["--config", str(config), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "--seed 7 --method va_opd" in printed and printed.count("--seed 7") == printed.count("--seed")
+
+
+def test_what_several_gpus_need_is_looked_for_before_anything_runs(config, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "check_packages", lambda *given: seen.append(given))
+    monkeypatch.setattr(loop, "run_stages", lambda stages, *given: seen.append(given) or 0)
+    assert loop.main(["--config", str(config), "--engine", "vllm", "--gpus", "2", "--sharding", "zero3"]) == 0
+    assert seen == [(True, 2, "zero3"), (tmp_path / "runs/va_opd/small/logs", 2)]
+
+
 def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(
     config, tmp_path, tiny_models, capsys, monkeypatch
 ):

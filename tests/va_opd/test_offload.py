@@ -24,6 +24,7 @@ def test_the_training_is_the_same(family, settings, tmp_path):
         return trainer
 
     offloaded, plain = run(True), run(False)
+    assert plain.teacher.offloaded is None
     names = ("loss", "grad_norm", "va/mean", "va/weight_max", "kl/high", "kl/low", "va/null", "eval_loss")
     lines = ([{name: line.get(name) for name in names} for line in t.state.log_history] for t in (offloaded, plain))
     assert next(lines) == next(lines)
@@ -97,6 +98,9 @@ def test_the_memory_estimate_by_hand():
     assert float(head.split()[0]) == pytest.approx(2 * 151_936 * 5120 / GIB, abs=0.005)
     assert "while the teacher scores: its 59.60 GiB in place of" in text
     assert "teacher weights" not in text
+    assert "GiB (not sharded;" in text  # one process
+    no_teacher = train.dry_run(*train.parse([*argv, "--teacher_offload", "true", "--method", "grpo"]))
+    assert "while the teacher scores" not in no_teacher
     for sharding, pieces in (("zero2", 1), ("zero3", 8), ("fsdp2", 1)):
         parts = train.memory_parts(*train.parse(argv), 2e9, 32e9, 8, sharding)
         assert parts["teacher weights, 2 bytes each"] == 2 * 32e9 / pieces
@@ -109,6 +113,10 @@ def test_the_parts_of_every_method_by_hand():
     def parts(*fields: str) -> dict[str, float]:
         return train.memory_parts(*train.parse([*argv, *fields]), 2e9, 8e9, 1, "none")
 
+    states = (
+        8 * 2 * 4096 * train.plan.shape_of(train.parse(argv)[0].teacher, 8e9).width
+    )  # of all rollouts of an update
+    assert parts("--gradient_accumulation_steps", "2")["cached teacher hidden states"] == 2 * states
     names = {method: parts("--method", method).keys() for method in train.METHODS}
     generated = names["grpo"] - names["sft"] - {"KL reference"}
     assert generated and generated < names["va_opd"]  # cache and logits of the rollouts
@@ -130,6 +138,8 @@ def test_updates_of_a_run_by_hand():
     for fields, expected in (
         ([], 5 * 131),  # of 2,101 rows
         (["--limit", "168"], 5 * 10),
+        (["--num_train_epochs", "0.5"], 66),  # transformers rounds up
+        (["--method", "sft"], 5 * 33),  # 64 responses, one a prompt
         (["--data", "/a/copy"], None),
         (["--max_steps", "7"], 7),
     ):

@@ -306,6 +306,15 @@ def test_each_image_and_prompt_passes_the_teacher_once_a_view(make, monkeypatch,
     assert theirs["tokens"] >= 2 * (4 * prompts + 8 * 7)
 
 
+def test_rows_without_an_image_pass_the_teacher_in_one_view(make, monkeypatch):
+    tests.fixed_rollouts(monkeypatch, length=6)
+    trainer = forced(make(rows=[{"prompt": tests.prompt(i)} for i in range(2)]), True)
+    got = count(trainer.teacher_model)
+    *_, (batch,) = tests.step(trainer)
+    prompts = int(batch["prompt_mask"].sum()) // 4
+    assert got == {"forwards": 2 * 2, "tokens": prompts + 8 * 6, "patches": 0}
+
+
 def test_uneven_rollouts_cost_little_padding(make, monkeypatch):
     lengths = [3, 17, 60, 64, 50, 20, 5, 33]
     monkeypatch.setattr(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from training_runs import fails
@@ -152,6 +153,36 @@ def test_a_special_token_in_a_problem_stops_the_run_at_its_start(config, capsys,
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     message = fails(train, capsys, config, "--dataset", "geo3k", "--data", str(tmp_path), "--min_pixels", "16")
     assert f"the prompt of row 1 holds {token}, a special token of the model: put a space" in message
+
+
+def test_problems_are_held_out_of_the_data_that_are_named_for_it(config, tmp_path):
+    for name in ("data", "held_out"):
+        rows = "\n".join(json.dumps({"problem": f"{name} {i}?", "images": [], "answer": "1"}) for i in range(8))
+        for split in ("train", "validation"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{split}.jsonl").write_text(rows)
+    sources = ["--data", str(tmp_path / "data"), "--validation_data", str(tmp_path / "held_out")]
+    template = ["--template", "Please: {problem}"]
+    pixels = ["--min_pixels", "16", "--max_pixels", "400"]
+    args, _ = train.parse(["--config", str(config), "--dataset", "geo3k", *sources, *template, *pixels])
+    assert train.row_options(args) == {"min_pixels": 16, "max_pixels": 400, "template": "Please: {problem}"}
+    splits = train.load_splits_of(args)
+    for rows, name in (
+        (splits["train"], "data"),
+        (splits["validation"], "held_out"),
+        (train.load_validation_of(args), "held_out"),
+    ):
+        assert len(rows) == 8
+        assert all(f"Please: {name}" in row["prompt"][0]["content"][0]["text"] for row in rows)
+
+
+def test_the_teacher_is_loaded_as_it_scores(config, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(train.models, "load_model", lambda name, **options: loaded.append((name, options)))
+    args, settings = train.parse(["--config", str(config), "--attn_implementation", "eager"])
+    for settings.bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        train.load_teacher(args, settings)
+        assert loaded.pop() == (args.teacher, {"dtype": dtype, "attn_implementation": "eager"})
 
 
 def test_a_truncated_image_stops_the_run_at_its_start(config, capsys, tmp_path):

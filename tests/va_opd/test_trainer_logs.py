@@ -124,14 +124,17 @@ def test_the_logged_entropy_is_the_students(make, monkeypatch):
 
 
 def test_evaluation(make, monkeypatch):
-    """K = 1, uniform weights, no update; an eval set that does not divide by its batch size."""
+    """K = 1, uniform weights, no update; an eval set that does not divide by its batch size, nor that by the parts."""
     fixed_rollouts(monkeypatch)
-    trainer = make(eval_rows=image_rows(5), per_device_eval_batch_size=3)
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = make(eval_rows=image_rows(5), per_device_eval_batch_size=3, **parts)
     before = copy.deepcopy(trainer.model.state_dict())
     metrics = trainer.evaluate()
     assert math.isfinite(metrics["eval_loss"])
     assert metrics["eval_loss"] > 0
-    assert {"eval_va/mean", "eval_kl/high", "eval_time/teacher"} <= trainer.state.log_history[-1].keys()
+    line = trainer.state.log_history[-1]
+    assert {"eval_va/mean", "eval_kl/high", "eval_time/teacher"} <= line.keys()
+    assert line["eval_teacher/shared_prompts"] == 0.0  # no siblings
     assert not any(trainer._metrics["train"].values()) and trainer._kl_sums is None  # nothing is left to a step
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
     trainer.train()
@@ -155,16 +158,16 @@ def test_evaluation_loss_against_the_reference(make, monkeypatch):
 
 def test_an_evaluation_before_training_does_not_hide_the_null_check(make, capsys, monkeypatch):
     trainer = make(doctor_steps=1, max_steps=2, eval_on_start=True, eval_strategy="steps", eval_rows=image_rows(4))
-    score, noise = trainer.teacher.score, torch.Generator().manual_seed(0)
+    score = trainer.teacher.score
 
-    def noisy(*arguments):
+    def higher_in_the_second(*arguments):
         hidden, logps = score(*arguments)
-        return hidden, [x + 0.1 * torch.rand(x.shape, generator=noise) for x in logps]
+        return hidden, [x + 0.01 * view for view, x in enumerate(logps)]
 
-    monkeypatch.setattr(trainer.teacher, "score", noisy)
+    monkeypatch.setattr(trainer.teacher, "score", higher_in_the_second)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "va/null" in line or "eval_va/null" in line]
-    assert [line["step"] for line in lines] == [1] and lines[0]["va/null"] > 1e-3
+    assert [line["step"] for line in lines] == [1] and lines[0]["va/null"] == pytest.approx(0.01, rel=0.01)
     assert "WARNING: the teacher's log-probabilities differ between two passes" in capsys.readouterr().out
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from trl import DistillationTrainer
-from va_opd_trainers import FAMILIES, fixed_rollouts, models, prompt, response_logits, step
+from va_opd_trainers import FAMILIES, fixed_rollouts, image_rows, models, prompt, response_logits, step
 
 from common.evaluation.engines import never_sampled
 from va_opd import _trl, checks
@@ -38,6 +38,19 @@ def test_sampler_order_depends_on_seed_and_epoch_only():
     assert epochs[0] != epochs[1] != epochs[2]
     assert list(sampler(8, epoch=2)) == epochs[2]
     assert list(sampler(8, seed=6, epoch=2)) != epochs[2]
+
+
+def test_the_trainers_sampler_is_of_its_settings(make):
+    trainer = make(rows=image_rows(8), seed=3)
+    drawn = list(trainer._get_train_sampler())
+    assert drawn == list(trainer._get_train_sampler())
+    trainer.args.seed = 4
+    assert drawn != list(trainer._get_train_sampler())
+    trainer.shuffle_dataset = False
+    assert list(trainer._get_train_sampler()) == [
+        row for start in (0, 2, 4, 6) for row in [start] * 4 + [start + 1] * 4
+    ]
+    assert len(list(trainer._get_train_sampler(range(4)))) == len(drawn) // 2  # another data set than the trainer's
 
 
 def test_fingerprints_are_of_the_order_of_tokens_and_not_of_the_padding():
@@ -213,3 +226,33 @@ def test_the_gap_to_the_engine_divides_soft_capped_logits_by_the_temperature(mak
     trainer.engine, trainer.top_p = VLLMRollouts(generation), 1.0
     trainer.engine.logps = [row[m.bool()].tolist() for row, m in zip(logps, batch["completion_mask"], strict=True)]
     assert trainer._engine_gap(batch) < 1e-5
+
+
+def test_the_gap_to_the_engine_is_of_a_micro_batch_and_within_the_nucleus(make, monkeypatch):
+    fixed_rollouts(monkeypatch)
+    trainer, given = make(), []
+    _, _, (batch,) = step(trainer)
+    trainer.args.per_device_train_batch_size, trainer.top_p = 3, 0.9
+
+    def gap(logps, *options):
+        given.append((len(logps), *options))
+        return torch.tensor([0.25])
+
+    trainer.engine = SimpleNamespace(gap=gap)
+    assert trainer._engine_gap(batch) == 0.25
+    assert given == [(int(batch["completion_mask"][:3].sum()), 3, 0.9)]
+
+
+@pytest.mark.parametrize(
+    ("training", "tools", "logged"), [(True, None, [0.5]), (False, None, []), (True, [print], [])]
+)
+def test_the_gap_to_the_engine_is_logged_in_training_without_tools(make, monkeypatch, training, tools, logged):
+    """An evaluation has batches of another size, and with tools several generations make a rollout."""
+    trainer = make()
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", lambda self, inputs: {})
+    monkeypatch.setattr(trainer, "_score", lambda batch: {})
+    monkeypatch.setattr(trainer, "_engine_gap", lambda batch: 0.5)
+    trainer.engine, trainer.tools = object(), tools
+    trainer.model.train(training)
+    trainer._generate_and_score_completions([])
+    assert [x for mode in ("train", "eval") for x in trainer._metrics[mode]["sampling/logps_gap"]] == logged

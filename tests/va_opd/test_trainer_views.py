@@ -163,6 +163,50 @@ def test_the_models_size_is_width_and_height():
     assert degraded.model_size(SimpleNamespace(), pixels, None, 2) == (20, 10)
     assert degraded.model_size(SimpleNamespace(patch_size=7), pixels, [1, 2, 3], 2) == (21, 14)
     assert degraded.model_size(SimpleNamespace(), pixels, None, 1) is None  # tiles
+    assert degraded.model_size(SimpleNamespace(), {"pixel_values": pixels["pixel_values"][None]}, None, 1) is None
+    for name in ("do_pad", "do_center_crop"):  # the model sees more of it, or less
+        assert degraded.model_size(SimpleNamespace(**{name: True}), pixels, None, 2) is None
+
+
+def test_degraded_images_of_another_grid_or_shape_are_one_clear_sentence():
+    """Turned by a processor, an image has as many patches: only its grid shows that each is of another place."""
+    batch = {"pixel_values": torch.zeros(8, 6, dtype=torch.bfloat16), "image_grid_thw": torch.tensor([[1, 2, 4]])}
+
+    def pixels(rows: int, columns: int) -> torch.Tensor:
+        grid = torch.tensor([[1, rows, columns]])
+        given = {"pixel_values": torch.ones(rows * columns, 6), "image_grid_thw": grid}
+        return degraded.degraded_pixel_values(lambda **_: given, batch, [[image(0)]], [0], pixelate_at="raw")[0]
+
+    assert torch.equal(pixels(2, 4), torch.ones_like(batch["pixel_values"]))
+    for rows, columns in ((4, 2), (2, 3)):
+        with pytest.raises(ValueError, match="or another grid: set pixelate_at='raw'"):
+            pixels(rows, columns)
+    wide = {"pixel_values": torch.zeros(1, 3, 8, 16)}
+    with pytest.raises(ValueError, match=r"have pixel_values \(1, 3, 8, 16\), the true ones \(1, 3, 8, 8\)"):
+        degraded.degraded_pixel_values(lambda **_: wide, {"pixel_values": torch.zeros(1, 3, 8, 8)}, [[image(0)]], [0])
+
+
+@pytest.mark.parametrize(("fields", "options"), [(["num_tiles"], {"crop_to_patches": True}), (["spatial_shapes"], {})])
+def test_only_internvls_images_are_cut_by_an_option(fields, options):
+    """TRL counts tiles for LFM2-VL too, whose processor cuts as it was set to."""
+    given, pixels = [], torch.zeros(1, 3, 8, 8)
+    batch = {"pixel_values": pixels, "num_tiles": [1], **{field: [1] for field in fields}}
+
+    def process(images, return_tensors, **more):
+        given.append(more)
+        return {"pixel_values": pixels}
+
+    degraded.degraded_pixel_values(process, batch, [[image(0)]], [0])
+    assert given == [options]
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16"])
+def test_an_image_of_more_than_8_bits_is_refused_before_it_is_made_white(mode):
+    values = np.full((4, 4), 300, np.uint16)
+    deep = Image.fromarray(values) if mode == "I;16" else Image.fromarray(values.astype(np.int32)).convert(mode)
+    assert deep.mode == mode
+    with pytest.raises(ValueError, match=f"mode {mode} and values up to 300, .* scale it to 8 bits"):
+        degraded.degrade(deep, None, 0.1, None)
 
 
 def test_siblings_share_a_degraded_image(make, monkeypatch):
