@@ -117,8 +117,11 @@ def parse(argv: list[str]) -> Settings:
     if {"-h", "--help"}.intersection(argv):
         parse_fields(["--help"], (RDiverseConfig,), "r_diverse/configs/")
     words: dict[str, list[str]] = {name: [] for name in ("run", *PHASES)}
-    given = [w.partition("=")[2] for w in argv if w.startswith("--config=")]
-    given += [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
+    given = [
+        after if word == "--config" else word.partition("=")[2]
+        for word, after in zip(argv, [*argv[1:], ""], strict=True)
+        if word.partition("=")[0] == "--config"
+    ]
     config = read_config(given[-1], "r_diverse/configs/") if given else {}
     content = copy.deepcopy(config)
     for name in PHASES:

@@ -86,8 +86,6 @@ def score(model: str, args: ScriptArguments, config: SRPOConfig, out: Path) -> d
     else:
         with closing(build_engine(model, args, config)) as engine:
             report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
-        report["strict"] = args.strict  # the harness does not know of it
-        atomic_write_json(path, report)
     return {
         "accuracy": report["avg@k"],
         "interval": report["interval"],
@@ -105,7 +103,7 @@ def settings_of(model: str, benchmark: Benchmark, args: ScriptArguments, config:
         "samples": args.eval_samples,
         "seed": config.seed,
         "chat_template_kwargs": config.chat_template_kwargs,
-        "strict": args.strict,
+        **benchmark.settings,
     }
 
 
@@ -159,6 +157,7 @@ def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
         decoding=Decoding(
             temperature=args.eval_temperature, top_p=args.eval_top_p, max_new_tokens=config.max_completion_length
         ),
+        settings={"strict": args.strict},
     )
 
 

@@ -1,6 +1,6 @@
 """What is asked: benchmarks as data. A method's package can build a `Benchmark` of its own rows too."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Benchmark:
         metric: of all scored records, where it is not their mean: {"score": the headline in [0, 1] or None,
             "interval": its 95 % interval, ...}.
         columns: of the rows, which the metric needs in the records.
+        settings: of the scorer, which the result names.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Benchmark:
     samples: int = 1
     metric: Metric | None = None
     columns: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         ids = [str(row["id"]) for row in self.rows]

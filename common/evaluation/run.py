@@ -170,7 +170,7 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
             "response): the records and the data must be of the same questions"
         )
     scored = score_records(benchmark, records, rows)
-    metrics = {**identity, **summarize(scored)}
+    metrics = {**identity, **benchmark.settings, **summarize(scored)}
     if benchmark.score is answer_row and metrics["samples"] > 1:
         metrics["maj@k"] = majority(scored, rows)
     if benchmark.metric:

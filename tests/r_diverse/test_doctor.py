@@ -45,6 +45,29 @@ def test_the_doctor_warns_in_words(logs, message):
     assert doctor.diagnose(dict.fromkeys(logs)) == []
 
 
+def test_the_doctor_warns_beyond_its_bounds_only():
+    above = {
+        "challenger/unanswered": 0.1,
+        "challenger/largest_cluster": 0.9,
+        "challenger/late": 0.1,
+        "frac_reward_zero_std": 0.8,
+        "completions/clipped_ratio": 0.5,
+        "sampling/logps_gap": 0.1,
+    }
+    below = {"challenger/valid": 0.5, "challenger/consistency": 0.1, "challenger/encoded": 0.5, "entropy": 0.01}
+    for bounds, expected in ((above, [0, 0, 1]), (below, [1, 0, 0])):
+        for name, bound in bounds.items():
+            assert [len(doctor.diagnose({name: bound + by})) for by in (-1e-4, 0, 1e-4)] == expected, name
+
+
+def test_the_doctor_reads_the_logs_of_steps_only(capsys):
+    """Not those of evaluations and of the end of training, which have other figures."""
+    state = SimpleNamespace(is_world_process_zero=True, global_step=50)
+    for logs in ({"eval_reward": 0.5, "completions/clipped_ratio": 0.9}, {"train_runtime": 1.0}, None):
+        doctor.DoctorCallback(every=20).on_log(None, state, None, logs)
+    assert not capsys.readouterr().out
+
+
 def test_the_doctor_line_comes_at_the_first_log_and_then_every_few_steps(capsys):
     callback = doctor.DoctorCallback(every=20)
     logs = {"reward": 0.25, "challenger/bank": 640.0, "challenger/valid": 0.3}

@@ -11,9 +11,11 @@ from r_diverse_loops import empty_config, small
 
 from benchmarks import r_diverse as report
 from common import models
+from common.evaluation import Decoding
 from common.lora import lora_config
 from r_diverse import RDiverseConfig, evaluate, loop, train
 from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, main, run_path, variant
+from r_diverse.questions import solver_prompt
 from r_diverse.train import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,16 +36,6 @@ def test_a_value_in_yaml_of_another_type_is_one_clear_sentence(tmp_path, content
     (tmp_path / "a.yaml").write_text(f"model: m\n{content}\n")
     with pytest.raises(ValueError, match=f"^{message}"):
         parse(["--config", str(tmp_path / "a.yaml")])
-
-
-def test_only_a_switch_needs_no_value(tmp_path, capsys):
-    config = tmp_path / "c.yaml"
-    config.write_text("model: m\nboxed_only: false\n")
-    assert parse(["--config", str(config), "--boxed_only", "--seed", "3"]).run.boxed_only is True
-    for word in ("--model", "--experiment", "--challenger.run_name"):  # was the text "true"
-        with pytest.raises(SystemExit):
-            parse(["--config", str(config), word, "--seed", "3"])
-        assert "expected one argument" in capsys.readouterr().err
 
 
 def test_flags_win_over_the_config(tmp_path):
@@ -75,6 +67,41 @@ def test_help_is_about_the_fields_of_a_run(words, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(words)
     assert ended.value.code == 0 and "--iterations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--model"], ["--model=m", "--out", "--dry_run"], ["--model=m", "--solver.optim"]])
+def test_a_flag_without_its_value_is_refused(words, capsys):
+    """A run went into the folder "true"; what is on or off needs no value."""
+    with pytest.raises(SystemExit) as ended:
+        parse(words)
+    assert ended.value.code == 2 and "expected one argument" in capsys.readouterr().err
+    settings = parse(["--model=m", "--dry_run", "--solver.log_completions", "--alpha=0.5"])
+    assert settings.run.dry_run and settings.solver.log_completions and not settings.challenger.log_completions
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("word", "'word' is no flag: write --field value"),
+        ("--solvr.beta=1", "unknown section 'solvr' in --solvr.beta; choose among challenger, solver"),
+        ("--solver.betas=1", "solver: unknown field 'betas'; did you mean 'beta'"),
+    ],
+)
+def test_a_mistyped_flag_is_one_sentence(word, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse(["--model=m", word])
+
+
+def test_the_last_config_counts_and_one_without_a_name_is_refused(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text(f"model: {name}\n")
+    first, second = (str(tmp_path / f"{name}.yaml") for name in "ab")
+    for words in (["--config", first, "--config", second], ["--config", first, f"--config={second}"]):
+        assert parse(words).run.model == "b"
+    assert parse([f"--config={second}", "--config", first]).run.model == "a"
+    for words in (["--model=m", "--config"], ["--model=m", "--config="]):
+        with pytest.raises(ValueError, match="config file '' does not exist"):
+            parse(words)
 
 
 def test_lists_and_mappings_of_a_config(tmp_path):
@@ -185,6 +212,24 @@ def test_known_benchmarks_and_none_pass(names):
     evaluate.check_benchmarks(RDiverseConfig("m", benchmarks=names))
 
 
+@pytest.mark.parametrize(("engine", "batch"), [("vllm", {"batch": 4096}), ("transformers", {})])
+def test_a_solver_is_evaluated_by_the_settings_of_the_run(tmp_path, monkeypatch, engine, batch):
+    """On servers in long batches: each waits for its slowest answer."""
+    asked, loaded = [], []
+    metrics = {"avg@k": 0.5, "interval": [0.4, 0.6], "parsed": 1.0}
+    monkeypatch.setattr(evaluate, "load_benchmark", lambda *given: loaded.append(given) or "math500")
+    monkeypatch.setattr(evaluate, "evaluate", lambda *given, **options: asked.append((given, options)) or metrics)
+    fields = {"eval_samples": 3, "answer_tokens": 11, "solver_system": "Think.", "seed": 5, "data": "folder"}
+    run = RDiverseConfig("m", benchmarks="arithmetic,math500", engine=engine, eval_limit=4, **fields)
+    assert evaluate.score(tmp_path, "who", run) == {"arithmetic": metrics, "math500": metrics}
+    ((_, sums, _), _), (others, options) = asked
+    assert others == ("who", "math500", tmp_path) and options == {"seed": 5, **batch}
+    assert loaded == [("math500", "folder", 4)]
+    assert (len(sums.rows), sums.samples, sums.decoding) == (4, 3, Decoding(1.0, 1.0, 11, 0))
+    for row in sums.rows:
+        assert row["prompt"] == solver_prompt(row["question"], "Think.") and row["prompt"][0]["content"] == "Think."
+
+
 def test_a_context_without_room_for_a_benchmarks_answers_is_said_at_the_start():
     run = RDiverseConfig("m", engine="vllm", gpus=1, max_model_len=8192, benchmarks="math500,mmlu_pro")
     with pytest.raises(ValueError, match="max_model_len=8192 .* mmlu_pro asks for answers of up to 8192 tokens"):
@@ -245,6 +290,7 @@ def test_every_config_has_a_dry_run(config, capsys):
     text = capsys.readouterr().out
     assert "run folder: runs/r_diverse/" in text
     assert "challenger: " in text
+    assert " of 0 rollouts" not in text and "on 0 processes" not in text
     assert "memory a training process" in text or "memory: unknown" in text
 
 

@@ -5,8 +5,10 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers.integrations import deepspeed
 
+from common.runs import exclusive
 from common.stages import launcher
 from r_diverse import RDiverseConfig, loop, train
 from r_diverse.loop import dry_run
@@ -173,6 +175,52 @@ def test_a_served_coder_is_asked_in_long_chunks(base, tmp_path, monkeypatch, url
     monkeypatch.setattr(train, "SentenceEncoder", lambda name: SimpleNamespace(name=name))
     run = RDiverseConfig("m", coder=str(base))
     assert train.skill_encoder(run, tmp_path, url).chunk_size == size
+
+
+def test_a_coder_has_the_settings_of_the_run_and_its_commit_in_its_name(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "revised", lambda model: f"{model} abc")
+    monkeypatch.setattr(train, "SentenceEncoder", lambda name: SimpleNamespace(name=name))
+    run = RDiverseConfig("m", coder=str(base), coder_chat=False, engine_batch=7)
+    local, served = (train.skill_encoder(run, tmp_path, url).coder for url in (None, "http://127.0.0.1:9/v1"))
+    assert local.engine.name == served.engine.name == f"{base} abc"
+    assert local.chat is served.chat is False
+    assert (local.engine.batch_size, served.engine.workers, served.engine.model) == (7, 256, str(base))
+
+
+@pytest.mark.parametrize(("measure", "centred"), [("sam", True), ("question", False)])
+def test_vectors_of_programs_are_centred_on_programs(tmp_path, monkeypatch, measure, centred):
+    monkeypatch.setattr(train, "minilm", lambda centre: SimpleNamespace(name="encoder", centre=centre))
+    run = RDiverseConfig("m", coder="rules", encoder="minilm", measure=measure)
+    assert bool(train.skill_encoder(run, tmp_path).encoder.centre) == centred
+
+
+def test_a_phase_loads_its_policy_by_the_settings(tmp_path, monkeypatch):
+    """After its seed, with which adapters begin, and in no folder that another process is at."""
+    loaded = []
+
+    def load_model(name, dtype, **options):
+        loaded.append(((name, dtype, options), torch.rand(1).item()))
+        raise InterruptedError
+
+    monkeypatch.setattr(train.models, "load_model", load_model)
+    for seed in (0, 0, 1):
+        settings = parse(["--model=m", "--policy_dtype=bfloat16", "--attn_implementation=eager", f"--seed={seed}"])
+        config = train.phase_config(settings, "solver", tmp_path, 1)
+        with pytest.raises(InterruptedError):
+            train.train_phase(config, "m", None, None, settings.run)
+    calls, drawn = zip(*loaded, strict=True)
+    assert calls == (("m", torch.bfloat16, {"attn_implementation": "eager", "load_in_4bit": False}),) * 3
+    assert drawn[0] == drawn[1] != drawn[2]
+    with exclusive(tmp_path), pytest.raises(ValueError, match="is in use by another process"):
+        train.train_phase(config, "m", None, None, settings.run)
+
+
+def test_adapters_under_zero3_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "is_deepspeed_zero3_enabled", lambda: True)
+    settings = parse(["--model=m", "--lora_rank=2"])
+    config = train.phase_config(settings, "solver", tmp_path, 1)
+    with pytest.raises(ValueError, match="lora_rank does not run under zero3, .* use sharding zero2"):
+        train.train_phase(config, "m", None, None, settings.run)
 
 
 def test_the_memory_of_a_challenger_without_servers_counts_its_reward():

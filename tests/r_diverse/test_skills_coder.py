@@ -127,6 +127,14 @@ def test_a_base_model_that_does_not_declare_the_end_of_a_turn_ends_there(taught,
     assert generation == Generation(f"<CODE>\n{ADD}\n</CODE>", True)
 
 
+def test_a_turn_ends_at_all_that_model_and_tokenizer_declare(tokenizer):
+    model = causal_lm(tokenizer)
+    for declared, ends in (([8, 7], {7, 8}), (9, {9}), (None, set())):
+        model.generation_config.eos_token_id = declared
+        engine = LocalCoderEngine(model, tokenizer, name="tiny")
+        assert engine._stops == sorted(ends | {tokenizer.eos_token_id})
+
+
 def test_a_penalty_that_a_model_declares_is_not_applied(tokenizer):
     engine = LocalCoderEngine(causal_lm(tokenizer), tokenizer, name="tiny")
     plain = engine.generate([[1, 2, 3]], 20, "</CODE>")

@@ -335,8 +335,17 @@ def test_a_served_base_model_stops_at_the_end_of_a_turn(tmp_path):
     end, tokenizer.eos_token = tokenizer.eos_token_id, "<|endoftext|>"  # all that Qwen3-4B-Base declares
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    engine = train.server_engine("http://127.0.0.1:9/v1", str(tmp_path), parse(["--model=m"]).run)
-    assert engine.stops == [end]
+    fields = ["--model=m", "--engine=vllm", '--chat_template_kwargs={"enable_thinking": false}']
+    runs = [parse([*fields, f"--gpus={gpus}"]).run for gpus in (0, 1, 2, 8)]
+    served = [train.server_engine("http://127.0.0.1:9/v1", str(tmp_path), run) for run in runs]
+    assert [engine.stops for engine in served] == [[end]] * 4
+    assert [engine.template_options for engine in served] == [{"enable_thinking": False}] * 4
+    assert [engine.workers for engine in served] == [
+        128,
+        128,
+        256,
+        512,
+    ]  # requests at once: 128 a replica, at most 512
 
 
 def test_the_iteration_of_the_readme_runs(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Divergence and entropy from hidden states beside their definitions in float64; what they count and refuse."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, PhiConfig
 
 from srpo import divergence, lm_head, objective
 from srpo.divergence import chunked_divergence, chunked_entropy
@@ -235,6 +237,15 @@ def test_heads_are_gathered_once(monkeypatch):
         assert len(entered) == 2
 
 
+def test_weight_and_bias_of_a_head_are_gathered_where_it_is_read(monkeypatch):
+    given = []
+    monkeypatch.setattr(lm_head, "maybe_gather_lm_head_ctx", lambda *tensors: given.append(tensors) or nullcontext())
+    student, hidden, *_ = heads()
+    sampled_logps(student, hidden, torch.arange(N))
+    chunked_entropy(student, hidden)
+    assert [[id(tensor) for tensor in tensors] for tensors in given] == [[id(student.weight), id(student.bias)]] * 2
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_sampled_logps_of_scaled_and_capped_logits(softcap):
     student, hidden, *_ = heads(6, softcap=softcap)
@@ -254,12 +265,41 @@ def test_sampled_logps_of_scaled_and_capped_logits(softcap):
         ({}, 1.0),
         ({"logit_scale": 0.25}, 0.25),
         ({"logit_scale": None, "output_multiplier": 3.0}, 3.0),
+        ({"lm_head_multiplier": 0.5}, 0.5),
         ({"logits_scaling": 8.0, "model_type": "granite"}, 0.125),
         ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0),
     ],
 )
 def test_logit_scale(fields, expected):
     assert logit_scale(SimpleNamespace(**fields)) == expected
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+SIZES["num_attention_heads"] = 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.1),
+        PhiConfig(**SIZES),  # a head with a bias
+        GraniteConfig(**SIZES, logits_scaling=8.0),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_logits_from_hidden_states_are_the_models(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if model.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    prompt, response = torch.randint(1, 64, (2, 5)), torch.randint(1, 64, (2, 3))
+    masks = torch.tensor([[0, 0, 1, 1, 1], [1] * 5]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    inputs = {"prompt_ids": prompt, "prompt_mask": masks[0], "completion_ids": response, "completion_mask": masks[1]}
+    with torch.no_grad():
+        hidden = lm_head.response_hidden_states(model, inputs)
+        logits = lm_head.lm_head(model).logits(hidden.flatten(0, 1), torch.empty(6, 64))
+        whole = model(input_ids=torch.cat([prompt, response], 1), attention_mask=torch.cat(masks, 1)).logits
+    torch.testing.assert_close(logits.view(2, 3, 64), whole[:, 4:-1])
 
 
 def test_entropy_is_exact(tiles):

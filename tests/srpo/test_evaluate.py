@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -108,6 +109,17 @@ def test_a_point_of_the_curve_is_of_its_checkpoint(config, tmp_path, monkeypatch
     ]
 
 
+def test_a_run_without_a_checkpoint_to_evaluate_is_one_sentence(config, tmp_path, monkeypatch):
+    args, settings = train.parse(["--config", str(config)])
+    with pytest.raises(ValueError, match="holds no finished run: run srpo.train with the same settings first"):
+        evaluate.evaluate_run(tmp_path, args, settings)
+    monkeypatch.setattr(evaluate, "is_done", lambda run: True)
+    with pytest.raises(
+        ValueError, match=f"holds no checkpoint: set save_steps to at most max_steps={settings.max_steps}"
+    ):
+        evaluate.evaluate_run(tmp_path, args, settings)
+
+
 def test_answers_are_sampled_by_the_seed_of_the_run(config, tmp_path, monkeypatch):
     asked = {}
 
@@ -126,6 +138,32 @@ def test_answers_are_sampled_by_the_seed_of_the_run(config, tmp_path, monkeypatc
     assert low <= figures["accuracy"] <= high
 
 
+def test_a_record_names_its_scorer_from_the_start(config, tmp_path, monkeypatch):
+    """Added to the record afterwards, a kill in between let a command with the other scorer take it."""
+    harness, closed = evaluate.evaluate, []
+
+    def killed(*given, **options):
+        harness(*given, **options)
+        raise InterruptedError
+
+    args, settings = train.parse(["--config", str(config)])
+    engine = SimpleNamespace(
+        name="policy",
+        template_options=settings.chat_template_kwargs,
+        generate=lambda prompts, *_: [Completion("1", 1, "stop") for _ in prompts],
+        close=lambda: closed.append(True),
+    )
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", killed)
+        with pytest.raises(InterruptedError):
+            evaluate.score("policy", args, settings, tmp_path / "eval/base")
+    assert closed == [True]
+    with pytest.raises(ValueError, match="strict=False and not True"):
+        evaluate.score("policy", replace(args, strict=True), settings, tmp_path / "eval/base")
+    assert 0 <= evaluate.score("policy", args, settings, tmp_path / "eval/base")["accuracy"] <= 1
+
+
 def test_budgets_leave_out_what_came_later():
     curve = [{"hours": hours, "accuracy": value} for hours, value in ((0.5, 0.2), (0.9, 0.6), (4.0, 0.4), (11.0, 0.9))]
     table = evaluate.within_budgets(curve)
@@ -140,6 +178,13 @@ def test_budgets_leave_out_what_came_later():
 def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
     args, settings = train.parse(["--config", str(config)])
     assert evaluate.build_engine(args.model, args, settings).batch_size == 100
+    given = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load_engine", lambda *names, **options: given.update(options, names=names))
+        evaluate.build_engine("other", args, settings)
+    options = {"chat_template_kwargs": {"enable_thinking": False}, "options": {}}
+    expected = {"names": ("transformers", "other", 100), "bf16": False, "device": settings.device}
+    assert given == {**expected, **options}
     made = []
     monkeypatch.setattr(engines, "VLLMEngine", lambda *names, **options: made.append(options))
     fields = ["--config", str(config), "--engine", "vllm", "--engine_options"]

@@ -114,6 +114,25 @@ def test_the_parts_of_every_teacher_by_hand():
     assert sizes("--teacher", "current")[0] == sizes("--teacher", "frozen", "--lora_rank", "8")[0] == 0
 
 
+def test_what_an_offloaded_teacher_short_responses_and_adapters_take():
+    """8B: on the GPU stays the teacher's head, no response is longer than its limit, a checkpoint is the adapter."""
+
+    def parsed(*fields: str):
+        return train.parse(["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run", *fields])
+
+    def size(name: str, *fields: str) -> float:
+        parts = train.memory_parts(*parsed(*fields), 8e9, 1, "none")
+        return next(value for key, value in parts.items() if key.startswith(name))
+
+    assert size("self-teacher", "--teacher_offload", "true") == 4 * 4096 * 151_936
+    whole, half = (size("cached", "--max_completion_length", length) for length in ("8192", "400"))
+    assert half == whole / 2
+    adapter = parsed("--lora_rank", "8")
+    share = train.trained_parameters(adapter[0], 8e9) / 8e9
+    sizes = [train.checkpoint_sizes(*settings, 8e9, "none")[1] for settings in (adapter, parsed())]
+    assert share < 0.01 and sizes[0] == pytest.approx(share * sizes[1])
+
+
 @pytest.mark.parametrize(
     ("fields", "sharding", "size"),
     [

@@ -1,10 +1,12 @@
 """Settings of SRPO's command line: presets, mistakes in one sentence, what is made of them."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from training_runs import fails
@@ -99,6 +101,30 @@ def test_the_strict_scorer_is_that_of_the_training(config, monkeypatch):
         args, settings = train.parse(["--config", str(config), "--strict", str(strict)])
         train.build_trainer(args, settings, train.load_splits_of(args))
     assert asked == [("additions", True), ("additions", False)]
+
+
+def test_the_policy_is_loaded_and_placed_by_the_settings(config, monkeypatch):
+    placed = []
+    monkeypatch.setattr(train, "on_one_gpu", lambda settings: placed.append(settings) or settings)
+    fields = ["--policy_dtype", "bfloat16", "--attn_implementation", "eager"]
+    args, settings = train.parse(["--config", str(config), *fields])
+    model = train.build_trainer(args, settings, train.load_splits_of(args)).model
+    assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert placed == [settings]
+
+
+def test_all_settings_of_the_evaluation_may_change():
+    names = {field.name for field in dataclasses.fields(train.ScriptArguments)}
+    assert {name for name in names if name.startswith(("eval_", "engine"))} == set(train.MAY_CHANGE)
+
+
+def test_the_seed_is_set_before_the_policy_is_built(config, monkeypatch):
+    """An adapter begins with random numbers."""
+    drawn = []
+    monkeypatch.setattr(train, "train_run", lambda *_, **options: drawn.append(torch.rand(1).item()))
+    for seed in "334":
+        train.train(*train.parse(["--config", str(config), "--seed", seed]))
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -288,10 +288,13 @@ def test_row_order_and_padding_do_not_matter(make, fixed):
 def test_the_policy_reads_a_micro_batch_as_wide_as_its_longest_prompt_and_response(make, fixed, multiple):
     """TRL pads both to the longest of the generation batch."""
     trainer, seen = make(per_device_train_batch_size=2, gradient_accumulation_steps=4, pad_to_multiple_of=multiple), []
+    caches = []
     trainer.model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]) or caches.append(kwargs["use_cache"]),
+        with_kwargs=True,
     )
     step(trainer)
+    assert not any(caches)  # keys and values of all layers would stay in memory
     empty = [int((~mask.bool()).all(0).sum()) for mask in seen]  # columns of padding alone
     padded = sum(trainer._buffered_inputs[0][name].size(1) for name in ("prompt_ids", "completion_ids"))
     widths = [mask.size(1) for mask in seen]
