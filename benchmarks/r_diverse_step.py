@@ -1,6 +1,6 @@
 """A generation batch of an R-Diverse phase beside TRL's GRPOTrainer, with the same uneven rollouts in one run.
 
-    python -m benchmarks.r_diverse_step                                     # CPU, about 6 minutes
+    python -m benchmarks.r_diverse_step                                     # CPU, about 15 minutes
     python -m benchmarks.r_diverse_step --real 4B --response 2048 --repeats 1       # a GPU with 141 GB
 
 A step here is the log-probabilities of the old policy and of the KL reference, then forward and backward of the four

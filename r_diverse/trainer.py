@@ -131,14 +131,14 @@ class PhaseTrainer(GRPOTrainer):
     ):
         """TRL's in micro-batches of like length, each without the columns that are padding in all its rows."""
         compute = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-        whole = super()._get_per_token_logps_and_entropies
+        upstream = super()._get_per_token_logps_and_entropies
         if any(value is not None for value in images.values()):
-            return whole(model, input_ids, attention_mask, logits_to_keep, batch_size, **compute, **images)
+            return upstream(model, input_ids, attention_mask, logits_to_keep, batch_size, **compute, **images)
         order = attention_mask.sum(1).argsort(descending=True, stable=True)
         found = []
         for rows in order.split(batch_size or len(order)):
             columns, kept = real_columns(attention_mask[rows], logits_to_keep, self.pad_to_multiple_of)
-            logps, entropies, aux_loss = whole(
+            logps, entropies, aux_loss = upstream(
                 model, input_ids[rows, columns], attention_mask[rows, columns], kept, **compute
             )
             padding = (0, logits_to_keep - kept)
