@@ -13,7 +13,6 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from datasets import Dataset
 from trl import GRPOTrainer
 
 from benchmarks.machine import machine, spread
-from benchmarks.srpo_step import REAL, fix_rollouts, save_model, seconds_of_a_step
+from benchmarks.srpo_step import REAL, fix_rollouts, save_model, seconds_of_a_step, step_parser
 from benchmarks.va_opd_scoring import as_training_does, precision
 from common import plots
 from common.runs import atomic_write_json
@@ -104,17 +103,10 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--real", choices=REAL, help="shapes of this Qwen3; the three above are ignored")
-    parser.add_argument("--rollouts", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=64, help="characters, about the tokens of a prompt")
+    parser = step_parser(__doc__, "r_diverse_step")
+    parser.set_defaults(rollouts=64, micro_batch=4)
+    parser.add_argument("--real", choices=REAL, help="shapes of this Qwen3, whatever --hidden and the like say")
     parser.add_argument("--response", type=int, default=256, help="longest response in tokens")
-    parser.add_argument("--micro_batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "r_diverse_step.json")
     options = parser.parse_args(argv)
     tokenizer = char_tokenizer()
     about = {"settings": vars(options) | {"out": options.out.name}, "machine": machine("transformers", "trl")}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from benchmarks.srpo_step import build, fix_rollouts, rollout_ids, save_model, seconds_of_a_step
+from benchmarks.srpo_step import build, fix_rollouts, rollout_ids, save_model, seconds_of_a_step, step_parser
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import char_tokenizer
@@ -56,17 +56,10 @@ def measured(kind: str, folder: str, options: argparse.Namespace, response: int)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--rollouts", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=64, help="characters, about the tokens of a prompt")
+    parser = step_parser(__doc__, "srpo_memory")
+    parser.set_defaults(hidden=768, vocabulary=8192, rollouts=16, micro_batch=4)
     parser.add_argument("--responses", type=int, nargs="+", default=[64, 128, 256], help="longest response in tokens")
-    parser.add_argument("--micro_batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "srpo_memory.json")
     options = parser.parse_args(argv)
     if options.child:
         print(json.dumps(child(*options.child, argparse.Namespace(**vars(options), response=options.responses[0]))))

@@ -125,19 +125,25 @@ def seconds_of_a_step(trainer) -> float:
     return clock() - started
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def step_parser(about: str, name: str) -> argparse.ArgumentParser:
+    """What each measurement of a step is asked: shapes of the model and of a batch."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--real", choices=REAL, help="shapes of this Qwen3; the three above are ignored")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--rollouts", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64, help="characters, about the tokens of a prompt")
-    parser.add_argument("--response", type=int, default=128, help="longest response in tokens")
     parser.add_argument("--micro_batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "srpo_step.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.json")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = step_parser(__doc__, "srpo_step")
+    parser.add_argument("--real", choices=REAL, help="shapes of this Qwen3, whatever --hidden and the like say")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--response", type=int, default=128, help="longest response in tokens")
     options = parser.parse_args(argv)
 
     tokenizer = char_tokenizer()

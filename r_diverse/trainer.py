@@ -108,8 +108,8 @@ class PhaseTrainer(GRPOTrainer):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         # These are no sum over rows: a part of them is a mean or a quantile of a micro-batch
-        drawn = self.loss_type == "bnpo" or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
-        if self._buffered_inputs is before or drawn or "pixel_values" in inputs:
+        drawn = (self.loss_type == "bnpo", self.top_entropy_quantile < 1, self._entropy_bonus_enabled)
+        if self._buffered_inputs is before or any((*drawn, self.aux_loss_enabled)) or "pixel_values" in inputs:
             return inputs
         batches, parts = self._buffered_inputs, self.args.steps_per_generation
         size = math.gcd(parts, self.args.gradient_accumulation_steps)  # so many are never of two updates
