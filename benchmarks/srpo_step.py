@@ -131,7 +131,9 @@ def step_parser(about: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--rollouts", type=int, default=32)
+    parser.add_argument(
+        "--rollouts", type=int, default=32, help="a multiple of --micro_batch; of r_diverse_step of four of them"
+    )
     parser.add_argument("--prompt", type=int, default=64, help="characters, about the tokens of a prompt")
     parser.add_argument("--micro_batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)

@@ -180,11 +180,23 @@ class SkillEncoder:
         starts = range(0, len(missing), self.chunk_size)
         for start in tqdm(starts, desc="programs", unit="chunk", disable=len(starts) < 2):
             chunk = missing[start : start + self.chunk_size]
-            for text, program in zip(chunk, self.coder.write(chunk), strict=True):
+            for text, program in zip(chunk, self._programs_of(chunk), strict=True):
                 written[text] = program
                 if self.cache is not None and program.failure != ENGINE:
                     self.cache.put(text, program)
         return written
+
+    def _programs_of(self, questions: list[str]) -> list[Program]:
+        programs = list(self.coder.write(questions))
+        if len(programs) != len(questions):
+            raise ValueError(f"coder {self.coder.name} gave {len(programs)} programs for {len(questions)} questions")
+        for question, program in zip(questions, programs, strict=True):
+            if not isinstance(program, Program):
+                raise ValueError(
+                    f"coder {self.coder.name} gave {program!r} for {question!r}: a Program is needed, which "
+                    "r_diverse.skills.read_answer makes of a model's answer"
+                )
+        return programs
 
 
 def _by_length(text: str) -> tuple[int, str]:

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
 from torch.nn.functional import pad
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
 
 from . import analysis, objective
@@ -48,13 +48,21 @@ class PhaseTrainer(GRPOTrainer):
             raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
         if isinstance(train_dataset, IterableDataset):
             raise ValueError("PhaseTrainer repeats each prompt num_generations times and needs a map-style Dataset")
+        if train_dataset is not None and len(train_dataset) and "prompt" not in train_dataset[0]:
+            raise ValueError(
+                f"train_dataset has the columns {', '.join(train_dataset[0])}: it needs `prompt`, messages"
+            )
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         exact_frequencies(self.model, self.ref_model)
+        whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)  # no process has a shard only
+        if self.ref_model is not None and not isinstance(model, str) and whole:
+            check_reference(self.model, self.ref_model)
         prompts = self.args.generation_batch_size // self.num_generations
         if self.train_dataset is not None and len(self.train_dataset) < prompts:
             raise ValueError(
                 f"train_dataset has {len(self.train_dataset)} prompts, fewer than the {prompts} of one generation "
-                "batch: lower per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation"
+                "batch: add prompts, or lower per_device_train_batch_size, gradient_accumulation_steps or "
+                "steps_per_generation"
             )
         self._stop_at_the_end_of_a_turn()
         seed_rollouts(self)
@@ -149,6 +157,20 @@ class PhaseTrainer(GRPOTrainer):
             torch.cat(entropies)[back] if compute_entropy else None,
             torch.stack(aux_losses).mean() if compute_aux_loss else None,
         )
+
+
+def check_reference(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """Raises `ValueError` for a model in memory that is not its KL reference, as after training: TRL loads that from
+    where the model was first loaded."""
+    loaded = dict(reference.named_parameters())
+    for name, weight in model.named_parameters():
+        other = loaded.get(name, weight.new_empty(0))
+        narrow = min(weight.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(weight.to(other.device, narrow), other.to(narrow)):
+            raise ValueError(
+                f"the KL reference, which TRL loads from {model.config._name_or_path}, is not this model ({name} "
+                "differs): save the model and pass its folder, or set beta=0"
+            )
 
 
 class HalfPrecisionCallback(TrainerCallback):

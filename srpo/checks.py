@@ -22,14 +22,16 @@ def check_batch(args: SRPOConfig, train_dataset) -> None:
         raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
     if isinstance(train_dataset, IterableDataset):
         raise ValueError("SRPOTrainer repeats each prompt num_generations times and needs a map-style Dataset")
-    if train_dataset is not None and len(train_dataset) and args.routing != "grpo":
-        teacher_prompt(train_dataset[0].get("prompt", ""), "")  # any other row is looked at when it is distilled
     prompts = args.generation_batch_size // args.num_generations
     if train_dataset is not None and len(train_dataset) < prompts:
         raise ValueError(
-            f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts} of one generation batch: lower "
-            "per_device_train_batch_size or gradient_accumulation_steps"
+            f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts} of one generation batch: add "
+            "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
+    if train_dataset is not None and "prompt" not in train_dataset[0]:
+        raise ValueError(f"train_dataset has the columns {', '.join(train_dataset[0])}: it needs `prompt`, messages")
+    if train_dataset is not None and args.routing != "grpo":
+        teacher_prompt(train_dataset[0]["prompt"], "")  # any other row is looked at when it is distilled
 
 
 class HalfPrecisionCallback(TrainerCallback):

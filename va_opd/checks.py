@@ -37,8 +37,10 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
     if train_dataset is not None and len(train_dataset) < batch // args.num_generations:
         raise ValueError(
             f"train_dataset has {len(train_dataset)} prompts, fewer than the {batch // args.num_generations} of one "
-            "optimizer step: lower per_device_train_batch_size or gradient_accumulation_steps"
+            "optimizer step: add prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
+    if train_dataset is not None and "prompt" not in train_dataset[0]:
+        raise ValueError(f"train_dataset has the columns {', '.join(train_dataset[0])}: it needs `prompt`, messages")
 
 
 def check_processor(processing_class, train_dataset) -> None:

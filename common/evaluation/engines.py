@@ -310,6 +310,8 @@ class ServerEngine:
         except ImportError as error:
             raise ImportError("engine server needs openai: pip install openai") from error
         self._error, self._refusal = openai.OpenAIError, openai.BadRequestError
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"server {base_url!r} is no address: write http://HOST:PORT/v1")
         try:
             self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
         except Exception as error:  # of the HTTP library, which is not ours to name

@@ -247,7 +247,7 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
     for name, value in identity.items():
         unrecorded = name in ("engine", "chat_template_kwargs") and name not in theirs  # in older folders
         if value is not None and not unrecorded and theirs.get(name) != value:
-            raise ValueError(
-                f"{path.parent} holds records with {name}={theirs.get(name)!r}, this evaluation has {value!r}: choose "
-                "another --out or delete the folder"
-            )
+            what = f"with {name}={theirs.get(name)!r}, this evaluation has {value!r}"
+            if name == "rows":  # digests, which tell a reader nothing
+                what = "of other questions: --data or --limit was another one"
+            raise ValueError(f"{path.parent} holds records {what}: choose another --out or delete the folder")

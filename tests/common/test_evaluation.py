@@ -159,6 +159,12 @@ def test_records_of_another_evaluation_are_refused_and_kept(tmp_path, changes, n
     assert (tmp_path / "numbers/samples.jsonl").read_bytes() == before
 
 
+def test_records_of_other_questions_are_refused_in_words_and_not_by_digests(tmp_path):
+    evaluate(Echo(), numbers(3), tmp_path)
+    with pytest.raises(ValueError, match="records of other questions: --data or --limit was another one"):
+        evaluate(Echo(), numbers(4), tmp_path)
+
+
 def test_another_chat_template_is_another_evaluation(tmp_path):
     evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
     engine = Echo()

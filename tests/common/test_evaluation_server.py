@@ -68,6 +68,7 @@ def test_a_server_gets_images_as_data(chat_server):
     assert text == {"type": "text", "text": "What?"}
 
 
-def test_a_mistyped_address_of_a_server_is_one_sentence():
-    with pytest.raises(ValueError, match="server 'http://localhost:80OO/v1' is no address"):
-        ServerEngine("http://localhost:80OO/v1", "m")
+@pytest.mark.parametrize("address", ["http://localhost:80OO/v1", "localhost:8000/v1"])
+def test_a_mistyped_address_of_a_server_is_one_sentence(address):
+    with pytest.raises(ValueError, match=f"server '{address}' is no address.*: write http://HOST:PORT/v1"):
+        ServerEngine(address, "m")

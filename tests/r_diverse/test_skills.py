@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +81,19 @@ def test_without_a_coder_the_question_itself_is_embedded(minilm):
 def test_empty_batch():
     embeddings, ok = SkillEncoder(ArithmeticCoder(), HashEncoder()).encode([])
     assert embeddings.shape == (0, 8) and ok.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (["x = 1", "x = 2"], "coder own gave 'x = 1' for '1 [+] 2': a Program is needed, which .*read_answer makes"),
+        ([Program("x = 1")], "coder own gave 1 programs for 2 questions"),
+    ],
+)
+def test_what_a_coder_may_not_give_is_one_clear_sentence(written, message):
+    coder = SimpleNamespace(name="own", write=lambda questions: written)
+    with pytest.raises(ValueError, match=message):
+        SkillEncoder(coder, HashEncoder()).encode(["1 + 2", "3 + 4"])
 
 
 @pytest.mark.parametrize(("bad", "message"), [("1 + 2", "pass a list"), (["1 + 2", None], "question 1 is NoneType")])

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
@@ -54,6 +55,8 @@ def test_data_that_a_phase_cannot_repeat_are_one_clear_sentence(tmp_path):
         PhaseTrainer("a model", None, config, DatasetDict(train=rows, test=rows))
     with pytest.raises(ValueError, match="needs a map-style Dataset"):
         PhaseTrainer("a model", None, config, rows.to_iterable_dataset())
+    with pytest.raises(ValueError, match="train_dataset has the columns question: it needs `prompt`"):
+        PhaseTrainer("a model", None, config, rows.rename_column("prompt", "question"))
 
 
 def test_rollouts_of_a_base_model_stop_at_the_end_of_a_turn(tmp_path):
@@ -120,6 +123,28 @@ def test_trls_own_config_will_do(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 1 and not torch.equal(before, model.lm_head.weight)
     assert not any(isinstance(callback, doctor.DoctorCallback) for callback in trainer.callback_handler.callbacks)
+
+
+def test_a_model_that_is_not_its_kl_reference_is_refused(tmp_path):
+    """TRL loads the reference from the folder that the model came from: after training it is another one."""
+    model, tokenizer = tiny_qwen3(hidden=32)
+    model.save_pretrained(tmp_path)
+    rows = Dataset.from_list([{"prompt": "1+1="}])
+    options = {"per_device_train_batch_size": 4, "num_generations": 4, "steps_per_generation": 1, "max_steps": 1}
+    config = ChallengerConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", save_strategy="no", **options)
+
+    def build(model):
+        return PhaseTrainer(model, lambda **columns: [], config, train_dataset=rows, processing_class=tokenizer)
+
+    for dtype in (torch.float32, torch.bfloat16):  # rounded, it is the same model
+        build(Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+    trained = Qwen3ForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        trained.model.norm.weight[3] += 1e-6
+    with pytest.raises(ValueError, match=r"is not this model \(model.norm.weight differs\): save the model and pass"):
+        build(trained)
+    config.beta = 0.0
+    build(trained)
 
 
 def test_trained_weights_in_half_precision_are_warned_of_when_training_starts(tmp_path, caplog):

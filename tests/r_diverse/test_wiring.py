@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from trl import GRPOTrainer
 
 from common import models
@@ -352,8 +353,8 @@ def test_the_iteration_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     readme = (Path(train.__file__).parent / "README.md").read_text()
     code = readme.split("## On your own engines")[1].split("```python\n")[1].split("```")[0]
-    quiet = {**QUIET, "use_cpu": True, "gradient_checkpointing": False, "save_strategy": "no", "beta": 0.0}
-    asked = []
+    quiet = {**QUIET, "use_cpu": True, "gradient_checkpointing": False, "save_strategy": "no"}
+    asked, starts = [], []
 
     def ask_solver(questions, seed):
         asked.append(seed)
@@ -368,14 +369,26 @@ def test_the_iteration_of_the_readme_runs(tmp_path, monkeypatch):
         "ask_solver": ask_solver,
         "same_answer": lambda a, b: a == b,
         "sample": lambda model: [f"<question>{q}</question>\\boxed{{1}}" for q in outputs] + ["no form"],
-        "solver_reward": lambda completions, answer, **columns: [float(label == "1") for label in answer],
+        "solver_reward": lambda answer, **columns: [float(i % 2 and label == "1") for i, label in enumerate(answer)],
     }
     exec(code, given)
     model, tokenizer = tiny_qwen3(hidden=32)
     model.save_pretrained("base")
     tokenizer.save_pretrained("base")
+
+    def phase(*args, **kwargs):
+        made = trainer.PhaseTrainer(*args, **kwargs)
+        starts.append([[p.detach().clone() for p in m.parameters()] for m in (made.model, made.ref_model)])
+        return made
+
+    given["PhaseTrainer"] = phase
+    phases = ("base", "base")
     for t in (1, 2):
-        given["iteration"](t, "base", "base")
+        phases = given["iteration"](t, *phases)
+    assert phases == ("challenger-2", "solver-2")
+    for policy, reference in starts:  # a phase is held to the model that it begins with
+        assert all(map(torch.equal, policy, reference))
+    assert not any(map(torch.equal, starts[1][0], starts[3][0]))  # the Solver's, which has been trained
     assert given["bank"].iterations == {1: 5, 2: 5}
     assert {row["answer"] for row in given["bank"].sample(10, seed=0)} == {"1"}
     assert asked[-1] == 2

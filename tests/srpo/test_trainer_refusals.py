@@ -63,6 +63,10 @@ def test_another_configuration_and_an_iterable_data_set_are_one_clear_sentence(m
     splits = DatasetDict(train=Dataset.from_list(rows()), test=Dataset.from_list(rows()))
     with pytest.raises(ValueError, match="train_dataset holds the splits train, test: pass one of them"):
         SRPOTrainer(model, mixed_reward, make().args, train_dataset=splits, processing_class=tokenizer)
+    unnamed = Dataset.from_list([{"question": "1+1", "answer": "2"}] * 4)
+    for routing in ("srpo", "grpo"):
+        with pytest.raises(ValueError, match="train_dataset has the columns question, answer: it needs `prompt`"):
+            SRPOTrainer(model, mixed_reward, make(routing=routing).args, unnamed, processing_class=tokenizer)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])

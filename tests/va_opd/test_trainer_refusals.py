@@ -68,6 +68,10 @@ def test_what_no_trainer_can_be_built_of_is_one_clear_sentence(make):
     refused("needs a map-style Dataset", train_dataset=endless)
     splits = DatasetDict(train=rows, test=rows)
     refused("train_dataset holds the splits train, test: pass one of them", train_dataset=splits)
+    refused(
+        "train_dataset has the columns problem, .*it needs `prompt`",
+        train_dataset=rows.rename_column("prompt", "problem"),
+    )
     refused("pass the student's processor, loaded by AutoProcessor", processing_class="org/model")
     refused("student and teacher are one object", teacher=student)
     trainer = VAOPDTrainer(student, teacher, make().args, **{**good, "train_dataset": None})
