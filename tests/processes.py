@@ -80,7 +80,10 @@ def run(main: Callable[[Path], Any]) -> None:
         _deepspeed_without_compiler()
     folder = Path(sys.argv[1])
     torch.save(main(folder), folder / f"rank{os.environ['RANK']}.pt")
-    PartialState().destroy_process_group()  # else gloo's threads may abort a process whose work is done
+    PartialState().destroy_process_group()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # gloo's threads have aborted processes whose work was done while the interpreter ended
 
 
 def _fsdp_on_a_cpu() -> None:
