@@ -115,9 +115,7 @@ class PhaseTrainer(GRPOTrainer):
         padding."""
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        # These are no sum over rows: a part of them is a mean or a quantile of a micro-batch
-        drawn = (self.loss_type == "bnpo", self.top_entropy_quantile < 1, self._entropy_bonus_enabled)
-        if self._buffered_inputs is before or any((*drawn, self.aux_loss_enabled)) or "pixel_values" in inputs:
+        if self._buffered_inputs is before or not self._is_sum_over_rows() or "pixel_values" in inputs:
             return inputs
         batches, parts = self._buffered_inputs, self.args.steps_per_generation
         size = math.gcd(parts, self.args.gradient_accumulation_steps)  # so many are never of two updates
@@ -125,6 +123,16 @@ class PhaseTrainer(GRPOTrainer):
             batch for start in range(0, parts, size) for batch in length_sorted(batches[start : start + size])
         ]
         return self._buffered_inputs[self._step % parts]
+
+    def _is_sum_over_rows(self) -> bool:
+        """Whether an update is the same in any micro-batches: else a part of it is a mean or a quantile of each."""
+        of_a_micro_batch = (
+            self.loss_type == "bnpo",
+            self.top_entropy_quantile < 1,
+            self._entropy_bonus_enabled,
+            self.aux_loss_enabled,
+        )
+        return not any(of_a_micro_batch)
 
     def _get_per_token_logps_and_entropies(
         self,
