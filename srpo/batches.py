@@ -1,6 +1,5 @@
-"""Micro-batches of the policy: rows of like length together, and no wider than their longest."""
+"""Micro-batches of policy and self-teacher: rows of like length together, and no wider than their longest."""
 
-import math
 from typing import Any
 
 import torch
@@ -24,16 +23,29 @@ def length_sorted(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
 
 
 def trimmed(inputs: dict[str, torch.Tensor], multiple: int | None = None) -> dict[str, torch.Tensor]:
-    """A micro-batch of B rows as wide as its longest prompt and its longest response: TRL pads all to the longest of
-    the generation batch, which may be many times as long.
+    """A micro-batch of B rows without the padding between prompt and response, as wide as its longest row.
 
     Args:
-        inputs: `prompt_ids` and `prompt_mask` (B, P), padded on the left; (B, T) what `PER_TOKEN` names.
-        multiple: widths are rounded up to multiples of it, as TRL's `pad_to_multiple_of` does.
+        inputs: `prompt_ids` and `prompt_mask` (B, P), padded on the left; what `PER_TOKEN` names, (B, T) or (B, 1),
+            padded on the right.
+        multiple: the width is rounded up to a multiple of it.
+
+    Returns the inputs with `input_ids` and `attention_mask` (B, L), padded on the left, and what `PER_TOKEN` names
+    (B, R) for the last R columns of these, R the longest response.
     """
-    multiple, masks = multiple or 1, (inputs["prompt_mask"], inputs["completion_mask"])
-    longest = torch.stack([mask.sum(1).max() for mask in masks]).clamp(min=1).tolist()  # truncated rows may be masked
-    prompt, response = (math.ceil(width / multiple) * multiple for width in longest)
-    parts = {"prompt_ids": slice(-prompt, None), "prompt_mask": slice(-prompt, None)}
-    parts |= {name: slice(response) for name in PER_TOKEN if name in inputs}
-    return {**inputs, **{name: inputs[name][:, part] for name, part in parts.items()}}
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    response = int(inputs["completion_mask"].sum(1).max().clamp(min=1))  # truncated rows may be masked
+    width = max(int(attention.sum(1).max()), response + 1)
+    width += -width % (multiple or 1)
+    order = attention.argsort(dim=1, stable=True)[:, -width:]  # padding first, then the tokens in their order
+    tokens = inputs["completion_mask"].argsort(dim=1, stable=True)[:, -response:]
+    aligned = {name: inputs[name] for name in PER_TOKEN if name in inputs}
+    aligned = {name: x.expand_as(inputs["completion_mask"]).gather(1, tokens) for name, x in aligned.items()}
+    input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1).gather(1, order)
+    return {**inputs, **aligned, "input_ids": input_ids, "attention_mask": attention.gather(1, order)}
+
+
+def sequence_batches(sequences: dict[int, torch.Tensor], size: int) -> list[dict[int, torch.Tensor]]:
+    """The self-teacher's: `size` sequences of like length each, the longest first."""
+    order = sorted(sequences.items(), key=lambda item: -len(item[1]))
+    return [dict(order[start : start + size]) for start in range(0, len(order), size)]

@@ -71,19 +71,11 @@ class LMHead(NamedTuple):
         return maybe_gather_lm_head_ctx(self.weight, self.bias)
 
 
-def response_hidden_states(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Last hidden states (B, T, H) from which the response tokens are predicted.
-
-    `inputs`: `prompt_ids` and `prompt_mask` (B, P), padded on the left; `completion_ids` and `completion_mask` (B, T).
-    """
+def last_hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L, H) of (B, L) tokens. The head predicts a token from the states before it."""
     if is_peft_model(model):
         model = model.get_base_model()
-    outputs = model.base_model(
-        input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-        attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-        use_cache=False,
-    )
-    return outputs.last_hidden_state[:, -inputs["completion_ids"].size(1) - 1 : -1]
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:

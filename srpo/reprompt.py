@@ -1,13 +1,10 @@
-"""The self-teacher's inputs: the plain prompt, a correct sibling and the closing instruction, then the response."""
+"""The self-teacher's prompt: the plain prompt, a correct sibling and the closing instruction."""
 
 import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from . import objective
-from ._trl import pad
 
 Prompt = str | list[dict[str, Any]]
 
@@ -64,27 +61,3 @@ def check_plain(prompts: list[Prompt], tokenizer) -> None:
 
 def _special_tokens(tokenizer) -> list[str]:
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-
-
-def batches(prompts: dict[int, list[int]], size: int) -> list[list[tuple[int, list[int]]]]:
-    """(row, prompt ids) in micro-batches of prompts of like length."""
-    order = sorted(prompts.items(), key=lambda item: len(item[1]))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def teacher_inputs(
-    part: list[tuple[int, list[int]]], batch: dict[str, Any], pad_token_id: int
-) -> dict[str, torch.Tensor]:
-    """Ids and masks of teacher prompts and responses, the latter cut to the longest of `part`.
-
-    An empty part gives one prompt and one response token, for a forward whose result nobody reads.
-    """
-    device, rows = batch["completion_ids"].device, [row for row, _ in part] or [0]
-    prompts = [torch.tensor(ids, device=device) for _, ids in part] or [batch["prompt_ids"][0, -1:]]
-    length = int(batch["completion_mask"][rows].sum(1).max()) if part else 1
-    return {
-        "prompt_ids": pad(prompts, padding_value=pad_token_id, padding_side="left"),
-        "prompt_mask": pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left"),
-        "completion_ids": batch["completion_ids"][rows, :length],
-        "completion_mask": batch["completion_mask"][rows, :length],
-    }

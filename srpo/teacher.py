@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ._trl import ForwardRedirection, create_model_from_path, prepare_deepspeed
-from .lm_head import LMHead, lm_head, response_hidden_states
+from ._trl import ForwardRedirection, create_model_from_path, pad, prepare_deepspeed
+from .batches import sequence_batches
+from .lm_head import LMHead, last_hidden_states, lm_head
 from .offload import Offloaded
-from .reprompt import batches, teacher_inputs
 from .rope import exact_frequencies
 
 # Settings of a LoRA config that change more of the merged model than W + scale B A of whole layers
@@ -285,30 +285,42 @@ class SelfTeacher:
         Returns the last hidden states (T_i, H) from which the teacher predicts the response tokens of each row, and
         its head, which stays as it is until the optimizer steps, when the next batch is scored.
         """
-        states = {}
+        states, device = {}, mask.device
+        responses = {row: batch["completion_ids"][row, batch["completion_mask"][row].bool()] for row in prompts}
+        sequences = {
+            row: torch.cat([torch.tensor(ids, device=device), responses[row]]) for row, ids in prompts.items()
+        }
+        filler = {-1: batch["completion_ids"][0, :1]}  # for a forward whose result nobody reads
         with self.view(policy) as teacher:
             unwrapped = self.accelerator.unwrap_model(teacher)
-            for part in self._same_number_on_all_ranks(batches(prompts, batch_size)):
-                hidden = self._forward(teacher, unwrapped, teacher_inputs(part, batch, pad_token_id))
-                for (row, _), hidden_TH in zip(part, hidden, strict=False):  # an empty part has one row in `hidden`
-                    states[row] = hidden_TH[mask[row, : len(hidden_TH)].bool()]
+            for part in self._same_number_on_all_ranks(sequence_batches(sequences, batch_size), filler):
+                hidden = self._forward(teacher, unwrapped, list(part.values()), pad_token_id)
+                for row, hidden_LH in zip(part, hidden, strict=True):
+                    if row in responses:
+                        length = len(responses[row])
+                        states[row] = hidden_LH[-length - 1 : -1][mask[row, :length].bool()]
             head = lm_head(unwrapped)
             if self.factors and head.weight.requires_grad:  # the average in the policy's place, which ends here
                 bias = None if head.bias is None else head.bias.clone()
                 head = head._replace(weight=head.weight.clone(), bias=bias)
             return states, head
 
-    def _forward(self, teacher: nn.Module, unwrapped: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _forward(
+        self, teacher: nn.Module, unwrapped: nn.Module, sequences: list[torch.Tensor], pad_token_id: int
+    ) -> torch.Tensor:
+        """Last hidden states (B, L, H) of B sequences, padded on the left to the longest."""
+        input_ids = pad(sequences, padding_value=pad_token_id, padding_side="left")
+        mask = pad([torch.ones_like(ids) for ids in sequences], padding_value=0, padding_side="left")
         with autocast(self.accelerator, unwrapped.dtype):
             if self.sharded:
-                return ForwardRedirection()(teacher, unwrapped, response_hidden_states, unwrapped, inputs)
-            return response_hidden_states(unwrapped, inputs)  # past DDP, which would wait for ranks without such rows
+                return ForwardRedirection()(teacher, unwrapped, last_hidden_states, unwrapped, input_ids, mask)
+            return last_hidden_states(unwrapped, input_ids, mask)  # past DDP, which would wait for ranks without rows
 
-    def _same_number_on_all_ranks(self, parts: list) -> list:
-        """Appends empty parts so that all ranks run equally many: the forward of a sharded teacher is a collective."""
+    def _same_number_on_all_ranks(self, parts: list, filler: dict[int, torch.Tensor]) -> list:
+        """Appends fillers so that all ranks run equally many: the forward of a sharded teacher is a collective."""
         if self.sharded:
             count = torch.tensor([len(parts)], device=self.accelerator.device)
-            parts = parts + [[]] * (int(self.accelerator.gather(count).max()) - len(parts))
+            parts = parts + [filler] * (int(self.accelerator.gather(count).max()) - len(parts))
         return parts
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from .checks import HalfPrecisionCallback, check_batch, check_prompt_lengths, ch
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
 from .doctor import DoctorCallback, routing_figures, weight_figures
-from .lm_head import lm_head, response_hidden_states, sampled_logps
+from .lm_head import last_hidden_states, lm_head, sampled_logps
 from .reprompt import teacher_prompt_ids
 from .rope import exact_frequencies
 from .teacher import SelfTeacher, SelfTeacherCallback, autocast
@@ -266,7 +266,8 @@ class SRPOTrainer(GRPOTrainer):
         inputs = trimmed(inputs, self.pad_to_multiple_of)
         args, distill, advantages = self.args, inputs["distill"], inputs["advantages"]
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-        hidden, head = response_hidden_states(model, inputs), lm_head(model)
+        hidden = last_hidden_states(model, inputs["input_ids"], inputs["attention_mask"])
+        hidden, head = hidden[:, -mask.size(1) - 1 : -1], lm_head(model)  # states before each response token
         tis = inputs.get("importance_sampling_ratio", torch.ones_like(mask, dtype=torch.float32))
         num_tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes
         num_tokens = num_tokens * self.current_gradient_accumulation_steps / args.steps_per_generation

@@ -292,14 +292,12 @@ def test_logits_from_hidden_states_are_the_models(config):
     model = AutoModelForCausalLM.from_config(config).eval()
     if model.get_output_embeddings().bias is not None:
         torch.nn.init.normal_(model.get_output_embeddings().bias)
-    prompt, response = torch.randint(1, 64, (2, 5)), torch.randint(1, 64, (2, 3))
-    masks = torch.tensor([[0, 0, 1, 1, 1], [1] * 5]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    inputs = {"prompt_ids": prompt, "prompt_mask": masks[0], "completion_ids": response, "completion_mask": masks[1]}
+    input_ids, mask = torch.randint(1, 64, (2, 8)), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
     with torch.no_grad():
-        hidden = lm_head.response_hidden_states(model, inputs)
-        logits = lm_head.lm_head(model).logits(hidden.flatten(0, 1), torch.empty(6, 64))
-        whole = model(input_ids=torch.cat([prompt, response], 1), attention_mask=torch.cat(masks, 1)).logits
-    torch.testing.assert_close(logits.view(2, 3, 64), whole[:, 4:-1])
+        hidden = lm_head.last_hidden_states(model, input_ids, mask)
+        logits = lm_head.lm_head(model).logits(hidden.flatten(0, 1), torch.empty(16, 64))
+        whole = model(input_ids=input_ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits.view(2, 8, 64)[mask.bool()], whole[mask.bool()])
 
 
 def test_entropy_is_exact(tiles):

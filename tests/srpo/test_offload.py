@@ -27,12 +27,12 @@ def test_weights_but_for_the_head_are_copied_for_the_passes_only(tmp_path, monke
     waiting = {name: weight.data_ptr() for name, weight in teacher.named_parameters()}
     during = []
 
-    def forward(model, inputs):
+    def forward(model, *inputs):
         during.append({name: weight.data_ptr() for name, weight in teacher.named_parameters()})
-        return original(model, inputs)
+        return original(model, *inputs)
 
-    original = teacher_module.response_hidden_states
-    monkeypatch.setattr(teacher_module, "response_hidden_states", forward)
+    original = teacher_module.last_hidden_states
+    monkeypatch.setattr(teacher_module, "last_hidden_states", forward)
     trainer.train()
     assert during
     for name, weight in teacher.named_parameters():

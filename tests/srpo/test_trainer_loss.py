@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from trl import GRPOConfig, GRPOTrainer
 
 from srpo import SRPOTrainer, lm_head, objective
-from srpo.batches import length_sorted
+from srpo.batches import length_sorted, sequence_batches, trimmed
 
 # --- against TRL's trainer ----------------------------------------------------------------
 
@@ -285,24 +285,64 @@ def test_row_order_and_padding_do_not_matter(make, fixed):
 
 
 @pytest.mark.parametrize("multiple", [None, 4])
-def test_the_policy_reads_a_micro_batch_as_wide_as_its_longest_prompt_and_response(make, fixed, multiple):
-    """TRL pads both to the longest of the generation batch."""
-    trainer, seen = make(per_device_train_batch_size=2, gradient_accumulation_steps=4, pad_to_multiple_of=multiple), []
-    caches = []
-    trainer.model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]) or caches.append(kwargs["use_cache"]),
-        with_kwargs=True,
-    )
+def test_a_micro_batch_is_as_wide_as_its_longest_row(make, fixed, multiple):
+    """TRL pads prompts and responses to the longest of the generation batch."""
+    trainer = make(per_device_train_batch_size=2, gradient_accumulation_steps=4, pad_to_multiple_of=multiple)
+    policy, teacher, caches = [], [], []
+    for model, seen in ((trainer.model, policy), (trainer.teacher.model, teacher)):
+        model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: (
+                seen.append(kwargs["attention_mask"]) or caches.append(kwargs["use_cache"])
+            ),
+            with_kwargs=True,
+        )
     step(trainer)
     assert not any(caches)  # keys and values of all layers would stay in memory
-    empty = [int((~mask.bool()).all(0).sum()) for mask in seen]  # columns of padding alone
     padded = sum(trainer._buffered_inputs[0][name].size(1) for name in ("prompt_ids", "completion_ids"))
-    widths = [mask.size(1) for mask in seen]
-    assert len(seen) == 4 and min(widths) < padded
-    if multiple is None:
-        assert empty == [0] * 4
-    else:
-        assert max(empty) <= 2 * (multiple - 1) and all(width % multiple == 0 for width in widths)
+    widths = [mask.size(1) for mask in policy]
+    assert len(policy) == 4 and min(widths) < padded
+    for masks, rounding in ((policy, multiple or 1), (teacher, 1)):
+        longest = [int(mask.sum(1).max()) for mask in masks]
+        assert longest == sorted(longest, reverse=True)
+        assert [mask.size(1) for mask in masks] == [-(-length // rounding) * rounding for length in longest]
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(None, 4), (3, 6)])
+def test_no_padding_is_left_between_prompt_and_response(multiple, width):
+    """What belongs to a token stays with it; a ratio may be one of the whole rollout."""
+    inputs = {
+        "prompt_ids": torch.tensor([[0, 1, 2], [0, 0, 3]]),
+        "prompt_mask": torch.tensor([[0, 1, 1], [0, 0, 1]]),
+        "completion_ids": torch.tensor([[4, 9, 9, 9], [5, 6, 7, 9]]),
+        "completion_mask": torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0]]),
+        "tool_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]),
+        "entropy_weights": torch.tensor([[0.4, 0, 0, 0], [0.5, 0, 0.7, 0]]),
+        "importance_sampling_ratio": torch.tensor([[2.0], [3.0]]),
+        "advantages": torch.tensor([1.0, -1.0]),
+    }
+    found, mask = trimmed(inputs, multiple), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    tokens = torch.zeros(2, width).long()
+    tokens[:, -4:] = torch.tensor([[0, 1, 2, 4], [3, 5, 6, 7]])
+    assert (found["input_ids"] * found["attention_mask"]).equal(tokens)
+    assert found["attention_mask"].equal((tokens > 0).long())
+    assert found["completion_mask"].equal(mask)
+    assert (found["completion_ids"] * mask).tolist() == [[0, 0, 4], [5, 6, 7]]
+    assert (found["tool_mask"] * mask).tolist() == [[0, 0, 1], [1, 0, 1]]
+    assert (found["entropy_weights"] * mask).equal(torch.tensor([[0, 0, 0.4], [0.5, 0, 0.7]]))
+    assert found["importance_sampling_ratio"].tolist() == [[2.0] * 3, [3.0] * 3]
+    assert found["advantages"] is inputs["advantages"]
+
+
+def test_rows_without_a_counted_response_keep_a_column_to_predict_from():
+    inputs = {"prompt_ids": torch.tensor([[7]]), "prompt_mask": torch.ones(1, 1).long()}
+    inputs |= {"completion_ids": torch.tensor([[8, 8]]), "completion_mask": torch.zeros(1, 2).long()}
+    found = trimmed(inputs)
+    assert found["completion_mask"].tolist() == [[0]] and found["attention_mask"].tolist() == [[0, 1]]
+
+
+def test_sequences_of_like_length_pass_the_teacher_together():
+    sequences = {row: torch.ones(length) for row, length in enumerate([5, 1, 4, 2, 3])}
+    assert [list(part) for part in sequence_batches(sequences, 2)] == [[0, 2], [4, 3], [1]]
 
 
 def test_micro_batches_are_of_like_length():

@@ -3,11 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from srpo_trainers import always, policy, rows, step
 
 from srpo import objective
-from srpo.reprompt import batches, check_plain, neutralise, teacher_inputs, teacher_prompt_ids
+from srpo.reprompt import check_plain, neutralise, teacher_prompt_ids
 
 
 def test_the_teacher_prompt_is_the_released_string():
@@ -35,20 +34,6 @@ def test_a_long_demonstration_is_cut_and_the_instruction_stays():
     with pytest.raises(ValueError, match="leaves no room.*max_reprompt_length") as error:
         teacher_prompt_ids([prompt], ["abc"], tokenize, tokenizer, plain)
     assert "\n" not in str(error.value)
-
-
-def test_prompts_of_like_length_pass_the_teacher_together():
-    prompts = {0: [1] * 5, 1: [1], 2: [1] * 4, 3: [1] * 2, 4: [1] * 3}
-    assert [[row for row, _ in part] for part in batches(prompts, 2)] == [[1, 3], [4, 2], [0]]
-    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
-    batch = {"completion_ids": torch.arange(12).view(3, 4), "completion_mask": mask}
-    inputs = teacher_inputs([(2, [7, 8]), (0, [9])], batch, 99)
-    assert {name: tensor.tolist() for name, tensor in inputs.items()} == {
-        "prompt_ids": [[7, 8], [99, 9]],
-        "prompt_mask": [[1, 1], [0, 1]],
-        "completion_ids": [[8, 9], [0, 1]],  # no longer than the longest of these two
-        "completion_mask": [[1, 1], [1, 0]],
-    }
 
 
 def test_text_may_hold_what_begins_ends_and_fills_one():
