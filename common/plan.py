@@ -195,13 +195,13 @@ def settings_lines(run: Path, chosen: dict[str, Any]) -> list[str]:
     return lines + [f"  {key}: {value}" for key, value in chosen.items() if value is not None and key not in hidden]
 
 
-def update_line(config: Any, processes: int) -> str:
-    """Rollouts of an optimizer step, and how they are made up."""
+def update_line(config: Any, processes: int, rollouts: bool = True) -> str:
+    """Rows of an optimizer step, and how they are made up: rollouts, or given responses, one a prompt."""
     rows, micro_batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    return (
-        f"one update: {rows * micro_batches * processes // config.num_generations} prompts x {config.num_generations} "
-        f"rollouts, {processes} processes x {rows} rollouts x {micro_batches} micro-batches"
-    )
+    total, what = rows * micro_batches * processes, "rollouts" if rollouts else "responses"
+    prompts = f"{total // config.num_generations} prompts x {config.num_generations} rollouts"
+    parts = f"{processes} processes x {rows} {what} x {micro_batches} micro-batches"
+    return f"one update: {prompts if rollouts else f'{total} {what}'}, {parts}"
 
 
 def memory_lines(parts: dict[str, float], sharding: str, processes: int, who: str = "process") -> list[str]:

@@ -95,6 +95,7 @@ def train_run(
     open_run: Callable[[], RunFolder],
     build_trainer: Callable[[], "Trainer"],
     log: Callable[[Path, Path | None, "Trainer"], RunLog],
+    rollouts: bool = True,
 ) -> None:
     """Trains into a run folder, from its last checkpoint if there is one; does nothing if the run is done.
 
@@ -107,6 +108,7 @@ def train_run(
         open_run: opens the folder and refuses one with other settings; the first process alone calls it.
         build_trainer: the trainer with model and rows in place.
         log: makes what records the training, from folder, checkpoint and trainer.
+        rollouts: whether it trains on its own rollouts, not on given responses.
     """
     main_process, done = PartialState().is_main_process, is_done(run)
     PartialState().wait_for_everyone()  # every rank has looked before the first one touches the folder
@@ -117,7 +119,7 @@ def train_run(
         return
     if main_process:
         versions.announce(command)
-        print(plan.update_line(config, PartialState().num_processes), flush=True)
+        print(plan.update_line(config, PartialState().num_processes, rollouts), flush=True)
     trainer = build_trainer()  # most mistakes show here, before there is a folder
     with exclusive(run) if main_process else nullcontext():
         checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder

@@ -76,20 +76,25 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
 
     Raises `ValueError` naming the file, column or count that is at fault, and the remedy.
     """
+    check_dataset(dataset)
     if dataset == "additions":
         splits = additions()
-    elif dataset in DATASETS:
+    else:
         folder = None if source is None else _folder(Path(source).expanduser(), DATASETS[dataset].folder)
         if folder is None and (problem := missing_source(dataset)):
             raise ValueError(problem)
         splits = _local(folder) if folder else _from_hub(dataset, source or HUB_ID)
         check_counts(dataset, splits)
-    else:
-        raise ValueError(f"dataset must be additions, {', '.join(DATASETS)}; got {dataset!r}")
     check_answers(dataset, splits)
     if limit is not None:
         splits["train"] = splits["train"].select(range(min(limit, len(splits["train"]))))
     return splits
+
+
+def check_dataset(name: str) -> None:
+    """`ValueError` for a data set that is not there."""
+    if name not in (*DATASETS, "additions"):
+        raise ValueError(f"dataset must be additions, {', '.join(DATASETS)}; got {name!r}")
 
 
 def missing_source(dataset: str, source: str | None = None) -> str | None:

@@ -74,8 +74,8 @@ def diagnose(logs: Mapping[str, float], first_length: float = 0.0) -> list[str]:
     checks = (
         (
             logs.get("route/all_wrong_groups", 0.0) > 0.8,
-            "more than 80 % of the groups hold no correct rollout: neither branch gets a signal from them; use easier "
-            "prompts, a stronger policy, or check the reward",
+            "more than 80 % of the groups hold no correct rollout: nothing in them is distilled, and GRPO learns only "
+            "from rewards that differ; use easier prompts, a stronger policy, or check the reward",
         ),
         (
             logs.get("route/all_correct_groups", 0.0) > 0.9,

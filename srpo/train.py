@@ -19,7 +19,7 @@ import torch
 from transformers import set_seed
 
 from .config import SRPOConfig
-from .data import load_splits, reward_of
+from .data import check_dataset, load_splits, reward_of
 
 try:
     from common import models, plan
@@ -105,6 +105,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     args, config = parse_fields(argv, (ScriptArguments, SRPOConfig), "srpo/configs/")
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
+    check_dataset(args.dataset)
     check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
     config.output_dir = str(run_path(args, config))

@@ -204,6 +204,8 @@ def test_the_lines_of_a_dry_run():
     config = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=6, num_generations=8)
     line = plan.update_line(config, 3)
     assert line == "one update: 9 prompts x 8 rollouts, 3 processes x 4 rollouts x 6 micro-batches"
+    line = plan.update_line(config, 3, rollouts=False)
+    assert line == "one update: 72 responses, 3 processes x 4 responses x 6 micro-batches"
     for sharding, how in (("zero2", "zero2 over 8 processes"), ("multi_gpu", "not sharded")):
         head, *rows = plan.memory_lines({"a": 2 * plan.GIB, "b": plan.GIB}, sharding, 8)
         assert head == f"memory a process, GiB ({how}; activations come on top):"

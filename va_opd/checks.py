@@ -27,17 +27,11 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
         raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
     if isinstance(train_dataset, IterableDataset):
         raise ValueError("VAOPDTrainer repeats each prompt num_generations times and needs a map-style Dataset")
-    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    if batch % args.num_generations:
+    prompts = args.prompts_of_a_step(args.world_size)
+    if train_dataset is not None and len(train_dataset) < prompts:
         raise ValueError(
-            "per_device_train_batch_size * processes * gradient_accumulation_steps = "
-            f"{args.per_device_train_batch_size} * {args.world_size} * {args.gradient_accumulation_steps} = {batch} "
-            f"rollouts do not divide into groups of num_generations={args.num_generations}"
-        )
-    if train_dataset is not None and len(train_dataset) < batch // args.num_generations:
-        raise ValueError(
-            f"train_dataset has {len(train_dataset)} prompts, fewer than the {batch // args.num_generations} of one "
-            "optimizer step: add prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
+            f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts} of one optimizer step: add "
+            "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
     if train_dataset is not None and "prompt" not in train_dataset[0]:
         raise ValueError(f"train_dataset has the columns {', '.join(train_dataset[0])}: it needs `prompt`, messages")

@@ -141,6 +141,18 @@ class VAOPDConfig(DistillationConfig):
             )
         self._check_teacher()
 
+    def prompts_of_a_step(self, processes: int) -> int:
+        """Groups of siblings in an optimizer step. Raises `ValueError` unless they are whole."""
+        rows, micro_batches = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        rollouts = rows * processes * micro_batches
+        if rollouts % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size * processes * gradient_accumulation_steps = {rows} * {processes} * "
+                f"{micro_batches} = {rollouts} rollouts do not divide into groups of "
+                f"num_generations={self.num_generations}"
+            )
+        return rollouts // self.num_generations
+
     def _check_fields(self) -> None:
         def one_of(names):
             return lambda value: value in names, f"must be one of {', '.join(names)}"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .evaluate import benchmark_names, paper_benchmark
 from .train import (  # says in one line what is missing without common/
+    GIVEN_RESPONSES,
     ScriptArguments,
     dry_run,
     load_splits_of,
@@ -107,7 +108,7 @@ def plan(
     responses = [  # by one process: an engine does not start among those of a launcher
         (f"teacher-seed{seed}", [*python, "va_opd.train", *fields, "--seed", seed, "--sample_only", "true"])
         for seed in seeds
-        if {"sft", "kd"} & set(variants)
+        if {*GIVEN_RESPONSES} & set(variants)
     ]
     stages = [
         *([responses] if responses else []),

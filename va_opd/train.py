@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
 METHODS = ("va_opd", "opd", "sft", "kd", "grpo")
+GIVEN_RESPONSES = ("sft", "kd")  # of the teacher; the others train on rollouts
 # May change without another training; evaluation ties its results to those that decide them
 MAY_CHANGE = (
     "benchmarks", "benchmark_data", "eval_limit", "eval_samples", "eval_temperature", "eval_batch_size", "engine",
@@ -162,6 +163,7 @@ def train(args: ScriptArguments, config: VAOPDConfig) -> None:
         open_run=partial(open_run, args, config, splits),
         build_trainer=partial(build_trainer, args, config, splits),
         log=VAOPDLog,
+        rollouts=args.method not in GIVEN_RESPONSES,
     )
 
 
@@ -342,8 +344,10 @@ def _tokenizer(processor):
 
 def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1, sharding: str = "zero2") -> str:
     """Resolved settings, size of an update, memory a process and disk space, as text."""
+    if args.method not in GIVEN_RESPONSES:
+        config.prompts_of_a_step(processes)
     lines = plan.settings_lines(run_path(args, config), changed_settings(args, config))
-    lines.append(plan.update_line(config, processes))
+    lines.append(plan.update_line(config, processes, args.method not in GIVEN_RESPONSES))
     student, sharding = models.guess_parameters(args.model), sharding if processes > 1 else "none"
     teacher = models.guess_parameters(args.teacher)
     if student is None or teacher is None:
@@ -386,7 +390,7 @@ def memory_parts(
             parts |= {"cached teacher hidden states": number * cache, "KL tiles": TILE_BYTES}
     elif args.method == "grpo" and args.grpo_beta and not args.lora_rank:  # else the student without its adapter
         parts["KL reference"] = each.weight * student / pieces.weights
-    if args.method in ("sft", "kd"):  # no rollouts
+    if args.method in GIVEN_RESPONSES:
         return parts
     return {**parts, **plan.generation_bytes(config, plan.shape_of(args.model, student), each.weight)}
 
@@ -400,7 +404,7 @@ def steps_of(args: ScriptArguments, config: VAOPDConfig, processes: int) -> int 
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     if rows is None:
         return None
-    if args.method in ("sft", "kd"):  # one response a prompt; the last update of an epoch may have fewer
+    if args.method in GIVEN_RESPONSES:  # one a prompt; the last update of an epoch may have fewer
         return math.ceil(config.num_train_epochs * math.ceil(rows / rollouts))
     return math.ceil(config.num_train_epochs * (rows // max(1, rollouts // config.num_generations)))
 

@@ -99,9 +99,13 @@ def load_engine(
         kind: "vllm", which takes `options` of `vllm.LLM`; or "transformers", for which are `batch_size`, `bf16`
             (else float32) and `device`.
         chat_template_kwargs: for the chat template, such as `enable_thinking`.
+
+    Raises `ValueError` for another kind.
     """
     if kind == "vllm":
         return VLLMEngine(model, chat_template_kwargs, **(options or {}))
+    if kind != "transformers":
+        raise ValueError(f"engine must be transformers or vllm, got {kind!r}")
     import torch
 
     from common.models import load_model, load_processor

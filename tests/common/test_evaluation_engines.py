@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from common.evaluation import Decoding, Prompt, TransformersEngine
-from common.evaluation.engines import stop_ids, turn_end_id
+from common.evaluation.engines import load_engine, stop_ids, turn_end_id
 from common.tiny import tiny_qwen3, tiny_qwen3_vl
 from r_diverse import questions as questions_of_r_diverse
 
@@ -34,6 +34,11 @@ def test_a_prompt_has_the_special_tokens_of_its_template_only():
     assert tokenizer("?")["input_ids"][0] == first[1]
     engine = TransformersEngine(model, tokenizer)
     assert engine.generate(prompts(3), Decoding(max_new_tokens=4), range(3)) == plain
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match="engine must be transformers or vllm, got 'VLLM'"):
+        load_engine("VLLM", "model", 1, bf16=False, device="cpu")
 
 
 @pytest.mark.parametrize(("declared", "ends"), [(None, [5]), (7, [5, 7]), ([9, 7], [5, 7, 9])])

@@ -56,6 +56,7 @@ def test_a_variant_is_named_as_its_row_in_the_report(name):
         (["--num_generations", "3"], "divisible by num_generations"),
         (["--model", "nowhere/at/all"], "no such folder"),
         (["--dataset", "subtractions"], "dataset must be additions"),
+        (["--dataset", "subtractions", "--dry_run"], "dataset must be additions"),
         (["--dataset", "chemistry", "--data", "/nowhere"], "no such folder"),
         (["--max_prompt_length", "5"], "no prompt fits max_prompt_length=5"),
         (["--policy_dtype", "float8"], "policy_dtype must be"),

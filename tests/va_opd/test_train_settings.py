@@ -27,6 +27,12 @@ def test_every_config_is_parsed_and_dry_run(path, capsys):
     assert "-m va_opd.train --config" in printed and "--num_processes 8" in printed
 
 
+def test_given_responses_are_one_a_prompt(config, capsys):
+    """The siblings are of the methods with rollouts."""
+    assert train.main(["--config", str(config), "--method", "kd", "--num_generations", "3", "--dry_run"]) == 0
+    assert "one update: 8 responses, 1 processes x 8 responses x 1 micro-batches" in capsys.readouterr().out
+
+
 def test_the_paper_config_is_the_papers():
     args, config = train.parse(["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), "--dry_run"])
     rollouts = 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -89,6 +95,7 @@ def test_the_command_line_wins_over_the_file(config):
         (["--learning_rat", "1e-3"], "did you mean 'learning_rate'"),
         (["--num_generations", "1"], "num_generations=1"),
         (["--num_generations", "3"], "do not divide into groups"),
+        (["--num_generations", "3", "--dry_run"], "do not divide into groups"),
         (["--model", "nowhere/at/all"], "no such folder"),
         (["--teacher", "/nowhere"], "no such folder"),
         (["--dataset", "digit"], "dataset must be"),
