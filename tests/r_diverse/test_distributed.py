@@ -1,18 +1,17 @@
 """Two processes on gloo give every question the reward of one. This file is also the program that each runs."""
 
-import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from accelerate import PartialState
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder not in sys.path]
+
+import processes  # noqa: E402
 
 from r_diverse import ChallengerReward, MemoryBank, RDiverseConfig, SkillEncoder  # noqa: E402
 from r_diverse.skills import Program  # noqa: E402
@@ -49,21 +48,19 @@ def outputs() -> list[str]:
     return [*(form.format(word, i, i + 1, i) for i, word in enumerate(WORDS[:-1])), "no form"]
 
 
-def rewards(case: str, bank_path: str, rank: int, processes: int) -> list[float]:
+def rewards(case: str, bank_path: str, rank: int, count: int) -> list[float]:
     bank = MemoryBank(bank_path, "table > table")
     reward = ChallengerReward(
         RDiverseConfig("m", **CASES[case]), answers, lambda a, b: False, SkillEncoder(Table(), Table()), bank
     )
-    size, figures = len(WORDS) // processes, {}
+    size, figures = len(WORDS) // count, {}
     got = reward(outputs()[rank * size : (rank + 1) * size], log_metric=figures.__setitem__)
     return [*got, figures["challenger/repetition"] if case != "none" else 0.0]
 
 
-def main(folder: str) -> None:
-    from accelerate import PartialState
-
+def all_cases(folder: Path) -> dict[str, Any]:
     rank = PartialState(cpu=True).process_index
-    results = {case: rewards(case, f"{folder}/bank", rank, 2) for case in CASES}
+    results: dict[str, Any] = {case: rewards(case, str(folder.parent / "bank"), rank, 2) for case in CASES}
 
     def broken(questions, seed):
         raise ValueError("dead engine") if rank == 1 else None or []
@@ -73,50 +70,39 @@ def main(folder: str) -> None:
         reward(["<question>q</question>\\boxed{1}" if rank == 1 else ""] * 2)
     except Exception as error:
         results["error"] = f"{type(error).__name__}: {error}"
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(results))
+    return results
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> tuple[Path, list[dict]]:
-    folder = tmp_path_factory.mktemp("distributed")
-    memory = MemoryBank(folder / "bank", "table > table")
+def bank(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("distributed") / "bank"
+    memory = MemoryBank(folder, "table > table")
     memory.add(["prime of 2 ?"], Table().encode(["prime of 2 ?"]), ["1"], iteration=1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=(folder / f"rank{rank}.log").open("w"),
-        )
-        for rank in range(2)
-    ]
-    try:
-        codes = [worker.wait(timeout=120) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert codes == [0, 0], "\n".join((folder / f"rank{rank}.log").read_text()[-2000:] for rank in range(2))
-    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def two_processes(bank) -> list[dict[str, Any]]:
+    """Results of both ranks for all cases, run once."""
+    folder = Path(bank).parent / "processes"
+    folder.mkdir()
+    return processes.two_processes(__file__, folder)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_equal_one(two_processes, case):
-    folder, ranks = two_processes
-    *expected, repetition = rewards(case, str(folder / "bank"), 0, 1)
-    assert [*ranks[0][case][:-1], *ranks[1][case][:-1]] == pytest.approx(expected)
-    assert ranks[0][case][-1] == ranks[1][case][-1] == pytest.approx(repetition)
+def test_two_processes_equal_one(two_processes, bank, case):
+    *expected, repetition = rewards(case, bank, 0, 1)
+    first, second = (rank[case] for rank in two_processes)
+    assert [*first[:-1], *second[:-1]] == pytest.approx(expected)
+    assert first[-1] == second[-1] == pytest.approx(repetition)
     assert len(set(expected)) > 2
 
 
 def test_an_error_on_one_process_ends_both(two_processes):
-    _, (first, second) = two_processes
+    first, second = two_processes
     assert second["error"] == "ValueError: dead engine"
     assert first["error"] == "RuntimeError: the reward failed on another process: ValueError: dead engine"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
-    torch.distributed.destroy_process_group()  # else gloo's threads may abort a process whose work is done
+    processes.run(all_cases)

@@ -1,8 +1,5 @@
 """Two processes on gloo give the loss and gradients of one. This file is also the program that each of them runs."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from transformers import TrainerCallback
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [folder for folder in (str(TESTS), str(TESTS.parent)) if folder not in sys.path]
 
+import processes  # noqa: E402
 import srpo_trainers as tests  # noqa: E402
 
 pytestmark = pytest.mark.distributed
@@ -80,37 +78,15 @@ def run(case: str, output_dir: Path, processes: int) -> dict[str, Any]:
     }
 
 
-def main(output_dir: str) -> None:
+def all_cases(folder: Path) -> dict[str, Any]:
     tests.fixed_rollouts(pytest.MonkeyPatch())
-    results = {case: run(case, Path(output_dir) / "run", processes=2) for case in CASES}
-    torch.save(results, Path(output_dir) / f"rank{os.environ['RANK']}.pt")
+    return {case: run(case, folder / "run", processes=2) for case in CASES}
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict[str, Any]]:
     """Results of both ranks for all cases, run once."""
-    folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"rank{rank}.log").open("w"),
-        )
-        for rank in range(2)
-    ]
-    try:
-        codes = [worker.wait(timeout=150) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
-    assert codes == [0, 0], logs
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return processes.two_processes(__file__, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -129,5 +105,4 @@ def test_two_processes_equal_one(two_processes, tmp_path, monkeypatch, case):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
-    torch.distributed.destroy_process_group()  # else gloo's threads may abort a process whose work is done
+    processes.run(all_cases)
