@@ -128,30 +128,23 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
     """
     from trl import TrlParser
 
-    argv = [
-        part
-        for argument in argv
-        for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
-    ]
+    path, argv = split_config(argv)
     known = {f.name for cls in classes for f in dataclasses.fields(cls)}
     keys = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
-    if "--config" in argv:
-        path = argv[argv.index("--config") + 1] if argv[-1] != "--config" else ""
-        given = read_config(path, configs)
-        keys += [str(key) for key in given if key != "env"]
+    given = {} if path is None else read_config(path, configs)
+    keys += [str(key) for key in given if key != "env"]
     for key in keys:
-        if key not in known | {"config", "help"}:
+        if key not in known | {"help"}:
             close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    if "--config" in argv:
-        check_types(given, classes)
+    check_types(given, classes)
     if "use_cpu" in known and any(map(_is_dry_run, argv, [*argv[1:], ""])) and not torch.cuda.is_available():
         argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
     module = getattr(sys.modules["__main__"], "__spec__", None)  # argparse alone says "train.py"
     parser = TrlParser(classes, **({"prog": f"python -m {module.name}"} if module else {}))
     parser.usage = "%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]; --help explains the fields"  # there are 200
     try:
-        parsed = parser.parse_args_and_config(argv)
+        parsed = parser.parse_args_and_config(argv if path is None else ["--config", path, *argv])
     except ValueError as error:
         if "bf16/gpu" not in str(error):
             raise
@@ -162,6 +155,23 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
     for part in parsed:
         _check_numbers(part)
     return parsed
+
+
+def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The file of `--config FILE` or `--config=FILE`, if there is one ("" for no name), and the other words.
+
+    Raises `ValueError` for two: settings of only one of them would count.
+    """
+    paths, others, words = [], [], iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--config":
+            paths.append(value if equals else next(words, ""))
+        else:
+            others.append(word)
+    if len(paths) > 1:
+        raise ValueError(f"--config is given more than once, {' and '.join(paths)}: pass one file")
+    return (paths[0] if paths else None), others
 
 
 def check_types(given: dict[str, Any], classes: tuple[type, ...], prefix: str = "") -> None:

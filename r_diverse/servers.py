@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -103,7 +102,7 @@ def _wait_until_ready(process: subprocess.Popen, port: int, log: Path, seconds: 
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
-        except (urllib.error.URLError, http.client.HTTPException, OSError):
+        except (OSError, http.client.HTTPException):  # the first also for a status such as 503
             time.sleep(POLL_SECONDS)
     raise ConnectionError(f"the server did not answer within {seconds:.0f} s; {_end_of(log)}")
 

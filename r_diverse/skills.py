@@ -129,6 +129,8 @@ class SkillEncoder:
             `bleu_repetition_penalty` on the programs' text.
         cache: folder of programs written before, by coder and question. Several processes may share it.
         chunk_size: questions between two writes to the cache.
+
+    Raises `ValueError` for a coder or encoder that lacks a part of `Coder` or `Encoder`.
     """
 
     def __init__(
@@ -136,6 +138,11 @@ class SkillEncoder:
     ):
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+        if coder is not None:
+            _check_part("coder", coder, "write")
+        _check_part("encoder", encoder, "encode")
+        if not isinstance(dim := getattr(encoder, "dim", None), int | np.integer) or dim < 1:
+            raise ValueError(f"encoder {encoder.name} has dim={dim!r}: it must be the length of its vectors, an int")
         self.coder, self.encoder, self.chunk_size = coder, encoder, chunk_size
         self.cache = None if cache is None or coder is None else _ProgramCache(Path(cache), coder.name)
         self.name = f"{'question text' if coder is None else coder.name} > {encoder.name}"
@@ -197,6 +204,15 @@ class SkillEncoder:
                     "r_diverse.skills.read_answer makes of a model's answer"
                 )
         return programs
+
+
+def _check_part(role: str, part: Any, method: str) -> None:
+    name = getattr(part, "name", None)
+    if not (isinstance(name, str) and name and callable(getattr(part, method, None))):
+        raise ValueError(
+            f"{role} is a {type(part).__name__} with name={name!r}: it needs a `name`, a text that tells it from "
+            f"others, and a method `{method}`; see `{role.title()}` in r_diverse/skills.py"
+        )
 
 
 def _by_length(text: str) -> tuple[int, str]:

@@ -47,6 +47,7 @@ try:
         parse_fields,
         read_config,
         run_main,
+        split_config,
     )
     from common.evaluation import Engine, Prompt, ServerEngine, TransformersEngine
     from common.lora import check_lora, lora_config, with_adapters
@@ -74,7 +75,7 @@ PHASES = ("challenger", "solver")
 
 
 class Settings(NamedTuple):
-    """A run's settings and those of its phases; the flags and the content of the config file that they are from."""
+    """A run's settings and those of its phases; the other flags and the content of `--config` that they are from."""
 
     run: RDiverseConfig
     challenger: ChallengerConfig
@@ -111,45 +112,27 @@ DERIVED = (
     "chat_template_kwargs",
 )
 
+# Of a phase's fields those that the run decides, and what to do instead
+OF_THE_RUN = {
+    "seed": "set seed of the run, from which each phase makes its own",
+    "output_dir": "set out and experiment of the run, in whose folder a phase has its own",
+    "resume_from_checkpoint": "a phase resumes from its own last checkpoint",
+}
+
 
 def parse(argv: list[str]) -> Settings:
     """Settings from `--config FILE.yaml` and flags, the latter winning. `ValueError` for unknown keys."""
     if {"-h", "--help"}.intersection(argv):
         parse_fields(["--help"], (RDiverseConfig,), "r_diverse/configs/")
-    words: dict[str, list[str]] = {name: [] for name in ("run", *PHASES)}
-    given = [
-        after if word == "--config" else word.partition("=")[2]
-        for word, after in zip(argv, [*argv[1:], ""], strict=True)
-        if word.partition("=")[0] == "--config"
-    ]
-    config = read_config(given[-1], "r_diverse/configs/") if given else {}
-    content = copy.deepcopy(config)
-    for name in PHASES:
-        section = content.pop(name, None) or {}
-        if not isinstance(section, dict):
-            raise ValueError(f"section {name!r} of the config must map fields to values, got {section!r}")
-        section |= {key: content.pop(f"{name}.{key}") for key in MACHINE_FIELDS if f"{name}.{key}" in content}
-        check_types(section, (PhaseConfig,), f"{name}.")
-        words[name] += _flags({key: _turned_off(key) if value is None else value for key, value in section.items()})
-    check_types(content, (RDiverseConfig,))
-    words["run"] += _flags(content)
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise ValueError(f"{word!r} is no flag: write --field value")
-        key, equals, value = word[2:].partition("=")
-        if not equals and rest and not rest[0].startswith("--"):
-            equals, value = "=", rest.pop(0)  # else no value: true for a switch, an error for other fields
-        section, dot, field = key.partition(".")
-        if key == "config":
-            continue
-        if dot and section not in PHASES:
-            raise ValueError(f"unknown section {section!r} in --{key}; choose among {', '.join(PHASES)}")
-        words[section if dot else "run"].append(f"--{field if dot else key}{equals}{value}")
+    path, argv = split_config(argv)
+    config = {} if path is None else read_config(path, "r_diverse/configs/")
+    words = _words_of_config(copy.deepcopy(config))
+    for name, word in _words_of_flags(argv):
+        words[name].append(word)
     parsed = []
     for name, cls in (("run", RDiverseConfig), ("challenger", ChallengerConfig), ("solver", SolverConfig)):
         if name != "run":
+            _check_of_the_run(name, words[name], parsed[0])
             words[name] += [] if torch.cuda.is_available() else ["--use_cpu=true"]  # bf16 settings can be looked at
         try:
             parsed += parse_fields(words[name], (cls,), "r_diverse/configs/")
@@ -160,6 +143,48 @@ def parse(argv: list[str]) -> Settings:
     for name in PHASES:
         _take_template_options(name, getattr(settings, name), settings.run.chat_template_kwargs)
     return settings
+
+
+def _words_of_config(content: dict[str, Any]) -> dict[str, list[str]]:
+    """A config file as flags of the run and of each phase. `ValueError` for a value that its field cannot hold."""
+    words = {}
+    for name in PHASES:
+        section = content.pop(name, None) or {}
+        if not isinstance(section, dict):
+            raise ValueError(f"section {name!r} of the config must map fields to values, got {section!r}")
+        section |= {key: content.pop(f"{name}.{key}") for key in MACHINE_FIELDS if f"{name}.{key}" in content}
+        check_types(section, (PhaseConfig,), f"{name}.")
+        words[name] = _flags({key: _turned_off(key) if value is None else value for key, value in section.items()})
+    check_types(content, (RDiverseConfig,))
+    return words | {"run": _flags(content)}
+
+
+def _words_of_flags(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Each flag as a word, `--field=value`, after the name of whose it is: the run's or a phase's."""
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is no flag: write --field value")
+        key, equals, value = word[2:].partition("=")
+        if not equals and rest and not rest[0].startswith("--"):
+            equals, value = "=", rest.pop(0)  # else no value: true for a switch, an error for other fields
+        section, dot, field = key.partition(".")
+        if dot and section not in PHASES:
+            raise ValueError(f"unknown section {section!r} in --{key}; choose among {', '.join(PHASES)}")
+        yield section if dot else "run", f"--{field if dot else key}{equals}{value}"
+
+
+def _check_of_the_run(name: str, words: list[str], run: RDiverseConfig) -> None:
+    """`ValueError` for fields of a phase that would be ignored, or be counted on another number of processes."""
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    for field in OF_THE_RUN.keys() & given:
+        raise ValueError(f"{name}.{field} would be ignored: {OF_THE_RUN[field]}")
+    if "generation_batch_size" in given and run.gpus > 1:
+        raise ValueError(
+            f"{name}.generation_batch_size with gpus={run.gpus}: set {name}.steps_per_generation instead, which does "
+            "not depend on the number of processes"
+        )
 
 
 def _take_template_options(name: str, phase: PhaseConfig, options: dict[str, Any]) -> None:

@@ -44,14 +44,7 @@ class PhaseTrainer(GRPOTrainer):
     """
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, **kwargs):
-        if isinstance(train_dataset, dict):  # DatasetDict, what load_dataset gives without split=
-            raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
-        if isinstance(train_dataset, IterableDataset):
-            raise ValueError("PhaseTrainer repeats each prompt num_generations times and needs a map-style Dataset")
-        if train_dataset is not None and len(train_dataset) and "prompt" not in train_dataset[0]:
-            raise ValueError(
-                f"train_dataset has the columns {', '.join(train_dataset[0])}: it needs `prompt`, messages"
-            )
+        check_data(train_dataset)
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         exact_frequencies(self.model, self.ref_model)
         whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)  # no process has a shard only
@@ -167,6 +160,30 @@ class PhaseTrainer(GRPOTrainer):
         )
 
 
+def check_data(dataset: Any) -> None:
+    """Raises `ValueError` for training data whose prompts a phase cannot repeat or render."""
+    if isinstance(dataset, dict):  # DatasetDict, what load_dataset gives without split=
+        raise ValueError(f"train_dataset holds the splits {', '.join(dataset)}: pass one of them")
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("PhaseTrainer repeats each prompt num_generations times and needs a map-style Dataset")
+    if dataset is None or not len(dataset):
+        return
+    if "prompt" not in dataset[0]:
+        raise ValueError(f"train_dataset has the columns {', '.join(dataset[0])}: it needs `prompt`, messages")
+    stored = dataset.with_format(None)  # what a transform makes, such as images, is not loaded
+    for i, prompt in enumerate(stored["prompt"] if "prompt" in stored.column_names else ()):
+        if not (isinstance(prompt, str) or (prompt and all(map(_is_said, prompt)))):
+            raise ValueError(
+                f"the prompt of row {i} of train_dataset is {prompt!r}: it needs messages with content, or a text; "
+                "leave such rows out"
+            )
+
+
+def _is_said(message: dict[str, Any]) -> bool:
+    """Whether a message can be rendered: calls of tools stand without content."""
+    return message.get("content") is not None or bool(message.get("tool_calls"))
+
+
 def check_reference(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     """Raises `ValueError` for a model in memory that is not its KL reference, as after training: TRL loads that from
     where the model was first loaded."""
@@ -219,11 +236,12 @@ class ChallengerReward:
 
     Args:
         config: which reward.
-        solver: the frozen Solver, called on each process with the valid questions of its slice and a seed.
+        solver: the frozen Solver, called on each process with the valid questions of its slice and a seed. m is as
+            many as it answers, whatever `config.m_reward` says.
         same: whether two answers mean the same. It must bound its own time; all comparisons of a question have
             `budget.QUESTION_SECONDS`, after which answers count as different.
-        skills: SAM. Not needed with `penalty` "r_zero" or "none".
-        bank: M_t; it is read and not written. Not needed with `beta=0`.
+        skills: SAM. Needed with `penalty="r_diverse"`, but not by the measure "question_text".
+        bank: M_t; it is read and not written. Needed with `penalty="r_diverse"`, but not with `beta=0`.
 
     Raises `ValueError` for a reward that lacks `skills` or `bank`, and for a bank whose vectors another encoder made.
 
@@ -283,15 +301,7 @@ class ChallengerReward:
         challenges = [read_challenge(output) for output in outputs]
         questions = sorted({challenge.question for challenge in challenges if challenge.valid})
         answers = self.solver(questions, step) if questions else []
-        if len(answers) != len(questions):
-            raise ValueError(
-                f"the solver gave {len(answers)} rows of answers to {len(questions)} questions: one to each"
-            )
-        for question, row in zip(questions, answers, strict=True):
-            if isinstance(row, str) or not all(isinstance(a, (str, type(None))) for a in ([] if row is None else row)):
-                raise ValueError(
-                    f"the solver's answers to {question!r} are {row!r}: a list of texts is needed, None for no answer"
-                )
+        _check_answers(questions, answers)
         found = {question: self._consistency(row) for question, row in zip(questions, answers, strict=True)}
         return [(c, *(found[c.question] if c.valid else (np.nan, False))) for c in challenges]
 
@@ -345,14 +355,15 @@ class ChallengerReward:
             vectors, ok = self.skills.embed(programs)
             rows = vectors[ok]
         size = len(valid) - int(lost.sum())
-        shares = self._repetition(rows, text, size)
+        cluster_share = objective.bleu_repetition_penalty if text else objective.repetition_penalty
+        shares = cluster_share(rows, self.config.distance_threshold, batch_size=size)
         repetition[valid] = objective.scatter_penalty(shares, ok, 1.0)
         extra = {"encoded": int(ok.sum()), "clusters": objective.cluster_sizes(shares, size)}
         if not text and len(rows) > 1:
             extra["median_cosine"] = float(np.median(analysis.batch_cosines(rows)))
-        if self.config.beta > 0:
+        if self.config.needs_bank:
             extra["bank"] = len(self.bank)
-        if self._remembers():
+        if extra.get("bank"):
             p_max, p_mean = self._similarity(rows, text)
             limits = (self.config.gamma, self.config.tau_max, self.config.tau_mean)
             worst = objective.memory_penalty(1.0, 1.0, *limits)
@@ -361,20 +372,10 @@ class ChallengerReward:
             extra |= {"p_max": p_max, "p_mean": p_mean}
         return repetition, memory, lost, extra
 
-    def _remembers(self) -> bool:
-        return self.config.beta > 0 and len(self.bank) > 0
-
     def _programs(self, questions: list[str]) -> list[Program]:
         if self.config.measure == "question_text":
             return [Program(question) for question in questions]
         return self.skills.programs(questions)
-
-    def _repetition(self, rows, text: bool, size: int) -> np.ndarray:
-        if not len(rows):
-            return np.zeros(0)
-        if text:
-            return objective.bleu_repetition_penalty(rows, self.config.distance_threshold) * len(rows) / size
-        return objective.repetition_penalty(rows, self.config.distance_threshold, batch_size=size)
 
     def _similarity(self, rows, text: bool) -> tuple[np.ndarray, np.ndarray]:
         """Highest and mean similarity of each encoded question to the memory."""
@@ -441,6 +442,29 @@ def _spread(parts: dict[str, Any]) -> dict[str, float]:
         figures |= {f"challenger/p_max_p{q}": np.percentile(p_max, q) for q in (10, 50, 90)}
         figures |= {f"challenger/p_mean_p{q}": np.percentile(parts["p_mean"], q) for q in (10, 50, 90)}
     return figures
+
+
+def _check_answers(questions: list[str], answers: Any) -> None:
+    """Raises `ValueError` for what is not m answers to each question, or None in their place."""
+    if not _is_list(answers):
+        raise ValueError(f"the solver gave {answers!r}: a list is needed, with m answers to each question")
+    if len(answers) != len(questions):
+        raise ValueError(f"the solver gave {len(answers)} rows of answers to {len(questions)} questions: one to each")
+    asked = [(question, row) for question, row in zip(questions, answers, strict=True) if row is not None]
+    for question, row in asked:
+        if not (_is_list(row) and len(row) and all(isinstance(answer, str | None) for answer in row)):
+            raise ValueError(
+                f"the solver's answers to {question!r} are {row!r}: a list of texts is needed, None for no answer"
+            )
+        if len(row) != len(asked[0][1]):
+            raise ValueError(
+                f"the solver gave {len(row)} answers to {question!r} and {len(asked[0][1])} to {asked[0][0]!r}: the "
+                "same number is needed for each, None for no answer"
+            )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
 
 
 def _text(completion: Any) -> str:

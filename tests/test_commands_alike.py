@@ -16,3 +16,15 @@ def test_settings_for_gpus_can_be_looked_at_without_one(method, flag, capsys):
     assert importlib.import_module(f"{method}.train").main([*config, flag]) == 0
     assert importlib.import_module(f"benchmarks.{method}").main([*config, "--out", "/nowhere"]) == 2
     assert "bf16" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [*PRESETS, "r_diverse"])
+@pytest.mark.parametrize("command", ["train", "loop"])
+def test_of_two_config_files_none_counts_silently(method, command, tmp_path, capsys):
+    files = [str(tmp_path / f"{name}.yaml") for name in "ab"]
+    for file in files:
+        Path(file).write_text("model: a\n")
+    first = ["solver", "--iteration=1"] if (method, command) == ("r_diverse", "train") else []
+    for words in (["--config", files[0], "--config", files[1]], [f"--config={files[0]}", "--config", files[1]]):
+        assert importlib.import_module(f"{method}.{command}").main([*first, *words, "--dry_run"]) == 2
+        assert f"--config is given more than once, {files[0]} and {files[1]}: pass one" in capsys.readouterr().err

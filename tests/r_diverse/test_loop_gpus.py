@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from r_diverse_coders import HashEncoder
 from transformers.integrations import deepspeed
 
 from common.runs import exclusive
@@ -172,14 +173,14 @@ def test_a_batch_of_the_solver_is_of_all_gpus_and_replayed_questions_count(tmp_p
 @pytest.mark.parametrize(("url", "size"), [("http://127.0.0.1:9/v1", 4096), (None, 512)])
 def test_a_served_coder_is_asked_in_long_chunks(base, tmp_path, monkeypatch, url, size):
     """Each chunk waits for its slowest answer."""
-    monkeypatch.setattr(train, "SentenceEncoder", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(train, "SentenceEncoder", lambda name: HashEncoder())
     run = RDiverseConfig("m", coder=str(base))
     assert train.skill_encoder(run, tmp_path, url).chunk_size == size
 
 
 def test_a_coder_has_the_settings_of_the_run_and_its_commit_in_its_name(base, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "revised", lambda model: f"{model} abc")
-    monkeypatch.setattr(train, "SentenceEncoder", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(train, "SentenceEncoder", lambda name: HashEncoder())
     run = RDiverseConfig("m", coder=str(base), coder_chat=False, engine_batch=7)
     local, served = (train.skill_encoder(run, tmp_path, url).coder for url in (None, "http://127.0.0.1:9/v1"))
     assert local.engine.name == served.engine.name == f"{base} abc"
@@ -189,9 +190,10 @@ def test_a_coder_has_the_settings_of_the_run_and_its_commit_in_its_name(base, tm
 
 @pytest.mark.parametrize(("measure", "centred"), [("sam", True), ("question", False)])
 def test_vectors_of_programs_are_centred_on_programs(tmp_path, monkeypatch, measure, centred):
-    monkeypatch.setattr(train, "minilm", lambda centre: SimpleNamespace(name="encoder", centre=centre))
-    run = RDiverseConfig("m", coder="rules", encoder="minilm", measure=measure)
-    assert bool(train.skill_encoder(run, tmp_path).encoder.centre) == centred
+    given = []
+    monkeypatch.setattr(train, "minilm", lambda centre: given.append(centre) or HashEncoder())
+    train.skill_encoder(RDiverseConfig("m", coder="rules", encoder="minilm", measure=measure), tmp_path)
+    assert bool(given[0]) == centred
 
 
 def test_a_phase_loads_its_policy_by_the_settings(tmp_path, monkeypatch):

@@ -159,6 +159,8 @@ def damage_array(name: str, change):
         (damage_manifest(format=1), "format=1"),
         (damage_manifest(dim=8), "holds .* not"),
         (damage_manifest(iterations=[]), "is no manifest"),
+        (damage_manifest(iterations={"1": None}), "is no manifest"),
+        (damage_manifest(iterations={"1": {"folder": "x", "rows": 1}}), "is no manifest of a bank \\('sha256'\\)"),
         (lambda path: (path / "manifest.json").write_text("{"), "is no manifest"),
         (lambda path: (path / "manifest.json").write_text("[]"), "is no manifest"),
         (lambda path: (path / "manifest.json").unlink(), "has rows but no manifest.json"),

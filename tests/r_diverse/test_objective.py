@@ -140,9 +140,10 @@ def test_hostile_answers_are_text():
     assert s == 2 / (len(HOSTILE) + 1)
 
 
-def test_no_answers_at_all_is_an_error():
+@pytest.mark.parametrize("answers", [[], None])  # None: what a Solver gives where the engine failed
+def test_no_answers_at_all_is_an_error(answers):
     with pytest.raises(ValueError, match="at least one answer"):
-        objective.self_consistency([], operator.eq)
+        objective.self_consistency(answers, operator.eq)
 
 
 def test_uncertainty_is_half_of_the_scale_of_r_zeros_paper():
@@ -344,6 +345,8 @@ def test_r_zeros_penalty_of_degenerate_batches():
     assert objective.bleu_repetition_penalty(["a b c d"]).tolist() == [1.0]
     assert objective.bleu_repetition_penalty(["a b c d"] * 4).tolist() == [1.0] * 4
     assert objective.bleu_repetition_penalty([""] * 4).tolist() == [0.25] * 4
+    assert objective.bleu_repetition_penalty(["a b c d"] * 3, batch_size=12).tolist() == [0.25] * 3
+    assert objective.bleu_repetition_penalty([], batch_size=4).tolist() == []
     assert len(objective.bleu_repetition_penalty(HOSTILE)) == len(HOSTILE)
 
 

@@ -240,12 +240,22 @@ def test_hostile_questions_are_scored_like_others(question, tmp_path):
     assert all(math.isfinite(reward) and reward > -2 for reward in rewards)
 
 
-def test_a_solver_that_answers_too_few_questions():
-    with pytest.raises(ValueError, match="the solver gave 1 rows of answers to 2 questions"):
-        reward_of(RDiverseConfig("m", penalty="none"), [output("a"), output("b")], solver=lambda q, step: [["1"] * 10])
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([["1"] * 10], "the solver gave 1 rows of answers to 2 questions"),
+        (None, "the solver gave None: a list is needed, with m answers to each question"),
+        ({"a": ["1"], "b": ["1"]}, "the solver gave {'a': .*: a list is needed"),
+        ("ab", "the solver gave 'ab': a list is needed"),
+        ([["1"] * 3, ["1"] * 2], "the solver gave 2 answers to 'b' and 3 to 'a': the same number is needed"),
+    ],
+)
+def test_what_a_solver_may_not_give_is_one_clear_sentence(answers, message):
+    with pytest.raises(ValueError, match=message):
+        reward_of(RDiverseConfig("m", penalty="none"), [output("a"), output("b")], solver=lambda q, step: answers)
 
 
-@pytest.mark.parametrize("row", ["12", [1, 2]])
+@pytest.mark.parametrize("row", ["12", [1, 2], [], 5, [["1"], ["2"]]])
 def test_answers_of_a_solver_are_lists_of_texts(row):
     """A text in place of a list would be compared letter by letter."""
     with pytest.raises(ValueError, match="the solver's answers to 'a' are .*: a list of texts is needed, None for no"):

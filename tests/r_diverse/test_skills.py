@@ -96,6 +96,34 @@ def test_what_a_coder_may_not_give_is_one_clear_sentence(written, message):
         SkillEncoder(coder, HashEncoder()).encode(["1 + 2", "3 + 4"])
 
 
+class Odd:
+    """Coder and encoder of three parts, of which each may be another or missing."""
+
+    def __init__(self, **parts):
+        for name, value in ({"name": "odd", "dim": 8, "write": list, "encode": list} | parts).items():
+            if value is not None:
+                setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("coder", "encoder", "message"),
+    [
+        (Odd(), Odd(dim=None), "encoder odd has dim=None: it must be the length of its vectors, an int"),
+        (None, Odd(dim="8"), "encoder odd has dim='8'"),
+        (None, Odd(dim=0), "encoder odd has dim=0"),
+        (Odd(), Odd(name=None), "encoder is a Odd with name=None: it needs a `name`.*see `Encoder`"),
+        (None, Odd(encode=None), "encoder .* a method `encode`"),
+        (Odd(write=None), Odd(), "coder .* a method `write`; see `Coder` in r_diverse/skills.py"),
+        (Odd(name=""), Odd(), "coder is a Odd with name=''"),
+        (Odd(), None, "encoder is a NoneType"),
+    ],
+)
+def test_a_part_that_a_coder_or_encoder_lacks_is_said_at_the_start(coder, encoder, message):
+    with pytest.raises(ValueError, match=message):
+        SkillEncoder(coder, encoder)
+    assert SkillEncoder(Odd(), Odd(dim=np.int64(8))).name == "odd > odd"
+
+
 @pytest.mark.parametrize(("bad", "message"), [("1 + 2", "pass a list"), (["1 + 2", None], "question 1 is NoneType")])
 def test_what_is_no_list_of_texts_is_refused(bad, message):
     with pytest.raises(ValueError, match=message):

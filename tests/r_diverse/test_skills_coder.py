@@ -181,6 +181,18 @@ def test_padding_is_masked(taught, monkeypatch):
     assert seen["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
+def test_a_coder_without_a_padding_token_writes_too(taught, tokenizer):
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        eos_token="<|im_end|>",
+        chat_template=tokenizer.chat_template,
+    )
+    engine = LocalCoderEngine(taught.model, plain, name="taught")
+    questions = ["What is 3 + 4?", "1 + 1"]
+    programs = ModelCoder(engine, plain, max_new_tokens=40).write(questions)
+    assert programs == [Program(ADD)] * 2
+
+
 def test_prompts_of_like_length_are_generated_together_the_longest_first(taught, monkeypatch):
     lengths = []
     monkeypatch.setattr(taught, "_batch", lambda part, *_: lengths.append([*map(len, part)]) or [[]] * len(part))

@@ -16,7 +16,7 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 from common.tiny import tiny_qwen3
 from r_diverse import PhaseTrainer, doctor
 from r_diverse.config import ChallengerConfig, SolverConfig
-from r_diverse.trainer import logps_gap
+from r_diverse.trainer import check_data, logps_gap
 
 
 def test_what_is_overridden_in_trl():
@@ -57,6 +57,27 @@ def test_data_that_a_phase_cannot_repeat_are_one_clear_sentence(tmp_path):
         PhaseTrainer("a model", None, config, rows.to_iterable_dataset())
     with pytest.raises(ValueError, match="train_dataset has the columns question: it needs `prompt`"):
         PhaseTrainer("a model", None, config, rows.rename_column("prompt", "question"))
+
+
+@pytest.mark.parametrize("prompt", [[{"role": "user", "content": None}], [{"role": "user"}], [], None])
+def test_a_prompt_without_content_is_said_before_anything_is_loaded(tmp_path, prompt):
+    config = ChallengerConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": prompt}])
+    with pytest.raises(ValueError, match="the prompt of row 1 of train_dataset is .*: it needs messages with content"):
+        PhaseTrainer("a model", None, config, rows)
+
+
+def test_prompts_that_can_be_rendered_pass(tmp_path):
+    """A call of a tool has no content; what a transform makes of a row is not looked at."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}, call]}])
+    for data in (rows, Dataset.from_list([{"prompt": "a"}]), None, rows.select([])):
+        check_data(data)
+    made = Dataset.from_list([{"question": "a"}, {"question": "b"}])
+    made.set_transform(lambda batch: seen.append(batch) or {"prompt": batch["question"]})
+    seen = []
+    check_data(made)
+    assert len(seen) == 1
 
 
 def test_rollouts_of_a_base_model_stop_at_the_end_of_a_turn(tmp_path):
