@@ -10,6 +10,7 @@ import re
 from functools import lru_cache
 
 from common._formula import Unreadable, parse
+from common._notation import RELATION, split
 from common._values import scattered_points
 
 __all__ = ["Algebra", "is_readable", "needs_algebra", "to_latex"]
@@ -255,7 +256,7 @@ def is_readable(text: str) -> bool:
     """Whether a normalised answer may be a formula, a relation, an interval or a set, so that it is worth a worker."""
     try:
         if not needs_algebra(text) and not text.startswith(_OPENING_BRACKETS):
-            parse(text)
+            return all(map(parse, split(text, RELATION)[::2]))
         return bool(to_latex(text))
     except Unreadable:
         return False

@@ -307,6 +307,7 @@ class Comparison:
             return False
 
     def _by_brackets(self, p: str, g: str) -> bool | None:
+        p, g = _unnamed_point(p, g), _unnamed_point(g, p)
         p_is, g_is = (x[0] in "([" and x[-1] in ")]" and _notation.closing_bracket(x) == len(x) - 1 for x in (p, g))
         if not p_is and not g_is:
             return None
@@ -338,8 +339,8 @@ class Comparison:
     def _by_words(self, p: str, g: str) -> bool | None:
         if (p_letters := _CAPITALS.fullmatch(p)) and (g_letters := _CAPITALS.fullmatch(g)):
             return p_letters[1] == g_letters[1]
-        if _UPRIGHT.search(p + g) and (substance := _notation.chemical(g)) and substance == _notation.chemical(p):
-            return True
+        if _UPRIGHT.search(p + g) and (substance := _notation.chemical(g)) and (other := _notation.chemical(p)):
+            return substance == other or substance.casefold() == other.casefold() == "no"  # CO is not Co; no is a word
         p_text, g_text = _notation.is_text(p), _notation.is_text(g)
         return None if not p_text and not g_text else g_text and _notation.fold_text(p) == _notation.fold_text(g)
 
@@ -401,6 +402,14 @@ def _loosened(text: str) -> str:
     """Without what LaTeX does not see in a formula that nothing here reads: spaces, braces round one character or
     command."""
     return re.sub(r"([_^])\{(\w|\\[a-z]+)\}", r"\1\2", key(text))
+
+
+_POINT = re.compile(r"[A-Z] ?(?=\()")
+
+
+def _unnamed_point(text: str, other: str) -> str:
+    """`(3,4)` from `P(3,4)` where the other side has no name before its brackets; any other text as it is."""
+    return _POINT.sub("", text, count=1) if other.startswith("(") and _POINT.match(text) else text
 
 
 _EXPONENT = re.compile(r"\d[eE][-+]?\d")

@@ -48,7 +48,9 @@ _MORE_CASES = "ıſᲀᲂᲄᲅ"  # with re.IGNORECASE they are the letters i, s
 _FILLER = re.compile(
     r"(?i)(?:for sure|definitely|clearly|simply|just|therefore|thus|indeed|certainly|probably|likely|exactly)\b[\s,:]*"
 )
-_SENTENCE_END = re.compile(r"\.(?=\s|$|\*)|。|\n|</?\w+>")
+_SENTENCE_END = re.compile(  # behind a formula, "!" is no factorial
+    r"\.(?=\s|$|\*)|(?:(?<=\$)|(?<=\\[)\]]))!(?=\s|$|\*)|。|\n|</?\w+>"
+)
 _REASON = re.compile(
     r"(?i)(?:,\s*(?:it|i|we|you|that|this)\b|,?(?<!\s)\s+(?:because|since|which|as(?! well)|so)\b).*", re.DOTALL
 )

@@ -96,8 +96,17 @@ _AND, _OR = "and|et|und", "or|ou|oder"  # a comma and a semicolon in the normal 
 
 
 _FONT = r"\\(?:mathbf|boldsymbol|bm|mathit|mathrm|mathsf|text\w*|mbox|hbox|operatorname\*?)"
+_ROMAN_FONT = r"\\(?:mathrm|mathsf|text\w*|mbox|hbox|operatorname\*?)"
 _IN_FONT = "math|text|box|bold|\\bm|operator"
 _NESTED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*+\})*+\})*+"
+
+
+_QUANTITY = r"^(\$?-?\d[\d.,]*(?: ?\\(?:cdot|times) ?10 ?\^ ?\{? ?-?\d+ ?\}?)?)"  # a numeral
+_FOR_EVERY = (  # "for all real numbers x \in \mathbb{R}": nothing else is meant without it
+    r"(?<=[^ ,])[ ,]*(?:\\forall|(?:\\text\{ ?)?for (?:all|every|any|each)"
+    r"(?: (?:real|rational|complex|natural|whole|positive|integers?|reals|numbers?))*) ?\}? ?"
+    r"\(?[a-z]\)?(?: ?\\in ?\\mathbb\{[A-Z]\}(?: ?[_^] ?(?:\{[^{}]*\}|[+*\d]))?)?$"
+)
 
 
 class _Rule(NamedTuple):
@@ -173,7 +182,7 @@ _LATEX_RULES = _Rules(  # only where there is a backslash
     (r"\sqrt", r"\\sqrt ?([0-9A-Za-z])", r"\\sqrt{\1}"),
     (_IN_FONT, _FONT + r" ?\{ ?\$?( ?-?[\\\d](?=[^{}]*+\{)" + _NESTED + r")\}", r"\1"),  # \mathbf{\frac{1}{2}}
     ("cis", _FONT + r" ?\{ ?cis ?\}", r"\\cis "),
-    *[(_IN_FONT, _FONT + r" ?\{((?:[^{}^]|\^(?! ?\{))*+)\^ ?\{ ?(-?\d) ?\}(?=[^{}]*\})", r"\\text{\1^\2")]
+    *[(_IN_FONT, _ROMAN_FONT + r" ?\{((?:[^{}^]|\^(?! ?\{))*+)\^ ?\{ ?(-?\d) ?\}(?=[^{}]*\})", r"\\text{\1^\2")]
     * 3,  # \mathrm{m\,s^{-1}}
     (
         r"math|bold|\bm|\vec",
@@ -195,6 +204,9 @@ _LATEX_RULES = _Rules(  # only where there is a backslash
         r"\1\2",
     ),
     (r"\text", r"(\\text\{[^{}]*?) ?\\cdot ?(?=[^{}]*\})", r"\1 "),
+    (r"\text", r"((?<=[\d}]) *\\text\{[A-Za-z ]+)\} ?\\cdot ?\\text\{ ?", r"\1 "),  # 5\text{ kJ}\cdot\text{mol}^{-1}
+    (r"\text", r"^\\text\{ ?([A-Z]{2,}) ?\} ?= ?\\text\{ ?([A-Z]{2,}) ?\}$", r"\1=\2"),  # names of quantities: MR=MC
+    (r"\odot", _QUANTITY + r" *(?:\\text\{ ?)?([MLR]) ?\}? ?_ ?(?:\\odot|\{ ?\\odot ?\})$", r"\1\\text{ solar\2}"),
     (r"\text", r"\\text\{ ?(?i:([+-]|positive |negative )? ?infinity) ?\}", r"\1 infinity "),
     (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),
     (r"\frac{\text", r"(\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*)\} ?\^ ?\{? ?(\d) ?\}?\}", r"\1^\2}}"),
@@ -204,12 +216,12 @@ _LATEX_RULES = _Rules(  # only where there is a backslash
     (r"\text", r"(\\[A-Za-z]+)\\text\{(?=[A-Za-z])", r"\1 \\text{"),  # \ln\mathrm{e}
     (
         r"\text",
-        r"(?<![\d})])(?<![\d})][ ~])(?<!\\pi)(?<!\\pi[ ~])( ?)\\text\{([^A-Za-z{}]*[A-Za-z]?[^A-Za-z{}]*)\}",
+        r"(?<![\d})])(?<![\d})][ ~])(?<!\\pi)(?<!\\pi[ ~])( ?)\\text\{([^A-Za-z{}]*+[A-Za-z]?[^A-Za-z{}]*+)\}",
         r"\1\2",
     ),
     (  # after a number, `\text{m}` is a unit
         r"\text",
-        r"\\text\{([^A-Za-z{}]*[^mshgLKJNWVCF{}]?[^A-Za-z{}]*)\}",
+        r"\\text\{([^A-Za-z{}]*+[^mshgLKJNWVCF{}]?[^A-Za-z{}]*+)\}",
         r"\1",
     ),
     (r"\text", r"_ ?(?:\{ ?\\text\{([A-Za-z]+)\} ?\}|\\text\{([A-Za-z]+)\})", r"_{\1\2}"),
@@ -256,6 +268,9 @@ _PLAIN_RULES = _Rules(
         r"\\pmod{\1\2\3}",
     ),
     ("{", r"\{([.:=+-])\}", r"\1"),
+    ("AA|Å", r"\\text\{ ?(?:\\AA|Å) ?\}|\\AA" + _A + "|Å", r"\\text{ angstrom}"),
+    ("oint", r"^(?:\\text\{ ?)?(?i:(?:the )?points?) ?\}? ?(?=[A-Z]? ?\()", ""),
+    ("for |forall", _FOR_EVERY, ""),
     (" ", r"^(?i:(?:\\text\{)?(?:all|the) (?:real numbers|reals))[}. ]*$", r"\\mathbb{R}"),
     (" ", r"^(?i:negative +infinity) ?$", r"-\\infty "),
     ("", r"^(?i:(?:positive +)? ?infinity) ?$", r"\\infty "),
@@ -292,6 +307,9 @@ _PLAIN_RULES = _Rules(
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALE = re.compile(rf"(?i)(?<=\d) ?(\\text\{{ ?)?({'|'.join(_SCALES)})s?(?![A-Za-z]) ?")
 _LEAD = re.compile(r"(?i)^ ?(?:the )?(?:final )?answers?\b ?(?:is\b|are\b)?[ :]*(?=\S)")
+_ROWS = re.compile(r"\$*\\begin\{(aligned|gathered|cases)\}((?:(?!\\begin|\\text|& ?[^ =<>]).)*)\\end\{\1\}\$*")
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_NUMBER_WORD = re.compile(rf"(?i)(?:\\text\{{ ?)?({'|'.join(_WORDS)}) ?\}}?")
 _QUOTED = re.compile(r"([\"'`])(.*)\1")
 _NUMERAL = re.compile(r"-?\d+(?:[./]\d+)?", re.ASCII)
 _BOLD = re.compile(  # **C**: 12, but no power
@@ -321,10 +339,14 @@ def normalise(text: str) -> str:
         start, end, content = boxes[0]
         text = content if (start, end) == (0, len(text)) else f"{text[:start]}{{{content}}}{text[end:]}"
     if "\\" in text:
+        if rows := _ROWS.fullmatch(text):  # one answer on each line
+            text = rows[2].replace("&", "").replace("\\\\", ",")
         text = _LATEX_RULES.apply(text)
         if (roman := _ROMAN.fullmatch(text)) and is_unit(roman[2]):
             text = rf"{roman[1]}\text{{ {roman[2]}}}"
     text = _PLAIN_RULES.apply(text)
+    if word := _NUMBER_WORD.fullmatch(text):
+        return str(_WORDS.index(word[1].lower()))
     text = _SCALE.sub(lambda m: rf" \cdot 10^{{{_SCALES[m[2].lower()]}}}{m[1] or ''}", text).replace("\\text{}", "")
     return (text if text[-1:].isalnum() else _TAIL.sub("", text)).strip()
 

@@ -60,11 +60,13 @@ _MATRIX = re.compile(
 BUILDER = re.compile(r"\\\{ ?([A-Za-z]) ?(?:\\in ?\\mathbb\{R\} ?)?[|:] ?(.*)\\\}")
 _BASED = re.compile(
     r"[({]?(?:\\text\{)?([0-9A-Za-z]+)\}?[)}]? ?"
-    r"(?:_ ?\{? ?\(?(?:\\text\{)?(?:base ?\}? ?)?|(?:\\text\{ ?)?\(?base ?\}?)(\d+|[a-z]+)\)?\}?\)?\}?"
+    r"(?:_ ?\{? ?\(? ?(?:\\text\{)?(?:base ?\}? ?)?|(?:\\text\{ ?)?\(?(?:\\text\{ ?)?(?:in )?base ?\}? ?)"
+    r"(\d+|[a-z]+) ?\)?\}?\)?\}?"
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _BASES |= {"twelve": 12, "sixteen": 16}
 _HOLE = re.compile(r"([A-Za-z]) ?\\neq ?(.+)")
+_POINT = re.compile(r"([A-Za-z]) ?= ?([^=]+)")
 _DATE = re.compile(r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})|(\d{1,2})([-/.])(\d{1,2})\6(\d{4})")
 _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-df-hj-z](?![A-Za-z])")  # but e and i
 
@@ -175,7 +177,8 @@ def as_set(text: str) -> str:
 
 
 def as_union(text: str) -> str:
-    r"""`(-\infty,1)\cup (2,\infty)` from `x<1, x>2`; `(0,4)\setminus \{1\}` from `0<x<4, x \neq 1`; else `as_set`."""
+    r"""`(-\infty,1)\cup (2,\infty)` from `x<1, x>2`, `(-\infty,0)\cup \{1\}` from `x<0; x=1`; `(0,4)\setminus \{1\}`
+    from `0<x<4, x \neq 1`; else `as_set`."""
     builder = BUILDER.fullmatch(text)
     parts = split(builder[2] if builder else text, COMMA)
     ranges, holes = [], []
@@ -185,7 +188,9 @@ def as_union(text: str) -> str:
     if len(ranges) == 1 and holes and len(ranges + holes) == len(parts[::2]) and ";" not in parts:
         same = all(hole[1] == ranges[0][0] for hole in holes)
         return rf"{ranges[0][1]}\setminus \{{{','.join(hole[2] for hole in holes)}\}}" if same else text
-    is_union = not builder and len(ranges) == len(parts[::2]) > 1
+    points = [_POINT.fullmatch(part) for part in parts[::2] if ranges and parts[1::2] == [";"]]
+    ranges += [(point[1], rf"\{{{point[2]}\}}") for point in filter(None, points)]  # x<0 or x=1
+    is_union = not builder and len(ranges) == len(parts[::2]) > 1 and len({name for name, _ in ranges}) == 1
     return r"\cup ".join(found[1] for found in ranges) if is_union else as_set(text)
 
 
@@ -255,7 +260,8 @@ def is_text(text: str) -> bool:
 
 def fold_text(text: str) -> str:
     text = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])|[\s_.,;:!?'\"()\[\]{}$]+", " ", text.replace("\\text", " "))
-    return re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", " ".join(text.split()).casefold())
+    words = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", " ".join(text.split()).casefold())
+    return re.sub(r"^(?:an?|the) (?=[a-z])", "", words)
 
 
 _CHEMICAL = re.compile(r"(?:[A-Z][a-z]?\d*|\((?:[A-Z][a-z]?\d*)+\)\d*)++(?:\^\d?[+-])?")
@@ -263,8 +269,8 @@ _SET_UPRIGHT = re.compile(r"\\(?:mathrm|text|ce)(?= ?\{)|[{} ]|_(?= ?\{? ?\d)")
 
 
 def chemical(text: str) -> str | None:
-    r"""`Fe2(SO4)3` from `\mathrm{Fe_2(SO_4)_3}`, `Fe^3+` from `\text{Fe}^{3+}`; None for no formula of a substance."""
-    plain = _SET_UPRIGHT.sub("", text)
+    r"""`Fe2(SO4)3` from `\mathrm{Fe_2(SO_4)_3}`, `Fe^3+` from `\text{Fe}^{+3}`; None for no formula of a substance."""
+    plain = re.sub(r"\^([+-])(\d)$", r"^\2\1", _SET_UPRIGHT.sub("", text))
     return plain if _CHEMICAL.fullmatch(plain) else None
 
 

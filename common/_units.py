@@ -115,6 +115,7 @@ $ = 1 $: ¤ dollar USD buck | cent = 1/100 $: ¢ | € = 1 €: euro EUR | £ = 
 kPa = 1000 Pa: kilopascal | MPa = 1000000 Pa: megapascal | atm = 101325 Pa: atmosphere | kHz = 1000 Hz: kilohertz
 MHz = 1000000 Hz: megahertz | GHz = 1000000000 Hz: gigahertz | mmol = 1/1000 mol: millimole | kN = 1000 N: kilonewton
 um = 1/1000000 m: micrometer micrometre micron | us = 1/1000000 s: microsecond | ug = 1/1000000 g: microgram
+Å = 1/10000000000 m: angstrom
 K = 1 K: kelvin | N = 1 N: newton | J = 1 J: joule | kJ = 1000 J: kilojoule | W = 1 W: watt | kW = 1000 W: kilowatt
 V = 1 V: volt | A = 1 A: amp ampere | Hz = 1 Hz: hertz | Pa = 1 Pa: pascal | mol = 1 mol: mole | C = 1 C: coulomb
 person = 1 person: people person | unit = 1 unit | point = 1 point: pt pts
@@ -142,7 +143,7 @@ _NO_UNIT = re.compile(  # words that change the value before them, and hedges
     r"|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w+illion)ths?|point|kilo|mega|giga|milli|micro"
     r"|or|and|not|\w+n't|isnt|cannot|never|neither|no|nope|maybe|perhaps|possibly|probably|either|alternatively|else|wrong|incorrect|false|unless|otherwise|if"
     r"|vs|but|except|negat\w+|opposite|inverse|reciprocal|doubled|tripled|halved"
-    r"|more|less|fewer|least|most|than|above|below|under|over|up|plus|minus|times|multiplied|divided|by|choose|squared|cubed|factorial"
+    r"|less|fewer|least|most|than|above|below|under|over|up|plus|minus|times|multiplied|divided|by|choose|squared|cubed|factorial"
     r"|mod|modulo|base|to|through|between|about|is|are|was|remainder)\b"
 )
 _UNIT_TEXT = re.compile(r"[^\W_][\w ./^{},'%$-]*|[%$¤€£¥₹¢]")

@@ -103,12 +103,17 @@ class _Pool:
 
     def take(self, deadline: float) -> _Worker:
         with self._changed:
-            while not self._idle:
-                if len(self.workers) < self.limit:
+            while True:
+                if self._idle:
+                    worker = self._idle.pop()
+                    if worker.process.poll() is None:
+                        return worker
+                    worker.forget()  # it was killed while nobody asked it anything
+                    self.workers.discard(worker)
+                elif len(self.workers) < self.limit:
                     self._start()
                 elif not self._changed.wait(deadline - time.monotonic()):
                     raise _Late
-            return self._idle.pop()
 
     def give_back(self, worker: _Worker) -> None:
         with self._changed:

@@ -11,7 +11,7 @@ Policy, in one place (the tests hold a table of it):
   "x = 1, y = 2" is the pair (1, 2). "x > 1 and x < 4" is the interval (1, 4); with "or" it is a union.
 * A unit, currency or degree sign may be missing on one side; two of them must agree (5 km is 5000 m, never 5 cm).
   A percent sign is such a unit: 50% equals 50 and 50 percent, never 0.5. "7 feet 6 inches" is 90 inches.
-* Times, dates and words are compared as such, words without case and punctuation.
+* Times, dates and words are compared as such, words without case, punctuation and an article. "four" alone is 4.
 * A gold letter A-J is a choice letter. Hedges ("5 or 7", "A or B", "5=7") are wrong.
 * An equality chain ("x = 5 + 6 = 11") is right when every part of it equals the gold answer.
 

@@ -48,6 +48,10 @@ EXTRACTION = [
     ("The answer is 5. After rechecking the answer is found to be 6.", "6", "5"),
     ("The answer is confirmed as 7.", "7", "7"),
     ("The anſwer is 5", "5", "5"),  # the long s is an s of another case
+    ("So the answer must be $5$! Well done.", "$5$", "$5$"),
+    (r"The answer is \(5\)!", r"\(5\)", r"\(5\)"),
+    ("The answer is $5!$", "$5!$", "$5!$"),
+    ("The answer is 5!", "5!", "5!"),  # a factorial, perhaps
     ("最终答案是 42。", "42", "42"),
     ("答案：5", "5", "5"),
     ("The answer is D because A is too small", "D", "D"),
@@ -288,6 +292,9 @@ def test_a_verdict_has_reasons(response, gold, expected):
         (r"\boxed{1,2}", r"\text{ or }\approx 2.3", Verdict.WRONG),
         (r"\boxed{x+1}", "", Verdict.GOLD_UNPARSEABLE),
         (r"\boxed{x+1}", r"\frac{1}{}+", Verdict.GOLD_UNPARSEABLE),
+        (r"\boxed{\cancel{99} x=5}", "x=5", Verdict.UNPARSEABLE),  # the gold answer is not to blame
+        (r"\boxed{\text{all } k \geq 2}", r"k \geq 2", Verdict.UNPARSEABLE),
+        (r"\boxed{\cancel{9} \hbar + 1}", r"\hbar + 1", Verdict.UNPARSEABLE),
         (r"\boxed{5}", None, Verdict.GOLD_UNPARSEABLE),
         (None, "5", Verdict.NO_ANSWER),
         (r"\boxed{27}", 27.0, Verdict.CORRECT),

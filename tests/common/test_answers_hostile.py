@@ -207,7 +207,7 @@ def test_hostile_batch_keeps_order_and_time():
     verdicts = grade_many([rf"\boxed{{{text}}}" for text in texts], ["5 + x"] * len(texts), timeout=0.3, workers=2)
     assert len(verdicts) == len(texts)
     assert Verdict.CORRECT not in verdicts
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 0.3 * len(texts) + 30  # as if one worker took all; the rest is starts of workers
 
 
 def test_linear_time_extraction():

@@ -65,6 +65,18 @@ def test_a_worker_killed_from_outside_costs_no_verdict():
     assert boxed_many(4) == [Verdict.CORRECT]
 
 
+def test_idle_workers_killed_from_outside_cost_no_verdict():
+    _worker.at_least(3)
+    idle = [_worker._pool.take(time.monotonic() + 60) for _ in range(3)]
+    for worker in idle:
+        worker.wait_ready(time.monotonic() + 60)
+        _worker._pool.give_back(worker)
+        os.kill(worker.process.pid, signal.SIGKILL)
+    time.sleep(0.05)
+    assert boxed_many(5) == [Verdict.CORRECT]
+    assert not {worker.process.pid for worker in idle}.intersection(workers())
+
+
 def test_code_in_c_is_ended_too():
     """An integer power runs in C for minutes and looks at no signal; the worker dies all the same."""
     worker = _worker._Worker()

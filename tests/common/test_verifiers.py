@@ -261,7 +261,7 @@ def test_usable_gold_answers_pass_at_loading(reward, answers):
         (math_reward, {"answer": ""}, "row 1 has answer='', which math_reward cannot use"),
         (math_reward, {"answer": "\\frac{1}{}+", "id": "q7"}, "row q7 has answer="),
         (choice_reward, {"answer": "maybe"}, "which choice_reward cannot use"),
-        (numeric_reward, {"answer": "five"}, "which numeric_reward cannot use"),
+        (numeric_reward, {"answer": "a few"}, "which numeric_reward cannot use"),
         (tool_call_reward, {"answer": "{broken"}, "which tool_call_reward cannot use"),
     ],
 )
