@@ -135,7 +135,7 @@ class SRPOTrainer(GRPOTrainer):
         if self.args.routing == "grpo" or not self.model.training:
             return super()._prepare_inputs(generation_batch)
         parts = self.args.steps_per_generation
-        if self._step % parts == 0 or self._buffered_inputs is None:
+        if self._step % parts == 0:
             self._buffered_inputs = length_sorted(self._generate_and_score_completions(generation_batch), parts)
         return self._buffered_inputs[self._step % parts]
 
@@ -270,7 +270,6 @@ class SRPOTrainer(GRPOTrainer):
         hidden, head = hidden[:, -mask.size(1) - 1 : -1], lm_head(model)  # states before each response token
         tis = inputs.get("importance_sampling_ratio", torch.ones_like(mask, dtype=torch.float32))
         num_tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes
-        num_tokens = num_tokens * self.current_gradient_accumulation_steps / args.steps_per_generation
 
         # A row that is distilled, or has no advantage, needs no log-probabilities
         grpo_rows = objective.grpo_rows(distill, args.routing) & (advantages != 0)

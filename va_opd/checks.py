@@ -234,6 +234,17 @@ def check_images(has_image: torch.Tensor) -> None:
         )
 
 
+def check_images_kept(batch: dict[str, Any]) -> None:
+    """Raises `ValueError` where TRL has dropped the images of a batch, which it does without a word if some row with
+    images from tools has another number of image tokens than its images have features."""
+    if batch.get("num_images", ()) is None:
+        raise ValueError(
+            "TRL has dropped the images of a batch, because a prompt and its rollout have another number of image "
+            "tokens than their images: an image that a tool returns must stand once in its result, and no text of a "
+            "result may spell the image token"
+        )
+
+
 def sibling_fingerprints(batch: dict[str, Any], with_images: bool = True) -> torch.Tensor:
     """Two integers a row, (B, 2), that are equal for rows with the same prompt and images, or the same prompt."""
     ids = batch["prompt_ids"] * batch["prompt_mask"]

@@ -1,5 +1,6 @@
 """The degraded view of a batch: the same model inputs, only `pixel_values` are those of pixelated images."""
 
+import math
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def degraded_pixel_values(
             f"the pixelated images have pixel_values {tuple(pixels.shape)}, the true ones {tuple(true.shape)}, or "
             "another grid: set pixelate_at='raw' for this processor"
         )
-    cells = [max(1, int(w * ratio)) * max(1, int(h * ratio)) for w, h in (image.size for image in degraded)]
+    cells = [math.prod(objective.cells(image.size, ratio)) for image in degraded]
     return pixels.to(true.device, true.dtype), cells
 
 

@@ -28,11 +28,11 @@ def chunked_reverse_kl(
         student, teacher: the heads of both models, of the same V rows.
         student_hidden: (N, H_student), carries the gradient, as does the student's head.
         teacher_hidden: (N, H_teacher).
-        coefficients: (N,), at least 0.
+        coefficients: (N,) float32, at least 0.
         temperature: by which both models' logits are divided.
     """
     # The largest is 1: what bfloat16 or float16 makes of the gradient of a tile would have few bits at 1e-5
-    scaled = coefficients.float() / coefficients.max().clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = coefficients / coefficients.max().clamp(min=torch.finfo(torch.float32).tiny)
     return _ReverseKL.apply(
         student_hidden,
         student.weight,
@@ -82,7 +82,6 @@ class _ReverseKL(torch.autograd.Function):
                     into = None if grad_hidden is None else grad_hidden[part]
                     student.pull_back(tile[0], hidden[part], into, *grads_of_head)
         ctx.save_for_backward(coefficients, *grads)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(entropy)
         return kl, entropy
 
@@ -94,11 +93,8 @@ class _ReverseKL(torch.autograd.Function):
         # Coefficients below 1e-30, to which extreme settings can lead, count as 0
         if not torch.allclose(upstream, factor * coefficients, rtol=1e-3, atol=1e-6 * factor.abs().item() + 1e-30):
             raise RuntimeError("the loss is not the sum of coefficients * KL for which chunked_reverse_kl was called")
-        gradients = [
-            None if grad is None else grad.mul_(factor).to(dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return *gradients, *(None,) * 6
+        # Autograd rounds them to the dtype of what they are the gradients of
+        return *(None if grad is None else grad.mul_(factor) for grad in grads), *(None,) * 6
 
 
 def tile_rows(num_rows: int, vocab_size: int, num_buffers: int) -> int:

@@ -1,4 +1,4 @@
-"""From last hidden states to what VA-OPD needs: log-probabilities of sampled tokens, and reverse KL."""
+"""The output head of a model: its logits from hidden states, their gradient, log-probabilities of sampled tokens."""
 
 from itertools import pairwise
 from typing import NamedTuple

@@ -41,8 +41,8 @@ def uniform_coefficients(mask: torch.Tensor, weights: torch.Tensor) -> torch.Ten
 def pixelate(image: Image.Image, ratio: float = 0.1) -> Image.Image:
     """Degraded view of an image (Section 3.1): same size and mode, only a grid of `ratio` times each side is left.
 
-    Each side shrinks to `max(1, floor(side * ratio))` with PIL's bilinear filter, which averages over the cell, and
-    grows back with nearest neighbour. Palette and 1-bit images have no in-between colours, so they are averaged as
+    Each side shrinks to the number of its `cells` with PIL's bilinear filter, which averages over the cell, and grows
+    back with nearest neighbour. Palette and 1-bit images have no in-between colours, so they are averaged as
     RGBA/RGB/L and converted back. Raises `ValueError` unless 0 < ratio <= 1.
     """
     if not 0 < ratio <= 1:
@@ -52,7 +52,7 @@ def pixelate(image: Image.Image, ratio: float = 0.1) -> Image.Image:
         image = image.convert("RGBA" if mode == "PA" or "transparency" in image.info else "RGB")
     elif mode == "1":
         image = image.convert("L")
-    small = [max(1, math.floor(side * ratio)) for side in image.size]
+    small = cells(image.size, ratio)
     degraded = image.resize(small, Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.NEAREST)
     if mode == "P":  # convert("P") would dither to a standard palette, and even a constant image would change
         return degraded.quantize()
@@ -61,6 +61,12 @@ def pixelate(image: Image.Image, ratio: float = 0.1) -> Image.Image:
         colours.putalpha(degraded.getchannel("A"))
         return colours
     return degraded if degraded.mode == mode else degraded.convert(mode)
+
+
+def cells(size: tuple[int, int], ratio: float) -> tuple[int, int]:
+    """Cells that are left of an image of that size, along each side: floor(side * ratio), at least 1."""
+    width, height = (max(1, math.floor(side * ratio + 1e-9)) for side in size)  # 90 * 0.7 = 62.99999999999999
+    return width, height
 
 
 def visual_advantage(logps: torch.Tensor, logps_degraded: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

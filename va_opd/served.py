@@ -219,7 +219,7 @@ class ServedTeacher:
                 size = model_size(processor, batch, grid, count)
                 early = size if trainer.args.pixelate_at == "model" else None
                 low = degrade(image, early, ratio, resample)
-                trainer._record("va/cells", max(1, int(low.width * ratio)) * max(1, int(low.height * ratio)))
+                trainer._record("va/cells", math.prod(objective.cells(low.size, ratio)))
                 # A ratio of 1 brings an image to its size and leaves it as it is
                 views = degrade(image, size, 1.0, resample), degrade(low, size, 1.0, resample)
                 cache[key] = tuple(png_url(view) for view in views)

@@ -144,6 +144,7 @@ class VAOPDTrainer(DistillationTrainer):
             has_image = [bool(row.get("images") or row.get("image")) for row in inputs]
             checks.check_images(self._gather(torch.tensor(has_image, device=self.accelerator.device)))
         batch = super()._generate_and_score_completions(inputs)
+        checks.check_images_kept(batch)
         batch.update(self._score(batch))
         if self.engine and self.model.training and not self.tools:  # tools: several generations make a rollout
             self._record("sampling/logps_gap", self._engine_gap(batch))
@@ -167,14 +168,13 @@ class VAOPDTrainer(DistillationTrainer):
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
         parts = self.args.gradient_accumulation_steps
-        if self._step % parts == 0 or self._buffered_inputs is None:
+        if self._step % parts == 0:
             batch = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = siblings.length_sorted(batch, parts)
         return self._buffered_inputs[self._step % parts]
 
     # Phase 1: two teacher views, visual advantage, coefficients
 
-    @torch.no_grad()
     def _score(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What the loss needs beside the batch: the teacher's states as lists of B tensors, and of (B, T) the
         coefficients and the tokens inside and outside the high-VA group; P in `num_items_in_batch`."""
@@ -271,7 +271,7 @@ class VAOPDTrainer(DistillationTrainer):
         high, low = inputs["high_tokens"], inputs["low_tokens"]
         sums = torch.stack([kl[high].sum(), high.sum(), kl[low].sum(), low.sum()]).detach()
         self._kl_sums = sums if self._kl_sums is None else self._kl_sums + sums
-        return loss, entropy_N.detach().sum(), mask.sum()
+        return loss, entropy_N.sum(), mask.sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._coefficients = inputs["coefficients"]

@@ -24,6 +24,13 @@ def test_figures_of_a_batch(tmp_path):
     assert all(isinstance(value, float) for value in figures.values())
 
 
+def test_uncertainty_is_the_mean_of_the_questions():
+    answers = {"a": ["1"] * 10, "b": ["1"] * 3 + [str(i) for i in range(2, 9)]}
+    config, outputs = RDiverseConfig("m", penalty="none"), [output("a"), output("b")]
+    _, reward = reward_of(config, outputs, solver=lambda questions, step: [answers[q] for q in questions])
+    assert batch_figures(reward.last_batch)["challenger/uncertainty"] == pytest.approx((0 + 0.3) / 2)
+
+
 @pytest.mark.parametrize(
     ("logs", "message"),
     [
@@ -113,7 +120,7 @@ def test_clusters_of_a_batch(tmp_path):
     assert figures["challenger/largest_cluster"] == pytest.approx(2 / 3)
     assert figures["challenger/median_cosine"] == pytest.approx(-0.8)
     words = ["one two three four five", "one two three four five", "a b c d e"]
-    _, reward = reward_of(RDiverseConfig("m", penalty="r_zero"), [*map(output, words), "no form"], skills=None)
+    _, reward = reward_of(RDiverseConfig("m", penalty="r_zero"), [*map(output, words), *["no form"] * 3], skills=None)
     figures = batch_figures(reward.last_batch)
     assert figures["challenger/largest_cluster"] == pytest.approx(2 / 3)
     assert "challenger/median_cosine" not in figures
@@ -132,3 +139,5 @@ def test_similarity_is_logged_where_it_was_measured_only(tmp_path):
     figures = batch_figures(reward.last_batch)
     assert names <= figures.keys()
     assert figures["challenger/p_max_p10"] < figures["challenger/p_max_p50"] < figures["challenger/p_max_p90"]
+    for name in ("p_max", "p_mean"):
+        assert figures[f"challenger/{name}_p50"] == pytest.approx(np.median(reward.last_batch[name]))

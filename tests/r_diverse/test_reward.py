@@ -212,6 +212,7 @@ def test_clusters_are_logged_of_several_questions_only(outputs, clusters):
     reward_of(RDiverseConfig("m", beta=0.0), written, log_metric=figures.__setitem__)
     assert figures.get("challenger/clusters") == clusters
     assert figures.get("challenger/largest_cluster") == (1 / clusters if clusters else None)
+    assert ("challenger/median_cosine" in figures) == (clusters is not None)
 
 
 def test_conversational_completions():

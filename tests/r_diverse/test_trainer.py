@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+from collections import defaultdict
 from types import SimpleNamespace
 
 import peft
@@ -121,6 +122,7 @@ def test_the_order_of_prompts_is_trls_and_another_in_the_next_epoch(tmp_path):
     trainer = PhaseTrainer(model, lambda **columns: [], config, train_dataset=rows, processing_class=tokenizer)
     first = list(trainer._get_train_sampler())
     assert first == list(GRPOTrainer._get_train_sampler(trainer))
+    assert len(list(trainer._get_train_sampler(range(4)))) == len(first) // 3  # another data set than the trainer's
     trainer.state.epoch = 1.0
     second = list(trainer._get_train_sampler())
     assert first != second and sorted(first) == sorted(second)
@@ -144,6 +146,9 @@ def test_trls_own_config_will_do(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 1 and not torch.equal(before, model.lm_head.weight)
     assert not any(isinstance(callback, doctor.DoctorCallback) for callback in trainer.callback_handler.callbacks)
+    config.generation_batch_size = 8
+    with pytest.raises(ValueError, match="train_dataset has 1 prompts, fewer than the 2 of one generation batch"):
+        PhaseTrainer(model, lambda **columns: [], config, train_dataset=rows, processing_class=tokenizer)
 
 
 def test_a_model_that_is_not_its_kl_reference_is_refused(tmp_path):
@@ -201,3 +206,15 @@ def test_the_gap_of_two_engines_leaves_out_the_nucleus():
     assert logps_gap(trainer, trainer - math.log(0.9), mask, 0.9) == pytest.approx(0, abs=1e-6)
     assert logps_gap(trainer, trainer - 0.2, mask, 0.9) == pytest.approx(0.2)
     assert logps_gap(trainer, trainer + torch.tensor([[0.3, math.nan], [0.0, 0.0]]), mask, 1.0) == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_gap_is_logged_for_the_nucleus_that_was_sampled_from(monkeypatch, mode):
+    old, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2)
+    batch = {"old_per_token_logps": old, "sampling_per_token_logps": old - math.log(0.9), "completion_mask": mask}
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda self, inputs: batch)
+    trainer = object.__new__(PhaseTrainer)
+    trainer.accelerator, trainer.top_p = SimpleNamespace(gather=lambda gap: gap), 0.9
+    trainer.model, trainer._metrics = SimpleNamespace(training=mode == "train"), defaultdict(lambda: defaultdict(list))
+    trainer._generate_and_score_completions([])
+    assert trainer._metrics == {mode: {"sampling/logps_gap": [pytest.approx(0, abs=1e-6)]}}

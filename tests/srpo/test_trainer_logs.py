@@ -43,6 +43,7 @@ def test_a_figure_that_does_not_exist_is_left_out(make, fixed, routing):
     (line,) = [log for log in trainer.state.log_history if "loss" in log]
     assert not {"loss/grpo", "loss/sdpo", "entropy"} & line.keys()
     assert all(value is not None for value in line.values())
+    assert line["teacher/scored_over_needed"] == 1.0
 
 
 def test_the_figures_of_a_step_are_of_its_own_tokens(make, fixed):
@@ -62,9 +63,9 @@ def test_the_figures_of_a_step_are_of_its_own_tokens(make, fixed):
 @pytest.mark.parametrize("routing", ["srpo", "mix"])
 def test_an_evaluation_has_trls_loss_and_figures_of_its_own(make, fixed, routing):
     """`eval_loss` is TRL's whatever the routing, and nothing that training logs or shows is changed."""
-    losses = []
+    losses, batch = [], {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     for name in ("grpo", routing):
-        trainer = make(routing=name, max_steps=1, learning_rate=0.0)
+        trainer = make(routing=name, max_steps=1, learning_rate=0.0, **batch)
         trainer.train()
         shown, before = trainer.last_rollouts, copy.deepcopy(dict(trainer._metrics["train"]))
         losses.append(trainer.evaluate(Dataset.from_list(rows(2)))["eval_loss"])
@@ -127,6 +128,12 @@ def test_the_doctor_compares_lengths_with_those_of_the_first_log(capsys):
     for length in (30.0, 10.0):
         doctor.DoctorCallback(50).on_log(None, state, None, logs={"route/sdpo": 0.5, doctor.LENGTH: length})
         assert ("five times shorter" in capsys.readouterr().out) == (length == 10.0)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_the_doctor_can_be_turned_off(make, fixed, capsys, every):
+    make(max_steps=1, doctor_steps=every).train()
+    assert ("[doctor]" in capsys.readouterr().out) == bool(every)
 
 
 def test_the_doctor_sees_the_collapse_of_sdpo(make, fixed, capsys):

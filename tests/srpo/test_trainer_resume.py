@@ -9,8 +9,9 @@ from common.tiny import tiny_qwen3
 from srpo.teacher import SelfTeacher
 
 
-def test_resuming_gives_the_uninterrupted_run_teacher_included(make, tmp_path):
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "temperature": 1.0}
+@pytest.mark.parametrize("kind", ["ema", "frozen"])
+def test_resuming_gives_the_uninterrupted_run_teacher_included(make, tmp_path, kind):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "temperature": 1.0, "teacher": kind}
     straight = make(output_dir=tmp_path / "straight", **settings)
     straight.train()
     resumed = make(output_dir=tmp_path / "resumed", **settings)
@@ -19,8 +20,14 @@ def test_resuming_gives_the_uninterrupted_run_teacher_included(make, tmp_path):
         other = dict(b.named_parameters())
         for name, parameter in a.named_parameters():
             assert torch.equal(parameter, other[name]), name
-    keys = ("loss", "reward", "route/sdpo", "teacher/distance")
+    keys = ("loss", "reward", "route/sdpo", *["teacher/distance"] * (kind == "ema"))
     assert [straight.state.log_history[5][k] for k in keys] == [resumed.state.log_history[5][k] for k in keys]
+
+
+def test_without_a_checkpoint_nothing_is_loaded(make):
+    trainer = make()
+    trainer._load_optimizer_and_scheduler(None)
+    assert all(torch.equal(p, trainer.teacher.average[name]) for name, p in trainer.model.named_parameters())
 
 
 def test_a_checkpoint_without_its_teacher_is_refused(make, tmp_path):

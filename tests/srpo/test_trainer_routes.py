@@ -18,7 +18,18 @@ def test_prompts_keep_their_order_where_they_are_not_shuffled(make):
     assert list(make(data=rows(6))._get_train_sampler()) != list(trainer._get_train_sampler())
 
 
-def test_masked_truncated_rollouts_are_neither_scored_nor_trained(make, fixed, monkeypatch):
+def test_the_order_of_prompts_is_trls_and_another_in_the_next_epoch(make):
+    trainer = make(data=rows(12), routing="grpo", num_iterations=2, seed=5)
+    first = list(trainer._get_train_sampler())
+    assert first == list(GRPOTrainer._get_train_sampler(trainer))
+    assert len(list(trainer._get_train_sampler(range(4)))) == len(first) // 3  # another data set than the trainer's
+    trainer.state.epoch = 1.0
+    second = list(trainer._get_train_sampler())
+    assert first != second and sorted(first) == sorted(second)
+
+
+@pytest.mark.parametrize("size", [8, 2])  # of a micro-batch: in some of two rows no token counts
+def test_masked_truncated_rollouts_are_neither_scored_nor_trained(make, fixed, monkeypatch, size):
     """Every other rollout has no end of sequence; with `mask_truncated_completions` nothing of it counts."""
     whole = GRPOTrainer._generate_single_turn
 
@@ -27,7 +38,9 @@ def test_masked_truncated_rollouts_are_neither_scored_nor_trained(make, fixed, m
         return [[*ids[:-1], 20] if i % 2 else ids for i, ids in enumerate(rollouts)], logps
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", cut)
-    trainer = make(mask_truncated_completions=True, reward=lambda completions, **columns: [1.0, 0.0, 0.0, 0.0] * 2)
+    settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+    settings["reward"] = lambda completions, **columns: [1.0, 0.0, 0.0, 0.0] * 2
+    trainer = make(mask_truncated_completions=True, **settings)
     loss, gradients = step(trainer)
     assert math.isfinite(loss)
     assert any(g.any() for g in gradients.values())
@@ -126,9 +139,9 @@ def test_the_threshold_of_the_configuration_is_the_one_of_the_routes(make, fixed
 
 
 def test_weights_of_reward_functions_count_for_the_routes(make, fixed):
-    trainer = make(
-        reward=[lambda completions, **columns: [0.0, 0.0, 1.0, 0.0] * 2, always(1.0)], reward_weights=[1, 0.2]
-    )
+    """One that does not apply to a rollout, None, adds nothing to it."""
+    rewards = [lambda completions, **columns: [0.0, 0.0, 1.0, 0.0] * 2, always(1.0)]
+    trainer = make(reward=[*rewards, lambda completions, **columns: [None, 0.0] * 4], reward_weights=[1, 0.2, 3])
     step(trainer)
     assert trainer.last_rollouts["rewards"].tolist() == pytest.approx([0.2, 0.2, 1.2, 0.2] * 2)
     assert trainer.last_rollouts["distill"].tolist() == [True, True, False, True] * 2

@@ -24,7 +24,8 @@ def test_the_teacher_scores_the_needed_tokens_and_no_others(make, fixed, routing
     trainer.teacher.model.model.register_forward_hook(lambda m, a, out: backbone.append(len(out.last_hidden_state)))
     step(trainer)
     distilled = int(trainer.last_rollouts["distill"].sum())
-    assert sum(backbone) == distilled > 0
+    assert distilled > 0
+    assert backbone == [2] * (distilled // 2) + [1] * (distilled % 2)  # rows of each forward, as many as the policy's
     assert trainer._metrics["train"]["teacher/scored_over_needed"] == [1.0]
 
 
@@ -302,6 +303,7 @@ def test_where_no_merged_copy_can_be_made_such_an_adapter_is_refused(make, kind,
 def test_the_averaged_head_of_a_quantized_policy_is_not_the_policys(make, fixed):
     model, _ = policy()
     model.is_quantized = True  # stands for a 4-bit policy: its adapter is averaged and no copy is made
+    model.lm_head = torch.nn.Linear(*reversed(model.lm_head.weight.shape), bias=True)
     settings = {**LORA, "modules_to_save": ["lm_head"], "ensure_weight_tying": False}
     adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     teacher = SelfTeacher(adapted, make().accelerator)
@@ -315,8 +317,16 @@ def test_the_averaged_head_of_a_quantized_policy_is_not_the_policys(make, fixed)
     states, head = teacher.hidden_states(adapted, {0: [15, 16]}, batch, batch["completion_mask"], 1, 0)
     with torch.no_grad(), teacher.view(adapted) as average:
         expected = average(input_ids=torch.tensor([[15, 16, 20, 30, 40]])).logits[0, 1:-1]
-    torch.testing.assert_close(states[0] @ head.weight.T, expected)
+    torch.testing.assert_close(states[0] @ head.weight.T + head.bias, expected)
     assert not torch.allclose(head.weight, adapted.get_output_embeddings().weight)
+
+
+def test_the_head_of_a_quantized_policy_that_does_not_train_it_is_not_copied(make):
+    model, _ = policy()
+    model.is_quantized = True
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA))
+    _, head = SelfTeacher(adapted, make().accelerator).hidden_states(adapted, {}, {}, torch.ones(0, 0), 1, 0)
+    assert head.weight is adapted.get_output_embeddings().weight
 
 
 @pytest.mark.parametrize(

@@ -125,11 +125,14 @@ def test_two_prompt_batch_of_the_specification():
 
 
 def test_two_prompt_batch_without_weighting():
-    """Plain OPD on the same three rollouts: 4.066667 as a mean over responses (K = 1 each)."""
+    """Plain OPD on the same three rollouts: 4.066667 as a mean over responses (K = 1 each), 3.8 over prompts."""
     kl = torch.tensor([[10.0, 2, 2, 2, 2], [2, 20, 2, 2, 2], [3, 9, 9, 9, 9]], dtype=F64)
     mask = torch.tensor([[1] * 5, [1] * 5, [1, 0, 0, 0, 0]])
     _, c = objective.coefficients(torch.rand(3, 5, dtype=F64), mask, num_generations=1, weighting="none")
     assert objective.grouped_kl_loss(kl, c, 3).item() == pytest.approx(4.066667, abs=1e-6)
+    kl, mask = kl[[0, 1, 2, 2]], mask[[0, 1, 2, 2]]
+    _, c = objective.coefficients(torch.rand(4, 5, dtype=F64), mask, num_generations=2, weighting="none")
+    assert objective.grouped_kl_loss(kl, c, 2).item() == pytest.approx(3.8, abs=1e-12)
 
 
 def test_size_of_the_high_group_is_exact_for_every_length_up_to_8192():

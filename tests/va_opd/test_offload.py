@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import va_opd_trainers as tests
+from accelerate import Accelerator
 
 from va_opd import VAOPDTrainer, train
 from va_opd.offload import Offloaded
@@ -32,7 +33,10 @@ def test_the_training_is_the_same(family, settings, tmp_path):
 
 
 def test_weights_but_for_the_head_are_copied_once_for_both_views(tmp_path, monkeypatch):
+    prepare, prepared = Accelerator.prepare_model, []
+    monkeypatch.setattr(Accelerator, "prepare_model", lambda self, m, **o: prepared.append(m) or prepare(self, m, **o))
     trainer = tests.build(tmp_path, teacher_offload=True)
+    assert trainer.teacher_model not in prepared  # it would be on the device, all of it
     teacher, kept = trainer.teacher_model, trainer.teacher.offloaded
     head = teacher.get_output_embeddings().weight
     waiting = {name: weight.data_ptr() for name, weight in teacher.named_parameters()}

@@ -1,5 +1,8 @@
 """The degraded view: pixelation of images of every mode."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -101,6 +104,13 @@ def test_number_of_cells_is_floored_and_at_least_one(size, cells):
     columns = pixels(objective.pixelate(Image.fromarray(ramp + np.arange(width, dtype=np.float32))))
     rows = pixels(objective.pixelate(Image.fromarray(ramp + np.arange(height, dtype=np.float32)[:, None])))
     assert (len(np.unique(columns)), len(np.unique(rows))) == cells
+
+
+@pytest.mark.parametrize("ratio", ["0.05", "0.1", "0.29", "0.35", "0.7", "1"])
+def test_number_of_cells_is_exact_for_every_ratio(ratio):
+    sides = range(1, 8193)
+    expected = [max(1, math.floor(Fraction(ratio) * side)) for side in sides]
+    assert [objective.cells((side, 1), float(ratio)) for side in sides] == [(cells, 1) for cells in expected]
 
 
 def test_pixelation_averages_over_the_cell():

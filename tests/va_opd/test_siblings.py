@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import peft
 import pytest
 import torch
 import va_opd_trainers as tests
@@ -133,6 +134,12 @@ def with_rope(kind: str):
     return Qwen3ForCausalLM(text_config(Qwen3Config, rope_parameters=parameters, max_position_embeddings=64))
 
 
+def with_rope_of_a_kind_of_layer(kind: str):
+    model = tests.models("gemma3")[1]
+    model.config.text_config.rope_parameters["full_attention"]["rope_type"] = kind
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -143,7 +150,9 @@ def with_rope(kind: str):
         (lambda: with_rope("longrope"), "its rope_type is longrope"),
         (lambda: with_rope("yarn"), None),
         (lambda: tests.models("gemma3")[1], "DynamicSlidingWindowLayer"),
+        (lambda: with_rope_of_a_kind_of_layer("dynamic"), "its rope_type is dynamic"),
         *[(lambda family=family: tests.models(family)[1], None) for family in SHARED],
+        (lambda: peft.get_peft_model(tests.models()[1], peft.LoraConfig(target_modules=["q_proj"])), None),
     ],
 )
 def test_refusal(model, reason):
@@ -221,6 +230,22 @@ def test_both_views_are_checked_on_a_prompt_with_an_image(make, monkeypatch):
     tests.step(trainer)
     assert all(trainer.last_rollouts["images"][row] for row in checked[0])
     assert trainer.teacher.shares == {True: False}
+
+
+@pytest.mark.parametrize(("dtype", "shared"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_a_hundredth_of_a_nat_is_rounding_of_a_bfloat16_teacher_only(make, monkeypatch, dtype, shared):
+    tests.fixed_rollouts(monkeypatch)
+    student, teacher, processor = tests.models()
+    trainer = make(parts=(student, teacher.to(dtype), processor))
+    score = trainer.teacher.score
+
+    def rounded(views, parts, shared):
+        hidden, logps = score(views, parts, shared)
+        return hidden, [x + 0.01 * shared for x in logps]
+
+    monkeypatch.setattr(trainer.teacher, "score", rounded)
+    tests.step(trainer)
+    assert trainer.teacher.shares == {True: shared}
 
 
 # --- the trainer's step ----------------------------------------------------------------
@@ -347,7 +372,7 @@ def test_a_pass_over_rollouts_is_bounded(make, monkeypatch):
     assert rows == {2}
 
 
-def test_the_bound_counts_the_rollouts_of_all_views():
+def test_bound_and_cost_of_a_pass_count_the_rollouts_of_all_views():
     _, teacher, processor = tests.models("qwen3_vl")
     batch, rows = group(processor, [tests.image(0)], [7, 7, 7, 7]), []
     teacher.model.language_model.register_forward_pre_hook(
@@ -357,6 +382,9 @@ def test_the_bound_counts_the_rollouts_of_all_views():
         most = 4 * (int(batch["prompt_mask"][0].sum()) + 7)
         siblings.sibling_hidden_states(teacher.eval(), [batch, dict(batch)], 1 << 20, most)
     assert rows == [2, 4, 4]  # the prompt, then two rollouts at a time, in both views
+    batch = group(processor, [tests.image(0)], [2, 10])
+    siblings.sibling_hidden_states(teacher, [batch, dict(batch)], pass_tokens=12)
+    assert rows[3:] == [2, 2, 2]  # 12 tokens for one more pass are less than 2 x 8 of padding
 
 
 # --- parts ----------------------------------------------------------------

@@ -48,7 +48,7 @@ def test_a_run_is_recorded_done_once_and_not_overwritten_by_another(config, caps
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
-def test_records_are_of_the_first_rollouts(tiny_models):
+def test_records_are_of_the_first_rollouts(tiny_models, tmp_path):
     tokenizer = train.models.load_processor(tiny_models["student"]).tokenizer
     prompts, ids = (tokenizer(texts)["input_ids"] for texts in (["Q1", "Q2", "Q3"], ["ab", "cd", "ef"]))
     rollouts = {
@@ -66,6 +66,10 @@ def test_records_are_of_the_first_rollouts(tiny_models):
     ]
     assert train.rollout_records(rollouts, tokenizer, 9)[:2] == records
     assert len(train.rollout_records(rollouts, tokenizer, 9)) == 3
+    twice = {name: torch.cat([value, value]) for name, value in rollouts.items()}
+    args = SimpleNamespace(num_generations=2)
+    trainer = SimpleNamespace(last_rollouts=twice, args=args, processing_class=tokenizer)
+    assert len(train.VAOPDLog(tmp_path, None, trainer).rollouts()) == 4  # of two prompts
 
 
 def test_killed_and_started_again_a_run_ends_as_if_nothing_had_been(config):

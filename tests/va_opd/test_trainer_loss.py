@@ -329,7 +329,12 @@ def test_order_of_the_prompts_does_not_change_the_step(make, monkeypatch):
 @pytest.mark.parametrize("multiple", [16, 64])
 def test_padding_does_not_change_the_step(make, monkeypatch, multiple):
     fixed_rollouts(monkeypatch)
-    assert_same_step(step(make(pad_to_multiple_of=multiple)), step(make()))
+    trainer, widths = make(pad_to_multiple_of=multiple), set()
+    trainer.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, given: widths.add(given["inputs_embeds"].size(1) % multiple), with_kwargs=True
+    )
+    assert_same_step(step(trainer), step(make()))
+    assert widths == {0}
 
 
 @pytest.mark.parametrize("drawn", [False, True])

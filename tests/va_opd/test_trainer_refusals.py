@@ -139,11 +139,13 @@ def test_mixed_rows_stop_evaluation_only_where_weights_are_sharded(make, monkeyp
     monkeypatch.setattr(va_opd_trainer, "is_deepspeed_zero3_enabled", lambda: sharding == "zero3")
     monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", lambda *_: pytest.fail("generates"))
     stopped = ValueError, "1 of the 2 rollouts of a step have images"
+    listed = [{"images": [row["image"]] if row["image"] else []} for row in mixed_rows(2)]
     for training, stops in ((True, True), (False, stops_evaluation)):
         trainer.model.train(training)
         error, message = stopped if stops else (pytest.fail.Exception, "generates")
-        with pytest.raises(error, match=message):
-            trainer._generate_and_score_completions(mixed_rows(2))
+        for rows in (mixed_rows(2), listed):
+            with pytest.raises(error, match=message):
+                trainer._generate_and_score_completions(rows)
 
 
 def other_tokenizer():

@@ -44,7 +44,9 @@ def test_the_trainers_sampler_is_of_its_settings(make):
     trainer = make(rows=image_rows(8), seed=3)
     drawn = list(trainer._get_train_sampler())
     assert drawn == list(trainer._get_train_sampler())
-    trainer.args.seed = 4
+    trainer.state.epoch = 1.5
+    assert drawn != list(trainer._get_train_sampler())
+    trainer.state.epoch, trainer.args.seed = 0.5, 4
     assert drawn != list(trainer._get_train_sampler())
     trainer.shuffle_dataset = False
     assert list(trainer._get_train_sampler()) == [
@@ -230,8 +232,10 @@ def test_the_gap_to_the_engine_divides_soft_capped_logits_by_the_temperature(mak
 
 def test_the_gap_to_the_engine_is_of_a_micro_batch_and_within_the_nucleus(make, monkeypatch):
     fixed_rollouts(monkeypatch)
-    trainer, given = make(), []
+    trainer, given, seen = make(bf16=True), [], set()
     _, _, (batch,) = step(trainer)
+    layer = trainer.model.model.language_model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, args, out: seen.add((out.dtype, out.requires_grad)))
     trainer.args.per_device_train_batch_size, trainer.top_p = 3, 0.9
 
     def gap(logps, *options):
@@ -241,6 +245,7 @@ def test_the_gap_to_the_engine_is_of_a_micro_batch_and_within_the_nucleus(make, 
     trainer.engine = SimpleNamespace(gap=gap)
     assert trainer._engine_gap(batch) == 0.25
     assert given == [(int(batch["completion_mask"][:3].sum()), 3, 0.9)]
+    assert seen == {(torch.bfloat16, False)}
 
 
 @pytest.mark.parametrize(

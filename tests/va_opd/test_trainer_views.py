@@ -24,18 +24,21 @@ from va_opd_trainers import (
 from va_opd import degraded, siblings
 
 
-def test_teacher_is_frozen_and_nothing_but_the_student_carries_gradient(make):
+def test_teacher_is_frozen_and_nothing_but_the_student_carries_gradient(make, monkeypatch):
     student, teacher, processor = models()
     teacher.train()
     trainer = make(parts=(student, teacher, processor))
     modes = []
     trainer.teacher_model.model.register_forward_hook(lambda m, *_: modes.append(m.training))
+    gather, gathered = trainer.accelerator.gather, []
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda x: gathered.append(x.requires_grad) or gather(x))
     _, gradients, (batch,) = step(trainer)
     assert modes
     assert not any(modes)
     assert not trainer.teacher_model.training
     assert all(p.grad is None and not p.requires_grad for p in trainer.teacher_model.parameters())
     assert not any(value.requires_grad for value in batch.values() if isinstance(value, torch.Tensor))
+    assert gathered and not any(gathered)
     assert not trainer.last_rollouts["va"].requires_grad
     assert not trainer.last_rollouts["weights"].requires_grad
     assert any(g.abs().max() > 0 for n, g in gradients.items() if "visual" in n)
@@ -245,7 +248,7 @@ def zoom(box: str) -> list:
     """
 
 
-def rollouts_with_tool_images(monkeypatch) -> None:
+def rollouts_with_tool_images(monkeypatch, image_tokens: int = 4) -> None:
     """Each rollout: some letters, the result of a tool with an image of its own, some letters."""
 
     def generate(self, prompts):
@@ -253,7 +256,7 @@ def rollouts_with_tool_images(monkeypatch) -> None:
         tokens, rollouts, masks = self.processing_class.tokenizer.get_vocab(), [], []
         for row in range(len(prompts)):
             letters = np.random.default_rng(row).integers(10, 100, 3 + row % 3).tolist()
-            result = [tokens["<|vision_start|>"], *[tokens["<|image_pad|>"]] * 4, tokens["<|vision_end|>"]]
+            result = [tokens["<|vision_start|>"], *[tokens["<|image_pad|>"]] * image_tokens, tokens["<|vision_end|>"]]
             rollouts.append([*letters, *result, *letters[::-1], self.eos_token_ids[0]])
             masks.append([1] * len(letters) + [0] * len(result) + [1] * (len(letters) + 1))
         shown = [[image(100 + row, (32, 32))] for row in range(len(prompts))]
@@ -285,3 +288,12 @@ def test_siblings_with_other_images_from_tools(make, monkeypatch):
     va = (true - other).clamp(min=0) * mask
     torch.testing.assert_close(trainer.last_rollouts["va"].double(), va, atol=2e-5, rtol=0)
     assert va.max() > 0.01
+
+
+def test_images_that_trl_drops_are_one_clear_sentence(make, monkeypatch):
+    """It does so without a word where a batch has more or fewer image tokens than its images."""
+    rollouts_with_tool_images(monkeypatch, image_tokens=3)
+    trainer = make()
+    trainer.tools = [zoom]
+    with pytest.raises(ValueError, match="TRL has dropped the images of a batch"):
+        step(trainer)
