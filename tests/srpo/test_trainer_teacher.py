@@ -325,7 +325,9 @@ def test_the_head_of_a_quantized_policy_that_does_not_train_it_is_not_copied(mak
     model, _ = policy()
     model.is_quantized = True
     adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA))
-    _, head = SelfTeacher(adapted, make().accelerator).hidden_states(adapted, {}, {}, torch.ones(0, 0), 1, 0)
+    batch = {"completion_ids": torch.tensor([[20]]), "completion_mask": torch.ones(1, 1).long()}
+    teacher = SelfTeacher(adapted, make().accelerator)
+    _, head = teacher.hidden_states(adapted, {}, batch, batch["completion_mask"], 1, 0)
     assert head.weight is adapted.get_output_embeddings().weight
 
 
