@@ -8,7 +8,6 @@ Writes `report.md` and `figures/` into `runs/r_diverse/<experiment>/`.
 
 import itertools
 import json
-import math
 import sys
 import textwrap
 from collections import defaultdict
@@ -21,8 +20,8 @@ from matplotlib.figure import Figure
 
 from common import plots
 from common.cli import run_main
-from common.estimators import over_seeds, paired_difference
-from common.evaluation import BENCHMARKS, headline, scores_by_question
+from common.estimators import mean_of_independent, over_seeds, paired_difference
+from common.evaluation import BENCHMARKS, headline, paired_scores
 from common.evaluation.judge import PROTOCOLS
 from common.runs import atomic_write_text, read_jsonl
 from r_diverse import analysis
@@ -225,8 +224,7 @@ def differences(runs: dict[tuple[str, str], Path]) -> str:
         for path in sorted(folders[0].glob("*/scored.jsonl")):
             if not (folders[1] / path.parent.name / "scored.jsonl").exists():
                 continue
-            scores = [scores_by_question(folder, path.parent.name) for folder in folders]
-            difference, low, high, p_value = paired_difference(*scores)
+            difference, low, high, p_value = paired_difference(*paired_scores(*folders, path.parent.name))
             found[name, t, path.parent.name].append(difference)
             lines.append(
                 f"- R-Diverse minus {NAMES.get(name, name)}, seed {seed}, iteration {t}, {path.parent.name}: "
@@ -263,10 +261,7 @@ def mean_of(parts: Sequence[Estimate | None]) -> Estimate | None:
     """Mean of benchmarks, their errors independent; None where one is missing."""
     if None in parts:
         return None
-    value, count = sum(part.value for part in parts) / len(parts), len(parts)
-    below = math.hypot(*(part.value - part.low for part in parts)) / count
-    above = math.hypot(*(part.high - part.value for part in parts)) / count
-    return Estimate(value, value - below, value + above, sum(part.questions or 0 for part in parts) or None)
+    return Estimate(*mean_of_independent([part[:3] for part in parts]), sum(p.questions or 0 for p in parts) or None)
 
 
 def estimates(evaluation: Path, suffix: str = "") -> list[Estimate | None]:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from common import plots
-from common.estimators import avg_at_k, interval, over_seeds, paired_difference
-from common.evaluation import scores_by_question
+from common.cli import run_main
+from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
+from common.evaluation import paired_scores, scores_by_question
 from common.runs import atomic_write_text, read_jsonl
 from common.verifiers import LETTERS
 from srpo.data import DATASETS
@@ -85,15 +86,13 @@ CURVES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        words = sys.argv[1:] if argv is None else argv
-        args, _ = parse([*words, "--dry_run"])  # settings of a GPU run can be read without one
-        print(report(args))
-        print(f"Written to {report_folder(args)}: report.md, figures/")
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.srpo: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_main("benchmarks.srpo", _main, argv)
+
+
+def _main(words: list[str]) -> None:
+    args, _ = parse([*words, "--dry_run"])  # settings of a GPU run can be read without one
+    print(report(args))
+    print(f"Written to {report_folder(args)}: report.md, figures/")
 
 
 def report_folder(args: ScriptArguments) -> Path:
@@ -250,7 +249,8 @@ def differences(runs: dict[tuple[str, str], Path]) -> str:
             if name != "srpo" or other is None:
                 continue
             dataset = run.parent.name.rpartition("-")[2]
-            difference, low, high, p_value = paired_difference(last_scores(run, dataset), last_scores(other, dataset))
+            scores = paired_scores(_last_evaluation(run), _last_evaluation(other), dataset)
+            difference, low, high, p_value = paired_difference(*scores)
             lines.append(
                 f"- SRPO minus {NAMES[baseline]}, seed {seed}: "
                 f"{difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {p_value:.2g}"
@@ -313,19 +313,18 @@ def _ours(curves: list[list[dict[str, Any]]], paper: str, compared: bool = True)
     """Mean over data sets of the best within each budget that the paper has, as `value (difference) [low, high]`, and
     without the difference where it is not `compared`."""
     numbers = [float(number) for number in paper.split(" / ")] if paper else [None] * len(BUDGETS)
-    cells = []
+    cells = []  # one a budget, empty where a data set has no checkpoint yet
     for hours, number in zip(BUDGETS, numbers, strict=False):  # the base has one number
+        cells.append("")
         inside = [[point for point in points if point["hours"] <= hours] for points in curves]
         if all(inside):
             best = [max(points, key=lambda point: point["accuracy"]) for points in inside]
-            value = sum(point["accuracy"] for point in best) / len(best)
-            below, above = (math.hypot(*(p["accuracy"] - p["interval"][i] for p in best)) / len(best) for i in (0, 1))
+            value, low, high = mean_of_independent([(point["accuracy"], *point["interval"]) for point in best])
             difference = f" ({100 * value - number:+.1f})" if compared and number is not None else ""
             end = min(points[-1]["hours"] for points in curves)
             short = f" ended at {end:.1f} h" if 0 < end < hours else ""  # the base was not trained
-            interval_ = f"[{100 * (value - below):.1f}, {100 * (value + above):.1f}]"
-            cells.append(f"{100 * value:.1f}{difference} {interval_}{short}")
-    return " / ".join(cells)
+            cells[-1] = f"{100 * value:.1f}{difference} [{100 * low:.1f}, {100 * high:.1f}]{short}"
+    return " / ".join(cells) if any(cells) else ""
 
 
 def figures(folder: Path, dataset: str, runs: dict[tuple[str, str], Path]) -> list[Path]:

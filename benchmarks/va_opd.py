@@ -7,7 +7,6 @@ Reads what `va_opd.train` and `va_opd.evaluate` wrote and nothing else; a cell w
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import torch
 from PIL import Image
 
 from common import plots
-from common.estimators import avg_at_k, interval, over_seeds, paired_difference
-from common.evaluation import BENCHMARKS, headline, scores_by_question
+from common.cli import run_main
+from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
+from common.evaluation import BENCHMARKS, check_same_questions, headline, paired_scores, scores_by_question
 from common.runs import atomic_write_text, read_jsonl
 from va_opd.evaluate import benchmark_name
 from va_opd.objective import high_tokens
@@ -69,15 +69,13 @@ NAMES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        words = sys.argv[1:] if argv is None else argv
-        args, config = parse([*words, "--dry_run"])  # settings of a GPU run can be read without one
-        print(report(args, config.seed))
-        print(f"Written to {experiment_folder(args)}: report.md, figures/")
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.va_opd: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_main("benchmarks.va_opd", _main, argv)
+
+
+def _main(words: list[str]) -> None:
+    args, config = parse([*words, "--dry_run"])  # settings of a GPU run can be read without one
+    print(report(args, config.seed))
+    print(f"Written to {experiment_folder(args)}: report.md, figures/")
 
 
 def report(args: ScriptArguments, seed: int) -> str:
@@ -92,6 +90,8 @@ def report(args: ScriptArguments, seed: int) -> str:
     scores = {
         name: {kind: sample_scores(run, args, kind) for kind in ("true", "pixelated")} for name, run in runs.items()
     }
+    for run in runs.values():
+        check_same_questions(next(iter(runs.values())) / "eval", run / "eval", benchmark_name(args))
     last = {name: found for name, run in runs.items() if (found := last_checkpoint_scores(run, args)) is not None}
     rollouts = {name: read_jsonl(run / "eval" / "va_tokens.jsonl") for name, run in runs.items()}
     hours = accuracy_by_hours(runs, scores)
@@ -288,9 +288,8 @@ def mean_score(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...]) 
     if not all(benchmark in metrics for benchmark in benchmarks):
         return None
     found = [headline(metrics[benchmark]) for benchmark in benchmarks]
-    value, count = sum(score for score, _ in found) / len(found), len(found)
-    below, above = (math.hypot(*(score - ends[i] for score, ends in found)) / count for i in (0, 1))
-    return 100 * value, 100 * (value - below), 100 * (value + above)
+    value, low, high = mean_of_independent([(score, *ends) for score, ends in found])
+    return 100 * value, 100 * low, 100 * high
 
 
 def paper_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -316,15 +315,17 @@ def our_cell(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...], pa
 
 def vision_differences(folder: Path, seed: int, results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """VA-OPD minus Standard OPD, question by question, on the benchmarks that both were evaluated on."""
+    runs = [folder / f"{name}-seed{seed}" / "eval" for name in ("va_opd", "opd")]
+    both = results.get("va_opd", {}).keys() & results.get("opd", {}).keys()
+    differences = {benchmark: vision_difference(*runs, benchmark) for benchmark in both}
     rows = []
     for i, (column, benchmarks) in enumerate(COLUMNS.items()):
-        runs = [folder / f"{name}-seed{seed}" / "eval" for name in ("va_opd", "opd")]
         cells = ["", "", ""]
-        if len(benchmarks) == 1 and all(benchmarks[0] in results.get(name, {}) for name in ("va_opd", "opd")):
-            difference, low, high, p_value = vision_difference(*runs, benchmarks[0])
-            cells = [f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p_value:.2g}"]
-        elif all(means := [mean_score(results.get(name, {}), benchmarks) for name in ("va_opd", "opd")]):
-            cells[0] = f"{means[0][0] - means[1][0]:+.1f}"
+        if both.issuperset(benchmarks):
+            found = [differences[benchmark] for benchmark in benchmarks]
+            value, low, high = mean_of_independent([part[:3] for part in found])
+            p_value = f"{found[0][3]:.2g}" if len(found) == 1 else ""
+            cells = [f"{100 * value:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", p_value]
         rows.append([column, f"{PAPER['va_opd'][i] - PAPER['opd'][i]:+.1f}", *cells])
     columns = ["VA-OPD minus Standard OPD", "paper", "ours", "95 % over questions", "p"]
     return plots.table_markdown(rows, columns)
@@ -333,8 +334,9 @@ def vision_differences(folder: Path, seed: int, results: dict[str, dict[str, dic
 def vision_difference(a: Path, b: Path, benchmark: str) -> tuple[float, float, float, float]:
     """(difference, low, high, p-value) of the benchmark's headline between two evaluations."""
     if metric := BENCHMARKS[benchmark].metric:
+        check_same_questions(a, b, benchmark)
         return metric.difference(*(read_jsonl(out / benchmark / "scored.jsonl") for out in (a, b)))
-    return paired_difference(scores_by_question(a, benchmark), scores_by_question(b, benchmark))
+    return paired_difference(*paired_scores(a, b, benchmark))
 
 
 def scaling_table(experiments: Path, seed: int) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 Table = Sequence[Sequence[float]] | np.ndarray
+ROUNDING = 1e-12  # equal means of problems differ by less, in floating point
 
 
 def avg_at_k(correct: Table) -> float:
@@ -58,9 +59,8 @@ def interval(correct: Table, level: float = 0.95, seed: int = 0) -> tuple[float,
     means = _problem_means(correct)
     n, p = len(means), float(means.mean())
     samples = sum(len(row) for row in _rows(correct))
-    variance = means.var(ddof=1) / n if n > 1 else 0.0
-    if 0 < p < 1 and variance > 0:
-        effective = min(p * (1 - p) / variance, samples)
+    if 0 < p < 1 and np.ptp(means) > ROUNDING:
+        effective = min(p * (1 - p) / (means.var(ddof=1) / n), samples)
     else:  # no spread seen between problems: all that is known is that there were n of them
         effective = n
     z = float(stats.t.ppf(0.5 + level / 2, max(n - 1, 1)))
@@ -81,13 +81,13 @@ def paired_difference(a: Table, b: Table, level: float = 0.95, seed: int = 0) ->
         raise ValueError(f"a has {len(means_a)} problems, b has {len(means_b)}: both must be on the same problems")
     difference = means_a - means_b
     mean, n = float(difference.mean()), len(difference)
-    if not difference.any():
+    if np.abs(difference).max() < ROUNDING:
         return 0.0, 0.0, 0.0, 1.0
     if n == 1:  # one problem says nothing about others
         return mean, -1.0, 1.0, 1.0
     half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * difference.std(ddof=1) / math.sqrt(n)
     low, high = mean - half, mean + half
-    if np.ptp(difference) < 1e-12:  # no spread seen, as in `interval`: all that is known is that there were n problems
+    if np.ptp(difference) < ROUNDING:  # no spread seen: all that is known, as in `interval`, is that there were n
         low, high = (2 * bound - 1 for bound in interval([[(mean + 1) / 2]] * n, level))
     test = stats.permutation_test(
         (means_a, means_b),
@@ -99,6 +99,16 @@ def paired_difference(a: Table, b: Table, level: float = 0.95, seed: int = 0) ->
         rng=np.random.default_rng(seed),
     )
     return mean, float(max(-1.0, low)), float(min(1.0, high)), float(test.pvalue)
+
+
+def mean_of_independent(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Mean of (value, low, high) whose errors are independent, such as of benchmarks, and its interval.
+
+    The distances of both ends from the value are added in squares, each side by itself (MOVER, Zou & Donner 2008).
+    """
+    values, lows, highs = np.array(parts, dtype=float).T
+    mean, count = float(values.mean()), len(values)
+    return mean, mean - math.hypot(*(values - lows)) / count, mean + math.hypot(*(highs - values)) / count
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float, float]:

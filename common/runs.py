@@ -66,10 +66,13 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
 
 
 def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
-    """Appends a line a record, all on disk when this returns. A half-written line of a killed writer is dropped first.
+    """Appends a line a record, all on disk when this returns; without a record there is no file either.
 
-    A kill leaves the first few of them, the last of which may be half-written.
+    A half-written line of a killed writer is dropped first. A kill leaves the first few of them, the last of which may
+    be half-written. One call for many records waits for the disk once, which takes long on network file systems.
     """
+    if not records:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records)
@@ -274,6 +277,7 @@ class RunFolder:
             if (path / "manifest.json").exists():
                 manifest = _same_run(path, config, data, seed, free or {})
                 manifest["resumed"] = [*manifest["resumed"], _now()]
+                manifest.pop("error", None)  # of the start before
             elif any(not file.name.startswith(".") for file in path.iterdir()):  # but a killed writer's draft
                 raise RunFolderError(
                     f"{path} holds files but no manifest.json, so it is no run folder: choose another out="
@@ -282,7 +286,7 @@ class RunFolder:
                 manifest = _new_manifest(config, data, seed)
             folder = cls(path, manifest)
             if not folder.is_done:
-                folder._write(state="running")  # first, for it says whose folder this is
+                folder._write(state="running", ended=None)  # first, for it says whose folder this is
             file, text = path / "config.yaml", yaml.safe_dump(config | _plain(free or {}), sort_keys=False)
             if not file.exists() or (free is not None and file.read_text() != text):
                 atomic_write_text(file, text)

@@ -64,8 +64,8 @@ class RunLog(TrainerCallback):
         shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
         if shown:
             print(f"{self.unit} {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
-        for record in self.rollouts() if "loss" in logs else []:  # not with the last line, of the whole training
-            append_jsonl(self.folder / "samples.jsonl", {"step": state.global_step, **record})
+        rollouts = self.rollouts() if "loss" in logs else []  # not with the last line, of the whole training
+        append_jsonl(self.folder / "samples.jsonl", *({"step": state.global_step, **record} for record in rollouts))
 
     def on_save(self, args, state, control, **kwargs):
         if self.seconds is not None:

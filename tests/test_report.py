@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import report, srpo, va_opd
+from benchmarks import r_diverse, report, srpo, va_opd
 from common.cli import changed_settings
 from common.evaluation import Benchmark, Completion, evaluate
 from common.once import once
@@ -252,7 +252,7 @@ def test_the_same_folders_give_the_same_bytes(made, runs):
 def spoil(runs: Path) -> dict[str, str]:
     """Spoils folders in every way; what the report has to say of each."""
     mini, cut = runs / "va_opd" / "mini", runs / "srpo" / "cut-additions"
-    for name in (HOSTILE, "torn", "mistyped"):
+    for name in (HOSTILE, "torn", "mistyped", "reworded"):
         shutil.copytree(mini, mini.with_name(name))
     shutil.copytree(runs / "srpo" / "mini-additions", cut)
     (runs / "<script>alert(2)<").mkdir()
@@ -268,6 +268,8 @@ def spoil(runs: Path) -> dict[str, str]:
     (runs / "va_opd/torn/va_opd-seed0/eval/digits/scored.jsonl").write_text("{\n")
     (runs / "va_opd/torn/va_opd-seed0/eval/digits.json").write_text("[]")
     (runs / "va_opd/mistyped/opd-seed0/config.yaml").write_text("max_steps: many\n")
+    metrics = runs / "va_opd/reworded/opd-seed0/eval/digits.json"
+    atomic_write_json(metrics, {**json.loads(metrics.read_text()), "rows": "of other questions"})
     return {
         "<script>alert(2)<": "belongs to none of the methods",
         "notes|\ufffd.txt": "belongs to none of the methods",
@@ -282,6 +284,7 @@ def spoil(runs: Path) -> dict[str, str]:
         "va_opd/torn/va_opd-seed0": "has broken records",
         "va_opd/torn": "scored.jsonl, line 1 is not JSON",
         "va_opd/mistyped": "invalid int value: 'many'",
+        "va_opd/reworded": "opd-seed0/eval hold evaluations of digits on other questions",
     }
 
 
@@ -428,6 +431,14 @@ def test_srpos_gains_after_ten_hours_are_the_papers(experiment, baseline, gains)
     assert np.subtract(ours, theirs).round(1).tolist() == gains
 
 
+@pytest.mark.parametrize("command", [r_diverse, srpo, va_opd])
+def test_a_mistake_is_one_sentence_in_each_methods_report(command, capsys, monkeypatch):
+    monkeypatch.delenv("TRACEBACK", raising=False)
+    assert command.main(["--config", "nowhere.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{command.__name__}: config file 'nowhere.yaml' does not exist") and "TRACEBACK=1" in line
+
+
 def test_ours_beside_the_papers_table():
     points = [(0.5, 0.60, [0.5, 0.7]), (4.0, 0.80, [0.7, 0.9]), (9.0, 0.70, [0.6, 0.8])]
     curve = [{"hours": h, "accuracy": a, "interval": i} for h, a, i in points]
@@ -440,6 +451,9 @@ def test_ours_beside_the_papers_table():
     )
     assert srpo._ours([curve], "41.1") == "60.0 (+18.9) [50.0, 70.0]"
     assert srpo._ours([curve] * 4, "").startswith("60.0 [55.0, 65.0] / ")  # four independent errors of 0.1: 0.05
+    late = srpo._ours([curve, curve[1:]], "69.2 / 81.8 / 83.0")  # no checkpoint within the first hour: its place stays
+    assert late.startswith(" / 80.0 (-1.8) [") and late.count(" / ") == 2
+    assert srpo._ours([[{"hours": 11.0, "accuracy": 0.5, "interval": [0.4, 0.6]}]], "69.2 / 81.8 / 83.0") == ""
 
 
 def test_another_experiment_has_no_difference_to_the_papers_model(tmp_path):

@@ -5,8 +5,10 @@ from typing import Any
 from .benchmarks import BENCHMARKS, Benchmark, Source, load_benchmark
 from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, VLLMEngine, json_options, load_engine
 from .run import (
+    check_same_questions,
     evaluate,
     generate_samples,
+    paired_scores,
     question_fingerprint,
     rescore,
     score_responses,
@@ -29,12 +31,14 @@ __all__ = [
     "TransformersEngine",
     "VLLMEngine",
     "answer_row",
+    "check_same_questions",
     "evaluate",
     "generate_samples",
     "headline",
     "json_options",
     "load_benchmark",
     "load_engine",
+    "paired_scores",
     "question_fingerprint",
     "rescore",
     "score_responses",

@@ -15,8 +15,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m common.evaluation", description="Accuracy of a model on a benchmark."
     )
     parser.add_argument("--model", help="hub id or local folder")
-    parser.add_argument("--responses", help="instead: score this file of JSON lines with `id` and `response`")
-    parser.add_argument("--rescore", action="store_true", help="instead: score the records in --out anew")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--responses", help="instead: score this file of JSON lines with `id` and `response`")
+    given.add_argument("--rescore", action="store_true", help="instead: score the records in --out anew")
     parser.add_argument("--benchmark", required=True, help="such as math500; an unknown name lists them")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--server", help="instead of --engine: address of a server, such as http://localhost:8000/v1")
@@ -80,6 +81,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"tokenizer {args.tokenizer!r} is for a --server: leave it out")
     args.chat_template_kwargs = json_options("chat_template_kwargs", args.chat_template_kwargs, TEMPLATE_EXAMPLE)
     args.engine_options = json_options("engine_options", args.engine_options)
+    if args.engine_options and (args.server or args.engine != "vllm"):
+        raise ValueError("engine_options are for --engine vllm, without a --server: set that, or leave them out")
 
 
 def _decoding(args: argparse.Namespace, benchmark):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common.answers import gold_letter
 from common.estimators import avg_at_k, interval
-from common.runs import append_jsonl, atomic_write_json, fingerprint, read_jsonl
+from common.runs import append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl
 
 from .benchmarks import Benchmark, load_benchmark
 from .engines import Decoding, Engine, Prompt, ServerEngine
@@ -102,14 +102,12 @@ def judge_records(
     `judge` is "correct", "wrong", "unparseable", "no_reply", or "not_asked": with `recheck` "wrong", of an answer that
     the rules call right. A verdict is found again by id, sample, judge, prompt version and a digest of the prompt.
     """
-    rows, seen, records, wanted = {str(row["id"]): row for row in benchmark.rows}, Counter(), [], {}
+    rows, records, wanted = {str(row["id"]): row for row in benchmark.rows}, [], {}
     for scored in read_jsonl(folder / "scored.jsonl"):
-        sample = scored.get("sample", seen[scored["id"]])  # responses of others may have no number
-        seen[scored["id"]] += 1
         key = None
         if recheck == "all" or not rules_right(scored):
             version, prompt = judge_request(rows[scored["id"]], scored["response"])
-            key = (scored["id"], sample, engine.name, version, fingerprint(prompt))
+            key = (scored["id"], scored["sample"], engine.name, version, fingerprint(prompt))
             wanted[key] = prompt
         records.append((scored, key))
     replies = _replies(engine, wanted, folder / "judged.jsonl", Decoding(max_new_tokens=max_new_tokens))
@@ -131,11 +129,13 @@ def _replies(engine: Engine, wanted: dict[tuple, str], path: Path, decoding: Dec
             if replies.keys().isdisjoint(wanted):
                 raise
             break  # what is missing is counted as having no reply
+        records = []
         for key, completion in zip(keys, completions, strict=True):
             if completion is not None and completion.finish_reason != "refused":
                 replies[key] = parse_verdict(completion.text) or "unparseable"
-                record = {**dict(zip(names, key, strict=True)), "reply": completion.text, "verdict": replies[key]}
-                append_jsonl(path, record)
+                known = dict(zip(names, key, strict=True))
+                records.append({**known, "reply": completion.text, "verdict": replies[key]})
+        append_jsonl(path, *records)
     return replies
 
 
@@ -189,8 +189,8 @@ def judge_evaluation(
 ) -> dict[str, Any]:
     """Judges a finished evaluation and writes <out>/<benchmark>.judge.json or .judge_wrong.json; returns its content.
 
-    Raises `ValueError` where there is no scored evaluation of these questions, `ConnectionError` where the server has
-    answered nothing.
+    Raises `ValueError` where there is no scored evaluation of these questions, and where another process is at work on
+    it; `ConnectionError` where the server has answered nothing.
     """
     folder = Path(out) / benchmark.name
     if not (folder / "scored.jsonl").exists():
@@ -198,7 +198,8 @@ def judge_evaluation(
     identity = read_identity(folder)
     if identity.get("rows") != question_fingerprint(benchmark.rows):
         raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
-    records = judge_records(engine, benchmark, folder, recheck, max_new_tokens)
+    with exclusive(folder):
+        records = judge_records(engine, benchmark, folder, recheck, max_new_tokens)
     suffix, protocol, summarize = PROTOCOLS[recheck]
     table = {"right": Counter(), "wrong": Counter()}
     for record in records:

@@ -9,6 +9,7 @@
 import dataclasses
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def evaluate(
         "rows": question_fingerprint(benchmark.rows),
         "decoding": dataclasses.asdict(decoding),
         "chat_template_kwargs": getattr(engine, "template_options", {}),
+        "stop_token_ids": getattr(engine, "stops", []),
         "samples": samples,
         "seed": seed,
     }
@@ -111,8 +113,9 @@ def score_responses(benchmark: Benchmark, responses: str | Path, out: str | Path
     """Metrics of responses that someone else generated.
 
     `responses`: JSON lines with `id` (the question's number in the data, from 0) and `response`; `sample`,
-    `num_tokens` and `finish_reason` ("stop" or "length") where they are known. Raises `ValueError` for a line without
-    the first two, a response that stands twice, an unknown question, or a question without a response.
+    `num_tokens` and `finish_reason` ("stop" or "length") where they are known. Without `sample`, a question's
+    responses are numbered in their order. Raises `ValueError` for a line without the first two, another finish reason,
+    a response that stands twice, an unknown question, or a question without a response.
     """
     path = Path(responses)
     if not path.is_file():
@@ -133,9 +136,25 @@ def scores_by_question(out: str | Path, benchmark: str) -> list[list[float]]:
     return [scores[key] for key in sorted(scores)]
 
 
+def paired_scores(a: str | Path, b: str | Path, benchmark: str) -> tuple[list[list[float]], list[list[float]]]:
+    """`scores_by_question` of two finished evaluations; `ValueError` where their questions are not the same."""
+    check_same_questions(a, b, benchmark)
+    return scores_by_question(a, benchmark), scores_by_question(b, benchmark)
+
+
+def check_same_questions(a: str | Path, b: str | Path, benchmark: str) -> None:
+    """`ValueError` where two evaluations of a benchmark are on other questions, by the digests in their metrics."""
+    rows = [json.loads((Path(out) / f"{benchmark}.json").read_text())["rows"] for out in (a, b)]
+    if rows[0] != rows[1]:
+        raise ValueError(
+            f"{a} and {b} hold evaluations of {benchmark} on other questions, which no difference can be taken of: "
+            "evaluate one of them anew with the data and limit of the other"
+        )
+
+
 def _foreign(path: Path) -> list[dict[str, Any]]:
     """Records of a file that someone else wrote: its last line counts without a newline, too."""
-    records, seen = [], set()
+    records, seen, counts = [], set(), Counter()
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
@@ -149,13 +168,17 @@ def _foreign(path: Path) -> list[dict[str, Any]]:
         if not isinstance(tokens, int | float | None):
             raise ValueError(f"{path}, line {number}: num_tokens must be a number, got {tokens!r}")
         record["num_tokens"] = None if tokens != tokens else tokens  # NaN is how tables write that it is not known
-        which = str(record["id"]), record.get("sample")
-        if isinstance(which[1], list | dict):
-            raise ValueError(f"{path}, line {number}: sample must be a number, got {which[1]!r}")
-        if which[1] is not None and which in seen:
-            raise ValueError(f"{path}, line {number}: sample {which[1]} of question {which[0]} stands there twice")
-        seen.add(which)
-        records.append({**record, "id": str(record["id"])})
+        if (reason := record.get("finish_reason")) not in ("stop", "length", None):
+            raise ValueError(f'{path}, line {number}: finish_reason must be "stop" or "length", got {reason!r}')
+        key, sample = str(record["id"]), record.get("sample")
+        if isinstance(sample, list | dict):
+            raise ValueError(f"{path}, line {number}: sample must be a number, got {sample!r}")
+        sample = counts[key] if sample is None or sample != sample else sample
+        if (key, sample) in seen:
+            raise ValueError(f"{path}, line {number}: sample {sample} of question {key} stands there twice")
+        seen.add((key, sample))
+        counts[key] += 1
+        records.append({**record, "id": key, "sample": sample})
     return records
 
 
@@ -205,8 +228,7 @@ def _generate(
             record = {"id": key, "sample": sample, "response": completion.text}
             counts = {"num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason}
             records.append({**record, **counts})
-    if records:
-        append_jsonl(path, *records)  # at once: a write waits for the disk, on network file systems for long
+    append_jsonl(path, *records)
     if lost := sum(completion is None for completion in completions):
         raise ConnectionError(f"{lost} of {len(part)} requests to {engine.name} failed; the same command goes on here")
     refused = sum(completion.finish_reason == "refused" for completion in completions)
@@ -244,9 +266,9 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
         atomic_write_json(path, identity)
         return
     theirs = read_identity(path.parent)
+    unrecorded = {"engine", "chat_template_kwargs", "stop_token_ids"} - theirs.keys()  # in older folders
     for name, value in identity.items():
-        unrecorded = name in ("engine", "chat_template_kwargs") and name not in theirs  # in older folders
-        if value is not None and not unrecorded and theirs.get(name) != value:
+        if value is not None and name not in unrecorded and theirs.get(name) != value:
             what = f"with {name}={theirs.get(name)!r}, this evaluation has {value!r}"
             if name == "rows":  # digests, which tell a reader nothing
                 what = "of other questions: --data or --limit was another one"

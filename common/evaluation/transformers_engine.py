@@ -45,6 +45,7 @@ class TransformersEngine:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # as TRL does
         self.name = model.name_or_path
         self.stops = stop_ids(model.generation_config.eos_token_id, self.tokenizer)
+        self.banned = never_sampled(processor, model.config)  # once: it reads the whole vocabulary
         # In Qwen's and GLM's vision families: what a row's images add to the positions of later tokens, as (B, 1)
         self.offsets = next((module for module in model.modules() if "rope_deltas" in vars(module)), None)
 
@@ -137,7 +138,7 @@ class TransformersEngine:
             max_new_tokens=count,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.stops,
-            suppress_tokens=never_sampled(self.processor, self.model.config) or None,
+            suppress_tokens=self.banned or None,
             repetition_penalty=1.0,  # some models declare another one, which vLLM's offline engine leaves out
             do_sample=False,
             temperature=None,

@@ -242,7 +242,7 @@ def wemath_units(records: Sequence[Row]) -> Units:
     parts: dict[str, dict[int, dict[str, bool]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         steps, _, part = record["key"].partition("_")
-        parts[f"{steps}/{record['ID']}"][record.get("sample", 0)][part] = record["score"] == 1.0
+        parts[f"{steps}/{record['ID']}"][record["sample"]][part] = record["score"] == 1.0
     units: Units = {"strict": defaultdict(list), "loose": defaultdict(list)}
     for problem, samples in parts.items():
         for answers in samples.values():
@@ -266,7 +266,7 @@ def hallusion_units(records: Sequence[Row]) -> Units:
     for name, columns in HALLUSION_UNITS.items():
         right: dict[tuple, list[float]] = defaultdict(list)
         for record in records:
-            right[(*(str(record[column]) for column in columns), record.get("sample", 0))].append(record["score"])
+            right[(*(str(record[column]) for column in columns), record["sample"])].append(record["score"])
         units[name] = defaultdict(list)
         for unit, scores in right.items():
             units[name]["/".join(unit[:3])].append(min(scores))

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from common.estimators import avg_at_k, interval, maj_at_k, over_seeds, paired_difference, pass_at_k
+from common.estimators import (
+    avg_at_k,
+    interval,
+    maj_at_k,
+    mean_of_independent,
+    over_seeds,
+    paired_difference,
+    pass_at_k,
+)
 
 
 def test_avg_at_k_weighs_problems_the_same():
@@ -124,9 +132,11 @@ def test_a_mean_that_is_rounded_to_the_end_is_at_the_end():
     assert interval(table) == interval([[1.0], [1.0]])
 
 
-@pytest.mark.parametrize("problems", [1, 2, 30])
-def test_equal_problems_with_spread_inside_count_once_each(problems):
-    assert interval([[1, 0]] * problems) == interval([[0.5]] * problems)
+@pytest.mark.parametrize("problems", [1, 2, 10, 30])
+@pytest.mark.parametrize("row", [[1, 0], [1, 0, 0]])  # 10 means of 1/3 have a variance of 1e-33 in floating point
+def test_equal_problems_with_spread_inside_count_once_each(problems, row):
+    assert interval([row] * problems) == pytest.approx(interval([[sum(row) / len(row)]] * problems))
+    assert interval([row] * problems) == pytest.approx(interval([row * 4] * problems))
 
 
 def test_the_interval_holds_the_estimate_and_widens_with_the_level():
@@ -197,6 +207,15 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(mean, spread):
     assert 0.91 <= hits / trials <= 0.995
 
 
+def test_the_mean_of_independent_estimates_is_by_hand_and_has_the_normal_variance():
+    assert mean_of_independent([(0.5, 0.4, 0.7)]) == pytest.approx((0.5, 0.4, 0.7))
+    assert mean_of_independent([(0.5, 0.2, 0.6), (0.7, 0.3, 0.7)]) == pytest.approx((0.6, 0.35, 0.65))
+    draws = np.random.default_rng(0).normal([0.2, 0.5, 0.9], [0.1, 0.2, 0.4], (100_000, 3)).mean(1)
+    parts = [(0.2, 0.1, 0.3), (0.5, 0.3, 0.7), (0.9, 0.5, 1.3)]  # one standard deviation on both sides
+    mean, low, high = mean_of_independent(parts)
+    assert (mean, high - mean, mean - low) == pytest.approx((draws.mean(), draws.std(), draws.std()), rel=0.01)
+
+
 def test_the_p_value_is_that_of_all_sign_flips():
     a, b = [[1, 1], [1, 0], [1, 1], [0, 1], [1, 1], [1, 0]], [[0, 1], [1, 0], [0, 0], [0, 0], [1, 0], [1, 1]]
     difference = np.mean(a, axis=1) - np.mean(b, axis=1)
@@ -239,6 +258,7 @@ def test_the_difference_is_antisymmetric_and_seeded():
 def test_equal_runs_differ_by_nothing():
     table = [[1, 0], [0, 0], [1, 1]]
     assert paired_difference(table, table) == (0.0, 0.0, 0.0, 1.0)
+    assert paired_difference([[0.1, 0.2, 0.3]] * 3, [[0.3, 0.2, 0.1]] * 3) == (0.0, 0.0, 0.0, 1.0)  # 3e-17 apart
     difference, low, high, _ = paired_difference([[1]], [[0]])
     assert (difference, low, high) == (1.0, -1.0, 1.0)  # one problem says nothing
     assert math.isfinite(difference)

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from common.evaluation import Benchmark, Completion, Decoding, evaluate, score_responses, scores_by_question, summarize
+from common.evaluation import (
+    Benchmark,
+    Completion,
+    Decoding,
+    evaluate,
+    paired_scores,
+    score_responses,
+    scores_by_question,
+    summarize,
+)
 from common.evaluation.run import generate_samples, rescore
 from common.evaluation.scoring import majority
 from common.runs import exclusive, read_jsonl
@@ -173,6 +182,16 @@ def test_another_chat_template_is_another_evaluation(tmp_path):
         evaluate(engine, numbers(), tmp_path, decoding=SAMPLED)
 
 
+def test_an_evaluation_does_not_go_on_with_other_ends_of_a_response(tmp_path):
+    first, second = Echo(fail_after=10), Echo()
+    first.stops = [5]  # of a server with --tokenizer, which the second one was not given
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(first, numbers(), tmp_path, samples=4, decoding=SAMPLED, batch=10)
+    with pytest.raises(ValueError, match=r"holds records with stop_token_ids=\[5\], this evaluation has \[\]"):
+        evaluate(second, numbers(), tmp_path, samples=4, decoding=SAMPLED, batch=10)
+    assert second.asked == []
+
+
 def test_an_evaluation_does_not_go_on_with_another_engine(tmp_path):
     class Other(Echo):
         pass
@@ -187,10 +206,10 @@ def test_an_evaluation_does_not_go_on_with_another_engine(tmp_path):
 def test_a_folder_that_did_not_record_engine_and_chat_template_goes_on(tmp_path):
     evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
     path = tmp_path / "numbers/identity.json"
-    later = ("engine", "chat_template_kwargs")
+    later = ("engine", "chat_template_kwargs", "stop_token_ids")
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in later}))
     engine = Echo()
-    engine.template_options = {"enable_thinking": False}
+    engine.template_options, engine.stops = {"enable_thinking": False}, [5]
     evaluate(engine, numbers(), tmp_path, decoding=SAMPLED)
     assert engine.asked == []
 
@@ -293,6 +312,18 @@ def test_scores_are_those_of_the_same_questions_whatever_the_order_of_the_record
         assert scores_by_question(tmp_path / name, "numbers") == [[1.0]] * 3 + [[0.0]] * 7
 
 
+def test_pairs_are_of_the_same_questions(tmp_path):
+    rows = [{**row, "prompt": [{"role": "user", "content": "?"}]} for row in numbers().rows]
+    kinds = {"a": numbers(), "b": numbers(), "part": numbers(9), "reworded": Benchmark(name="numbers", rows=rows)}
+    for name, benchmark in kinds.items():
+        evaluate(Echo(), benchmark, tmp_path / name, decoding=SAMPLED)
+    scores = scores_by_question(tmp_path / "a", "numbers")
+    assert paired_scores(tmp_path / "a", tmp_path / "b", "numbers") == (scores, scores)
+    for name in ("part", "reworded"):
+        with pytest.raises(ValueError, match=f"a and .*{name} hold evaluations of numbers on other questions"):
+            paired_scores(tmp_path / "a", tmp_path / name, "numbers")
+
+
 def test_blank_lines_and_a_last_line_without_an_end_are_read(tmp_path):
     lines = [json.dumps({"id": i, "response": rf"\boxed{{{i}}}", "num_tokens": float("nan")}) for i in range(10)]
     (tmp_path / "theirs.jsonl").write_text("\n\n".join(lines))
@@ -305,7 +336,9 @@ def test_blank_lines_and_a_last_line_without_an_end_are_read(tmp_path):
         ([{"id": 0}], "line 1: a record needs `id` and `response`"),
         ([{"id": 0, "response": "5", "num_tokens": "x"}], "line 1: num_tokens must be a number, got 'x'"),
         ([{"id": 0, "response": "5", "sample": 0}] * 2, "line 2: sample 0 of question 0 stands there twice"),
+        ([{"id": 0, "response": "5"}, {"id": 0, "response": "5", "sample": 0}], "line 2: sample 0 of question 0"),
         ([{"id": 0, "response": "5", "sample": [0]}], r"line 1: sample must be a number, got \[0\]"),
+        ([{"id": 0, "response": "5", "finish_reason": "eos"}], 'finish_reason must be "stop" or "length", got'),
         ([{"id": 0, "response": None}], "line 1: a record needs"),
         ([{"id": 99, "response": "5"}], "there is no question '99'"),
         ([{"id": i, "response": "5"} for i in range(9)], "there is no response to question '9'"),

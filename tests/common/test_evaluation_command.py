@@ -119,6 +119,7 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys, more, message):
         (["--model", "x", "--batch_size", "0"], "batch_size must be at least 1"),
         (["--model", "x", "--tokenizer", "y"], "is for a --server"),
         (["--model", "x", "--engine_options", "{bad"], "engine_options must be JSON"),
+        (["--model", "x", "--engine_options", '{"dtype": "half"}'], "engine_options are for --engine vllm"),
         (["--model", "x", "--chat_template_kwargs", "[]"], "chat_template_kwargs must be JSON"),
     ],
 )
@@ -126,6 +127,14 @@ def test_a_mistake_is_told_before_the_benchmark_is_fetched(capsys, monkeypatch, 
     monkeypatch.setattr("common.evaluation.load_benchmark", lambda *_: pytest.fail("fetched"))
     assert command.main(["--benchmark", "math500", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_records_and_responses_are_not_scored_at_once(tmp_path, capsys):
+    path = tmp_path / "theirs.jsonl"
+    path.write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--benchmark", "math500", "--rescore", "--responses", str(path)])
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_a_killed_evaluation_ends_with_the_same_records(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from chat_servers import chat_server
 
 from common.evaluation import Benchmark, ServerEngine, judge, score_responses
-from common.runs import read_jsonl
+from common.runs import exclusive, read_jsonl
 
 pytest.importorskip("openai")
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,6 +233,15 @@ def test_responses_without_numbers_are_judged_one_by_one(tmp_path, server):
     score_responses(benchmark, path, tmp_path)
     assert judge.judge_evaluation(engine(server), benchmark, tmp_path)["judged"] == 2
     assert [record["sample"] for record in read_jsonl(tmp_path / "numbers/judged.jsonl")] == [0, 1]
+
+
+def test_a_judge_is_alone_at_its_records_and_waits_for_the_disk_once_a_batch(tmp_path, server, monkeypatch):
+    benchmark, waits = evaluated(tmp_path), []
+    with exclusive(tmp_path / "numbers"), pytest.raises(ValueError, match="in use by another process"):
+        judge.judge_evaluation(engine(server), benchmark, tmp_path)
+    monkeypatch.setattr(judge, "append_jsonl", lambda path, *records: waits.append(len(records)))
+    judge.judge_evaluation(engine(server), benchmark, tmp_path)
+    assert len(waits) == 1 and waits[0] > 1
 
 
 def test_a_metric_of_its_own_needs_every_verdict(tmp_path, server):

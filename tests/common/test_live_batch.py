@@ -84,6 +84,13 @@ def test_fixed_batches_give_the_same(monkeypatch):
     assert [ours.generate(prompts, decoding, range(9)) for decoding in (GREEDY, SAMPLED)] == live
 
 
+def test_the_vocabulary_is_read_once(monkeypatch):
+    """A dict of 150,000 tokens takes as long as some steps of a GPU."""
+    ours = engine(tiny_qwen3, 4)
+    monkeypatch.setattr(type(ours.tokenizer), "get_vocab", None)
+    assert len(ours.generate(questions(9, False), SAMPLED, range(9))) == 9
+
+
 def test_the_longest_prompts_are_the_first():
     """What does not fit into memory fails in the first forward."""
     ours, prompts = engine(tiny_qwen3, 4), questions(9, False)

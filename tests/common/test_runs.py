@@ -62,7 +62,11 @@ def test_how_a_run_ended_is_recorded(tmp_path, error, state):
     with pytest.raises(type(error)), opened(tmp_path):
         raise error
     assert json.loads((tmp_path / "manifest.json").read_text())["state"] == state
-    assert not opened(tmp_path).is_done
+    again = opened(tmp_path)
+    assert not again.is_done
+    assert json.loads((tmp_path / "manifest.json").read_text())["ended"] is None
+    again.finish()
+    assert "error" not in json.loads((tmp_path / "manifest.json").read_text())  # a finished run has none
 
 
 @pytest.mark.parametrize(
@@ -230,6 +234,8 @@ def test_several_records_wait_for_the_disk_once(tmp_path, monkeypatch):
     runs.append_jsonl(path, {"id": 1}, {"id": 2, "text": "a\nb"}, {"id": 3})
     assert runs.read_jsonl(path) == [{"id": 0}, {"id": 1}, {"id": 2, "text": "a\nb"}, {"id": 3}]
     assert len(waits) == 1
+    runs.append_jsonl(tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
@@ -350,12 +356,12 @@ def test_a_checkpoint_begins_empty(tmp_path):
     assert [path.name for path in folder.iterdir()] == [runs.COMPLETE]
 
 
-def test_a_step_has_one_line_and_its_rollouts_once(tmp_path, capsys):
+def test_a_step_has_one_line_and_its_rollouts_once(tmp_path, capsys, monkeypatch):
     class Log(RunLog):
         SHOWN = ("loss", "reward")
 
         def rollouts(self):
-            return [{"response": "a"}]
+            return [{"response": "a"}, {"response": "b"}]
 
     log, state = Log(tmp_path, None, None), SimpleNamespace(global_step=3, max_steps=6)
     logged = [{"loss": 0.51234567, "reward": "none"}, {"eval_loss": 0.4}, {"train_runtime": 1.0}]
@@ -364,8 +370,12 @@ def test_a_step_has_one_line_and_its_rollouts_once(tmp_path, capsys):
     assert runs.read_jsonl(tmp_path / "metrics.jsonl") == [
         {"step": 3, "train_seconds": 0.0, **logs} for logs in logged
     ]
-    assert runs.read_jsonl(tmp_path / "samples.jsonl") == [{"step": 3, "response": "a"}]
+    assert runs.read_jsonl(tmp_path / "samples.jsonl") == [{"step": 3, "response": word} for word in "ab"]
     assert capsys.readouterr().out == "step 3/6  loss 0.5123\n"
+    waits = []
+    monkeypatch.setattr(runs.os, "fsync", waits.append)
+    log.on_log(None, state, None, logged[0])
+    assert len(waits) == 2  # a file each, whatever the number of rollouts
 
 
 def test_the_seconds_of_training_are_those_of_its_steps_and_go_on_from_a_checkpoint(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 from common.answers import Verdict
 from common.evaluation import BENCHMARKS, Completion, Decoding, TransformersEngine, evaluate, headline, load_benchmark
 from common.evaluation import __main__ as command
-from common.evaluation.run import rescore
+from common.evaluation.run import rescore, score_responses
 from common.evaluation.vision import VISION, mmmu_images, mmmu_prompt
 from common.runs import read_jsonl
 from common.tiny import tiny_qwen3_vl
@@ -261,6 +261,14 @@ def test_a_structured_metric_is_the_headline_and_can_be_scored_again(parquet, tm
     assert rescore(benchmark, tmp_path) == metrics
     assert json.loads((tmp_path / "hallusionbench.json").read_text())["metric"] == metrics["metric"]
     assert {"set_id", "figure_id"} <= read_jsonl(tmp_path / "hallusionbench/scored.jsonl")[0].keys()
+
+
+def test_responses_without_numbers_are_samples_of_their_own(parquet, tmp_path):
+    benchmark, path = load_benchmark("hallusionbench", parquet("hallusionbench"), limit=16), tmp_path / "theirs.jsonl"
+    said = ({"response": "Yes."}, {"response": "No.", "sample": float("nan")})  # as tables write a missing one
+    path.write_text("\n".join(json.dumps({"id": row["id"], **one}) for row in benchmark.rows for one in said))
+    metric = score_responses(benchmark, path, tmp_path)["metric"]
+    assert metric["aAcc"] == 0.5  # of each question one of two samples is right
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,7 @@ def test_differences_are_combined_over_seeds(tmp_path):
             path = run / "iteration_1/evaluate/amc23/scored.jsonl"
             path.parent.mkdir()
             path.write_text("".join(json.dumps({"id": f"{i}", "score": float(i < right)}) + "\n" for i in range(9)))
+            path.parent.with_suffix(".json").write_text('{"rows": "the same"}')
     text = report.differences(runs)
     assert "R-Diverse minus R-Zero, seed 1, iteration 1, amc23: +0.333 [" in text
     assert "R-Diverse minus R-Zero, 2 seeds, iteration 1, amc23: +0.222 ± 0.157 [-1.190, +1.634]" in text
