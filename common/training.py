@@ -136,8 +136,9 @@ def train_run(
 
 
 def row_fingerprints(splits: Mapping[str, "Dataset"]) -> dict[str, str]:
-    """Of each split a fingerprint of its ids and answers, without images, which would have to be decoded."""
+    """Of each split a fingerprint of its ids, prompts and answers, without images, which would have to be decoded."""
+    columns = ["id", "prompt", "answer"]
     return {
-        name: fingerprint([[row["id"], row["answer"]] for row in rows.select_columns(["id", "answer"])])
+        name: fingerprint([[row[column] for column in columns] for row in rows.select_columns(columns)])
         for name, rows in splits.items()
     }

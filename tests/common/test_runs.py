@@ -468,13 +468,14 @@ def test_a_checkpoint_of_an_older_version_leaves_the_seconds_unknown(tmp_path):
     assert training.train_seconds(tmp_path / "checkpoint-3") is None
 
 
-def test_other_ids_and_other_answers_are_other_data():
-    rows = [{"id": "0", "answer": "7", "images": "a"}, {"id": "1", "answer": "8", "images": "b"}]
+def test_other_ids_prompts_and_answers_are_other_data():
+    rows = [{"id": str(i), "prompt": f"{i} + 7?", "answer": str(7 + i), "images": "a"} for i in range(2)]
     of = [
         row_fingerprints({"train": Dataset.from_list(data)})["train"]
         for data in (
             *(rows, [{**row, "images": "c"} for row in rows]),  # images are left out
             *(rows[::-1], rows[:1], [rows[0], {**rows[1], "answer": "9"}], [rows[0], {**rows[1], "id": "2"}]),
+            [rows[0], {**rows[1], "prompt": "8?"}],
         )
     ]
-    assert of[0] == of[1] and len(set(of)) == 5
+    assert of[0] == of[1] and len(set(of)) == 6
