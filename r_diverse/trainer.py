@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
@@ -166,8 +166,8 @@ def check_data(dataset: Any) -> None:
         raise ValueError(f"train_dataset holds the splits {', '.join(dataset)}: pass one of them")
     if isinstance(dataset, IterableDataset):
         raise ValueError("PhaseTrainer repeats each prompt num_generations times and needs a map-style Dataset")
-    if dataset is None or not len(dataset):
-        return
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return  # none, and lists and the like, which TRL refuses
     if "prompt" not in dataset[0]:
         raise ValueError(f"train_dataset has the columns {', '.join(dataset[0])}: it needs `prompt`, messages")
     stored = dataset.with_format(None)  # what a transform makes, such as images, is not loaded

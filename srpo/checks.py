@@ -2,20 +2,21 @@
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .config import SRPOConfig
 from .objective import teacher_prompt
+from .reprompt import check_plain
 from .teacher import is_quantized
 
 logger = logging.get_logger(__name__)
 
 
 def check_batch(args: SRPOConfig, train_dataset) -> None:
-    """Raises `ValueError` for another configuration, for prompts to which no demonstration could be added, and unless
-    the data set fills a generation batch."""
+    """Raises `ValueError` for another configuration, for data without prompts, and unless the data set fills a
+    generation batch."""
     if not isinstance(args, SRPOConfig):
         raise ValueError(f"args must be an SRPOConfig, got {type(args).__name__}; routing='grpo' makes it GRPO")
     if isinstance(train_dataset, dict):  # DatasetDict, what load_dataset gives without split=
@@ -30,8 +31,23 @@ def check_batch(args: SRPOConfig, train_dataset) -> None:
         )
     if train_dataset is not None and "prompt" not in train_dataset[0]:
         raise ValueError(f"train_dataset has the columns {', '.join(train_dataset[0])}: it needs `prompt`, messages")
-    if train_dataset is not None and args.routing != "grpo":
-        teacher_prompt(train_dataset[0]["prompt"], "")  # any other row is looked at when it is distilled
+
+
+def check_prompts(dataset: Dataset, tokenizer) -> None:
+    """Raises `ValueError` for a column of images, and for a prompt to which no demonstration could be added."""
+    if found := [name for name in ("image", "images") if name in dataset[0]]:
+        raise ValueError(
+            f"train_dataset has the column {found[0]}, which TRL gives to the model, and SRPOTrainer is for text: "
+            "remove or rename it"
+        )
+    stored = dataset.with_format(None)  # what a transform makes is looked at when it is distilled
+    prompts = stored["prompt"] if "prompt" in stored.column_names else [dataset[0]["prompt"]]
+    for row, prompt in enumerate(prompts):
+        try:
+            teacher_prompt(prompt, "")
+        except ValueError as error:
+            raise ValueError(f"row {row} of train_dataset: {error}; leave such rows out") from error
+    check_plain(prompts, tokenizer)
 
 
 class HalfPrecisionCallback(TrainerCallback):
@@ -89,7 +105,8 @@ def warn_of_positions(args: SRPOConfig, model) -> None:
 
 
 def check_support(trainer) -> None:
-    """Raises `ValueError` for a model or a sharding with which the routed loss would be wrong; warns of settings."""
+    """Raises `ValueError` for a model, data or a sharding with which the routed loss would be wrong; warns of
+    settings."""
     if is_peft_model(trainer.model) and hasattr(trainer.model.get_output_embeddings(), "base_layer"):
         raise ValueError(
             "a LoRA adapter on lm_head is never trained: the loss reads its weight; remove it from target_modules"
@@ -101,6 +118,7 @@ def check_support(trainer) -> None:
             "SRPOTrainer has no environment_factory: TRL makes prompts for a whole batch of environments, and the "
             "self-teacher scores some of its rows; pass tools="
         )
+    check_prompts(trainer.train_dataset, trainer._tokenizer)
     if trainer.aux_loss_enabled:
         raise ValueError("SRPOTrainer adds no load-balancing loss: set router_aux_loss_coef=0 for this model")
     if trainer.is_fsdp_enabled:

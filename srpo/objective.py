@@ -298,8 +298,10 @@ def teacher_prompt(
     before, after = (part.replace("{demonstration}", demonstration) for part in template.split("{prompt}"))
     if isinstance(prompt, str):
         return before + prompt + after
-    if not prompt or prompt[-1].get("role") != "user":
-        raise ValueError("the prompt does not end with a user message, to which the demonstration could be added")
+    if not prompt or prompt[-1].get("role") != "user" or prompt[-1].get("content") is None:
+        raise ValueError(
+            "the prompt does not end with a user message that has content, to which the demonstration could be added"
+        )
     content = prompt[-1]["content"]
     if isinstance(content, str):
         content = before + content + after

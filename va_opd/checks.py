@@ -19,8 +19,8 @@ MOST_BIASES = 1024  # of a request to vLLM on a GPU
 
 
 def check_batch(args: VAOPDConfig, train_dataset) -> None:
-    """Raises `ValueError` for another configuration, and unless an optimizer step holds whole groups of siblings and
-    the data set fills it."""
+    """Raises `ValueError` for another configuration, for data that cannot be read, and unless an optimizer step holds
+    whole groups of siblings and the data set fills it."""
     if not isinstance(args, VAOPDConfig):
         raise ValueError(f"args must be a VAOPDConfig, got {type(args).__name__}; weighting='none' makes it plain OPD")
     if isinstance(train_dataset, dict):  # DatasetDict, what load_dataset gives without split=
@@ -33,8 +33,48 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
             f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts} of one optimizer step: add "
             "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
-    if train_dataset is not None and "prompt" not in train_dataset[0]:
-        raise ValueError(f"train_dataset has the columns {', '.join(train_dataset[0])}: it needs `prompt`, messages")
+    if train_dataset is not None:
+        check_rows(args, train_dataset)
+
+
+def check_rows(args: VAOPDConfig, dataset) -> None:
+    """Raises `ValueError` for data without `prompt`, for a prompt that says nothing, and for images of the first row
+    that are no list; warns of data in which no image can be found."""
+    row = dataset[0]
+    if "prompt" not in row:
+        raise ValueError(f"train_dataset has the columns {', '.join(row)}: it needs `prompt`, messages")
+    stored = "prompt" in getattr(dataset, "column_names", ())  # no list, and not made by a transform
+    for i, prompt in enumerate(dataset.with_format(None)["prompt"] if stored else [row["prompt"]]):
+        if not (isinstance(prompt, str) or (prompt and all(map(_is_said, prompt)))):
+            raise ValueError(
+                f"the prompt of row {i} of train_dataset is {prompt!r}: it needs messages with content, or a text; "
+                "leave such rows out"
+            )
+    images = row.get("images")
+    if images is not None and not isinstance(images, list | tuple):
+        raise ValueError(
+            f"`images` of row 0 of train_dataset is a {type(images).__name__}: it needs a list of images; name a "
+            "column of single images `image`"
+        )
+    found = "image" in row or "images" in row or any(map(_shows_an_image, row["prompt"]))
+    if args.weighting != "none" and not found and args.process_index == 0:
+        logger.warning(
+            "train_dataset has the columns %s, and no `image` or `images`: without images weighting=%r is Standard "
+            "OPD; rename the column of images, if there is one",
+            ", ".join(row),
+            args.weighting,
+        )
+
+
+def _is_said(message: dict[str, Any]) -> bool:
+    """Whether a message can be rendered: calls of tools stand without content."""
+    return message.get("content") is not None or bool(message.get("tool_calls"))
+
+
+def _shows_an_image(message: dict[str, Any] | str) -> bool:
+    """Whether a message (or a letter of a text) has an image among its parts, where TRL finds it too."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    return isinstance(parts, list) and any(part.get("type") == "image" for part in parts)
 
 
 def check_processor(processing_class, train_dataset) -> None:

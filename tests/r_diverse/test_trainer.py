@@ -74,6 +74,7 @@ def test_prompts_that_can_be_rendered_pass(tmp_path):
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}, call]}])
     for data in (rows, Dataset.from_list([{"prompt": "a"}]), None, rows.select([])):
         check_data(data)
+    check_data(list(rows))  # which TRL refuses
     made = Dataset.from_list([{"question": "a"}, {"question": "b"}])
     made.set_transform(lambda batch: seen.append(batch) or {"prompt": batch["question"]})
     seen = []

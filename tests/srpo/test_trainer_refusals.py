@@ -69,6 +69,23 @@ def test_another_configuration_and_an_iterable_data_set_are_one_clear_sentence(m
             SRPOTrainer(model, mixed_reward, make(routing=routing).args, unnamed, processing_class=tokenizer)
 
 
+@pytest.mark.parametrize("prompt", [[{"role": "user", "content": None}], [{"role": "assistant"}], [], None])
+def test_a_prompt_that_cannot_be_distilled_is_refused_with_its_row(make, prompt):
+    data = [*rows(3), {**rows(1)[0], "prompt": prompt}]
+    with pytest.raises(
+        ValueError, match="row 3 of train_dataset: the prompt does not end with a user message"
+    ) as error:
+        make(data=data)
+    assert "\n" not in str(error.value)
+    make(data=data, routing="grpo")  # which shows no demonstration
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_images_are_refused(make, column):
+    with pytest.raises(ValueError, match=f"train_dataset has the column {column}, .* SRPOTrainer is for text"):
+        make(data=[{**row, column: None} for row in rows()])
+
+
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
 def test_a_reward_that_is_no_number_is_one_clear_sentence(make, fixed, value):
     def reward(completions, **columns):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-from srpo_trainers import always, policy, rows, step
+from srpo_trainers import policy, rows, step
 from tokenizers.processors import TemplateProcessing
 
 from srpo import objective
@@ -163,16 +163,15 @@ def test_prompts_to_which_no_demonstration_can_be_added_show_at_the_start(make):
     make(data=begun, routing="grpo", delta=None)
 
 
-def test_text_that_holds_the_chat_template_is_refused_where_a_teacher_reads_it(make, fixed):
+def test_text_that_holds_the_chat_template_is_refused_where_a_teacher_would_read_it(make, fixed):
     _, tokenizer = policy()
     data = [{**row, "prompt": tokenizer.apply_chat_template(row["prompt"], tokenize=False)} for row in rows()]
     with pytest.raises(
         ValueError, match=r"chat template applied \(it holds '<\|im_start\|>'\).*: pass messages"
     ) as error:
-        step(make(data=data, reward=first_is_right))
+        make(data=data)
     assert "\n" not in str(error.value)
     step(make(data=data, reward=first_is_right, routing="grpo"))
-    step(make(data=data, reward=always(0.0)))  # no rollout is shown
     plain = [{**row, "prompt": "Q<|endoftext|>Q<|im_end|>"} for row in rows()]  # that fill or end a text
     step(make(data=plain, reward=first_is_right))
 

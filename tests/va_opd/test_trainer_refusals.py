@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import DistillationConfig, DistillationTrainer
-from va_opd_trainers import image_rows, mixed_rows, models, prompt, step, text_config
+from va_opd_trainers import image, image_rows, mixed_rows, models, prompt, step, text_config
 
 from va_opd import VAOPDTrainer
 from va_opd import trainer as va_opd_trainer
@@ -77,6 +77,44 @@ def test_what_no_trainer_can_be_built_of_is_one_clear_sentence(make):
     trainer = VAOPDTrainer(student, teacher, make().args, **{**good, "train_dataset": None})
     with pytest.raises(ValueError, match="training requires a train_dataset"):
         trainer.train()
+
+
+@pytest.mark.parametrize("said", [[{"role": "user", "content": None}], [], None])
+def test_a_prompt_that_says_nothing_is_refused_with_its_row(make, said):
+    rows = [*image_rows(3), {**image_rows(1)[0], "prompt": said}]
+    with pytest.raises(ValueError, match="the prompt of row 3 of train_dataset is .*: it needs messages with content"):
+        make(rows=rows)
+
+
+def test_a_single_image_in_the_column_of_lists_is_one_clear_sentence(make):
+    rows = [{"prompt": row["prompt"], "images": row["image"]} for row in image_rows(4)]
+    with pytest.raises(ValueError, match="`images` of row 0 of train_dataset is a .*: it needs a list of images"):
+        make(rows=rows)
+
+
+@pytest.mark.parametrize("said", [prompt(0), "a"])
+@pytest.mark.parametrize("weighting", ["va", "none"])
+def test_data_without_images_are_warned_of(make, caplog, monkeypatch, said, weighting):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    make(rows=[{"prompt": said, "scan": image(0)}] * 4, weighting=weighting)
+    message = "train_dataset has the columns prompt, scan, and no `image` or `images`"
+    assert sum(message in record.getMessage() for record in caplog.records) == (weighting == "va")
+
+
+def test_data_with_images_are_not_warned_of(make, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]
+    for rows in (mixed_rows(4), [{"prompt": [{"role": "user", "content": parts}]}] * 4):
+        make(rows=rows)
+    assert "no `image` or `images`" not in caplog.text
+
+
+def test_rows_in_a_list_are_looked_at(make):
+    student, teacher, processor = models()
+    rows = [{"problem": "?"}] * 4
+    with pytest.raises(ValueError, match="train_dataset has the columns problem: it needs `prompt`"):
+        VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
+    VAOPDTrainer(student, teacher, make().args, image_rows(4), processing_class=processor)
 
 
 def test_another_configuration_is_one_clear_sentence(tmp_path):
