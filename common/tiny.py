@@ -116,6 +116,20 @@ def tiny_qwen2_5_vl(
 
 def answer_loss(model, tokenizer, rows: Sequence[tuple[list[dict[str, str]], str]]) -> torch.Tensor:
     """Mean cross-entropy of the answers in (prompt, answer) rows and of their ends of turn, for teaching a model."""
+    logits, labels = _answer_logits(model, tokenizer, rows)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@torch.no_grad()
+def answer_probabilities(model, tokenizer, rows: Sequence[tuple[list[dict[str, str]], str]]) -> torch.Tensor:
+    """Probability (B,) of each answer with its end of turn: the share of samples at temperature 1 that would be it."""
+    logits, labels = _answer_logits(model, tokenizer, rows)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return torch.exp(-losses.sum(1))  # 0 where nothing is asked
+
+
+def _answer_logits(model, tokenizer, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T, V) logits, and the tokens (B, T) that they are of, -100 before an answer."""
     prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p, _ in rows]
     answers = [answer + tokenizer.eos_token for _, answer in rows]
     batch = tokenizer([p + a for p, a in zip(prompts, answers, strict=True)], return_tensors="pt", padding=True)
@@ -124,7 +138,7 @@ def answer_loss(model, tokenizer, rows: Sequence[tuple[list[dict[str, str]], str
     labels = batch["input_ids"].masked_fill(torch.arange(width) < width - lengths[:, None], -100)  # padding is left
     keep = int(lengths.max()) + 1
     logits = model(**batch, logits_to_keep=keep).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1 - keep :].flatten())
+    return logits, labels[:, 1 - keep :]
 
 
 def _build(model_class, config, tokenizer: PreTrainedTokenizerFast, seed: int):

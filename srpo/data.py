@@ -271,20 +271,22 @@ def with_demonstration(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "prompt": teacher_prompt(row["prompt"], row["answer"])}
 
 
-def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int = 0) -> dict[str, float]:
-    """Teaches a tiny Qwen3 to answer some sums and to use a demonstration, into `out`; returns both greedy accuracies.
+def train_base(out: Path, until: float = 0.25, max_steps: int = 1500, seed: int = 0) -> dict[str, float]:
+    """Teaches a tiny Qwen3 to answer some sums and to use a demonstration, into `out`; returns both accuracies, those
+    that samples at temperature 1 would have.
 
     A self-teacher helps only if it can read its longer prompt, so each step also has rows with a demonstration.
-    Teaching stops once `until` of the held-out sums are right and 80 % of them with a demonstration: after a fixed
-    number of steps so small a model knows anything between a tenth and nine tenths, depending on the seed. Raises
-    `ValueError` if it never gets there.
+    Teaching stops once `until` of the held-out sums are right and 60 % of them with a demonstration: after a fixed
+    number of steps so small a model knows anything between a tenth and nine tenths, depending on seed and processor.
+    Raises `ValueError` if it never gets there.
     """
     from common.models import save_whole
-    from common.tiny import answer_loss, tiny_qwen3
+    from common.tiny import answer_loss, answer_probabilities, tiny_qwen3
 
     model, tokenizer = tiny_qwen3(hidden=128, seed=seed)
     splits, rng = additions(), random.Random(seed)
     train, held_out = list(splits["train"]), list(splits["teaching"])
+    asked = {"plain": held_out, "demonstration": [with_demonstration(row) for row in held_out]}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
     for step in range(1, max_steps + 1):
@@ -298,30 +300,20 @@ def train_base(out: Path, until: float = 0.35, max_steps: int = 1500, seed: int 
         optimizer.step()
         optimizer.zero_grad()
         warmup.step()
-        if step % 25 == 0:
+        if step % 5 == 0:
             accuracy = {
-                "plain": greedy_accuracy(model, tokenizer, held_out),
-                "demonstration": greedy_accuracy(model, tokenizer, [with_demonstration(row) for row in held_out]),
+                kind: answer_probabilities(model, tokenizer, [(r["prompt"], r["answer"]) for r in rows]).mean().item()
+                for kind, rows in asked.items()
             }
-            print(f"{out}: step {step}, loss {loss.item():.2f}, {_accuracies(accuracy)}", flush=True)
-            if accuracy["plain"] >= until and accuracy["demonstration"] >= 0.8:
+            done = accuracy["plain"] >= until and accuracy["demonstration"] >= 0.6
+            if done or step % 25 == 0:
+                print(f"{out}: step {step}, loss {loss.item():.2f}, {_accuracies(accuracy)}", flush=True)
+            if done:
                 break
     else:
         raise ValueError(f"the base reaches {accuracy} after {max_steps} steps; try another --seed")
     save_whole(out, model, tokenizer)
     return accuracy
-
-
-def greedy_accuracy(model, tokenizer, rows: list[dict[str, Any]]) -> float:
-    """Share of the sums that the model gets right."""
-    from common.evaluation import Decoding, Prompt, TransformersEngine
-
-    was_training = model.training
-    engine = TransformersEngine(model.eval(), tokenizer, batch_size=len(rows))
-    prompts = [Prompt(messages=row["prompt"]) for row in rows]
-    done = engine.generate(prompts, Decoding(temperature=0.0, max_new_tokens=5), seeds=[0] * len(rows))
-    model.train(was_training)
-    return sum(exact_reward([c.text for c in done], [row["answer"] for row in rows])) / len(rows)
 
 
 def unpack_smollm2(out: Path) -> None:

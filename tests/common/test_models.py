@@ -11,7 +11,14 @@ import torch
 
 from common import models
 from common.lora import lora_config
-from common.tiny import char_tokenizer, tiny_qwen2_5_vl, tiny_qwen3, tiny_qwen3_vl
+from common.tiny import (
+    answer_loss,
+    answer_probabilities,
+    char_tokenizer,
+    tiny_qwen2_5_vl,
+    tiny_qwen3,
+    tiny_qwen3_vl,
+)
 
 
 @pytest.mark.parametrize(
@@ -161,3 +168,23 @@ def test_the_character_tokenizer_gives_back_every_printable_text():
     assert len(ids) == len(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer("<|im_end|>")["input_ids"] == [tokenizer.eos_token_id]
+
+
+def test_the_probability_of_an_answer_is_that_of_its_tokens_one_by_one():
+    model, tokenizer = tiny_qwen3(hidden=32)
+    rows = [
+        ([{"role": "user", "content": question}], answer) for question, answer in (("1+2=", "3"), ("50+61=", "111"))
+    ]
+    expected = []
+    for prompt, answer in rows:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+        probability = 1.0
+        for token in [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]:
+            with torch.no_grad():
+                probability *= model(torch.tensor([ids])).logits[0, -1].softmax(-1)[token].item()
+            ids = [*ids, token]
+        expected.append(probability)
+    found = answer_probabilities(model, tokenizer, rows)
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    loss = answer_loss(model, tokenizer, rows).item()  # over 2 + 4 tokens
+    assert -found.log().sum().item() / 6 == pytest.approx(loss, rel=1e-4)
