@@ -91,19 +91,20 @@ def test_a_killed_writer_leaves_whole_entries(tmp_path):
     script = (
         "import itertools, sys\nfrom r_diverse.arithmetic import ArithmeticCoder\n"
         "from r_diverse.skills import SkillEncoder, Encoder\n"
-        "class E:\n    name, dim = 'none', 1\n"
+        "class E:\n    name, dim, encode = 'none', 1, list\n"
         f"skill = SkillEncoder(ArithmeticCoder(), E(), {str(tmp_path)!r}, chunk_size=1)\n"
         "print('ready', flush=True)\n"
         "for n in itertools.count():\n    skill.programs([f'{n} + 1'])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
     process.stdout.readline()
-    time.sleep(0.3)
+    while process.poll() is None and sum(path.suffix == ".json" for path in entries(tmp_path)) < 5:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
     written = [path for path in entries(tmp_path) if path.suffix == ".json"]
-    assert written
+    assert len(written) >= 5
     coder = Counting(ArithmeticCoder.name)
     SkillEncoder(coder, HashEncoder(), tmp_path).programs([f"{n} + 1" for n in range(len(written))])
     assert coder.asked == []
