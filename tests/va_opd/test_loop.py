@@ -1,5 +1,7 @@
 """VA-OPD's experiment: its stages, end to end, what stops it at its start."""
 
+import importlib
+import itertools
 import json
 from pathlib import Path
 
@@ -35,6 +37,13 @@ def test_what_several_gpus_need_is_looked_for_before_anything_runs(config, tmp_p
     assert seen == [(True, 2, "zero3"), (tmp_path / "runs/va_opd/small/logs", 2)]
 
 
+def in_this_process(stages, *given) -> int:
+    """The same commands, without a start of Python for each."""
+    for _, (_, _, module, *words) in itertools.chain(*stages):
+        assert importlib.import_module(module).main(words) == 0
+    return 0
+
+
 def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(
     config, tmp_path, tiny_models, capsys, monkeypatch
 ):
@@ -52,6 +61,7 @@ def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(
     assert "Checkpoint chosen on these problems: VA-OPD." in report
     assert "| accuracy, last checkpoint |" in report
     before = (folder / "va_opd-seed0/eval/digits/samples.jsonl").stat().st_mtime_ns
+    monkeypatch.setattr(loop, "run_stages", in_this_process)
     assert loop.main(fields) == 0
     assert (folder / "va_opd-seed0/eval/digits/samples.jsonl").stat().st_mtime_ns == before
 
