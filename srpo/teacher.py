@@ -285,11 +285,9 @@ class SelfTeacher:
         Returns the last hidden states (T_i, H) from which the teacher predicts the response tokens of each row, and
         its head, which stays as it is until the optimizer steps, when the next batch is scored.
         """
-        states, device = {}, mask.device
+        states = {}
         responses = {row: batch["completion_ids"][row, batch["completion_mask"][row].bool()] for row in prompts}
-        sequences = {
-            row: torch.cat([torch.tensor(ids, device=device), responses[row]]) for row, ids in prompts.items()
-        }
+        sequences = {row: torch.cat([ids.new_tensor(prompts[row]), ids]) for row, ids in responses.items()}
         filler = {-1: batch["completion_ids"][0, :1]}  # for a forward whose result nobody reads
         with self.view(policy) as teacher:
             unwrapped = self.accelerator.unwrap_model(teacher)

@@ -34,12 +34,12 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
             "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
     if train_dataset is not None:
-        check_rows(args, train_dataset)
+        check_rows(train_dataset)
+        check_image_columns(args, train_dataset[0])
 
 
-def check_rows(args: VAOPDConfig, dataset) -> None:
-    """Raises `ValueError` for data without `prompt`, for a prompt that says nothing, and for images of the first row
-    that are no list; warns of data in which no image can be found."""
+def check_rows(dataset) -> None:
+    """Raises `ValueError` for data without `prompt`, and for a prompt that says nothing."""
     row = dataset[0]
     if "prompt" not in row:
         raise ValueError(f"train_dataset has the columns {', '.join(row)}: it needs `prompt`, messages")
@@ -50,6 +50,10 @@ def check_rows(args: VAOPDConfig, dataset) -> None:
                 f"the prompt of row {i} of train_dataset is {prompt!r}: it needs messages with content, or a text; "
                 "leave such rows out"
             )
+
+
+def check_image_columns(args: VAOPDConfig, row: dict[str, Any]) -> None:
+    """Raises `ValueError` for images of a row that are no list; warns of one in which no image can be found."""
     images = row.get("images")
     if images is not None and not isinstance(images, list | tuple):
         raise ValueError(
