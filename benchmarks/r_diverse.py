@@ -23,7 +23,7 @@ from common.cli import run_main
 from common.estimators import mean_of_independent, over_seeds, paired_difference
 from common.evaluation import BENCHMARKS, headline, paired_scores
 from common.evaluation.judge import PROTOCOLS
-from common.runs import atomic_write_text, read_jsonl
+from common.runs import atomic_write_text, by_number, read_jsonl
 from r_diverse import analysis
 from r_diverse.loop import VARIANT_FLAGS, finished_iterations
 from r_diverse.train import parse
@@ -137,12 +137,12 @@ def report(argv: list[str]) -> str:
 def find_runs(folder: Path) -> dict[tuple[str, str], Path]:
     """Run folders with a finished iteration, by variant and seed, in the order of the variants."""
     found = {}
-    for path in sorted(folder.glob("*-seed*")):
+    for path in sorted(folder.glob("*-seed*"), key=by_number):
         name, _, seed = path.name.rpartition("-seed")
         if finished_iterations(path):
             found[name, seed] = path
     order = list(VARIANT_FLAGS)
-    return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]) if item[0][0] in order else 99, item)))
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0][0]) if item[0][0] in order else len(order)))
 
 
 def history(run: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from benchmarks import r_diverse, srpo, va_opd
 from common.cli import run_main
 from common.evaluation import headline
 from common.plots import table_markdown
-from common.runs import atomic_write_text
+from common.runs import atomic_write_text, by_number
 
 SERVICE = ("figures", "logs", "models", "report.md", "report.html")  # beside the runs of an experiment
 MANIFEST = {"state": str, "started": str, "seed": int, "command": str, "hardware": dict, "packages": dict}
@@ -225,12 +225,7 @@ def find_experiments(
 def _children(folder: Path, service: Collection[str] = ()) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if p.name not in service and p.name[0] != "."), key=_natural)
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts checkpoint-50 before checkpoint-100."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]
+    return sorted((p for p in folder.iterdir() if p.name not in service and p.name[0] != "."), key=by_number)
 
 
 def experiment_name(method: str, folder: str) -> str | None:
@@ -279,7 +274,7 @@ class Evaluation(NamedTuple):
 def evaluations(run: Path) -> Iterator[Evaluation]:
     """All finished evaluations in a run folder. `ValueError` naming a broken metrics file."""
     for pattern in ("eval/*/scored.jsonl", "eval/*/*/scored.jsonl", "iteration_*/evaluate/*/scored.jsonl"):
-        for scored in sorted(run.glob(pattern), key=_natural):
+        for scored in sorted(run.glob(pattern), key=by_number):
             folder = scored.parent
             path = folder.with_name(f"{folder.name}.json")
             try:
@@ -419,7 +414,7 @@ class ExperimentPage:
                 link = f"[{f'{text(found.place)} {value}'.strip()}]({self._link(found.scored)})"
                 cells.setdefault(found.benchmark, []).append(link + interval.replace(" ", "\u00a0"))
             for what, pattern in self.method.records.items():
-                for path in sorted(run.path.glob(pattern), key=_natural):
+                for path in sorted(run.path.glob(pattern), key=by_number):
                     shown = path.relative_to(run.path).as_posix()
                     cells.setdefault(what, []).append(f"[{text(shown)}]({self._link(path)})")
             rows += [[self._place(run), text(what), ", ".join(links)] for what, links in cells.items()]

@@ -19,7 +19,7 @@ from common import plots
 from common.cli import run_main
 from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
 from common.evaluation import paired_scores, scores_by_question
-from common.runs import atomic_write_text, read_jsonl
+from common.runs import atomic_write_text, by_number, read_jsonl
 from common.verifiers import LETTERS
 from srpo.data import DATASETS
 from srpo.evaluate import BUDGETS
@@ -137,7 +137,8 @@ def report(args: ScriptArguments) -> str:
 def find_runs(args: ScriptArguments) -> dict[tuple[str, str, str], Path]:
     """(data set, variant, seed) -> folder of each evaluated run."""
     runs = {}
-    for path in sorted((Path(args.out) / "srpo").glob(f"{glob.escape(args.experiment)}-*/*/eval/curve.json")):
+    curves = (Path(args.out) / "srpo").glob(f"{glob.escape(args.experiment)}-*/*/eval/curve.json")
+    for path in sorted(curves, key=by_number):
         run = path.parents[1]
         dataset = run.parent.name.removeprefix(f"{args.experiment}-")
         name, _, seed = run.name.partition("-seed")

@@ -19,7 +19,7 @@ from common import plots
 from common.cli import run_main
 from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
 from common.evaluation import BENCHMARKS, check_same_questions, headline, paired_scores, scores_by_question
-from common.runs import atomic_write_text, read_jsonl
+from common.runs import atomic_write_text, by_number, read_jsonl
 from va_opd.evaluate import benchmark_name
 from va_opd.objective import high_tokens
 from va_opd.train import ScriptArguments, load_splits_of, parse
@@ -253,7 +253,8 @@ def seeds_table(folder: Path, args: ScriptArguments) -> str:
     """Accuracy of each trained variant over all seeds that are there, if there are at least two."""
     rows = []
     for name in ("opd", "rollout_only", "token_only", "va_opd"):
-        runs = sorted(run for run in folder.glob(f"{name}-seed*") if (run / "eval" / "va.json").exists())
+        runs = [run for run in folder.glob(f"{name}-seed*") if (run / "eval" / "va.json").exists()]
+        runs.sort(key=by_number)
         accuracy = [avg_at_k(sample_scores(run, args, "true")) for run in runs]
         if len(accuracy) > 1:
             each = ", ".join(

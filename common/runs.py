@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -110,6 +111,11 @@ def truncate_jsonl(path: str | Path, step: int) -> None:
     if Path(path).exists():
         kept = (r for r in read_jsonl(path) if r.get("step", 0) <= step and "train_runtime" not in r)
         write_jsonl(path, kept)
+
+
+def by_number(path: Path) -> list[tuple[int, str]]:
+    """Key to sort paths by: checkpoint-50 is before checkpoint-100, and seed 2 before seed 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]
 
 
 def fingerprint(value: Any) -> str:

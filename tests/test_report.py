@@ -361,6 +361,20 @@ def test_an_experiment_with_a_longer_name_is_another_one(made, runs):
     assert [row[1] for row in rows if row[0] == "SRPO" and len(row) == 6] == ["mini", "mini-b"]
 
 
+def test_seeds_are_in_the_order_of_their_numbers(runs):
+    """So that the first seed, which some tables show alone, is the same one after a tenth more are run."""
+    for run in ("va_opd/mini/va_opd", "srpo/mini-additions/srpo", "r_diverse/mini/r_zero"):
+        (runs / f"{run}-seed0").rename(runs / f"{run}-seed9")
+        for seed in (2, 10):
+            shutil.copytree(runs / f"{run}-seed9", runs / f"{run}-seed{seed}")
+    args, _ = parse_va_opd(["--config", str(runs / "va_opd/mini/opd-seed0/config.yaml"), f"--out={runs}", "--dry_run"])
+    assert re.search(r"2: 0.\d+, 9: 0.\d+, 10: 0.\d+", va_opd.seeds_table(va_opd.experiment_folder(args), args))
+    args, _ = parse_srpo(["--config", str(runs / "srpo/mini-additions/grpo-seed0/config.yaml"), f"--out={runs}"])
+    assert [seed for _, name, seed in srpo.find_runs(args) if name == "srpo"] == ["2", "9", "10"]
+    found = r_diverse.find_runs(runs / "r_diverse/mini")
+    assert [seed for name, seed in found if name == "r_zero"] == ["2", "9", "10"]
+
+
 @pytest.mark.parametrize("name", va_opd.PAPER)
 def test_va_opds_averages_follow_from_its_benchmarks(name):
     wemath, mathvista, mathverse, math_avg, *visual, visual_avg = va_opd.PAPER[name]
