@@ -6,10 +6,10 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .adapters import is_quantized
 from .config import SRPOConfig
 from .objective import teacher_prompt
 from .reprompt import check_plain
-from .teacher import is_quantized
 
 logger = logging.get_logger(__name__)
 
@@ -23,13 +23,15 @@ def check_batch(args: SRPOConfig, train_dataset) -> None:
         raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
     if isinstance(train_dataset, IterableDataset):
         raise ValueError("SRPOTrainer repeats each prompt num_generations times and needs a map-style Dataset")
+    if train_dataset is None:
+        return  # TRL says so
     prompts = args.generation_batch_size // args.num_generations
-    if train_dataset is not None and len(train_dataset) < prompts:
+    if len(train_dataset) < prompts:
         raise ValueError(
             f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts} of one generation batch: add "
             "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
-    if train_dataset is not None and "prompt" not in train_dataset[0]:
+    if "prompt" not in train_dataset[0]:
         raise ValueError(f"train_dataset has the columns {', '.join(train_dataset[0])}: it needs `prompt`, messages")
 
 

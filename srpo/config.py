@@ -92,7 +92,7 @@ class SRPOConfig(GRPOConfig):
     entropy_beta: float | None = field(default=None, metadata={"help": "beta; 1.0 for srpo, 0.0 for the others."})
     divergence: str = field(
         default="jsd",
-        metadata={"help": "Divergence of the distillation loss.", "choices": ["jsd", "reverse_kl", "forward_kl"]},
+        metadata={"help": "Divergence of the distillation loss.", "choices": list(ALPHAS)},
     )
     distillation_topk: int | None = field(
         default=100, metadata={"help": "The student's likeliest tokens, over which the divergence is."}

@@ -85,7 +85,7 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
             raise ValueError(problem)
         splits = _local(folder) if folder else _from_hub(dataset, source or HUB_ID)
         check_counts(dataset, splits)
-    check_answers(dataset, splits)
+        check_answers(dataset, splits)
     if limit is not None:
         splits["train"] = splits["train"].select(range(min(limit, len(splits["train"]))))
     return splits
@@ -173,7 +173,7 @@ def _from_hub(dataset: str, source: str) -> DatasetDict:
     rows = rows.filter(lambda row: is_question(row, subject.domain), desc=dataset)
     if not len(rows):
         raise ValueError(f"data {source!r} has no multiple-choice question of level L3 in {subject.domain}")
-    rows = rows.map(lambda row, i: hub_row(row, i), with_indices=True, remove_columns=rows.column_names)
+    rows = rows.map(hub_row, with_indices=True, remove_columns=rows.column_names)
     return rows.train_test_split(test_size=0.1, seed=42)
 
 
@@ -206,20 +206,18 @@ def check_counts(dataset: str, splits: DatasetDict) -> None:
 
 def check_answers(dataset: str, splits: DatasetDict) -> None:
     """Raises `ValueError` for a row whose gold answer the reward cannot use."""
-    if dataset in DATASETS:
-        from common import verifiers
+    from common import verifiers
 
-        tools = dataset == "tooluse"
-        reward, options = (
-            (verifiers.tool_call_reward, {"compatible": True}) if tools else (verifiers.choice_reward, {})
-        )
-        for rows in splits.values():
-            if None in (answers := list(rows["answer"])):
-                raise ValueError(
-                    f"{dataset}, row {rows['id'][answers.index(None)]}: answer is null, which no response can equal: "
-                    "mend the row"
-                )
-            verifiers.check_gold(reward, rows, **options)
+    reward, options = verifiers.choice_reward, {}
+    if dataset == "tooluse":
+        reward, options = verifiers.tool_call_reward, {"compatible": True}
+    for rows in splits.values():
+        if None in (answers := list(rows["answer"])):
+            raise ValueError(
+                f"{dataset}, row {rows['id'][answers.index(None)]}: answer is null, which no response can equal: "
+                "mend the row"
+            )
+        verifiers.check_gold(reward, rows, **options)
 
 
 def reward_of(dataset: str, strict: bool = False) -> Callable[..., list[float | None]]:

@@ -72,33 +72,21 @@ def chunked_divergence(
         teacher_hidden,
         _near_one(coefficients.detach().float()),
         Divergence(temperature, top_k, alpha, tail),
-        torch.is_grad_enabled(),
         student_entropy,
     )
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """`chunked_divergence`. Arguments of the forward pass:
-
-    hidden, weight, bias: the student's states (N, H), and its head (V, H) and (V,) or None: what may need a gradient.
-    student: the same head with its scale and soft cap, which autograd cannot see inside a tuple.
-    teacher, teacher_hidden: the teacher's head and states (N, H_teacher).
-    coefficients: (N,) float32, the largest of them near 1.
-    settings: the temperature and which divergence.
-    training: whether to compute gradients; inside a forward pass autograd does not say so.
-    student_entropy: (N,) to be written, or None.
-    """
+    """`chunked_divergence`. `weight` and `bias` are the head's in `student`, which autograd cannot see inside a tuple;
+    the largest of the float32 `coefficients` is near 1."""
 
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, student, teacher, teacher_hidden, coefficients, settings, training, student_entropy
-    ):
+    def forward(ctx, hidden, weight, bias, student, teacher, teacher_hidden, coefficients, settings, student_entropy):
         divergence = torch.empty(len(hidden), device=hidden.device)
-        wanted = [training and needed for needed in ctx.needs_input_grad[:3]]
         with student.gathered(), teacher.gathered():
             grads = [
                 torch.zeros_like(tensor, dtype=torch.float32) if needed else None
-                for tensor, needed in zip((hidden, weight, bias), wanted, strict=True)
+                for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
             ]
             grad_hidden, *grads_of_head = grads
             vocab_size = len(student.weight)
@@ -107,14 +95,13 @@ class _ChunkedDivergence(torch.autograd.Function):
             rows = tile_rows(len(hidden), vocab_size, num_buffers + (student.softcap is not None))
             buffers = torch.empty(2, rows, vocab_size, device=hidden.device)
             for part in _parts(len(hidden), rows):
-                tile, given = buffers[:, : len(hidden[part])], coefficients[part] if any(wanted) else None
+                tile, states = buffers[:, : len(hidden[part])], (hidden[part], teacher_hidden[part])
                 entropy = None if student_entropy is None else student_entropy[part]
                 divergence[part], gradient = fold(
-                    tile, student, teacher, hidden[part], teacher_hidden[part], given, settings, entropy
+                    tile, student, teacher, *states, coefficients[part], settings, entropy
                 )
-                if gradient is not None:
-                    into = None if grad_hidden is None else grad_hidden[part]
-                    student.pull_back(gradient, hidden[part], into, *grads_of_head)
+                into = None if grad_hidden is None else grad_hidden[part]
+                student.pull_back(gradient, hidden[part], into, *grads_of_head)
         ctx.save_for_backward(coefficients, *grads)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return divergence
@@ -133,7 +120,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             None if grad is None else grad.mul_(factor).to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return *gradients, *(None,) * 7
+        return *gradients, *(None,) * 6
 
 
 def over_support(
@@ -142,10 +129,10 @@ def over_support(
     teacher: LMHead,
     hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
-    coefficients: torch.Tensor | None,
+    coefficients: torch.Tensor,
     settings: Divergence,
     entropy: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Divergences (R,) over the student's top-k and the tail, and the gradient (R, V) of the sum of coefficients *
     divergence in the student's products with its head; both made in `tile`, room of (2, R, V). The student's entropy
     goes to `entropy` (R,).
@@ -159,13 +146,11 @@ def over_support(
     torch.softmax(logits, 1, out=probabilities)
     chosen = logits.gather(1, support)
     log_sum = chosen[:, :1] - probabilities.gather(1, support[:, :1]).log()  # of the likeliest token: far from 0
-    slope = None if coefficients is None else _slope(student, logits, temperature)
+    slope = _slope(student, logits, temperature)
     if entropy is not None:
         entropy.copy_(torch.special.entr(probabilities, out=logits).sum(1))
     teacher.logits(teacher_hidden, logits, temperature)
     target = objective.kept_logps(logits.gather(1, support), _log_sum(logits), tail)
-    if coefficients is None:
-        return objective.jensen_shannon(objective.kept_logps(chosen, log_sum, tail), target, alpha), None
     with torch.enable_grad():
         inputs = chosen.requires_grad_(), log_sum.requires_grad_()
         value = objective.jensen_shannon(objective.kept_logps(*inputs, tail), target, alpha)
@@ -181,10 +166,10 @@ def over_vocabulary(
     teacher: LMHead,
     hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
-    coefficients: torch.Tensor | None,
+    coefficients: torch.Tensor,
     settings: Divergence,
     entropy: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`over_support` where every token is in the support, by autograd."""
     temperature, alpha = settings.temperature, settings.alpha
     logits = student.logits(hidden, tile[0], temperature)
@@ -192,8 +177,6 @@ def over_vocabulary(
     if entropy is not None:
         probabilities = torch.softmax(logits, 1, out=tile[1])
         entropy.copy_(torch.special.entr(probabilities, out=probabilities).sum(1))
-    if coefficients is None:
-        return objective.jensen_shannon(logits.log_softmax(1), target, alpha), None
     slope = _slope(student, logits, temperature)
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()

@@ -39,13 +39,11 @@ def route(rewards: torch.Tensor, num_generations: int, threshold: float = 0.5) -
 
     Raises `ValueError` for rewards that are not finite or do not divide into groups of G.
     """
-    correct = _checked_rewards(rewards, num_generations) >= threshold
-    others_PGG = correct[:, None, :] & ~torch.eye(num_generations, dtype=torch.bool, device=rewards.device)
-    has_sibling = others_PGG.any(-1)
-    first = others_PGG.to(torch.uint8).argmax(-1)  # of equal values the first
-    start = torch.arange(len(correct), device=rewards.device)[:, None] * num_generations
-    donor = torch.where(has_sibling, first + start, -1)
-    return Routing(correct.flatten(), has_sibling.flatten(), (~correct & has_sibling).flatten(), donor.flatten())
+    correct = (_checked_rewards(rewards, num_generations) >= threshold).flatten()
+    siblings = _correct_siblings(correct, num_generations)
+    has_sibling = siblings.any(-1).flatten()
+    donor = _best_sibling(siblings.to(torch.uint8), siblings)
+    return Routing(correct, has_sibling, ~correct & has_sibling, donor)
 
 
 def distilled_rows(routes: Routing, routing: str = "srpo") -> torch.Tensor:
@@ -75,12 +73,21 @@ def random_donors(
     correct: torch.Tensor, num_generations: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """Row of a correct sibling drawn at random for each rollout, (B,) int64; -1 = none. `generator` is on the CPU."""
-    correct_PG = correct.view(-1, num_generations)
-    others_PGG = correct_PG[:, None, :] & ~torch.eye(num_generations, dtype=torch.bool, device=correct.device)
-    draws = torch.rand(others_PGG.shape, generator=generator).to(correct.device)
-    drawn = draws.masked_fill(~others_PGG, -1).argmax(-1)
-    start = torch.arange(len(correct_PG), device=correct.device)[:, None] * num_generations
-    return torch.where(others_PGG.any(-1), drawn + start, -1).flatten()
+    siblings = _correct_siblings(correct, num_generations)
+    draws = torch.rand(siblings.shape, generator=generator).to(correct.device)
+    return _best_sibling(draws.masked_fill(~siblings, -1), siblings)
+
+
+def _correct_siblings(correct: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """(P, G, G) bool: for each rollout of a prompt, which of the G are correct and not itself."""
+    itself = torch.eye(num_generations, dtype=torch.bool, device=correct.device)
+    return correct.view(-1, 1, num_generations) & ~itself
+
+
+def _best_sibling(scores_PGG: torch.Tensor, siblings_PGG: torch.Tensor) -> torch.Tensor:
+    """(B,) row of each rollout's sibling with the highest score, of equal ones the first; -1 = none."""
+    start = torch.arange(len(scores_PGG), device=scores_PGG.device)[:, None] * scores_PGG.size(-1)
+    return torch.where(siblings_PGG.any(-1), scores_PGG.argmax(-1) + start, -1).flatten()
 
 
 def group_advantages(rewards: torch.Tensor, num_generations: int, scale: bool = False) -> torch.Tensor:

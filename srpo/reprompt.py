@@ -28,7 +28,7 @@ def teacher_prompt_ids(
     check_plain(prompts, tokenizer)
     demonstrations = [neutralise(objective.strip_thinking(text), tokenizer) for text in demonstrations]
     ids = tokenize([objective.teacher_prompt(p, d, template) for p, d in zip(prompts, demonstrations, strict=True)])
-    for row, prompt in enumerate(prompts):
+    for row in (row for row, tokens in enumerate(ids) if len(tokens) > max_length):
         tokens = tokenizer(demonstrations[row], add_special_tokens=False)["input_ids"]
         while (excess := len(ids[row]) - max_length) > 0:
             if excess >= len(tokens):
@@ -37,7 +37,7 @@ def teacher_prompt_ids(
                     f"no room for one in max_reprompt_length={max_length}: raise the limit or filter long prompts"
                 )
             tokens = tokens[:-excess]
-            ids[row] = tokenize([objective.teacher_prompt(prompt, tokenizer.decode(tokens), template)])[0]
+            ids[row] = tokenize([objective.teacher_prompt(prompts[row], tokenizer.decode(tokens), template)])[0]
     return ids
 
 

@@ -18,82 +18,11 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ._trl import ForwardRedirection, create_model_from_path, pad, prepare_deepspeed
+from .adapters import check_mergeable, is_quantized, loses_its_start, merged_weights, untie_adapted
 from .batches import sequence_batches
 from .lm_head import LMHead, last_hidden_states, lm_head
 from .offload import Offloaded
 from .rope import exact_frequencies
-
-# Settings of a LoRA config that change more of the merged model than W + scale B A of whole layers
-NOT_MERGED = (
-    "use_dora",
-    "trainable_token_indices",
-    "lora_bias",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-)
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether a model's weights are in 4 or 8 bits, or of another kind that arithmetic cannot average."""
-    return getattr(model, "is_quantized", False)
-
-
-def check_mergeable(adapters: dict[str, Any]) -> None:
-    """Raises `ValueError` for adapters (PEFT's configs by name) whose merged weight is not W + scale B A, the only one
-    that `SelfTeacher.update` averages."""
-    for config in adapters.values():
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        wrong = [f"{name}={value!r}" for name in NOT_MERGED if (value := getattr(config, name, None))]
-        if kind != "LORA" or wrong:
-            raise ValueError(
-                "teacher='ema' averages the merged weights of plain LoRA: leave "
-                f"{', '.join(wrong) or f'peft_type={kind}'} out of peft_config, or set teacher='current' or 'frozen'"
-            )
-
-
-def begins_elsewhere(policy: nn.Module) -> bool:
-    """Whether a model with adapters may be another than without them: they are trained already, were made of its
-    weights (PiSSA, OLoRA), or are of a kind of which nothing is known here."""
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    for module in policy.modules():
-        if isinstance(module, LoraLayer):
-            factors = ((module.lora_A, module.lora_B), (module.lora_embedding_A, module.lora_embedding_B))
-            pairs = [(a[name], b[name]) for a, b in factors for name in module.active_adapters if name in a]
-            if any(_has_values(a) and _has_values(b) for a, b in pairs):
-                return True
-        elif isinstance(module, ModulesToSaveWrapper):
-            saved = module.modules_to_save[module.active_adapter].parameters()
-            pairs = zip(module.original_module.parameters(), saved, strict=True)
-            if any(a.shape == b.shape and not torch.equal(a, b) for a, b in pairs):  # not so of shards
-                return True
-        elif isinstance(module, BaseTunerLayer):
-            return True
-    return False
-
-
-def untie_adapted(policy: nn.Module) -> None:
-    """Gives a head that is tied to an embedding with an adapter its own weight: the adapter changes the embedding
-    alone, merging it would change both."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    embedding, head = policy.get_input_embeddings(), policy.get_output_embeddings()
-    if isinstance(embedding, BaseTunerLayer) and head.weight is embedding.get_base_layer().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-
-
-def _has_values(factor: nn.Module | nn.Parameter) -> bool:
-    """Whether not all of a factor, or of its shard under ZeRO-3, is 0."""
-    weights = [factor] if isinstance(factor, torch.Tensor) else factor.parameters()
-    return any(getattr(weight, "ds_tensor", weight).any() for weight in weights)
 
 
 def autocast(accelerator, dtype: torch.dtype):
@@ -131,17 +60,10 @@ class SelfTeacher:
         self.kind, self.rate, self.accelerator, self.loading = kind, rate, accelerator, loading or {}
         self.zero3, self.fsdp = is_deepspeed_zero3_enabled(), accelerator.is_fsdp2
         self.sharded = self.zero3 or self.fsdp
-        self.model: nn.Module | None = None
         self.factors = kind == "ema" and is_peft_model(policy) and is_quantized(policy)
-        if kind == "ema" and self.sharded and is_peft_model(policy):
-            where = "ZeRO-3" if self.zero3 else "FSDP"
-            raise ValueError(f"teacher='ema' with LoRA does not run under {where}: use ZeRO-2, or teacher='frozen'")
-        if kind == "ema" and not self.factors and is_peft_model(policy):
-            check_mergeable(policy.peft_config)
-        if (kind == "ema" and not self.factors) or (kind == "frozen" and self._needs_copy(policy)):
-            self.model = self._copy(policy)
+        self.model = self._copy(policy) if self._needs_copy(policy) else None
         of = policy if self.factors else self.model
-        self.average = dict(self._parameters(of, self.factors)) if kind == "ema" else {}
+        self.average = dict(self._parameters(of, trained=self.factors)) if kind == "ema" else {}
         if self.zero3 or self.factors:
             self.average = {name: tensor.detach().float().clone() for name, tensor in self.average.items()}
         self.offloaded = self._offload() if offload else None
@@ -160,18 +82,30 @@ class SelfTeacher:
         return Offloaded(self.model, self.accelerator.device)
 
     def _needs_copy(self, policy: nn.Module) -> bool:
-        """Whether a frozen teacher is another model than the policy without adapters."""
+        """Whether the teacher is another model than the policy, with its own, the averaged or without its adapter.
+        Raises `ValueError` where that would have to be a copy and none can be made."""
+        if self.kind == "current":
+            return False
         if not is_peft_model(policy):
             return True
-        elsewhere = begins_elsewhere(policy)
-        if elsewhere and (self.sharded or is_quantized(policy)):
+        if self.kind == "ema":
+            if self.sharded:
+                where = "ZeRO-3" if self.zero3 else "FSDP"
+                raise ValueError(
+                    f"teacher='ema' with LoRA does not run under {where}: use ZeRO-2, or teacher='frozen'"
+                )
+            if not self.factors:
+                check_mergeable(policy.peft_config)
+            return not self.factors
+        lost = loses_its_start(policy)
+        if lost and (self.sharded or is_quantized(policy)):
             raise ValueError(
                 "teacher='frozen' is the policy without its adapter, which is not the policy's start: the adapter is "
-                "trained already, init_lora_weights is such as 'pissa', or it is no LoRA. A merged copy of "
-                f"{'sharded' if self.sharded else 'quantized'} weights cannot be made: pass the merged model with a "
-                "new adapter, or set teacher='current'"
+                "trained already, init_lora_weights is such as 'pissa', it trains biases, or it is no LoRA. A merged "
+                f"copy of {'sharded' if self.sharded else 'quantized'} weights cannot be made: pass the merged model "
+                "with a new adapter, or set teacher='current'"
             )
-        return elsewhere
+        return lost
 
     def _copy(self, policy: nn.Module) -> nn.Module:
         if is_quantized(policy):
@@ -325,23 +259,23 @@ class SelfTeacher:
     def update(self, policy: nn.Module) -> float:
         """One step of the average; returns its relative distance ||theta' - theta|| / ||theta|| before the step."""
         sums = torch.zeros(2, device=self.accelerator.device)
-        weights = dict(self._parameters(self.model)) if self.zero3 else self.average
         for name, value in self._policy_values(self.accelerator.unwrap_model(policy)):
             average = self.average[name]
             value = value.to(average.device, torch.float32)
             sums += torch.stack([(average - value).square().sum(), value.square().sum()]).to(sums.device)
             average.lerp_(value, self.rate)
-            if self.zero3:
-                weights[name].copy_(average)
         if self.sharded:
-            self._forget_gathered()
+            self._reach_forward()
             sums = self.accelerator.reduce(sums)
         gap, size = sums.tolist()
         return math.sqrt(gap / size) if size else 0.0
 
-    def _forget_gathered(self) -> None:
-        """DeepSpeed keeps small weights whole, FSDP those of the head: they are to be gathered anew."""
+    def _reach_forward(self) -> None:
+        """After a change of the average. DeepSpeed keeps small weights whole, FSDP those of the head: they are to be
+        gathered anew."""
         if self.zero3:
+            for name, weight in self._parameters(self.model):
+                weight.copy_(self.average[name])
             self.model.empty_partition_cache()
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -364,22 +298,8 @@ class SelfTeacher:
     def _policy_values(self, policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Weights that training can change, under the average's names, adapters merged if it is of merged ones."""
         if self.factors or not is_peft_model(policy):
-            yield from self._parameters(policy, trained=True)
-            return
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
-
-        base = policy.get_base_model()
-        for name in self.average:
-            path, leaf = name.rpartition(".")[::2]
-            module = base.get_submodule(path)
-            if isinstance(module, BaseTunerLayer):
-                weight = getattr(module.get_base_layer(), leaf).float()
-                if leaf == "weight":
-                    weight = sum((module.get_delta_weight(a).float() for a in module.active_adapters), start=weight)
-                yield name, weight
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                yield name, getattr(module.modules_to_save[module.active_adapter], leaf)
+            return self._parameters(policy, trained=True)
+        return merged_weights(policy, self.average)
 
     def save(self, folder: Path) -> None:
         """Writes the float32 average to `folder`; every rank its own shards, the main process what is not sharded."""
@@ -391,6 +311,7 @@ class SelfTeacher:
             os.fsync(file.fileno())
         draft.replace(path)
 
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Restores the average of a checkpoint. Raises `ValueError` if the checkpoint has none or another model's."""
         if self.kind != "ema":
@@ -403,14 +324,10 @@ class SelfTeacher:
             raise ValueError(
                 f"{path} belongs to another model: its parameters differ in name or shape from the policy's"
             )
-        weights = dict(self._parameters(self.model)) if self.zero3 else {}
-        with torch.no_grad():
-            for name, tensor in saved.items():
-                self.average[name].copy_(tensor)
-                if self.zero3:
-                    weights[name].copy_(tensor)
+        for name, tensor in saved.items():
+            self.average[name].copy_(tensor)
         if self.sharded:
-            self._forget_gathered()
+            self._reach_forward()
 
     def _file(self, folder: Path) -> Path:
         rank = f"-{self.accelerator.process_index:05d}" if self.sharded else ""

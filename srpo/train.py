@@ -134,12 +134,8 @@ def variant(config: SRPOConfig) -> str:
 
 def run_path(args: ScriptArguments, config: SRPOConfig) -> Path:
     """Folder of the run: OUT/srpo/EXPERIMENT-DATASET/VARIANT-seedK."""
-    return experiment_folder(args) / f"{variant(config)}-seed{config.seed}"
-
-
-def experiment_folder(args: ScriptArguments) -> Path:
-    """Folder of an experiment's runs on one data set."""
-    return Path(args.out) / "srpo" / f"{args.experiment}-{args.dataset}"
+    experiment = Path(args.out) / "srpo" / f"{args.experiment}-{args.dataset}"
+    return experiment / f"{variant(config)}-seed{config.seed}"
 
 
 def train(args: ScriptArguments, config: SRPOConfig) -> None:
@@ -246,9 +242,9 @@ def dry_run(args: ScriptArguments, config: SRPOConfig, processes: int = 1, shard
     if parameters is None:
         return "\n".join([*lines, plan.unknown_line([args.model])])
     parts = memory_parts(args, config, parameters, processes, sharding)
-    return "\n".join(
-        [*lines, *plan.memory_lines(parts, sharding, processes), disk_line(args, config, parameters, sharding)]
-    )
+    count, each, resume = checkpoint_sizes(args, config, parameters, sharding)
+    lines += [*plan.memory_lines(parts, sharding, processes), plan.disk_line(count, "checkpoints", each, resume)]
+    return "\n".join(lines)
 
 
 def memory_parts(
@@ -289,12 +285,6 @@ def trained_parameters(args: ScriptArguments, parameters: float) -> float:
 def averaged_parameters(args: ScriptArguments, parameters: float) -> float:
     """Parameters that an EMA teacher averages: all, with QLoRA those of the adapter."""
     return trained_parameters(args, parameters) if args.load_in_4bit else parameters
-
-
-def disk_line(args: ScriptArguments, config: SRPOConfig, parameters: float, sharding: str) -> str:
-    """What the checkpoints of a run take on the disk, as a line."""
-    count, each, resume = checkpoint_sizes(args, config, parameters, sharding)
-    return plan.disk_line(count, "checkpoints", each, resume)
 
 
 def checkpoint_sizes(

@@ -64,7 +64,7 @@ class SRPOTrainer(GRPOTrainer):
             self.add_callback(HalfPrecisionCallback())
         self._forward_redirection = ForwardRedirection()
         self._teacher_hidden: dict[int, torch.Tensor] = {}
-        self._loss_sums: torch.Tensor | None = None
+        self._loss_sums: torch.Tensor | int = 0
         self.last_rollouts: dict[str, Any] = {}
         self.teacher: SelfTeacher | None = None
         if args.routing != "grpo":
@@ -136,6 +136,7 @@ class SRPOTrainer(GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         parts = self.args.steps_per_generation
         if self._step % parts == 0:
+            self._teacher_hidden = {}  # of the step before: their room is the next rollouts'
             self._buffered_inputs = length_sorted(self._generate_and_score_completions(generation_batch), parts)
         return self._buffered_inputs[self._step % parts]
 
@@ -165,8 +166,7 @@ class SRPOTrainer(GRPOTrainer):
             "grpo": grpo[here],
             "donor": donors[here],
         }
-        for name, value in routing_figures(routes, distill, grpo, lengths, self.num_generations).items():
-            self._record(name, value)
+        self._record(routing_figures(routes, distill, grpo, lengths, self.num_generations))
         if args.routing == "grpo":
             return {}
         entropy = self._self_distillation(batch, mask, distill[here], donors[here], gather_object(texts))
@@ -214,11 +214,10 @@ class SRPOTrainer(GRPOTrainer):
         mask_all, entropy_all = self._gather(mask), self._gather(entropy)
         routed = mask_all * distill[:, None]
         weights = objective.entropy_weights(entropy_all, routed, self.args.entropy_beta)
-        for name, value in weight_figures(entropy_all, weights, routed).items():
-            self._record(name, value)
+        self._record(weight_figures(entropy_all, weights, routed))
         scored = torch.tensor([sum(map(len, self._teacher_hidden.values()))], device=mask.device)
         scored, needed = self.accelerator.gather(scored).sum().item(), routed.sum().item()
-        self._record("teacher/scored_over_needed", scored / needed if needed else 1.0)
+        self._record({"teacher/scored_over_needed": scored / needed if needed else 1.0})
         counted = mask_all if self.args.routing in ("srpo", "mix") else routed
         return {
             "row": torch.arange(len(mask), device=mask.device),
@@ -232,31 +231,18 @@ class SRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         if "distill" not in inputs:  # routing="grpo", and evaluation
             return super()._compute_loss(model, inputs)
-        unwrapped = self.accelerator.unwrap_model(model)
-        # The redirected forward passes by the autocast that accelerate puts around a model's own
-        with self.accelerator.autocast():
-            loss, sums = self._redirected(model, unwrapped, inputs)
-        self._loss_sums = sums if self._loss_sums is None else self._loss_sums + sums
-        if self.accelerator.sync_gradients:  # once a step: means over all its tokens, whatever the micro-batches
-            for name, (total, count) in zip(
-                LOSS_FIGURES, self.accelerator.gather(self._loss_sums[None]).sum(0).tolist(), strict=True
-            ):
-                if count:
-                    self._record(name, total / count)
-            self._loss_sums = None
-        return loss
-
-    def _redirected(self, model, unwrapped, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_routed_loss` inside the forward of the wrapped model. FSDP rounds the arguments and results of that
-        forward to bfloat16, so the inputs of the loss, its exact value and what is logged go past it in a closure."""
-        exact = {}
+        exact, unwrapped = {}, self.accelerator.unwrap_model(model)
 
         def routed(student):
             exact["loss"], exact["sums"] = self._routed_loss(student, inputs)
             return exact["loss"]
 
-        loss = self._forward_redirection(model, unwrapped, routed, unwrapped).float()
-        return loss + (exact["loss"] - loss).detach(), exact["sums"]
+        # The redirected forward passes by the autocast that accelerate puts around a model's own. FSDP rounds its
+        # arguments and result to bfloat16: inputs, exact loss and what is logged go past it in the closure
+        with self.accelerator.autocast():
+            loss = self._forward_redirection(model, unwrapped, routed, unwrapped).float()
+        self._log_loss(exact["sums"])
+        return loss + (exact["loss"] - loss).detach()
 
     def _routed_loss(self, model, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a micro-batch (Section 3.3), and sums and counts of what is logged.
@@ -290,6 +276,14 @@ class SRPOTrainer(GRPOTrainer):
         entropy = entropy.masked_scatter(by_sdpo, student_entropy_N)  # the same on tokens of both branches
         sums = ((entropy, by_grpo | by_sdpo), (grpo[by_grpo], by_grpo), (sdpo_N, by_sdpo))
         return loss, torch.stack([torch.stack([x.detach().float().sum(), m.sum()]) for x, m in sums])
+
+    def _log_loss(self, sums: torch.Tensor) -> None:
+        """Logs once a step, as means over all its tokens whatever the micro-batches."""
+        self._loss_sums = self._loss_sums + sums
+        if self.accelerator.sync_gradients:
+            sums, self._loss_sums = self.accelerator.gather(self._loss_sums[None]).sum(0), 0
+            figures = zip(LOSS_FIGURES, sums.tolist(), strict=True)
+            self._record({name: total / count for name, (total, count) in figures if count})
 
     def _divergence(
         self, head, hidden: torch.Tensor, rows: list[int], coefficients: torch.Tensor
@@ -327,10 +321,11 @@ class SRPOTrainer(GRPOTrainer):
         """Rows of all ranks in the sampler's order, padded with zeros to the longest rollout."""
         return self.accelerator.gather(self.accelerator.pad_across_processes(tensor, dim=1))
 
-    def _record(self, name: str, value: float, add: bool = False) -> None:
-        """Logs the mean over calls; with `add`, the value counts to the call before."""
-        values = self._metrics["train" if self.model.training else "eval"][name]
-        values.append(values.pop() + value if add else value)
+    def _record(self, figures: dict[str, float], add: bool = False) -> None:
+        """Logs the mean over calls; with `add`, values count to the call before."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in figures.items():
+            metrics[name].append(metrics[name].pop() + value if add else value)
 
     @contextmanager
     def _timed(self, part: str, add: bool = False) -> Iterator[None]:
@@ -341,4 +336,4 @@ class SRPOTrainer(GRPOTrainer):
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._record(f"time/{part}", time.perf_counter() - start, add)
+        self._record({f"time/{part}": time.perf_counter() - start}, add)

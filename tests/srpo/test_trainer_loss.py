@@ -1,5 +1,6 @@
 """`SRPOTrainer`: loss and gradients against TRL's trainer and float64 references, bfloat16, invariances."""
 
+import itertools
 import math
 from contextlib import nullcontext
 
@@ -100,14 +101,14 @@ def test_loss_and_gradients_against_float64(make, fixed, routing, beta, temperat
     assert_step_is(trainer, reference_loss(trainer, routing, beta, temperature), loss, gradients)
 
 
-@pytest.mark.parametrize("routing", ROUTED)
-def test_a_lone_success_has_no_teacher_and_its_place_in_the_denominator(make, fixed, routing):
-    """In SRPO and Advantage Mix, whose means are over all tokens; SDPO's and its variants' are over the distilled."""
-
-    def reward(completions, **columns):
-        return [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
-
-    trainer = make(routing=routing, reward=reward)
+@pytest.mark.parametrize(
+    ("routing", "others"),
+    [*((routing, [1.0, 0.0] * 2) for routing in ROUTED), *itertools.product(("srpo", "mix"), ([0.0] * 4, [1.0] * 4))],
+)
+def test_what_has_no_signal_has_its_place_in_the_denominator(make, fixed, routing, others):
+    """A lone success, which has no teacher, and a group of equal rewards. In SRPO and Advantage Mix, whose means are
+    over all tokens; SDPO's and its variants' are over the distilled."""
+    trainer = make(routing=routing, reward=lambda completions, **columns: [1.0, 0.0, 0.0, 0.0, *others])
     move_teacher(trainer)
     loss, gradients = step(trainer)
     assert not trainer.last_rollouts["distill"][0]
@@ -129,6 +130,16 @@ def test_settings_of_the_distillation_reach_loss_and_gradients(make, fixed, fiel
     move_teacher(trainer)
     loss, gradients = step(trainer)
     assert_step_is(trainer, reference_loss(trainer, trainer.args.routing, 0.0), loss, gradients)
+
+
+def test_a_teacher_with_the_policys_weights_and_prompt_is_the_policy(make, fixed, monkeypatch):
+    """An average of rate 1, step for step: both read the same token at the same place."""
+    monkeypatch.setattr("srpo.trainer.teacher_prompt_ids", lambda prompts, texts, tokenize, *_: tokenize(prompts))
+    trainer = make(teacher_update_rate=1.0, max_steps=3)
+    trainer.train()
+    lines = [log for log in trainer.state.log_history if "loss" in log]
+    assert [line["loss/sdpo"] for line in lines] == pytest.approx([0.0] * 3, abs=1e-6)
+    assert all(line["route/sdpo"] > 0 and line["teacher/distance"] > 1e-3 for line in lines)  # and the policy moves
 
 
 def environment_masks(monkeypatch) -> list[list[int]]:

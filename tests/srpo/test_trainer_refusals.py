@@ -1,6 +1,5 @@
 """`SRPOTrainer`: bad settings, rewards and data are one clear sentence; what is warned of."""
 
-import math
 from types import SimpleNamespace
 
 import peft
@@ -17,33 +16,9 @@ from srpo.checks import check_support
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("routing", "spro", "routing must be one of srpo, grpo"),
-        ("teacher", "best", "teacher must be one of ema, frozen, current"),
-        ("demonstration", "last", "demonstration must be one of first, random"),
-        ("divergence", "kl", "divergence must be one of jsd"),
-        ("mix_weight", 1.5, r"mix_weight must be in \[0, 1\]"),
-        ("teacher_update_rate", 0.0, "teacher_update_rate must be in"),
-        ("entropy_beta", -1.0, "entropy_beta must be at least 0"),
-        ("distillation_topk", 0, "distillation_topk must be at least 1"),
         ("reprompt_template", "{prompt} solve it", "reprompt_template must hold {demonstration} once"),
         ("reprompt_template", "{prompt}{prompt}{demonstration}", "reprompt_template must hold {prompt} once"),
-        ("reprompt_template", None, "reprompt_template must be a text, got None"),
-        ("mix_weight", None, r"mix_weight must be in \[0, 1\], got None"),
-        ("reward_threshold", None, "reward_threshold must be finite, got None"),
-        ("num_generations", 0, "num_generations must be at least 2"),
-        ("num_generations", None, "num_generations must be at least 2"),
-        ("num_generations", 3, "must be divisible by num_generations"),
-        ("temperature", 0.0, "temperature must be above 0"),
-        ("temperature", math.nan, "temperature must be above 0"),
-        ("top_p", 2.0, r"top_p must be in \(0, 1\]"),
-        ("epsilon", -0.1, "epsilon must be at least 0"),
-        ("epsilon_high", math.nan, "epsilon_high must be at least 0, or none"),
-        ("delta", 0.5, "delta must be above 1, or none"),
-        ("doctor_steps", -1, "doctor_steps must be at least 0"),
         ("per_device_train_batch_size", 32, "train_dataset has 4 prompts, fewer than the 8 of one generation batch"),
-        ("loss_type", "grpo", "loss_type must be 'dapo' with routing='srpo'"),
-        ("num_iterations", 2, "num_iterations must be 1"),
-        ("steps_per_generation", 4, "steps_per_generation=4 must equal gradient_accumulation_steps=1"),
     ],
 )
 def test_wrong_settings_are_one_clear_sentence(make, field, value, message):

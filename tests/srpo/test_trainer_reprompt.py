@@ -1,4 +1,4 @@
-"""`SRPOTrainer`: the teacher's prompt: the released string, its limits, templates, what a demonstration cannot do."""
+"""`SRPOTrainer`: the teacher's prompt: its limits, templates, what a demonstration cannot do."""
 
 from types import SimpleNamespace
 from typing import ClassVar
@@ -9,16 +9,6 @@ from tokenizers.processors import TemplateProcessing
 
 from srpo import objective
 from srpo.reprompt import check_plain, neutralise, teacher_prompt_ids
-
-
-def test_the_teacher_prompt_is_the_released_string():
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Question {x}"}]
-    got = objective.teacher_prompt(messages, "A {demonstration} \\ B")
-    assert got[0] == messages[0]
-    assert got[1]["content"] == (
-        "Question {x}\nCorrect solution:\n\nA {demonstration} \\ B\n\nCorrectly solve the original question."
-    )
-    assert messages[1]["content"] == "Question {x}"
 
 
 def test_a_long_demonstration_is_cut_and_the_instruction_stays():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from srpo_trainers import LORA, ROUTED, policy, step
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 from srpo import teacher
 from srpo.teacher import SelfTeacher
@@ -171,6 +172,21 @@ def test_a_policy_that_is_its_own_teacher_has_its_mode_back_also_after_an_error(
         assert trainer.model.training is mode
 
 
+def test_the_states_of_a_step_are_gone_when_the_next_rollouts_are_sampled(make, fixed, monkeypatch):
+    """Beside the engine and the new states they would take their room again."""
+    held, generate = [], GRPOTrainer._generate
+
+    def record(self, prompts):
+        held.append(len(self._teacher_hidden))
+        return generate(self, prompts)
+
+    monkeypatch.setattr(GRPOTrainer, "_generate", record)
+    trainer = make(max_steps=2)
+    trainer.train()
+    assert held == [0, 0]
+    assert trainer._teacher_hidden
+
+
 # --- LoRA ----------------------------------------------------------------
 
 
@@ -195,8 +211,7 @@ def test_with_lora_the_average_is_of_the_product(make, fixed):
         assert not torch.allclose(of_steps[2], of_steps[0], atol=1e-4)
 
 
-def test_with_lora_biases_are_averaged_as_they_are(make, fixed):
-    """Qwen2.5's attention has biases: B A is of the weight beside them."""
+def policy_with_biases():
     model, tokenizer = policy()
     config = copy.deepcopy(model.config)
     config.attention_bias = True
@@ -205,12 +220,30 @@ def test_with_lora_biases_are_averaged_as_they_are(make, fixed):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
-    trainer = make(model=(model, tokenizer), peft_config=peft.LoraConfig(**LORA), max_steps=1)
+    return model, tokenizer
+
+
+def test_with_lora_biases_are_averaged_as_they_are(make, fixed):
+    """Qwen2.5's attention has biases: B A is of the weight beside them."""
+    trainer = make(model=policy_with_biases(), peft_config=peft.LoraConfig(**LORA), max_steps=1)
     trainer.train()
     models = trainer.model.get_base_model().model, trainer.teacher.model.model
     layer, of_teacher = (model.layers[0].self_attn.q_proj for model in models)
     torch.testing.assert_close(of_teacher.bias, layer.get_base_layer().bias)
     assert of_teacher.bias.any() and not torch.equal(of_teacher.weight, layer.get_base_layer().weight)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"bias": "all"}, {"modules_to_save": ["mlp"]}], ids=["other layers' biases", "a module with layers"]
+)
+def test_what_is_trained_whole_is_averaged_wherever_it_is(make, fixed, fields):
+    """At rate 1 the average is the policy."""
+    adapter = peft.LoraConfig(**{**LORA, "target_modules": ["q_proj"], **fields})
+    trainer = make(model=policy_with_biases(), peft_config=adapter, teacher_update_rate=1.0)
+    before = logits_of(trainer.model)
+    trainer.train()
+    assert not torch.allclose(logits_of(trainer.model), before, atol=1e-2)
+    assert_teacher_gives(logits_of(trainer.model), trainer)
 
 
 @torch.no_grad()
@@ -243,6 +276,16 @@ def test_the_frozen_teacher_of_an_adapter_that_does_not_begin_at_zero_is_a_merge
     assert_teacher_gives(start, trainer)
     with trainer.model.disable_adapter():
         assert not torch.allclose(logits_of(trainer.model), start, atol=1e-2)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_frozen_teacher_keeps_biases_that_are_trained(make, fixed, bias):
+    """They stay in the policy without its adapter."""
+    adapter = peft.LoraConfig(**{**LORA, "init_lora_weights": True, "bias": bias})
+    trainer = make(model=policy_with_biases(), peft_config=adapter, teacher="frozen")
+    start = logits_of(trainer.model)
+    trainer.train()
+    assert_teacher_gives(start, trainer)
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens"]])
