@@ -215,12 +215,13 @@ def test_linear_time_extraction():
         r"\boxed{5", r"\boxed5 ", "answer: ", "#### \n", "<answer>x", "{", "}", "The answer is $", "**Answer** \n",
         "</think>", "#", "#### ", "answer", "答", "\n",
     ]  # fmt: skip
-    texts = [unit * (1_000_000 // len(unit)) + "x<think>" for unit in units]
-    for text in [*texts, " " * 1_000_000 + "<|im_start|>", "答" + " " * 1_000_000]:
+    size = 200_000  # of which the square takes minutes
+    texts = [unit * (size // len(unit)) + "x<think>" for unit in units]
+    for text in [*texts, " " * size + "<|im_start|>", "答" + " " * size]:
         for which in ("last", "first"):
             start = time.process_time()
             extract_answer(text, which=which)
-            assert time.process_time() - start < 5
+            assert time.process_time() - start < 3
 
 
 def test_no_canary_file(tmp_path):
