@@ -21,7 +21,8 @@ _MODULES = {
     ),
     "questions": ("challenger_prompt", "read_challenge", "solver_prompt"),
     "skills": ("SkillEncoder",),
-    "trainer": ("ChallengerReward", "PhaseTrainer"),
+    "reward": ("ChallengerReward",),
+    "trainer": ("PhaseTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605

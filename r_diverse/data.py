@@ -244,19 +244,18 @@ def select(
 ) -> dict[str, Any]:
     """Filter, memory update and replay: the Solver's questions, a share of them from the past with their labels."""
     embeddings = np.load(embedded / "embeddings.npy")
-    encoder = read_counts(embedded)["encoder"]
-    remembers = run.penalty == "r_diverse"
     ok = np.isfinite(embeddings).all(1)
     kept = [i for i in range(len(rows)) if ok[i] or not run.needs_skills]  # texts are compared, and none is lost to it
     current = [{k: rows[i][k] for k in ("question", "answer")} for i in kept]
-    bank, replayed = MemoryBank(bank_path, encoder), []
-    if remembers:
+    replayed, remembered = [], 0
+    if run.penalty == "r_diverse":  # the baselines have no memory
+        bank = MemoryBank(bank_path, read_counts(embedded)["encoder"])
         vectors = embeddings[kept]
         vectors[~ok[kept]] = np.eye(1, vectors.shape[1])  # a bank wants one; nothing reads it
-        columns = [row["question"] for row in current], vectors, [row["answer"] for row in current]
-        bank.add(*columns, iteration)
+        bank.add([row["question"] for row in current], vectors, [row["answer"] for row in current], iteration)
         number = objective.replay_count(len(current), run.replay_fraction)
         replayed = bank.before(iteration).sample(number, seed=1000 * run.seed + iteration)
+        remembered = len(bank.before(iteration + 1))
     mixed = [{**row, "iteration": iteration} for row in current]
     mixed += [{k: row[k] for k in ("question", "answer", "iteration")} for row in replayed]
     order = np.random.default_rng([run.seed, iteration]).permutation(len(mixed))
@@ -267,7 +266,7 @@ def select(
         "current": len(current),
         "replayed": len(replayed),
         "replayed_from": {str(t): sources[t] for t in sorted(sources)},
-        "bank": len(bank.before(iteration + 1)) if remembers else 0,
+        "bank": remembered,
         "label_accuracy": label_accuracy(current),
     }
 

@@ -31,8 +31,14 @@ LARGE_GAP = 0.1  # nats a token between trainer and rollout engine; rounding to 
 
 def diagnose(logs: Mapping[str, float]) -> list[str]:
     """Warnings in words for logged metrics of either phase; empty when all looks well."""
-    logs = {name: value for name, value in logs.items() if value is not None}  # TRL's mean of nothing
+    unrewarded = "reward" in logs and logs["reward"] is None  # TRL's mean of nothing
+    logs = {name: value for name, value in logs.items() if value is not None}
     checks = (
+        (
+            unrewarded,
+            "no rollout has a reward, so nothing is learned: every reward function gave None; check the column that "
+            "it compares with, or the engines that it asks",
+        ),
         (
             logs.get("challenger/valid", 1.0) < 0.5,
             "fewer than half of the Challenger's outputs have the asked form: check challenger_system, "

@@ -38,7 +38,6 @@ from .servers import free_port, serving, vllm_command
 from .train import (
     PHASES,
     Settings,
-    Sources,
     dry_run,
     local_engine,
     parse,
@@ -89,10 +88,7 @@ VARIANT_FLAGS = {
 
 def finished_iterations(root: Path) -> int:
     """How many iterations are complete, from the first on."""
-    count = 0
-    while (root / f"iteration_{count + 1}" / "evaluate" / "DONE.json").exists():
-        count += 1
-    return count
+    return next(t for t in itertools.count() if not (root / f"iteration_{t + 1}/evaluate/DONE.json").exists())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +118,8 @@ def play(settings: Settings) -> None:
         if finished_iterations(root) < run.iterations:
             folder.restart()
         SelfPlay(settings, root, used["model"]).run()
-        folder.finish()
+        if not folder.is_done:
+            folder.finish()
 
 
 def check_skill_models(run: RDiverseConfig) -> None:
@@ -165,14 +162,21 @@ def _has(model: str, file: str) -> bool:
         return False
 
 
-def model_digests(run: RDiverseConfig) -> dict[str, str]:
-    """What tells whether base, coder and encoder are the same: a digest of a folder's files, or the hub's commit."""
+def models_of(run: RDiverseConfig) -> dict[str, str]:
+    """Base, coder and encoder: hub ids or folders, of those that are one."""
     names = {"model": run.model}
     if run.uses_coder_model:
         names["coder"] = run.coder
     if run.encoder != "minilm":
         names["encoder"] = run.encoder
-    return {key: fingerprint(Path(name)) if Path(name).is_dir() else revised(name) for key, name in names.items()}
+    return names
+
+
+def model_digests(run: RDiverseConfig) -> dict[str, str]:
+    """What tells whether the models are the same: a digest of a folder's files, or the hub's commit."""
+    return {
+        key: fingerprint(Path(name)) if Path(name).is_dir() else revised(name) for key, name in models_of(run).items()
+    }
 
 
 class SelfPlay:
@@ -188,13 +192,12 @@ class SelfPlay:
             self._iteration(iteration)
 
     def _iteration(self, t: int) -> None:
-        run, sources = self.run_config, sources_of(self.run_config, t)
-        opponent = self._models["solver"]
+        run, opponent = self.run_config, self._models["solver"]
         bank = MemoryBank(self.root / "bank").before(t).fingerprint()
         inputs = {"challenger": self._models["challenger"], "solver": opponent, "bank": bank}
-        done = self._stage(t, "challenger", inputs, lambda folder: self._train_challenger(folder, sources, t))
+        done = self._stage(t, "challenger", inputs, lambda folder: self._train_challenger(folder, t))
         self._models["challenger"] = digest(done)
-        files, labels = self._questions(t, sources.solver, opponent)
+        files, labels = self._questions(t, sources_of(run, t).solver, opponent)
         rows = data.usable(files)
         done = self._stage(t, "embed", {"labels": labels}, lambda folder: self._embed(folder, rows))
         embedded = self._folder(t, "embed")
@@ -205,7 +208,7 @@ class SelfPlay:
         self._check_enough(t)
         self._alarm(t, len(files))
         inputs = {"solver": opponent, "questions": digest(done)}
-        done = self._stage(t, "solver", inputs, lambda folder: self._train_solver(folder, sources, t))
+        done = self._stage(t, "solver", inputs, lambda _: self._train_solver(t))
         self._models["solver"] = digest(done)
         self._evaluate(t, str(self._folder(t, "solver") / "model"))
 
@@ -260,10 +263,8 @@ class SelfPlay:
         )
 
     def _finished_rounds(self, t: int) -> int:
-        count, last = 0, "gate" if self.run_config.gate_samples else "label"
-        while (self._folder(t, f"{last}_{count + 1}") / "DONE.json").exists():
-            count += 1
-        return count
+        last = "gate" if self.run_config.gate_samples else "label"
+        return next(k for k in itertools.count() if not (self._folder(t, f"{last}_{k + 1}") / "DONE.json").exists())
 
     def _needed(self) -> int:
         """At least one generation batch of the Solver: with fewer prompts it would not train at all."""
@@ -285,20 +286,21 @@ class SelfPlay:
                 "with another coder or a smaller batch"
             )
 
-    def _train_challenger(self, folder: Path, sources: Sources, t: int) -> dict[str, Any]:
-        if not self.run_config.gpus:
-            train_challenger(self.settings, folder, sources.challenger, sources.solver, t)
-            return {}
-        with contextlib.ExitStack() as stack:
-            urls = self._reward_servers(stack, sources.solver, folder)
-            self._launch("challenger", t, urls, list(range(self.run_config.trainer_gpus)))
+    def _train_challenger(self, folder: Path, t: int) -> dict[str, Any]:
+        run = self.run_config
+        if run.gpus:
+            with contextlib.ExitStack() as stack:
+                flags = self._reward_servers(stack, sources_of(run, t).solver, folder)
+                self._launch("challenger", t, flags, list(range(run.trainer_gpus)))
+        else:
+            train_challenger(self.settings, t)
         return {}
 
-    def _train_solver(self, folder: Path, sources: Sources, t: int) -> dict[str, Any]:
+    def _train_solver(self, t: int) -> dict[str, Any]:
         if self.run_config.gpus:
             self._launch("solver", t, [], list(range(self.run_config.gpus)))
         else:
-            train_solver(self.settings, folder, sources.solver, sources.questions, t)
+            train_solver(self.settings, t)
         return {}
 
     def _embed(self, folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -316,12 +318,8 @@ class SelfPlay:
         embeddings = [np.load(self._folder(i, "embed") / "embeddings.npy") for i in range(1, t + 1)]
         embeddings = [rows[np.isfinite(rows).all(1)] for rows in embeddings]
         labels = read_counts(self._folder(t, "filter"))["label_accuracy"]
-        logged = [
-            line["entropy"]
-            for line in read_jsonl(self._folder(t, "challenger") / "metrics.jsonl")
-            if "entropy" in line
-        ]
-        entropy = logged[-1] if logged else None
+        logged = read_jsonl(self._folder(t, "challenger") / "metrics.jsonl")
+        entropy = next((line["entropy"] for line in reversed(logged) if "entropy" in line), None)
         if problem := alarm.check(run, t, embeddings, rounds * run.candidates, labels, entropy):
             if run.alarm == "stop":
                 raise StageError(f"collapse alarm: {problem}; --alarm warn goes on")
@@ -485,15 +483,11 @@ def _main(argv: list[str]) -> int:
 
 def fetch(run: RDiverseConfig) -> int:
     """Exit code of the download of a run's models and benchmarks."""
-    short = "/" not in run.encoder and not Path(run.encoder).is_dir()
-    encoder = f"sentence-transformers/{run.encoder}" if short else run.encoder
-    names = [
-        run.model,
-        *([run.coder] if run.uses_coder_model else []),
-        *([encoder] if run.encoder != "minilm" else []),
-    ]
+    names = models_of(run)
+    if "encoder" in names and "/" not in run.encoder and not Path(run.encoder).is_dir():
+        names["encoder"] = f"sentence-transformers/{run.encoder}"  # as that library reads a short name
     benchmarks = [name for name in evaluate.benchmark_names(run) if name != "arithmetic"]
-    return download(names, [(name, partial(load_benchmark, name, run.data)) for name in benchmarks])
+    return download([*names.values()], [(name, partial(load_benchmark, name, run.data)) for name in benchmarks])
 
 
 def check_gpus(settings: Settings) -> None:

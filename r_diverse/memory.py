@@ -201,41 +201,23 @@ class MemoryBank:
         queries = self._queries(embeddings)
         if len(self) == 0:
             return np.full(len(queries), np.nan), np.full(len(queries), np.nan)
-        if _scan.is_fast():
-            cosines, _ = self._exact(queries, _scan.nearest_rows(queries, self._blocks())[:, None])
-        else:
-            cosines, _ = self.nearest(queries)
+        rows = _scan.nearest_rows(queries, self._blocks()) if _scan.is_fast() else self._nearest_rows(queries)
+        nearest = self._rows(rows)
+        # In float64, so that it does not depend on how a search was cut into blocks
+        p_max = np.einsum("bd,bd->b", queries, nearest) / np.linalg.norm(nearest, axis=1)
         # From the sum of each iteration, never by subtraction: replacing rows leaves no trace in the mean
         mean = np.sum([segment.total for segment in self._segments.values()], axis=0) / len(self)
-        return cosines[:, 0], queries @ mean
+        return p_max.clip(-1, 1), queries @ mean
 
-    def nearest(self, embeddings: ArrayLike, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """The k most similar rows of the bank to each row of (B, D), the most similar first.
-
-        Returns cosines (B, k) float64 and row numbers (B, k) int64; k is at most len(bank).
-        """
-        if k < 1:
-            raise ValueError(f"k={k} must be at least 1")
-        queries = self._queries(embeddings)
-        k = min(k, len(self))
-        narrow = queries.astype(np.float32)
-        cosines, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    def _nearest_rows(self, queries: np.ndarray) -> np.ndarray:
+        """Number of the row with the highest product with each query, (B,), as far as float32 tells rows apart."""
+        queries = queries.astype(np.float32)
+        best, rows = np.full(len(queries), -np.inf, np.float32), np.zeros(len(queries), np.int64)
         for start, chunk in self._chunks():
-            found, where = _top_inner_products(narrow, chunk, min(k, len(chunk)))
-            cosines = np.concatenate([cosines, found], 1)
-            rows = np.concatenate([rows, where + start], 1)
-            best = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-            cosines, rows = np.take_along_axis(cosines, best, 1), np.take_along_axis(rows, best, 1)
-        return self._exact(queries, rows)
-
-    def _exact(self, queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines of the rows found, in float64, so that they do not depend on how a search was cut into blocks."""
-        cosines = np.empty(rows.shape)
-        for column in range(rows.shape[1]):
-            found = self._rows(rows[:, column])
-            cosines[:, column] = np.einsum("bd,bd->b", queries, found) / np.linalg.norm(found, axis=1)
-        order = np.argsort(-cosines, axis=1, kind="stable")
-        return np.take_along_axis(cosines, order, 1).clip(-1, 1), np.take_along_axis(rows, order, 1)
+            products, where = _highest_products(queries, chunk)
+            better = products > best
+            best[better], rows[better] = products[better], where[better] + start
+        return rows
 
     def _chunks(self) -> Iterator[tuple[int, np.ndarray]]:
         start = 0
@@ -251,7 +233,10 @@ class MemoryBank:
                 yield _scan.Block(segment.embeddings[part], segment.codes[part], scale, error)
 
     def _queries(self, embeddings: ArrayLike) -> np.ndarray:
-        queries = _unit_queries(embeddings)
+        embeddings = np.asarray(embeddings)
+        if embeddings.ndim != 2:
+            raise ValueError(f"embeddings must have shape (questions, dimensions), got {embeddings.shape}")
+        queries = _unit_rows(embeddings)
         if self.dim is not None:
             _check_dimension(queries, self.dim, self.path)
         return queries
@@ -318,15 +303,15 @@ class MemoryBank:
                 raise ValueError(f"{self.path / segment.folder} changed after it was written: restore it from a copy")
 
 
-def _top_inner_products(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of highest inner product with each query: faiss's flat search; without faiss the same in numpy."""
+def _highest_products(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Highest inner product of each query with the rows, and which: faiss's flat search, or the same in numpy."""
     if importlib.util.find_spec("faiss") is None:
         products = queries @ rows.T
-        best = np.argpartition(-products, k - 1, axis=1)[:, :k]
-        return np.take_along_axis(products, best, 1), best
+        return products.max(1), products.argmax(1)
     import faiss
 
-    return faiss.knn(queries, rows, k, metric=faiss.METRIC_INNER_PRODUCT)
+    products, where = faiss.knn(queries, rows, 1, metric=faiss.METRIC_INNER_PRODUCT)
+    return products[:, 0], where[:, 0]
 
 
 # --- files ---
@@ -484,13 +469,6 @@ def _checked_columns(questions: Sequence[str], embeddings: ArrayLike, answers: S
     if len(questions) and embeddings.ndim != 2:
         raise ValueError(f"embeddings must have shape (rows, dimensions), got {embeddings.shape}")
     return embeddings
-
-
-def _unit_queries(embeddings: ArrayLike) -> np.ndarray:
-    embeddings = np.asarray(embeddings)
-    if embeddings.ndim != 2:
-        raise ValueError(f"embeddings must have shape (questions, dimensions), got {embeddings.shape}")
-    return _unit_rows(embeddings)
 
 
 def _unit_rows(rows: np.ndarray, start: int = 0) -> np.ndarray:

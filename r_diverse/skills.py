@@ -35,7 +35,6 @@ from .engines import CoderEngine, need
 logger = logging.getLogger(__name__)
 
 ENCODER = "jinaai/jina-code-embeddings-1.5b"
-PERMISSIVE_ENCODER = "Qwen/Qwen3-Embedding-0.6B"
 
 CHECKS = 1  # version of the rules below: cached programs of another version are written again
 MAX_QUESTION = 20_000  # characters
@@ -497,9 +496,9 @@ class SentenceEncoder:
     """A model of sentence-transformers; texts go in as they are, without a task prefix, on both sides alike.
 
     The default, `jinaai/jina-code-embeddings-1.5b` (1,536 dimensions, last-token pooling), is the paper's. Its licence
-    is CC-BY-NC-4.0: **not for commercial use**. `PERMISSIVE_ENCODER` (Qwen3-Embedding-0.6B, 1,024 dimensions) is
-    Apache-2.0. The thresholds of the penalties (cosine 0.5) suppose that unrelated programs are far apart: look at the
-    cosines of a first batch (`analysis.batch_cosines`) before using another encoder.
+    is CC-BY-NC-4.0: **not for commercial use**. `Qwen/Qwen3-Embedding-0.6B` (1,024 dimensions) is Apache-2.0. The
+    thresholds of the penalties (cosine 0.5) suppose that unrelated programs are far apart: look at the cosines of a
+    first batch (`analysis.batch_cosines`) before using another encoder.
 
     Args:
         model: a hub id, a local folder or a `SentenceTransformer`.

@@ -34,7 +34,8 @@ from .questions import PLAIN_TEMPLATE, solver_prompt, turn_end_id
 from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
 
 if TYPE_CHECKING:
-    from .trainer import ChallengerReward, PhaseTrainer
+    from .reward import ChallengerReward
+    from .trainer import PhaseTrainer
 
 try:
     from common import models, plan, preemption
@@ -129,20 +130,30 @@ def parse(argv: list[str]) -> Settings:
     words = _words_of_config(copy.deepcopy(config))
     for name, word in _words_of_flags(argv):
         words[name].append(word)
-    parsed = []
-    for name, cls in (("run", RDiverseConfig), ("challenger", ChallengerConfig), ("solver", SolverConfig)):
-        if name != "run":
-            _check_of_the_run(name, words[name], parsed[0])
-            words[name] += [] if torch.cuda.is_available() else ["--use_cpu=true"]  # bf16 settings can be looked at
-        try:
-            parsed += parse_fields(words[name], (cls,), "r_diverse/configs/")
-        except ValueError as error:
-            raise ValueError(f"{error}" if name == "run" else f"{name}: {error}") from error
-    settings = Settings(*parsed, argv, config)
-    check_lora(settings.run.lora_rank, settings.run.load_in_4bit)
-    for name in PHASES:
-        _take_template_options(name, getattr(settings, name), settings.run.chat_template_kwargs)
-    return settings
+    (run,) = parse_fields(words["run"], (RDiverseConfig,), "r_diverse/configs/")
+    check_lora(run.lora_rank, run.load_in_4bit)
+    kinds = {"challenger": ChallengerConfig, "solver": SolverConfig}
+    phases = [_phase(name, kind, words[name], run) for name, kind in kinds.items()]
+    return Settings(run, *phases, argv, config)
+
+
+def _phase(name: str, kind: type[PhaseConfig], words: list[str], run: RDiverseConfig) -> PhaseConfig:
+    """Settings of a phase. `ValueError`, with its name, for what it cannot be in this run."""
+    _check_of_the_run(name, words, run)
+    words += [] if torch.cuda.is_available() else ["--use_cpu=true"]  # bf16 settings can be looked at
+    try:
+        (phase,) = parse_fields(words, (kind,), "r_diverse/configs/")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    # The phases render prompts as the engines do: else the Solver would be asked otherwise than it is trained
+    options = run.chat_template_kwargs
+    if phase.chat_template_kwargs not in (None, {}, options):
+        raise ValueError(
+            f"{name}.chat_template_kwargs={phase.chat_template_kwargs!r} disagrees with the run's {options!r}: set "
+            "chat_template_kwargs of the run alone, it holds for all phases and engines"
+        )
+    phase.chat_template_kwargs = options or None
+    return phase
 
 
 def _words_of_config(content: dict[str, Any]) -> dict[str, list[str]]:
@@ -187,16 +198,6 @@ def _check_of_the_run(name: str, words: list[str], run: RDiverseConfig) -> None:
         )
 
 
-def _take_template_options(name: str, phase: PhaseConfig, options: dict[str, Any]) -> None:
-    """The phases render prompts as the engines do: else the Solver would be asked otherwise than it is trained."""
-    if phase.chat_template_kwargs not in (None, {}, options):
-        raise ValueError(
-            f"{name}.chat_template_kwargs={phase.chat_template_kwargs!r} disagrees with the run's {options!r}: set "
-            "chat_template_kwargs of the run alone, it holds for all phases and engines"
-        )
-    phase.chat_template_kwargs = options or None
-
-
 def _turned_off(key: str) -> str | None:
     """What turns off a field of a phase that is on by default; None for one that cannot be none."""
     default = next((f.default for f in dataclasses.fields(PhaseConfig) if f.name == key), None)
@@ -205,14 +206,13 @@ def _turned_off(key: str) -> str | None:
 
 
 def _flags(section: dict[str, Any]) -> list[str]:
-    given = {key: value for key, value in section.items() if value is not None and value != []}
-    return [word for key, value in given.items() for word in _words(key, value)]
-
-
-def _words(key: str, value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+    words = []
+    for key, value in section.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)] if value else []
+        elif value is not None:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,16 +247,15 @@ def run_path(run: RDiverseConfig) -> Path:
     return Path(run.out) / "r_diverse" / run.experiment / f"{variant(run)}-seed{run.seed}"
 
 
+def stage_path(run: RDiverseConfig, iteration: int, stage: str) -> Path:
+    """Folder of a stage of the run, such as a phase."""
+    return run_path(run) / f"iteration_{iteration}" / stage
+
+
 def sources_of(run: RDiverseConfig, iteration: int) -> Sources:
     """Both roles go on from their models of the iteration before, in the first one from the base."""
-    root = run_path(run)
-    before, now = root / f"iteration_{iteration - 1}", root / f"iteration_{iteration}"
-    first = iteration == 1
-    return Sources(
-        run.model if first else str(before / "challenger" / "model"),
-        run.model if first else str(before / "solver" / "model"),
-        now / "filter" / "solver_data.jsonl",
-    )
+    before = [run.model if iteration == 1 else str(stage_path(run, iteration - 1, p) / "model") for p in PHASES]
+    return Sources(*before, stage_path(run, iteration, "filter") / "solver_data.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,32 +342,22 @@ def skill_encoder(run: RDiverseConfig, cache: Path, coder_url: str | None = None
 
 
 def train_challenger(
-    settings: Settings,
-    folder: Path,
-    model: str,
-    solver: str,
-    iteration: int,
-    solver_url: str | None = None,
-    coder_url: str | None = None,
+    settings: Settings, iteration: int, solver_url: str | None = None, coder_url: str | None = None
 ) -> None:
-    """Phase A: trains the Challenger at `model` against the frozen Solver `solver`, into `folder`."""
-    from .trainer import ChallengerReward
+    """Phase A: trains the Challenger against the frozen Solver, which with the coder may be on servers."""
+    from .reward import ChallengerReward
 
-    run = settings.run
-    root = folder.parent.parent
+    run, root = settings.run, run_path(settings.run)
+    sources = sources_of(run, iteration)
     with whole_models():
-        engine = server_engine(solver_url, solver, run) if solver_url else local_engine(solver, run)
+        engine = server_engine(solver_url, sources.solver, run) if solver_url else local_engine(sources.solver, run)
         skills = skill_encoder(run, root / "programs", coder_url) if run.needs_skills else None
-    reward = ChallengerReward(
-        run,
-        EngineSolver(engine, run, salt=1000 * run.seed + iteration),
-        same,
-        skills,
-        MemoryBank(root / "bank").before(iteration) if run.needs_bank else None,
-    )
-    config = phase_config(settings, "challenger", folder, iteration)
+    solver = EngineSolver(engine, run, salt=1000 * run.seed + iteration)
+    bank = MemoryBank(root / "bank").before(iteration) if run.needs_bank else None
+    reward = ChallengerReward(run, solver, same, skills, bank)
+    config = phase_config(settings, "challenger", iteration)
     rows = challenger_rows(config.generation_batch_size, run.challenger_system, run.challenger_user)
-    train_phase(config, model, reward, rows, run, lambda: _challenger_samples(reward))
+    train_phase(config, sources.challenger, reward, rows, run, lambda: _challenger_samples(reward))
 
 
 @contextmanager
@@ -383,17 +372,18 @@ def whole_models() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
-def train_solver(settings: Settings, folder: Path, model: str, data: Path, iteration: int) -> None:
-    """Phase F: trains the Solver at `model` on the labelled questions in `data`, into `folder`."""
+def train_solver(settings: Settings, iteration: int) -> None:
+    """Phase F: trains the Solver on the labelled questions of the iteration."""
     run = settings.run
-    config = phase_config(settings, "solver", folder, iteration)
-    rows = solver_rows(read_jsonl(data), run.solver_system)
-    train_phase(config, model, boxed_reward if run.boxed_only else label_reward, rows, run)
+    sources = sources_of(run, iteration)
+    rows = solver_rows(read_jsonl(sources.questions), run.solver_system)
+    reward = boxed_reward if run.boxed_only else label_reward
+    train_phase(phase_config(settings, "solver", iteration), sources.solver, reward, rows, run)
 
 
-def phase_config(settings: Settings, name: str, folder: Path, iteration: int):
+def phase_config(settings: Settings, name: str, iteration: int) -> PhaseConfig:
     """The settings of a phase with its folder and its own seed."""
-    config = getattr(settings, name)
+    config, folder = getattr(settings, name), stage_path(settings.run, iteration, name)
     seed = zlib.crc32(f"{settings.run.seed}/{iteration}/{name}".encode()) % 2**31
     changes = {"output_dir": str(folder), "seed": seed, "generation_batch_size": None}  # TRL refuses both batch fields
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
@@ -402,38 +392,34 @@ def phase_config(settings: Settings, name: str, folder: Path, iteration: int):
 
 def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: Callable[[], list] = list) -> None:
     """Trains from `model`, or goes on from the last checkpoint, and saves the model last."""
-    set_seed(config.seed)
-    folder, main = Path(config.output_dir), PartialState().is_main_process
-    with exclusive(folder) if main else nullcontext():  # from one that a killed loop has left behind
-        _train_phase(folder, main, config, model, reward, rows, run, samples)
-
-
-def _train_phase(folder: Path, main: bool, config, model: str, reward, rows, run: RDiverseConfig, samples) -> None:
     from .trainer import PhaseTrainer
 
     if run.lora_rank and is_deepspeed_zero3_enabled():
         raise ValueError(
             "lora_rank does not run under zero3, where the adapter could not be merged: use sharding zero2"
         )
-    dtype = getattr(torch, run.policy_dtype)
-    policy = models.load_model(
-        model, dtype, attn_implementation=run.attn_implementation, load_in_4bit=run.load_in_4bit
-    )
-    tokenizer, lora = load_tokenizer(model), lora_config(run.lora_rank)
-    options = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
-    build = partial(PhaseTrainer, policy, reward, config, **options)
-    trainer = with_adapters(build, run.lora_rank, run.load_in_4bit)
-    checkpoint = resume_point(trainer)
-    trainer.remove_callback(PrinterCallback)
-    if main:
-        trainer.add_callback(PhaseLog(folder, checkpoint, trainer, samples))
-    preemption.train(trainer, checkpoint)
-    trainer.save_model(str(folder / ("adapter" if lora else "model")))
-    if main:
-        if lora:  # the next phases start from whole weights
-            models.load_model(str(folder / "adapter"), dtype).save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
+    set_seed(config.seed)
+    folder, main = Path(config.output_dir), PartialState().is_main_process
+    with exclusive(folder) if main else nullcontext():  # from one that a killed loop has left behind
+        dtype = getattr(torch, run.policy_dtype)
+        policy = models.load_model(
+            model, dtype, attn_implementation=run.attn_implementation, load_in_4bit=run.load_in_4bit
+        )
+        tokenizer, lora = load_tokenizer(model), lora_config(run.lora_rank)
+        options = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
+        build = partial(PhaseTrainer, policy, reward, config, **options)
+        trainer = with_adapters(build, run.lora_rank, run.load_in_4bit)
+        checkpoint = resume_point(trainer)
+        trainer.remove_callback(PrinterCallback)
+        if main:
+            trainer.add_callback(PhaseLog(folder, checkpoint, trainer, samples))
+        preemption.train(trainer, checkpoint)
+        trainer.save_model(str(folder / ("adapter" if lora else "model")))
+        if main:
+            if lora:  # the next phases start from whole weights
+                models.load_model(str(folder / "adapter"), dtype).save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+            (folder / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
 
 
 class PhaseLog(RunLog):
@@ -541,13 +527,10 @@ def _main(argv: list[str]) -> None:
     parser.add_argument("--coder_url", help="server of the coder")
     known, rest = parser.parse_known_args(argv)
     settings = parse(rest)
-    folder = run_path(settings.run) / f"iteration_{known.iteration}" / known.phase
-    sources = sources_of(settings.run, known.iteration)
     if known.phase == "solver":
-        train_solver(settings, folder, sources.solver, sources.questions, known.iteration)
+        train_solver(settings, known.iteration)
     else:
-        urls = known.solver_url, known.coder_url
-        train_challenger(settings, folder, sources.challenger, sources.solver, known.iteration, *urls)
+        train_challenger(settings, known.iteration, known.solver_url, known.coder_url)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,18 @@
-"""The two phases of a self-play iteration: TRL's `GRPOTrainer` with the Challenger's reward, or a Solver's.
+"""TRL's `GRPOTrainer` for the two phases of a self-play iteration: the Challenger's, or the Solver's."""
 
-The Challenger's penalties are shares of a whole generation batch, but TRL calls a reward function on each process with
-its own slice. `ChallengerReward` therefore lets each process question the Solver about its slice, gathers everything,
-computes the penalties once on the main process, and hands back to each its part.
-"""
-
-import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset, IterableDataset
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
 
-from . import analysis, objective
 from ._trl import EpochSampler, seed_rollouts
 from .batches import length_sorted, real_columns
-from .budget import Budget
-from .config import RDiverseConfig
+from .checks import HalfPrecisionCallback, check_data, check_reference
 from .doctor import DoctorCallback
-from .memory import MemoryBank
-from .questions import Challenge, read_challenge, turn_end_id
+from .questions import turn_end_id
 from .rope import exact_frequencies
-from .skills import ENGINE, Program, SkillEncoder
-
-logger = logging.getLogger(__name__)
-
-# m extracted answers to each question (None: no answer); None in place of a list where the engine failed
-Solver = Callable[[Sequence[str], int], Sequence[Sequence[str | None] | None]]
 
 
 class PhaseTrainer(GRPOTrainer):
@@ -99,7 +77,8 @@ class PhaseTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if "sampling_per_token_logps" in batch and "old_per_token_logps" in batch:
             logps = (batch["old_per_token_logps"], batch["sampling_per_token_logps"])
-            gap = self.accelerator.gather(logps_gap(*logps, batch["completion_mask"], self.top_p)).mean().item()
+            gaps = self.accelerator.gather(logps_gap(*logps, batch["completion_mask"], self.top_p))
+            gap = gaps.nanmean().item()  # a rank whose rollouts are all masked has none
             self._metrics["train" if self.model.training else "eval"]["sampling/logps_gap"].append(gap)
         return batch
 
@@ -160,342 +139,12 @@ class PhaseTrainer(GRPOTrainer):
         )
 
 
-def check_data(dataset: Any) -> None:
-    """Raises `ValueError` for training data whose prompts a phase cannot repeat or render."""
-    if isinstance(dataset, dict):  # DatasetDict, what load_dataset gives without split=
-        raise ValueError(f"train_dataset holds the splits {', '.join(dataset)}: pass one of them")
-    if isinstance(dataset, IterableDataset):
-        raise ValueError("PhaseTrainer repeats each prompt num_generations times and needs a map-style Dataset")
-    if not isinstance(dataset, Dataset) or not len(dataset):
-        return  # none, and lists and the like, which TRL refuses
-    if "prompt" not in dataset[0]:
-        raise ValueError(f"train_dataset has the columns {', '.join(dataset[0])}: it needs `prompt`, messages")
-    stored = dataset.with_format(None)  # what a transform makes, such as images, is not loaded
-    for i, prompt in enumerate(stored["prompt"] if "prompt" in stored.column_names else ()):
-        if not (isinstance(prompt, str) or (prompt and all(map(_is_said, prompt)))):
-            raise ValueError(
-                f"the prompt of row {i} of train_dataset is {prompt!r}: it needs messages with content, or a text; "
-                "leave such rows out"
-            )
-
-
-def _is_said(message: dict[str, Any]) -> bool:
-    """Whether a message can be rendered: calls of tools stand without content."""
-    return message.get("content") is not None or bool(message.get("tool_calls"))
-
-
-def check_reference(model: PreTrainedModel, reference: PreTrainedModel) -> None:
-    """Raises `ValueError` for a model in memory that is not its KL reference, as after training: TRL loads that from
-    where the model was first loaded."""
-    loaded = dict(reference.named_parameters())
-    for name, weight in model.named_parameters():
-        other = loaded.get(name, weight.new_empty(0))
-        narrow = min(weight.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-        if not torch.equal(weight.to(other.device, narrow), other.to(narrow)):
-            raise ValueError(
-                f"the KL reference, which TRL loads from {model.config._name_or_path}, is not this model ({name} "
-                "differs): save the model and pass its folder, or set beta=0"
-            )
-
-
-class HalfPrecisionCallback(TrainerCallback):
-    """Warns when training starts of trained weights in half precision, in which most updates at a small learning rate
-    are rounded away. Not before: the adapters of a trainer that is built may still be made float32."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        dtypes = (torch.bfloat16, torch.float16)
-        half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in dtypes]
-        advice = "load the model in float32 (policy_dtype), and bf16=True computes in bfloat16 all the same"
-        if getattr(model, "is_quantized", False):
-            advice = (
-                "TRL rounds adapters on quantized weights to bfloat16: once the trainer is built, run `for p in "
-                "trainer.model.parameters(): p.data = p.data.float() if p.requires_grad else p.data`"
-            )
-        if half and state.is_world_process_zero:
-            logger.warning(
-                "%d of the trained weights are in half precision (%s): at a learning rate such as 1e-6 most updates "
-                "are rounded away; %s",
-                len(half),
-                half[0],
-                advice,
-            )
-
-
 def logps_gap(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor, top_p: float) -> torch.Tensor:
-    """How far apart two engines see sampled tokens: mean over `mask` in nats, all (B, T); NaN counts for no token.
+    """How far apart two engines see sampled tokens: mean over `mask` in nats, all (B, T); NaN counts for no token, and
+    is the gap of none.
 
     The second one's log-probabilities are within the nucleus: higher by 0 to -log(top_p), which is no gap.
     """
     difference = engine - trainer
     gap = (difference - difference.clamp(0, -math.log(top_p))).abs()
     return gap[mask.bool() & ~gap.isnan()].mean()
-
-
-class ChallengerReward:
-    """Reward of the Challenger's outputs (Eq. 11, or R-Zero's), a reward function for `GRPOTrainer`.
-
-    Args:
-        config: which reward.
-        solver: the frozen Solver, called on each process with the valid questions of its slice and a seed. m is as
-            many as it answers, whatever `config.m_reward` says.
-        same: whether two answers mean the same. It must bound its own time; all comparisons of a question have
-            `budget.QUESTION_SECONDS`, after which answers count as different.
-        skills: SAM. Needed with `penalty="r_diverse"`, but not by the measure "question_text".
-        bank: M_t; it is read and not written. Needed with `penalty="r_diverse"`, but not with `beta=0`.
-
-    Raises `ValueError` for a reward that lacks `skills` or `bank`, and for a bank whose vectors another encoder made.
-
-    After each call `last_batch` on the main process holds the parts of all rewards by name, each with B rows. A row
-    gets None, no gradient, where an engine failed: the Solver's on its question, or the coder's on its program; the
-    latter's on a question of the memory is a `ConnectionError`. What was not measured is NaN.
-    """
-
-    __name__ = "challenger_reward"
-
-    def __init__(
-        self,
-        config: RDiverseConfig,
-        solver: Solver,
-        same: Callable[[str, str], bool],
-        skills: SkillEncoder | None = None,
-        bank: MemoryBank | None = None,
-    ):
-        if config.needs_skills and skills is None:
-            raise ValueError(f"penalty='r_diverse' with measure={config.measure!r} needs skills, a SkillEncoder")
-        if config.needs_bank and bank is None:
-            raise ValueError(
-                f"beta={config.beta} weighs similarity to a memory: pass bank, a MemoryBank, or set beta=0"
-            )
-        if config.needs_skills and (skills.coder is None) != (config.measure == "question"):
-            raise ValueError(
-                f"measure={config.measure!r} with skills {skills.name!r}: SkillEncoder(None, encoder) is the measure "
-                "'question', all others need a coder"
-            )
-        vectors = config.needs_bank and config.measure in ("sam", "question")
-        if vectors and bank.written_with not in (None, skills.name):
-            raise ValueError(
-                f"bank {bank.path} has encoder={bank.written_with!r}, skills has name={skills.name!r}: their vectors "
-                "cannot be compared; pass the SkillEncoder that wrote the bank, or start a new bank"
-            )
-        self.config, self.solver, self.same, self.skills, self.bank = config, solver, same, skills, bank
-        self.last_batch: dict[str, Any] = {}
-
-    def __call__(self, completions, trainer_state=None, log_metric=None, **columns) -> list[float | None]:
-        step = 0 if trainer_state is None else trainer_state.global_step
-        slice_ = _together(lambda: self._questioned([_text(c) for c in completions], step))
-        rows = gather_object(slice_)
-        late = sum(row[2] for row in rows)
-        parts = _on_main(lambda: self.score([row[0] for row in rows], [row[1] for row in rows]) | {"late": late})
-        if PartialState().is_main_process:
-            self.last_batch = parts
-        if log_metric is not None:
-            for name, value in batch_figures(parts).items():
-                log_metric(name, value)
-        start = len(slice_) * PartialState().process_index
-        rewards = parts["reward"][start : start + len(slice_)].tolist()
-        return [None if np.isnan(reward) else reward for reward in rewards]
-
-    def _questioned(self, outputs: list[str], step: int) -> list[tuple[Challenge, float, bool]]:
-        """Each output's question, the Solver's self-consistency on it (NaN: none measured), and whether the time ended
-        before all its answers were compared."""
-        challenges = [read_challenge(output) for output in outputs]
-        questions = sorted({challenge.question for challenge in challenges if challenge.valid})
-        answers = self.solver(questions, step) if questions else []
-        _check_answers(questions, answers)
-        found = {question: self._consistency(row) for question, row in zip(questions, answers, strict=True)}
-        return [(c, *(found[c.question] if c.valid else (np.nan, False))) for c in challenges]
-
-    def _consistency(self, answers: Sequence[str | None] | None) -> tuple[float, bool]:
-        if answers is None:
-            return np.nan, False
-        same = Budget(self.same)
-        return objective.self_consistency(answers, same)[1], same.cut > 0
-
-    def score(self, challenges: Sequence[Challenge], consistency: Sequence[float]) -> dict[str, Any]:
-        """Parts of the reward of a whole batch, without any process group: arrays (B,) and lists by name."""
-        config = self.config
-        valid = np.array([challenge.valid for challenge in challenges], bool)
-        repetition, memory, lost, extra = self._penalties(challenges, valid)
-        consistency = np.where(lost, np.nan, np.asarray(consistency, float))  # no reward
-        weights = config.alpha, config.beta
-        invalid = objective.reward_of_invalid(*weights, config.gamma, config.tau_max, config.tau_mean)
-        reward = objective.challenger_reward(consistency, repetition, memory, valid, *weights, invalid)
-        if config.penalty == "r_zero":  # which has a reward of its own for an invalid output
-            reward[~valid] = objective.r_zero_invalid_reward(repetition[~valid], config.alpha)
-        repetition[lost] = memory[lost] = np.nan
-        return {
-            "questions": [challenge.question for challenge in challenges],
-            "failures": [challenge.failure for challenge in challenges],
-            "valid": valid,
-            "consistency": consistency,
-            "repetition": repetition,
-            "memory": memory,
-            "reward": reward,
-            **extra,
-        }
-
-    def _penalties(self, challenges, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """P_rep and P_MAP, whether the coder's engine failed on the question, all (B,), and what else is logged.
-
-        Nobody knows the skill of a lost question, so the others are compared as if it were not in the batch.
-        """
-        repetition, memory, lost = np.zeros(len(valid)), np.zeros(len(valid)), np.zeros(len(valid), bool)
-        if self.config.penalty == "none":
-            return repetition, memory, lost, {}
-        if self.config.penalty == "r_zero":  # an invalid output is the empty text, as in its release
-            texts = [challenge.question if challenge.valid else "" for challenge in challenges]
-            repetition = objective.bleu_repetition_penalty(texts, self.config.distance_threshold)
-            return repetition, memory, lost, {"clusters": objective.cluster_sizes(repetition[valid], len(valid))}
-        programs = self._programs([challenge.question for challenge in challenges if challenge.valid])
-        lost[valid] = [program.failure == ENGINE for program in programs]
-        text = self.config.measure in ("program_text", "question_text")
-        if text:
-            rows, ok = _codes(programs), np.array([program.ok for program in programs], bool)
-        else:
-            vectors, ok = self.skills.embed(programs)
-            rows = vectors[ok]
-        size = len(valid) - int(lost.sum())
-        cluster_share = objective.bleu_repetition_penalty if text else objective.repetition_penalty
-        shares = cluster_share(rows, self.config.distance_threshold, batch_size=size)
-        repetition[valid] = objective.scatter_penalty(shares, ok, 1.0)
-        extra = {"encoded": int(ok.sum()), "clusters": objective.cluster_sizes(shares, size)}
-        if not text and len(rows) > 1:
-            extra["median_cosine"] = float(np.median(analysis.batch_cosines(rows)))
-        if self.config.needs_bank:
-            extra["bank"] = len(self.bank)
-        if extra.get("bank"):
-            p_max, p_mean = self._similarity(rows, text)
-            limits = (self.config.gamma, self.config.tau_max, self.config.tau_mean)
-            worst = objective.memory_penalty(1.0, 1.0, *limits)
-            penalties = objective.memory_penalty(p_max, p_mean, *limits)
-            memory[valid] = objective.scatter_penalty(penalties, ok, worst)
-            extra |= {"p_max": p_max, "p_mean": p_mean}
-        return repetition, memory, lost, extra
-
-    def _programs(self, questions: list[str]) -> list[Program]:
-        if self.config.measure == "question_text":
-            return [Program(question) for question in questions]
-        return self.skills.programs(questions)
-
-    def _similarity(self, rows, text: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Highest and mean similarity of each encoded question to the memory."""
-        if not len(rows):
-            return np.zeros(0), np.zeros(0)
-        if not text:
-            return self.bank.similarity(rows)
-        similarity = objective.bleu_similarity(rows, self._past())
-        return similarity.max(1), similarity.mean(1)
-
-    def _past(self) -> list[str]:
-        """Texts that stand for the questions of the memory.
-
-        Raises `ConnectionError` where the coder's engine failed on one, without which questions would seem newer than
-        they are, and `ValueError` where none has a program.
-        """
-        programs = self._programs([record["question"] for record in self.bank.records(np.arange(len(self.bank)))])
-        if lost := sum(program.failure == ENGINE for program in programs):
-            raise ConnectionError(
-                f"{lost} of {len(programs)} questions of the memory have no program because requests to "
-                f"{self.skills.coder.name} failed: give SkillEncoder a cache, and start again"
-            )
-        if not (codes := _codes(programs)):
-            raise ValueError(
-                f"bank {self.bank.path} has {len(programs)} questions, and skills {self.skills.name!r} has a program "
-                "for none of them: pass the coder that wrote their programs, or set beta=0"
-            )
-        return codes
-
-
-def _codes(programs: Sequence[Program]) -> list[str]:
-    return [program.code for program in programs if program.ok]
-
-
-def batch_figures(parts: dict[str, Any]) -> dict[str, float]:
-    """Means of a reward batch for the log; what no row has, or what was not measured, is left out."""
-    valid, failures = parts["valid"], Counter(failure for failure in parts["failures"] if failure)
-    consistency, size = parts["consistency"][valid], len(parts["valid"])
-    figures = {"challenger/valid": valid.mean()}
-    figures |= {f"challenger/failure/{name}": count / size for name, count in sorted(failures.items())}
-    if valid.any():
-        figures["challenger/unanswered"] = np.isnan(consistency).mean()
-        if (compared := valid & ~np.isnan(parts["repetition"])).any():
-            figures |= {f"challenger/{name}": parts[name][compared].mean() for name in ("repetition", "memory")}
-            if "encoded" in parts:
-                figures["challenger/encoded"] = parts["encoded"] / compared.sum()
-        if (measured := consistency[~np.isnan(consistency)]).size:
-            figures["challenger/consistency"] = measured.mean()
-            figures["challenger/uncertainty"] = objective.uncertainty(measured).mean()
-        questions = [q for q, good in zip(parts["questions"], valid, strict=True) if good]
-        figures["challenger/distinct"] = len(set(questions)) / len(questions)
-        figures["challenger/late"] = parts.get("late", 0) / valid.sum()
-    figures |= {f"challenger/{name}": parts[name] for name in ("bank", "median_cosine") if name in parts}
-    return {name: float(value) for name, value in (figures | _spread(parts)).items()}
-
-
-def _spread(parts: dict[str, Any]) -> dict[str, float]:
-    """Clusters of a reward batch, and its similarity to the memory."""
-    figures, sizes = {}, parts.get("clusters", ())
-    if sum(sizes) > 1:  # of a single question there is nothing to say
-        figures = {"challenger/clusters": len(sizes), "challenger/largest_cluster": sizes[0] / sum(sizes)}
-    if len(p_max := parts.get("p_max", ())):
-        figures |= {"challenger/p_max": p_max.mean(), "challenger/p_mean": parts["p_mean"].mean()}
-        figures |= {f"challenger/p_max_p{q}": np.percentile(p_max, q) for q in (10, 50, 90)}
-        figures |= {f"challenger/p_mean_p{q}": np.percentile(parts["p_mean"], q) for q in (10, 50, 90)}
-    return figures
-
-
-def _check_answers(questions: list[str], answers: Any) -> None:
-    """Raises `ValueError` for what is not m answers to each question, or None in their place."""
-    if not _is_list(answers):
-        raise ValueError(f"the solver gave {answers!r}: a list is needed, with m answers to each question")
-    if len(answers) != len(questions):
-        raise ValueError(f"the solver gave {len(answers)} rows of answers to {len(questions)} questions: one to each")
-    asked = [(question, row) for question, row in zip(questions, answers, strict=True) if row is not None]
-    for question, row in asked:
-        if not (_is_list(row) and len(row) and all(isinstance(answer, str | None) for answer in row)):
-            raise ValueError(
-                f"the solver's answers to {question!r} are {row!r}: a list of texts is needed, None for no answer"
-            )
-        if len(row) != len(asked[0][1]):
-            raise ValueError(
-                f"the solver gave {len(row)} answers to {question!r} and {len(asked[0][1])} to {asked[0][0]!r}: the "
-                "same number is needed for each, None for no answer"
-            )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-
-
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def _together(compute: Callable[[], list]) -> list:
-    """The result of every process, or an error on all of them: one that fails alone would leave the others waiting."""
-    result, error = None, None
-    try:
-        result = compute()
-    except Exception as caught:  # whatever it is, it is raised again below
-        error = caught
-    errors = [text for text in gather_object([None if error is None else f"{type(error).__name__}: {error}"]) if text]
-    if error is not None:
-        raise error
-    if errors:
-        raise RuntimeError(f"the reward failed on another process: {errors[0]}")
-    return result
-
-
-def _on_main(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The main process's result on every process, or its error on all of them."""
-    message: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            message[0] = compute()
-        except Exception as caught:  # raised again below, on all processes
-            message[1] = caught
-    if PartialState().num_processes > 1:
-        broadcast_object_list(message)
-    if message[1] is not None:
-        raise message[1]
-    return message[0]

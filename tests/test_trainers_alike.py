@@ -86,7 +86,7 @@ def test_a_doctors_warning_does_not_wait_for_its_next_line(method, capsys):
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["va_opd.checks", "srpo.checks", "r_diverse.trainer"])
+@pytest.mark.parametrize("module", ["va_opd.checks", "srpo.checks", "r_diverse.checks"])
 def test_one_process_warns_of_trained_weights_in_half_precision(module, monkeypatch):
     module, said = importlib.import_module(module), []
     monkeypatch.setattr(module.logger, "warning", lambda text, count, *_: said.append((dtype, count)))

@@ -107,7 +107,8 @@ def judge_records(
         key = None
         if recheck == "all" or not rules_right(scored):
             version, prompt = judge_request(rows[scored["id"]], scored["response"])
-            key = (scored["id"], scored["sample"], engine.name, version, fingerprint(prompt))
+            sample = scored.get("sample")  # none in given responses that were scored by an older version
+            key = (scored["id"], sample, engine.name, version, fingerprint(prompt))
             wanted[key] = prompt
         records.append((scored, key))
     replies = _replies(engine, wanted, folder / "judged.jsonl", Decoding(max_new_tokens=max_new_tokens))

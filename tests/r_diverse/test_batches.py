@@ -1,6 +1,7 @@
 """Micro-batches of like length, no wider than their longest row: the same update as TRL's with less work."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,7 @@ def trained(kind, folder, monkeypatch, experts=False, **options):
         {"loss_type": "bnpo", "beta": 0.0},
         {"top_entropy_quantile": 0.5},
         {"gradient_accumulation_steps": 2, "max_steps": 4},
+        {"entropy_coef": 0.5},
         {"mask_truncated_completions": True, "max_completion_length": 31},
         {"experts": True},
     ],
@@ -140,6 +142,28 @@ def test_rows_with_images_go_to_trl_as_they_are(monkeypatch):
     trainer._get_per_token_logps_and_entropies(*given, compute_entropy=True, pixel_values=pixels, num_images=[1, 2])
     compute = {"compute_entropy": True, "compute_aux_loss": False}
     assert seen == [(given, {**compute, "pixel_values": pixels, "num_images": [1, 2]})]
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_micro_batches_with_images_are_left_as_they_were_drawn(monkeypatch, images):
+    """Their pixels have no row each."""
+    masks = torch.arange(40) < torch.tensor(LENGTHS[:6])[:, None]
+    rows = {"prompt_mask": torch.ones(6, 1), "completion_mask": masks}
+    drawn = [{name: value[i : i + 2] for name, value in rows.items()} for i in (0, 2, 4)]
+    drawn = [batch | {"pixel_values": torch.ones(9, 4)} if images else batch for batch in drawn]
+
+    def prepared(self, generation_batch):
+        self._buffered_inputs = drawn
+        return drawn[0]
+
+    monkeypatch.setattr(GRPOTrainer, "_prepare_inputs", prepared)
+    trainer = object.__new__(PhaseTrainer)
+    trainer.args = SimpleNamespace(steps_per_generation=3, gradient_accumulation_steps=3)
+    trainer.loss_type, trainer.top_entropy_quantile, trainer._step, trainer._buffered_inputs = "grpo", 1.0, 0, None
+    trainer._entropy_bonus_enabled = trainer.aux_loss_enabled = False
+    first = trainer._prepare_inputs([])
+    assert (trainer._buffered_inputs is drawn and first is drawn[0]) == images
+    assert images or first["completion_mask"].sum(1).tolist() == [40, 9]
 
 
 def test_work_grows_with_the_tokens_and_not_with_the_longest_rollout(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Two processes on gloo give every question the reward of one. This file is also the program that each runs."""
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ class Table:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+class DeadCoder(Table):
+    """Its error holds what cannot be sent to another process."""
+
+    def write(self, questions):
+        error = ValueError("dead coder")
+        error.lock = threading.Lock()
+        raise error
+
+
 def answers(questions, seed):
     return [["1"] * (len(q) % 5) + [None] * (6 - len(q) % 5) + ["2"] * 3 for q in questions]
 
@@ -66,11 +76,19 @@ def all_cases(folder: Path) -> dict[str, Any]:
         raise ValueError("dead engine") if rank == 1 else None or []
 
     reward = ChallengerReward(RDiverseConfig("m", penalty="none"), broken, lambda a, b: False)
-    try:
-        reward(["<question>q</question>\\boxed{1}" if rank == 1 else ""] * 2)
-    except Exception as error:
-        results["error"] = f"{type(error).__name__}: {error}"
+    results["error"] = error_of(reward, ["<question>q</question>\\boxed{1}" if rank == 1 else ""] * 2)
+    dead = SkillEncoder(DeadCoder(), Table())
+    reward = ChallengerReward(RDiverseConfig("m", beta=0), answers, lambda a, b: False, dead)
+    results["error of the coder"] = error_of(reward, outputs()[:2])
     return results
+
+
+def error_of(reward: ChallengerReward, completions: list[str]) -> str | None:
+    try:
+        reward(completions)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +120,8 @@ def test_an_error_on_one_process_ends_both(two_processes):
     first, second = two_processes
     assert second["error"] == "ValueError: dead engine"
     assert first["error"] == "RuntimeError: the reward failed on another process: ValueError: dead engine"
+    assert first["error of the coder"] == "ValueError: dead coder"
+    assert second["error of the coder"] == "RuntimeError: the reward failed on another process: ValueError: dead coder"
 
 
 if __name__ == "__main__":

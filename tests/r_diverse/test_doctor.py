@@ -8,7 +8,7 @@ import pytest
 from r_diverse_rewards import Table, bank, output, reward_of
 
 from r_diverse import MemoryBank, RDiverseConfig, SkillEncoder, doctor
-from r_diverse.trainer import batch_figures
+from r_diverse.reward import batch_figures
 
 
 def test_figures_of_a_batch(tmp_path):
@@ -34,6 +34,7 @@ def test_uncertainty_is_the_mean_of_the_questions():
 @pytest.mark.parametrize(
     ("logs", "message"),
     [
+        ({"reward": None}, "no rollout has a reward"),
         ({"challenger/valid": 0.4}, "have the asked form"),
         ({"challenger/consistency": 0.05}, "hardly ever agree"),
         ({"challenger/unanswered": 0.2}, "look at its log"),
@@ -49,7 +50,7 @@ def test_uncertainty_is_the_mean_of_the_questions():
 def test_the_doctor_warns_in_words(logs, message):
     (warning,) = doctor.diagnose({"reward": 0.5, **logs})
     assert message in warning
-    assert doctor.diagnose(dict.fromkeys(logs)) == []
+    assert doctor.diagnose({"reward": 0.5, **dict.fromkeys(logs.keys() - {"reward"})}) == []
 
 
 def test_the_doctor_warns_beyond_its_bounds_only():

@@ -90,15 +90,19 @@ def test_some_questions_are_there_to_be_read(finished):
 
 
 def test_a_finished_run_does_nothing_again(base, finished, capsys):
-    before = digests(finished)
+    before, manifest = digests(finished), (finished / "manifest.json").read_bytes()
     assert again(base, finished) == 0
     assert digests(finished) == before
+    assert (finished / "manifest.json").read_bytes() == manifest  # it ended when it ended
     assert "iteration" not in capsys.readouterr().out
 
 
 def test_another_iteration_goes_on(base, finished, tmp_path):
+    ended = json.loads((finished / "manifest.json").read_text())["ended"]
     assert again(base, finished, iterations=3) == 0
     assert finished_iterations(finished) == 3
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["state"] == "done" and manifest["ended"] > ended
     assert yaml.safe_load((finished / "config.yaml").read_text())["iterations"] == 3
     fields = small(base, finished.parents[2])
     assert loop.goals_of(fields, [""], ["0"], 1) == {finished: 4}

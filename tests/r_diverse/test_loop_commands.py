@@ -339,6 +339,15 @@ def test_the_paper_presets_have_the_papers_batches():
         assert "a generation batch has 512 prompts x 5 rollouts" in text
 
 
+def test_the_readmes_flags_are_the_optimizer_batch_of_r_zeros_script():
+    """16 prompts x 4 rollouts; 32 steps a generation batch of 512 prompts, and five of these."""
+    words = next(line for line in (ROOT / "r_diverse/README.md").read_text().splitlines() if "for 16, as" in line)
+    flags = words.split("`")[3].split()
+    text = dry_run(parse(["--config", str(ROOT / "r_diverse/configs/qwen3_4b.yaml"), *flags]))
+    assert "challenger: 160 optimizer steps of 64 rollouts on 4 processes" in text
+    assert "a generation batch has 512 prompts x 4 rollouts" in text
+
+
 @pytest.mark.parametrize("dry", [["--dry_run"], []])
 def test_a_dry_run_runs_nothing(tmp_path, capsys, dry):
     config = tmp_path / "c.yaml"

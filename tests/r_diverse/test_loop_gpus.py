@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -88,20 +89,17 @@ def test_phases_and_servers_share_gpus_and_their_memory(tmp_path, monkeypatch, b
     monkeypatch.setattr(loop.data, "embed", lambda folder, encoder, rows: {"url": encoder})
     fields = [f"--model={base}", "--gpus=8", "--engine=vllm", "--engine_memory=0.8", "--reward_memory=0.3"]
     player = loop.SelfPlay(parse(fields), tmp_path, "base")
-    sources = SimpleNamespace(solver=str(base))
-    player._train_challenger(tmp_path, sources, 1)
-    player._train_solver(tmp_path, sources, 1)
+    player._train_challenger(tmp_path, 1)
+    player._train_solver(1)
     assert player._embed(tmp_path, []) == {"url": "url"}
     coder = player.run_config.coder
     assert served == [(str(base), 0.3, [4, 5, 6, 7]), (coder, 0.3, [4, 5, 6, 7]), (coder, 0.4, None)]
     assert launched == [("challenger", [0, 1, 2, 3]), ("solver", list(range(8)))]
     served.clear()  # one GPU is shared
-    loop.SelfPlay(parse([*fields, "--gpus=1"]), tmp_path, "base")._train_challenger(tmp_path, sources, 1)
+    loop.SelfPlay(parse([*fields, "--gpus=1"]), tmp_path, "base")._train_challenger(tmp_path, 1)
     assert [gpus for *_, gpus in served] == [[0], [0]]
     served.clear()  # a penalty on the questions' words asks no coder
-    loop.SelfPlay(parse([*fields, *loop.VARIANT_FLAGS["r_zero"]]), tmp_path, "base")._train_challenger(
-        tmp_path, sources, 1
-    )
+    loop.SelfPlay(parse([*fields, *loop.VARIANT_FLAGS["r_zero"]]), tmp_path, "base")._train_challenger(tmp_path, 1)
     assert [model for model, *_ in served] == [str(base)]
 
 
@@ -206,21 +204,22 @@ def test_a_phase_loads_its_policy_by_the_settings(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.models, "load_model", load_model)
     for seed in (0, 0, 1):
-        settings = parse(["--model=m", "--policy_dtype=bfloat16", "--attn_implementation=eager", f"--seed={seed}"])
-        config = train.phase_config(settings, "solver", tmp_path, 1)
+        fields = ["--policy_dtype=bfloat16", "--attn_implementation=eager", f"--seed={seed}"]
+        settings = parse(["--model=m", f"--out={tmp_path}", *fields])
+        config = train.phase_config(settings, "solver", 1)
         with pytest.raises(InterruptedError):
             train.train_phase(config, "m", None, None, settings.run)
     calls, drawn = zip(*loaded, strict=True)
     assert calls == (("m", torch.bfloat16, {"attn_implementation": "eager", "load_in_4bit": False}),) * 3
     assert drawn[0] == drawn[1] != drawn[2]
-    with exclusive(tmp_path), pytest.raises(ValueError, match="is in use by another process"):
+    with exclusive(Path(config.output_dir)), pytest.raises(ValueError, match="is in use by another process"):
         train.train_phase(config, "m", None, None, settings.run)
 
 
 def test_adapters_under_zero3_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "is_deepspeed_zero3_enabled", lambda: True)
-    settings = parse(["--model=m", "--lora_rank=2"])
-    config = train.phase_config(settings, "solver", tmp_path, 1)
+    settings = parse(["--model=m", f"--out={tmp_path}", "--lora_rank=2"])
+    config = train.phase_config(settings, "solver", 1)
     with pytest.raises(ValueError, match="lora_rank does not run under zero3, .* use sharding zero2"):
         train.train_phase(config, "m", None, None, settings.run)
 
@@ -263,10 +262,10 @@ def test_the_models_of_the_reward_are_whole_under_zero3(tmp_path, base, monkeypa
 
     for name in ("local_engine", "skill_encoder"):
         monkeypatch.setattr(train, name, record(name))
-    monkeypatch.setattr("r_diverse.trainer.ChallengerReward", stop)
+    monkeypatch.setattr("r_diverse.reward.ChallengerReward", stop)
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", weakref.ref(config))
     assert deepspeed.is_deepspeed_zero3_enabled()
     with pytest.raises(InterruptedError):
-        train.train_challenger(parse([f"--model={base}"]), tmp_path, str(base), str(base), 1)
+        train.train_challenger(parse([f"--model={base}", f"--out={tmp_path}"]), 1)
     assert seen == {"local_engine": False, "skill_encoder": False}
     assert deepspeed.is_deepspeed_zero3_enabled()

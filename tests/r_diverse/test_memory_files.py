@@ -106,8 +106,6 @@ def test_other_dimensions_are_refused_in_a_search(toy):
         toy.penalty([[1.0, 0.0, 0.0]])
     with pytest.raises(ValueError, match="shape"):
         toy.penalty([1.0, 0.0])
-    with pytest.raises(ValueError, match="k=0"):
-        toy.nearest(TOY, k=0)
     with pytest.raises(ValueError, match="row numbers reach from 0 to 3; the bank has 0 to 2"):
         toy.records([0, 3])
     with pytest.raises(ValueError, match="row numbers reach from -1 to 0"):
@@ -284,7 +282,7 @@ def test_rows_are_mapped_not_read_and_written_piece_by_piece(tmp_path):
         del source
         source = np.load(sys.argv[1] + "/source.npy", mmap_mode="r")
         bank = MemoryBank(sys.argv[1] + "/bank")
-        bank.nearest(np.eye({dim})[:1])
+        bank.similarity(np.eye({dim})[:1])
         used = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (used + 350_000_000, -1))
         bank.add(["q"] * {rows}, source, ["a"] * {rows}, 1)

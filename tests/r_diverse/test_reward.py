@@ -349,9 +349,9 @@ def test_each_question_has_a_budget_of_its_own(monkeypatch):
         return figures["challenger/late"]
 
     assert late() == 0
-    monkeypatch.setattr("r_diverse.trainer.Budget", Short)
+    monkeypatch.setattr("r_diverse.reward.Budget", Short)
     assert late() == 1 and len(budgets) == 2
-    monkeypatch.setattr("r_diverse.trainer.gather_object", lambda rows: rows * 2)  # another process with the same
+    monkeypatch.setattr("r_diverse.reward.gather_object", lambda rows: rows * 2)  # another process with the same
     assert late() == 1
 
 

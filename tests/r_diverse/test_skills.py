@@ -193,7 +193,7 @@ def test_an_encoder_names_its_model(minilm):
 def test_default_encoder_says_its_licence():
     text = skills.SentenceEncoder.__doc__
     assert skills.ENCODER in text and "CC-BY-NC-4.0" in text
-    assert "PERMISSIVE_ENCODER" in text and "Apache-2.0" in text
+    assert "Qwen/Qwen3-Embedding-0.6B" in text and "Apache-2.0" in text
 
 
 def test_an_encoder_of_the_hub_is_named_by_its_commit():

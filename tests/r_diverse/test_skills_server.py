@@ -25,7 +25,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 (answer,) = self.server.engine.generate([body["prompt"]], body["max_tokens"], body["stop"][0])
             choice = {"index": 0, "text": answer.text, "finish_reason": "stop" if answer.finished else "length"}
             reply = {"id": "x", "object": "text_completion", "created": 0, "model": "taught", "choices": [choice]}
-        content = json.dumps(reply).encode()
+        content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -107,11 +107,20 @@ def test_a_busy_server_is_asked_again(server, tokenizer):
     assert len(server.seen) == 2
 
 
-@pytest.mark.parametrize("reply", [{}, {"choices": []}, {"choices": [{}]}, [], "text", None])
+@pytest.mark.parametrize("reply", [{}, {"choices": []}, {"choices": [{}]}, [], "text", None, b"<html>"])
 def test_a_reply_of_another_form_is_a_failed_request(server, tokenizer, reply):
     server.trouble = lambda body: (200, {"choices": None} if reply is None else reply)
     engine = engines.ServedCoderEngine(server.url, "taught", retries=0)
     assert ModelCoder(engine, tokenizer).write(["3 + 4"]) == [Program(None, "engine")]
+
+
+def test_requests_that_all_failed_for_several_reasons_may_be_bad_luck(server, tokenizer):
+    """One of them did reach the model."""
+    server.trouble = lambda body: ({1: 404, 2: 500, 3: 400}[body["prompt"][0]], {"error": "no"})
+    engine = engines.ServedCoderEngine(server.url, "taught", retries=0)
+    lost, refused = None, Generation("", False, refused=True)
+    assert engine.generate([[1], [2], [3]], 1, "x") == [lost, lost, refused]
+    assert engine.generate([], 1, "x") == []
 
 
 def test_a_server_that_is_not_there_is_an_error(server, tokenizer):

@@ -16,8 +16,9 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from common.tiny import tiny_qwen3
 from r_diverse import PhaseTrainer, doctor
+from r_diverse.checks import check_data
 from r_diverse.config import ChallengerConfig, SolverConfig
-from r_diverse.trainer import check_data, logps_gap
+from r_diverse.trainer import logps_gap
 
 
 def test_what_is_overridden_in_trl():
@@ -215,7 +216,8 @@ def test_the_gap_is_logged_for_the_nucleus_that_was_sampled_from(monkeypatch, mo
     batch = {"old_per_token_logps": old, "sampling_per_token_logps": old - math.log(0.9), "completion_mask": mask}
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda self, inputs: batch)
     trainer = object.__new__(PhaseTrainer)
-    trainer.accelerator, trainer.top_p = SimpleNamespace(gather=lambda gap: gap), 0.9
+    nothing = torch.tensor(math.nan)  # the gap of a rank whose rollouts are all masked
+    trainer.accelerator, trainer.top_p = SimpleNamespace(gather=lambda gap: torch.stack([gap, nothing])), 0.9
     trainer.model, trainer._metrics = SimpleNamespace(training=mode == "train"), defaultdict(lambda: defaultdict(list))
     trainer._generate_and_score_completions([])
     assert trainer._metrics == {mode: {"sampling/logps_gap": [pytest.approx(0, abs=1e-6)]}}

@@ -14,7 +14,7 @@ from common import models
 from common.evaluation import Completion, Decoding, Prompt
 from common.runs import read_jsonl
 from common.tiny import tiny_qwen3
-from r_diverse import MemoryBank, SkillEncoder, loop, train, trainer
+from r_diverse import MemoryBank, SkillEncoder, loop, reward, train, trainer
 from r_diverse.questions import PLAIN_TEMPLATE
 from r_diverse.skills import Program
 from r_diverse.train import EngineSolver, parse
@@ -214,12 +214,12 @@ def test_phases_and_rewards_have_seeds_of_their_own_in_every_run(tmp_path, monke
 
     for name in ("local_engine", "skill_encoder", "ready_to_compare"):
         monkeypatch.setattr(train, name, lambda *_: None)
-    monkeypatch.setattr(trainer, "ChallengerReward", stop)
-    for settings in (parse(["--model=m", f"--seed={seed}"]) for seed in (0, 1)):
+    monkeypatch.setattr(reward, "ChallengerReward", stop)
+    for settings in (parse(["--model=m", f"--out={tmp_path}", f"--seed={seed}"]) for seed in (0, 1)):
         for t in (1, 2):
             with pytest.raises(InterruptedError):
-                train.train_challenger(settings, tmp_path, "m", "m", t)
-            seeds += [train.phase_config(settings, name, tmp_path, t).seed for name in train.PHASES]
+                train.train_challenger(settings, t)
+            seeds += [train.phase_config(settings, name, t).seed for name in train.PHASES]
     assert (len(set(salts)), len(set(seeds))) == (4, 8)
 
 
@@ -321,13 +321,14 @@ def test_another_answer_than_a_label_that_cannot_be_read_is_wrong(reward):
 
 
 def test_the_solver_is_trained_with_the_reward_of_the_config(tmp_path, monkeypatch):
-    (tmp_path / "data.jsonl").write_text('{"question": "1+1", "answer": "2"}\n')
-    rewards = []
+    rewards, fields = [], ["--model=m", f"--out={tmp_path}"]
+    questions = train.sources_of(parse(fields).run, 1).questions
+    questions.parent.mkdir(parents=True)
+    questions.write_text('{"question": "1+1", "answer": "2"}\n')
     monkeypatch.setattr(train, "train_phase", lambda config, model, reward, *_: rewards.append(reward))
     for boxed_only in ("true", "false"):
-        settings = parse(["--model=m", f"--boxed_only={boxed_only}"])
-        train.train_solver(settings, tmp_path, "m", tmp_path / "data.jsonl", 1)
-    assert [reward(["The answer is 2."], answer=["2"]) for reward in rewards] == [[0.0], [1.0]]
+        train.train_solver(parse([*fields, f"--boxed_only={boxed_only}"]), 1)
+    assert [given(["The answer is 2."], answer=["2"]) for given in rewards] == [[0.0], [1.0]]
 
 
 def test_a_served_base_model_stops_at_the_end_of_a_turn(tmp_path):
