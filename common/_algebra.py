@@ -10,10 +10,8 @@ import re
 from functools import lru_cache
 
 from common._formula import Unreadable, parse
-from common._notation import RELATION, split
+from common._notation import RELATION, closing_bracket, split
 from common._values import scattered_points
-
-__all__ = ["Algebra", "is_readable", "needs_algebra", "to_latex"]
 
 
 class Algebra:
@@ -209,9 +207,6 @@ _FUNCTION = re.compile(
     r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|alpha|beta|theta)"
     r"(?![A-Za-z])"
 )
-_SHORT = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
-
-
 _COMMANDS = (
     "frac|binom|sqrt|sum|prod|int|lim|infty|to|cdot|pi|cup|cap|setminus|emptyset|mathbb|begin|end|lfloor|rfloor|lceil"
     "|rceil|gcd|lcm|max|min|det|leq|geq|neq|in|partial|langle|rangle|exp|ln|log|a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?"
@@ -223,15 +218,12 @@ _KNOWN = re.compile(rf"(?:\\(?:{_COMMANDS})(?![A-Za-z])|\\\\|\\[{{}}]|\d+\.\d+|[
 
 _BOUNDED_BY_INFINITY = re.compile(r"\\(?:sum|prod|int|lim|cup|cap|setminus|mathbb|in)(?![A-Za-z])|<|\\[lg]eq")
 
-
 _BEYOND = re.compile(  # what `common._formula` does not read and sympy does
     r"\\(?:sum|prod|int|lim|infty|cup|cap|setminus|emptyset|mathbb|gcd|lcm|max|min|det|begin|partial)(?![A-Za-z])"
     r"|(?<![A-Za-z\\])[fghF]_? ?[({]"
 )
 
-
 _VARIABLE = re.compile(r"\\(?:sum|prod) ?_ ?\{ ?([A-Za-z]) ?=")
-
 
 _SUBSCRIPT = re.compile(  # no bound of an integral, and no word such as `x_{min}`
     r"(?<!\\int)(?<!\\lim)(?<!\\sum)(?<!\\prod) ?_ ?(?:([A-Za-z])(?![A-Za-z])|\{(?! ?[A-Za-z]{3,} ?\})([^{}=]*)\})"
@@ -244,6 +236,7 @@ def _has_sequence(text: str) -> bool:
     return any(name in subscript for name in _VARIABLE.findall(text) for subscript in subscripts)
 
 
+_BEFORE_ARGUMENT = re.compile(r"(?:\\sqrt|\^)(?=\s*\()")
 _OPENING_BRACKETS = ("(", "[", "{", "\\{", "\\langle")
 
 
@@ -267,7 +260,7 @@ def to_latex(text: str) -> str:
 
     The grammar skips what it does not know, and would read "5 or 7" as 5. So what is unknown is refused first.
     """
-    text = re.sub(r"(?<![\\A-Za-z])a(?:sin|cos|tan)(?![A-Za-z])", lambda m: _SHORT[m[0]], text)
+    text = re.sub(r"(?<![\\A-Za-z])a(?=(?:sin|cos|tan)(?![A-Za-z]))", "arc", text)
     text = _FUNCTION.sub(r"\\\1 ", text)
     text = re.sub(r"\\text\{([A-Za-z])\}", r"\1", text)
     text = re.sub(r"(\d+) ?\\text\{degrees\}", r"{\\frac{\1\\pi}{180}}", text)
@@ -285,23 +278,13 @@ def to_latex(text: str) -> str:
     text = re.sub(r"(?<![\\A-Za-z])E(?![A-Za-z\d])", r"\\Upsilon ", text)  # the parser takes E for Euler's number
     text = re.sub(r"\\gamma(?![A-Za-z])", r"\\overline{gamma}", text)  # and this for the function or Euler's constant
     text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}", text)
-    for head in ("\\sqrt", "^"):
-        text = _brace_argument(text, head)
-    return text
+    return _brace_arguments(text)
 
 
-def _brace_argument(text: str, head: str) -> str:
-    """`\\sqrt{2+x}` from `\\sqrt (2+x)`, at every place."""
-    start = 0
-    while (start := text.find(head, start)) >= 0:
-        start += len(head)
-        opening = start + len(text[start:]) - len(text[start:].lstrip())
-        if text[opening : opening + 1] != "(":
-            continue
-        depth = 0
-        for i in range(opening, len(text)):
-            depth += (text[i] == "(") - (text[i] == ")")
-            if depth == 0:
-                text = text[:start] + "{" + text[opening + 1 : i] + "}" + text[i + 1 :]
-                break
+def _brace_arguments(text: str) -> str:
+    r"""`\sqrt{2+x}` from `\sqrt (2+x)`, and exponents likewise; the last one first, so that places stay."""
+    for head in reversed(list(_BEFORE_ARGUMENT.finditer(text))):
+        rest = text[head.end() :].lstrip()
+        if (end := closing_bracket(rest)) > 0:
+            text = f"{text[: head.end()]}{{{rest[1:end]}}}{rest[end + 1 :]}"
     return text

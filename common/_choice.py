@@ -6,8 +6,6 @@ import re
 
 from common._normalise import MAX_CHARS, normalise
 
-__all__ = ["chosen_letter", "gold_letter"]
-
 _GOLD_CHOICE = re.compile(r"\(?([A-Ja-j])\)?|(?:\(([A-J])\)|([A-J])[.:)]) .+|([A-J]) [A-Z][a-z]+")
 _CHOICE = re.compile(
     r"(?i:(?:the )?(?:correct )?(?:option|choice|answer|letter)(?: is)?:? ?)?[(\[]?(?:([A-J])|([a-j])(?=\W*$))[)\]]?"

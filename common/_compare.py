@@ -16,8 +16,6 @@ from common._normalise import BROKEN, key
 from common._notation import BUILDER, COMMA, FLIP, RELATION, assignment, bare, split
 from common._units import AMBIGUOUS, PRODUCTS, conversion, decimals, is_lowest_terms, number, split_unit
 
-__all__ = ["Comparison", "NeedsAlgebra", "Policy", "compare"]
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -136,10 +134,8 @@ class Comparison:
         if (p_based or g_based) and not (RELATION.search(p) or RELATION.search(g)):  # not n = 77_8
             return p_based == g_based
         left, right = number(p), number(g)
-        if left is None or right is None:
-            return (
-                False if _INFINITE.fullmatch(p) or _INFINITE.fullmatch(g) else None
-            )  # the text settled the equal ones
+        if left is None or right is None:  # the text has settled equal infinities
+            return False if _INFINITE.fullmatch(p) or _INFINITE.fullmatch(g) else None
         return self._equal_numbers(left, right, g) and self._reduced(p, g)
 
     def _equal_numbers(self, left: Fraction, right: Fraction, g: str) -> bool:
@@ -312,14 +308,11 @@ class Comparison:
         if not p_is and not g_is:
             return None
         if (p[0], p[-1]) != (g[0], g[-1]) or p_is != g_is:
-            return self._grouping(p, g)
+            if _SET_ALGEBRA.search(p + g):
+                return self._ask_algebra(p, g)
+            return None if "\\begin" in p + g else False
         p_items, g_items = split(p[1:-1], COMMA)[::2], split(g[1:-1], COMMA)[::2]
         return len(p_items) == len(g_items) and all(map(self.same, p_items, g_items))
-
-    def _grouping(self, p: str, g: str) -> bool | None:
-        if _SET_ALGEBRA.search(p + g):
-            return self._ask_algebra(p, g)
-        return None if "\\begin" in p or "\\begin" in g else False
 
     def _by_matrix(self, p: str, g: str) -> bool | None:
         tables = [_notation.matrix_of(x) for x in (p, g)]

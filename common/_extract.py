@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-__all__ = ["after_thinking", "boxes_of", "extract_answer", "own_words"]
-
 _MAX_CHARS = 4000  # of the sentence after a marker
 
 _TURN_END = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text)\|>|</s>")

@@ -17,8 +17,6 @@ from functools import lru_cache
 
 from common._formula import Node, parse
 
-__all__ = ["fingerprint"]
-
 
 def _draw_prime() -> int:
     """One of 61 bits, by Fermat's test: with a known one, a multiple of it could be added to an answer unseen."""

@@ -13,8 +13,6 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-__all__ = ["Node", "Unreadable", "indexed", "names", "operators", "parse", "sequences", "whole", "whole_names"]
-
 _MAX_TOKENS = 400
 _MAX_DEPTH = 60
 _MAX_SERIES = 3  # sums in a sum

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 from common._extract import boxes_of
 from common._units import is_unit
-
-__all__ = ["BRACKET", "BROKEN", "MAX_CHARS", "OPENING", "key", "normalise", "within_limits"]
 
 MAX_CHARS = 4000  # an answer, not a response; the longest gold answer of the usual benchmarks has about 300
 OPENING = "([{"
@@ -27,28 +26,20 @@ _MAX_BOXES = 10
 # Unicode
 # ---------------------------------------------------------------------------------------------------------------------
 
+_COMMANDS = (  # a symbol and the LaTeX command for it
+    "×cdot ·cdot ⋅cdot ∙cdot ✕cdot •cdot ∛sqrt[3] ∠angle △triangle ⊙odot ≡equiv ∞infty ∪cup ∩cap ∈in ∖setminus"
+    " ∅emptyset ≤leq ≥geq ≠neq ≈approx ±pm ∓mp …ldots ⌊lfloor ⌋rfloor ⌈lceil ⌉rceil ⟨langle ⟩rangle ∑sum ∏prod"
+)
 _SYMBOLS = str.maketrans(
-    dict.fromkeys("−–—‒‐‑﹣－", "-")
-    | dict.fromkeys("·⋅∙×✕•", "\\cdot ")
+    {word[0]: f"\\{word[1:]} " for word in _COMMANDS.split()}
+    | {symbol: f"\\mathbb{{{letter}}}" for symbol, letter in zip("ℝℤℚℕℂ", "RZQNC", strict=True)}
+    | dict.fromkeys("−–—‒‐‑﹣－", "-")
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f", "")
     | dict.fromkeys("’‘′ʹ", "'")
     | dict.fromkeys("“”„«»", '"')
+    | dict.fromkeys("÷⁄∕", "/")
     | dict.fromkeys("°º˚", "^\\circ ")
-    | {"∠": "\\angle ", "△": "\\triangle ", "⊙": "\\odot ", "≡": "\\equiv "}
-    | {"÷": "/", "⁄": "/", "∕": "/", "∛": "\\sqrt[3] ", "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in "}
-    | {"≤": "\\leq ", "≥": "\\geq ", "≠": "\\neq ", "≈": "\\approx ", "±": "\\pm ", "∓": "\\mp ", "∖": "\\setminus "}
-    | {"∅": "\\emptyset ", "。": ".", "、": ",", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℚ": "\\mathbb{Q}"}
-    | {"ℕ": "\\mathbb{N}", "ℂ": "\\mathbb{C}", "…": "\\ldots ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil "}
-    | {
-        "⌉": "\\rceil ",
-        "⟨": "\\langle ",
-        "⟩": "\\rangle ",
-        "∑": "\\sum ",
-        "∏": "\\prod ",
-        "℃": "^\\circ C",
-        "℉": "^\\circ F",
-        "∣": "|",
-    }
+    | {"℃": "^\\circ C", "℉": "^\\circ F", "。": ".", "、": ",", "∣": "|"}
 )
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n")
@@ -94,12 +85,23 @@ _FUNCTIONS = (
 )
 _AND, _OR = "and|et|und", "or|ou|oder"  # a comma and a semicolon in the normal form
 
-
 _FONT = r"\\(?:mathbf|boldsymbol|bm|mathit|mathrm|mathsf|text\w*|mbox|hbox|operatorname\*?)"
 _ROMAN_FONT = r"\\(?:mathrm|mathsf|text\w*|mbox|hbox|operatorname\*?)"
 _IN_FONT = "math|text|box|bold|\\bm|operator"
 _NESTED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*+\})*+\})*+"
 
+_NO_MEANING = (
+    "rm|bf|bfseries|it|sf|tt|sl|sc|large|Large|LARGE|huge|Huge|small|normalsize|(?:no)?limits|nonumber|notag|strut"
+    "|mathstrut|therefore|because|mathop|mathord|ensuremath|underline|underset ?\\{[^{}]*\\}"
+    "|(?:display|text|script|scriptscript)style"
+)
+_SYNONYMS = {
+    "\\{": "brace lbrace", "\\}": "rbrace", "[": "lbrack", "]": "rbrack", "|": "vert lvert rvert mid", ":": "colon",
+    "\\leq ": "le leqq leqslant", "\\geq ": "ge geqq geqslant", "<": "lt", ">": "gt", "\\neq ": "ne", "/": "div",
+    "\\approx ": "simeq", "\\cdot ": "times ast bullet", "\\ldots ": "dots cdots ddots", "\\cup ": "bigcup",
+    "\\setminus ": "backslash smallsetminus", "\\emptyset ": "varnothing",
+}  # fmt: skip
+_SYNONYM = {name: to for to, names in _SYNONYMS.items() for name in names.split()}
 
 _QUANTITY = r"^(\$?-?\d[\d.,]*(?: ?\\(?:cdot|times) ?10 ?\^ ?\{? ?-?\d+ ?\}?)?)"  # a numeral
 _FOR_EVERY = (  # "for all real numbers x \in \mathbb{R}": nothing else is meant without it
@@ -112,13 +114,13 @@ _FOR_EVERY = (  # "for all real numbers x \in \mathbb{R}": nothing else is meant
 class _Rule(NamedTuple):
     needs: tuple[str, ...]  # no text without one of these can match, and to look for them is ten times faster
     pattern: re.Pattern[str]
-    to: str
+    to: str | Callable[[re.Match[str]], str]
 
 
 class _Rules:
     """Substitutions, one after the other; of a text only those are tried that it may match."""
 
-    def __init__(self, *rules: tuple[str, str, str]) -> None:
+    def __init__(self, *rules: tuple[str, str, str | Callable[[re.Match[str]], str]]) -> None:
         self.rules = [_Rule(tuple(needs.split("|")), re.compile(pattern), to) for needs, pattern, to in rules]
         self.of_word: dict[str, list[int]] = {}
         for place, rule in enumerate(self.rules):
@@ -157,18 +159,7 @@ _LATEX_RULES = _Rules(  # only where there is a backslash
     ),
     ("left|right|middle|ig", r"\\(?:left|right|middle|[bB]igg?[lrm]?)" + _A + r"\.?", ""),
     (r"\rm", r"\\rm ?\{([^{}]*)\}|(?:(?<=\d)|(?<=[\d}] ))\{ ?\\rm" + _A + r" ?([^{}\\]*)\}", r"\\text{\1\2}"),
-    ("style", r"\\(?:display|text|script|scriptscript)style" + _A, ""),
-    (
-        "\\",
-        r"\\(?:rm|bf|it|sf|tt|sl|sc|large|Large|LARGE|huge|Huge|small|normalsize|no)?(?:limits)?(?<=[a-zA-Z])" + _A,
-        "",
-    ),
-    (
-        "nonumber|notag|therefore|because|series|strut",
-        r"\\(?:nonumber|notag|therefore|because|bfseries|mathstrut|strut)" + _A,
-        "",
-    ),
-    ("under|mathop|mathord|ensure", r"\\(?:underline|underset ?\{[^{}]*\}|mathop|mathord|ensuremath)" + _A, ""),
+    ("\\", rf"\\(?:{_NO_MEANING})" + _A, ""),
     ("frac", r"\\(?:[dtcs]|nice)frac" + _A, r"\\frac"),
     (r"\frac", r"\\frac ?([0-9A-Za-z]) ?([0-9A-Za-z])", r"\\frac{\1}{\2}"),
     (r"\frac", r"\\frac ?([0-9A-Za-z]) ?(?=\{)", r"\\frac{\1}"),
@@ -198,11 +189,7 @@ _LATEX_RULES = _Rules(  # only where there is a backslash
     ),
     (r"\text", r"(\\text\{[^{}]*) \}", r"\1}"),
     (r"\text", r"\\text\{((?:[^A-Za-z{}]|\b(?:and|or)\b)*+)\}", r" \1 "),
-    (
-        r"\text",
-        r"^\\text\{([^{}]*,[^{}]*)\}$|^\\text\{(?i:(?:the )?(?:final )?answer is) ([^{}]*)\}$",
-        r"\1\2",
-    ),
+    (r"\text", r"^\\text\{([^{}]*,[^{}]*)\}$|^\\text\{(?i:(?:the )?(?:final )?answer is) ([^{}]*)\}$", r"\1\2"),
     (r"\text", r"(\\text\{[^{}]*?) ?\\cdot ?(?=[^{}]*\})", r"\1 "),
     (r"\text", r"((?<=[\d}]) *\\text\{[A-Za-z ]+)\} ?\\cdot ?\\text\{ ?", r"\1 "),  # 5\text{ kJ}\cdot\text{mol}^{-1}
     (r"\text", r"^\\text\{ ?([A-Z]{2,}) ?\} ?= ?\\text\{ ?([A-Z]{2,}) ?\}$", r"\1=\2"),  # names of quantities: MR=MC
@@ -225,28 +212,13 @@ _LATEX_RULES = _Rules(  # only where there is a backslash
         r"\1",
     ),
     (r"\text", r"_ ?(?:\{ ?\\text\{([A-Za-z]+)\} ?\}|\\text\{([A-Za-z]+)\})", r"_{\1\2}"),
-    ("brace", r"\\l?brace" + _A, r"\\{"),
-    ("brace", r"\\rbrace" + _A, r"\\}"),
-    ("brack", r"\\lbrack" + _A, "["),
-    ("brack", r"\\rbrack" + _A, "]"),
-    ("vert|mid", r"\\(?:[lr]?vert|mid)" + _A, "|"),
-    ("colon", r"\\colon" + _A, ":"),
-    (r"\le", r"\\(?:leqslant|leqq|le)" + _A, r"\\leq "),
-    (r"\ge", r"\\(?:geqslant|geqq|ge)" + _A, r"\\geq "),
-    (r"\lt", r"\\lt" + _A, "<"),
-    (r"\gt", r"\\gt" + _A, ">"),
-    (r"\n", r"\\(?:ne|not ?=)(?![A-Za-z])", r"\\neq "),
-    (r"\sim", r"\\simeq" + _A + r"|^\\sim" + _A, r"\\approx "),
-    ("times|ast|bullet", r"\\(?:times|ast|bullet)" + _A, r"\\cdot "),
-    (r"\div", r"\\div" + _A, "/"),
-    ("dots", r"\\[cd]?dots" + _A, r"\\ldots "),
-    ("backslash|setminus", r"\\(?:backslash|smallsetminus)" + _A, r"\\setminus "),
+    ("\\" + "|\\".join(_SYNONYM), rf"\\({'|'.join(_SYNONYM)})" + _A, lambda m: _SYNONYM[m[1]]),
+    (r"\not", r"\\not ?=", r"\\neq "),
+    (r"\sim", r"^\\sim" + _A, r"\\approx "),
     ("mathbb", r"(\\mathbb\{R\}) ?- ?(?=\\\{)", r"\1\\setminus "),
-    ("bigcup", r"\\bigcup" + _A, r"\\cup "),
-    (r"varnothing|\{", r"\\varnothing" + _A + r"|\\\{ ?\\\}", r"\\emptyset "),
+    (r"\{", r"\\\{ ?\\\}", r"\\emptyset "),
     (r"\infty", r"\+ ?\\infty", r"\\infty"),
     (r"\dot", r"\\dot ?\{?(\d)\}?(\d*)\\dot ?\{?(\d)\}?", r"\\overline{\1\2\3}"),
-    (r"\dot|\bar", r"(?<=[.\d])\\(?:dot|bar) ?\{?(\d+)\}?", r"\\overline{\1}"),
     ("prime", r"\^ ?(?:\{ ?\\prime ?\}|\\prime" + _A + ")", "'"),
     (r"/\text|/ \text", r"(?<=\d) ?/ ?\\text\{ ?(?=[a-z]{2})", r"\\text{per "),
     (  # no brace but its own: \sin{30^\circ}; that of 20^{\circ C} is of the next rule

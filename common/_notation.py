@@ -8,33 +8,6 @@ from common._formula import Unreadable, names, parse
 from common._normalise import BRACKET, OPENING, key
 from common._units import number
 
-__all__ = [
-    "BUILDER",
-    "COMMA",
-    "FLIP",
-    "RELATION",
-    "alternatives",
-    "as_interval",
-    "as_set",
-    "as_union",
-    "assignment",
-    "bare",
-    "based",
-    "carried",
-    "chemical",
-    "closing_bracket",
-    "date",
-    "exact_side",
-    "fold_text",
-    "is_symbolic",
-    "is_text",
-    "items_of",
-    "matrix_of",
-    "one_by_one",
-    "same_name",
-    "split",
-]
-
 _NAME_PART = (
     r"[A-Za-z]|_ ?\{? ?[\w+-]+ ?\}?|\( ?-?\w+ ?\)|[|:'(),/{} ]|\\(?:angle|triangle|overline|frac|text|var\w+|alpha"
     r"|beta|gamma|delta|theta|lambda|mu|phi|omega|rho|sigma|tau|epsilon|eta|xi|psi|Delta|Omega)(?![a-zA-Z])"
@@ -120,11 +93,10 @@ def items_of(text: str) -> tuple[str, list[str]]:
     inner = _BRACES.fullmatch(text)
     is_set = inner and closing_bracket(text.removeprefix("\\")) >= len(text) - 2
     parts = [part for part in split(inner[1] if is_set else text, COMMA)[::2] if part]
-    if not _PLUS_MINUS.search(text):
-        return "set" if is_set else "list" if len(parts) > 1 else "one", parts
-    upper = [part.replace("\\pm", "+").replace("\\mp", "-") for part in parts]
-    lower = [part.replace("\\pm", "-").replace("\\mp", "+") for part in parts if _PLUS_MINUS.search(part)]
-    return "set" if is_set else "list" if len(upper + lower) > 1 else "one", upper + lower
+    if _PLUS_MINUS.search(text):
+        lower = [part.replace("\\pm", "-").replace("\\mp", "+") for part in parts if _PLUS_MINUS.search(part)]
+        parts = [part.replace("\\pm", "+").replace("\\mp", "-") for part in parts] + lower
+    return "set" if is_set else "list" if len(parts) > 1 else "one", parts
 
 
 def assignment(text: str) -> tuple[str | None, list[str]]:
@@ -134,7 +106,7 @@ def assignment(text: str) -> tuple[str | None, list[str]]:
         return None, [text]
     if len(parts) > 3 and len(split(text, COMMA)) > 1:  # "x=1, y=2" is a list of assignments
         return None, [text]
-    is_name = (_QUANTITY.fullmatch(parts[0]) or _is_limit(parts[0])) and not _NEGATION.search(parts[0])
+    is_name = (_QUANTITY.fullmatch(parts[0]) or parts[0].startswith("\\lim")) and not _NEGATION.search(parts[0])
     name = _MEASURE.sub("", key(parts[0])) if is_name else None
     return name, parts[2::2] if name else parts[::2]
 
@@ -142,10 +114,6 @@ def assignment(text: str) -> tuple[str | None, list[str]]:
 def same_name(p: str, g: str) -> bool:
     """x_1 stands for x where only one side numbers its solutions."""
     return p == g or p.startswith(f"{g}_") or g.startswith(f"{p}_")
-
-
-def _is_limit(text: str) -> bool:
-    return text.startswith("\\lim")
 
 
 def as_interval(text: str) -> tuple[str, str] | None:
@@ -171,9 +139,8 @@ def as_set(text: str) -> str:
     r"""`\mathbb{R}\setminus \{3\}` from `x \neq 3`, the inside of a set builder; any other text as it is."""
     if builder := BUILDER.fullmatch(text):
         text = builder[2]
-    parts = split(text, RELATION)
-    excluded = len(parts) == 3 and parts[1] == "\\neq" and len(parts[0]) == 1
-    return rf"\mathbb{{R}}\setminus \{{{parts[2]}\}}" if excluded else text
+    hole = _HOLE.fullmatch(text)
+    return rf"\mathbb{{R}}\setminus \{{{hole[2]}\}}" if hole else text
 
 
 def as_union(text: str) -> str:

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import re
 from functools import cmp_to_key, reduce
+from itertools import groupby
 
 from common import _values
 from common._formula import Unreadable
+from common._notation import split
 from common._units import number
 
-__all__ = ["same_set"]
-
-_OPERATOR = re.compile(r"\\(cup|cap|setminus)(?![A-Za-z])")
+_OPERATOR = re.compile(r"\\(?:cup|cap|setminus)(?![A-Za-z])")
 _REALS = re.compile(r"\\mathbb ?\{? ?R ?\}?")
 _INTERVAL = re.compile(r"([(\[])([^,;]+)[,;]([^,;]+)([)\]])")
 _FINITE = re.compile(r"\\?\{(.+?)\\?\}")
 _NAMED = frozenset(["\\emptyset", *(f"\\mathbb{{{letter}}}" for letter in "NZQRC")])
 _MAX_ENDPOINTS = 64
-_OPENING, _CLOSING = "([{", ")]}"
+_INFINITE = {"\\infty": 1, "-\\infty": -1, "- \\infty": -1}
 
-_Set = (
-    tuple  # (operator, left, right), ("interval", opening, low, high, closing), ("points", [text, ...]) or ("reals",)
-)
+# (operator, left, right), ("interval", opening, low, high, closing) or ("points", [text, ...])
+_Set = tuple
 
 
 def same_set(p: str, g: str, deadline: float) -> bool | None:
@@ -42,48 +41,35 @@ def same_set(p: str, g: str, deadline: float) -> bool | None:
 
 
 def _parse(text: str) -> _Set:
-    text = text.strip()
-    cuts = [m for m in _OPERATOR.finditer(text) if _depth(text[: m.start()]) == 0]
-    if not cuts:
-        return _atom(text)
-    if len({m[1] for m in cuts}) > 1:
+    parts = split(text, _OPERATOR)
+    operators = set(parts[1::2])
+    if len(operators) > 1:
         raise Unreadable("operators without parentheses")
-    starts, ends = [0, *(m.end() for m in cuts)], [*(m.start() for m in cuts), len(text)]
-    parts = [_parse(text[start:end]) for start, end in zip(starts, ends, strict=True)]
-    return reduce(lambda left, right: (cuts[0][1], left, right), parts)
-
-
-def _depth(text: str) -> int:
-    return sum((char in _OPENING) - (char in _CLOSING) for char in text)
+    if not operators:
+        return _atom(parts[0])
+    return reduce(lambda left, right: (parts[1], left, right), map(_parse, parts[::2]))
 
 
 def _atom(text: str) -> _Set:
-    if text.startswith("\\emptyset"):
-        return ("points", []) if text == "\\emptyset" else _unreadable(text)
     if _REALS.fullmatch(text):
-        return ("reals",)
+        return "interval", "(", "-\\infty", "\\infty", ")"
     if found := _INTERVAL.fullmatch(text):
         opening, low, high, closing = found.groups()
         return "interval", opening, low.strip(), high.strip(), closing
     if found := _FINITE.fullmatch(text):
         return "points", [part.strip() for part in re.split("[,;]", found[1])]
+    if text == "\\emptyset":
+        return "points", []
     if text[:1] == "(" and text[-1:] == ")" and _OPERATOR.search(text):
         return _parse(text[1:-1])
-    return _unreadable(text)
-
-
-def _unreadable(text: str):
     raise Unreadable(text)
-
-
-_INFINITE = {"\\infty": 1, "-\\infty": -1, "- \\infty": -1}
 
 
 def _endpoints(tree: _Set) -> list[str]:
     if tree[0] == "interval":
         return [text for text in (tree[2], tree[3]) if text not in _INFINITE]
-    if tree[0] in ("points", "reals"):
-        return list(tree[1]) if len(tree) > 1 else []
+    if tree[0] == "points":
+        return tree[1]
     return _endpoints(tree[1]) + _endpoints(tree[2])
 
 
@@ -94,22 +80,18 @@ class _Line:
         texts = list(dict.fromkeys(texts))
         if len(texts) > _MAX_ENDPOINTS:
             raise Unreadable("too many endpoints")
-        ordered = sorted(texts, key=cmp_to_key(lambda a, b: _values.order(a, b, deadline)))
-        self.place: dict[str, int] = {}
-        for before, text in zip([None, *ordered], ordered, strict=False):
-            equal = before is not None and not _values.order(before, text, deadline)
-            self.place[text] = self.place[before] if equal else max(self.place.values(), default=-1) + 2
+        by_value = cmp_to_key(lambda a, b: _values.order(a, b, deadline))
+        equal = groupby(sorted(texts, key=by_value), key=by_value)
+        self.place = {text: 2 * i + 1 for i, (_, group) in enumerate(equal) for text in group}
         self.last = max(self.place.values(), default=-1) + 1
 
     def bits(self, tree: _Set) -> int:
-        if tree[0] == "reals":
-            return self._between(0, self.last)
         if tree[0] == "points":
             return reduce(lambda bits, text: bits | 1 << self.place[text], tree[1], 0)
         if tree[0] == "interval":
             return self._interval(*tree[1:])
         left, right = self.bits(tree[1]), self.bits(tree[2])
-        return {"cup": left | right, "cap": left & right, "setminus": left & ~right}[tree[0]]
+        return {"\\cup": left | right, "\\cap": left & right, "\\setminus": left & ~right}[tree[0]]
 
     def _interval(self, opening: str, low: str, high: str, closing: str) -> int:
         if _INFINITE.get(low) == 1 or _INFINITE.get(high) == -1:

@@ -8,19 +8,6 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = [
-    "AMBIGUOUS",
-    "PRODUCTS",
-    "Unit",
-    "conversion",
-    "decimals",
-    "is_lowest_terms",
-    "is_unit",
-    "is_unit_word",
-    "number",
-    "split_unit",
-]
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Numerals
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,8 +33,6 @@ from common._formula import (
     whole_names,
 )
 
-__all__ = ["TooLarge", "equal", "order", "proportional", "scattered_points", "within"]
-
 _MAX_DIGITS = 8000  # of an exact number on the way
 _MAX_PRECISION = 2000  # of an inexact one
 _MAX_FACTORIAL = 2500

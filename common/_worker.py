@@ -122,11 +122,9 @@ class _Pool:
 
     def replace(self, worker: _Worker) -> None:
         """Kill, and start the next one at once: it imports while the caller goes on."""
-        worker.kill()
         with self._changed:
-            self.workers.discard(worker)
+            self.drop(worker)
             self._start()
-            self._changed.notify()
 
     def drop(self, worker: _Worker) -> None:
         worker.kill()

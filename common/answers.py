@@ -290,8 +290,8 @@ def _verdict(outcome: Outcome) -> Check:
 
 def _ask(request: _Request, timeout: float, *, wait: bool) -> Check:
     """Ask a worker process. With `wait`, the time until a worker is free and ready does not count."""
-    if request in _memo:
-        return _memo[request]
+    if known := _memo.get(request):  # in one step: another thread may empty it
+        return known
     reply = _worker.ask(request.prediction, request.gold, request.policy, timeout, wait=wait)
     if reply is None:
         return Check(Verdict.TIMEOUT, None, "", "late")

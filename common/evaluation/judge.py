@@ -32,7 +32,7 @@ from common.runs import append_jsonl, atomic_write_json, exclusive, fingerprint,
 
 from .benchmarks import Benchmark, load_benchmark
 from .engines import Decoding, Engine, Prompt, ServerEngine
-from .run import question_fingerprint, read_identity
+from .run import identity_of
 
 RESPONSE_CHARS = 4000
 BATCH = 128
@@ -196,9 +196,7 @@ def judge_evaluation(
     folder = Path(out) / benchmark.name
     if not (folder / "scored.jsonl").exists():
         raise ValueError(f"{folder} holds no scored evaluation of {benchmark.name}: run common.evaluation first")
-    identity = read_identity(folder)
-    if identity.get("rows") != question_fingerprint(benchmark.rows):
-        raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
+    identity = identity_of(folder, benchmark)
     with exclusive(folder):
         records = judge_records(engine, benchmark, folder, recheck, max_new_tokens)
     suffix, protocol, summarize = PROTOCOLS[recheck]

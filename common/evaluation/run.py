@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import hashlib
 import json
 import zlib
 from collections import Counter
@@ -22,6 +23,8 @@ from .benchmarks import Benchmark
 from .engines import Decoding, Engine, Prompt
 from .scoring import answer_row, majority, score_records, summarize
 
+BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a file of weights, which are read to tell it from another one
+
 
 def evaluate(
     engine: Engine,
@@ -36,8 +39,8 @@ def evaluate(
     """Generates, records and scores; returns the metrics, which are also in `<out>/<benchmark>.json`.
 
     Records go to `<out>/<benchmark>/samples.jsonl`, `batch` at a time: a kill loses at most one batch, and a second
-    call goes on with what is missing. Raises `ValueError` where the records belong to another model, question set or
-    decoding, and where another process is at work on them.
+    call goes on with what is missing. Raises `ValueError` where the records belong to another model, other weights at
+    its path, another question set or decoding, and where another process is at work on them.
     """
     samples = benchmark.samples if samples is None else samples
     decoding = decoding or benchmark.decoding
@@ -49,6 +52,7 @@ def evaluate(
     path = out / benchmark.name / "samples.jsonl"
     identity = {
         "model": engine.name,
+        "weights": weights_fingerprint(engine.name),
         "engine": getattr(engine, "kind", type(engine).__name__),
         "benchmark": benchmark.name,
         "rows": question_fingerprint(benchmark.rows),
@@ -99,9 +103,7 @@ def rescore(benchmark: Benchmark, out: str | Path) -> dict[str, Any]:
     folder = Path(out) / benchmark.name
     if not (folder / "identity.json").exists() or not (folder / "samples.jsonl").exists():
         raise ValueError(f"{folder} holds no records of {benchmark.name}: run the evaluation first")
-    identity = read_identity(folder)
-    if identity.get("rows") != question_fingerprint(benchmark.rows):
-        raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
+    identity = identity_of(folder, benchmark)
     records = read_jsonl(folder / "samples.jsonl")
     wanted = identity.get("samples", 0) * len(benchmark.rows)  # unknown for responses of someone else
     if len(records) < wanted:
@@ -208,6 +210,23 @@ def question_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
     return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in rows])
 
 
+def weights_fingerprint(model: str) -> str | None:
+    """Digest of the weights in a local folder, which may be written anew under the same path; None for another name.
+
+    It is of the sizes and of evenly spread blocks: to read a large model's files whole would take minutes.
+    """
+    files = sorted(Path(model).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\0".encode())
+        with file.open("rb") as content:
+            for i in range(BLOCKS):
+                content.seek(i * size // BLOCKS)
+                digest.update(content.read(BLOCK_BYTES))
+    return digest.hexdigest() if files else None
+
+
 def _generate(
     engine: Engine,
     part: list[tuple[str, int]],
@@ -260,16 +279,27 @@ def read_identity(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def identity_of(folder: Path, benchmark: Benchmark) -> dict[str, Any]:
+    """`read_identity`; `ValueError` also where the records are of other questions than the benchmark's."""
+    identity = read_identity(folder)
+    if identity.get("rows") != question_fingerprint(benchmark.rows):
+        raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
+    return identity
+
+
 def _claim(path: Path, identity: dict[str, Any]) -> None:
     """The first evaluation with a record in a folder says whose records these are; another one is refused."""
     if not any((path.parent / name).exists() for name in ("samples.jsonl", "scored.jsonl")):
         atomic_write_json(path, identity)
         return
     theirs = read_identity(path.parent)
-    unrecorded = {"engine", "chat_template_kwargs", "stop_token_ids"} - theirs.keys()  # in older folders
+    later = ("engine", "weights", "chat_template_kwargs", "stop_token_ids")
+    unrecorded = {name for name in later if theirs.get(name) is None}  # by older versions, or not known
     for name, value in identity.items():
         if value is not None and name not in unrecorded and theirs.get(name) != value:
             what = f"with {name}={theirs.get(name)!r}, this evaluation has {value!r}"
             if name == "rows":  # digests, which tell a reader nothing
                 what = "of other questions: --data or --limit was another one"
+            if name == "weights":
+                what = f"of other weights, which {theirs.get('model')!r} held then"
             raise ValueError(f"{path.parent} holds records {what}: choose another --out or delete the folder")

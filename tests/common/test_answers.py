@@ -68,6 +68,7 @@ EXTRACTION = [
     (r"thinking \boxed{1}</think>", None, None),
     (r"\boxed{5}<|im_end|>\boxed{6}", "5", "5"),
     (r"\boxed{}", None, None),
+    (r"It asks for an answer in \boxed{}. Here it is: \boxed{5}.", "5", None),  # the first is the prompt's: no answer
     (r"\boxed{{{", None, None),
     (r"\boxed{1} then \boxed{2", "1", "1"),
     (r"\boxed{185\}.", "185", "185"),

@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from common import _worker
-from common.answers import Verdict, grade_many, judge, same_answer
+from common import _worker, answers
+from common.answers import Policy, Verdict, grade_many, judge, same_answer
 
 pytestmark = pytest.mark.usefixtures("ready_worker")
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,47 @@ def test_idle_workers_killed_from_outside_cost_no_verdict():
     assert not {worker.process.pid for worker in idle}.intersection(workers())
 
 
+def test_a_pair_that_two_workers_die_of_is_late_and_costs_no_other():
+    """As those that the kernel ends for want of memory."""
+    killed, pool = set(), _worker._pool
+    with ThreadPoolExecutor(1) as executor:
+        asked = executor.submit(judge, rf"\boxed{{{has_no_end(13)}}}", "5", timeout=60)
+        while not asked.done():
+            busy = [worker for worker in list(pool.workers) if worker.ready and worker not in pool._idle]
+            for pid in {worker.process.pid for worker in busy} - killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            time.sleep(0.01)
+    assert asked.result() is Verdict.TIMEOUT
+    assert len(killed) == 2
+    assert boxed_many(17) == [Verdict.CORRECT]
+
+
+def test_want_of_memory_in_a_worker_is_no_verdict():
+    class Hungry:
+        def equal(self, p, g):
+            raise MemoryError
+
+    prediction, gold = needs_algebra(1)
+    request = {"p": prediction, "g": gold, "policy": asdict(Policy()), "seconds": 5.0}
+    assert _worker._decide(request, Hungry()) is None
+
+
+def test_ctrl_c_leaves_no_worker_with_a_reply_for_the_next_pair():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            same_answer(has_no_end(14), "5", timeout=60)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert _worker._pool.workers == set(_worker._pool._idle)
+    assert boxed_many(18) == [Verdict.CORRECT]
+
+
 def test_code_in_c_is_ended_too():
     """An integer power runs in C for minutes and looks at no signal; the worker dies all the same."""
     worker = _worker._Worker()
@@ -125,11 +167,22 @@ def test_grade_many_of_a_training_step_is_fast():
 
 
 def test_threads():
-    pairs = [needs_algebra(i % 10) for i in range(40)] + [(f"z+{i}", f"{i}+z") for i in range(160)]
-    with ThreadPoolExecutor(50) as executor:
+    pairs = [needs_algebra(i % 10) for i in range(40)] + [(f"z+{i}", f"{i}+z") for i in range(960)]
+    with ThreadPoolExecutor(1000) as executor:
         assert all(executor.map(lambda pair: same_answer(*pair, timeout=30), pairs))
         late = list(executor.map(lambda i: same_answer(has_no_end(6 + i % 2), "5", timeout=0.5), range(4)))
     assert late == [False] * 4
+
+
+def test_a_memo_that_another_thread_empties_costs_no_verdict(monkeypatch):
+    class Emptied(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    monkeypatch.setattr(answers, "_memo", Emptied())
+    assert [boxed_many(19) for _ in range(2)] == [[Verdict.CORRECT]] * 2
 
 
 def test_asyncio():

@@ -5,6 +5,7 @@ import json
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.evaluation import (
@@ -203,10 +204,38 @@ def test_an_evaluation_does_not_go_on_with_another_engine(tmp_path):
     evaluate(Other(), numbers(), tmp_path, decoding=SAMPLED)
 
 
+def test_an_evaluation_does_not_go_on_with_other_weights_at_the_same_path(tmp_path):
+    model, rng = tmp_path / "model", np.random.default_rng(0)
+    model.mkdir()
+
+    def engine():
+        found = Echo()
+        found.name = str(model)
+        return found
+
+    file = model / "model.safetensors"
+    weights = rng.bytes(9_000_000)  # more than is read
+    file.write_bytes(weights)
+    evaluate(engine(), numbers(), tmp_path / "out", decoding=SAMPLED)
+    (model / "optimizer.pt").write_text("is deleted when a run goes on")
+    file.unlink()
+    file.write_bytes(weights)  # a copy of them is the same model
+    again = engine()
+    evaluate(again, numbers(), tmp_path / "out", decoding=SAMPLED)
+    assert again.asked == []
+    for other in (weights[:5_000_000] + rng.bytes(4_000_000), weights + b"x"):
+        file.write_bytes(other)
+        with pytest.raises(ValueError, match=r"holds records of other weights, which '.*model' held then: choose"):
+            evaluate(engine(), numbers(), tmp_path / "out", decoding=SAMPLED)
+    identity = tmp_path / "out/numbers/identity.json"
+    identity.write_text(json.dumps({**json.loads(identity.read_text()), "weights": None}))  # not known then
+    evaluate(engine(), numbers(), tmp_path / "out", decoding=SAMPLED)
+
+
 def test_a_folder_that_did_not_record_engine_and_chat_template_goes_on(tmp_path):
     evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
     path = tmp_path / "numbers/identity.json"
-    later = ("engine", "chat_template_kwargs", "stop_token_ids")
+    later = ("engine", "weights", "chat_template_kwargs", "stop_token_ids")
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in later}))
     engine = Echo()
     engine.template_options, engine.stops = {"enable_thinking": False}, [5]

@@ -234,10 +234,11 @@ def test_commands_of_one_gpu_each_share_the_gpus(tmp_path, monkeypatch):
 
 def test_a_launcher_under_nohup_leaves_the_lost_terminal_alone(monkeypatch):
     monkeypatch.delenv("PET_SIGNALS_TO_HANDLE", raising=False)
-    stages.launcher(2, "zero2")
-    assert "PET_SIGNALS_TO_HANDLE" not in os.environ
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     try:
+        stages.launcher(2, "zero2")
+        assert "PET_SIGNALS_TO_HANDLE" not in os.environ
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         stages.launcher(2, "zero2")
     finally:
         signal.signal(signal.SIGHUP, before)
