@@ -28,14 +28,15 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
     if isinstance(train_dataset, IterableDataset):
         raise ValueError("VAOPDTrainer repeats each prompt num_generations times and needs a map-style Dataset")
     prompts = args.prompts_of_a_step(args.world_size)
-    if train_dataset is not None and len(train_dataset) < prompts:
+    if train_dataset is None:  # only an evaluation
+        return
+    if len(train_dataset) < prompts:
         raise ValueError(
             f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts} of one optimizer step: add "
             "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
-    if train_dataset is not None:
-        check_rows(train_dataset)
-        check_image_columns(args, train_dataset[0])
+    check_rows(train_dataset)
+    check_image_columns(args, train_dataset[0])
 
 
 def check_rows(dataset) -> None:
@@ -45,7 +46,7 @@ def check_rows(dataset) -> None:
         raise ValueError(f"train_dataset has the columns {', '.join(row)}: it needs `prompt`, messages")
     stored = "prompt" in getattr(dataset, "column_names", ())  # no list, and not made by a transform
     for i, prompt in enumerate(dataset.with_format(None)["prompt"] if stored else [row["prompt"]]):
-        if not (isinstance(prompt, str) or (prompt and all(map(_is_said, prompt)))):
+        if not prompt or not (isinstance(prompt, str) or all(map(_is_said, prompt))):
             raise ValueError(
                 f"the prompt of row {i} of train_dataset is {prompt!r}: it needs messages with content, or a text; "
                 "leave such rows out"

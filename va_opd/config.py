@@ -197,25 +197,27 @@ class VAOPDConfig(DistillationConfig):
                 raise ValueError(f"{name} {rule}, got {value!r}")
 
     def _check_teacher(self) -> None:
-        if self.teacher_server and self.teacher_mode == "exact":
+        if not self.teacher_server:
+            if self.teacher_mode != "exact":
+                raise ValueError(
+                    f"teacher_mode={self.teacher_mode!r} needs teacher_server, the address of a vLLM server of the "
+                    "teacher; with a local teacher use 'exact'"
+                )
+            return
+        if self.teacher_mode == "exact":
             raise ValueError(
                 "teacher_mode='exact' needs the teacher in the trainer's process, because a server gives "
                 "log-probabilities of a few tokens only: set teacher_mode to 'sampled_token' or 'teacher_topk', which "
                 f"are approximations, or leave teacher_server out (got {self.teacher_server!r})"
             )
-        if not self.teacher_server and self.teacher_mode != "exact":
-            raise ValueError(
-                f"teacher_mode={self.teacher_mode!r} needs teacher_server, the address of a vLLM server of the "
-                "teacher; with a local teacher use 'exact'"
-            )
-        if self.teacher_server and not self.teacher_server.startswith(("http://", "https://")):
+        if not self.teacher_server.startswith(("http://", "https://")):
             raise ValueError(f"teacher_server must start with http:// or https://, got {self.teacher_server!r}")
-        if self.teacher_server and self.teacher_offload:
+        if self.teacher_offload:
             raise ValueError(
                 "teacher_offload=True has nothing to do with teacher_server: a teacher in this process is only "
                 "compared with the server once, and then moves to host memory for good; leave teacher_offload out"
             )
-        if self.teacher_server and self.kl_temperature != 1.0:
+        if self.kl_temperature != 1.0:
             raise ValueError(
                 f"kl_temperature must be 1.0 with teacher_server, whose log-probabilities are at temperature 1; got "
                 f"{self.kl_temperature}"

@@ -106,17 +106,16 @@ def _budget_transform(min_pixels: int, max_pixels: int) -> Callable[[dict], dict
                 [decoded(image["bytes"], image["path"], min_pixels, max_pixels) for image in images]
                 for images in batch["images"]
             ]
-        if "prompt" in batch:  # behind a thousand rows of text alone, image parts come back with "text": None
-            batch["prompt"] = [
-                [
-                    {**m, "content": [{k: v for k, v in part.items() if v is not None} for part in m["content"]]}
-                    for m in prompt
-                ]
-                for prompt in batch["prompt"]
-            ]
+        if "prompt" in batch:
+            batch["prompt"] = [[_without_nulls(message) for message in prompt] for prompt in batch["prompt"]]
         return batch
 
     return transform
+
+
+def _without_nulls(message: dict) -> dict:
+    """Behind a thousand rows of text alone, image parts come back with "text": None."""
+    return {**message, "content": [{k: v for k, v in part.items() if v is not None} for part in message["content"]]}
 
 
 def _load_split(source: str, split: str) -> Dataset:
@@ -163,16 +162,17 @@ def _standard_columns(dataset: Dataset, source: str) -> Dataset:
         dataset = dataset.cast_column("images", Image(decode=False))
     elif isinstance(getattr(feature, "feature", None), Image):
         dataset = dataset.cast_column("images", Sequence(Image(decode=False)))
+
+    def checked(row: dict, number: int) -> dict:
+        where = f"data {source!r}, row {ids[number]}"
+        return {
+            "problem": _problem(row["problem"], where),
+            "images": _as_files(row["images"], folder, where),
+            "answer": _gold(row["answer"], where),
+        }
+
     features = Features(problem=Value("string"), images=Sequence(Image(decode=False)), answer=Value("string"))
-    return dataset.map(
-        lambda row, number: {
-            "problem": _problem(row["problem"], f"data {source!r}, row {ids[number]}"),
-            "images": _as_files(row["images"], folder, f"data {source!r}, row {ids[number]}"),
-            "answer": _gold(row["answer"], f"data {source!r}, row {ids[number]}"),
-        },
-        with_indices=True,
-        features=features,
-    ).add_column("id", ids)
+    return dataset.map(checked, with_indices=True, features=features).add_column("id", ids)
 
 
 def _problem(value: object, where: str) -> str:
@@ -474,12 +474,12 @@ def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows: Dataset) ->
     )
     with exclusive(cache.parent), closing(build_engine(args, args.teacher, config)) as engine:
         for start in range(0, len(missing), TEACHER_ROWS):
-            part = [rows[index] for index in missing[start : start + TEACHER_ROWS]]
-            prompts = [Prompt(messages=row["prompt"], images=row["images"]) for row in part]
-            seeds = [config.seed + index for index in missing[start : start + TEACHER_ROWS]]
-            for row, completion in zip(part, engine.generate(prompts, decoding, seeds), strict=True):
+            part = missing[start : start + TEACHER_ROWS]
+            prompts = [Prompt(messages=row["prompt"], images=row["images"]) for row in (rows[i] for i in part)]
+            completions = engine.generate(prompts, decoding, [config.seed + index for index in part])
+            for index, completion in zip(part, completions, strict=True):
                 record = {"response": completion.text, "finish_reason": completion.finish_reason}
-                append_jsonl(cache, {"id": row["id"], **record})
+                append_jsonl(cache, {"id": ids[index], **record})
             print(f"teacher: {len(done) + start + len(part)} of {len(rows)} responses", flush=True)
     return cache
 
@@ -542,13 +542,10 @@ def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig) -> Engi
 def with_completions(rows: Dataset, responses: list[str]) -> Dataset:
     """Rows for TRL's `SFTTrainer`: `prompt`, images as before, and `completion`, one assistant turn."""
     transform = rows.format["format_kwargs"]["transform"]
-    plain = rows.with_format(None)
-    plain = plain.remove_columns(
-        [name for name in ("id", "answer", "response", "problem") if name in plain.column_names]
-    )
-    return plain.add_column("completion", [[{"role": "assistant", "content": r}] for r in responses]).with_transform(
-        transform
-    )
+    rows = rows.with_format(None)
+    unused = [name for name in ("id", "answer", "response", "problem") if name in rows.column_names]
+    turns = [[{"role": "assistant", "content": response}] for response in responses]
+    return rows.remove_columns(unused).add_column("completion", turns).with_transform(transform)
 
 
 def main(argv: list[str] | None = None) -> int:

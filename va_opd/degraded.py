@@ -30,51 +30,51 @@ def degraded_pixel_values(
 
     Raises `ValueError` when the processor gives the pixelated images another shape or grid.
     """
-    grids = iter(batch["image_grid_thw"].tolist()) if "image_grid_thw" in batch else None
-    num_images = sum(len(row) for row in images)
-    degraded: list[Image.Image] = []
-    seen: dict[tuple[int, int], int] = {}  # (group, number of the image in its row): its place in `degraded`
-    places = []  # For each image, its index in `degraded`
-    for group, row in zip(groups, images, strict=True):
-        for i, image in enumerate(row):
-            grid = next(grids) if grids else None
-            if (group, i) not in seen:
-                size = model_size(image_processor, batch, grid, num_images) if pixelate_at == "model" else None
-                seen[group, i] = len(degraded)
-                degraded.append(degrade(image, size, ratio, getattr(image_processor, "resample", None)))
-            places.append(seen[group, i])
+    at_model, has_grids = pixelate_at == "model", "image_grid_thw" in batch
+    flat, keys = [image for row in images for image in row], image_keys(images, groups)
+    sizes = model_sizes(image_processor, batch, len(flat)) if at_model else [None] * len(flat)
+    degraded: dict[tuple[int, int], Image.Image] = {}
+    for key, image, size in zip(keys, flat, sizes, strict=True):
+        if key not in degraded:
+            degraded[key] = degrade(image, size, ratio, getattr(image_processor, "resample", None))
     # Images that were brought to the size of their grid stay at it: a second resize may choose another grid
-    options = {"do_resize": False} if grids and pixelate_at == "model" else {}
+    options = {"do_resize": False} if has_grids and at_model else {}
     if "num_tiles" in batch and "spatial_shapes" not in batch:  # InternVL, whose processor sets this and not its part
         options["crop_to_patches"] = True
     # By row, as TRL gives the true ones: Idefics3 and SmolVLM put the tiles of a row into one tensor
-    each = iter(places)
-    given = degraded if grids else [[degraded[next(each)] for _ in row] for row in images]
+    each = iter(keys)
+    given = list(degraded.values()) if has_grids else [[degraded[next(each)] for _ in row] for row in images]
     processed = image_processor(images=given, return_tensors="pt", **options)
     pixels, grid = processed["pixel_values"], processed.get("image_grid_thw")
-    if grids:  # a patch belongs to an image, so siblings need no processing of their own
-        each = pixels.split(grid.prod(1).tolist())
-        pixels, grid = torch.cat([each[place] for place in places]), grid[places]
+    if has_grids:  # a patch belongs to an image, so siblings need no processing of their own
+        number = {key: n for n, key in enumerate(degraded)}
+        numbers, patches = [number[key] for key in keys], pixels.split(grid.prod(1).tolist())
+        pixels, grid = torch.cat([patches[n] for n in numbers]), grid[numbers]
     true = batch["pixel_values"]
-    if pixels.shape != true.shape or (grids and not torch.equal(grid, batch["image_grid_thw"].cpu())):
+    if pixels.shape != true.shape or (has_grids and not torch.equal(grid, batch["image_grid_thw"].cpu())):
         raise ValueError(
             f"the pixelated images have pixel_values {tuple(pixels.shape)}, the true ones {tuple(true.shape)}, or "
             "another grid: set pixelate_at='raw' for this processor"
         )
-    cells = [math.prod(objective.cells(image.size, ratio)) for image in degraded]
+    cells = [math.prod(objective.cells(image.size, ratio)) for image in degraded.values()]
     return pixels.to(true.device, true.dtype), cells
 
 
-def model_size(
-    image_processor, batch: dict[str, Any], grid: list[int] | None, num_images: int
-) -> tuple[int, int] | None:
-    """(width, height) at which the model sees an image, or None where the processor cuts, crops or pads it."""
-    if grid is not None:
-        return grid[2] * image_processor.patch_size, grid[1] * image_processor.patch_size
-    if getattr(image_processor, "do_center_crop", None) or getattr(image_processor, "do_pad", None):
-        return None
-    pixels = batch["pixel_values"]
-    return (pixels.size(-1), pixels.size(-2)) if pixels.ndim == 4 and len(pixels) == num_images else None
+def image_keys(images: list[list[Any]], groups: list[int]) -> list[tuple[int, int]]:
+    """Of each image the number of its prompt and its place in the row: the same for siblings."""
+    return [(group, i) for group, row in zip(groups, images, strict=True) for i in range(len(row))]
+
+
+def model_sizes(image_processor, batch: dict[str, Any], num_images: int) -> list[tuple[int, int] | None]:
+    """(width, height) at which the model sees each image of a batch; None where the processor cuts, crops or pads."""
+    if "image_grid_thw" in batch:
+        patch = image_processor.patch_size
+        return [(columns * patch, rows * patch) for _, rows, columns in batch["image_grid_thw"].tolist()]
+    pixels = batch.get("pixel_values")
+    changed = getattr(image_processor, "do_center_crop", None) or getattr(image_processor, "do_pad", None)
+    if pixels is None or changed or pixels.ndim != 4 or len(pixels) != num_images:
+        return [None] * num_images
+    return [(pixels.size(-1), pixels.size(-2))] * num_images
 
 
 def degrade(image: Any, size: tuple[int, int] | None, ratio: float, resample: int | None) -> Image.Image:

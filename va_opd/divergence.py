@@ -76,8 +76,7 @@ class _ReverseKL(torch.autograd.Function):
                 tile = buffers[:, : len(hidden[part])]
                 student.project(hidden[part], tile[0])
                 teacher.project(teacher_hidden[part], tile[1])
-                scales = (student.scale, student.softcap, teacher.scale, teacher.softcap, 1 / temperature)
-                kl[part], entropy[part] = fold(tile, coefficients[part], *scales)
+                kl[part], entropy[part] = fold(tile, coefficients[part], student, teacher, 1 / temperature)
                 if any(grad is not None for grad in grads):
                     into = None if grad_hidden is None else grad_hidden[part]
                     student.pull_back(tile[0], hidden[part], into, *grads_of_head)
@@ -104,27 +103,21 @@ def tile_rows(num_rows: int, vocab_size: int, num_buffers: int) -> int:
 
 
 def reverse_kl_by_triton(
-    tile: torch.Tensor,
-    coefficients: torch.Tensor,
-    s_scale: float,
-    s_softcap: float | None,
-    t_scale: float,
-    t_softcap: float | None,
-    inv_t: float,
+    tile: torch.Tensor, coefficients: torch.Tensor, student: LMHead, teacher: LMHead, inv_t: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reverse_kl_in_place` by TRL's kernels, of a tile (2, R, V)."""
-    (student, teacher), (rows, columns) = tile, tile.shape[1:]
+    rows, columns = tile.shape[1:]
     settings = {
-        "s_scale": s_scale,
-        "s_softcap": s_softcap or 1.0,
-        "t_scale": t_scale,
-        "t_softcap": t_softcap or 1.0,
+        "s_scale": student.scale,
+        "s_softcap": student.softcap or 1.0,
+        "t_scale": teacher.scale,
+        "t_softcap": teacher.softcap or 1.0,
         "inv_t": inv_t,
-        "S_HAS_SOFTCAP": s_softcap is not None,
-        "T_HAS_SOFTCAP": t_softcap is not None,
+        "S_HAS_SOFTCAP": student.softcap is not None,
+        "T_HAS_SOFTCAP": teacher.softcap is not None,
         "BLOCK_SIZE": chunked_divergence._BLOCK_SIZE,
     }
-    logits = (student, student.stride(0), teacher, teacher.stride(0))
+    logits = (tile[0], tile.stride(1), tile[1], tile.stride(1))
     s_max, t_max = tile.new_full((2, rows), -math.inf)
     s_sum, s_x_sum, t_sum, t_gap, s_gap = tile.new_zeros(5, rows)
     sums = (s_max, s_sum, s_x_sum, t_max, t_sum, t_gap, s_gap)
@@ -140,13 +133,7 @@ def reverse_kl_by_triton(
 
 
 def reverse_kl_in_place(
-    tile: torch.Tensor,
-    coefficients: torch.Tensor,
-    s_scale: float,
-    s_softcap: float | None,
-    t_scale: float,
-    t_softcap: float | None,
-    inv_t: float,
+    tile: torch.Tensor, coefficients: torch.Tensor, student: LMHead, teacher: LMHead, inv_t: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(student || teacher) and the student's entropy, (R,) each, of products with the heads.
 
@@ -154,32 +141,30 @@ def reverse_kl_in_place(
         tile: (3, R, V), the products of student and teacher, and scratch space. The student's become the gradient of
             the sum of coefficients * KL in them.
         coefficients: (R,).
-        s_scale, s_softcap, t_scale, t_softcap: what the models make of the products.
+        student, teacher: whose scale and soft cap make logits of the products.
         inv_t: 1 over the temperature.
     """
-    student, teacher, room = tile
-    slope = _to_logits(student, s_scale, s_softcap, inv_t, True)
-    _to_logits(teacher, t_scale, t_softcap, inv_t)
-    t_log_sum = _exp_sum(teacher, room).log()
-    s_sum = _exp_sum(student, room)
+    s_logits, t_logits, room = tile
+    slope = _to_logits(s_logits, student, inv_t, with_slope=True)
+    _to_logits(t_logits, teacher, inv_t)
+    t_log_sum = _exp_sum(t_logits, room).log()
+    s_sum = _exp_sum(s_logits, room)
     probabilities, shift = room.div_(s_sum), t_log_sum - s_sum.log()
-    entropy = s_sum.log().flatten() - _row_dots(probabilities, student)
-    gap = student.sub_(teacher)  # of log-probabilities, but for `shift`
+    entropy = s_sum.log().flatten() - _row_dots(probabilities, s_logits)
+    gap = s_logits.sub_(t_logits)  # of log-probabilities, but for `shift`
     kl = _row_dots(probabilities, gap) + shift.flatten()
     gap.add_(shift - kl[:, None]).mul_(probabilities.mul_(coefficients[:, None])).mul_(slope)
     return kl, entropy
 
 
-def _to_logits(
-    products: torch.Tensor, scale: float, softcap: float | None, inv_t: float, with_slope: bool = False
-) -> float | torch.Tensor:
+def _to_logits(products: torch.Tensor, head: LMHead, inv_t: float, with_slope: bool = False) -> float | torch.Tensor:
     """In place; returns the slope, of capped logits if asked for."""
-    if softcap is None:
-        products.mul_(scale * inv_t)
-        return scale * inv_t
-    products.mul_(scale / softcap).tanh_()
-    slope = products.square().neg_().add_(1).mul_(scale * inv_t) if with_slope else 0.0
-    products.mul_(softcap * inv_t)
+    if head.softcap is None:
+        products.mul_(head.scale * inv_t)
+        return head.scale * inv_t
+    products.mul_(head.scale / head.softcap).tanh_()
+    slope = products.square().neg_().add_(1).mul_(head.scale * inv_t) if with_slope else 0.0
+    products.mul_(head.softcap * inv_t)
     return slope
 
 

@@ -60,27 +60,37 @@ def diagnose(logs: Mapping[str, float]) -> list[str]:
 
 
 def va_figures(
-    va: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor, high: torch.Tensor, num_generations: int
+    va: torch.Tensor,
+    mask: torch.Tensor,
+    weights: torch.Tensor,
+    high: torch.Tensor,
+    has_image: torch.Tensor,
+    num_generations: int,
 ) -> dict[str, float]:
-    """The `va/` metrics of an optimizer step; `va/zero_in_high` only where some rollout has a high-VA group.
+    """The `va/` metrics of an optimizer step, of rows with an image.
+
+    `va/group_sigma` only where all siblings of a prompt have one, as a tool may give it to some, and `va/zero_in_high`
+    only where some rollout has a high-VA group.
 
     Args:
-        va, mask, high: (B, T) VA, response tokens, high-VA groups (empty in a row without one), of rows with images.
-        weights: (B,) rollout weights.
+        va, mask, high: (B, T) VA, response tokens, high-VA groups (empty in a row without one).
+        weights, has_image: (B,) rollout weights, and bool, which rows have an image: some of them.
         num_generations: K; siblings are consecutive rows.
     """
-    valid = mask.bool()
-    sorted_va = va[valid].sort(descending=True).values
+    tokens = va[mask.bool() & has_image[:, None]]
+    sorted_va = tokens.sort(descending=True).values
     top = sorted_va[: max(1, round(0.1 * len(sorted_va)))].sum() / sorted_va.sum().clamp(min=1e-12)
-    means = mean_over_tokens(va, mask).view(-1, num_generations)
     figures = {
-        "va/mean": va[valid].mean(),
-        "va/positive_share": (va[valid] > 0).float().mean(),
+        "va/mean": tokens.mean(),
+        "va/positive_share": (tokens > 0).float().mean(),
         "va/top10_mass": top,
-        "va/group_sigma": means.std(1, correction=0).mean(),
-        "va/weight_min": weights.min(),
-        "va/weight_max": weights.max(),
+        "va/weight_min": weights[has_image].min(),
+        "va/weight_max": weights[has_image].max(),
     }
+    whole = has_image.view(-1, num_generations).all(1)
+    if whole.any():
+        means = mean_over_tokens(va, mask).view(-1, num_generations)[whole]
+        figures["va/group_sigma"] = means.std(1, correction=0).mean()
     if high.any():
         figures["va/zero_in_high"] = (va[high] == 0).float().mean()
     return {name: value.item() for name, value in figures.items()}

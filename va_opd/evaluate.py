@@ -68,8 +68,6 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
     Raises `ValueError` for a run that is not finished, and for results of other settings.
     """
     run = run_path(args, config)
-    if what == "run" and not is_done(run):
-        raise ValueError(f"{run} holds no finished run: run va_opd.train with the same settings first")
     if what == "run":
         check_trained(run, args)
     out = (run if what == "run" else run.with_name(f"{what}-seed{config.seed}")) / "eval"
@@ -87,14 +85,18 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
         with closing(build_engine(args, model, config)) as engine:
             for benchmark in (*missing, *(paper_benchmark(args, name) for name in names)):  # one at a time in memory
                 report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
-                print(f"{out.parent.name}: {benchmark.name} = {score_text(headline(report)[0])}", flush=True)
+                score = headline(report)[0]
+                shown = "not defined on so few questions" if score is None else f"{score:.3f}"
+                print(f"{out.parent.name}: {benchmark.name} = {shown}", flush=True)
     if not (out / "va.json").exists() and (what != "teacher" or args.dataset == "digits"):
         with exclusive(out):  # a paper's teacher is too large to be both models
             score_visual_advantage(model, args, config, rows, out)
 
 
 def check_trained(run: Path, args: ScriptArguments) -> None:
-    """Raises `ValueError` where the run was trained from another student or by another teacher."""
+    """Raises `ValueError` where the run is not finished, or was trained from another student or by another teacher."""
+    if not is_done(run):
+        raise ValueError(f"{run} holds no finished run: run va_opd.train with the same settings first")
     trained = json.loads((run / "manifest.json").read_text())["config"]
     for name in ("model", "teacher"):
         ours = getattr(args, name)
@@ -137,11 +139,6 @@ def is_evaluated(out: Path, name: str, limit: int | None) -> bool:
             f"the file and the folder {out / name} away to evaluate anew"
         )
     return True
-
-
-def score_text(score: float | None) -> str:
-    """A benchmark's score for the log."""
-    return "not defined on so few questions" if score is None else f"{score:.3f}"
 
 
 def benchmark_names(args: ScriptArguments) -> list[str]:

@@ -35,8 +35,12 @@ def budget_size(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tupl
 @lru_cache(maxsize=64)
 def decoded(data: bytes | None, path: str | None, min_pixels: int, max_pixels: int) -> PILImage.Image:
     """The image in its budget. TRL's loader reads a generation batch anew for each sibling and each micro-batch."""
-    with PILImage.open(io.BytesIO(data) if data else path) as image:
+    with _opened(data, path) as image:
         return fit_budget(image, min_pixels, max_pixels)
+
+
+def _opened(data: bytes | None, path: str | None) -> PILImage.Image:
+    return PILImage.open(io.BytesIO(data) if data else path)
 
 
 def check_readable(dataset: Dataset, source: str, min_pixels: int, max_pixels: int, num_proc: int | None) -> None:
@@ -66,7 +70,7 @@ def _fault(images: list[dict], min_pixels: int, max_pixels: int) -> str:
         if image is None or not (image["bytes"] or image["path"]):
             return "no image"
         try:
-            with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+            with _opened(image["bytes"], image["path"]) as opened:
                 opened.load()
                 check_depth(opened)
                 size = budget_size(opened.size, min_pixels, max_pixels)  # whose rounding changes the aspect

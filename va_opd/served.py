@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,10 @@ import torch
 from PIL import Image
 
 from . import objective
-from .degraded import degrade, model_size
+from .degraded import degrade, image_keys, model_sizes
 from .engine import fold_placeholders
 from .lm_head import lm_head
-from .teacher import Teacher
+from .teacher import Teacher, first_with_image
 
 if TYPE_CHECKING:
     from .trainer import VAOPDTrainer
@@ -48,12 +49,7 @@ class TeacherServer:
         one.
         """
         with ThreadPoolExecutor(min(REQUESTS_AT_ONCE, len(requests))) as pool:
-            futures = [pool.submit(self._send, "/inference/v1/generate", request) for request in requests]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            return list(pool.map(partial(self._send, "/inference/v1/generate"), requests))  # an error cancels the rest
 
     def _send(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
@@ -65,7 +61,10 @@ class TeacherServer:
             except urllib.error.HTTPError as error:
                 said = error.read().decode(errors="replace")[:500]
                 if error.code < 500:
-                    raise ValueError(self._refusal(error.code, said)) from error
+                    remedy = ": start it with `vllm serve --enable-scale-out`" if error.code == 404 else ""
+                    raise ValueError(
+                        f"the teacher server at {self.address} refuses a request (HTTP {error.code}: {said}){remedy}"
+                    ) from error
                 problem = f"HTTP {error.code}: {said}"
             except (OSError, HTTPException) as error:
                 problem = str(error) or type(error).__name__
@@ -79,10 +78,6 @@ class TeacherServer:
             f"the teacher server at {self.address} does not answer ({problem}), {len(PAUSES) + 1} requests in a row: "
             "start it again, then the same command goes on from the last checkpoint"
         )
-
-    def _refusal(self, code: int, said: str) -> str:
-        remedy = ": start it with `vllm serve --enable-scale-out`" if code == 404 else ""
-        return f"the teacher server at {self.address} refuses a request (HTTP {code}: {said}){remedy}"
 
 
 def read_scores(
@@ -148,10 +143,14 @@ class ServedTeacher:
         with trainer._timed("teacher"):
             scores = self._scores(batch, images, urls, everything, self.top_k)
         true = [logps[:, 0] for _, logps in scores]
-        first = range(min(num_generations, len(images)))  # a rank may have fewer than a prompt has
         if trainer._measures_null():
-            again = torch.cat([logps[:, 0] for _, logps in self._scores(batch, images, urls, first, self.top_k)])
-            trainer._record("va/null", (again - torch.cat(true[: len(first)])).abs().max().item())
+            first = next((row for row, of_row in enumerate(images) if of_row), 0)  # a prompt with an image
+            again = everything[first : first + num_generations]
+            gaps = [
+                (logps[:, 0] - true[row]).abs().max()
+                for row, (_, logps) in zip(again, self._scores(batch, images, urls, again, self.top_k), strict=True)
+            ]
+            trainer._record("va/null", max(gaps).item())
         degraded = list(true)
         with trainer._timed("teacher_degraded"):
             rows = [row for row in everything if images[row]]
@@ -205,26 +204,22 @@ class ServedTeacher:
     ) -> list[list[tuple[str, str]]]:
         """The true and the degraded view of each image as a PNG, at the size at which the model sees it: the server
         then has nothing to resize."""
-        trainer, cache, urls = self.trainer, {}, []
-        processor, start = getattr(trainer.processing_class, "image_processor", None), len(images)
-        start *= trainer.accelerator.process_index
-        grids = iter(batch["image_grid_thw"].tolist()) if "image_grid_thw" in batch else None
-        count, ratio = sum(len(row) for row in images), trainer.args.degradation_ratio
-        resample = getattr(processor, "resample", None)
-        for position, row in enumerate(images):
-            for i, image in enumerate(row):
-                grid, key = next(grids) if grids else None, ((start + position) // num_generations, i)
-                if key in cache:
-                    continue
-                size = model_size(processor, batch, grid, count)
-                early = size if trainer.args.pixelate_at == "model" else None
-                low = degrade(image, early, ratio, resample)
-                trainer._record("va/cells", math.prod(objective.cells(low.size, ratio)))
-                # A ratio of 1 brings an image to its size and leaves it as it is
-                views = degrade(image, size, 1.0, resample), degrade(low, size, 1.0, resample)
-                cache[key] = tuple(png_url(view) for view in views)
-            urls.append([cache[(start + position) // num_generations, i] for i in range(len(row))])
-        return urls
+        trainer, args = self.trainer, self.trainer.args
+        processor = getattr(trainer.processing_class, "image_processor", None)
+        resample, flat = getattr(processor, "resample", None), [image for row in images for image in row]
+        keys = image_keys(images, trainer._prompt_numbers(len(images), num_generations))
+        urls: dict[tuple[int, int], tuple[str, str]] = {}
+        for key, image, size in zip(keys, flat, model_sizes(processor, batch, len(flat)), strict=True):
+            if key in urls:
+                continue
+            early = size if args.pixelate_at == "model" else None
+            low = degrade(image, early, args.degradation_ratio, resample)
+            trainer._record("va/cells", math.prod(objective.cells(low.size, args.degradation_ratio)))
+            # A ratio of 1 brings an image to its size and leaves it as it is
+            true, degraded = degrade(image, size, 1.0, resample), degrade(low, size, 1.0, resample)
+            urls[key] = png_url(true), png_url(degraded)
+        each = iter(keys)
+        return [[urls[next(each)] for _ in row] for row in images]
 
     def _check_parity(
         self,
@@ -238,7 +233,7 @@ class ServedTeacher:
         """Compares one prompt's rollouts on each rank with the local teacher, which then leaves the GPU."""
         trainer, limit = self.trainer, self.trainer.args.teacher_parity_limit
         parts = self.local.parts(len(images), num_generations, True)
-        rows = next((rows for rows in parts if has_image[rows.start]), parts[0])
+        rows = first_with_image(parts, has_image)
         views = [(true, dict(batch)), (degraded, dict(batch))]
         if has_image.any():
             views[1][1]["pixel_values"] = trainer._degraded_pixel_values(batch, images, num_generations)

@@ -86,10 +86,8 @@ def sibling_groups(num_rows: int, num_generations: int, rank: int = 0, num_ranks
     """
 
     def of(rank):
-        start = rank * num_rows
-        edges = [start, *range((start // num_generations + 1) * num_generations, start + num_rows, num_generations)]
-        edges.append(start + num_rows)
-        return [range(a - start, b - start) for a, b in pairwise(edges)]
+        firsts = [row for row in range(num_rows) if row == 0 or (rank * num_rows + row) % num_generations == 0]
+        return [range(a, b) for a, b in pairwise([*firsts, num_rows])]
 
     groups, most = of(rank), max(len(of(r)) for r in range(num_ranks))
     return groups + [groups[-1]] * (most - len(groups))
@@ -136,14 +134,6 @@ def refusal(model: nn.Module) -> str | None:
         return f"its rope_type is {by_length.pop()}, which depends on the length of what passes"
     kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {DynamicLayer.__name__}
     return f"its cache has layers of the kind {', '.join(sorted(kinds))}" if kinds else None
-
-
-def disagreement(gap: float, full_precision: bool) -> str | None:
-    """What is wrong with log-probabilities that differ by `gap` nats on average with and without the cache, if it is
-    more than rounding: a wrong position or mask changes them by tenths."""
-    if gap <= (1e-3 if full_precision else 0.05):
-        return None
-    return f"log-probabilities from a cache of the prompt differ by {gap:.2g} nats on average"
 
 
 def sibling_hidden_states(

@@ -206,67 +206,68 @@ def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDi
 
 
 def _trainer_of_method(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":
-    from trl import GRPOConfig, SFTConfig, SFTTrainer
-
-    from .baselines import ResumableGRPOTrainer
-    from .checks import ban_tokens, check_same_tokens
-    from .engine import VLLMRollouts
-    from .rope import exact_frequencies
-    from .trainer import VAOPDTrainer
-
     processor = models.load_processor(args.model)
     for rows in splits.values():
         check_texts(_tokenizer(processor), rows)
     student = models.load_model(
         args.model, attn_implementation=args.attn_implementation, load_in_4bit=args.load_in_4bit
     )
-    lora = lora_config(args.lora_rank)
-    if args.method in ("va_opd", "opd"):
-        check_same_tokens(_tokenizer(processor), _tokenizer(models.load_processor(args.teacher)))
-        teacher = load_teacher(args, config) if loads_teacher(args, config) else None
-        return VAOPDTrainer(
-            model=student,
-            teacher_model=teacher,
-            args=config,
-            train_dataset=splits["train"],
-            processing_class=processor,
-            peft_config=lora,
+    parts = {
+        "model": student,
+        "train_dataset": splits["train"],
+        "processing_class": processor,
+        "peft_config": lora_config(args.lora_rank),
+    }
+    build = {"grpo": _grpo_trainer, "sft": _sft_trainer, "kd": _sft_trainer}.get(args.method, _distillation_trainer)
+    return build(args, config, parts)
+
+
+def _distillation_trainer(args: ScriptArguments, config: VAOPDConfig, parts: dict[str, Any]) -> "Trainer":
+    from .checks import check_same_tokens
+    from .trainer import VAOPDTrainer
+
+    check_same_tokens(_tokenizer(parts["processing_class"]), _tokenizer(models.load_processor(args.teacher)))
+    teacher = load_teacher(args, config) if loads_teacher(args, config) else None
+    return VAOPDTrainer(teacher_model=teacher, args=config, **parts)
+
+
+def _grpo_trainer(args: ScriptArguments, config: VAOPDConfig, parts: dict[str, Any]) -> "Trainer":
+    from trl import GRPOConfig
+
+    from .baselines import ResumableGRPOTrainer
+    from .checks import ban_tokens
+    from .engine import VLLMRollouts
+
+    if args.grpo_beta and not args.lora_rank and adapter_base(args.model):
+        raise ValueError(
+            f"model {args.model!r} holds a LoRA adapter, but TRL would load the KL reference of "
+            f"grpo_beta={args.grpo_beta} without it: set grpo_beta to 0, or train a lora_rank above 0"
         )
-    if args.method == "grpo":
-        if args.grpo_beta and not lora and adapter_base(args.model):
-            raise ValueError(
-                f"model {args.model!r} holds a LoRA adapter, but TRL would load the KL reference of "
-                f"grpo_beta={args.grpo_beta} without it: set grpo_beta to 0, or train a lora_rank above 0"
-            )
-        settings = shared_settings(ban_tokens(config, processor, student), GRPOConfig)
-        grpo = GRPOConfig(
-            **settings,
-            beta=args.grpo_beta,
-            epsilon=0.2,
-            loss_type="grpo",
-            # vLLM's log-probabilities are within the nucleus, so TRL's ratio, a product over the tokens of a rollout,
-            # would take nearly all weight from long ones
-            vllm_importance_sampling_correction=False,
-        )
-        trainer = ResumableGRPOTrainer(
-            model=student,  # TRL loads the KL reference by its name, with its dtype and attention
-            args=on_one_gpu(grpo),
-            reward_funcs=[reward_of(args)],
-            train_dataset=splits["train"],
-            processing_class=processor,
-            peft_config=lora,
-        )
-        if config.use_vllm:
-            VLLMRollouts(trainer.vllm_generation)  # replaces its generate and sync_weights
-        return trainer
-    exact_frequencies(student)
-    return SFTTrainer(
-        model=student,
-        args=on_one_gpu(SFTConfig(**shared_settings(config, SFTConfig), max_length=None)),
-        train_dataset=teacher_rows(args, config, splits["train"]),
-        processing_class=processor,
-        peft_config=lora,
+    config = ban_tokens(config, parts["processing_class"], parts["model"])
+    grpo = GRPOConfig(
+        **shared_settings(config, GRPOConfig),
+        beta=args.grpo_beta,
+        epsilon=0.2,
+        loss_type="grpo",
+        # vLLM's log-probabilities are within the nucleus, so TRL's ratio, a product over the tokens of a rollout,
+        # would take nearly all weight from long ones
+        vllm_importance_sampling_correction=False,
     )
+    # TRL loads the KL reference by the name of the student, with its dtype and attention
+    trainer = ResumableGRPOTrainer(args=on_one_gpu(grpo), reward_funcs=[reward_of(args)], **parts)
+    if config.use_vllm:
+        VLLMRollouts(trainer.vllm_generation)  # replaces its generate and sync_weights
+    return trainer
+
+
+def _sft_trainer(args: ScriptArguments, config: VAOPDConfig, parts: dict[str, Any]) -> "Trainer":
+    from trl import SFTConfig, SFTTrainer
+
+    from .rope import exact_frequencies
+
+    exact_frequencies(parts["model"])
+    parts = {**parts, "train_dataset": teacher_rows(args, config, parts["train_dataset"])}
+    return SFTTrainer(args=on_one_gpu(SFTConfig(**shared_settings(config, SFTConfig), max_length=None)), **parts)
 
 
 def check_texts(tokenizer, rows: "Dataset") -> None:
@@ -401,12 +402,12 @@ def steps_of(args: ScriptArguments, config: VAOPDConfig, processes: int) -> int 
         return config.max_steps
     published = SOURCES[args.dataset].rows["train"] if args.dataset in SOURCES and not args.data else None
     rows = args.limit or published
-    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     if rows is None:
         return None
     if args.method in GIVEN_RESPONSES:  # one a prompt; the last update of an epoch may have fewer
-        return math.ceil(config.num_train_epochs * math.ceil(rows / rollouts))
-    return math.ceil(config.num_train_epochs * (rows // max(1, rollouts // config.num_generations)))
+        responses = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+        return math.ceil(config.num_train_epochs * math.ceil(rows / responses))
+    return math.ceil(config.num_train_epochs * (rows // config.prompts_of_a_step(processes)))
 
 
 if __name__ == "__main__":

@@ -110,11 +110,10 @@ class VAOPDTrainer(DistillationTrainer):
         args = self.args
         if dataset is None and self.train_dataset is None:
             raise ValueError("training requires a train_dataset")
-        batch = args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=args.num_generations,
-            batch_size=batch // args.num_generations,
+            batch_size=args.prompts_of_a_step(self.accelerator.num_processes),
             repeat_count=args.gradient_accumulation_steps,
             shuffle=self.shuffle_dataset,
             epoch=lambda: int(self.state.epoch or 0),
@@ -211,8 +210,8 @@ class VAOPDTrainer(DistillationTrainer):
         grouped = mask_all.bool() & ~ungrouped[:, None]
         high = grouped & objective.high_tokens(va_all, mask_all, args.top_fraction, self._ties())
         if has_image_all.any():  # a row without an image has no VA that could be 0
-            rows = (x[has_image_all] for x in (va_all, mask_all, weights, high))
-            for name, value in va_figures(*rows, num_generations).items():
+            figures = va_figures(va_all, mask_all, weights, high, has_image_all, num_generations)
+            for name, value in figures.items():
                 self._record(name, value)
         start = len(mask) * self.accelerator.process_index
         here, length = slice(start, start + len(mask)), mask.size(1)
@@ -234,17 +233,12 @@ class VAOPDTrainer(DistillationTrainer):
         }
 
     def _degraded_pixel_values(self, batch: dict[str, Any], images: list, num_generations: int) -> torch.Tensor:
-        start = len(images) * self.accelerator.process_index
-        sharing = 1 if self.tools else num_generations
-        groups = [(start + row) // sharing for row in range(len(images))]
+        args, processor = self.args, self.processing_class.image_processor
+        # What a tool returns belongs to one rollout
+        groups = self._prompt_numbers(len(images), 1 if self.tools else num_generations)
         with self._timed("degraded_images"):
             pixels, cells = degraded_pixel_values(
-                self.processing_class.image_processor,
-                batch,
-                images,
-                groups,
-                self.args.degradation_ratio,
-                self.args.pixelate_at,
+                processor, batch, images, groups, args.degradation_ratio, args.pixelate_at
             )
         self._record("va/cells", sum(cells) / len(cells))
         return pixels
@@ -290,6 +284,11 @@ class VAOPDTrainer(DistillationTrainer):
 
     def _head(self, model):
         return without_padding(lm_head(model), model.config.get_text_config().vocab_size, self.vocab_size)
+
+    def _prompt_numbers(self, num_rows: int, num_generations: int) -> list[int]:
+        """Of each row of this rank the number of its prompt over all ranks."""
+        start = num_rows * self.accelerator.process_index
+        return [row // num_generations for row in range(start, start + num_rows)]
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rows of all ranks in the sampler's order, padded with zeros to the longest rollout."""

@@ -193,9 +193,9 @@ def test_both_ways_of_a_tile_agree(monkeypatch):
     products, coefficients = torch.randn(2, 7, 300), torch.rand(7)
     for scale, cap, inv_t in itertools.product((1.0, 0.5), (None, 2.0), (1.0, 2.0)):
         ours, theirs = torch.cat([products, torch.empty(1, 7, 300)]), products.clone()
-        scales = (scale, cap, 0.8, None, inv_t)
-        got, expected = reverse_kl_in_place(ours, coefficients, *scales), None
-        expected = reverse_kl_by_triton(theirs, coefficients, *scales)
+        heads = LMHead(None, None, scale, cap), LMHead(None, None, 0.8, None)
+        got = reverse_kl_in_place(ours, coefficients, *heads, inv_t)
+        expected = reverse_kl_by_triton(theirs, coefficients, *heads, inv_t)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-6)
 
@@ -203,13 +203,14 @@ def test_both_ways_of_a_tile_agree(monkeypatch):
 INTERPRETED = """
 import itertools, torch
 from va_opd.divergence import reverse_kl_by_triton, reverse_kl_in_place
+from va_opd.lm_head import LMHead
 torch.manual_seed(0)
 products, coefficients = 3 * torch.randn(2, 5, 2500), torch.rand(5)  # columns of two blocks and a half
 for scale, cap, inv_t in itertools.product((1.0, 0.5), (None, 2.0), (1.0, 2.0)):
     ours, theirs = torch.cat([products, torch.empty(1, 5, 2500)]), products.clone()
-    scales = (scale, cap, 0.8, None, inv_t)
-    got = reverse_kl_in_place(ours, coefficients, *scales)
-    torch.testing.assert_close(got, reverse_kl_by_triton(theirs, coefficients, *scales), rtol=1e-4, atol=2e-5)
+    heads = LMHead(None, None, scale, cap), LMHead(None, None, 0.8, None)
+    got = reverse_kl_in_place(ours, coefficients, *heads, inv_t)
+    torch.testing.assert_close(got, reverse_kl_by_triton(theirs, coefficients, *heads, inv_t), rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=2e-5)
 """
 

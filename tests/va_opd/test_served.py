@@ -367,6 +367,13 @@ def test_a_server_that_answers_otherwise_each_time_shows_in_the_null(make, teach
     assert 0.01 < trainer.state.log_history[0]["va/null"] < 0.11
 
 
+def test_the_null_is_of_a_prompt_with_an_image(make, teacher_server, monkeypatch):
+    tests.fixed_rollouts(monkeypatch)
+    tests.step(make(rows=tests.mixed_rows(2), shuffle_dataset=False, doctor_steps=1))
+    kinds = ["content_parts" in request for request in teacher_server.requests]
+    assert sorted(kinds[:8]) == [False] * 4 + [True] * 4 and kinds[8:12] == [True] * 4
+
+
 def test_another_teacher_on_the_server_is_refused_before_the_first_update(make, parts):
     other = tests.models(sharp=7.0)[1]
     trainer = make(teacher_model=other)

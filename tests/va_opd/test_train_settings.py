@@ -46,6 +46,9 @@ def test_the_paper_config_is_the_papers():
     assert (config.degradation_ratio, config.weight_temperature, config.va_eps) == (0.1, 1.0, 1e-6)
     assert (config.top_fraction, config.high_weight, config.weighting) == (0.2, 0.5, "va")
     assert (args.validation_size, args.eval_samples, args.eval_temperature, config.save_steps) == (200, 8, 1.0, 50)
+    assert (args.min_pixels, args.max_pixels, config.max_prompt_length) == (262_144, 4_194_304, 8192)
+    assert (config.pixelate_at, config.random_ties, config.va_floor) == ("model", False, None)
+    assert (config.teacher_mode, args.select_checkpoint, args.lora_rank) == ("exact", True, 0)
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,13 @@ def test_figures_of_va_by_hand():
     high, weights = torch.tensor([[1, 0, 0], [1, 1, 0]]).bool(), torch.tensor([0.9, 0.1])
     expected = {"va/mean": 0.8, "va/positive_share": 0.2, "va/top10_mass": 1.0, "va/group_sigma": 1.0}
     expected |= {"va/weight_min": 0.1, "va/weight_max": 0.9, "va/zero_in_high": 2 / 3}
-    assert doctor.va_figures(va, mask, weights, high, 2) == pytest.approx(expected)
-    blind = doctor.va_figures(torch.zeros(2, 3), mask, weights, torch.zeros(2, 3).bool(), 2)
+    seen = torch.tensor([True, True])
+    assert doctor.va_figures(va, mask, weights, high, seen, 2) == pytest.approx(expected)
+    blind = doctor.va_figures(torch.zeros(2, 3), mask, weights, torch.zeros(2, 3).bool(), seen, 2)
     assert blind["va/top10_mass"] == 0 and "va/zero_in_high" not in blind
+    half = doctor.va_figures(va, mask, weights, torch.zeros_like(high), torch.tensor([True, False]), 2)
+    expected = {"va/mean": 2.0, "va/positive_share": 0.5, "va/top10_mass": 1.0}
+    assert half == pytest.approx(expected | {"va/weight_min": 0.9, "va/weight_max": 0.9})
 
 
 def test_the_logged_entropy_is_the_students(make, monkeypatch):
@@ -169,6 +173,17 @@ def test_an_evaluation_before_training_does_not_hide_the_null_check(make, capsys
     lines = [line for line in trainer.state.log_history if "va/null" in line or "eval_va/null" in line]
     assert [line["step"] for line in lines] == [1] and lines[0]["va/null"] == pytest.approx(0.01, rel=0.01)
     assert "WARNING: the teacher's log-probabilities differ between two passes" in capsys.readouterr().out
+
+
+def test_the_null_check_is_of_images(make, monkeypatch):
+    """The first prompt has none, and of text both views are one whatever the vision tower does."""
+    fixed_rollouts(monkeypatch)
+    trainer = make(rows=mixed_rows(2), shuffle_dataset=False, doctor_steps=1)
+    passes, score = [], trainer.teacher.score
+    monkeypatch.setattr(trainer.teacher, "score", lambda *given: passes.append(given) or score(*given))
+    step(trainer)
+    (rows,) = passes[-1][1]
+    assert list(rows) == [4, 5, 6, 7] and all(trainer.last_rollouts["images"][row] for row in rows)
 
 
 def test_doctor_line_and_warnings(make, capsys):

@@ -337,6 +337,14 @@ def test_padding_does_not_change_the_step(make, monkeypatch, multiple):
     assert widths == {0}
 
 
+def soon_ending(student, teacher, processor):
+    """Drawn rollouts end early; the loss does not call the head."""
+    boost = torch.zeros(student.get_output_embeddings().weight.size(0))
+    boost[processor.tokenizer.eos_token_id] = 3.0
+    student.get_output_embeddings().register_forward_hook(lambda m, a, out: out + boost)
+    return student, teacher, processor
+
+
 @pytest.mark.parametrize("drawn", [False, True])
 def test_a_tokenizer_that_pads_with_its_end_of_sequence_gives_the_same_step(make, monkeypatch, drawn):
     """Only masks, never ids, tell padding from the end of a rollout."""
@@ -344,10 +352,7 @@ def test_a_tokenizer_that_pads_with_its_end_of_sequence_gives_the_same_step(make
         fixed_rollouts(monkeypatch)
     steps = []
     for same in (False, True):
-        student, teacher, processor = models()
-        boost = torch.zeros(student.get_output_embeddings().weight.size(0))
-        boost[processor.tokenizer.eos_token_id] = 3.0  # drawn rollouts end early; the loss does not call the head
-        student.get_output_embeddings().register_forward_hook(lambda m, a, out, boost=boost: out + boost)
+        student, teacher, processor = soon_ending(*models())
         if same:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         trainer = make(parts=(student, teacher, processor))
@@ -356,6 +361,18 @@ def test_a_tokenizer_that_pads_with_its_end_of_sequence_gives_the_same_step(make
     masks = [micro[0]["completion_mask"] for *_, micro in steps]
     assert torch.equal(*masks) and len(set(masks[0].sum(1).tolist())) > 1
     assert_same_step(*steps)
+
+
+def test_a_rollout_counts_to_its_first_end_of_sequence_and_a_truncated_one_whole(make):
+    parts = soon_ending(*models())
+    (batch,), end = step(make(parts=parts))[2], parts[2].tokenizer.eos_token_id
+    masks = batch["completion_mask"].bool()
+    rollouts = [ids[mask].tolist() for ids, mask in zip(batch["completion_ids"], masks, strict=True)]
+    assert {rollout[-1] == end for rollout in rollouts} == {True, False}
+    for rollout, coefficients in zip(rollouts, batch["coefficients"], strict=True):
+        assert rollout.count(end) == (rollout[-1] == end)
+        assert rollout[-1] == end or len(rollout) == 6
+        assert (coefficients > 0).tolist() == [True] * len(rollout) + [False] * (len(coefficients) - len(rollout))
 
 
 # --- coefficients ----------------------------------------------------------------

@@ -86,6 +86,12 @@ def test_a_prompt_that_says_nothing_is_refused_with_its_row(make, said):
         make(rows=rows)
 
 
+def test_an_empty_text_is_refused_with_its_row(make):
+    """The student would be sampled from nothing but padding."""
+    with pytest.raises(ValueError, match="the prompt of row 3 of train_dataset is '': it needs messages with content"):
+        make(rows=[*[{"prompt": "a"}] * 3, {"prompt": ""}])
+
+
 def test_a_single_image_in_the_column_of_lists_is_one_clear_sentence(make):
     rows = [{"prompt": row["prompt"], "images": row["image"]} for row in image_rows(4)]
     with pytest.raises(ValueError, match="`images` of row 0 of train_dataset is a .*: it needs a list of images"):

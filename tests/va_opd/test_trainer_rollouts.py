@@ -55,6 +55,13 @@ def test_the_trainers_sampler_is_of_its_settings(make):
     assert len(list(trainer._get_train_sampler(range(4)))) == len(drawn) // 2  # another data set than the trainer's
 
 
+def test_an_epoch_leaves_out_the_prompts_that_fill_no_step(make):
+    """As the paper's 655 updates do: 5 epochs of 2,101 prompts, 16 in each."""
+    trainer = make(rows=image_rows(5), max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 * 2  # of two prompts
+
+
 def test_fingerprints_are_of_the_order_of_tokens_and_not_of_the_padding():
     def fingerprint(ids, width):
         pad = width - len(ids)

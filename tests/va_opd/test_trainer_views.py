@@ -163,12 +163,14 @@ def test_pixelation_at_the_models_size_and_at_the_raw_size_differ_in_cells(make,
 
 def test_the_models_size_is_width_and_height():
     pixels = {"pixel_values": torch.zeros(2, 3, 10, 20)}
-    assert degraded.model_size(SimpleNamespace(), pixels, None, 2) == (20, 10)
-    assert degraded.model_size(SimpleNamespace(patch_size=7), pixels, [1, 2, 3], 2) == (21, 14)
-    assert degraded.model_size(SimpleNamespace(), pixels, None, 1) is None  # tiles
-    assert degraded.model_size(SimpleNamespace(), {"pixel_values": pixels["pixel_values"][None]}, None, 1) is None
+    assert degraded.model_sizes(SimpleNamespace(), pixels, 2) == [(20, 10), (20, 10)]
+    grids = {**pixels, "image_grid_thw": torch.tensor([[1, 2, 3], [1, 4, 5]])}
+    assert degraded.model_sizes(SimpleNamespace(patch_size=7), grids, 2) == [(21, 14), (35, 28)]
+    assert degraded.model_sizes(SimpleNamespace(), pixels, 1) == [None]  # tiles
+    assert degraded.model_sizes(SimpleNamespace(), {"pixel_values": pixels["pixel_values"][None]}, 1) == [None]
     for name in ("do_pad", "do_center_crop"):  # the model sees more of it, or less
-        assert degraded.model_size(SimpleNamespace(**{name: True}), pixels, None, 2) is None
+        assert degraded.model_sizes(SimpleNamespace(**{name: True}), pixels, 2) == [None, None]
+    assert degraded.model_sizes(None, {}, 0) == []  # text
 
 
 def test_degraded_images_of_another_grid_or_shape_are_one_clear_sentence():
@@ -248,7 +250,7 @@ def zoom(box: str) -> list:
     """
 
 
-def rollouts_with_tool_images(monkeypatch, image_tokens: int = 4) -> None:
+def rollouts_with_tool_images(monkeypatch, image_tokens: int = 4, rows_without: tuple[int, ...] = ()) -> None:
     """Each rollout: some letters, the result of a tool with an image of its own, some letters."""
 
     def generate(self, prompts):
@@ -257,10 +259,11 @@ def rollouts_with_tool_images(monkeypatch, image_tokens: int = 4) -> None:
         for row in range(len(prompts)):
             letters = np.random.default_rng(row).integers(10, 100, 3 + row % 3).tolist()
             result = [tokens["<|vision_start|>"], *[tokens["<|image_pad|>"]] * image_tokens, tokens["<|vision_end|>"]]
+            result = result[:1] if row in rows_without else result
             rollouts.append([*letters, *result, *letters[::-1], self.eos_token_ids[0]])
             masks.append([1] * len(letters) + [0] * len(result) + [1] * (len(letters) + 1))
-        shown = [[image(100 + row, (32, 32))] for row in range(len(prompts))]
-        merged = [own + new for own, new in zip(images, shown, strict=True)]
+        shown = [[] if row in rows_without else [image(100 + row, (32, 32))] for row in range(len(prompts))]
+        merged = [(own or []) + new for own, new in zip(images or [None] * len(prompts), shown, strict=True)]
         return prompt_ids, rollouts, masks, merged, shown
 
     monkeypatch.setattr(DistillationTrainer, "_generate", generate)
@@ -288,6 +291,18 @@ def test_siblings_with_other_images_from_tools(make, monkeypatch):
     va = (true - other).clamp(min=0) * mask
     torch.testing.assert_close(trainer.last_rollouts["va"].double(), va, atol=2e-5, rtol=0)
     assert va.max() > 0.01
+
+
+def test_a_tool_that_shows_some_of_the_siblings_an_image(make, monkeypatch):
+    """Prompts of text: no row of the second prompt has an image, and of the first one two have."""
+    rollouts_with_tool_images(monkeypatch, rows_without=(1, 2, 4, 5, 6, 7))
+    trainer = make(rows=[{"prompt": prompt(i)} for i in range(2)], shuffle_dataset=False)
+    trainer.tools = [zoom]
+    loss, _, _ = step(trainer)
+    assert math.isfinite(loss)
+    assert trainer.last_rollouts["va"].any(1).tolist() == [True, False, False, True] + [False] * 4
+    logged = trainer._metrics["train"]
+    assert logged["va/mean"][0] > 0 and "va/group_sigma" not in logged
 
 
 def test_images_that_trl_drops_are_one_clear_sentence(make, monkeypatch):
