@@ -25,17 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import yaml
-from transformers.utils import cached_file, logging
-
-from .config import RDiverseConfig
-from .engines import need
-from .memory import MemoryBank
-from .questions import PLAIN_TEMPLATE
-from .servers import free_port, serving, vllm_command
-from .train import (
+from .train import (  # first: it says in one line what is missing without common/
     PHASES,
     Settings,
     dry_run,
@@ -52,7 +42,12 @@ from .train import (
 )
 
 # isort: split
-# after .train, which says in one line that common/ is missing
+
+import numpy as np
+import torch
+import yaml
+from transformers.utils import cached_file, logging
+
 from common import models, versions
 from common.cli import run_main, split_config
 from common.download import download
@@ -72,6 +67,11 @@ from common.runs import (
 from common.stages import Command, check_packages, chosen, chosen_seeds, launcher, run_stages, shown, visible
 
 from . import alarm, data, evaluate
+from .config import RDiverseConfig
+from .engines import need
+from .memory import MemoryBank
+from .questions import PLAIN_TEMPLATE
+from .servers import free_port, serving, vllm_command
 
 VARIANT_FLAGS = {
     "r_diverse": [],

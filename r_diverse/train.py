@@ -22,21 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-import torch
-from accelerate import PartialState
-from transformers import AutoConfig, PrinterCallback, set_seed
-from transformers.integrations import deepspeed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-from .config import UPDATES, ChallengerConfig, PhaseConfig, RDiverseConfig, SolverConfig
-from .memory import MemoryBank
-from .questions import PLAIN_TEMPLATE, solver_prompt, turn_end_id
-from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
-
-if TYPE_CHECKING:
-    from .reward import ChallengerReward
-    from .trainer import PhaseTrainer
-
 try:
     from common import models, plan, preemption
     from common.checkpoints import resume_point
@@ -71,6 +56,21 @@ except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
     sys.exit("r_diverse.train also needs the folder common/ of the project beside r_diverse/; the rest does not")
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, PrinterCallback, set_seed
+from transformers.integrations import deepspeed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from .config import UPDATES, ChallengerConfig, PhaseConfig, RDiverseConfig, SolverConfig
+from .memory import MemoryBank
+from .questions import PLAIN_TEMPLATE, solver_prompt, turn_end_id
+from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
+
+if TYPE_CHECKING:
+    from .reward import ChallengerReward
+    from .trainer import PhaseTrainer
 
 PHASES = ("challenger", "solver")
 

@@ -15,8 +15,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .data import DATASETS, missing_source
-from .train import (  # says in one line what is missing without common/
+from .train import (  # first: it says in one line what is missing without common/
     ScriptArguments,
     checkpoint_sizes,
     dry_run,
@@ -26,12 +25,15 @@ from .train import (  # says in one line what is missing without common/
 )
 
 # isort: split
+
 from common.cli import run_main, split_config
 from common.download import download
 from common.evaluation import json_options
 from common.models import guess_parameters
 from common.plan import GIB
 from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_stages, shown
+
+from .data import DATASETS, missing_source
 
 VARIANT_FLAGS = {
     "srpo": ["--routing", "srpo"],

@@ -15,12 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import set_seed
-
-from .config import SRPOConfig
-from .data import check_dataset, load_splits, reward_of
-
 try:
     from common import models, plan
     from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
@@ -33,6 +27,12 @@ except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
     sys.exit("srpo.train also needs the folder common/ of the project beside srpo/; the trainer alone does not")
+
+import torch
+from transformers import set_seed
+
+from .config import SRPOConfig
+from .data import check_dataset, load_splits, reward_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

@@ -14,8 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .evaluate import benchmark_names, paper_benchmark
-from .train import (  # says in one line what is missing without common/
+from .train import (  # first: it says in one line what is missing without common/
     GIVEN_RESPONSES,
     ScriptArguments,
     dry_run,
@@ -25,10 +24,13 @@ from .train import (  # says in one line what is missing without common/
 )
 
 # isort: split
+
 from common.cli import run_main, split_config
 from common.download import download
 from common.evaluation import json_options
 from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_stages, shown
+
+from .evaluate import benchmark_names, paper_benchmark
 
 # The variants of Table 1 and Fig. 4a as flags of va_opd.train
 VARIANT_FLAGS = {

@@ -17,13 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import PartialState
-from transformers import set_seed
-
-from .config import VAOPDConfig
-from .images import MAX_PIXELS, MIN_PIXELS
-
 try:
     from common import models, plan
     from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
@@ -38,6 +31,13 @@ except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
     sys.exit("va_opd.train also needs the folder common/ of the project beside va_opd/; the trainer alone does not")
+
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+
+from .config import VAOPDConfig
+from .images import MAX_PIXELS, MIN_PIXELS
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
