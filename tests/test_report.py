@@ -201,6 +201,7 @@ def test_the_tables_are_those_of_the_methods(made):
     assert ["R-Diverse", "mini", "2", "0", "arithmetic 0.500 (r_diverse-seed0)"] in [row[:5] for row in rows]
     assert ["SRPO", "1", "0.833", "0.667", "0.833"] in [row[:5] for row in rows]
     assert ["R-Diverse, iteration 1", "1", "0.500"] in [row[:3] for row in rows]
+    assert "- SRPO minus GRPO, seed 0: +0.333 [" in (made / "runs/srpo/mini/report.md").read_text()
     assert any(row[0] == "VA-OPD" and row[1].startswith("0.667 [") for row in rows)
     assert ["VA-OPD", "46.6", ""] in [row[:3] for row in rows]  # the paper's, and an empty cell
     manifest = json.loads((made / "runs/va_opd/mini/opd-seed0/manifest.json").read_text())

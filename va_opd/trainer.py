@@ -168,6 +168,7 @@ class VAOPDTrainer(DistillationTrainer):
             return super()._prepare_inputs(generation_batch)
         parts = self.args.gradient_accumulation_steps
         if self._step % parts == 0:
+            self._buffered_inputs = None  # of the step before: their room is the next rollouts'
             batch = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = siblings.length_sorted(batch, parts)
         return self._buffered_inputs[self._step % parts]

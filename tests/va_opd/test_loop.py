@@ -66,11 +66,16 @@ def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(
     assert (folder / "va_opd-seed0/eval/digits/samples.jsonl").stat().st_mtime_ns == before
 
 
-def test_a_failing_stage_stops_the_experiment(config, capfd, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert loop.main(["--config", str(config), "--max_prompt_length", "5"]) == 2
-    assert "above max_prompt_length=5" in capfd.readouterr().out
+def test_a_failing_stage_is_the_experiments_exit_code(config, monkeypatch):
+    """That it stops the others and shows its log: tests/common/test_stages.py."""
+    monkeypatch.setattr(loop, "run_stages", lambda *given: 2)
+    assert loop.main(["--config", str(config)]) == 2
+
+
+def test_an_unknown_variant_stops_the_experiment_at_its_start(config, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "run_stages", None)
     assert loop.main(["--config", str(config), "--variants", "opdd"]) == 2
+    assert "choose among va_opd, opd" in capsys.readouterr().err
 
 
 def test_an_unknown_benchmark_stops_the_experiment_at_its_start(config, capsys, tmp_path):

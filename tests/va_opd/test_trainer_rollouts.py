@@ -268,3 +268,19 @@ def test_the_gap_to_the_engine_is_logged_in_training_without_tools(make, monkeyp
     trainer.model.train(training)
     trainer._generate_and_score_completions([])
     assert [x for mode in ("train", "eval") for x in trainer._metrics[mode]["sampling/logps_gap"]] == logged
+
+
+def test_the_batch_of_a_step_is_gone_when_the_next_rollouts_are_sampled(make, monkeypatch):
+    """Beside the engine and the new batch its images and teacher states would take their room again."""
+    fixed_rollouts(monkeypatch)
+    held, generate = [], DistillationTrainer._generate_and_score_completions
+
+    def record(self, inputs):
+        held.append(self._buffered_inputs)
+        return generate(self, inputs)
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", record)
+    trainer = make(max_steps=2)
+    trainer.train()
+    assert held == [None, None]
+    assert trainer._buffered_inputs
