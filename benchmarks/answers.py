@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from benchmarks.machine import machine
+from common import plots
 from common.answers import check, grade, grade_many, same_answer
 from common.runs import atomic_write_json
 
@@ -275,7 +276,7 @@ def measure_large(names: list[str], limit: float) -> dict[str, Any]:
 
 
 def measure_batch(names: list[str], repeats: int, limit: float, size: tuple[int, ...]) -> dict[str, Any]:
-    """Seconds for the responses `batch_pairs(*size)`: ours by `grade_many`, the others one after the other."""
+    """Seconds for the responses `batch_pairs(*size)`: ours by `grade_many` with one worker, the others one by one."""
     pairs, result = batch_pairs(*size), {}
     for name in names:
         if name == "ours":
@@ -298,7 +299,7 @@ def grade_batch(*size: int) -> tuple[float, int]:
     """Seconds and wrong verdicts of one batch, in a process that has checked nothing before."""
     pairs = batch_pairs(*size)
     start = time.perf_counter()
-    verdicts = grade_many([pair.prediction for pair in pairs], [pair.gold for pair in pairs])
+    verdicts = grade_many([pair.prediction for pair in pairs], [pair.gold for pair in pairs], workers=1)
     seconds = time.perf_counter() - start
     return seconds, sum((verdict == "correct") != pair.expected for verdict, pair in zip(verdicts, pairs, strict=True))
 
@@ -306,17 +307,6 @@ def grade_batch(*size: int) -> tuple[float, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def grid(rows: list[list[Any]], columns: list[str]) -> str:
-    lines = [columns, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
 
 
 def table(result: dict[str, Any]) -> str:
@@ -332,11 +322,9 @@ def table(result: dict[str, Any]) -> str:
         for kind, count in result["timed"].items()
         if count >= MIN_TIMED
     ]
-    return (
-        grid(score_rows, ["checker", "accuracy", "false positives", "false negatives", "late"])
-        + "\n\n"
-        + grid(rate_rows, ["checks a second", "pairs", *names])
-    )
+    columns = ["checker", "accuracy", "false positives", "false negatives", "late"]
+    rate_table = plots.table_markdown(rate_rows, ["checks a second", "pairs", *names])
+    return f"{plots.table_markdown(score_rows, columns)}\n\n{rate_table}"
 
 
 def other_table(result: dict[str, Any]) -> str:
@@ -352,7 +340,7 @@ def other_table(result: dict[str, Any]) -> str:
     ]
     long = f"seconds for {LONG} of {CHARACTERS[-1]:,} characters"
     columns = ["late on answers without end", f"seconds for {BATCH:,} responses", "wrong verdicts", long]
-    return grid(rows, ["checker", *columns])
+    return plots.table_markdown(rows, ["checker", *columns])
 
 
 if __name__ == "__main__":

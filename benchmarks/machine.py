@@ -5,6 +5,7 @@ import gc
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -42,10 +43,22 @@ def processor() -> str:
     return f"{os.cpu_count()} cores of {name}"
 
 
-def synchronize() -> None:
-    """Waits for the GPU, where there is one, so that a clock read next has all of its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def seconds(work: Callable[[], T]) -> tuple[float, T]:
+    """Of the clock on a GPU, when all of its work is done; else of the processor, of all threads together, which other
+    work on the machine does not add to. And what the work returns."""
+    gpu = torch.cuda.is_available()
+    clock, wait = (time.perf_counter, torch.cuda.synchronize) if gpu else (time.process_time, lambda: None)
+    wait()
+    started = clock()
+    result = work()
+    wait()
+    return clock() - started, result
+
+
+def memory(field: str) -> int:
+    """Bytes of this process under Linux: VmRSS is what is resident, VmHWM its high-water mark."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return 1024 * int(line.split()[1])
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:

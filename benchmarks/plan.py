@@ -38,10 +38,9 @@ from benchmarks.cost import (
 from common import models, plan
 from common.cli import run_main
 from common.plan import GIB, Shape
-from r_diverse.train import parse as parse_r_diverse
 
 ROOT = Path(__file__).parents[1]
-PARSERS = {"va_opd": va_opd.parse, "srpo": srpo.parse, "r_diverse": parse_r_diverse}
+PARSERS = {"va_opd": va_opd.parse, "srpo": srpo.parse, "r_diverse": r_diverse.parse}
 CONFIGS = {
     "va_opd": "va_opd/configs/geo3k.yaml",
     "srpo": "srpo/configs/qwen3_8b.yaml",

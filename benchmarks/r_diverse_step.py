@@ -16,11 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from trl import GRPOTrainer
 
 from benchmarks.machine import machine, spread
-from benchmarks.srpo_step import REAL, fix_rollouts, save_model, seconds_of_a_step, step_parser
+from benchmarks.srpo_step import REAL, fix_rollouts, prompts, save_model, seconds_of_a_step, step_parser
 from benchmarks.va_opd_scoring import as_training_does, precision
 from common import plots
 from common.runs import atomic_write_json
@@ -52,17 +51,14 @@ def build(kind: str, folder: str, tokenizer, options: argparse.Namespace):
         shuffle_dataset=False,
         **precision(),
     )
-    question = "".join(chr(97 + i % 26) for i in range(options.prompt))
-    rows = [{"prompt": [{"role": "user", "content": f"{i}{question}"}]} for i in range(options.rollouts // GROUP)]
     trainer = KINDS[kind](
         model=folder,
         reward_funcs=lambda completions, **columns: [float(i % 3 == 0) for i in range(len(completions))],
         args=config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=prompts(options, GROUP),
         processing_class=tokenizer,
     )
-    as_training_does(trainer)
-    return trainer
+    return as_training_does(trainer)
 
 
 def count(trainer) -> list[int]:

@@ -273,8 +273,7 @@ def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
     experiment of the paper, since another one is of another model or other settings."""
     rows = []
     for name, values in PAPER[paper_experiment(experiment)].items():
-        first = {d: run for d in DATASETS for run in [r for (o, n, _), r in runs.items() if (o, n) == (d, name)][:1]}
-        points = {dataset: curve(run)["curve"] for dataset, run in first.items()}
+        points = {dataset: curve(run)["curve"] for dataset, run in _by_dataset(runs, name).items()}
         cells = []
         for dataset, value in zip((*DATASETS, "average"), values, strict=True):
             sources = DATASETS if dataset == "average" else (dataset,)
@@ -284,18 +283,23 @@ def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
     return plots.table_markdown(rows, ["method", *(head for d in (*DATASETS, "average") for head in (d, "ours"))])
 
 
+def _by_dataset(runs: dict[tuple[str, str, str], Path], name: str) -> dict[str, Path]:
+    """Data set -> run of the first seed of a variant, in the order of `DATASETS`."""
+    first = {d: run for (d, other, _), run in reversed(runs.items()) if other == name}
+    return {d: first[d] for d in DATASETS if d in first}
+
+
 def seconds_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
     """Seconds of a step (here a whole generation batch) within each budget, mean over the data sets that ran, first
     seeds; beside the paper's Fig. 4b in its experiment."""
     rows = []
     for name in NAMES:
-        first = [r for d in DATASETS for r in [r for (o, n, _), r in runs.items() if (o, n) == (d, name)][:1]]
-        lines = [_metrics(run) for run in first]
+        lines = [_metrics(run) for run in _by_dataset(runs, name).values()]
         ours = [_seconds_within(lines, hours) for hours in BUDGETS]
         if any(ours):
             paper = PAPER_SECONDS.get(name, ()) if experiment == "qwen3_8b" else ()
             cells = (" / ".join(f"{x:.1f}" if x else "" for x in values) for values in (paper, ours))
-            rows.append([NAMES[name], *cells, len(first)])
+            rows.append([NAMES[name], *cells, len(lines)])
     if not rows:
         return ""
     heading = "Seconds of a step within 1 / 5 / 10 hours of training (Fig. 4b), mean over data sets, first seed:"

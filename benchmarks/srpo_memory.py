@@ -1,4 +1,4 @@
-"""Peak memory of one SRPO step beside GRPO, TRL's own, and TRL's SDPO, on a CPU under Linux.
+"""Peak memory of one SRPO step beside GRPO, whose step is TRL's, and TRL's SDPO, on a CPU under Linux.
 
     python -m benchmarks.srpo_memory            # about 10 minutes
 
@@ -17,19 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, memory
 from benchmarks.srpo_step import build, fix_rollouts, rollout_ids, save_model, seconds_of_a_step, step_parser
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import char_tokenizer
 
 KINDS = ("srpo", "grpo", "sdpo (trl)")
-
-
-def memory(field: str) -> int:
-    """Bytes of this process: VmRSS is what is resident, VmHWM its high-water mark."""
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 def child(kind: str, folder: str, options: argparse.Namespace) -> dict[str, int]:

@@ -13,7 +13,6 @@ import argparse
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-from benchmarks.machine import machine, spread, synchronize, unless_out_of_memory
+from benchmarks.machine import machine, seconds, spread, unless_out_of_memory
 from benchmarks.va_opd_scoring import as_training_does, precision
 from common import plots
 from common.runs import atomic_write_json
@@ -45,6 +44,13 @@ def reward(completions, **columns) -> list[float]:
     return [float(i % GROUP < (4 if i // GROUP % 4 == 3 else 5)) for i in range(len(completions))]
 
 
+def prompts(options: argparse.Namespace, group: int) -> Dataset:
+    """One for each group of rollouts."""
+    question = "".join(chr(97 + i % 26) for i in range(options.prompt))
+    rows = [{"prompt": [{"role": "user", "content": f"{i}{question}"}]} for i in range(options.rollouts // group)]
+    return Dataset.from_list(rows)
+
+
 def rollout_ids(rollouts: int, response: int, eos: int) -> list[list[int]]:
     """Printable characters, lengths from half of `response` to the whole."""
     rng = np.random.default_rng(0)
@@ -54,19 +60,13 @@ def rollout_ids(rollouts: int, response: int, eos: int) -> list[list[int]]:
 
 def build(kind: str, folder: str, tokenizer, options: argparse.Namespace):
     """A trainer that computes as in `train()`."""
-    trainer = build_trainer(kind, folder, tokenizer, options)
-    as_training_does(trainer)
-    return trainer
-
-
-def build_trainer(kind: str, folder: str, tokenizer, options: argparse.Namespace):
     shared = {
         "output_dir": folder,
         "per_device_train_batch_size": options.micro_batch,
         "gradient_accumulation_steps": options.rollouts // options.micro_batch,
         "num_generations": GROUP,
-        "max_prompt_length": 8 * options.prompt
-        + 4 * options.response,  # TRL's limit holds for the teacher's prompt too
+        # TRL's limit holds for the teacher's prompt too
+        "max_prompt_length": 8 * options.prompt + 4 * options.response,
         "max_completion_length": options.response,
         "report_to": [],
         **precision(),
@@ -74,9 +74,7 @@ def build_trainer(kind: str, folder: str, tokenizer, options: argparse.Namespace
         "shuffle_dataset": False,
         "learning_rate": 1e-6,
     }
-    question = "".join(chr(97 + i % 26) for i in range(options.prompt))
-    rows = [{"prompt": [{"role": "user", "content": f"{i}{question}"}]} for i in range(options.rollouts // GROUP)]
-    parts = {"reward_funcs": reward, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    parts = {"reward_funcs": reward, "train_dataset": prompts(options, GROUP), "processing_class": tokenizer}
     if kind == "sdpo (trl)":
         settings = {
             "distillation_weight": 1.0,
@@ -90,15 +88,14 @@ def build_trainer(kind: str, folder: str, tokenizer, options: argparse.Namespace
             "include_environment_feedback": False,
             "scale_rewards": "none",
         }
-        args = SDPOConfig(**shared, **settings)
-        return SDPOTrainer(model=folder, args=args, **parts)
+        return as_training_does(SDPOTrainer(model=folder, args=SDPOConfig(**shared, **settings), **parts))
     args = SRPOConfig(**shared, routing=kind, doctor_steps=0, max_reprompt_length=10**6)
-    dtype = torch.float32
-    return SRPOTrainer(Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype), args=args, **parts)
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return as_training_does(SRPOTrainer(model, args=args, **parts))
 
 
 def count_teacher(trainer) -> list[int]:
-    """Collects the response tokens of every teacher forward, from the shapes that its backbone sees."""
+    """Collects the tokens of every teacher forward, those of its prompts too and no padding."""
     teacher = trainer.teacher.model if isinstance(trainer, SRPOTrainer) else trainer.teacher_model
     tokens: list[int] = []
     if teacher is not None:
@@ -114,15 +111,10 @@ def seconds_of_a_step(trainer) -> float:
     trainer._step = 0
     inputs = next(iter(trainer.get_train_dataloader()))
     trainer.model.zero_grad()
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    synchronize()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    started = clock()
-    for _ in range(trainer.args.steps_per_generation):
-        trainer.training_step(trainer.model, inputs, None)
-    synchronize()
-    return clock() - started
+    parts = range(trainer.args.steps_per_generation)
+    return seconds(lambda: [trainer.training_step(trainer.model, inputs, None) for _ in parts])[0]
 
 
 def step_parser(about: str, name: str) -> argparse.ArgumentParser:
@@ -216,14 +208,14 @@ def in_turns(
                 if "out_of_memory" in found[kind]:
                     continue
                 counters[kind].clear()
-                seconds = unless_out_of_memory(partial(seconds_of_a_step, trainer))
-                if seconds is None:
+                taken = unless_out_of_memory(partial(seconds_of_a_step, trainer))
+                if taken is None:
                     found[kind]["out_of_memory"] = length
                     continue
-                print(f"{kind}, responses of up to {length}: {seconds:.2f} s", flush=True)
+                print(f"{kind}, responses of up to {length}: {taken:.2f} s", flush=True)
                 if repeat:
                     entry = found[kind]
-                    (entry["seconds"] if share == 1 else entry["shorter"].setdefault(length, [])).append(seconds)
+                    (entry["seconds"] if share == 1 else entry["shorter"].setdefault(length, [])).append(taken)
         save(found)
     for kind, trainer in trainers.items():
         found[kind]["teacher_tokens_forwarded"] = sum(counters[kind])

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import spread
 from common import plots
 from common.runs import atomic_write_text
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- begin: python -m benchmarks.tables -->\n", "<!-- end -->\n"
 COLUMNS = ["work", "peer", "ours", "peer's", "ratio", "aim", "growth"]
+PAIRS = {"cases.jsonl": "shared", "answer_pairs.jsonl": "own"}  # name of a file of `benchmarks.answers` in the README
 Result = dict[str, Any]
 
 
@@ -64,15 +66,14 @@ def growth(sizes: list[float], *sides: list[float]) -> str:
 
 def answers(result: Result) -> list[list[str]]:
     rows = []
-    for file, name in (("cases.jsonl", "shared"), ("answer_pairs.jsonl", "own")):
-        rates = result["files"][file]["checks_per_second"]
-        for peer in ("math-verify", "mathruler"):
-            ours, theirs = rates["ours"]["all"], rates[peer]["all"]
-            work = f"answer checks a second, {result['files'][file]['pairs']:,} {name} pairs"
+    for file, found in result["files"].items():
+        rates = {name: rate["all"] for name, rate in found["checks_per_second"].items()}
+        work, ours = f"answer checks a second, {found['pairs']:,} {PAIRS.get(file, file)} pairs", rates.pop("ours")
+        for peer, theirs in rates.items():
             rows.append([work, peer, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f} x", "10 x"])
     for key, work in (("batches", "{:,} responses, s"), ("long", "256 responses of {:,} characters, s")):
         sizes, batches = list(map(int, result[key])), list(result[key].values())
-        for peer in ("math-verify", "mathruler"):
+        for peer in (name for name in batches[0] if name != "ours"):
             ours, theirs = ([batch[name]["seconds"] for batch in batches] for name in ("ours", peer))
             slopes, ratio = growth(sizes, ours, theirs), f"{theirs[-1] / ours[-1]:.1f} x"
             rows.append([work.format(sizes[-1]), peer, *_pair(ours[-1], theirs[-1]), ratio, "", slopes])
@@ -99,8 +100,8 @@ def evaluation(result: Result) -> list[list[str]]:
     ours, theirs = ([statistics.median(entry["seconds"][way]) for entry in found] for way in ("ours", "naive"))
     slopes, rows = growth(sizes, ours, theirs), []
     for size, entry, *pair in zip(sizes, found, ours, theirs, strict=True):
-        ratio = "{median:.2f} x [{low:.2f}, {high:.2f}]".format(**entry["ratio"])
-        rows.append([f"evaluation, {size} prompts, s", "padded batches", *_pair(*pair), ratio, "2 x", slopes])
+        figures = [*_pair(*pair), _spread(entry["ratio"]), "2 x", slopes]
+        rows.append([f"evaluation, {size} prompts, s", "padded batches", *figures])
     return rows
 
 
@@ -111,8 +112,7 @@ def srpo_step(result: Result) -> list[list[str]]:
     steps = {int(length): seconds for length, seconds in result["seconds of shorter steps"].items()}
     steps[result["settings"]["response"]] = result["seconds"]
     ours, theirs = ([statistics.median(step[kind]) for step in steps.values()] for kind in kinds)
-    spread = {name: 1 / value for name, value in result["srpo_over_trl_sdpo"].items()}
-    ratio = f"{spread['median']:.2f} x [{spread['high']:.2f}, {spread['low']:.2f}]"
+    ratio = _ratio(*(result["seconds"][kind] for kind in kinds))
     figures = [*_pair(ours[-1], theirs[-1]), ratio, "1.18 x", growth(list(steps), ours, theirs)]
     size = f" {result['settings']['real']}," if result["settings"].get("real") else ""
     rows = [[f"SRPO step,{size} 41 % routed, s", "trl.experimental.sdpo", *figures]]
@@ -143,8 +143,7 @@ def r_diverse_step(result: Result) -> list[list[str]]:
     rows, slopes = [], growth(list(found), *sides)
     for longest, entry, *pair in zip(found, found.values(), *sides, strict=True):
         work = f"R-Diverse's phase, {size}rollouts of up to {longest}, s"
-        ratio = "{median:.2f} x [{low:.2f}, {high:.2f}]".format(**entry["ratio"])
-        rows.append([work, "TRL's GRPOTrainer", *_pair(*pair), ratio, "", slopes])
+        rows.append([work, "TRL's GRPOTrainer", *_pair(*pair), _spread(entry["ratio"]), "", slopes])
     return rows
 
 
@@ -221,9 +220,9 @@ def r_diverse_sam(result: Result) -> list[list[str]]:
         [statistics.median(entry["seconds"][way]) for entry in found.values()]
         for way in ("ours", "one by one", "again")
     )
-    ratio = "{median:.2f} x [{low:.2f}, {high:.2f}]".format(**largest["ratio"])
     work, slopes = f"SAM of {max(found):,} questions", growth(list(found), ours, alone)
-    rows.append([f"{work}, s", "one request a question", *_pair(ours[-1], alone[-1]), ratio, "", slopes])
+    figures = [*_pair(ours[-1], alone[-1]), _spread(largest["ratio"]), "", slopes]
+    rows.append([f"{work}, s", "one request a question", *figures])
     figures = [*_pair(again[-1], alone[-1]), f"{alone[-1] / again[-1]:.1f} x", "", growth(list(found), again, alone)]
     rows.append([f"{work}, written before, s", "one request a question", *figures])
     for key, what in (("requests", "requests"), ("forwards", "forwards of the coder")):
@@ -234,8 +233,11 @@ def r_diverse_sam(result: Result) -> list[list[str]]:
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> str:
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    return f"{statistics.median(ratios):.2f} x [{min(ratios):.2f}, {max(ratios):.2f}]"
+    return _spread(spread(b / a for a, b in zip(ours, theirs, strict=True)))
+
+
+def _spread(ratio: dict[str, float]) -> str:
+    return "{median:.2f} x [{low:.2f}, {high:.2f}]".format(**ratio)
 
 
 def _pair(ours: float, theirs: float) -> tuple[str, str]:

@@ -17,7 +17,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from benchmarks.machine import machine, synchronize, unless_out_of_memory
+from benchmarks.machine import machine, memory, seconds, unless_out_of_memory
 from common import plots
 from common.runs import atomic_write_json
 from va_opd import objective
@@ -42,10 +41,7 @@ Found = dict[str, dict[int, dict[str, Any]]]
 
 def peak_bytes() -> int:
     """High-water mark of this process's memory, or of the GPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory("VmHWM")
 
 
 def heads(rows: int, vocabulary: int, student: int, teacher: int) -> list[torch.Tensor]:
@@ -79,21 +75,23 @@ def loss_of(name: str, s_hidden, s_weight, t_hidden, t_weight) -> torch.Tensor:
 
 
 def measured(loss: Callable[..., torch.Tensor], name: str, *sizes: int) -> dict[str, float]:
-    """One forward and backward: peak in bytes, seconds of the process (clock on a GPU), loss, norm of the gradient."""
+    """One forward and backward: peak in bytes, seconds, loss, norm of the gradient."""
     inputs = heads(*sizes)
-    synchronize()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    before, clock = peak_bytes(), time.perf_counter if torch.cuda.is_available() else time.process_time
-    started = clock()
-    with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
-        value = loss(name, *inputs)
-    value.backward()
-    synchronize()
-    seconds, gradients = clock() - started, [tensor.grad for tensor in inputs[:2]]
+
+    def step() -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+            value = loss(name, *inputs)
+        value.backward()
+        return value
+
+    before = peak_bytes()
+    taken, value = seconds(step)
+    gradients = [tensor.grad for tensor in inputs[:2]]
     peak = peak_bytes() - before - sum(gradient.nbytes for gradient in gradients)
     norm = gradients[0].float().norm().item()
-    return {"peak": peak, "seconds": seconds, "loss": value.item(), "gradient_norm": norm}
+    return {"peak": peak, "seconds": taken, "loss": value.item(), "gradient_norm": norm}
 
 
 def child(loss: Callable[..., torch.Tensor], words: list[str]) -> None:

@@ -7,9 +7,10 @@ Three works. Teacher scoring of the siblings of a prompt in both views: one pass
 over the rollouts, beside TRL's way, a micro-batch of whole padded rows a view, and beside 2 x K whole forwards, one a
 rollout and view. Student forward and backward of uneven rollouts:
 micro-batches sorted by length and cut to their own tokens, beside TRL's, padded to the longest rollout of the step. A
-whole step with generation: the share of visual advantage. Random weights; at the full size the vision tower takes
-about 0.4 of the text tower's FLOPs for an image token, as in Qwen3-VL-8B. On a CPU, times are those of the thread and
-not of the clock, which other work on the machine would change. `predicted` holds FLOPs of the published sizes.
+whole step with generation: the share of visual advantage, where plain OPD's step is this one less the degraded
+images, the second view and the log-probabilities in both. Random weights; at the full size the vision tower takes
+about 0.4 of the text tower's FLOPs for an image token, as in Qwen3-VL-8B. `predicted` holds FLOPs of the published
+sizes.
 Writes benchmarks/results/va_opd_scoring.json.
 """
 
@@ -17,7 +18,6 @@ import argparse
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from trl import DistillationTrainer
 
-from benchmarks.machine import machine, spread, synchronize, unless_out_of_memory
+from benchmarks.machine import machine, seconds, spread, unless_out_of_memory
 from common import plots
 from common.runs import atomic_write_json
 from common.tiny import tiny_qwen3_vl
@@ -146,8 +146,7 @@ def build(
     )
     parts = {"train_dataset": Dataset.from_list(rows[: count // K]), "processing_class": processor}
     student, teacher = build_model(shapes, "2B"), build_model(shapes, "8B")
-    trainer = VAOPDTrainer(model=student, teacher_model=teacher, args=args, **parts)
-    as_training_does(trainer)
+    trainer = as_training_does(VAOPDTrainer(model=student, teacher_model=teacher, args=args, **parts))
     trainer.vocab_size = shapes.vocabulary
     trainer.teacher.shares = {True: True}  # the check at a run's start is not timed
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
@@ -163,12 +162,14 @@ def precision() -> dict[str, bool]:
     return {"use_cpu": not gpu, "bf16": gpu, "gradient_checkpointing": gpu}
 
 
-def as_training_does(trainer) -> None:
-    """What `train()` does to a model and the constructor does not: checkpointing, and autocast around its forward."""
+def as_training_does(trainer):
+    """The trainer, its model as `train()` makes it and the constructor does not: with checkpointing, and autocast
+    around its forward."""
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trainer.accelerator.prepare_model(trainer.model)
     trainer.model.train()
+    return trainer
 
 
 # TRL's way
@@ -214,17 +215,14 @@ def shared_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[t
     return trainer.teacher.score(views, parts, True)[1]
 
 
+@torch.no_grad()
+def plain_pass(trainer: VAOPDTrainer, batch: dict[str, Any]) -> None:
+    """What plain OPD needs of the teacher before the loss: hidden states in one view, no log-probabilities."""
+    for rows in trainer.teacher.parts(len(batch["prompt_ids"]), K, True):
+        trainer.teacher._states(trainer.teacher_model, [siblings.take_rows(batch, list(rows))], True)
+
+
 # Measuring
-
-
-def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Of this process's thread on a CPU, of the clock on a GPU; and what the work returns."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    synchronize()
-    started = clock()
-    result = work()
-    synchronize()
-    return clock() - started, result
 
 
 class Counter:
@@ -336,12 +334,12 @@ def whole_step(options: argparse.Namespace, folder: str, prompt: int, response: 
         total, _ = seconds(lambda inputs=inputs: optimizer_step(trainer, inputs))
         times = {part: sum(trainer._metrics["train"][part]) for part in parts}
         batch = rollouts[-1]
-        one, _ = seconds(lambda batch=batch: shared_scoring(trainer, [batch]))
+        plain, _ = seconds(lambda batch=batch: plain_pass(trainer, batch))
         both, _ = seconds(lambda batch=batch: shared_scoring(trainer, [batch, dict(batch)]))
-        extra = times["time/degraded_images"] + both - one
+        extra = times["time/degraded_images"] + both - plain
         if repeat or options.real:
             added.append(extra / (total - extra))
-            found.append(times | {"step": total, "teacher, one view": one, "teacher, both views": both})
+            found.append(times | {"step": total, "teacher, plain OPD": plain, "teacher, both views": both})
     return {"prompt": prompt, "response": response, "va_over_opd": spread(added), "steps": found}
 
 
@@ -378,19 +376,21 @@ def predicted(image: int = 960, text: int = 64, response: int = 512, mean: float
         once, each = work["vision"] + work["prompt"], work["response"]
         ours = once + K * share * (each + work["head"])
         found[f"teacher scoring, {name} lengths"] = K * (once + each + share * work["head"]) / ours
-    # 64 rollouts on 8 GPUs at half of 312 TFLOP/s; the paper's step takes about 105 s, most of it generation
+    # 64 rollouts on 8 GPUs at half of 312 TFLOP/s; the paper's step takes about 105 s, most of it generation. The head
+    # twice: log-probabilities in both views
     for length in (512, 1500, 4096):
         one = flops("8B", image, text, length)
-        extra = 2 * (one["vision"] + one["prompt"] + K * (one["response"] + one["head"])) / (0.5 * 312e12)
-        found[f"seconds of the degraded pass, {length} tokens"] = extra
+        extra = 2 * (one["vision"] + one["prompt"] + K * (one["response"] + 2 * one["head"])) / (0.5 * 312e12)
+        found[f"seconds of VA, {length} tokens"] = extra
         found[f"VA over OPD at the paper's 105 s a step, {length} tokens"] = extra / (105 - extra)
     # The other end: an engine at the floor, 56 to 110 microseconds a generated token on an H100, student at 40 %
     one, small = flops("8B", image, text, 1000), flops("2B", image, text, 1000)
-    extra = ((one["vision"] + one["prompt"]) / K + one["response"] + one["head"]) / (0.5 * 989e12)
+    head = one["head"] / (0.5 * 989e12)
+    teacher = ((one["vision"] + one["prompt"]) / K + one["response"]) / (0.5 * 989e12) + head
     update = 4 * sum(small.values()) / (0.4 * 989e12)
     for decode in (56e-6, 110e-6):
-        found[f"VA over OPD on an H100, decoding at {decode * 1e6:.0f} us a token"] = extra / (
-            1000 * decode + extra + update
+        found[f"VA over OPD on an H100, decoding at {decode * 1e6:.0f} us a token"] = (teacher + head) / (
+            1000 * decode + teacher + update
         )
     return found
 

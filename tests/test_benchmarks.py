@@ -32,6 +32,26 @@ def test_the_table_of_gaps_is_that_of_the_results():
     assert vllm_gap.table(runs) in (tables.FOLDER.parent / "docs/vllm.md").read_text()
 
 
+def test_the_table_of_kills_is_that_of_the_results():
+    runs = json.loads((tables.FOLDER / "results/kill_test.json").read_text())["runs"]
+    readme = (tables.FOLDER / "README.md").read_text()
+    for line in kill_test.table(runs).splitlines()[2:]:
+        assert line.partition(" | ")[2] in readme  # behind the method's name
+
+
+def test_answer_checks_of_any_files_and_peers_have_rows():
+    """As of the command without arguments, or where a peer is not installed: it ended in a KeyError."""
+    result = json.loads((tables.FOLDER / "results/answers.json").read_text())
+    del result["files"]["cases.jsonl"]
+    for sides in (result["files"]["answer_pairs.jsonl"]["checks_per_second"], *result["batches"].values()):
+        del sides["mathruler"]
+    works = [row[:2] for row in tables.answers(result)]
+    assert works[:2] == [
+        ["answer checks a second, 5,429 own pairs", "math-verify"],
+        ["2,048 responses, s", "math-verify"],
+    ]
+
+
 def test_growth_is_the_exponent_of_ours_and_the_peers():
     assert tables.growth([1, 2, 4], [3, 6, 12], [1, 4, 16]) == "1.00 / 2.00"
 

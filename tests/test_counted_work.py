@@ -1,4 +1,4 @@
-"""Counted work that a later change must not lose: the largest tensor of a loss, the requests of SAM."""
+"""Counted work that a later change must not lose: the largest tensor of a loss, R-Zero's BLEU, the requests of SAM."""
 
 import subprocess
 import sys
@@ -11,6 +11,8 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 import srpo.divergence
 import srpo.lm_head
 import va_opd.lm_head
+from benchmarks.r_diverse_reward import make_questions
+from r_diverse import objective
 from va_opd import divergence
 
 ROWS, VOCABULARY, WIDTH = 700, 40_000, 4
@@ -79,6 +81,16 @@ def test_srpo_makes_no_copy_of_a_head_in_another_dtype(heads):
     with Largest() as largest:
         srpo.divergence.chunked_divergence(student, s_hidden, teacher, t_hidden, torch.ones(1)).sum().backward()
     assert largest.elements == srpo.lm_head.VOCABULARY_TILE * WIDTH
+
+
+def test_bleu_is_computed_once_for_pairs_with_the_same_counts(monkeypatch):
+    """A tenth of 7,140 pairs; and n-grams are counted in one pass over the texts for each order, not in each pair."""
+    passes, rows = [], objective._ngram_rows
+    monkeypatch.setattr(objective, "_ngram_rows", lambda *given: passes.append(len(given[0])) or rows(*given))
+    objective._bleu.cache_clear()
+    objective.bleu_distances(make_questions(120))
+    assert passes == [120] * 4
+    assert objective._bleu.cache_info().misses < 800
 
 
 def test_sam_asks_once_for_each_new_question(tmp_path):

@@ -148,6 +148,17 @@ def test_trls_way_is_one_forward_of_all_rows_a_view(tmp_path):
     assert found["largest_difference_in_logps"] < 1e-5
 
 
+def test_plain_opd_asks_the_teacher_for_no_log_probabilities(tmp_path, monkeypatch):
+    """They counted to OPD, so that VA looked cheaper than it is."""
+    trainer = va_opd_scoring.build(str(tmp_path), options(), 16, [6, 4, 3, 2])
+    inputs = va_opd_scoring.trainer_inputs(trainer)
+    batch = va_opd_scoring.DistillationTrainer._generate_and_score_completions(trainer, inputs)
+    monkeypatch.setattr("va_opd.teacher.sampled_logps", lambda *given: pytest.fail("log-probabilities"))
+    with va_opd_scoring.Counter(trainer.teacher_model) as counted:
+        va_opd_scoring.plain_pass(trainer, batch)
+    assert counted["forwards"] >= 2 and counted["patches"] == len(batch["pixel_values"]) // va_opd_scoring.K
+
+
 def entry(*ways: str) -> dict:
     counts = {"forwards": 1, "tokens": 10, "patches": 0}
     return {"seconds": {way: [i + 1.0] for i, way in enumerate(ways)}, "counted": dict.fromkeys(ways, counts)}
@@ -269,6 +280,13 @@ def test_nothing_but_results_and_one_log_is_left_of_works_that_are_ended(works, 
     assert "a: " in first and "exit code -9\nmeasured stays" in first
     assert "exit code 0\nmeasured ends" in second and "stays" not in second
     assert len(gpu.WORKS) + 1 <= 8
+
+
+def test_a_work_whose_imports_fail_does_not_stop_the_next(works, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "WORKS", {"lacks": "no_such_module", "b": "fake ends"})
+    assert gpu.main(["--only", "lacks", "b", "--out", str(works)]) == 1
+    lacks, b = capsys.readouterr().out.split("---")[1:]
+    assert "exit code 1\n" in lacks and "exit code 0\n" in b and (works / "b_gpu.json").exists()
 
 
 def test_what_does_not_fit_in_the_total_is_left_out(works, capsys):

@@ -215,12 +215,21 @@ def test_an_image_of_more_than_8_bits_is_refused_before_it_is_made_white(mode):
 
 
 def test_siblings_share_a_degraded_image(make, monkeypatch):
+    """Counted work: pixelated and processed once for 8 rollouts of 2 prompts."""
     fixed_rollouts(monkeypatch)
-    trainer, calls = make(), []
-    degrade = degraded.degrade
+    trainer, calls, processed = make(), [], []
+    degrade, processor = degraded.degrade, type(trainer.processing_class.image_processor)
+    process = processor.__call__
+
+    def counted(self, *given, **options):
+        if "do_resize" in options:  # of images that have their size: not TRL's call
+            processed.append(len(options["images"]))
+        return process(self, *given, **options)
+
     monkeypatch.setattr(degraded, "degrade", lambda picture, *a: calls.append(a) or degrade(picture, *a))
+    monkeypatch.setattr(processor, "__call__", counted)
     step(trainer)
-    assert len(calls) == 2  # 8 rollouts of 2 prompts
+    assert len(calls) == 2 and processed == [2]
 
 
 def test_all_images_of_a_row_are_pixelated(make, monkeypatch):
