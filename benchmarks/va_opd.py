@@ -246,7 +246,8 @@ def hours_line(curves: dict[str, list[dict[str, float]]]) -> str:
     return (
         f"Standard OPD ends at {end['accuracy']:.3f} after {end['hours']:.3g} h of training, and {reached}. In the "
         "paper (Fig. 5, MathVerse, 8 x A100) these are 19.3 h and 6.5 h. Hours are those of optimizer steps with "
-        "their rollouts; accuracy is known at checkpoints only."
+        "their rollouts, and Standard OPD's hold the degraded view too, for the VA that it logs; accuracy is known at "
+        "checkpoints only."
     )
 
 
