@@ -219,6 +219,7 @@ _LATEX_RULES = _Rules(  # only where there is a backslash
     (r"\{", r"\\\{ ?\\\}", r"\\emptyset "),
     (r"\infty", r"\+ ?\\infty", r"\\infty"),
     (r"\dot", r"\\dot ?\{?(\d)\}?(\d*)\\dot ?\{?(\d)\}?", r"\\overline{\1\2\3}"),
+    (r"\dot|\bar", r"(?<=[.\d])\\(?:dot|bar) ?\{?(\d+)\}?", r"\\overline{\1}"),
     ("prime", r"\^ ?(?:\{ ?\\prime ?\}|\\prime" + _A + ")", "'"),
     (r"/\text|/ \text", r"(?<=\d) ?/ ?\\text\{ ?(?=[a-z]{2})", r"\\text{per "),
     (  # no brace but its own: \sin{30^\circ}; that of 20^{\circ C} is of the next rule

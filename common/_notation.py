@@ -38,7 +38,7 @@ _BASED = re.compile(
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _BASES |= {"twelve": 12, "sixteen": 16}
-_HOLE = re.compile(r"([A-Za-z]) ?\\neq ?(.+)")
+_HOLE = re.compile(rf"([A-Za-z]) ?\\neq ?((?:(?!{RELATION.pattern}).)+)")
 _POINT = re.compile(r"([A-Za-z]) ?= ?([^=]+)")
 _DATE = re.compile(r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})|(\d{1,2})([-/.])(\d{1,2})\6(\d{4})")
 _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-df-hj-z](?![A-Za-z])")  # but e and i

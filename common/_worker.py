@@ -122,9 +122,11 @@ class _Pool:
 
     def replace(self, worker: _Worker) -> None:
         """Kill, and start the next one at once: it imports while the caller goes on."""
+        worker.kill()  # before the lock, for which others would wait beyond their deadlines
         with self._changed:
-            self.drop(worker)
+            self.workers.discard(worker)
             self._start()
+            self._changed.notify()
 
     def drop(self, worker: _Worker) -> None:
         worker.kill()

@@ -263,7 +263,7 @@ def sources_of(run: RDiverseConfig, iteration: int) -> Sources:
 
 
 class EngineSolver:
-    """`trainer.Solver`: m answers of an engine to each question, by seeds that depend on question and step only."""
+    """`reward.Solver`: m answers of an engine to each question, by seeds that depend on question and step only."""
 
     def __init__(self, engine: Engine, run: RDiverseConfig, salt: int):
         self.engine, self.run, self.salt = engine, run, salt

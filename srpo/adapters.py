@@ -48,7 +48,7 @@ def loses_its_start(policy: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    if any(getattr(config, "bias", "none") != "none" for config in policy.peft_config.values()):
+    if _trains_biases(policy):
         return True
     for module in policy.modules():
         if isinstance(module, LoraLayer):
@@ -64,6 +64,14 @@ def loses_its_start(policy: nn.Module) -> bool:
         elif isinstance(module, BaseTunerLayer):
             return True
     return False
+
+
+def _trains_biases(policy: nn.Module) -> bool:
+    """Whether a LoRA config's `bias` names some that the model has: Qwen3 has none."""
+    if all(getattr(config, "bias", "none") == "none" for config in policy.peft_config.values()):
+        return False
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    return any(name.endswith(".bias") and "lora_" not in name for name in trained)
 
 
 def untie_adapted(policy: nn.Module) -> None:

@@ -137,17 +137,23 @@ class VAOPDTrainer(DistillationTrainer):
         return prompt_ids, completion_ids, tool_mask, self._rollout_images, tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        sharded = is_deepspeed_zero3_enabled() or self.is_fsdp_enabled
-        # ZeRO-2 shards gradients only, and there are none in evaluation
-        if self.accelerator.num_processes > 1 and (sharded or (self.is_deepspeed_enabled and self.model.training)):
-            has_image = [bool(row.get("images") or row.get("image")) for row in inputs]
-            checks.check_images(self._gather(torch.tensor(has_image, device=self.accelerator.device)))
+        self._check_images([row.get("images") or row.get("image") for row in inputs])
         batch = super()._generate_and_score_completions(inputs)
         checks.check_images_kept(batch)
+        if self.tools:  # which may have shown an image to some rollouts
+            self._check_images(self._rollout_images or [None] * len(inputs))
         batch.update(self._score(batch))
         if self.engine and self.model.training and not self.tools:  # tools: several generations make a rollout
             self._record("sampling/logps_gap", self._engine_gap(batch))
         return batch
+
+    def _check_images(self, images: list[Any]) -> None:
+        """`checks.check_images` of what each row of this rank has, where weights or gradients are cut."""
+        sharded = is_deepspeed_zero3_enabled() or self.is_fsdp_enabled
+        # ZeRO-2 shards gradients only, and there are none in evaluation
+        if self.accelerator.num_processes > 1 and (sharded or (self.is_deepspeed_enabled and self.model.training)):
+            has_image = torch.tensor([bool(of_row) for of_row in images], device=self.accelerator.device)
+            checks.check_images(self._gather(has_image))
 
     @torch.no_grad()
     def _engine_gap(self, batch: dict[str, Any]) -> float:

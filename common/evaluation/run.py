@@ -213,9 +213,10 @@ def question_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 def weights_fingerprint(model: str) -> str | None:
     """Digest of the weights in a local folder, which may be written anew under the same path; None for another name.
 
-    It is of the sizes and of evenly spread blocks: to read a large model's files whole would take minutes.
+    It is of the sizes and of evenly spread blocks: to read a large model's files whole would take minutes. A
+    checkpoint's self-teacher, which is deleted when the run goes on, is none of its model's weights.
     """
-    files = sorted(Path(model).glob("*.safetensors"))
+    files = sorted(Path(model).glob("*model*.safetensors"))
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -288,6 +288,17 @@ def test_the_frozen_teacher_keeps_biases_that_are_trained(make, fixed, bias):
     assert_teacher_gives(start, trainer)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_only_biases_that_a_model_has_need_a_copy(make, bias):
+    """Qwen3 has none, so that its frozen teacher runs sharded too."""
+    adapter, sharded = {**LORA, "init_lora_weights": True, "bias": bias}, SimpleNamespace(is_fsdp2=True)
+    models = policy()[0], policy_with_biases()[0]
+    without, having = (peft.get_peft_model(model, peft.LoraConfig(**adapter)) for model in models)
+    assert SelfTeacher(without, sharded, "frozen").model is None
+    with pytest.raises(ValueError, match=r"it trains biases.*sharded weights cannot be made"):
+        SelfTeacher(having, sharded, "frozen")
+
+
 @pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens"]])
 def test_an_average_of_rate_1_is_the_policy_also_where_embedding_and_head_are_tied(make, fixed, targets):
     """An adapter on the embedding does not change the head, though both have one weight."""
