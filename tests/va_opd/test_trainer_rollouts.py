@@ -264,7 +264,7 @@ def test_the_gap_to_the_engine_is_logged_in_training_without_tools(make, monkeyp
     monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", lambda self, inputs: {})
     monkeypatch.setattr(trainer, "_score", lambda batch: {})
     monkeypatch.setattr(trainer, "_engine_gap", lambda batch: 0.5)
-    trainer.engine, trainer.tools = object(), tools
+    trainer.engine, trainer.tools, trainer._rollout_images = object(), tools, None
     trainer.model.train(training)
     trainer._generate_and_score_completions([])
     assert [x for mode in ("train", "eval") for x in trainer._metrics[mode]["sampling/logps_gap"]] == logged
