@@ -22,7 +22,7 @@ def check_data(dataset: Any) -> None:
         raise ValueError(f"train_dataset has the columns {', '.join(dataset[0])}: it needs `prompt`, messages")
     stored = dataset.with_format(None)  # what a transform makes, such as images, is not loaded
     for i, prompt in enumerate(stored["prompt"] if "prompt" in stored.column_names else ()):
-        if not (isinstance(prompt, str) or (prompt and all(map(_is_said, prompt)))):
+        if not prompt or not (isinstance(prompt, str) or all(map(_is_said, prompt))):
             raise ValueError(
                 f"the prompt of row {i} of train_dataset is {prompt!r}: it needs messages with content, or a text; "
                 "leave such rows out"

@@ -69,6 +69,11 @@ def test_a_prompt_without_content_is_said_before_anything_is_loaded(tmp_path, pr
         PhaseTrainer("a model", None, config, rows)
 
 
+def test_an_empty_text_is_no_prompt():
+    with pytest.raises(ValueError, match="the prompt of row 1 of train_dataset is '': it needs messages with content"):
+        check_data(Dataset.from_list([{"prompt": "a"}, {"prompt": ""}]))
+
+
 def test_prompts_that_can_be_rendered_pass(tmp_path):
     """A call of a tool has no content; what a transform makes of a row is not looked at."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
