@@ -285,6 +285,6 @@ def _brace_arguments(text: str) -> str:
     r"""`\sqrt{2+x}` from `\sqrt (2+x)`, and exponents likewise; the last one first, so that places stay."""
     for head in reversed(list(_BEFORE_ARGUMENT.finditer(text))):
         rest = text[head.end() :].lstrip()
-        if (end := closing_bracket(rest)) > 0:
+        if (end := closing_bracket(rest)) > 0 and rest[end] == ")":
             text = f"{text[: head.end()]}{{{rest[1:end]}}}{rest[end + 1 :]}"
     return text
