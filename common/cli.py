@@ -36,6 +36,11 @@ MACHINE_FIELDS = (
     *("report_to", "run_name", "ddp_timeout", "doctor_steps"),
 )
 COUNTS = ("limit", "validation_size", "eval_limit", "eval_samples", "eval_batch_size", "grpo_steps")
+# Of a trainer's configuration what the command decides, and what to do instead
+OF_THE_COMMAND = {
+    "output_dir": "set out and experiment, in whose folder each run has its own",
+    "resume_from_checkpoint": "a run goes on from its own last checkpoint",
+}
 # What Python and safetensors, and what torch.save say of it
 FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
 
@@ -137,6 +142,8 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
         if key not in known | {"help"}:
             close = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"unknown field {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        if key in OF_THE_COMMAND and "out" in known:
+            raise ValueError(f"{key} would be ignored: {OF_THE_COMMAND[key]}")
     check_types(given, classes)
     if "use_cpu" in known and any(map(_is_dry_run, argv, [*argv[1:], ""])) and not torch.cuda.is_available():
         argv = [*argv, "--use_cpu", "true"]  # else bf16 settings could only be looked at on a GPU machine
@@ -203,12 +210,22 @@ def _is_dry_run(argument: str, following: str) -> bool:
     return name in ("--dry_run", "--dry-run") and value.lower() not in ("no", "false", "f", "n", "0")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Of two values for one key, YAML would quietly take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.YAMLError(f"the key {twice!r} is there twice: leave out one")
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: str, configs: str) -> dict[str, Any]:
     """Content of a YAML file of fields; `ValueError` for a file that is not there or holds something else."""
     if not Path(path).is_file():
         raise ValueError(f"config file {path!r} does not exist; the project's are in {configs}")
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path!r} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

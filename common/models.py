@@ -25,6 +25,8 @@ from transformers import (
 
 from common.lora import adapter_base, differentiable_after_evaluation, nf4_config
 
+TOKENIZER_FILES = ("*token*", "vocab*", "tekken*", "*.model")
+
 
 class ModelNotFound(ValueError):
     """Neither a local folder nor reachable on the hub, or a folder without a model."""
@@ -58,6 +60,8 @@ IMAGE_ONLY = {"qwen3_vl": ImageOnlyQwen3VLProcessor, "qwen2_5_vl": ImageOnlyQwen
 def load_config(name: str) -> PretrainedConfig:
     """The config of a hub id or local folder, of an adapter's base; `ModelNotFound` otherwise."""
     name = adapter_base(name) or name
+    if Path(name).is_file():
+        raise ModelNotFound(f"model {name!r} is a file: pass the folder that it is in")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -127,6 +131,12 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     that way has no video processor for `AutoProcessor` to find, wherever it is loaded.
     """
     config = load_config(name)
+    files = (file for pattern in TOKENIZER_FILES for file in Path(name).glob(pattern))
+    if Path(name).is_dir() and not any(files):  # AutoTokenizer would make one without tokens
+        raise ModelNotFound(
+            f"model {name!r}: the folder holds no tokenizer; save that of its base model into it, as in "
+            "AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER)"
+        )
     if not is_vlm(config):
         return AutoTokenizer.from_pretrained(name, padding_side="left")
     without_video = importlib.util.find_spec("torchvision") is None or _saved_without_video(name)

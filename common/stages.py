@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import get_available_reporting_integrations
 
 from .preemption import call, end_with_parent
 from .runs import check_writable
@@ -50,7 +51,7 @@ def chosen_seeds(text: str) -> list[str]:
     return chosen("seeds", ",".join(str(int(entry)) for entry in entries))  # 0 and 00 are one seed and one folder
 
 
-def check_packages(vllm: bool, gpus: int, sharding: str) -> None:
+def check_packages(vllm: bool, gpus: int, sharding: str, report_to: Collection[str] = ()) -> None:
     """Raises `ValueError` when an experiment needs packages that only a GPU machine has, and they are missing, or more
     GPUs than there are."""
     needed = {"vllm": vllm, "deepspeed": gpus > 1 and sharding.startswith("zero")}
@@ -61,10 +62,21 @@ def check_packages(vllm: bool, gpus: int, sharding: str) -> None:
             f"these settings need {' and '.join(missing)}, which this Python does not have: install the environment "
             'of a GPU machine ("On GPUs" in README.md), or try PRESET=tiny'
         )
+    check_report_to(report_to)
     if 0 < found < gpus:
         raise ValueError(
             f"these settings want {gpus} GPUs and this process sees {found}: set gpus (GPUS= of make) to {found}, and "
             "raise gradient_accumulation_steps by as much, which keeps the batch"
+        )
+
+
+def check_report_to(names: Collection[str]) -> None:
+    """Raises `ValueError` for a tracker whose package is missing: transformers says so when all models are loaded."""
+    known = {*get_available_reporting_integrations(), "flyte"}  # which it does not look for
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(
+            f"report_to has {', '.join(missing)}, which this Python does not have: install it, or set report_to to "
+            "none"
         )
 
 

@@ -13,7 +13,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from . import plan, preemption, versions
 from .checkpoints import resume_point
-from .runs import RunFolder, append_jsonl, exclusive, fingerprint, is_done, truncate_jsonl
+from .runs import RunFolder, append_jsonl, check_writable, exclusive, fingerprint, is_done, truncate_jsonl
+from .stages import check_report_to
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,6 +121,8 @@ def train_run(
     if main_process:
         versions.announce(command)
         print(plan.update_line(config, PartialState().num_processes, rollouts), flush=True)
+        check_writable(next(folder for folder in (run, *run.parents) if folder.exists()))
+    check_report_to(config.report_to)
     trainer = build_trainer()  # most mistakes show here, before there is a folder
     with exclusive(run) if main_process else nullcontext():
         checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder

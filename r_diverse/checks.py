@@ -1,5 +1,6 @@
 """What a phase cannot train on, each said in one sentence before it costs GPU hours."""
 
+import inspect
 import logging
 from typing import Any
 
@@ -8,6 +9,9 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainerCallback
 
 logger = logging.getLogger(__name__)
+
+# What TRL gives reward functions beside the columns of the data
+OF_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 def check_data(dataset: Any) -> None:
@@ -22,16 +26,58 @@ def check_data(dataset: Any) -> None:
         raise ValueError(f"train_dataset has the columns {', '.join(dataset[0])}: it needs `prompt`, messages")
     stored = dataset.with_format(None)  # what a transform makes, such as images, is not loaded
     for i, prompt in enumerate(stored["prompt"] if "prompt" in stored.column_names else ()):
-        if not prompt or not (isinstance(prompt, str) or all(map(_is_said, prompt))):
+        if not prompt or not (isinstance(prompt, str) or (isinstance(prompt, list) and all(map(_is_said, prompt)))):
             raise ValueError(
-                f"the prompt of row {i} of train_dataset is {prompt!r}: it needs messages with content, or a text; "
-                "leave such rows out"
+                f"the prompt of row {i} of train_dataset is {prompt!r}: it needs messages with content and role, or a "
+                "text; leave such rows out"
             )
 
 
-def _is_said(message: dict[str, Any]) -> bool:
+def _is_said(message: Any) -> bool:
     """Whether a message can be rendered: calls of tools stand without content."""
+    if not isinstance(message, dict) or not message.get("role"):
+        return False
     return message.get("content") is not None or bool(message.get("tool_calls"))
+
+
+def check_calls(reward_funcs: Any, processing_class: Any, dataset: Any, name: str = "train_dataset") -> None:
+    """Raises `ValueError` for a reward function that cannot be called with the columns of the data, and for messages
+    without a chat template: TRL would say so when the engine runs, of rewards after the first rollouts."""
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return
+    row = dataset[0]
+    if "prompt" not in row:
+        raise ValueError(f"{name} has the columns {', '.join(row)}: it needs `prompt`, messages")
+    template = getattr(processing_class, "chat_template", "")  # without a processing_class TRL loads the model's
+    if template is None and isinstance(row["prompt"], list):
+        raise ValueError(
+            "prompts are messages, and processing_class has no chat_template: set it, or pass the prompts as texts"
+        )
+    columns = row.keys() - {"prompt", "completion", "completion_ids"}
+    if taken := columns.intersection(OF_TRL):
+        raise ValueError(f"{name} has the column {min(taken)}, as TRL calls what it makes itself: rename it")
+    for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if not callable(reward) or isinstance(reward, torch.nn.Module):  # none, the name of a model, or a model
+            continue
+        try:
+            inspect.signature(reward).bind(**dict.fromkeys([*OF_TRL, *columns]))
+        except TypeError as error:
+            function = getattr(reward, "__name__", type(reward).__name__)
+            raise ValueError(
+                f"reward function {function}: {error}; with {name} TRL calls it with {', '.join(OF_TRL)} and the "
+                f"columns {', '.join(sorted(columns)) or '(none)'}: rename its argument or the column, and add "
+                "**columns for what it does not use"
+            ) from error
+
+
+def check_tokens(model, tokenizer) -> None:
+    """Raises `ValueError` for a padding token of which the model has no row: on a GPU an assertion without a name."""
+    rows = model.config.get_text_config().vocab_size
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        raise ValueError(
+            f"the tokenizer's pad_token {tokenizer.pad_token!r} is id {tokenizer.pad_token_id}, and the model has "
+            f"{rows} rows: call model.resize_token_embeddings(len(tokenizer)), or set pad_token to a known token"
+        )
 
 
 def check_reference(model: PreTrainedModel, reference: PreTrainedModel) -> None:

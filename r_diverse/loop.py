@@ -105,6 +105,7 @@ def play(settings: Settings) -> None:
             f"model {run.model!r} holds a LoRA adapter, which neither TRL's KL reference nor vLLM's servers would "
             "have: save the merged model first (common.models.load_model(...).save_pretrained(...), and its tokenizer)"
         )
+    models.load_processor(run.model)  # nor one without a tokenizer
     check_skill_models(run)
     used = model_digests(run)
     try:
@@ -462,7 +463,8 @@ def _main(argv: list[str]) -> int:
     if known.download:
         return fetch(settings.run)
     uses_vllm = settings.run.engine == "vllm" or settings.challenger.use_vllm or settings.solver.use_vllm
-    check_packages(uses_vllm, settings.run.gpus, settings.run.sharding)
+    trackers = {*settings.challenger.report_to, *settings.solver.report_to}
+    check_packages(uses_vllm, settings.run.gpus, settings.run.sharding, trackers)
     if settings.run.gpus:
         visible(range(settings.run.gpus))
     check_gpus(settings)

@@ -118,6 +118,7 @@ OF_THE_RUN = {
     "seed": "set seed of the run, from which each phase makes its own",
     "output_dir": "set out and experiment of the run, in whose folder a phase has its own",
     "resume_from_checkpoint": "a phase resumes from its own last checkpoint",
+    "eval_strategy": "a phase has no rows for it; set benchmarks of the run, evaluated after each iteration",
 }
 
 
@@ -130,6 +131,10 @@ def parse(argv: list[str]) -> Settings:
     words = _words_of_config(copy.deepcopy(config))
     for name, word in _words_of_flags(argv):
         words[name].append(word)
+    known, of_phases = ({f.name for f in dataclasses.fields(cls)} for cls in (RDiverseConfig, PhaseConfig))
+    for key in (word[2:].partition("=")[0].replace("-", "_") for word in words["run"]):
+        if key in of_phases - known:
+            raise ValueError(f"{key} is a field of the phases: set challenger.{key} or solver.{key}, or both")
     (run,) = parse_fields(words["run"], (RDiverseConfig,), "r_diverse/configs/")
     check_lora(run.lora_rank, run.load_in_4bit)
     kinds = {"challenger": ChallengerConfig, "solver": SolverConfig}
@@ -190,7 +195,7 @@ def _check_of_the_run(name: str, words: list[str], run: RDiverseConfig) -> None:
     """`ValueError` for fields of a phase that would be ignored, or be counted on another number of processes."""
     given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     for field in OF_THE_RUN.keys() & given:
-        raise ValueError(f"{name}.{field} would be ignored: {OF_THE_RUN[field]}")
+        raise ValueError(f"{name}.{field} cannot be set: {OF_THE_RUN[field]}")
     if "generation_batch_size" in given and run.gpus > 1:
         raise ValueError(
             f"{name}.generation_batch_size with gpus={run.gpus}: set {name}.steps_per_generation instead, which does "

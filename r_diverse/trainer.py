@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 
 from ._trl import EpochSampler, seed_rollouts
 from .batches import length_sorted, real_columns
-from .checks import HalfPrecisionCallback, check_data, check_reference
+from .checks import HalfPrecisionCallback, check_calls, check_data, check_reference, check_tokens
 from .doctor import DoctorCallback
 from .questions import turn_end_id
 from .rope import exact_frequencies
@@ -23,7 +23,11 @@ class PhaseTrainer(GRPOTrainer):
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, **kwargs):
         check_data(train_dataset)
+        if not (kwargs.get("rollout_func") or kwargs.get("environment_factory")):  # which may make columns
+            for name, data in {"eval_dataset": kwargs.get("eval_dataset"), "train_dataset": train_dataset}.items():
+                check_calls(reward_funcs, kwargs.get("processing_class"), data, name)
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        check_tokens(self.model, self._tokenizer)
         exact_frequencies(self.model, self.ref_model)
         whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)  # no process has a shard only
         if self.ref_model is not None and not isinstance(model, str) and whole:

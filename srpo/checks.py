@@ -1,5 +1,8 @@
 """What SRPO cannot run on, each said in one sentence before it costs GPU hours."""
 
+import inspect
+from typing import Any
+
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -13,6 +16,9 @@ from .reprompt import check_plain
 
 logger = logging.get_logger(__name__)
 
+# What TRL gives reward functions beside the columns of the data
+OF_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
 
 def check_batch(args: SRPOConfig, train_dataset) -> None:
     """Raises `ValueError` for another configuration, for data without prompts, and unless the data set fills a
@@ -23,8 +29,8 @@ def check_batch(args: SRPOConfig, train_dataset) -> None:
         raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
     if isinstance(train_dataset, IterableDataset):
         raise ValueError("SRPOTrainer repeats each prompt num_generations times and needs a map-style Dataset")
-    if train_dataset is None:
-        return  # TRL says so
+    if not isinstance(train_dataset, Dataset):
+        return  # none, and lists and the like, which TRL refuses
     prompts = args.generation_batch_size // args.num_generations
     if len(train_dataset) < prompts:
         raise ValueError(
@@ -33,6 +39,46 @@ def check_batch(args: SRPOConfig, train_dataset) -> None:
         )
     if "prompt" not in train_dataset[0]:
         raise ValueError(f"train_dataset has the columns {', '.join(train_dataset[0])}: it needs `prompt`, messages")
+
+
+def check_calls(reward_funcs: Any, processing_class: Any, dataset: Any, name: str = "train_dataset") -> None:
+    """Raises `ValueError` for a reward function that cannot be called with the columns of the data, and for messages
+    without a chat template: TRL would say so when the engine runs, of rewards after the first rollouts."""
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return
+    row = dataset[0]
+    if "prompt" not in row:
+        raise ValueError(f"{name} has the columns {', '.join(row)}: it needs `prompt`, messages")
+    template = getattr(processing_class, "chat_template", "")  # without a processing_class TRL loads the model's
+    if template is None and isinstance(row["prompt"], list):
+        raise ValueError(
+            "prompts are messages, and processing_class has no chat_template: set it, or pass the prompts as texts"
+        )
+    columns = row.keys() - {"prompt", "completion", "completion_ids"}
+    if taken := columns.intersection(OF_TRL):
+        raise ValueError(f"{name} has the column {min(taken)}, as TRL calls what it makes itself: rename it")
+    for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if not callable(reward) or isinstance(reward, torch.nn.Module):  # none, the name of a model, or a model
+            continue
+        try:
+            inspect.signature(reward).bind(**dict.fromkeys([*OF_TRL, *columns]))
+        except TypeError as error:
+            function = getattr(reward, "__name__", type(reward).__name__)
+            raise ValueError(
+                f"reward function {function}: {error}; with {name} TRL calls it with {', '.join(OF_TRL)} and the "
+                f"columns {', '.join(sorted(columns)) or '(none)'}: rename its argument or the column, and add "
+                "**columns for what it does not use"
+            ) from error
+
+
+def check_tokens(model, tokenizer) -> None:
+    """Raises `ValueError` for a padding token of which the model has no row: on a GPU an assertion without a name."""
+    rows = model.config.get_text_config().vocab_size
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        raise ValueError(
+            f"the tokenizer's pad_token {tokenizer.pad_token!r} is id {tokenizer.pad_token_id}, and the model has "
+            f"{rows} rows: call model.resize_token_embeddings(len(tokenizer)), or set pad_token to a known token"
+        )
 
 
 def check_prompts(dataset: Dataset, tokenizer) -> None:

@@ -1,5 +1,6 @@
 """One dataclass on top of TRL's: the fields of SRPO, and TRL's defaults moved to the paper's (arXiv 2604.02288)."""
 
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -171,6 +172,10 @@ class SRPOConfig(GRPOConfig):
             **dict.fromkeys(("temperature", "num_train_epochs"), positive),
             **dict.fromkeys(("adam_beta1", "adam_beta2"), decay),
             "top_p": (lambda value: 0 < value <= 1, "must be in (0, 1]"),
+            "chat_template_kwargs": (
+                lambda value: isinstance(json.loads(value) if isinstance(value, str) else value, dict | None),
+                """must be a mapping such as '{"enable_thinking": false}'""",
+            ),
             "epsilon": at_least_0,
             "epsilon_high": (lambda value: value is None or value >= 0, "must be at least 0, or none for epsilon"),
             "delta": (lambda value: value is None or value > 1, "must be above 1, or none"),
@@ -182,7 +187,7 @@ class SRPOConfig(GRPOConfig):
             value = getattr(self, name)
             try:
                 is_valid = valid(value)
-            except TypeError:  # none, or a text
+            except (TypeError, ValueError):  # none, or a text
                 is_valid = False
             if not is_valid:
                 raise ValueError(f"{name} {rule}, got {value!r}")

@@ -78,7 +78,7 @@ def _main(argv: list[str]) -> int:
         return download([args.model], sources)
     missing = [problem for dataset in datasets if (problem := missing_source(dataset, args.data))]
     if not known.dry_run:
-        check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
+        check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding, config.report_to)
         if missing:  # it would show only after the trainings on the data sets before
             raise ValueError(missing[0])
         for _, load in sources:

@@ -305,16 +305,17 @@ def teacher_prompt(
     before, after = (part.replace("{demonstration}", demonstration) for part in template.split("{prompt}"))
     if isinstance(prompt, str):
         return before + prompt + after
-    if not prompt or prompt[-1].get("role") != "user" or prompt[-1].get("content") is None:
+    last = prompt[-1] if isinstance(prompt, list) and prompt else None
+    if not isinstance(last, dict) or last.get("role") != "user" or last.get("content") is None:
         raise ValueError(
             "the prompt does not end with a user message that has content, to which the demonstration could be added"
         )
-    content = prompt[-1]["content"]
+    content = last["content"]
     if isinstance(content, str):
         content = before + content + after
     else:
         content = [*_text_parts(before), *content, *_text_parts(after)]
-    return [*prompt[:-1], {**prompt[-1], "content": content}]
+    return [*prompt[:-1], {**last, "content": content}]
 
 
 def check_template(template: str) -> None:

@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
     sys.exit("srpo.train also needs the folder common/ of the project beside srpo/; the trainer alone does not")
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from .config import SRPOConfig
 from .data import check_dataset, load_splits, reward_of
@@ -173,6 +173,9 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> "SRPOTra
     from .trainer import SRPOTrainer
 
     tokenizer = models.load_processor(args.model)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"model {args.model!r} reads images, and SRPO is for text: choose a text model")
+    rows = short_prompts(splits["train"], tokenizer, config)
     policy = models.load_model(
         args.model,
         dtype=getattr(torch, args.policy_dtype),
@@ -184,7 +187,7 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> "SRPOTra
         policy,
         reward_of(args.dataset, args.strict),
         on_one_gpu(config),
-        train_dataset=short_prompts(splits["train"], tokenizer, config),
+        train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora_config(args.lora_rank),
     )

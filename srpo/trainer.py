@@ -21,7 +21,7 @@ from trl import GRPOTrainer
 from . import objective
 from ._trl import EpochSampler, ForwardRedirection, seed_rollouts
 from .batches import length_sorted, trimmed
-from .checks import HalfPrecisionCallback, check_batch, check_prompt_lengths, check_support
+from .checks import HalfPrecisionCallback, check_batch, check_calls, check_prompt_lengths, check_support, check_tokens
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
 from .doctor import DoctorCallback, routing_figures, weight_figures
@@ -57,7 +57,11 @@ class SRPOTrainer(GRPOTrainer):
     def __init__(self, model, reward_funcs=None, args: SRPOConfig | None = None, train_dataset=None, **kwargs):
         args = SRPOConfig() if args is None else args
         check_batch(args, train_dataset)
+        if not kwargs.get("rollout_func"):  # which may make columns
+            for name, data in {"eval_dataset": kwargs.get("eval_dataset"), "train_dataset": train_dataset}.items():
+                check_calls(reward_funcs, kwargs.get("processing_class"), data, name)
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        check_tokens(self.model, self._tokenizer)
         exact_frequencies(self.model, self.ref_model)
         seed_rollouts(self)
         if not self.is_deepspeed_enabled:  # which keeps float32 copies

@@ -1,5 +1,6 @@
 """What all trainers have in common: the order of prompts, seeds, warnings."""
 
+import functools
 import importlib
 import inspect
 import random
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 METHODS = ("va_opd", "srpo", "r_diverse")
@@ -97,3 +99,53 @@ def test_one_process_warns_of_trained_weights_in_half_precision(module, monkeypa
             state = SimpleNamespace(is_world_process_zero=main)
             module.HalfPrecisionCallback().on_train_begin(None, state, None, model=model)
     assert said == [(torch.float16, 2), (torch.bfloat16, 2)]
+
+
+@pytest.mark.parametrize("method", ["srpo", "r_diverse"])
+def test_reward_functions_are_called_with_the_columns_of_the_data(method):
+    check = importlib.import_module(f"{method}.checks").check_calls
+    rows = Dataset.from_list([{"prompt": "a", "answer": "1", "completion": "b"}])
+
+    def all_named(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric): ...
+
+    async def waits(completions, answer, **columns): ...
+
+    class Called:
+        def __call__(self, completions, answer, **columns): ...
+
+    models = ["org/reward-model", torch.nn.Linear(1, 1), None]
+    check([all_named, waits, Called(), functools.partial(all_named, answer=2), *models], None, rows)
+    for data in (None, list(rows)):  # which TRL refuses
+        check(lambda nothing: ..., None, data)
+
+    def refused(message: str, reward, processor=None, data=rows):
+        with pytest.raises(ValueError, match=message) as error:
+            check(reward, processor, data)
+        assert "\n" not in str(error.value)
+
+    refused(
+        "^reward function <lambda>: missing a required argument: 'gold'; with train_dataset TRL",
+        lambda gold, **_: ...,
+    )
+    refused("got an unexpected keyword argument .* add [*][*]columns", [all_named, lambda completions, answer: ...])
+    refused(
+        "missing a required argument: 'completion'; .* the columns answer:", lambda completion, **_: ...
+    )  # TRL's own
+    taken = rows.rename_column("answer", "completions")
+    refused("^train_dataset has the column completions, as TRL calls", lambda **_: ..., data=taken)
+    with pytest.raises(ValueError, match="^eval_dataset has the columns answer, .*: it needs `prompt`"):
+        check(all_named, None, rows.remove_columns("prompt"), "eval_dataset")
+    with pytest.raises(ValueError, match="missing a required argument: 'answer'; with eval_dataset TRL calls it with"):
+        check(all_named, None, rows.remove_columns("answer"), "eval_dataset")
+
+
+@pytest.mark.parametrize("method", ["srpo", "r_diverse"])
+def test_messages_want_a_chat_template_and_texts_do_not(method):
+    check = importlib.import_module(f"{method}.checks").check_calls
+    texts, messages = ([{"prompt": p}] for p in ("a", [{"role": "user", "content": "a"}]))
+    bare = SimpleNamespace(chat_template=None)
+    check([], bare, Dataset.from_list(texts))
+    check([], None, Dataset.from_list(messages))  # TRL loads the model's
+    check([], SimpleNamespace(chat_template="{{ messages }}"), Dataset.from_list(messages))
+    with pytest.raises(ValueError, match="prompts are messages, and processing_class has no chat_template: set it"):
+        check([], bare, Dataset.from_list(messages))

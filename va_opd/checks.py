@@ -4,11 +4,12 @@ import copy
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.utils import logging
+from trl import prepare_multimodal_messages
 
 from ._trl import split_pixel_values_by_grid
 from .config import VAOPDConfig
@@ -18,7 +19,7 @@ logger = logging.get_logger(__name__)
 MOST_BIASES = 1024  # of a request to vLLM on a GPU
 
 
-def check_batch(args: VAOPDConfig, train_dataset) -> None:
+def check_batch(args: VAOPDConfig, train_dataset, eval_dataset=None) -> None:
     """Raises `ValueError` for another configuration, for data that cannot be read, and unless an optimizer step holds
     whole groups of siblings and the data set fills it."""
     if not isinstance(args, VAOPDConfig):
@@ -27,7 +28,11 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
         raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
     if isinstance(train_dataset, IterableDataset):
         raise ValueError("VAOPDTrainer repeats each prompt num_generations times and needs a map-style Dataset")
+    if not isinstance(train_dataset, Dataset | torch.utils.data.Dataset | list | tuple | None):
+        raise ValueError(f"train_dataset must be a Dataset or a list of rows, got {type(train_dataset).__name__}")
     prompts = args.prompts_of_a_step(args.world_size)
+    if isinstance(eval_dataset, Dataset | list) and len(eval_dataset):  # else the first evaluation would say so
+        check_rows(eval_dataset, "eval_dataset")
     if train_dataset is None:  # only an evaluation
         return
     if len(train_dataset) < prompts:
@@ -39,17 +44,26 @@ def check_batch(args: VAOPDConfig, train_dataset) -> None:
     check_image_columns(args, train_dataset[0])
 
 
-def check_rows(dataset) -> None:
-    """Raises `ValueError` for data without `prompt`, and for a prompt that says nothing."""
+def check_rows(dataset, name: str = "train_dataset") -> None:
+    """Raises `ValueError` for data without `prompt`, and for a prompt that says nothing, or shows what is no image."""
     row = dataset[0]
     if "prompt" not in row:
-        raise ValueError(f"train_dataset has the columns {', '.join(row)}: it needs `prompt`, messages")
-    stored = "prompt" in getattr(dataset, "column_names", ())  # no list, and not made by a transform
-    for i, prompt in enumerate(dataset.with_format(None)["prompt"] if stored else [row["prompt"]]):
-        if not prompt or not (isinstance(prompt, str) or all(map(_is_said, prompt))):
+        raise ValueError(f"{name} has the columns {', '.join(row)}: it needs `prompt`, messages")
+    prompts = [row["prompt"]]
+    if isinstance(dataset, list | tuple):
+        prompts = [row.get("prompt") for row in dataset]
+    elif "prompt" in getattr(dataset, "column_names", ()):  # stored, not made by a transform
+        prompts = dataset.with_format(None)["prompt"]
+    for i, prompt in enumerate(prompts):
+        if not prompt or not (isinstance(prompt, str) or (isinstance(prompt, list) and all(map(_is_said, prompt)))):
             raise ValueError(
-                f"the prompt of row {i} of train_dataset is {prompt!r}: it needs messages with content, or a text; "
-                "leave such rows out"
+                f"the prompt of row {i} of {name} is {prompt!r}: it needs messages with content and role, or a "
+                "text; leave such rows out"
+            )
+        if other := {part.get("type") for part in _parts(prompt)} - {"text", "image"}:
+            raise ValueError(
+                f"the prompt of row {i} of {name} has a part of type {other.pop()!r}, which TRL leaves out "
+                "where rollouts are scored: write {'type': 'image', 'image': ...}, or leave such rows out"
             )
 
 
@@ -61,7 +75,7 @@ def check_image_columns(args: VAOPDConfig, row: dict[str, Any]) -> None:
             f"`images` of row 0 of train_dataset is a {type(images).__name__}: it needs a list of images; name a "
             "column of single images `image`"
         )
-    found = "image" in row or "images" in row or any(map(_shows_an_image, row["prompt"]))
+    found = "image" in row or "images" in row or has_images(row)
     if args.weighting != "none" and not found and args.process_index == 0:
         logger.warning(
             "train_dataset has the columns %s, and no `image` or `images`: without images weighting=%r is Standard "
@@ -71,28 +85,58 @@ def check_image_columns(args: VAOPDConfig, row: dict[str, Any]) -> None:
         )
 
 
-def _is_said(message: dict[str, Any]) -> bool:
+def _is_said(message: Any) -> bool:
     """Whether a message can be rendered: calls of tools stand without content."""
+    if not isinstance(message, dict) or not message.get("role"):
+        return False
     return message.get("content") is not None or bool(message.get("tool_calls"))
 
 
-def _shows_an_image(message: dict[str, Any] | str) -> bool:
-    """Whether a message (or a letter of a text) has an image among its parts, where TRL finds it too."""
-    parts = message.get("content") if isinstance(message, dict) else None
-    return isinstance(parts, list) and any(part.get("type") == "image" for part in parts)
+def _parts(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of all messages of which a prompt is made."""
+    contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
+    return [part for content in contents if isinstance(content, list) for part in content]
+
+
+def has_images(row: dict[str, Any]) -> bool:
+    """Whether a row has an image, in a column or among the parts of its messages, where TRL finds it too."""
+    in_columns = bool(row.get("images")) or row.get("image") is not None
+    return in_columns or any(part.get("type") == "image" for part in _parts(row["prompt"]))
+
+
+def check_first_row(args: VAOPDConfig, processing_class, config: PretrainedConfig, row: dict[str, Any]) -> None:
+    """Raises `ValueError` where the first row cannot be made into the student's input, as the others may be. TRL would
+    say so at the first step, when models and engine are loaded."""
+    images = row.get("images") or ([] if row.get("image") is None else [row["image"]])
+    try:
+        if isinstance(row["prompt"], str) and images:
+            raise ValueError("a prompt that is a text has no place for its images, pass messages")
+        if isinstance(row["prompt"], str):
+            ids = processing_class(text=[row["prompt"]])["input_ids"]
+        else:
+            plain = isinstance(processing_class, PreTrainedTokenizerBase)
+            prompt = row["prompt"] if plain else prepare_multimodal_messages(row["prompt"], images=images)
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            options |= args.chat_template_kwargs or {}
+            ids = processing_class.apply_chat_template([prompt], **options)["input_ids"]
+    except Exception as error:  # whatever template, processor and PIL have
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"row 0 of train_dataset makes no prompt ({cause}): mend such rows, or processing_class"
+        ) from error
+    check_prompts(ids, args, config)
 
 
 def check_processor(processing_class, train_dataset) -> None:
     """Raises `ValueError` for no processor, and for a tokenizer in its place where the first row has images."""
     if processing_class is None or isinstance(processing_class, str):
         raise ValueError("processing_class is required: pass the student's processor, loaded by AutoProcessor")
-    if isinstance(processing_class, PreTrainedTokenizerBase) and train_dataset is not None:
-        row = train_dataset[0]
-        if row.get("images") or row.get("image"):
-            raise ValueError(
-                "rows have images, but processing_class is a tokenizer: pass the student's processor (AutoProcessor, "
-                "which returns the tokenizer alone where torchvision is missing)"
-            )
+    is_tokenizer = isinstance(processing_class, PreTrainedTokenizerBase)
+    if is_tokenizer and train_dataset is not None and has_images(train_dataset[0]):
+        raise ValueError(
+            "rows have images, but processing_class is a tokenizer: pass the student's processor (AutoProcessor, "
+            "which returns the tokenizer alone where torchvision is missing)"
+        )
 
 
 class HalfPrecisionCallback(TrainerCallback):
@@ -169,7 +213,7 @@ def match_vocabulary_size(model: str | PreTrainedModel, teacher: str | PreTraine
 
     Raises `ValueError` for fewer rows than tokens, and for a teacher given by its name, which cannot be resized here.
     """
-    size, teacher_size = (_config(m).get_text_config().vocab_size for m in (model, teacher))
+    size, teacher_size = (config_of(m).get_text_config().vocab_size for m in (model, teacher))
     if min(size, teacher_size) < num_tokens:
         raise ValueError(
             f"the tokenizer has {num_tokens} tokens, but the student has {size} vocabulary rows and the teacher "
@@ -185,12 +229,12 @@ def match_vocabulary_size(model: str | PreTrainedModel, teacher: str | PreTraine
     teacher.resize_token_embeddings(size, mean_resizing=False)
 
 
-def _config(model: str | PreTrainedModel) -> PretrainedConfig:
+def config_of(model: str | PreTrainedModel) -> PretrainedConfig:
     return AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
 
 
 def _reads_images(model: str | PreTrainedModel) -> bool:
-    return getattr(_config(model), "vision_config", None) is not None
+    return getattr(config_of(model), "vision_config", None) is not None
 
 
 def check_fsdp(plugin) -> None:
@@ -216,7 +260,7 @@ def banned_ids(processing_class, config: PretrainedConfig) -> set[int]:
 
 def ban_tokens(args: VAOPDConfig, processing_class, model: str | PreTrainedModel) -> VAOPDConfig:
     """A copy of `args` whose generation settings forbid `banned_ids` on the engine in use, beside what they forbid."""
-    config, options = _config(model), dict(args.generation_kwargs or {})
+    config, options = config_of(model), dict(args.generation_kwargs or {})
     banned = banned_ids(processing_class, config)
     if args.use_vllm:
         # vLLM has no list of banned ids. The lowest bias that it takes reaches both the colocated engine and, as JSON,

@@ -1,5 +1,6 @@
 """One dataclass on top of TRL's: the fields of VA-OPD, and TRL's defaults moved to the paper's (arXiv 2605.21924)."""
 
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -185,13 +186,17 @@ class VAOPDConfig(DistillationConfig):
             **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "doctor_steps"), at_least_0),
             **dict.fromkeys(("adam_beta1", "adam_beta2"), decay),
             "temperature": positive,
+            "chat_template_kwargs": (
+                lambda value: isinstance(json.loads(value) if isinstance(value, str) else value, dict | None),
+                """must be a mapping such as '{"enable_thinking": false}'""",
+            ),
             "top_p": share,
             "beta": (lambda value: value == 1.0, "must be 1.0: the paper's divergence is the reverse KL"),
         }.items():
             value = getattr(self, name)
             try:
                 is_valid = valid(value)
-            except TypeError:  # none, or a text
+            except (TypeError, ValueError):  # none, or a text
                 is_valid = False
             if not is_valid:
                 raise ValueError(f"{name} {rule}, got {value!r}")

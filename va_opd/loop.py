@@ -71,7 +71,7 @@ def _main(argv: list[str]) -> int:
         data = [(name, partial(paper_benchmark, args, name)) for name in names]
         return download([args.model, args.teacher], [(args.dataset, partial(load_splits_of, args)), *data])
     if not known.dry_run:
-        check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding)
+        check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding, config.report_to)
     local = loads_teacher(args, config)
     stages = plan(fields, args, variants, seeds, launcher(known.gpus, known.sharding), local)
     if known.dry_run:

@@ -62,8 +62,10 @@ class VAOPDTrainer(DistillationTrainer):
         processing_class=None,
         **kwargs,
     ):
-        checks.check_batch(args, train_dataset)
+        checks.check_batch(args, train_dataset, eval_dataset)
         checks.check_processor(processing_class, train_dataset)
+        if train_dataset is not None:
+            checks.check_first_row(args, processing_class, checks.config_of(model), train_dataset[0])
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         # TRL pads prompts itself, on the left, but takes which of their tokens are an image's from the processor
         tokenizer.padding_side = "left"
@@ -137,7 +139,7 @@ class VAOPDTrainer(DistillationTrainer):
         return prompt_ids, completion_ids, tool_mask, self._rollout_images, tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._check_images([row.get("images") or row.get("image") for row in inputs])
+        self._check_images([checks.has_images(row) for row in inputs])
         batch = super()._generate_and_score_completions(inputs)
         checks.check_images_kept(batch)
         if self.tools:  # which may have shown an image to some rollouts

@@ -72,6 +72,19 @@ def test_files_that_a_copy_has_cut_are_named(tmp_path):
             models.load_config(str(tmp_path / "adapter"))
 
 
+@pytest.mark.parametrize("build", [tiny_qwen3, tiny_qwen3_vl])
+def test_a_folder_without_a_tokenizer_and_a_file_are_one_clear_sentence(tmp_path, build):
+    """AutoTokenizer would make a tokenizer without tokens, in which every prompt is empty."""
+    model, processor = build(hidden=32)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(models.ModelNotFound, match=f"model '{tmp_path}': the folder holds no tokenizer; save that of"):
+        models.load_processor(str(tmp_path))
+    with pytest.raises(models.ModelNotFound, match=r"config.json' is a file: pass the folder that it is in"):
+        models.load_config(str(tmp_path / "config.json"))
+    processor.save_pretrained(tmp_path)
+    models.load_processor(str(tmp_path))
+
+
 @pytest.mark.parametrize("build", [tiny_qwen3, tiny_qwen3_vl, tiny_qwen2_5_vl])
 def test_a_tiny_model_comes_back_from_its_folder(tmp_path, build):
     model, processor = build(hidden=32)
@@ -119,6 +132,7 @@ def test_a_processor_of_another_family_pads_on_the_left_and_reads_images(tmp_pat
     """`AutoProcessor` returns the tokenizer alone where it finds no more."""
     model, processor = tiny_qwen3_vl(hidden=32)
     model.config.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(models, "IMAGE_ONLY", {})
     processor.tokenizer.padding_side = "right"
     monkeypatch.setattr(models.AutoProcessor, "from_pretrained", lambda name: processor)

@@ -438,7 +438,8 @@ def test_a_run_is_done_with_its_model_and_not_before(tmp_path, monkeypatch, caps
     points = iter([None, run / "checkpoint-4"])
     monkeypatch.setattr(training, "resume_point", lambda trainer: next(points))
     monkeypatch.setattr(training.preemption, "train", lambda trainer, at, keep_weights: trained.append(at))
-    config = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=4, num_generations=8)
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "num_generations": 8}
+    config = SimpleNamespace(**batch, report_to=[])
     start = lambda: train_run("srpo.train", run, config, lambda: opened(run), build, lambda *given: given)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         start()
@@ -453,6 +454,23 @@ def test_a_run_is_done_with_its_model_and_not_before(tmp_path, monkeypatch, caps
     assert [*printed[1:3], *printed[4:]] == [update, f"{run}: starting", update, f"{run}: resuming at step 4"]
     start()
     assert capsys.readouterr().out == f"{run}: done already\n"
+
+
+def test_a_folder_that_cannot_be_made_and_a_missing_tracker_are_said_before_models_are_loaded(tmp_path):
+    (tmp_path / "file").touch()
+    batch = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 8}
+
+    def start(run: Path, report_to: list[str]) -> None:
+        build = lambda: pytest.fail("loads")  # noqa: E731
+        train_run("srpo.train", run, SimpleNamespace(**batch, report_to=report_to), None, build, None)
+
+    with pytest.raises(FileExistsError, match="tmp.*/file"):
+        start(tmp_path / "file/a/b", [])
+    with pytest.raises(ValueError, match="report_to has tracks, which this Python does not have: install it"):
+        start(tmp_path / "a/b", ["tracks"])
+    with pytest.raises(pytest.fail.Exception, match="loads"):
+        start(tmp_path / "a/b", ["flyte"])
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_checkpoint_of_an_older_version_leaves_the_seconds_unknown(tmp_path):

@@ -61,6 +61,31 @@ def test_data_that_a_phase_cannot_repeat_are_one_clear_sentence(tmp_path):
         PhaseTrainer("a model", None, config, rows.rename_column("prompt", "question"))
 
 
+@pytest.mark.parametrize("prompt", [{"role": "user", "content": "a"}, 5, ["a"], [{"content": "a"}]])
+def test_a_prompt_of_another_form_is_refused_with_its_row(prompt):
+    with pytest.raises(ValueError, match="the prompt of row 0 of train_dataset is .*: it needs messages with content"):
+        check_data(Dataset.from_list([{"prompt": prompt}]))
+
+
+def test_what_cannot_be_called_rendered_or_padded_is_one_clear_sentence(tmp_path):
+    model, tokenizer = tiny_qwen3(hidden=32)
+    config = ChallengerConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], beta=0.0)
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}] * 4)
+
+    def refused(message: str, reward, **options):
+        with pytest.raises(ValueError, match=message):
+            PhaseTrainer(model, reward, config, rows, processing_class=tokenizer, **options)
+
+    refused("reward function <lambda>: missing a required argument: 'label'", lambda completions, label, **_: [])
+    questions = Dataset.from_list([{"question": "a"}])
+    refused("^eval_dataset has the columns question: it needs `prompt`", lambda **_: [], eval_dataset=questions)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    refused(r"pad_token '\[PAD\]' is id 103, and the model has 103 rows", lambda **_: [])
+    refused(r"pad_token '\[PAD\]'", lambda completions, label, **_: [], rollout_func=print)  # it may make the column
+    tokenizer.chat_template = None
+    refused("prompts are messages, and processing_class has no chat_template", lambda **_: [])
+
+
 @pytest.mark.parametrize("prompt", [[{"role": "user", "content": None}], [{"role": "user"}], [], None])
 def test_a_prompt_without_content_is_said_before_anything_is_loaded(tmp_path, prompt):
     config = ChallengerConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])

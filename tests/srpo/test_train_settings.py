@@ -13,6 +13,7 @@ from training_runs import fails
 
 from benchmarks import srpo as report
 from common.cli import changed_settings
+from common.tiny import tiny_qwen3_vl
 from srpo import checks, loop, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,8 @@ def test_a_variant_is_named_as_its_row_in_the_report(name):
         (["--policy_dtype", "float8"], "policy_dtype must be"),
         (["--steps_per_generation", "4"], "must equal gradient_accumulation_steps"),
         (["--grpo_steps", "0"], "grpo_steps must be at least 1, got 0"),
+        (["--output_dir", "x"], "output_dir would be ignored: set out and experiment"),
+        (["--chat_template_kwargs", "off"], "chat_template_kwargs must be a mapping such as"),
         (["--max_completion_length", "none"], "max_completion_length must be at least 1, and whole, got None"),
     ],
 )
@@ -79,6 +82,16 @@ def test_the_saved_settings_are_the_same_run_again(config, tmp_path):
     again_args, again = train.parse(["--config", str(saved), "--out", args.out])
     assert changed_settings(again_args, again, train.DERIVED) == changed_settings(args, settings, train.DERIVED)
     assert again.output_dir == settings.output_dir
+
+
+def test_data_and_model_that_do_not_fit_are_said_before_weights_are_loaded(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.models, "load_model", lambda *_, **__: pytest.fail("loads"))
+    assert "no prompt fits max_prompt_length=5" in fails(train, capsys, config, "--max_prompt_length", "5")
+    model, processor = tiny_qwen3_vl(hidden=32)
+    model.save_pretrained(tmp_path / "vision")
+    processor.save_pretrained(tmp_path / "vision")
+    message = fails(train, capsys, config, "--model", str(tmp_path / "vision"))
+    assert "vision' reads images, and SRPO is for text: choose a text model" in message
 
 
 def test_prompts_are_counted_as_the_policy_reads_them(config, capsys):

@@ -6,10 +6,10 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from srpo_trainers import LORA, mixed_reward, policy, rows, step
-from trl import GRPOConfig
+from srpo_trainers import LORA, always, mixed_reward, policy, rows, step
+from trl import GRPOConfig, GRPOTrainer
 
-from srpo import SRPOTrainer
+from srpo import SRPOConfig, SRPOTrainer
 from srpo.checks import check_support
 
 
@@ -38,6 +38,8 @@ def test_another_configuration_and_an_iterable_data_set_are_one_clear_sentence(m
     splits = DatasetDict(train=Dataset.from_list(rows()), test=Dataset.from_list(rows()))
     with pytest.raises(ValueError, match="train_dataset holds the splits train, test: pass one of them"):
         SRPOTrainer(model, mixed_reward, make().args, train_dataset=splits, processing_class=tokenizer)
+    with pytest.raises(TypeError, match="must be a `Dataset` or `IterableDataset`, got `str`"):  # TRL's
+        SRPOTrainer(model, mixed_reward, make().args, "org/data", processing_class=tokenizer)
     unnamed = Dataset.from_list([{"question": "1+1", "answer": "2"}] * 4)
     for routing in ("srpo", "grpo"):
         with pytest.raises(ValueError, match="train_dataset has the columns question, answer: it needs `prompt`"):
@@ -53,6 +55,45 @@ def test_a_prompt_that_cannot_be_distilled_is_refused_with_its_row(make, prompt)
         make(data=data)
     assert "\n" not in str(error.value)
     make(data=data, routing="grpo")  # which shows no demonstration
+
+
+@pytest.mark.parametrize("prompt", [{"role": "user", "content": "a"}, 5, ["a"]])
+def test_a_prompt_of_another_form_is_refused_with_its_row(make, prompt):
+    with pytest.raises(ValueError, match="row 0 of train_dataset: the prompt does not end with a user message"):
+        make(data=[{"prompt": prompt}] * 4)
+
+
+def test_what_cannot_be_called_or_rendered_is_said_before_anything_is_loaded(make, monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, "__init__", lambda *_, **__: pytest.fail("loads"))
+    with pytest.raises(ValueError, match="reward function wants: missing a required argument: 'solution'"):
+        make(reward=wants)
+    model, tokenizer = policy()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="prompts are messages, and processing_class has no chat_template"):
+        make(model=(model, tokenizer))
+    questions, good = Dataset.from_list([{"question": "a"}]), Dataset.from_list(rows())
+    with pytest.raises(ValueError, match="^eval_dataset has the columns question: it needs `prompt`"):
+        SRPOTrainer(model, mixed_reward, SRPOConfig(use_cpu=True, bf16=False), None, eval_dataset=questions)
+    with pytest.raises(pytest.fail.Exception, match="loads"):
+        SRPOTrainer(model, mixed_reward, SRPOConfig(use_cpu=True, bf16=False), None, eval_dataset=good)
+    with pytest.raises(pytest.fail.Exception, match="loads"):  # a rollout function may make the column
+        SRPOTrainer(model, wants, SRPOConfig(use_cpu=True, bf16=False), rollout_func=print)
+
+
+def wants(completions, solution, **columns):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("routing", ["srpo", "grpo"])
+def test_a_padding_token_without_a_row_is_one_clear_sentence(make, routing):
+    model, tokenizer = policy()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(
+        ValueError, match=r"pad_token '\[PAD\]' is id 103, and the model has 103 rows: call model.resize"
+    ):
+        make(model=(model, tokenizer), routing=routing)
+    model.resize_token_embeddings(len(tokenizer))
+    step(make(model=(model, tokenizer), routing=routing, reward=always(1.0)))
 
 
 @pytest.mark.parametrize("column", ["image", "images"])

@@ -34,7 +34,7 @@ def test_what_several_gpus_need_is_looked_for_before_anything_runs(config, tmp_p
     monkeypatch.setattr(loop, "check_packages", lambda *given: seen.append(given))
     monkeypatch.setattr(loop, "run_stages", lambda stages, *given: seen.append(given) or 0)
     assert loop.main(["--config", str(config), "--engine", "vllm", "--gpus", "2", "--sharding", "zero3"]) == 0
-    assert seen == [(True, 2, "zero3"), (tmp_path / "runs/va_opd/small/logs", 2)]
+    assert seen == [(True, 2, "zero3", []), (tmp_path / "runs/va_opd/small/logs", 2)]
 
 
 def in_this_process(stages, *given) -> int:

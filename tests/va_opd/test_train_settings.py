@@ -78,11 +78,11 @@ def test_a_row_of_table_2_is_table_1_with_one_change(name, changes):
     ],
 )
 def test_a_value_in_yaml_of_another_type_is_one_clear_sentence(config, tmp_path, line, message):
-    path = tmp_path / "other.yaml"
-    path.write_text(f"{config.read_text()}\n{line}\n")
+    path, settings = tmp_path / "other.yaml", yaml.safe_load(config.read_text())
+    path.write_text(yaml.safe_dump(settings | yaml.safe_load(line)))
     with pytest.raises(ValueError, match=f"^{message}"):
         train.parse(["--config", str(path)])
-    path.write_text(f"{config.read_text()}\nlearning_rate: 1\nlimit: null\nload_in_4bit: 0\n")
+    path.write_text(yaml.safe_dump({**settings, "learning_rate": 1, "limit": None, "load_in_4bit": 0}))
     assert train.parse(["--config", str(path)])[1].learning_rate == 1.0
 
 
@@ -117,6 +117,11 @@ def test_the_command_line_wins_over_the_file(config):
         (["--learning_rate", "nan"], "learning_rate must be at least 0 and finite"),
         (["--learning_rate", "-1"], "learning_rate must be at least 0 and finite"),
         (["--max_completion_length", "0"], "max_completion_length must be at least 1"),
+        (["--output_dir", "x"], "output_dir would be ignored: set out and experiment"),
+        (["--resume_from_checkpoint=x"], "resume_from_checkpoint would be ignored: a run goes on from its own last"),
+        (["--chat_template_kwargs", "off"], "chat_template_kwargs must be a mapping such as"),
+        (["--chat_template_kwargs", "{off"], "chat_template_kwargs must be a mapping such as"),
+        (["--chat_template_kwargs", "[1]"], "chat_template_kwargs must be a mapping such as"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing_trained(config, capsys, fields, message, tmp_path):
@@ -131,7 +136,13 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing_trained(config, capsys, fi
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a: [1", "is no YAML"), ("a: \x00", "is no YAML"), ("1: 2", "unknown field '1'"), ("- 1", "holds no mapping")],
+    [
+        ("seed: 1\nmodel: a\nseed: 2", "the key 'seed' is there twice"),
+        ("a: [1", "is no YAML"),
+        ("a: \x00", "is no YAML"),
+        ("1: 2", "unknown field '1'"),
+        ("- 1", "holds no mapping"),
+    ],
 )
 def test_a_broken_config_file_is_one_sentence(tmp_path, capsys, content, message):
     path = tmp_path / "broken.yaml"

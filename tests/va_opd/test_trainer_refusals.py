@@ -86,10 +86,64 @@ def test_a_prompt_that_says_nothing_is_refused_with_its_row(make, said):
         make(rows=rows)
 
 
+def test_rows_to_evaluate_on_are_looked_at_before_the_first_evaluation(make):
+    with pytest.raises(ValueError, match="^eval_dataset has the columns question: it needs `prompt`"):
+        make(eval_rows=[{"question": "a"}])
+    with pytest.raises(ValueError, match="^the prompt of row 1 of eval_dataset is "):
+        make(eval_rows=[{"prompt": prompt(0)}, {"prompt": []}])
+
+
 def test_an_empty_text_is_refused_with_its_row(make):
     """The student would be sampled from nothing but padding."""
     with pytest.raises(ValueError, match="the prompt of row 3 of train_dataset is '': it needs messages with content"):
         make(rows=[*[{"prompt": "a"}] * 3, {"prompt": ""}])
+
+
+def shown(part: dict) -> list[dict]:
+    return [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
+
+
+@pytest.mark.parametrize("said", [{"role": "user", "content": "a"}, 5, ["a"], [{"content": "a"}]])
+def test_a_prompt_of_another_form_is_refused_with_its_row(make, said):
+    with pytest.raises(ValueError, match="the prompt of row 0 of train_dataset is .*: it needs messages with content"):
+        make(rows=[{"prompt": said}] * 4)
+
+
+@pytest.mark.parametrize("kind", ["image_url", "video"])
+def test_a_part_that_trl_leaves_out_of_the_scoring_is_refused_with_its_row(make, kind):
+    """Rollouts would be drawn with the picture in it, and learned from without."""
+    student, teacher, processor = models()
+    rows = [*image_rows(3), {"prompt": shown({"type": kind, kind: "a.png"})}]
+    with pytest.raises(ValueError, match=f"the prompt of row 3 of train_dataset has a part of type '{kind}'"):
+        VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
+
+
+@pytest.mark.parametrize(
+    ("row", "cause"),
+    [
+        ({"prompt": shown({"type": "image"}), "images": [image(0)] * 2}, r"provided \(2\) does not match .* \(1\)"),
+        ({"prompt": "What?", "image": image(0)}, "a prompt that is a text has no place for its images"),
+        ({"prompt": shown({"type": "image", "image": "/nowhere/a.png"})}, "Got /nowhere/a.png"),
+        ({"prompt": prompt(0), "image": image(0, (900, 4))}, "absolute aspect ratio must be smaller than 200"),
+    ],
+)
+def test_a_first_row_that_makes_no_prompt_is_said_before_anything_is_loaded(make, monkeypatch, row, cause):
+    monkeypatch.setattr(DistillationTrainer, "__init__", lambda *_, **__: pytest.fail("loads"))
+    with pytest.raises(
+        ValueError, match=f"^row 0 of train_dataset makes no prompt .*{cause}.*: mend such rows"
+    ) as error:
+        make(rows=[row] * 4)
+    assert "\n" not in str(error.value)
+
+
+def test_a_processor_without_a_chat_template_and_a_long_prompt_are_said_before_anything_is_loaded(make, monkeypatch):
+    monkeypatch.setattr(DistillationTrainer, "__init__", lambda *_, **__: pytest.fail("loads"))
+    with pytest.raises(ValueError, match="a prompt has 28 tokens, above max_prompt_length=20: raise the limit"):
+        make(max_prompt_length=20)
+    student, teacher, processor = models()
+    processor.chat_template = processor.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="row 0 of train_dataset makes no prompt .* does not have a chat template"):
+        make(parts=(student, teacher, processor))
 
 
 def test_a_single_image_in_the_column_of_lists_is_one_clear_sentence(make):
@@ -107,19 +161,23 @@ def test_data_without_images_are_warned_of(make, caplog, monkeypatch, said, weig
     assert sum(message in record.getMessage() for record in caplog.records) == (weighting == "va")
 
 
-def test_data_with_images_are_not_warned_of(make, caplog, monkeypatch):
+def test_data_with_images_are_not_warned_of(make, caplog, monkeypatch, tmp_path):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]
-    for rows in (mixed_rows(4), [{"prompt": [{"role": "user", "content": parts}]}] * 4):
+    image(0).save(tmp_path / "a.png")
+    for rows in (mixed_rows(4), [{"prompt": shown({"type": "image", "image": str(tmp_path / "a.png")})}] * 4):
         make(rows=rows)
     assert "no `image` or `images`" not in caplog.text
 
 
 def test_rows_in_a_list_are_looked_at(make):
     student, teacher, processor = models()
-    rows = [{"problem": "?"}] * 4
-    with pytest.raises(ValueError, match="train_dataset has the columns problem: it needs `prompt`"):
-        VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
+    for rows, message in (
+        ([{"problem": "?"}] * 4, "train_dataset has the columns problem: it needs `prompt`"),
+        ([*image_rows(3), {"prompt": []}], "the prompt of row 3 of train_dataset is "),
+        ("org/data", "train_dataset must be a Dataset or a list of rows, got str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
     VAOPDTrainer(student, teacher, make().args, image_rows(4), processing_class=processor)
 
 
@@ -169,6 +227,8 @@ def test_a_tokenizer_for_rows_with_images_is_one_clear_sentence(make):
     parts = student, teacher, processor.tokenizer
     with pytest.raises(ValueError, match=r"rows have images, but processing_class is a tokenizer: .*AutoProcessor"):
         make(parts=parts)
+    with pytest.raises(ValueError, match="rows have images, but processing_class is a tokenizer"):
+        make(rows=[{"prompt": shown({"type": "image", "image": image(0)})}] * 4, parts=parts)
     for extra in ({}, {"image": None}, {"images": []}):
         make(rows=[{"prompt": prompt(i), **extra} for i in range(4)], parts=parts)
 
@@ -183,11 +243,12 @@ def test_mixed_rows_stop_evaluation_only_where_weights_are_sharded(make, monkeyp
     monkeypatch.setattr(va_opd_trainer, "is_deepspeed_zero3_enabled", lambda: sharding == "zero3")
     monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", lambda *_: pytest.fail("generates"))
     stopped = ValueError, "1 of the 2 rollouts of a step have images"
-    listed = [{"images": [row["image"]] if row["image"] else []} for row in mixed_rows(2)]
+    listed = [{"prompt": row["prompt"], "images": [row["image"]] if row["image"] else []} for row in mixed_rows(2)]
+    within = [{"prompt": prompt(0)}, {"prompt": shown({"type": "image", "image": image(0)})}]
     for training, stops in ((True, True), (False, stops_evaluation)):
         trainer.model.train(training)
         error, message = stopped if stops else (pytest.fail.Exception, "generates")
-        for rows in (mixed_rows(2), listed):
+        for rows in (mixed_rows(2), listed, within):
             with pytest.raises(error, match=message):
                 trainer._generate_and_score_completions(rows)
 
