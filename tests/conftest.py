@@ -1,5 +1,6 @@
 """Settings that must stand before torch and the hub client are imported, and what all tests share."""
 
+import gc
 import os
 
 # One thread a process: two with two threads each would spin against each other on two cores.
@@ -24,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collection with which each training begins need not visit what the imports made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

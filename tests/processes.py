@@ -4,16 +4,19 @@ import importlib
 import importlib.util
 import os
 import socket
-import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
+import torch.distributed.run
 import yaml
 from accelerate import DistributedType, PartialState
+from accelerate.commands import launch
 
 from common.models import load_model
 from common.stages import launcher
@@ -41,25 +44,39 @@ def two_processes(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    if sharding:
-        words = launcher(2, sharding)[:-1]
-        config = words.index("--config_file") + 1
-        settings = yaml.safe_load(Path(words[config]).read_text())
-        settings |= {"use_cpu": True, "mixed_precision": mixed_precision}
-        words[config] = str(folder / "accelerate.yaml")
-        Path(words[config]).write_text(yaml.safe_dump(settings))
-        words += ["--main_process_port", port]
-    else:
-        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-        environment["ACCELERATE_USE_CPU"] = "true"
-    log = folder / "log.txt"
-    with log.open("w") as file:
-        done = subprocess.run(
-            [*words, program, str(folder)], env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=timeout
+    plain = {"ACCELERATE_USE_CPU": "true"}
+    environment = _of_accelerate(folder, sharding, mixed_precision) if sharding else plain
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        forks.start(
+            [program, str(folder)], folder / f"rank{rank}.txt", folder, **environment, RANK=rank, LOCAL_RANK=rank
         )
-    assert done.returncode == 0, log.read_text()[-6000:]
+        for rank in ("0", "1")
+    ]
+    end = time.monotonic() + timeout
+    while None in (codes := [rank.exitcode for rank in ranks]) and not any(codes) and time.monotonic() < end:
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.kill()  # one that waits for a rank that failed
+        rank.join()
+    said = [(folder / f"rank{rank}.txt").read_text()[-6000:] for rank in range(2)]
+    assert [rank.exitcode for rank in ranks] == [0, 0], "\n".join(said)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def _of_accelerate(folder: Path, sharding: str, mixed_precision: str) -> dict[str, str]:
+    """The variables with which `accelerate launch` has torchrun start two processes under a config, on CPUs here."""
+    words = launcher(2, sharding)
+    config, given = words.index("--config_file") + 1, {}
+    settings = yaml.safe_load(Path(words[config]).read_text())
+    settings |= {"use_cpu": True, "mixed_precision": mixed_precision}
+    words[config] = str(folder / "accelerate.yaml")
+    Path(words[config]).write_text(yaml.safe_dump(settings))
+    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed.run, "run", lambda args: given.update(os.environ))
+        launch.launch_command(launch.launch_command_parser().parse_args([*words[3:], "program"]))
+    return given
 
 
 def assert_same_run(got: dict[str, Any], expected: dict[str, Any], case: str) -> None:

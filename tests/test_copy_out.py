@@ -1,16 +1,15 @@
 """A method's folder works alone: copied out of the project, it trains on the caller's own data with PyPI packages."""
 
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 METHODS = [name for name in ("va_opd", "srpo", "r_diverse") if (ROOT / name / "__init__.py").exists()]
 ENTRY_POINTS = [(m, e) for m in METHODS for e in ("train", "loop") if (ROOT / m / f"{e}.py").exists()]
 
@@ -161,13 +160,19 @@ print("final loss", np.abs([line.get("loss", 0) for line in trainer.state.log_hi
 SCRIPTS = {"va_opd": VA_OPD_SCRIPT, "srpo": SRPO_SCRIPT, "r_diverse": R_DIVERSE_SCRIPT}
 
 
-def run_alone(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    """Runs in `folder` with neither PYTHONPATH nor anything else that points at the project."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+OUTSIDE = f"""
+import importlib.util, os, runpy, sys
+sys.path[:] = ["", *(folder for folder in sys.path if os.path.abspath(folder) not in {[str(ROOT), str(TESTS)]})]
+os.environ.pop("PYTHONPATH", None)
+sys.dont_write_bytecode = True
+if importlib.util.find_spec("common"):  # the project is installed in this environment
+    sys.modules["common"] = None
+"""
+
+
+def run_alone(code: str, folder: Path) -> tuple[int, str]:
+    """Exit code and output of a program in `folder` that finds the project neither by path nor by variable."""
+    return forks.call(["-c", OUTSIDE + code], folder / "said.txt", folder), (folder / "said.txt").read_text()
 
 
 @pytest.fixture
@@ -180,10 +185,10 @@ def copied(request, tmp_path) -> Path:
 @pytest.mark.parametrize(("copied", "method"), [(m, m) for m in METHODS if m in SCRIPTS], indirect=["copied"])
 def test_a_copied_folder_trains_on_the_callers_data(copied, method):
     (copied / "caller.py").write_text(SCRIPTS[method])
-    process = run_alone(["caller.py"], copied)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert Path(re.search(r"module (.*)", process.stdout).group(1)).is_relative_to(copied)
-    loss, step = re.search(r"final loss (\S+) step (\d+)", process.stdout).groups()
+    code, said = run_alone("runpy.run_path('caller.py', run_name='__main__')", copied)
+    assert code == 0, said[-3000:]
+    assert Path(re.search(r"module (.*)", said).group(1)).is_relative_to(copied)
+    loss, step = re.search(r"final loss (\S+) step (\d+)", said).groups()
     assert math.isfinite(float(loss))
     assert float(loss) != 0
     assert step == "2"
@@ -191,13 +196,10 @@ def test_a_copied_folder_trains_on_the_callers_data(copied, method):
 
 @pytest.mark.parametrize(("copied", "method", "entry"), [(m, m, e) for m, e in ENTRY_POINTS], indirect=["copied"])
 def test_the_entry_point_of_a_copied_folder_says_what_it_needs(copied, method, entry):
-    command = ["-m", f"{method}.{entry}", "--help"]
-    if run_alone(["-c", "import common"], copied).returncode == 0:  # the project is installed in this environment
-        block = "import runpy, sys; sys.modules['common'] = None; sys.argv[1:] = ['--help']; sys.path.insert(0, '')"
-        command = ["-c", f"{block}; runpy.run_module('{method}.{entry}', run_name='__main__', alter_sys=True)"]
-    process = run_alone(command, copied)
-    said = [line for line in (process.stdout + process.stderr).splitlines() if line.strip()]
+    run = f"runpy.run_module('{method}.{entry}', run_name='__main__', alter_sys=True)"
+    code, printed = run_alone(f"sys.argv[1:] = ['--help']; {run}", copied)
+    said = [line for line in printed.splitlines() if line.strip()]
     said = [line for line in said if "gemm_4bit" not in line]  # bitsandbytes', where it is installed
-    assert process.returncode != 0
+    assert code != 0
     assert len(said) == 1, said
     assert "common" in said[0]

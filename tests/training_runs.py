@@ -1,13 +1,11 @@
 """For the tests of `python -m METHOD.train` and its siblings: runs of seconds, data, an engine, mistakes, kills."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
+
+import forks
 
 from common.evaluation import Completion
 from common.runs import last_checkpoint
@@ -67,15 +65,14 @@ def fails(train: ModuleType, capsys, config: Path, *fields: str) -> str:
 
 def run_until(train: ModuleType, config: Path, step: int | None, *fields: str) -> int:
     """`python -m` of the module, killed with SIGKILL once the checkpoint of `step` is complete; its exit code."""
-    command = [sys.executable, "-m", train.__name__, "--config", str(config), *fields]
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
-    process = subprocess.Popen(command, env=environment, cwd=config.parent, stdout=subprocess.DEVNULL)
-    run = train.run_path(*train.parse(["--config", str(config), *fields]))
-    while step is not None and process.poll() is None:
+    words = ["-m", train.__name__, "--config", str(config), *fields]
+    process = forks.start(words, config.parent / "log.txt", config.parent)
+    run = train.run_path(*train.parse(words[2:]))
+    while step is not None and process.exitcode is None:
         found = last_checkpoint(run)
         if found is not None and int(found.name.split("-")[1]) >= step:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             break
         time.sleep(0.01)
-    return process.wait()
+    process.join()
+    return process.exitcode

@@ -215,7 +215,7 @@ def test_linear_time_extraction():
         r"\boxed{5", r"\boxed5 ", "answer: ", "#### \n", "<answer>x", "{", "}", "The answer is $", "**Answer** \n",
         "</think>", "#", "#### ", "answer", "答", "\n",
     ]  # fmt: skip
-    size = 200_000  # of which the square takes minutes
+    size = 100_000  # of which the square takes a minute
     texts = [unit * (size // len(unit)) + "x<think>" for unit in units]
     for text in [*texts, " " * size + "<|im_start|>", "答" + " " * size]:
         for which in ("last", "first"):

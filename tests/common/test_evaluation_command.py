@@ -2,13 +2,11 @@
 
 import copy
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import peft
 import pytest
 from transformers import AutoTokenizer
@@ -139,15 +137,14 @@ def test_records_and_responses_are_not_scored_at_once(tmp_path, capsys):
 
 def test_a_killed_evaluation_ends_with_the_same_records(tmp_path):
     model_folder(tmp_path / "model")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = [sys.executable, "-m", "common.evaluation"]
     assert command.main(arguments(tmp_path, "straight")) == 0
-    process = subprocess.Popen([*run, *arguments(tmp_path, "killed")], env=environment, stderr=subprocess.DEVNULL)
+    process = forks.start(["-m", "common.evaluation", *arguments(tmp_path, "killed")], tmp_path / "log.txt", tmp_path)
     records = tmp_path / "killed/aime24/samples.jsonl"
-    while process.poll() is None and not records.exists():
+    while process.exitcode is None and not records.exists():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
     assert command.main(arguments(tmp_path, "killed")) == 0
     assert records.read_bytes() == (tmp_path / "straight/aime24/samples.jsonl").read_bytes()
 

@@ -1,13 +1,10 @@
 """The optional judge: strict reading of replies, hostile responses, resuming, and a report beside the rules' one."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 from chat_servers import chat_server
 
@@ -324,16 +321,13 @@ def test_the_command_prints_both_numbers_and_the_table(tmp_path, server, capsys)
 def test_a_killed_judge_goes_on_where_it_was(tmp_path, server, monkeypatch):
     program = "import sys; from common.evaluation import judge; judge.BATCH = 4; sys.exit(judge.main(sys.argv[1:]))"
     arguments = [*finished_aime(tmp_path), "--server", server.url, "--judge_model", "m"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     server.delay = 0.1
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], env=environment, stderr=subprocess.DEVNULL, cwd=tmp_path
-    )
+    process = forks.start(["-c", program, *arguments], tmp_path / "log.txt", tmp_path)
     records = tmp_path / "out/aime24/judged.jsonl"
-    while process.poll() is None and not (records.exists() and records.stat().st_size):
+    while process.exitcode is None and not (records.exists() and records.stat().st_size):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     time.sleep(0.3)  # requests in flight
     kept, server.delay = len(read_jsonl(records)), 0.0
     assert 0 < kept < 30

@@ -2,14 +2,12 @@
 
 import atexit
 import errno
-import fcntl
 import importlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 import urllib.request
@@ -17,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import httpx
 import pytest
 import torch
@@ -32,16 +31,15 @@ SRPO = ["srpo.train", "--config", "srpo/configs/tiny.yaml", "--max_steps", "40",
 SRPO += ["--logging_steps", "1", "--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "2"]
 
 
-def run(words: list[str], until=None) -> tuple[int, str]:
-    """Exit code and output of a command, which gets SIGTERM as soon as `until()` is true."""
+def stopped_once(condition, words: list[str]) -> tuple[int, str]:
+    """Exit code and output of a command that gets SIGTERM as soon as `condition()` is true."""
     process = subprocess.Popen(
         [sys.executable, "-m", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    while until and process.poll() is None and not until():
+    while process.poll() is None and not condition():
         time.sleep(0.02)
-    if until:
-        process.terminate()
-    return (process.wait(timeout=200), process.stdout.read())
+    process.terminate()
+    return process.wait(timeout=200), process.stdout.read()
 
 
 def test_training_saves_and_goes_on(tmp_path):
@@ -51,7 +49,7 @@ def test_training_saves_and_goes_on(tmp_path):
     words = [*SRPO, "--model", str(tmp_path / "model"), "--out", str(tmp_path)]
     folder = tmp_path / "srpo/tiny-additions/srpo-seed0"
     metrics = folder / "metrics.jsonl"
-    code, said = run(words, until=lambda: metrics.exists() and len(read_jsonl(metrics)) >= 3)
+    code, said = stopped_once(lambda: metrics.exists() and len(read_jsonl(metrics)) >= 3, words)
     assert code == 143, said
     assert "srpo.train: stopped; the same command goes on from here" in said
     (checkpoint,) = folder.glob("checkpoint-*")
@@ -59,7 +57,7 @@ def test_training_saves_and_goes_on(tmp_path):
     assert 3 <= stopped < 40
     assert [line["step"] for line in read_jsonl(metrics)] == list(range(1, stopped + 1))
     assert not (folder / "model").exists()
-    assert run(words)[0] == 0
+    assert forks.call(["-m", *words], tmp_path / "log.txt", ROOT) == 0
     assert [line["step"] for line in read_jsonl(metrics)] == [*range(1, 41), 40]
 
 
@@ -273,13 +271,13 @@ from common.stages import run_stages
 stage = [("child", [sys.executable, "-c", {child!r}])]
 sys.exit(run_main("x", lambda _: run_stages([stage], Path("logs")), []))
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment)
+    process = forks.start(["-c", parent], tmp_path / "log.txt", tmp_path)
     while not (tmp_path / "started").exists():
-        assert process.poll() is None
+        assert process.exitcode is None, (tmp_path / "log.txt").read_text()
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(timeout=60) == 143
+    process.join(60)
+    assert process.exitcode == 143
     assert (tmp_path / "saved").exists()
 
 
@@ -298,13 +296,12 @@ commands = [(name, [sys.executable, *words[1:]]) for name, words in {commands!r}
 commands = [(f"{{name}}{{i}}", words) for i, (name, words) in enumerate(commands)]
 stages.run_stages([commands], Path("logs"))
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment)
+    process = forks.start(["-c", parent], tmp_path / "log.txt", tmp_path)
     while len(pids := [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]) < len(commands):
-        assert process.poll() is None
+        assert process.exitcode is None, (tmp_path / "log.txt").read_text()
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.join()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and any(Path(f"/proc/{pid}/exe").exists() for pid in pids):
         time.sleep(0.05)
@@ -337,8 +334,14 @@ def test_a_launched_process_takes_the_signal_that_its_launcher_passes_on(monkeyp
 
 def test_what_is_written_after_the_terminal_is_lost_ends_nothing(tmp_path):
     """As training, which logs before it saves."""
+    ours, theirs = os.openpty()
     program = f"""
-import os, pathlib, signal, time
+import fcntl, os, pathlib, termios, time
+os.setsid()
+terminal = os.open({os.ttyname(theirs)!r}, os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+for stream in range(3):
+    os.dup2(terminal, stream)
 from common.cli import run_main
 from common.preemption import _handled
 asked = []
@@ -351,17 +354,14 @@ def command(_):
         pathlib.Path({str(tmp_path / "saved")!r}).touch()
 run_main("x.y", command, [])
 """
-    ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
-    os.close(theirs)
+    process = forks.start(["-c", program], tmp_path / "log.txt", tmp_path)
     read = b""
     while b"it runs" not in read:
         read += os.read(ours, 1000)
     os.close(ours)
-    assert process.wait(timeout=60) == 0
+    process.join(60)
+    os.close(theirs)
+    assert process.exitcode == 0
     assert (tmp_path / "saved").exists()
 
 

@@ -5,11 +5,11 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import yaml
 
@@ -343,11 +343,9 @@ def killed_run(arguments: list[str], root: Path, seed: int) -> tuple[int, list[s
 
 
 def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_files(base, tmp_path):
-    process = subprocess.run(
-        [sys.executable, __file__, str(base), str(tmp_path)], capture_output=True, text=True, timeout=500
-    )
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:]
-    report = json.loads(process.stdout.splitlines()[-1])
+    log = tmp_path / "log.txt"
+    assert forks.call([__file__, str(base), str(tmp_path)], log, tmp_path) == 0, log.read_text()[-5000:]
+    report = json.loads(log.read_text().splitlines()[-1])
     assert report["codes"] == [0, 0]
     assert len(report["hit"]) >= 7
     assert {"challenger", "solver"} <= set(report["hit"])

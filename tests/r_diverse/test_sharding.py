@@ -65,7 +65,7 @@ def save_policies(folder: Path) -> None:
 
 
 def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False) -> dict[str, Any]:
-    """What eight steps log, from the checkpoint of step four on with `resume`, and where the model is."""
+    """What each step logs, from the checkpoint of step four on with `resume`, and where the model is."""
     from r_diverse import ChallengerConfig, PhaseTrainer
 
     settings, quiet = dict(settings), {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False}
@@ -75,8 +75,8 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
     defaults = {
         "beta": 0.5,
         "learning_rate": 1e-3,
-        "max_steps": 8,
-        "save_total_limit": 2,
+        "max_steps": 4,
+        "save_strategy": "no",
         "max_completion_length": 6,
         "logging_steps": 1,
         "gradient_checkpointing": False,
@@ -117,7 +117,8 @@ def all_cases(folder: Path) -> dict[str, Any]:
 def program(folder: Path) -> dict[str, Any]:
     results = all_cases(folder)
     fixed_rollouts(pytest.MonkeyPatch())
-    four = {"pairs": 4}  # eight prompts for four updates of a generation batch
+    # Eight prompts for four updates of a generation batch
+    four = {"pairs": 4, "max_steps": 8, "save_strategy": "steps", "save_total_limit": 2}
     runs = {"straight": train(folder, four, "four"), "resumed": train(folder, four, "four", resume=True)}
     return {**results, **runs}
 

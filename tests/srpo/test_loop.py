@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import forks
 import pytest
 from training_runs import fails
 
@@ -174,7 +175,7 @@ def test_the_self_teacher_is_cut_under_fsdp_too(capsys):
 
 
 def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(loop, "run_stages", forks.run_stages)
     fields = ["--config", str(config), "--max_steps", "2"]
     assert loop.main([*fields, "--variants", "srpo"]) == 0
     report = (tmp_path / "runs/srpo/small/report.md").read_text()

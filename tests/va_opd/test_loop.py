@@ -5,6 +5,8 @@ import itertools
 import json
 from pathlib import Path
 
+import forks
+
 from va_opd import loop, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +49,7 @@ def in_this_process(stages, *given) -> int:
 def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(
     config, tmp_path, tiny_models, capsys, monkeypatch
 ):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(loop, "run_stages", forks.run_stages)
     fields = ["--config", str(config), "--max_steps", "2", "--variants", "va_opd"]
     assert loop.main(fields) == 0
     folder = tmp_path / "runs/va_opd/small"
