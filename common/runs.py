@@ -31,6 +31,7 @@ from common.versions import TESTED, installed
 
 COMPLETE = "complete.json"  # in a checkpoint: false while it is written, then the size of each of its files
 UNFINISHED = "it was not saved to its end"
+BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a file of weights, which are read to tell it from another one
 
 
 class RunFolderError(ValueError):
@@ -140,6 +141,30 @@ def _visible_files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
+
+
+def weights_fingerprint(model: str) -> str | None:
+    """Digest of the weights in a local folder, which may be written anew under the same path; None for another name.
+
+    It is of the sizes and of evenly spread blocks: to read a large model's files whole would take minutes. A
+    checkpoint's self-teacher, which is deleted when the run goes on, is none of its model's weights.
+    """
+    files = sorted(Path(model).glob("*model*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\0".encode())
+        with file.open("rb") as content:
+            for i in range(BLOCKS):
+                content.seek(i * size // BLOCKS)
+                digest.update(content.read(BLOCK_BYTES))
+    return digest.hexdigest() if files else None
+
+
+def weights_of(**models: str) -> dict[str, str]:
+    """`weights_fingerprint` of each model that is a local folder, under the name of its field."""
+    digests = {name: weights_fingerprint(model) for name, model in models.items()}
+    return {name: digest for name, digest in digests.items() if digest}
 
 
 def checkpoints(path: str | Path) -> dict[int, Path]:
@@ -264,6 +289,7 @@ class RunFolder:
         data: dict[str, str],
         seed: int,
         free: dict[str, Any] | None = None,
+        weights: dict[str, str] | None = None,
     ) -> "RunFolder":
         """Starts a run in a new folder, or goes on with the same run in its own.
 
@@ -274,14 +300,16 @@ class RunFolder:
             seed: of the run.
             free: settings that may change from one start to the next: config.yaml has the newest, nothing compares
                 them.
+            weights: `weights_of` the models that a run begins with, by field; compared where both sides know them.
 
-        Raises `RunFolderError` where the folder holds a run with other settings or data, or something else.
+        Raises `RunFolderError` where the folder holds a run with other settings, data or weights, or something else.
         """
         path, config = Path(path), _plain(config)
         try:
             path.mkdir(parents=True, exist_ok=True)
             if (path / "manifest.json").exists():
                 manifest = _same_run(path, config, data, seed, free or {})
+                _check_weights(path, manifest.get("weights", {}), weights or {})
                 manifest["resumed"] = [*manifest["resumed"], _now()]
                 manifest.pop("error", None)  # of the start before
             elif any(not file.name.startswith(".") for file in path.iterdir()):  # but a killed writer's draft
@@ -289,7 +317,7 @@ class RunFolder:
                     f"{path} holds files but no manifest.json, so it is no run folder: choose another out="
                 )
             else:
-                manifest = _new_manifest(config, data, seed)
+                manifest = _new_manifest(config, data, seed, weights or {})
             folder = cls(path, manifest)
             if not folder.is_done:
                 folder._write(state="running", ended=None)  # first, for it says whose folder this is
@@ -361,6 +389,15 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: d
     return manifest
 
 
+def _check_weights(path: Path, theirs: dict[str, str], ours: dict[str, str]) -> None:
+    for name in sorted(theirs.keys() & ours.keys()):
+        if theirs[name] != ours[name]:
+            raise RunFolderError(
+                f"{path} belongs to a run that began when the folder of {name} held other weights: put them back, "
+                "choose another out=, or delete the folder of the run"
+            )
+
+
 def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Settings but those of some names, of which "section.name" is one in a dict."""
     kept = {name: value for name, value in settings.items() if name not in names}
@@ -370,7 +407,7 @@ def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return kept
 
 
-def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
+def _new_manifest(config: dict, data: dict[str, str], seed: int, weights: dict[str, str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "state": "running",
@@ -380,6 +417,7 @@ def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, An
         "command": shlex.join(sys.argv),
         "seed": seed,
         "data": data,
+        "weights": weights,
         "config": config,
         "git": _git(),
         "hardware": _hardware(),

@@ -32,7 +32,7 @@ from common.evaluation import (
     question_fingerprint,
 )
 from common.evaluation.scoring import reward_scorer
-from common.runs import atomic_write_json, is_done
+from common.runs import atomic_write_json, is_done, weights_of
 from common.training import SECONDS, train_seconds
 
 WHAT = ("run", "base")
@@ -103,6 +103,7 @@ def settings_of(model: str, benchmark: Benchmark, args: ScriptArguments, config:
         "samples": args.eval_samples,
         "seed": config.seed,
         "chat_template_kwargs": config.chat_template_kwargs,
+        **weights_of(weights=model),
         **benchmark.settings,
     }
 

@@ -39,7 +39,7 @@ from .trainer import VAOPDTrainer
 from common.answers import grade
 from common.cli import run_main
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
-from common.runs import append_jsonl, atomic_write_json, claim, exclusive, is_done, read_jsonl
+from common.runs import append_jsonl, atomic_write_json, claim, exclusive, is_done, read_jsonl, weights_of
 from common.stages import on_one_gpu
 from common.training import train_seconds
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 WHAT = ("run", "base", "teacher")
+MODELS = ("model", "teacher")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,7 +99,7 @@ def check_trained(run: Path, args: ScriptArguments) -> None:
     if not is_done(run):
         raise ValueError(f"{run} holds no finished run: run va_opd.train with the same settings first")
     trained = json.loads((run / "manifest.json").read_text())["config"]
-    for name in ("model", "teacher"):
+    for name in MODELS:
         ours = getattr(args, name)
         if trained.get(name, ours) != ours:
             raise ValueError(
@@ -124,6 +125,7 @@ def settings_of(what: str, args: ScriptArguments, config: VAOPDConfig, rows: "Da
         **data_settings(args),
         "validation_size": args.validation_size,
         "data": fingerprint_of(rows),
+        **weights_of(**{f"weights of {name}": getattr(args, name) for name in models_of[what] if name in MODELS}),
     }
 
 

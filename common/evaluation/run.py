@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import hashlib
 import json
 import zlib
 from collections import Counter
@@ -17,13 +16,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.runs import append_jsonl, atomic_write_json, exclusive, fingerprint, read_jsonl, write_jsonl
+from common.runs import (
+    append_jsonl,
+    atomic_write_json,
+    exclusive,
+    fingerprint,
+    read_jsonl,
+    weights_fingerprint,
+    write_jsonl,
+)
 
 from .benchmarks import Benchmark
 from .engines import Decoding, Engine, Prompt
 from .scoring import answer_row, majority, score_records, summarize
-
-BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a file of weights, which are read to tell it from another one
 
 
 def evaluate(
@@ -208,24 +213,6 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
 def question_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
     """Digest of ids, prompts and gold answers: whose records these are."""
     return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in rows])
-
-
-def weights_fingerprint(model: str) -> str | None:
-    """Digest of the weights in a local folder, which may be written anew under the same path; None for another name.
-
-    It is of the sizes and of evenly spread blocks: to read a large model's files whole would take minutes. A
-    checkpoint's self-teacher, which is deleted when the run goes on, is none of its model's weights.
-    """
-    files = sorted(Path(model).glob("*model*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\0".encode())
-        with file.open("rb") as content:
-            for i in range(BLOCKS):
-                content.seek(i * size // BLOCKS)
-                digest.update(content.read(BLOCK_BYTES))
-    return digest.hexdigest() if files else None
 
 
 def _generate(

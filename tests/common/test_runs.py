@@ -46,6 +46,24 @@ def test_a_new_run_and_the_same_run_again(tmp_path):
     assert len(again.manifest["resumed"]) == 1
 
 
+def test_a_run_that_began_from_other_weights_at_the_same_path_is_refused(tmp_path):
+    def opened_with(*models: str) -> RunFolder:
+        weights = runs.weights_of(**{name: str(tmp_path / name) for name in models})
+        return RunFolder.open(tmp_path / "run", CONFIG, data=DATA, seed=0, weights=weights)
+
+    for name in ("model", "teacher"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    opened_with("model", "nowhere").finish()
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["weights"] == runs.weights_of(model=str(tmp_path / "model"))
+    opened_with("model", "teacher")  # which the run has not recorded
+    opened_with()  # the folders are gone
+    (tmp_path / "model/model.safetensors").write_text("other")
+    with pytest.raises(RunFolderError, match="began when the folder of model held other weights: put them back"):
+        opened_with("model")
+
+
 def test_a_finished_run_with_more_to_do_is_running_again(tmp_path):
     opened(tmp_path).finish()
     again = opened(tmp_path)

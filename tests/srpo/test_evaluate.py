@@ -67,6 +67,16 @@ def test_a_result_of_other_settings_is_refused(evaluated, other_policy, capsys, 
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_result_of_other_weights_at_the_same_path_is_refused(evaluated, capsys, monkeypatch):
+    config, folder = evaluated
+    assert evaluate.main(["base", "--config", str(config)]) == 0
+    record = json.loads((folder / "eval/base/additions.json").read_text())
+    assert record["weights"] == evaluate.weights_of(weights=record["model"])["weights"]
+    monkeypatch.setattr(evaluate, "weights_of", lambda **models: dict.fromkeys(models, "other"))
+    assert evaluate.main(["base", "--config", str(config)]) == 2
+    assert f"weights={record['weights']!r} and not 'other'" in capsys.readouterr().err
+
+
 def test_the_policy_before_training_is_evaluated_once_for_all_seeds(evaluated, monkeypatch):
     monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: pytest.fail("a model was loaded"))
     assert evaluate.main(["base", "--config", str(evaluated[0]), "--seed", "1"]) == 0

@@ -47,6 +47,12 @@ def test_results_of_other_settings_are_refused_without_loading_a_model(config, t
     args, _ = train.parse([*fields, "--eval_temperature", "0.5", "--eval_samples", "2"])
     assert "8 held-out problems, 1 samples each at temperature 1.0;" in report.report(args, 0)  # of the record
 
+    with monkeypatch.context() as patch:
+        weights = evaluate.weights_of(other=tiny_models["teacher"])["other"]
+        patch.setattr(evaluate, "weights_of", lambda **models: {"weights of teacher": "other"})
+        assert evaluate.main(["base", *fields]) == 2
+        assert f"{out} holds results of weights of teacher={weights!r}" in capsys.readouterr().err
+
     (out / "settings.json").unlink()
     capsys.readouterr()
     assert evaluate.main(["base", *fields]) == 2
