@@ -110,7 +110,7 @@ def truncate_jsonl(path: str | Path, step: int) -> None:
     That is all records after `step`, and the one with which transformers closes a training, whatever its step.
     """
     if Path(path).exists():
-        kept = (r for r in read_jsonl(path) if r.get("step", 0) <= step and "train_runtime" not in r)
+        kept = (r for r in read_jsonl(path) if r["step"] <= step and "train_runtime" not in r)
         write_jsonl(path, kept)
 
 

@@ -160,11 +160,13 @@ class ServedCoderEngine:
                 frequency_penalty=0.0,
                 extra_body={"repetition_penalty": 1.0},
             )
-            text = reply.choices[0].text
+            text, reason = reply.choices[0].text, reply.choices[0].finish_reason
             if not isinstance(text, str):
                 raise TypeError(f"the reply has {type(text).__name__} in place of a text")
-            return Generation(text, reply.choices[0].finish_reason == "stop")
-        # The last four: a reply of another form
+            if reason == "abort":  # so vLLM answers what it has not ended: that says nothing about the question
+                raise ValueError("the server aborted the request")
+            return Generation(text, reason == "stop")
+        # The last four: an aborted reply or one of another form
         except (self._openai.OpenAIError, IndexError, TypeError, AttributeError, ValueError) as error:
             return error
 

@@ -102,7 +102,7 @@ def merged_weights(policy: nn.Module, names: Iterable[str]) -> Iterator[tuple[st
         if isinstance(module, BaseTunerLayer):
             weight = getattr(module.get_base_layer(), leaf).float()
             if leaf == "weight":
-                weight = sum((module.get_delta_weight(a).float() for a in module.active_adapters), start=weight)
+                weight = sum((module.get_delta_weight(a) for a in module.active_adapters), start=weight)
             yield name, weight
         elif isinstance(module, AuxiliaryTrainingWrapper):
             yield name, getattr(module.modules_to_save[module.active_adapter], leaf)

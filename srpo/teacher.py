@@ -268,7 +268,7 @@ class SelfTeacher:
             self._reach_forward()
             sums = self.accelerator.reduce(sums)
         gap, size = sums.tolist()
-        return math.sqrt(gap / size) if size else 0.0
+        return math.sqrt(gap / size)
 
     def _reach_forward(self) -> None:
         """After a change of the average. DeepSpeed keeps small weights whole, FSDP those of the head: they are to be

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-Reply = tuple[int, str, str, int]  # status, text, finish reason, number of tokens
+Reply = tuple[int, str, str, int] | bytes  # status, text, finish reason, number of tokens; or a body as it is
 
 
 class ChatServer(http.server.ThreadingHTTPServer):
@@ -21,15 +21,19 @@ class ChatServer(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        status, text, reason, tokens = self.server.answer(request)
+        answer = self.server.answer(request)
         self.server.asked.append(request)
-        choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
-        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-        usage = {"completion_tokens": tokens, "prompt_tokens": 1, "total_tokens": 1 + tokens}
+        status, body = (200, answer) if isinstance(answer, bytes) else self.reply(*answer)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        self.wfile.write(json.dumps({**reply, "usage": usage}).encode() if status == 200 else b"{}")
+        self.wfile.write(body)
+
+    def reply(self, status: int, text: str, reason: str, tokens: int) -> tuple[int, bytes]:
+        choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
+        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        usage = {"completion_tokens": tokens, "prompt_tokens": 1, "total_tokens": 1 + tokens}
+        return status, json.dumps({**reply, "usage": usage}).encode() if status == 200 else b"{}"
 
     def log_message(self, *arguments):
         pass

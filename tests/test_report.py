@@ -353,6 +353,17 @@ def test_only_png_files_are_embedded(tmp_path):
     assert page.count("is missing.") == 3
 
 
+def test_only_a_training_on_several_gpus_has_a_launcher():
+    several = ["accelerate", "launch", "--num_processes", "2", "-m"]
+    commands = [("va_opd.train", 1), ("va_opd.train", 2), ("va_opd.evaluate run", 2)]
+    assert [report._launch(*command) for command in commands] == [["python", "-m"], several, ["python", "-m"]]
+
+
+def test_packages_that_a_run_had_not_are_left_out():
+    manifest = {"hardware": {}, "python": "3.11", "packages": {"torch": "2.9", "vllm": None}}
+    assert report.versions(manifest)[2] == "Python 3.11, torch 2.9"
+
+
 def test_an_experiment_with_a_longer_name_is_another_one(made, runs):
     shutil.copytree(runs / "srpo" / "mini-additions", runs / "srpo" / "mini-b-additions")
     write_report(runs.parent)

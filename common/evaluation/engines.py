@@ -364,8 +364,10 @@ class ServerEngine:
             text = choice.message.content or ""
             if not isinstance(text, str):
                 raise TypeError(f"the reply has {type(text).__name__} in place of a text")
+            if choice.finish_reason == "abort":  # so vLLM answers what it has not ended
+                raise ValueError("the server aborted the request")
             return Completion(text, reply.usage.completion_tokens, choice.finish_reason)
-        # The last four: another form of reply
+        # The last four: an aborted reply or one of another form
         except (self._error, IndexError, TypeError, AttributeError, ValueError) as error:
             return error
 

@@ -479,6 +479,8 @@ def test_deepspeeds_parts_are_looked_at_and_freed(tmp_path):
     assert last_checkpoint(tmp_path) == newest
     (newest / "global_step8/zero_pp_rank_1_mp_rank_00_optim_states.pt").write_text("x" * 8)
     assert "rank_1_mp_rank_00_optim_states.pt has 8 of 9 bytes" in checkpoint_fault(newest)
+    (newest / "global_step8/zero_pp_rank_1_mp_rank_00_optim_states.pt").write_text("x" * 10)
+    assert "rank_1_mp_rank_00_optim_states.pt has 10 of 9 bytes" in checkpoint_fault(newest)
     assert last_checkpoint(tmp_path) is None
 
 

@@ -354,10 +354,21 @@ def test_pairs_are_of_the_same_questions(tmp_path):
             paired_scores(tmp_path / "a", tmp_path / name, "numbers")
 
 
+def test_responses_without_a_sample_are_numbered_in_their_order(tmp_path):
+    unknown = ({}, {"sample": None}, {"sample": float("nan")})
+    records = [{"id": i, "response": rf"\boxed{{{k}}}", **unknown[k]} for i in range(10) for k in range(3)]
+    score_responses(numbers(), responses(tmp_path / "theirs.jsonl", records), tmp_path / "out")
+    scored = read_jsonl(tmp_path / "out/numbers/scored.jsonl")
+    assert [(record["id"], record["sample"]) for record in scored] == [
+        (str(i), k) for i in range(10) for k in range(3)
+    ]
+
+
 def test_blank_lines_and_a_last_line_without_an_end_are_read(tmp_path):
     lines = [json.dumps({"id": i, "response": rf"\boxed{{{i}}}", "num_tokens": float("nan")}) for i in range(10)]
     (tmp_path / "theirs.jsonl").write_text("\n\n".join(lines))
-    assert score_responses(numbers(), tmp_path / "theirs.jsonl", tmp_path / "out")["avg@k"] == 1.0
+    report = score_responses(numbers(), tmp_path / "theirs.jsonl", tmp_path / "out")
+    assert (report["avg@k"], report["mean_tokens"]) == (1.0, None)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from common.evaluation import Decoding, Prompt, TransformersEngine
-from common.evaluation.engines import load_engine, stop_ids, turn_end_id
+from common.evaluation.engines import json_options, load_engine, stop_ids, turn_end_id
 from common.tiny import tiny_qwen3, tiny_qwen3_vl
 from r_diverse import questions as questions_of_r_diverse
 
@@ -39,6 +39,12 @@ def test_a_prompt_has_the_special_tokens_of_its_template_only():
 def test_an_unknown_engine_is_refused():
     with pytest.raises(ValueError, match="engine must be transformers or vllm, got 'VLLM'"):
         load_engine("VLLM", "model", 1, bf16=False, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "return_dict", "return_tensors"])
+def test_an_option_that_the_engine_sets_is_refused(name):
+    with pytest.raises(ValueError, match=f"options must leave out {name}, which the engine sets"):
+        json_options("options", {name: True, "enable_thinking": False})
 
 
 @pytest.mark.parametrize(("declared", "ends"), [(None, [5]), (7, [5, 7]), ([9, 7], [5, 7, 9])])
@@ -117,6 +123,15 @@ def test_a_template_that_reads_content_as_parts_has_an_end_of_turn_too():
         "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
     )
     assert turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_token_of_the_text_before_the_end_of_a_turn_does_not_end_it():
+    """Qwen3's `</think>` is an added token, but not a special one."""
+    tokenizer = tiny_qwen3()[1]
+    tokenizer.add_tokens(["</note>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</note><|im_end|>{% endfor %}"
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert turn_end_id(tokenizer) == questions_of_r_diverse.turn_end_id(tokenizer) == turn_end
 
 
 # None, one that shows the question only, one that wants three turns, one without text, one that cannot be rendered

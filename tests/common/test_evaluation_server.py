@@ -1,5 +1,9 @@
 """The engine that asks a server: its requests, refusals, lost requests, images."""
 
+import json
+import threading
+
+import chat_servers
 import pytest
 
 from common.evaluation import Benchmark, Completion, Decoding, Prompt, ServerEngine, evaluate
@@ -58,6 +62,59 @@ def test_a_lost_request_is_none_and_a_lost_server_an_error(chat_server, tmp_path
     assert [r["id"] for r in read_jsonl(tmp_path / "lost/samples.jsonl")] == ["0"]  # in order, up to the lost one
 
 
+def test_an_aborted_response_is_a_lost_request():
+    def answer(request):
+        return 200, "half", "abort" if request["messages"][-1]["content"] == "b" else "stop", 1
+
+    with chat_servers.chat_server(answer) as server:
+        done = server_engine(server).generate(asked("a", "b"), Decoding(), [1, 2])
+    assert done == [Completion("half", 1, "stop"), None]
+
+
+USAGE = {"completion_tokens": 1, "prompt_tokens": 1, "total_tokens": 2}
+OTHER_FORMS = [
+    {}, [], "text", {"choices": []}, {"choices": None}, {"choices": [{}]},
+    {"choices": [{"message": {"content": "a"}}]},
+    {"choices": [{"message": {"content": ["a"]}}], "usage": USAGE},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", [*(json.dumps(form).encode() for form in OTHER_FORMS), b"<html>"])
+def test_a_reply_of_another_form_is_a_lost_request(body):
+    def answer(request):
+        return body if request["messages"][-1]["content"] == "b" else (200, "a", "stop", 1)
+
+    with chat_servers.chat_server(answer) as server:
+        done = server_engine(server).generate(asked("a", "b"), Decoding(), [1, 2])
+    assert done == [Completion("a", 1, "stop"), None]
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_busy_server_is_asked_again_as_often_as_allowed(retries):
+    with (
+        chat_servers.chat_server(lambda request: (503, "", "stop", 1)) as server,
+        pytest.raises(ConnectionError, match="no request of 1"),
+    ):
+        ServerEngine(server.url, "m", retries=retries).generate(asked("a"), Decoding(), [1])
+    assert len(server.asked) == 1 + retries
+
+
+def test_requests_go_out_together_and_have_a_limit_of_time():
+    together, over = threading.Barrier(4), threading.Event()
+
+    def answer(request):
+        late = request["messages"][-1]["content"] == "late"
+        over.wait(60) if late else together.wait(60)
+        return 200, "a", "stop", 1
+
+    with chat_servers.chat_server(answer) as server:
+        engine = ServerEngine(server.url, "m", workers=4, retries=0)
+        assert all(engine.generate(asked(*"abcd"), Decoding(), range(4)))
+        with pytest.raises(ConnectionError, match="no request of 1"):
+            ServerEngine(server.url, "m", timeout=0.2, retries=0).generate(asked("late"), Decoding(), [1])
+        over.set()
+
+
 def test_a_server_gets_images_as_data(chat_server):
     from PIL import Image
 
@@ -68,7 +125,7 @@ def test_a_server_gets_images_as_data(chat_server):
     assert text == {"type": "text", "text": "What?"}
 
 
-@pytest.mark.parametrize("address", ["http://localhost:80OO/v1", "localhost:8000/v1"])
+@pytest.mark.parametrize("address", ["http://localhost:80OO/v1", "localhost:8000/v1", "http:/localhost:8000/v1"])
 def test_a_mistyped_address_of_a_server_is_one_sentence(address):
     with pytest.raises(ValueError, match=f"server '{address}' is no address.*: write http://HOST:PORT/v1"):
         ServerEngine(address, "m")

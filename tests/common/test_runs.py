@@ -122,6 +122,7 @@ def test_a_folder_of_older_code_is_compared_by_what_both_record(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "format"}))
     assert opened(tmp_path, top_k=None, gpus=8).manifest["resumed"]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == CONFIG  # as it was begun
     with pytest.raises(RunFolderError, match="learning_rate="):
         opened(tmp_path, learning_rate=1.0)
 
@@ -159,6 +160,7 @@ def test_a_broken_manifest_and_a_file_in_the_way_are_one_sentence(tmp_path):
         "[]",
         '{"config": {}, "seed": 0, "data": {}}',
         '{"config": 5, "seed": 0, "data": {}, "state": 1}',
+        '{"config": {}, "seed": 0, "data": {}, "state": "running", "resumed": null}',
     ):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(RunFolderError, match="cannot be read"):
@@ -297,6 +299,11 @@ def test_fingerprints_tell_values_files_and_folders_apart(tmp_path):
     assert runs.fingerprint(tmp_path / "a") != first
     (tmp_path / "a/x").rename(tmp_path / "a/y")
     assert len({first, runs.fingerprint(tmp_path / "a"), runs.fingerprint(tmp_path / "a/y")}) == 3
+    big = tmp_path / "big"  # read in pieces of 2**24 bytes
+    big.write_bytes(b"0" * (1 << 24))
+    shorter = runs.fingerprint(big)
+    big.write_bytes(b"0" * (1 << 24) + b"1")
+    assert runs.fingerprint(big) != shorter
     assert runs.fingerprint({"a": 1, "b": 2}) == runs.fingerprint({"b": 2, "a": 1})
     assert runs.fingerprint([1, 2]) != runs.fingerprint([2, 1])
 
@@ -324,7 +331,10 @@ def test_what_may_change_today_an_older_version_has_recorded(tmp_path):
         pass
     new, free = {"rate": 1, "solver": {"steps": 9}}, {"engine": "transformers", "solver.memory": 0.3}
     with RunFolder.open(tmp_path / "run", new, data={}, seed=0, free=free):
-        pass
+        assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == new | free
+    for _ in range(2):
+        with RunFolder.open(tmp_path / "without the section", {"rate": 1}, data={}, seed=0, free=free):
+            pass
     with pytest.raises(RunFolderError, match="belongs to a run with solver="):
         RunFolder.open(tmp_path / "run", {**new, "solver": {"steps": 8}}, data={}, seed=0, free=free)
 

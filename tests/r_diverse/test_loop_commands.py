@@ -465,3 +465,8 @@ def test_a_new_folder_under_the_name_of_a_stopped_run_begins_anew(tmp_path, monk
     root.mkdir(parents=True)
     loop._begun(root).write_text('{"more": 1, "iterations": 4}')
     assert loop.goals_of(fields, [""], ["0"], 1) == {root: 1}
+    for t in (1, 2):  # or one that went on beyond it by --iterations
+        (root / f"iteration_{t}/evaluate").mkdir(parents=True)
+        (root / f"iteration_{t}/evaluate/DONE.json").touch()
+    loop._begun(root).write_text('{"more": 1, "iterations": 1}')
+    assert loop.goals_of(fields, [""], ["0"], 1) == {root: 3}

@@ -190,6 +190,14 @@ def test_rounds_go_on_until_the_solver_has_a_batch(tmp_path, monkeypatch, wanted
     assert asked == [(f"{name}_{k + 1}", model) for k in range(rounds) for name, model in models.items()]
 
 
+@pytest.mark.parametrize(("gate_samples", "rounds"), [(0, 2), (3, 1)])
+def test_a_round_is_finished_with_its_last_stage(tmp_path, gate_samples, rounds):
+    for name in ("label_1", "gate_1", "label_2"):
+        once(tmp_path / f"iteration_1/{name}", {}, lambda folder: {})
+    player = loop.SelfPlay(parse(["--model=m", f"--gate_samples={gate_samples}"]), tmp_path, "digest")
+    assert player._finished_rounds(1) == rounds
+
+
 def test_labels_of_hostile_answers_are_bounded_and_counted(tmp_path, monkeypatch):
     from common.evaluation import Completion
     from common.runs import write_jsonl

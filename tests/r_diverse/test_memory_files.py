@@ -45,7 +45,7 @@ def test_the_same_question_twice_is_two_rows(tmp_path):
         ([math.inf, 0.0], "embedding 1 has norm inf"),
         ([3.0, 4.0], "embedding 1 has norm 5.0, not 1: normalise"),
         ([0.5, 0.5], "embedding 1 has norm 0.7"),
-        ([1.02, 0.0], "embedding 1 has norm 1.02"),
+        ([1.011, 0.0], "embedding 1 has norm 1.011"),
     ],
 )
 def test_a_vector_that_is_no_direction_is_refused_and_nothing_is_kept(toy, bad, message):

@@ -1,6 +1,8 @@
 """Child servers: started, polled, ended with all that they started; here a small HTTP server plays vLLM."""
 
+import contextlib
 import ctypes
+import http.client
 import os
 import signal
 import subprocess
@@ -151,7 +153,8 @@ def test_a_second_ctrl_c_ends_a_server_at_once(tmp_path, ctrl_c):
 
 
 def test_a_server_that_dies_says_why(tmp_path):
-    command = [sys.executable, "-c", "import os, sys; sys.exit(f'no memory in {os.getcwd()}')"]
+    words = "import os, sys; sys.stdout.buffer.write(bytes([255])); sys.exit(f'no memory in {os.getcwd()}')"
+    command = [sys.executable, "-c", words]  # the byte is no UTF-8
     with (
         pytest.raises(ConnectionError, match=rf"ended with exit code 1; .*no memory in {tmp_path}"),
         serving(command, free_port(), tmp_path / "log", ready_seconds=30, preexec_fn=lambda: os.chdir(tmp_path)),
@@ -188,6 +191,20 @@ def test_the_cause_is_shown_where_the_last_lines_only_point_to_it(tmp_path):
         serving(command, free_port(), tmp_path / "server.log", ready_seconds=30),
     ):
         pass
+
+
+def test_an_answer_that_is_no_http_is_none_yet(tmp_path, monkeypatch):
+    answers = iter([http.client.BadStatusLine("SSH-2.0"), OSError()])
+
+    def urlopen(url, timeout):
+        if error := next(answers, None):
+            raise error
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(servers.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(servers, "POLL_SECONDS", 0.01)
+    with serving([sys.executable, "-c", "import time; time.sleep(600)"], 1, tmp_path / "log", ready_seconds=60) as url:
+        assert url == "http://127.0.0.1:1/v1" and next(answers, None) is None
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path):

@@ -208,8 +208,10 @@ def test_an_encoder_without_a_commit_is_named_by_its_revision_and_its_own_limit_
     library = pytest.importorskip("sentence_transformers")
 
     class Model(list):
+        limit = 512
+
         def __init__(self, name, **options):
-            self.max_seq_length = 512
+            self.max_seq_length = self.limit
 
         def eval(self):
             return self
@@ -219,6 +221,8 @@ def test_an_encoder_without_a_commit_is_named_by_its_revision_and_its_own_limit_
 
     monkeypatch.setattr(library, "SentenceTransformer", Model)
     assert skills.SentenceEncoder("org/x", revision="v1").name == "org/x v1 (512 tokens)"
+    assert skills.SentenceEncoder("org/x", max_tokens=64).name == "org/x (64 tokens)"
+    monkeypatch.setattr(Model, "limit", None)  # a model that declares none
     assert skills.SentenceEncoder("org/x", max_tokens=64).name == "org/x (64 tokens)"
 
 
@@ -238,7 +242,7 @@ def test_programs_have_2048_tokens_and_texts_4096(monkeypatch, tokenizer):
             return 2
 
         def encode(self, texts, **options):
-            asked.append((list(texts), options["prompt"]))
+            asked.append((list(texts), options["prompt"], options["batch_size"]))
             return np.ones((len(texts), 2), np.float32)
 
     class Engine:
@@ -253,7 +257,7 @@ def test_programs_have_2048_tokens_and_texts_4096(monkeypatch, tokenizer):
     encoder.encode(["def solver(n1=1):\n    return n1"])
     ModelCoder(Engine(), tokenizer).write(["1 + 1"])
     assert encoder.model.max_seq_length == 4096
-    assert asked == [(["def solver(n1=1):\n    return n1"], ""), (2048, "</CODE>")]
+    assert asked == [(["def solver(n1=1):\n    return n1"], "", 32), (2048, "</CODE>")]
 
 
 # --- packages that are not there ---

@@ -4,6 +4,7 @@ Questions are hostile where they can be: nothing in them may run, become a contr
 """
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +65,13 @@ def test_a_control_token_of_an_unknown_form_fails_the_question(tokenizer, taught
     assert programs == [Program(None, "control_token"), Program(ADD)]
 
 
+def test_added_tokens_are_control_tokens_but_not_runs_of_spaces():
+    added = {7: "<think>", 8: " " * 4, 9: "\n\n", 0: "<|im_end|>"}
+    tokens = {index: SimpleNamespace(content=content) for index, content in added.items()}
+    tokenizer = SimpleNamespace(added_tokens_decoder=tokens, all_special_ids=[0, 1])  # 1 is in the vocabulary itself
+    assert skills._control_ids(tokenizer) == {0, 1, 7}
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_questions_pass_through_the_whole_path(taught, tokenizer, minilm, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
@@ -85,11 +93,13 @@ def test_huge_questions_reach_no_model():
     assert time.monotonic() - start < 2
     assert [p.failure for p in programs] == ["long_question"] * 4 + ["empty_question", None]
     assert coder.asked == ["1 + 2"]
+    assert skill.programs(["x" * skills.MAX_QUESTION])[0].failure == "not_arithmetic"  # of the coder
 
 
 def test_long_prompts_reach_no_model(taught, tokenizer):
     engine = Recorder(taught)
-    coder = ModelCoder(engine, tokenizer, max_new_tokens=40, max_prompt_tokens=800)
+    longest = len(ModelCoder(engine, tokenizer)._prompt("1 + 1", ""))
+    coder = ModelCoder(engine, tokenizer, max_new_tokens=40, max_prompt_tokens=longest)
     programs = coder.write(["1 + 1 " * 500, "1 + 1"])
     assert programs == [Program(None, "long_question"), Program(ADD)]
     assert [len(prompts) for prompts, _ in engine.calls] == [1]
@@ -211,6 +221,7 @@ def test_generations_end_at_the_stop_or_at_the_end_of_turn(taught, tokenizer):
     assert taught._read(ids("a b</CODE> c"), "</CODE>") == Generation("a b", True)
     assert taught._read(ids("a b<|im_end|> c"), "</CODE>") == Generation("a b", True)
     assert taught._read(ids("a b"), "</CODE>") == Generation("a b", False)
+    assert taught._read(ids("a<|im_start|> b</CODE>"), "</CODE>") == Generation("a b", True)  # as a server gives it
 
 
 def test_settings_that_change_programs_change_the_name(taught, tokenizer, monkeypatch):

@@ -93,6 +93,7 @@ def test_one_failed_request_costs_one_question_and_is_not_cached(server, tokeniz
     skill = SkillEncoder(coder, HashEncoder(), cache=tmp_path)
     assert skill.programs(questions) == [Program(ADD), Program(None, "engine")]
     assert "1 of 2 requests" in caplog.text
+    assert len(server.seen) == 2  # `retries` is 0
     server.trouble = lambda body: None
     server.seen.clear()
     assert [p.ok for p in skill.programs(questions)] == [True, True]
@@ -112,6 +113,16 @@ def test_a_reply_of_another_form_is_a_failed_request(server, tokenizer, reply):
     server.trouble = lambda body: (200, {"choices": None} if reply is None else reply)
     engine = engines.ServedCoderEngine(server.url, "taught", retries=0)
     assert ModelCoder(engine, tokenizer).write(["3 + 4"]) == [Program(None, "engine")]
+
+
+def test_only_a_stop_ends_a_program_and_an_aborted_one_is_a_failed_request(server):
+    def reply(body):
+        reason = ("stop", "length", "repetition", "abort")[body["prompt"][0]]  # as vLLM names them
+        return 200, {"choices": [{"index": 0, "text": "a", "finish_reason": reason}]}
+
+    server.trouble = reply
+    done = engines.ServedCoderEngine(server.url, "taught", retries=0).generate([[0], [1], [2], [3]], 1, "x")
+    assert done == [Generation("a", True), Generation("a", False), Generation("a", False), None]
 
 
 def test_requests_that_all_failed_for_several_reasons_may_be_bad_luck(server, tokenizer):

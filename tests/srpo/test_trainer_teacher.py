@@ -1,7 +1,9 @@
 """`SRPOTrainer`: the self-teacher: its average, frozen and current ones, with LoRA, its copy under ZeRO-3."""
 
 import copy
+import dataclasses
 import math
+import os
 from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from srpo import teacher
+from srpo.adapters import check_mergeable, loses_its_start
 from srpo.teacher import SelfTeacher
 
 # --- scoring and averaging ----------------------------------------------------------------
@@ -59,6 +62,22 @@ def test_the_distance_is_relative_to_the_policy(make):
             parameter.mul_(2)
     assert average.update(model) == pytest.approx(0.5)  # of theta and 2 theta
     assert average.update(model) == pytest.approx(0.25)  # of 1.5 theta and 2 theta
+
+
+def test_the_distance_of_a_lora_run_is_of_the_adapted_weights(make):
+    adapted = peft.get_peft_model(policy()[0], peft.LoraConfig(**LORA))
+    average = SelfTeacher(adapted, make().accelerator, rate=0.5)
+    start = {name: weight.clone() for name, weight in average.average.items()}
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2)
+    merged = dict(copy.deepcopy(adapted).merge_and_unload().named_parameters())
+    changed = [name for name, weight in merged.items() if not torch.equal(weight, start[name])]
+    assert 0 < len(changed) < len(merged)
+    gap = sum((merged[name] - start[name]).square().sum() for name in changed)
+    size = sum(merged[name].square().sum() for name in changed)
+    assert average.update(adapted) == pytest.approx(float((gap / size).sqrt()))
 
 
 def weights_after_each_step(trainer) -> list[dict[str, torch.Tensor]]:
@@ -288,6 +307,7 @@ def test_the_frozen_teacher_keeps_biases_that_are_trained(make, fixed, bias):
     assert_teacher_gives(start, trainer)
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_only_biases_that_a_model_has_need_a_copy(make, bias):
     """Qwen3 has none, so that its frozen teacher runs sharded too."""
@@ -295,6 +315,10 @@ def test_only_biases_that_a_model_has_need_a_copy(make, bias):
     models = policy()[0], policy_with_biases()[0]
     without, having = (peft.get_peft_model(model, peft.LoraConfig(**adapter)) for model in models)
     assert SelfTeacher(without, sharded, "frozen").model is None
+    elsewhere = {"target_modules": ["up_proj"], "bias": "lora_only"}  # which has none
+    for model, fields in ((policy_with_biases()[0], elsewhere), (policy()[0], {"lora_bias": True})):
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**{**adapter, **fields}))
+        assert SelfTeacher(adapted, sharded, "frozen").model is None
     with pytest.raises(ValueError, match=r"it trains biases.*sharded weights cannot be made"):
         SelfTeacher(having, sharded, "frozen")
 
@@ -339,6 +363,24 @@ def test_what_else_an_adapter_holds_is_in_the_frozen_teacher(make, settings):
     trainer = make(model=(adapted, tokenizer), teacher="frozen")
     assert trainer.teacher.model is not None
     assert_teacher_gives(logits_of(trainer.model), trainer)
+
+
+def test_an_adapter_that_is_not_in_use_is_no_lost_start():
+    adapted = peft.get_peft_model(policy()[0], peft.LoraConfig(**{**LORA, "init_lora_weights": True}), "fresh")
+    adapted.add_adapter("trained", peft.LoraConfig(**LORA))
+    assert not loses_its_start(adapted)
+    adapted.set_adapter("trained")
+    assert loses_its_start(adapted)
+
+
+def test_a_shard_beside_a_whole_weight_is_no_lost_start():
+    settings = {**LORA, "init_lora_weights": True, "modules_to_save": ["norm"]}
+    adapted = peft.get_peft_model(policy()[0], peft.LoraConfig(**settings))
+    norm = adapted.get_base_model().model.norm
+    norm.original_module.weight.data = torch.empty(0)  # as ZeRO-3 leaves a weight that another rank holds
+    assert not loses_its_start(adapted)
+    norm.original_module.weight.data = norm.modules_to_save["default"].weight.detach() + 1
+    assert loses_its_start(adapted)
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("quantized", "is_quantized"), ("sharded", "is_fsdp2")])
@@ -400,6 +442,20 @@ def test_an_adapter_that_is_more_than_a_product_is_refused_with_the_average(make
     assert math.isfinite(loss)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+     "monteclora_config", "velora_config"],
+)  # fmt: skip
+def test_every_setting_that_changes_more_than_the_product_is_refused_with_the_average(name):
+    assert name in {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    adapter = peft.LoraConfig(**LORA)
+    check_mergeable({"default": adapter})
+    setattr(adapter, name, True)
+    with pytest.raises(ValueError, match=f"leave {name}=True out of peft_config"):
+        check_mergeable({"default": adapter})
+
+
 def test_another_kind_of_adapter_is_refused_with_the_average(make):
     with pytest.raises(ValueError, match="leave peft_type=IA3 out of peft_config, or set teacher="):
         make(peft_config=peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
@@ -414,12 +470,15 @@ def test_lora_on_the_head_is_refused(make):
     ("sharded", "rank", "files"),
     [(False, 1, []), (False, 0, ["self_teacher.safetensors"]), (True, 1, ["self_teacher-00001.safetensors"])],
 )
-def test_an_average_is_written_once_and_its_shards_by_every_rank(tmp_path, sharded, rank, files):
+def test_an_average_is_written_once_and_its_shards_by_every_rank(tmp_path, monkeypatch, sharded, rank, files):
+    synced = []
+    monkeypatch.setattr(teacher.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
     owner = object.__new__(SelfTeacher)
     owner.kind, owner.sharded, owner.average = "ema", sharded, {"weight": torch.ones(2)}
     owner.accelerator = SimpleNamespace(is_main_process=rank == 0, process_index=rank)
     owner.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == files
+    assert synced == [path.stat().st_ino for path in tmp_path.iterdir()]  # before they have their names
 
 
 # --- loading, and ZeRO-3 ----------------------------------------------------------------
