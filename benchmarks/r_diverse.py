@@ -24,7 +24,7 @@ from common.estimators import mean_of_independent, over_seeds, paired_difference
 from common.evaluation import BENCHMARKS, headline, paired_scores
 from common.evaluation.judge import PROTOCOLS
 from common.runs import atomic_write_text, by_number, read_jsonl
-from r_diverse import analysis
+from r_diverse import RDiverseConfig, analysis
 from r_diverse.loop import VARIANT_FLAGS, finished_iterations
 from r_diverse.train import parse
 
@@ -106,13 +106,22 @@ REWARD = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_main("benchmarks.r_diverse", lambda words: print(report(words)), argv)
+    return run_main("benchmarks.r_diverse", _main, argv)
+
+
+def _main(words: list[str]) -> None:
+    print(report(words))
+    print(f"Written to {report_folder(parse(words).run)}: report.md, figures/")
+
+
+def report_folder(run: RDiverseConfig) -> Path:
+    return Path(run.out) / "r_diverse" / run.experiment
 
 
 def report(argv: list[str]) -> str:
     """Writes the report of all runs of the experiment and returns it."""
     run = parse(argv).run
-    folder = Path(run.out) / "r_diverse" / run.experiment
+    folder = report_folder(run)
     runs = find_runs(folder)
     if not runs:
         raise ValueError(f"{folder} holds no run with a finished iteration: run r_diverse.loop first")

@@ -102,6 +102,19 @@ def _sentence(error: Exception) -> str:
     return text
 
 
+def split_first(argv: list[str], choices: Collection[str], description: str) -> tuple[str, list[str]]:
+    """The first word of a command line, one of `choices`, and the other words.
+
+    `--help` in its place prints `description` and ends with exit code 0. Raises `ValueError` for anything else.
+    """
+    if argv[:1] in (["-h"], ["--help"]):
+        print(description.rstrip(), f"\nThe fields: --help behind {' or '.join(choices)}.", sep="\n")
+        sys.exit(0)
+    if not argv or argv[0] not in choices:
+        raise ValueError(f"first argument must be one of {', '.join(choices)}; got {argv[0] if argv else 'none'}")
+    return argv[0], argv[1:]
+
+
 def make_model_main(name: str, makers: dict[str, Callable[[Path, int], str]], argv: list[str] | None = None) -> int:
     """The command `python -m NAME WHAT FOLDER [--seed K]`, which makes a model of the embedded experiments once.
 

@@ -195,7 +195,7 @@ def _pool(
                 spoken = time.monotonic()
                 for name in running:
                     line = (_end(logs, name, begun[name], 1) or ["starting"])[0]
-                    print(f"  {spoken - started:4.0f} s  {name}: {line[:100]}", flush=True)
+                    print(f"  {spoken - started:4.0f} s  {name}: {_cut(line)}", flush=True)
     finally:
         for process in running.values():  # all before any is waited for: a scheduler kills what is slow to save
             process.terminate()
@@ -207,6 +207,11 @@ def _pool(
 def _end(logs: Path, name: str, begun: int, lines: int) -> list[str]:
     """Last lines of a log, none from before its byte `begun`: those are of an earlier start."""
     return (logs / f"{name}.log").read_bytes()[begun:].decode(errors="replace").splitlines()[-lines:]
+
+
+def _cut(line: str, width: int = 100) -> str:
+    """A line without what is beyond `width`: whole words, since a part of a number reads as another number."""
+    return line if len(line) <= width else line[: width + 1].rsplit(maxsplit=1)[0] + " ..."
 
 
 def shown(command: Command) -> str:

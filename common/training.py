@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging
 
 from . import plan, preemption, versions
 from .checkpoints import resume_point
@@ -124,6 +125,7 @@ def train_run(
         check_writable(next(folder for folder in (run, *run.parents) if folder.exists()))
     check_report_to(config.report_to)
     trainer = build_trainer()  # most mistakes show here, before there is a folder
+    logging.disable_progress_bar()  # of saving weights, in each checkpoint; not before: a download is worth one
     with exclusive(run) if main_process else nullcontext():
         checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder
         with open_run() if main_process else nullcontext() as folder:

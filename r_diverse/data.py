@@ -376,7 +376,7 @@ def _base(out: Path, seed: int) -> str:
 
 
 def _shares(shares: dict[str, float]) -> str:
-    return f"accuracy {shares['accuracy']:.2f}, questions in the right form {shares['form']:.2f}"
+    return f"greedy accuracy {shares['accuracy']:.2f}, questions in the right form {shares['form']:.2f}"
 
 
 def main(argv: list[str] | None = None) -> int:

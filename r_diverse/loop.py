@@ -9,7 +9,8 @@
 
 With --variants or --seeds, each run is a command of its own and a report of all of them comes last. Started again
 after a kill, a run goes on in the stage where it was, and --more to the iteration where it wanted to go.
-`--challenger.field value` and `--solver.field value` set the phases.
+`--field value` sets the run, `--challenger.field value` and `--solver.field value` the phases; `python -m
+r_diverse.train --help` explains the fields of a run, r_diverse/config.py those of a phase.
 """
 
 import argparse
@@ -223,7 +224,7 @@ class SelfPlay:
         if fresh:
             gc.collect()  # models in reference cycles; the next stage's servers and trainers want the memory
             torch.cuda.empty_cache()
-            counts = {key: value for key, value in done["counts"].items() if not isinstance(value, list)}
+            counts = {k: v for k, v in done["counts"].items() if v != {} and not isinstance(v, list)}
             print(
                 f"iteration {t}, {name}: " + (", ".join(f"{k} {_shown(v)}" for k, v in counts.items()) or "done"),
                 flush=True,

@@ -525,11 +525,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="r_diverse.train", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="r_diverse.train", description=__doc__.splitlines()[0], allow_abbrev=False, add_help=False
+    )
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--iteration", type=int, required=True)
     parser.add_argument("--solver_url", help="server of the frozen Solver")
     parser.add_argument("--coder_url", help="server of the coder")
+    if {"-h", "--help"}.intersection(argv):
+        parser.print_help()
+        print()
+        parse(["--help"])  # the fields of a run; ends here
     known, rest = parser.parse_known_args(argv)
     settings = parse(rest)
     if known.phase == "solver":

@@ -76,7 +76,7 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
 
     Raises `ValueError` naming the file, column or count that is at fault, and the remedy.
     """
-    check_dataset(dataset)
+    check_dataset(dataset, source)
     if dataset == "additions":
         splits = additions()
     else:
@@ -91,10 +91,15 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
     return splits
 
 
-def check_dataset(name: str) -> None:
-    """`ValueError` for a data set that is not there."""
+def check_dataset(name: str, source: str | None = None) -> None:
+    """`ValueError` for a data set that is not there, and for a source of the additions, which would not be read."""
     if name not in (*DATASETS, "additions"):
         raise ValueError(f"dataset must be additions, {', '.join(DATASETS)}; got {name!r}")
+    if name == "additions" and source is not None:
+        raise ValueError(
+            f"dataset=additions is made in code, data {source!r} would not be read: set dataset to what the data "
+            f"holds ({', '.join(DATASETS)}), or leave data out"
+        )
 
 
 def missing_source(dataset: str, source: str | None = None) -> str | None:

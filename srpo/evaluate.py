@@ -21,7 +21,7 @@ from .data import DATASETS, reward_of
 from .train import ScriptArguments, load_splits_of, parse, run_path
 
 # isort: split
-from common.cli import run_main
+from common.cli import run_main, split_first
 from common.evaluation import (
     Benchmark,
     Decoding,
@@ -45,10 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    if not argv or argv[0] not in WHAT:
-        raise ValueError(f"first argument must be one of {', '.join(WHAT)}; got {argv[:1]}")
-    args, config = parse(argv[1:])
-    if argv[0] == "base":
+    what, fields = split_first(argv, WHAT, __doc__)
+    args, config = parse(fields)
+    if what == "base":
         out = run_path(args, config).with_name("base")
         curve = [{"step": 0, "hours": 0.0, **score(args.model, args, config, out / "eval" / "base")}]
     else:

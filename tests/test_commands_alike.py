@@ -28,3 +28,26 @@ def test_of_two_config_files_none_counts_silently(method, command, tmp_path, cap
     for words in (["--config", files[0], "--config", files[1]], [f"--config={files[0]}", "--config", files[1]]):
         assert importlib.import_module(f"{method}.{command}").main([*first, *words, "--dry_run"]) == 2
         assert f"--config is given more than once, {files[0]} and {files[1]}: pass one" in capsys.readouterr().err
+
+
+FIRST_WORDS = {"srpo.evaluate": "run", "va_opd.evaluate": "teacher", "r_diverse.train": "solver"}
+
+
+@pytest.mark.parametrize("command", FIRST_WORDS)
+def test_help_in_place_of_the_first_word_says_which_words_there_are(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(command).main(["--help"])
+    assert ended.value.code == 0 and FIRST_WORDS[command] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "got"), [([], "none"), (["--config"], "--config"), (["runs"], "runs")])
+def test_what_is_to_be_evaluated_comes_first(words, got, capsys):
+    assert importlib.import_module("srpo.evaluate").main(words) == 2
+    assert f"first argument must be one of run, base; got {got} (" in capsys.readouterr().err
+
+
+def test_the_fields_of_a_self_play_run_can_be_listed(capsys):
+    """The loop's own `--help` has no room for them, and said nowhere where they are."""
+    with pytest.raises(SystemExit):
+        importlib.import_module("r_diverse.train").main(["--help"])
+    assert "--replay_fraction" in capsys.readouterr().out

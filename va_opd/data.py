@@ -123,12 +123,10 @@ def _load_split(source: str, split: str) -> Dataset:
 
     path = Path(source).expanduser()
     try:
-        if path.is_dir():
-            return load_dataset(str(path), split=split)
-        if path.is_file():
-            builder = "parquet" if path.suffix == ".parquet" else "json"
-            return load_dataset(builder, data_files=str(path), split="train")
-        return load_dataset(source, split=split)
+        if files := _tables(path, split):
+            builder = "parquet" if files[0].suffix == ".parquet" else "json"
+            return load_dataset(builder, data_files=[str(file) for file in files], split="train")
+        return load_dataset(str(path) if path.is_dir() else source, split=split)
     except StopIteration as error:  # of datasets, for files without a row
         raise ValueError(f"data {source!r}, split {split!r}: there are no rows; set data to other files") from error
     except Exception as error:
@@ -139,6 +137,14 @@ def _load_split(source: str, split: str) -> Dataset:
             f"data {source!r}, split {split!r}: {where} ({cause.splitlines()[0] if cause else type(error).__name__}); "
             f"set data to a hub id or a {remedy}"
         ) from error
+
+
+def _tables(path: Path, split: str) -> list[Path]:
+    """The files of a split: the path itself, or what lies in the folder under the split's name, where `datasets` would
+    take the folder for images without columns if it holds more of these than tables."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.glob(f"{split}[-._0-9]*") if file.suffix in (".parquet", ".json", ".jsonl"))
 
 
 def _standard_columns(dataset: Dataset, source: str) -> Dataset:
@@ -305,9 +311,9 @@ def load_validation(
     dataset: str, source: str | None = None, validation_source: str | None = None, size: int = 200, **options
 ) -> Dataset:
     """The `validation` rows of `load_splits` alone."""
+    check_dataset(dataset, source or validation_source)
     if dataset == "digits":
         return digit_rows("test", size, seed=0)
-    check_dataset(dataset)
     geo3k = SOURCES["geo3k"].hub_id
     validation_source = validation_source or (source if dataset == "geo3k" and source else geo3k)
     if validation_source == source and Path(source).expanduser().is_file():
@@ -320,10 +326,15 @@ def load_validation(
     return rows.select(validation_ids(rows, size))
 
 
-def check_dataset(name: str) -> None:
-    """`ValueError` for a data set that is not there."""
+def check_dataset(name: str, source: str | None = None) -> None:
+    """`ValueError` for a data set that is not there, and for a source of the digits, which would not be read."""
     if name not in (*SOURCES, "digits"):
         raise ValueError(f"dataset must be digits, {' or '.join(SOURCES)}; got {name!r}")
+    if name == "digits" and source is not None:
+        raise ValueError(
+            f"dataset=digits is made in code, data {source!r} would not be read: set dataset to geo3k for data of "
+            "your own, or leave data out"
+        )
 
 
 def _check_count(dataset: str, source: str, split: str, rows: Dataset) -> None:

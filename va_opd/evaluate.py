@@ -37,7 +37,7 @@ from .trainer import VAOPDTrainer
 
 # isort: split
 from common.answers import grade
-from common.cli import run_main
+from common.cli import run_main, split_first
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
 from common.runs import append_jsonl, atomic_write_json, claim, exclusive, is_done, read_jsonl, weights_of
 from common.stages import on_one_gpu
@@ -58,9 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    if not argv or argv[0] not in WHAT:
-        raise ValueError(f"first argument must be one of {', '.join(WHAT)}; got {argv[:1]}")
-    evaluate_model(argv[0], *parse(argv[1:]))
+    what, fields = split_first(argv, WHAT, __doc__)
+    evaluate_model(what, *parse(fields))
 
 
 def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> None:

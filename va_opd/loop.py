@@ -6,7 +6,8 @@
     python -m va_opd.loop --config va_opd/configs/geo3k.yaml --download     # models and data into the caches
 
 Each step is a command of its own that is printed before it runs and does nothing when its result is there already:
-started again after a kill, the experiment goes on. Other `--field value` pairs are passed on to every command.
+started again after a kill, the experiment goes on. Other `--field value` pairs are passed on to every command;
+`python -m va_opd.train --help` explains the fields.
 """
 
 import argparse

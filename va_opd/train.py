@@ -133,7 +133,7 @@ def _main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
     args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
-    check_dataset(args.dataset)
+    check_dataset(args.dataset, args.data or args.validation_data)
     check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
     if args.method == "opd":

@@ -248,7 +248,9 @@ def _read(name: str, source: Source, data: str | Path | None):
     from datasets import load_dataset
 
     if data is None and source.hub_id is None:
-        raise ValueError(f"benchmark {name} is on no hub: pass --data the test.json of the SDPO release")
+        raise ValueError(
+            f"benchmark {name} is on no hub: pass --data a local file of it (SRPO's: test.json of the SDPO release)"
+        )
     try:
         if data is None:
             return load_dataset(source.hub_id, source.config, split=source.split)

@@ -17,6 +17,7 @@ import torch
 import yaml
 from datasets import Dataset
 from transformers import PrinterCallback
+from transformers.utils import logging
 
 from common import runs, training
 from common.runs import RunFolder, RunFolderError, exclusive
@@ -456,6 +457,7 @@ def test_a_run_is_done_with_its_model_and_not_before(tmp_path, monkeypatch, caps
 
     def save_model(path: str) -> None:
         assert path == str(run / "model") and not runs.is_done(run)
+        assert not logging.is_progress_bar_enabled()  # one a checkpoint would stand between the lines of `RunLog`
         if error := next(saved):
             raise error
 
@@ -463,6 +465,7 @@ def test_a_run_is_done_with_its_model_and_not_before(tmp_path, monkeypatch, caps
         assert trained or not run.exists()  # what is wrong with models and data leaves nothing
         return SimpleNamespace(add_callback=list, remove_callback=removed.append, save_model=save_model)
 
+    logging.enable_progress_bar()
     points = iter([None, run / "checkpoint-4"])
     monkeypatch.setattr(training, "resume_point", lambda trainer: next(points))
     monkeypatch.setattr(training.preemption, "train", lambda trainer, at, keep_weights: trained.append(at))

@@ -110,10 +110,13 @@ def test_another_iteration_goes_on(base, finished, tmp_path):
         loop.goals_of(fields, [""], ["0"], 0)
 
 
-def test_the_report_has_every_iteration(base, finished):
+def test_the_report_has_every_iteration(base, finished, capsys):
     from benchmarks import r_diverse as report
 
-    text = report.report(["--config", empty_config(finished.parents[2]), *small(base, finished.parents[2])])
+    assert report.main(["--config", empty_config(finished.parents[2]), *small(base, finished.parents[2])]) == 0
+    text = capsys.readouterr().out
+    assert text.endswith(f"Written to {finished.parent}: report.md, figures/\n")
+    assert (finished.parent / "report.md").read_text() in text
     assert "| R-Diverse, iteration 2 | 1 |" in text
     assert "| paper: R-Diverse, 5 iterations | 52.59 | 36.68 |" in text
     for figure in ("iterations", "reward", "skills_r_diverse"):

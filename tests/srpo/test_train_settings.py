@@ -59,6 +59,7 @@ def test_a_variant_is_named_as_its_row_in_the_report(name):
         (["--dataset", "subtractions"], "dataset must be additions"),
         (["--dataset", "subtractions", "--dry_run"], "dataset must be additions"),
         (["--dataset", "chemistry", "--data", "/nowhere"], "no such folder"),
+        (["--data", "/my/sums"], "additions is made in code, data '/my/sums' would not be read: set dataset to"),
         (["--max_prompt_length", "5"], "no prompt fits max_prompt_length=5"),
         (["--policy_dtype", "float8"], "policy_dtype must be"),
         (["--steps_per_generation", "4"], "must equal gradient_accumulation_steps"),

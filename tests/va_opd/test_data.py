@@ -132,6 +132,21 @@ def test_jsonl_with_paths_questions_and_text_rows(tmp_path):
     assert second["images"] == [] and [p["type"] for p in second["prompt"][0]["content"]] == ["text"]
 
 
+def test_a_folder_may_hold_more_images_than_tables(tmp_path):
+    """datasets took one with images/train/*.png for images alone, and the columns were missing."""
+    for split in ("train", "validation"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        rows = [
+            {"problem": "Find x.", "images": [f"images/{split}/{i}.png"], "answer": f"{split} {i}"} for i in (0, 1)
+        ]
+        for i in (0, 1):
+            diagram(i).save(tmp_path / "images" / split / f"{i}.png")
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        loaded = data.load_rows(str(tmp_path), split)
+        assert loaded["answer"] == [f"{split} 0", f"{split} 1"]
+        assert loaded[1]["images"][0].size == (560, 467)
+
+
 def test_parts_without_text_have_no_text_whatever_the_first_rows_hold(tmp_path):
     """The columns of a data set are those of its first thousand rows: the rows behind are filled up with None."""
     diagram(0).save(tmp_path / "a.png")

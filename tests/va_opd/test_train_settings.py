@@ -105,6 +105,11 @@ def test_the_command_line_wins_over_the_file(config):
         (["--dataset", "digit", "--dry_run"], "dataset must be"),
         (["--validation_size", "-1"], "validation_size must be at least 1, got -1"),
         (["--dataset", "geo3k", "--data", "/nowhere"], "no local path"),
+        (
+            ["--data", "/mine", "--dry_run"],
+            "dataset=digits is made in code, data '/mine' would not be read: set dataset",
+        ),
+        (["--validation_data", "/mine"], "data '/mine' would not be read"),
         (["--limit", "1"], "fewer than the 2 of one optimizer step"),
         (["--max_prompt_length", "5"], "above max_prompt_length=5"),
         (["--weighting", "vision"], "weighting"),
