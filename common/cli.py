@@ -238,7 +238,7 @@ def read_config(path: str, configs: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"config file {path!r} does not exist; the project's are in {configs}")
     try:
-        content = yaml.load(Path(path).read_text(), _UniqueKeys)
+        content = _UniqueKeys(Path(path).read_text()).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path!r} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
