@@ -39,7 +39,7 @@ try:
     from common.lora import check_lora, lora_config, with_adapters
     from common.runs import exclusive, read_jsonl
     from common.stages import on_one_gpu
-    from common.training import RunLog
+    from common.training import RunLog, step_of
 
     from .data import (
         BATCH,
@@ -417,6 +417,8 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
         checkpoint = resume_point(trainer)
         trainer.remove_callback(PrinterCallback)
         if main:
+            where = f"resuming at step {step_of(checkpoint)}" if checkpoint else "starting"
+            print(f"{folder}: {where}", flush=True)
             trainer.add_callback(PhaseLog(folder, checkpoint, trainer, samples))
         preemption.train(trainer, checkpoint)
         trainer.save_model(str(folder / ("adapter" if lora else "model")))

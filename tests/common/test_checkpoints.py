@@ -152,9 +152,10 @@ def test_a_stopped_run_ends_with_the_files_of_a_straight_one(method, monkeypatch
     assert method.content(name) == straight
 
 
-def test_a_run_killed_after_its_last_checkpoint_does_not_train_on(method):
+def test_a_run_killed_after_its_last_checkpoint_does_not_train_on(method, capsys):
     method.copy_of_straight("killed")
     assert method.run("killed") == 0
+    assert ": resuming at step 8\n" in capsys.readouterr().out
     assert method.content("killed") == method.content("straight")
     path = method.path("killed")
     seconds = [line["train_seconds"] for line in read_jsonl(path / "metrics.jsonl")]
