@@ -226,11 +226,12 @@ def _is_dry_run(argument: str, following: str) -> bool:
 class _UniqueKeys(yaml.SafeLoader):
     """Of two values for one key, YAML would quietly take the last."""
 
-    def construct_mapping(self, node, deep=False):
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)  # as written: later, keys that `<<` merges stand beside its own
         names = [key.value for key, _ in node.value]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise yaml.YAMLError(f"the key {twice!r} is there twice: leave out one")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def read_config(path: str, configs: str) -> dict[str, Any]:

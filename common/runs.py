@@ -371,7 +371,7 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: d
             "seed": manifest["seed"],
             **{f"data {k}": v for k, v in manifest["data"].items()},
         }
-        manifest["state"], [*manifest["resumed"]]
+        manifest["state"], [*manifest["resumed"]], {**manifest.get("weights", {})}
         recorded = manifest.get("format", 1) >= FORMAT
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(

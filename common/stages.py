@@ -72,8 +72,9 @@ def check_packages(vllm: bool, gpus: int, sharding: str, report_to: Collection[s
 
 def check_report_to(names: Collection[str]) -> None:
     """Raises `ValueError` for a tracker whose package is missing: transformers says so when all models are loaded."""
-    known = {*get_available_reporting_integrations(), "flyte"}  # which it does not look for
-    if missing := [name for name in names if name not in known]:
+    # It does not look for flyte, and leaves out azure_ml beside mlflow, and comet_ml without a key, as it runs offline
+    known = {*get_available_reporting_integrations(), "azure_ml", "comet_ml", "flyte"}
+    if missing := [str(name) for name in names if name not in known]:
         raise ValueError(
             f"report_to has {', '.join(missing)}, which this Python does not have: install it, or set report_to to "
             "none"

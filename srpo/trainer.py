@@ -57,7 +57,7 @@ class SRPOTrainer(GRPOTrainer):
     def __init__(self, model, reward_funcs=None, args: SRPOConfig | None = None, train_dataset=None, **kwargs):
         args = SRPOConfig() if args is None else args
         check_batch(args, train_dataset)
-        if not kwargs.get("rollout_func"):  # which may make columns
+        if not (kwargs.get("rollout_func") or kwargs.get("environment_factory")):  # which may make columns
             for name, data in {"eval_dataset": kwargs.get("eval_dataset"), "train_dataset": train_dataset}.items():
                 check_calls(reward_funcs, kwargs.get("processing_class"), data, name)
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)

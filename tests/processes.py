@@ -76,6 +76,7 @@ def _of_accelerate(folder: Path, sharding: str, mixed_precision: str) -> dict[st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed.run, "run", lambda args: given.update(os.environ))
         launch.launch_command(launch.launch_command_parser().parse_args([*words[3:], "program"]))
+    assert given, "accelerate launch has not come to torchrun: the processes would shard nothing"
     return given
 
 

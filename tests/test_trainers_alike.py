@@ -113,8 +113,15 @@ def test_reward_functions_are_called_with_the_columns_of_the_data(method):
     class Called:
         def __call__(self, completions, answer, **columns): ...
 
+    def of_column(function):
+        @functools.wraps(function)
+        def renamed(answer, **columns): ...
+
+        return renamed
+
+    wrapped = of_column(lambda gold: ...)
     models = ["org/reward-model", torch.nn.Linear(1, 1), None]
-    check([all_named, waits, Called(), functools.partial(all_named, answer=2), *models], None, rows)
+    check([all_named, waits, Called(), functools.partial(all_named, answer=2), wrapped, max, *models], None, rows)
     for data in (None, list(rows)):  # which TRL refuses
         check(lambda nothing: ..., None, data)
 
@@ -133,6 +140,7 @@ def test_reward_functions_are_called_with_the_columns_of_the_data(method):
     )  # TRL's own
     taken = rows.rename_column("answer", "completions")
     refused("^train_dataset has the column completions, as TRL calls", lambda **_: ..., data=taken)
+    check(models, None, taken)
     with pytest.raises(ValueError, match="^eval_dataset has the columns answer, .*: it needs `prompt`"):
         check(all_named, None, rows.remove_columns("prompt"), "eval_dataset")
     with pytest.raises(ValueError, match="missing a required argument: 'answer'; with eval_dataset TRL calls it with"):
@@ -147,5 +155,6 @@ def test_messages_want_a_chat_template_and_texts_do_not(method):
     check([], bare, Dataset.from_list(texts))
     check([], None, Dataset.from_list(messages))  # TRL loads the model's
     check([], SimpleNamespace(chat_template="{{ messages }}"), Dataset.from_list(messages))
+    check([], type("MistralCommonBackend", (SimpleNamespace,), {})(chat_template=None), Dataset.from_list(messages))
     with pytest.raises(ValueError, match="prompts are messages, and processing_class has no chat_template: set it"):
         check([], bare, Dataset.from_list(messages))

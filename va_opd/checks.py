@@ -28,7 +28,8 @@ def check_batch(args: VAOPDConfig, train_dataset, eval_dataset=None) -> None:
         raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
     if isinstance(train_dataset, IterableDataset):
         raise ValueError("VAOPDTrainer repeats each prompt num_generations times and needs a map-style Dataset")
-    if not isinstance(train_dataset, Dataset | torch.utils.data.Dataset | list | tuple | None):
+    methods = () if train_dataset is None else ("__len__", "__getitem__")  # all that a map-style data set has to have
+    if isinstance(train_dataset, str) or not all(hasattr(train_dataset, name) for name in methods):
         raise ValueError(f"train_dataset must be a Dataset or a list of rows, got {type(train_dataset).__name__}")
     prompts = args.prompts_of_a_step(args.world_size)
     if isinstance(eval_dataset, Dataset | list) and len(eval_dataset):  # else the first evaluation would say so
@@ -60,11 +61,12 @@ def check_rows(dataset, name: str = "train_dataset") -> None:
                 f"the prompt of row {i} of {name} is {prompt!r}: it needs messages with content and role, or a "
                 "text; leave such rows out"
             )
-        if other := {part.get("type") for part in _parts(prompt)} - {"text", "image"}:
-            raise ValueError(
-                f"the prompt of row {i} of {name} has a part of type {other.pop()!r}, which TRL leaves out "
-                "where rollouts are scored: write {'type': 'image', 'image': ...}, or leave such rows out"
-            )
+        for kind in (str(part.get("type")) for part in _parts(prompt)):  # other texts are a matter of the template
+            if kind != "image" and any(medium in kind for medium in ("image", "video", "audio")):
+                raise ValueError(
+                    f"the prompt of row {i} of {name} has a part of type {kind!r}, which TRL leaves out where "
+                    "rollouts are scored: write {'type': 'image', 'image': ...}, or leave such rows out"
+                )
 
 
 def check_image_columns(args: VAOPDConfig, row: dict[str, Any]) -> None:
@@ -95,7 +97,7 @@ def _is_said(message: Any) -> bool:
 def _parts(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The parts of all messages of which a prompt is made."""
     contents = [] if isinstance(prompt, str) else [message.get("content") for message in prompt]
-    return [part for content in contents if isinstance(content, list) for part in content]
+    return [part for parts in contents if isinstance(parts, list) for part in parts if isinstance(part, dict)]
 
 
 def has_images(row: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from common.cli import make_model_main, parse_fields, run_main
+from common.cli import make_model_main, parse_fields, read_config, run_main
 
 
 @dataclass
@@ -63,6 +63,16 @@ def test_a_config_may_set_variables_of_the_environment(tmp_path, monkeypatch):
     (tmp_path / "x.yaml").write_text("env:\n  X_OF_A_CONFIG: set\nsteps: 3\n")
     (fields,) = parse_fields(["--config", str(tmp_path / "x.yaml")], (Fields,), "configs/")
     assert (fields.steps, os.environ["X_OF_A_CONFIG"]) == (3, "set")
+
+
+def test_a_key_may_override_a_merged_one_but_not_stand_twice(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &a {x: 1, y: 1}\nb: &b\n  <<: *a\n  x: 2\n<<: *b\n")
+    merged = {"x": 2, "y": 1}
+    assert read_config(str(path), "configs/") == {"a": {"x": 1, "y": 1}, "b": merged, **merged}
+    path.write_text("a:\n  x: 1\n  x: 2\n")
+    with pytest.raises(ValueError, match="the key 'x' is there twice: leave out one"):
+        read_config(str(path), "configs/")
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,13 @@ def test_records_and_responses_are_not_scored_at_once(tmp_path, capsys):
 def test_a_killed_evaluation_ends_with_the_same_records(tmp_path):
     model_folder(tmp_path / "model")
     assert command.main(arguments(tmp_path, "straight")) == 0
-    process = forks.start(["-m", "common.evaluation", *arguments(tmp_path, "killed")], tmp_path / "log.txt", tmp_path)
+    program = """
+import sys, time
+from common.evaluation import __main__, run
+run.rescore = lambda *_: time.sleep(600)  # until it is killed
+__main__.main(sys.argv[1:])
+"""
+    process = forks.start(["-c", program, *arguments(tmp_path, "killed")], tmp_path / "log.txt", tmp_path)
     records = tmp_path / "killed/aime24/samples.jsonl"
     while process.exitcode is None and not records.exists():
         time.sleep(0.005)

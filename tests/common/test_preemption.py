@@ -4,6 +4,7 @@ import atexit
 import errno
 import importlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -357,7 +358,8 @@ run_main("x.y", command, [])
     process = forks.start(["-c", program], tmp_path / "log.txt", tmp_path)
     read = b""
     while b"it runs" not in read:
-        read += os.read(ours, 1000)
+        assert process.exitcode is None, (tmp_path / "log.txt").read_text()
+        read += os.read(ours, 1000) if select.select([ours], [], [], 0.05)[0] else b""
     os.close(ours)
     process.join(60)
     os.close(theirs)

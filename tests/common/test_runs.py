@@ -162,6 +162,7 @@ def test_a_broken_manifest_and_a_file_in_the_way_are_one_sentence(tmp_path):
         '{"config": {}, "seed": 0, "data": {}}',
         '{"config": 5, "seed": 0, "data": {}, "state": 1}',
         '{"config": {}, "seed": 0, "data": {}, "state": "running", "resumed": null}',
+        '{"config": {}, "seed": 0, "data": {}, "state": "running", "resumed": [], "weights": null}',
     ):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(RunFolderError, match="cannot be read"):

@@ -193,6 +193,9 @@ def test_missing_packages_of_a_gpu_machine_are_named_with_the_remedy(monkeypatch
         stages.check_packages(vllm=True, gpus=8, sharding="zero2")
     with pytest.raises(ValueError, match="report_to has tracks, which this Python does not have"):
         stages.check_packages(vllm=False, gpus=1, sharding="zero3", report_to=["tracks"])
+    stages.check_report_to(["azure_ml", "comet_ml", "flyte"])  # of which transformers knows more
+    with pytest.raises(ValueError, match="report_to has None, .* set report_to to none"):
+        stages.check_report_to([None])
 
 
 def test_more_gpus_than_the_machine_has_are_one_sentence(monkeypatch):

@@ -76,8 +76,10 @@ def test_what_cannot_be_called_or_rendered_is_said_before_anything_is_loaded(mak
         SRPOTrainer(model, mixed_reward, SRPOConfig(use_cpu=True, bf16=False), None, eval_dataset=questions)
     with pytest.raises(pytest.fail.Exception, match="loads"):
         SRPOTrainer(model, mixed_reward, SRPOConfig(use_cpu=True, bf16=False), None, eval_dataset=good)
-    with pytest.raises(pytest.fail.Exception, match="loads"):  # a rollout function may make the column
-        SRPOTrainer(model, wants, SRPOConfig(use_cpu=True, bf16=False), rollout_func=print)
+    for makes_columns in ("rollout_func", "environment_factory"):
+        options = {"eval_dataset": good, makes_columns: print}
+        with pytest.raises(pytest.fail.Exception, match="loads"):
+            SRPOTrainer(model, wants, SRPOConfig(use_cpu=True, bf16=False), **options)
 
 
 def wants(completions, solution, **columns):

@@ -111,6 +111,10 @@ def test_the_teachers_responses_are_not_reused_for_other_settings(config, tmp_pa
     }.items():
         with pytest.raises(ValueError, match=f"teacher-seed0 holds results of {name}=.*move the folder away"):
             sample(f"--{name}", other)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "weights_of", lambda **models: dict.fromkeys(models, "other"))
+        with pytest.raises(ValueError, match="teacher-seed0 holds results of weights of teacher=.*move the folder"):
+            sample()
     monkeypatch.setattr(train, "load_splits_of", lambda args: {"train": digit_rows("test", 64, seed=0)})
     with pytest.raises(ValueError, match="teacher-seed0 holds results of data="):
         sample()

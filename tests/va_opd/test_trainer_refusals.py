@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import re
+from collections import UserList
 
 import peft
 import pytest
@@ -118,6 +119,17 @@ def test_a_part_that_trl_leaves_out_of_the_scoring_is_refused_with_its_row(make,
         VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
 
 
+def test_other_texts_among_the_parts_are_a_matter_of_the_template(make):
+    """Such as the thoughts in the system prompts of Mistral's reasoning models."""
+    thoughts = {"role": "system", "content": [{"type": "thinking", "thinking": "a"}, {"type": "text", "text": "b"}]}
+    make(rows=[{"prompt": [thoughts, *shown({"type": "text", "text": "Q"})]}] * 4)
+
+
+def test_a_part_that_is_no_mapping_is_one_clear_sentence(make):
+    with pytest.raises(ValueError, match="^row 0 of train_dataset makes no prompt "):
+        make(rows=[{"prompt": [{"role": "user", "content": ["a"]}]}] * 4)
+
+
 @pytest.mark.parametrize(
     ("row", "cause"),
     [
@@ -175,10 +187,12 @@ def test_rows_in_a_list_are_looked_at(make):
         ([{"problem": "?"}] * 4, "train_dataset has the columns problem: it needs `prompt`"),
         ([*image_rows(3), {"prompt": []}], "the prompt of row 3 of train_dataset is "),
         ("org/data", "train_dataset must be a Dataset or a list of rows, got str"),
+        (iter(image_rows(4)), "train_dataset must be a Dataset or a list of rows, got list_iterator"),
     ):
         with pytest.raises(ValueError, match=message):
             VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
-    VAOPDTrainer(student, teacher, make().args, image_rows(4), processing_class=processor)
+    for rows in (image_rows(4), UserList(image_rows(4))):
+        VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
 
 
 def test_another_configuration_is_one_clear_sentence(tmp_path):
