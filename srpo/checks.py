@@ -1,12 +1,13 @@
 """What SRPO cannot run on, each said in one sentence before it costs GPU hours."""
 
 import inspect
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
 from .adapters import is_quantized
@@ -49,29 +50,38 @@ def check_calls(reward_funcs: Any, processing_class: Any, dataset: Any, name: st
     row = dataset[0]
     if "prompt" not in row:
         raise ValueError(f"{name} has the columns {', '.join(row)}: it needs `prompt`, messages")
-    template = getattr(processing_class, "chat_template", "")  # without a processing_class TRL loads the model's
-    own_format = type(processing_class).__name__ == "MistralCommonBackend"  # made in code, not by a template
-    if template is None and not own_format and isinstance(row["prompt"], list):
+    if isinstance(row["prompt"], list) and _lacks_template(processing_class):
         raise ValueError(
             "prompts are messages, and processing_class has no chat_template: set it, or pass the prompts as texts"
         )
     columns = row.keys() - {"prompt", "completion", "completion_ids"}
     for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        if not callable(reward) or isinstance(reward, torch.nn.Module):  # none, the name of a model, or a model
-            continue
-        if taken := columns.intersection(OF_TRL):
-            raise ValueError(f"{name} has the column {min(taken)}, as TRL calls what it makes itself: rename it")
-        try:  # a decorator may rename columns for the function that it wraps
-            inspect.signature(reward, follow_wrapped=False).bind(**dict.fromkeys([*OF_TRL, *columns]))
-        except ValueError:  # a function of C, which need not say what it takes
-            continue
-        except TypeError as error:
-            function = getattr(reward, "__name__", type(reward).__name__)
-            raise ValueError(
-                f"reward function {function}: {error}; with {name} TRL calls it with {', '.join(OF_TRL)} and the "
-                f"columns {', '.join(sorted(columns)) or '(none)'}: rename its argument or the column, and add "
-                "**columns for what it does not use"
-            ) from error
+        if callable(reward) and not isinstance(reward, torch.nn.Module):  # else none, a model or the name of one
+            _check_reward(reward, columns, name)
+
+
+def _lacks_template(processing_class: Any) -> bool:
+    """Whether messages cannot be rendered; not so of a class that renders without a template, such as Mistral's."""
+    if getattr(processing_class, "chat_template", "") is not None:  # without a processing_class TRL loads the model's
+        return False
+    by_template = [kind.apply_chat_template for kind in (PreTrainedTokenizerBase, ProcessorMixin)]
+    return getattr(type(processing_class), "apply_chat_template", by_template[0]) in by_template
+
+
+def _check_reward(reward: Callable, columns: Set[str], name: str) -> None:
+    if taken := columns & set(OF_TRL):
+        raise ValueError(f"{name} has the column {min(taken)}, as TRL calls what it makes itself: rename it")
+    try:  # a decorator may rename columns for the function that it wraps
+        inspect.signature(reward, follow_wrapped=False).bind(**dict.fromkeys([*OF_TRL, *columns]))
+    except ValueError:  # a function of C, which need not say what it takes
+        return
+    except TypeError as error:
+        function = getattr(reward, "__name__", type(reward).__name__)
+        raise ValueError(
+            f"reward function {function}: {error}; with {name} TRL calls it with {', '.join(OF_TRL)} and the "
+            f"columns {', '.join(sorted(columns)) or '(none)'}: rename its argument or the column, and add "
+            "**columns for what it does not use"
+        ) from error
 
 
 def check_tokens(model, tokenizer) -> None:

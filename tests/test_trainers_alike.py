@@ -155,6 +155,7 @@ def test_messages_want_a_chat_template_and_texts_do_not(method):
     check([], bare, Dataset.from_list(texts))
     check([], None, Dataset.from_list(messages))  # TRL loads the model's
     check([], SimpleNamespace(chat_template="{{ messages }}"), Dataset.from_list(messages))
-    check([], type("MistralCommonBackend", (SimpleNamespace,), {})(chat_template=None), Dataset.from_list(messages))
+    own = type("Own", (SimpleNamespace,), {"apply_chat_template": None})(chat_template=None)  # as Mistral's
+    check([], own, Dataset.from_list(messages))
     with pytest.raises(ValueError, match="prompts are messages, and processing_class has no chat_template: set it"):
         check([], bare, Dataset.from_list(messages))
