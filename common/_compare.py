@@ -82,6 +82,7 @@ _APART = re.compile(  # "500 m" and "15 m^2" are lengths and areas, "500m" may b
 )
 _CAPITALS = re.compile(r"(?:\\text\{ ?)?([A-Z]{3,}) ?\}?")  # an order of letters: THT is not HTT
 _CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2})(?::(\d\d))? ?(?:\\text\{)? ?([ap])\.? ?m\.?\}?")
+_INEQUALITY = re.compile(r"[<>]|\\(?:[lg]eq|neq|notin)")
 _INFINITE = re.compile(r"[+-]? ?\\infty")
 _MAX_ITEMS = 64  # larger collections are compared by their sorted texts
 _NAME_SUM = re.compile(r"[A-Za-z](?:_\w)?(?: ?[+] ?[A-Za-z](?:_\w)?)+")  # what contests ask for: m+n
@@ -196,17 +197,28 @@ class Comparison:
             p_parts = p_parts[1:]
         return all(self.same(part, g_parts[-1]) for part in p_parts)
 
+    def _by_condition(self, p: str, g: str) -> bool | None:
+        """Two sets of real numbers, at least one of them as a condition: |x|<2 and (-2,2), x<1; x>1 and x \\neq 1."""
+        if not _INEQUALITY.search(p) and not _INEQUALITY.search(g):
+            return None
+        sets = self._as_sets(p, g)
+        same = _sets.same_set(*sets, self.deadline) if sets != (p, g) else None
+        return same or (None if self.policy.rounding else same)
+
+    def _as_sets(self, p: str, g: str) -> tuple[str, str]:
+        """The sets of conditions on the same number; both texts as they are where the numbers differ."""
+        found = [_sets.condition(self._conjunction(x)) or (None, x) for x in (p, g)]
+        (p_name, p_set), (g_name, g_set) = found
+        return (p, g) if p_name and g_name and p_name != g_name else (p_set, g_set)
+
     def _by_union(self, p: str, g: str) -> bool | None:
-        p_open, g_open = map(_notation.alternatives, (p, g))
-        if (p_open, g_open) != (p, g):
-            return self.same(p_open, g_open)
         p_parts, g_parts = split(p, _CUP)[::2], split(g, _CUP)[::2]
         if len(p_parts) == len(g_parts) == 1:
             return None
         p_parts, g_parts = (x if len(x) > 1 else _notation.items_of(x[0])[1] for x in (p_parts, g_parts))
         if len({found[0] for x in (p_parts, g_parts) for part in x if (found := _notation.as_interval(part))}) > 1:
             return False  # x < 1 or y > 2
-        return self._match(p_parts, g_parts) or self._by_value(_notation.as_union(p), _notation.as_union(g))
+        return self._match(p_parts, g_parts) or self._by_value(*self._as_sets(p, g))
 
     def _by_items(self, p: str, g: str) -> bool | None:
         if BUILDER.fullmatch(p) or BUILDER.fullmatch(g):
@@ -274,10 +286,8 @@ class Comparison:
             return self._same_relation(p_parts, g_parts)
         if p_range or g_range:
             return self.same(p_range[1] if p_range else p, g_range[1] if g_range else g)
-        p_set, g_set = _notation.as_set(p), _notation.as_set(g)
-        return (p_set, g_set) != (p, g) and bool(_SET_ALGEBRA.search(p_set) and _SET_ALGEBRA.search(g_set)) and (
-            self._ask_algebra(p_set, g_set)
-        )  # fmt: skip
+        sets = self._as_sets(p, g)
+        return sets != (p, g) and all(map(_SET_ALGEBRA.search, sets)) and self._ask_algebra(*sets)
 
     def _same_relation(self, p_parts: list[str], g_parts: list[str]) -> bool:
         """Equal chains of terms; or one relation, where left minus right is the same up to a constant factor."""
@@ -380,6 +390,7 @@ _STEPS: tuple[tuple[str, Callable[[Comparison, str, str], bool | None]], ...] = 
     ("time", Comparison._by_time),
     ("unit", Comparison._by_unit),
     ("assignment", Comparison._by_name),
+    ("condition", Comparison._by_condition),
     ("union", Comparison._by_union),
     ("collection", Comparison._by_items),
     ("relation", Comparison._by_relation),

@@ -38,8 +38,6 @@ _BASED = re.compile(
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _BASES |= {"twelve": 12, "sixteen": 16}
-_HOLE = re.compile(rf"([A-Za-z]) ?\\neq ?((?:(?!{RELATION.pattern}).)+)")
-_POINT = re.compile(r"([A-Za-z]) ?= ?([^=]+)")
 _DATE = re.compile(r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})|(\d{1,2})([-/.])(\d{1,2})\6(\d{4})")
 _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-df-hj-z](?![A-Za-z])")  # but e and i
 
@@ -124,47 +122,16 @@ def as_interval(text: str) -> tuple[str, str] | None:
     terms, ops = parts[::2], parts[1::2]
     if not ops or len(ops) > 2 or any(op not in FLIP for op in ops):
         return None
-    if ops[0] in (">", "\\geq"):  # small end first
+    turned = ops[0] in (">", "\\geq")
+    if turned:  # small end first
         terms, ops = terms[::-1], [FLIP[op] for op in reversed(ops)]
     if len(ops) == 1:
-        bounded_above = _NAME.fullmatch(terms[0])
-        terms = [r"-\infty", *terms] if bounded_above else [*terms, r"\infty"]
-        ops = ["<", *ops] if bounded_above else [*ops, "<"]
+        is_below = _NAME.fullmatch(terms[0]) and not (turned and _NAME.fullmatch(terms[1]))  # of x>a, the name is x
+        terms = [r"-\infty", *terms] if is_below else [*terms, r"\infty"]
+        ops = ["<", *ops] if is_below else [*ops, "<"]
     if not _NAME.fullmatch(terms[1]) or not {"<", "\\leq"}.issuperset(ops):
         return None
     return key(terms[1]), f"{'(' if ops[0] == '<' else '['}{terms[0]},{terms[2]}{')' if ops[1] == '<' else ']'}"
-
-
-def as_set(text: str) -> str:
-    r"""`\mathbb{R}\setminus \{3\}` from `x \neq 3`, the inside of a set builder; any other text as it is."""
-    if builder := BUILDER.fullmatch(text):
-        text = builder[2]
-    hole = _HOLE.fullmatch(text)
-    return rf"\mathbb{{R}}\setminus \{{{hole[2]}\}}" if hole else text
-
-
-def as_union(text: str) -> str:
-    r"""`(-\infty,1)\cup (2,\infty)` from `x<1, x>2`, `(-\infty,0)\cup \{1\}` from `x<0; x=1`; `(0,4)\setminus \{1\}`
-    from `0<x<4, x \neq 1`; else `as_set`."""
-    builder = BUILDER.fullmatch(text)
-    parts = split(builder[2] if builder else text, COMMA)
-    ranges, holes = [], []
-    for part in parts[::2]:
-        ranges += filter(None, [as_interval(part)])
-        holes += filter(None, [_HOLE.fullmatch(part)])
-    if len(ranges) == 1 and holes and len(ranges + holes) == len(parts[::2]) and ";" not in parts:
-        same = all(hole[1] == ranges[0][0] for hole in holes)
-        return rf"{ranges[0][1]}\setminus \{{{','.join(hole[2] for hole in holes)}\}}" if same else text
-    points = [_POINT.fullmatch(part) for part in parts[::2] if ranges and parts[1::2] == [";"]]
-    ranges += [(point[1], rf"\{{{point[2]}\}}") for point in filter(None, points)]  # x<0 or x=1
-    is_union = not builder and len(ranges) == len(parts[::2]) > 1 and len({name for name, _ in ranges}) == 1
-    return r"\cup ".join(found[1] for found in ranges) if is_union else as_set(text)
-
-
-def alternatives(text: str) -> str:
-    r"""`x<2; x>3` from `\{x | x<2; x>3\}`; any other text as it is."""
-    builder = BUILDER.fullmatch(text)
-    return builder[2] if builder and ";" in builder[2] else text
 
 
 def one_by_one(text: str, other: str) -> str:

@@ -1,4 +1,5 @@
-r"""Whether two sets of real numbers are the same: unions, intersections and differences of intervals and finite sets.
+r"""Whether two sets of real numbers are the same: unions, intersections and differences of intervals and finite sets,
+and conditions on one number, such as `x<1; x>2`.
 
 The endpoints of both sides cut the real line into points and gaps. A set is the collection of those that lie in it, as
 the bits of an integer, so that set algebra is exact. Endpoints are constant formulas (`common._values`).
@@ -9,22 +10,33 @@ from __future__ import annotations
 import re
 from functools import cmp_to_key, reduce
 from itertools import groupby
+from typing import NamedTuple
 
 from common import _values
 from common._formula import Unreadable
-from common._notation import split
+from common._notation import BUILDER, RELATION, as_interval, items_of, split
 from common._units import number
 
 _OPERATOR = re.compile(r"\\(?:cup|cap|setminus)(?![A-Za-z])")
-_REALS = re.compile(r"\\mathbb ?\{? ?R ?\}?")
+_REALS = re.compile(r"\\mathbb ?\{? ?R ?\}?(?: ?[\^_] ?\{? ?([+-]) ?\}?)?")
+_BOUNDS = {None: ("-\\infty", "\\infty"), "+": ("0", "\\infty"), "-": ("-\\infty", "0")}
 _INTERVAL = re.compile(r"([(\[])([^,;]+)[,;]([^,;]+)([)\]])")
 _FINITE = re.compile(r"\\?\{(.+?)\\?\}")
 _NAMED = frozenset(["\\emptyset", *(f"\\mathbb{{{letter}}}" for letter in "NZQRC")])
-_MAX_ENDPOINTS = 64
 _INFINITE = {"\\infty": 1, "-\\infty": -1, "- \\infty": -1}
+_MAX_ENDPOINTS = 64
 
-# (operator, left, right), ("interval", opening, low, high, closing) or ("points", [text, ...])
+_MEMBER = re.compile(r"([A-Za-z]) ?(?:= ?([^=]+)|\\in(?![a-z]) ?(.+))")
+_HOLE = re.compile(rf"([A-Za-z]) ?\\(?:neq ?((?:(?!{RELATION.pattern}).)+)|notin ?\\?\{{(.+?)\\?\}})")
+_JOINT = re.compile(r"[,;]|\\cup(?! ?(?:[(\[{]|\\[{a-z]))")  # x<1 \cup x>2, but not x \in (1,2) \cup (3,4)
+_MAGNITUDE = re.compile(r"\|([A-Za-z])\|")
+
+# ("operation", operators, sets), ("interval", opening, low, high, closing) or ("points", [text, ...])
 _Set = tuple
+
+
+class _Malformed(ValueError):
+    """What is written like a set and is none."""
 
 
 def same_set(p: str, g: str, deadline: float) -> bool | None:
@@ -37,22 +49,105 @@ def same_set(p: str, g: str, deadline: float) -> bool | None:
         left, right = map(line.bits, sets)
     except (Unreadable, _values.TooLarge):
         return None
+    except _Malformed:
+        return False
     return left == right
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Conditions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Term(NamedTuple):
+    """One condition: "range" x<1, "point" x=1, "member" x \\in (0,1), or "hole" x \\neq 1."""
+
+    name: str
+    kind: str
+    values: str
+
+
+def condition(text: str) -> tuple[str, str] | None:
+    r"""`("x", "(-\infty,1)\cup (2,\infty)")` from `x<1; x>2`: the name, and the set of the values that it may take.
+
+    Commas between inequalities mean "or" (`x<1, x>2`), otherwise "and" (`x>0, x \neq 1`), in a set builder always
+    "and". None for any other text, also where both may be meant.
+    """
+    builder = BUILDER.fullmatch(text)
+    parts, joints = _conditions(builder[2] if builder else text)
+    terms = list(map(_term, parts))
+    if None in terms or len(joints) > 1 or len({term.name for term in terms}) > 1:
+        return None
+    kinds = [term.kind for term in terms]
+    inequalities = len(terms) > 1 and set(kinds) == {"range"} and not builder
+    if inequalities or joints - {","}:
+        return None if "hole" in kinds else (terms[0].name, "\\cup ".join(term.values for term in terms))
+    if not builder and (kinds.count("range") > 1 or ("point" in kinds and len(terms) > 1)):
+        return None
+    return terms[0].name, _all_of(terms)
+
+
+def _conditions(text: str) -> tuple[list[str], set[str]]:
+    r"""The parts that stand between commas and the like, and these; `x \neq 1, 2` is one part."""
+    first, *rest = split(text, _JOINT)
+    parts, joints = [first], set()
+    for joint, part in zip(rest[::2], rest[1::2], strict=True):
+        if RELATION.search(part) or not _HOLE.fullmatch(parts[-1]):
+            parts.append(part)
+            joints.add(joint)
+        else:
+            parts[-1] += joint + part
+    return parts, joints
+
+
+def _all_of(terms: list[_Term]) -> str:
+    within = [term.values for term in terms if term.kind != "hole"]
+    holes = ",".join(term.values for term in terms if term.kind == "hole")
+    allowed = "\\cap ".join(within) or "\\mathbb{R}"
+    return rf"{f'({allowed})' if len(within) > 1 else allowed}\setminus \{{{holes}\}}" if holes else allowed
+
+
+def _term(text: str) -> _Term | None:
+    if hole := _HOLE.fullmatch(text):
+        return _Term(hole[1], "hole", ",".join(items_of(hole[2] or hole[3])[1]))
+    if member := _MEMBER.fullmatch(text):
+        name, point, values = member.groups()
+        return (
+            _Term(name, "member", values) if values else _Term(name, "point", rf"\{{{','.join(items_of(point)[1])}\}}")
+        )
+    name, interval = as_interval(text) or (None, "")
+    bounds, magnitude = _INTERVAL.fullmatch(interval), _MAGNITUDE.fullmatch(name or "")
+    if not bounds:
+        return None
+    return (
+        _Term(magnitude[1], "range", _of_either_sign(*bounds.groups()))
+        if magnitude
+        else _Term(name, "range", interval)
+    )
+
+
+def _of_either_sign(opening: str, low: str, high: str, closing: str) -> str:
+    """The numbers whose magnitude lies in an interval."""
+    inside = rf"{'[' if closing == ']' else '('}-({high}),{high}{closing}"
+    outside = rf"((-\infty,-({low}){']' if opening == '[' else ')'}\cup {opening}{low},\infty))"
+    if low in _INFINITE or high in _INFINITE:
+        return inside if low in _INFINITE else outside
+    return rf"({outside}\cap {inside})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def _parse(text: str) -> _Set:
-    parts = split(text, _OPERATOR)
-    operators = set(parts[1::2])
-    if len(operators) > 1:
-        raise Unreadable("operators without parentheses")
-    if not operators:
-        return _atom(parts[0])
-    return reduce(lambda left, right: (parts[1], left, right), map(_parse, parts[::2]))
+    first, *rest = split(text, _OPERATOR)
+    return ("operation", rest[::2], list(map(_parse, [first, *rest[1::2]]))) if rest else _atom(first)
 
 
 def _atom(text: str) -> _Set:
-    if _REALS.fullmatch(text):
-        return "interval", "(", "-\\infty", "\\infty", ")"
+    if reals := _REALS.fullmatch(text):
+        return "interval", "(", *_BOUNDS[reals[1]], ")"
     if found := _INTERVAL.fullmatch(text):
         opening, low, high, closing = found.groups()
         return "interval", opening, low.strip(), high.strip(), closing
@@ -62,6 +157,8 @@ def _atom(text: str) -> _Set:
         return "points", []
     if text[:1] == "(" and text[-1:] == ")" and _OPERATOR.search(text):
         return _parse(text[1:-1])
+    if number(text) is not None:
+        raise _Malformed("a number is no set")
     raise Unreadable(text)
 
 
@@ -70,7 +167,7 @@ def _endpoints(tree: _Set) -> list[str]:
         return [text for text in (tree[2], tree[3]) if text not in _INFINITE]
     if tree[0] == "points":
         return tree[1]
-    return _endpoints(tree[1]) + _endpoints(tree[2])
+    return [text for part in tree[2] for text in _endpoints(part)]
 
 
 class _Line:
@@ -80,7 +177,8 @@ class _Line:
         texts = list(dict.fromkeys(texts))
         if len(texts) > _MAX_ENDPOINTS:
             raise Unreadable("too many endpoints")
-        by_value = cmp_to_key(lambda a, b: _values.order(a, b, deadline))
+        exact = {text: number(text) for text in texts}
+        by_value = cmp_to_key(lambda a, b: _values.order(a, b, deadline)) if None in exact.values() else exact.get
         equal = groupby(sorted(texts, key=by_value), key=by_value)
         self.place = {text: 2 * i + 1 for i, (_, group) in enumerate(equal) for text in group}
         self.last = max(self.place.values(), default=-1) + 1
@@ -90,19 +188,34 @@ class _Line:
             return reduce(lambda bits, text: bits | 1 << self.place[text], tree[1], 0)
         if tree[0] == "interval":
             return self._interval(*tree[1:])
-        left, right = self.bits(tree[1]), self.bits(tree[2])
-        return {"\\cup": left | right, "\\cap": left & right, "\\setminus": left & ~right}[tree[0]]
+        return _combined(tree[1], list(map(self.bits, tree[2])))
 
     def _interval(self, opening: str, low: str, high: str, closing: str) -> int:
         if _INFINITE.get(low) == 1 or _INFINITE.get(high) == -1:
-            raise Unreadable("infinity at the wrong end")
+            raise _Malformed("infinity at the wrong end")
         first = 0 if low in _INFINITE else self.place[low] + (opening == "(")
         last = self.last if high in _INFINITE else self.place[high] - (closing == ")")
         if first > last:
-            raise Unreadable("an empty interval")
+            raise _Malformed("an empty interval")
         beyond = (low in _INFINITE and opening == "[") | (high in _INFINITE and closing == "]") << 1
         return self._between(first, last) | beyond << self.last + 1  # [0, \\infty] is not [0, \\infty)
 
     @staticmethod
     def _between(first: int, last: int) -> int:
         return (1 << last + 1) - (1 << first)
+
+
+def _combined(operators: list[str], sets: list[int]) -> int:
+    """From the left. Different operators without parentheses have to give the same from the right."""
+    first, *rest = sets
+    result = reduce(lambda left, step: _apply(step[0], left, step[1]), zip(operators, rest, strict=True), first)
+    if len(set(operators)) > 1:
+        *rest, last = sets
+        steps = zip(reversed(operators), reversed(rest), strict=True)
+        if result != reduce(lambda right, step: _apply(step[0], step[1], right), steps, last):
+            raise _Malformed("operators without parentheses")
+    return result
+
+
+def _apply(operator: str, left: int, right: int) -> int:
+    return {"\\cup": left | right, "\\cap": left & right, "\\setminus": left & ~right}[operator]

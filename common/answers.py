@@ -8,7 +8,8 @@ Policy, in one place (the tests hold a table of it):
   one list.
 * Value decides, not spelling: 0.5 = 1/2, 1{,}000 = 1000, sqrt(8) = 2 sqrt(2). Decimals are exact: 0.333 is not 1/3.
 * Order is free in sets and lists ("2 or 3"), not in tuples. Bracket kinds must match. Variable names must match.
-  "x = 1, y = 2" is the pair (1, 2). "x > 1 and x < 4" is the interval (1, 4); with "or" it is a union.
+  "x = 1, y = 2" is the pair (1, 2). "x > 1 and x < 4" is the interval (1, 4), with "or" a union; |x| < 2 is (-2, 2).
+  Conditions are on real numbers, R^+ is (0, infinity).
 * A unit, currency or degree sign may be missing on one side; two of them must agree (5 km is 5000 m, never 5 cm).
   A percent sign is such a unit: 50% equals 50 and 50 percent, never 0.5. "7 feet 6 inches" is 90 inches.
 * Times, dates and words are compared as such, words without case, punctuation and an article. "four" alone is 4.
