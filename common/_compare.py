@@ -82,7 +82,6 @@ _APART = re.compile(  # "500 m" and "15 m^2" are lengths and areas, "500m" may b
 )
 _CAPITALS = re.compile(r"(?:\\text\{ ?)?([A-Z]{3,}) ?\}?")  # an order of letters: THT is not HTT
 _CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2})(?::(\d\d))? ?(?:\\text\{)? ?([ap])\.? ?m\.?\}?")
-_INEQUALITY = re.compile(r"[<>]|\\(?:[lg]eq|neq|notin)")
 _INFINITE = re.compile(r"[+-]? ?\\infty")
 _MAX_ITEMS = 64  # larger collections are compared by their sorted texts
 _NAME_SUM = re.compile(r"[A-Za-z](?:_\w)?(?: ?[+] ?[A-Za-z](?:_\w)?)+")  # what contests ask for: m+n
@@ -112,7 +111,9 @@ class Comparison:
             raise TimeoutError
         p, g = bare(_notation.exact_side(p)), bare(_notation.exact_side(g))
         self.depth += 1
-        for kind, step in _STEPS:
+        for kind, step, needs in _STEPS:
+            if needs and not (needs.search(p) or needs.search(g)):
+                continue
             self.rule = kind
             result = step(self, p, g)
             if result is not None:
@@ -199,8 +200,6 @@ class Comparison:
 
     def _by_condition(self, p: str, g: str) -> bool | None:
         """Two sets of real numbers, at least one of them as a condition: |x|<2 and (-2,2), x<1; x>1 and x \\neq 1."""
-        if not _INEQUALITY.search(p) and not _INEQUALITY.search(g):
-            return None
         sets = self._as_sets(p, g)
         same = _sets.same_set(*sets, self.deadline) if sets != (p, g) else None
         return same or (None if self.policy.rounding else same)
@@ -384,21 +383,27 @@ class Comparison:
         return result is True
 
 
-_STEPS: tuple[tuple[str, Callable[[Comparison, str, str], bool | None]], ...] = (
-    ("text", Comparison._by_text),
-    ("number", Comparison._by_number),
-    ("time", Comparison._by_time),
-    ("unit", Comparison._by_unit),
-    ("assignment", Comparison._by_name),
-    ("condition", Comparison._by_condition),
-    ("union", Comparison._by_union),
-    ("collection", Comparison._by_items),
-    ("relation", Comparison._by_relation),
-    ("brackets", Comparison._by_brackets),
-    ("matrix", Comparison._by_matrix),
-    ("ratio", Comparison._by_ratio),
-    ("words", Comparison._by_words),
-    ("value", Comparison._by_value),
+class _Step(NamedTuple):
+    kind: str
+    compared: Callable[[Comparison, str, str], bool | None]
+    needs: re.Pattern[str] | None = None  # found in one of the two texts at least, else the step has nothing to say
+
+
+_STEPS = (
+    _Step("text", Comparison._by_text),
+    _Step("number", Comparison._by_number),
+    _Step("time", Comparison._by_time),
+    _Step("unit", Comparison._by_unit),
+    _Step("assignment", Comparison._by_name, RELATION),
+    _Step("condition", Comparison._by_condition, re.compile(r"[<>]|\\(?:[lg]eq|neq|notin)")),
+    _Step("union", Comparison._by_union, _CUP),
+    _Step("collection", Comparison._by_items, re.compile(r"[,;]|\\(?:\{|[pm][pm])")),
+    _Step("relation", Comparison._by_relation, RELATION),
+    _Step("brackets", Comparison._by_brackets, re.compile(r"[(\[]")),
+    _Step("matrix", Comparison._by_matrix, re.compile(r"\\begin")),
+    _Step("ratio", Comparison._by_ratio, _COLON),
+    _Step("words", Comparison._by_words),
+    _Step("value", Comparison._by_value),
 )
 
 
