@@ -68,13 +68,14 @@ _ABOVE = ("overline", "vec", "hat", "bar", "overrightarrow")  # a decorated name
 
 def _tokens(text: str) -> list[tuple[str, str]]:
     tokens, position = [], 0
-    while position < len(text):
-        found = _TOKEN.match(text, position)
-        if not found:
-            raise Unreadable(text[position])
+    for found in _TOKEN.finditer(text):
+        if found.start() > position:
+            break
         if found.lastgroup:
             tokens.append((found.lastgroup, found[found.lastgroup]))
         position = found.end()
+    if position < len(text):
+        raise Unreadable(text[position])
     if len(tokens) > _MAX_TOKENS:
         raise Unreadable("too long")
     return [*tokens, ("end", "")]

@@ -347,6 +347,13 @@ def within_limits(text: str) -> bool:
         return False
     text = text.replace(" ", "")
     text = _UPPER_BOUND.sub(r"\1", text) if "\\sum" in text or "\\prod" in text else text  # no exponent
+    if (len(text) > _MAX_DEPTH or text.count("^") > 2) and not _is_shallow(text):
+        return False
+    return not _EXPLOSIVE.search(_EXPONENT.sub(r"^\1 ", text) if "^{" in text else text)
+
+
+def _is_shallow(text: str) -> bool:
+    """Whether few brackets are open at once, and no more than two of them are exponents."""
     raised: list[bool] = []  # for each open bracket: is it an exponent?
     for bracket in BRACKET.finditer(text):
         if bracket[0] in OPENING:
@@ -355,4 +362,4 @@ def within_limits(text: str) -> bool:
                 return False
         elif raised:
             raised.pop()
-    return not _EXPLOSIVE.search(_EXPONENT.sub(r"^\1 ", text) if "^{" in text else text)
+    return True

@@ -12,7 +12,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
@@ -162,24 +162,10 @@ class _Point:
         self._known: dict[tuple, Any] = {}  # values of functions, for the other formula often has them too
         self._terms = 0
 
-    def exact(self, node: Node) -> Fraction:
-        """The value as a fraction. Raises `_Irrational`, `_Undefined` or `TooLarge`."""
-        if node.op == "number":
-            return node.args[0]
-        if node.op == "name":
-            return self.at[node.args[0]]
-        if node.op == "term":
-            return _term(node.args[0], *map(self.exact, node.args[1:]))
-        if node.op in _SERIES:
-            return self._series(node, self.exact, self._exactly)
-        if node.op not in _EXACT:
-            raise _Irrational
-        return self._exactly(node.op, map(self.exact, node.args))
-
-    def _series(self, node: Node, value: Callable[[Node], Any], combined: Callable[[str, tuple], Any]):
-        """The sum or product of the `value` of its terms. A bound that is not whole, or far below: undefined."""
+    def _series(self, node: Node):
+        """The sum or product of its terms. A bound that is not whole, or far below: undefined."""
         variable, *bounds, body = node.args
-        lower, upper = map(value, bounds)
+        lower, upper = map(self.value, bounds)
         if not (isinstance(lower, Fraction) and isinstance(upper, Fraction) and lower.denominator == 1):
             raise _Undefined
         if upper.denominator != 1 or upper < lower - 1:
@@ -192,12 +178,12 @@ class _Point:
         try:
             for k in range(int(lower), int(upper) + 1):
                 self.at = outside | {variable: Fraction(k)}
-                result = combined(op, (result, value(body)))
+                result = self._combined(op, (result, self.value(body)))
         finally:
             self.at = outside
         return result
 
-    def _exactly(self, op: str, values: Iterable[Fraction]) -> Fraction:
+    def _exactly(self, op: str, values: tuple[Fraction, ...]) -> Fraction:
         if time.monotonic() > self.deadline:
             raise TimeoutError
         value = _EXACT[op](*values)
@@ -213,11 +199,10 @@ class _Point:
         self._known.clear()
 
     def value(self, node: Node):
-        """The value to the digits set, real or complex. Raises `_Undefined` or `TooLarge`."""
-        return self._real(self._mixed(node))
+        """The value: a fraction where every step to it is exact, else a real or complex number of mpmath.
 
-    def _mixed(self, node: Node):
-        """The value as a fraction where every step to it is exact, else as a number of mpmath."""
+        Raises `_Undefined` or `TooLarge`.
+        """
         if node.op == "number":
             return node.args[0]
         if node.op == "name":
@@ -225,10 +210,10 @@ class _Point:
         if node.op == "constant":
             return _CONSTANTS[node.args[0]](self.mp)
         if node.op == "term":
-            return _term(node.args[0], *map(self.exact, node.args[1:]))
+            return _term(node.args[0], *map(self.value, node.args[1:]))
         if node.op in _SERIES:
-            return self._series(node, self._mixed, self._combined)
-        return self._combined(node.op, tuple(map(self._mixed, node.args)))
+            return self._series(node)
+        return self._combined(node.op, tuple(map(self.value, node.args)))
 
     def _combined(self, op: str, values: tuple):
         if op in _EXACT and all(isinstance(value, Fraction) for value in values):
@@ -251,7 +236,7 @@ class _Point:
             raise _Undefined
         return value
 
-    def _real(self, value):
+    def rounded(self, value):
         """`number`, and remembers how large it is."""
         if not isinstance(value, Fraction):
             return value
@@ -268,8 +253,8 @@ class _Point:
         if op == "root":
             base, degree = values
             exact = isinstance(degree, Fraction)
-            return self._power(base, _quotient(Fraction(1), degree) if exact else self._real(Fraction(1)) / degree)
-        values = [self._real(value) for value in values]
+            return self._power(base, _quotient(Fraction(1), degree) if exact else self.rounded(Fraction(1)) / degree)
+        values = [self.rounded(value) for value in values]
         if op in _ARITHMETIC:
             return _ARITHMETIC[op](self.mp, *values)
         if op == "exp":
@@ -291,8 +276,8 @@ class _Point:
             raise TooLarge
 
     def _power(self, base, exponent):
-        base, exact = self._real(base), exponent
-        exponent = self._real(exact)
+        base, exact = self.rounded(base), exponent
+        exponent = self.rounded(exact)
         is_odd_root = isinstance(exact, Fraction) and exact.denominator % 2 and exact.denominator > 1
         if is_odd_root and self.mp.im(base) == 0 and self.mp.re(base) < 0:
             return (-1) ** exact.numerator * self._bounded_power(-base, exponent)  # the real root
@@ -304,7 +289,9 @@ class _Point:
             if self.mp.re(exponent) <= noise:
                 raise _Undefined
             return self.mp.mpf(0)
-        size = abs(exponent * self.mp.log(base)) / 2.302585
+        size = 0.302 * abs(exponent) * (abs(self.mp.mag(base)) + 6)  # in digits, an upper bound; with i, too
+        if size > 10:  # where `spread` counts
+            size = abs(exponent * self.mp.log(base)) / 2.302585
         if size > _MAX_PRECISION:
             raise TooLarge
         self.spread = max(self.spread, float(size))
@@ -416,15 +403,14 @@ class _Pair:
 
     def values(self, point: _Point) -> tuple:
         """Both values at a point: two fractions, or two numbers to enough digits to tell them apart."""
-        try:
-            return tuple(map(point.exact, self.nodes))
-        except _Irrational:
-            pass
         point.set_digits(self.digits + 20)
         values = tuple(map(point.value, self.nodes))
+        if all(isinstance(value, Fraction) for value in values):
+            return values
+        values = tuple(map(point.rounded, values))
         if point.spread > 10:
             point.set_digits(int(self.digits + 2 * point.spread))
-            values = tuple(map(point.value, self.nodes))
+            values = tuple(map(point.rounded, map(point.value, self.nodes)))
         return values
 
     def compared(self, test: Callable) -> int:
