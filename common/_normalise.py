@@ -151,7 +151,7 @@ _LATEX_RULES = _Rules(  # only where there is a backslash
     ("euro", r"\\(?:euro|texteuro)" + _A, "€"),
     (r"\cr|\\", r"\\cr" + _A + r"|\\\\ ?\[[^][{}]*\]", r"\\\\"),
     ("\\", _O + r"\\[,;:> ]|\\(?:q?quad|thinspace|enspace)" + _A + r"|\\[hv]space\*?\{[^{}]*\}", " "),
-    ("\\", _O + r"(?:\\[()\[\]!])", ""),
+    (r"\(|\)|\[|\]|\!", _O + r"(?:\\[()\[\]!])", ""),
     (
         "phantom|tag|label|color",
         r"\\[hv]?phantom ?\{[^{}]*\}|\\(?:tag\*?|label) ?\{[^{}]*\}|\\(?:text)?color(?:box)? ?\{[^{}]*\}",
@@ -245,8 +245,8 @@ _PLAIN_RULES = _Rules(
     ("oint", r"^(?:\\text\{ ?)?(?i:(?:the )?points?) ?\}? ?(?=[A-Z]? ?\()", ""),
     ("for |forall", _FOR_EVERY, ""),
     (" ", r"^(?i:(?:\\text\{)?(?:all|the) (?:real numbers|reals))[}. ]*$", r"\\mathbb{R}"),
-    (" ", r"^(?i:negative +infinity) ?$", r"-\\infty "),
-    ("", r"^(?i:(?:positive +)? ?infinity) ?$", r"\\infty "),
+    ("y|Y", r"^(?i:negative +infinity) ?$", r"-\\infty "),
+    ("y|Y", r"^(?i:(?:positive +)? ?infinity) ?$", r"\\infty "),
     (" ", r"^(?i:(?:\\text\{)?(?:the )?(?:empty|null) set)[}. ]*$", r"\\emptyset "),
     ("$", r"^(-?) ?\$ ?(?=\.?\d[^$]*$)", r"\1¤"),  # and not the two around a formula
     ("$", r"\$", ""),
