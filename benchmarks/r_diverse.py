@@ -2,8 +2,9 @@
 
     python -m benchmarks.r_diverse --config r_diverse/configs/tiny.yaml
 
-Reads what `r_diverse.loop` wrote for all variants and seeds, and nothing else; a cell without a run stays empty.
-Writes `report.md` and `figures/` into `runs/r_diverse/<experiment>/`.
+Reads what `r_diverse.loop` wrote for all variants and seeds, and nothing else. The paper's table is there where a
+cell of ours can be filled; a cell without a run stays empty. Writes `report.md` and `figures/` into
+`runs/r_diverse/<experiment>/`.
 """
 
 import itertools
@@ -88,21 +89,34 @@ SERIES = {
     "accuracy": "Solver's accuracy",
     "math_avg": "Math AVG, percent",
     "overall_avg": "Overall AVG, percent",
-    "intra_repetition": "repeated within the iteration",
-    "cross_repetition": "repeated from earlier ones",
-    "duplicate_ratio": "same wording as an earlier one",
+    "intra_repetition": "share repeated in the iteration",
+    "cross_repetition": "share repeated from earlier ones",
+    "duplicate_ratio": "share worded as an earlier one",
     "effective_clusters": "effective number of skill clusters",
-    "label_accuracy": "right labels",
+    "label_accuracy": "share of right labels",
     "usable": "usable questions",
     "bank": "questions in memory",
-    "entropy": "Challenger's entropy (nats)",
+    "entropy": "Challenger's entropy, nats",
 }
 REWARD = {
-    "challenger/uncertainty": "uncertainty",
-    "challenger/repetition": "repetition penalty",
-    "challenger/memory": "memory penalty",
-    "challenger/valid": "valid outputs",
+    "challenger/uncertainty": "uncertainty R_unc",
+    "challenger/repetition": "repetition penalty P_rep",
+    "challenger/memory": "memory penalty P_MAP",
+    "challenger/valid": "share of valid outputs",
 }
+
+NOT_THE_PAPER = (
+    "No benchmark of the paper was evaluated in this experiment, so these results do not reproduce it. Once one is, "
+    "the paper's Tables 1 and 2 and Fig. 3 appear here with our numbers beside them."
+)
+MEANING = (
+    "*Accuracy*: the Solver's after the iteration. *Label accuracy*: share of right labels, where it can be known. "
+    "*Usable*: questions that passed all checks. *Bank*: questions in the memory. *Intra* and *cross repetition*: "
+    "share of the questions with a near twin in skill space (cosine of 0.9 or more), in the same iteration and in "
+    "earlier ones. *Duplicate ratio*: share worded as an earlier one. *Effective clusters*: exp of the entropy of the "
+    "skill clusters' shares. Means over the Challenger's training: *uncertainty* R_unc, *repetition* P_rep, *memory* "
+    "P_MAP, and *valid*, the share of outputs in the asked form."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,15 +141,15 @@ def report(argv: list[str]) -> str:
         raise ValueError(f"{folder} holds no run with a finished iteration: run r_diverse.loop first")
     histories = {key: history(path) for key, path in runs.items()}
     drawn = figures(folder / "figures", runs, histories)
+    paper = beside_paper(run.experiment, runs)
     parts = [
-        f"# {run.experiment}: self-play by iteration",
+        f"# R-Diverse, experiment {run.experiment}",
+        "" if paper else NOT_THE_PAPER,
         iteration_table(histories),
+        MEANING,
         differences(runs),
-        "## Beside the paper's Tables 1 and 2 and Fig. 3",
-        "In percent. *Ours*: the first seed by rules, its difference from the paper's, its 95 % interval over "
-        "questions; n is the number of questions where it is not the full set. *Judge*: by a model's verdicts, never "
-        "mixed with the rules'; the paper's numbers have R-Zero's re-check by GPT-4o. An empty cell was not run.",
-        paper_table(run.experiment, runs),
+        paper,
+        "## Figures",
         "\n".join(f"![{path.stem}](figures/{path.name})" for path in drawn),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -291,8 +305,21 @@ def _metrics(evaluation: Path, suffix: str) -> dict[str, dict[str, Any]]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
+def beside_paper(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
+    """The paper's tables with ours beside them, if a cell of ours is filled."""
+    table = paper_table(experiment, runs)
+    heading = "## Beside the paper's Tables 1 and 2 and Fig. 3"
+    note = (
+        "In percent. *Ours*: the first seed by rules, its difference from the paper's, its 95 % interval over "
+        "questions; n is the number of questions where it is not the full set. *Judge*: by a model's verdicts, never "
+        "mixed with the rules'; the paper's numbers have R-Zero's re-check by GPT-4o. An empty cell was not run."
+    )
+    return "\n\n".join([heading, note, table]) if table else ""
+
+
 def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
-    """The paper's rows, each with ours below it: by variant and iteration, then by a judge, then over all seeds.
+    """The paper's rows, each with ours below it: by variant and iteration, then by a judge, then over all seeds; empty
+    where no cell of ours is filled.
 
     Of an experiment that the paper does not have, its full rows for Qwen3-4B are there without a difference.
     """
@@ -314,6 +341,8 @@ def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
         if len(folders) > 1:
             seeds = zip(*(estimates(folder) for folder in folders), strict=True)
             rows.append([f"ours, {len(folders)} seeds: {label}", *(_seeds_cell(values) for values in seeds)])
+    if not any(cell for row in rows if row[0].startswith("ours") for cell in row[1:]):
+        return ""
     return plots.table_markdown(rows, ["run", *COLUMNS])
 
 
@@ -396,7 +425,7 @@ def skill_map(run: Path, path: Path, title: str) -> Path:
         ax.margins(0.15)  # large points stand at the border, too
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("principal axis 2")
-    text = f"{title}: skills of the usable questions (area: how many)"
+    text = f"{title}: skills of usable questions with a program (area: how many)"
     figure.suptitle("\n".join(textwrap.wrap(text, 42 * len(vectors))), fontsize=10)  # one panel is narrow
     return plots.save(figure, path)
 

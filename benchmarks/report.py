@@ -58,8 +58,9 @@ pre { background: #f4f4f4; padding: .7em; font-size: .8125rem; overflow-wrap: no
 .figure span { font-size: .875rem; color: #444; }
 """
 READING = (
-    "Accuracies are between 0 and 1, beside a paper's in percent. Each experiment has tables and figures, its runs, "
-    "the records behind the numbers, and the commands that make the runs again."
+    "Accuracies are between 0 and 1. A paper's tables, in percent, are there where one of its benchmarks was "
+    "evaluated. Each experiment has tables and figures, its runs, the records behind the numbers, and the commands "
+    "that make the runs again."
 )
 PAGE = """<!doctype html>
 <html lang="en">
@@ -336,7 +337,10 @@ class ExperimentPage:
 
     def sections(self) -> list[str]:
         records = "Each number links to its scored records; samples.jsonl is beside them. Intervals are 95 %."
-        commands = "Settings are read from the run folder; `--out again` leaves the run that is there untouched."
+        commands = (
+            "Settings are read from the run folder; `--out again` leaves the run that is there untouched. How a "
+            "training was sharded over several GPUs is not recorded."
+        )
         return [
             f"### {text(self.heading())}",
             self.tables(),
@@ -380,7 +384,7 @@ class ExperimentPage:
     def _config(self) -> Path:
         """Settings of the experiment: those of its first trained run."""
         for run in self.runs:
-            if run.manifest and (run.path / "config.yaml").is_file():
+            if (run.path / "config.yaml").is_file():
                 return run.path / "config.yaml"
         raise ValueError("no run has a config.yaml: only models before training are evaluated")
 
@@ -423,23 +427,29 @@ class ExperimentPage:
     def commands(self) -> list[str]:
         lines = []
         for run in self.runs:
-            config, variant = run.path / "config.yaml", run.path.name.rpartition("-seed")[0] or run.path.name
-            if run.manifest is None:
-                seed = ["--seed", run.path.name.rpartition("-seed")[2]] if "-seed" in run.path.name else []
-                trained = (r.path for r in self.runs if r.manifest and r.path.parent == run.path.parent)
-                settings = next(trained, run.path) / "config.yaml"
-                words = ["python", "-m", f"{self.key}.evaluate", variant, "--config", str(settings), *seed]
-                lines += [f"# {one_line(self._place(run))}", shlex.join([*words, "--out", "again"])]
-                continue
-            lines.append(f"# {one_line(self._place(run))}, started as: {one_line(run.manifest['command'])}")
-            gpus = len(run.manifest["hardware"].get("gpus") or ())
-            for command in self.method.commands:
-                words = [*_launch(command, gpus), *command.split(), "--config", str(config), "--out", "again"]
-                if self.key == "r_diverse":
-                    words += ["--iterations", str(r_diverse.finished_iterations(run.path) or 1)]
-                    words += ["--gpus", str(gpus)] if gpus else []
-                lines.append(shlex.join(words))
+            lines += self._training_again(run) if run.manifest else self._evaluation_again(run)
         return [printable(line) for line in lines]
+
+    def _training_again(self, run: Run) -> list[str]:
+        lines = [f"# {one_line(self._place(run))}, started as: {one_line(run.manifest['command'])}"]
+        gpus = len(run.manifest["hardware"].get("gpus") or ())
+        config = str(run.path / "config.yaml")
+        for command in self.method.commands:
+            words = [*_launch(command, gpus), *command.split(), "--config", config, "--out", "again"]
+            if self.key == "r_diverse":
+                words += ["--iterations", str(r_diverse.finished_iterations(run.path) or 1)]
+            lines.append(shlex.join(words))
+        return lines
+
+    def _evaluation_again(self, run: Run) -> list[str]:
+        """Of a model that was not trained, with the settings of a run of the same data."""
+        variant, _, seed = run.path.name.partition("-seed")
+        beside = (r.path for r in self.runs if r.manifest and r.path.parent == run.path.parent)
+        if (trained := next(beside, None)) is None:
+            return [f"# {one_line(self._place(run))}: no trained run that has its settings is beside it"]
+        words = ["python", "-m", f"{self.key}.evaluate", variant, "--config", str(trained / "config.yaml")]
+        words += ["--seed", seed] if seed else []
+        return [f"# {one_line(self._place(run))}", shlex.join([*words, "--out", "again"])]
 
     def _place(self, run: Run) -> str:
         """Name of a run within its experiment; SRPO's is below its data set."""

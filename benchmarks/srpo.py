@@ -2,8 +2,9 @@
 
     python -m benchmarks.srpo --config srpo/configs/tiny.yaml
 
-Reads what `srpo.train` and `srpo.evaluate` wrote for all data sets and seeds, and nothing else; a cell without a run
-stays empty. Writes `report.md` and `figures/` into `runs/srpo/<experiment>/`.
+Reads what `srpo.train` and `srpo.evaluate` wrote for all data sets and seeds, and nothing else. The paper's table is
+there where a cell of ours can be filled; a cell without a run stays empty. Writes `report.md` and `figures/` into
+`runs/srpo/<experiment>/`.
 """
 
 import glob
@@ -84,6 +85,11 @@ CURVES = {
     "step_time": "seconds per step",
 }
 
+NOT_THE_PAPER = (
+    "None of the paper's five data sets was evaluated in this experiment, so these results do not reproduce it. Once "
+    "one is, the paper's Table 1 appears here with our numbers beside it."
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     return run_main("benchmarks.srpo", _main, argv)
@@ -108,28 +114,21 @@ def report(args: ScriptArguments) -> str:
             f"{where} holds no evaluated run of {args.experiment}: run srpo.train and srpo.evaluate first"
         )
     folder = report_folder(args)
-    parts = [f"# SRPO, experiment {args.experiment}"]
+    paper = beside_paper(args.experiment, runs)
+    parts = [f"# SRPO, experiment {args.experiment}", "" if paper else NOT_THE_PAPER]
     for dataset in sorted({dataset for dataset, _, _ in runs}):
         mine = {(name, seed): run for (d, name, seed), run in runs.items() if d == dataset}
         drawn = figures(folder / "figures", dataset, mine)
         parts += [
             f"## {dataset}",
-            f"{decodings(mine, dataset)} *Best* is chosen on the test problems, as in the paper, and optimistic; the "
-            "interval is 95 % over problems, of the last checkpoint.",
+            f"{decodings(mine, dataset)} *Best*, *mean* and *last* are of a run's checkpoints; the best is chosen on "
+            "the test problems, as in the paper, and optimistic. The interval is 95 % over problems.",
             accuracy_table(mine),
             differences(mine),
             letter_table(mine),
             "\n".join(f"![{path.stem}](figures/{path.name})" for path in drawn),
         ]
-    parts += [
-        f"## The paper's Table 1, {PAPER_MODELS[paper_experiment(args.experiment)]}",
-        "Best avg@16 in percent within 1 / 5 / 10 hours of training. *Ours*: the first seed, its difference from the "
-        "paper's, where the experiment is the paper's, and its 95 % interval over problems; *ended at* where the "
-        "training was shorter than the budget. An empty cell was not run.",
-        paper_table(args.experiment, runs),
-        seconds_table(args.experiment, runs),
-    ]
-    text = "\n\n".join(part for part in parts if part) + "\n"
+    text = "\n\n".join(part for part in [*parts, paper] if part) + "\n"
     atomic_write_text(folder / "report.md", text)
     return text
 
@@ -263,14 +262,28 @@ def differences(runs: dict[tuple[str, str], Path]) -> str:
     )
 
 
+def beside_paper(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
+    """The paper's tables with ours beside them, if a cell of ours is filled."""
+    tables = [table for table in (paper_table(experiment, runs), seconds_table(experiment, runs)) if table]
+    heading = f"## The paper's Table 1, {PAPER_MODELS[paper_experiment(experiment)]}"
+    note = (
+        "Best avg@16 in percent within 1 / 5 / 10 hours of training. *Ours*: the first seed, its difference from the "
+        "paper's, where the experiment is the paper's, and its 95 % interval over problems; *ended at* where the "
+        "training was shorter than the budget. An empty cell was not run."
+    )
+    return "\n\n".join([heading, note, *tables]) if tables else ""
+
+
 def paper_experiment(experiment: str) -> str:
     """The experiment of the paper that stands beside ours: the same, or for one that the paper has not the 8B's."""
     return experiment if experiment in PAPER else "qwen3_8b"
 
 
 def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
-    """The paper's numbers with ours beside them: best within 1 / 5 / 10 hours, first seed. Differences only for an
-    experiment of the paper, since another one is of another model or other settings."""
+    """The paper's numbers with ours beside them: best within 1 / 5 / 10 hours, first seed; empty if all of ours are.
+
+    Differences only for an experiment of the paper, since another one is of another model or other settings.
+    """
     rows = []
     for name, values in PAPER[paper_experiment(experiment)].items():
         points = {dataset: curve(run)["curve"] for dataset, run in _by_dataset(runs, name).items()}
@@ -280,6 +293,8 @@ def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
             found = [points[source] for source in sources if source in points]
             cells += [value, _ours(found, value, experiment in PAPER) if len(found) == len(sources) else ""]
         rows.append([NAMES[name], *cells])
+    if not any(cell for row in rows for cell in row[2::2]):
+        return ""
     return plots.table_markdown(rows, ["method", *(head for d in (*DATASETS, "average") for head in (d, "ours"))])
 
 

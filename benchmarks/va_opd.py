@@ -2,8 +2,8 @@
 
     python -m benchmarks.va_opd --config va_opd/configs/tiny.yaml
 
-Reads what `va_opd.train` and `va_opd.evaluate` wrote and nothing else; a cell without a run stays empty. Writes
-`report.md` and `figures/` into the experiment's folder.
+Reads what `va_opd.train` and `va_opd.evaluate` wrote and nothing else. The paper's tables are there where a cell of
+ours can be filled; a cell without a run stays empty. Writes `report.md` and `figures/` into the experiment's folder.
 """
 
 import json
@@ -66,6 +66,14 @@ NAMES = {
     "va_opd": "VA-OPD",
     "teacher": "Teacher",
 }
+NOT_THE_PAPER = (
+    "No benchmark of the paper was evaluated in this experiment, so these results do not reproduce it. Once one is, "
+    "the paper's Tables 1 and 2 appear here with our numbers beside them."
+)
+MEANING = (
+    "VA (visual advantage) of a token: what the true image adds to the teacher's log-probability of it over the "
+    "pixelated image, in nats, and 0 where it adds nothing."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,20 +108,15 @@ def report(args: ScriptArguments, seed: int) -> str:
     results = vision_results(folder, seed)
     parts = [
         f"# VA-OPD, experiment {args.experiment}, seed {seed}",
+        "" if results else NOT_THE_PAPER,
         f"{problems} held-out problems, {decoding_line(runs, args)}; intervals are 95 %, clustered by problem.",
         selection_line(last),
         measured_table(scores, rollouts, last),
+        MEANING,
         difference_line(scores, last),
         hours_line(hours),
         seeds_table(folder, args),
-        "## The paper's Table 1 (8B -> 2B, Geometry3K)",
-        "*Ours*: the rule-based score in percent, its difference from the paper's, where the experiment is the "
-        "paper's, its 95 % interval; n is the number of questions where it is not the full set. An empty cell was not "
-        "run.",
-        paper_table(args.experiment, results),
-        vision_differences(folder, seed, results),
-        "## The paper's Table 2",
-        scaling_table(folder.parent, seed),
+        beside_paper(folder, seed, results) if results else "",
         "## Figures",
         "\n".join(f"![{path.stem}](figures/{path.name})" for path in drawn),
     ]
@@ -295,6 +298,20 @@ def mean_score(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...]) 
     return 100 * value, 100 * low, 100 * high
 
 
+def beside_paper(folder: Path, seed: int, results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The paper's tables with ours beside them, of an experiment with `vision_results`."""
+    parts = [
+        "## The paper's Table 1 (8B -> 2B, Geometry3K)",
+        "*Ours*: the rule-based score in percent, its difference from the paper's, where the experiment is the "
+        "paper's, its 95 % interval; n is the number of questions where it is not the full set. An empty cell was not "
+        "run.",
+        paper_table(folder.name, results),
+        vision_differences(folder, seed, results),
+        scaling_table(folder.parent, seed),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
 def paper_table(experiment: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The paper's numbers with ours beside them; differences only for its experiment, since another one has another
     teacher, other data or other settings."""
@@ -320,9 +337,11 @@ def our_cell(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...], pa
 
 
 def vision_differences(folder: Path, seed: int, results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """VA-OPD minus Standard OPD, question by question, on the benchmarks that both were evaluated on."""
+    """VA-OPD minus Standard OPD, question by question, on the benchmarks that both were evaluated on, if any."""
     runs = [folder / f"{name}-seed{seed}" / "eval" for name in ("va_opd", "opd")]
     both = results.get("va_opd", {}).keys() & results.get("opd", {}).keys()
+    if not both:
+        return ""
     differences = {benchmark: vision_difference(*runs, benchmark) for benchmark in both}
     rows = []
     for i, (column, benchmarks) in enumerate(COLUMNS.items()):
@@ -346,6 +365,7 @@ def vision_difference(a: Path, b: Path, benchmark: str) -> tuple[float, float, f
 
 
 def scaling_table(experiments: Path, seed: int) -> str:
+    """The paper's Table 2, if one of its experiments has both means of Standard OPD and VA-OPD."""
     rows = []
     for experiment, (label, *paper) in SCALING.items():
         results, cells = vision_results(experiments / experiment, seed), []
@@ -354,7 +374,10 @@ def scaling_table(experiments: Path, seed: int) -> str:
             cells += [f"{opd:.1f} -> {va_opd:.1f} ({va_opd - opd:+.1f})"]
             cells += [f"{ours[0][0]:.1f} -> {ours[1][0]:.1f} ({ours[1][0] - ours[0][0]:+.1f})" if all(ours) else ""]
         rows.append([label, *cells])
-    return plots.table_markdown(rows, ["Standard OPD -> VA-OPD", "Math", "ours", "Visual", "ours"])
+    if not any(cell for row in rows for cell in row[2::2]):
+        return ""
+    table = plots.table_markdown(rows, ["Standard OPD -> VA-OPD", "Math", "ours", "Visual", "ours"])
+    return f"## The paper's Table 2\n\n{table}"
 
 
 def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, rollouts, hours) -> list[Path]:

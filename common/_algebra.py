@@ -220,7 +220,7 @@ _BOUNDED_BY_INFINITY = re.compile(r"\\(?:sum|prod|int|lim|cup|cap|setminus|mathb
 
 _BEYOND = re.compile(  # what `common._formula` does not read and sympy does
     r"\\(?:sum|prod|int|lim|infty|cup|cap|setminus|emptyset|mathbb|gcd|lcm|max|min|det|begin|partial)(?![A-Za-z])"
-    r"|(?<![A-Za-z\\])[fghF]_? ?[({]"
+    r"|(?<![A-Za-z\\])(?P<function>[fghF]_? ?[({])"
 )
 
 _VARIABLE = re.compile(r"\\(?:sum|prod) ?_ ?\{ ?([A-Za-z]) ?=")
@@ -243,6 +243,11 @@ _OPENING_BRACKETS = ("(", "[", "{", "\\{", "\\langle")
 def needs_algebra(text: str) -> bool:
     """Whether a computer algebra system can tell more of a normalised answer than `common._values`."""
     return bool(_BEYOND.search(text))
+
+
+def unknown_functions(text: str) -> set[str]:
+    """The heads of the functions of which nothing is known: f(x) and g(x) are never equal."""
+    return {found["function"][0] for found in _BEYOND.finditer(text) if found["function"]}
 
 
 def is_readable(text: str) -> bool:

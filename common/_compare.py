@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from common import _notation, _sets, _values
-from common._algebra import is_readable, needs_algebra
+from common._algebra import is_readable, needs_algebra, unknown_functions
 from common._formula import Unreadable
 from common._normalise import BROKEN, key
 from common._notation import BUILDER, COMMA, FLIP, RELATION, assignment, bare, split
@@ -373,7 +373,11 @@ class Comparison:
         for side, text in (("gold", g), ("prediction", p)):
             if not is_readable(text):
                 self.unreadable.add(side)
-        if self.unreadable or not (needs_algebra(p) or needs_algebra(g)):
+        if (
+            self.unreadable
+            or not (needs_algebra(p) or needs_algebra(g))
+            or unknown_functions(p) != unknown_functions(g)
+        ):
             return False
         if self.algebra is None:
             raise NeedsAlgebra

@@ -18,6 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 # Okabe and Ito's palette: told apart with any colour vision
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", ":", "-.")  # where there are more lines than colours
 MARK = 0.1  # share of the tokens at which `cumulative_mass` says what they hold
 WIDTH = 48  # characters of a line of `token_heatmap`
 DPI = 150  # of a picture: text stays sharp on a page of 72 rem
@@ -62,18 +63,17 @@ def training_curves(
             if len(points):
                 shown, spread = _smoothed(points, smooth)
                 marker = "o" if len(shown) == 1 else None  # a line of one point would not be seen
-                color = PALETTE[number % len(PALETTE)]
-                axes.plot(*shown.T, marker=marker, label=name, color=color)
+                style = _style(number)
+                axes.plot(*shown.T, marker=marker, label=name, **style)
                 if band:
                     x, y = shown.T
-                    axes.fill_between(x, y - spread, y + spread, color=color, alpha=0.15, linewidth=0)
+                    axes.fill_between(x, y - spread, y + spread, color=style["color"], alpha=0.15, linewidth=0)
         axes.set(xlabel=unit, ylabel=metrics[metric])
         whole = {"integer": True, "min_n_ticks": 1} if over == "step" else {"nbins": 6}  # 0.0025 is long for a tick
         axes.xaxis.get_major_locator().set_params(**whole)
         _light(axes)
         if place == 1:
-            names = axes.get_legend_handles_labels()
-            figure.legend(*names, loc="outside upper center", ncols=min(4, max(1, len(names[1]))), frameon=False)
+            _legend_above(figure, axes)
     if any(len(lines) >= 2 * smooth > 2 for lines in runs.values()):
         bands = "; shaded: ± the standard deviation of these" * band
         figure.supxlabel(f"Lines: means of {smooth} logged points{bands}", fontsize="small")
@@ -82,7 +82,7 @@ def training_curves(
 
 
 def accuracy_bars(table: Mapping[str, Mapping[str, tuple[float, float, float]]], path: str | Path) -> Path:
-    """Bars of accuracy with intervals: variant -> condition -> (value, low, high), one colour for each condition."""
+    """Bars of accuracy with 95 % intervals: variant -> condition -> (value, low, high), one colour a condition."""
     conditions = list(dict.fromkeys(condition for row in table.values() for condition in row))
     figure = Figure(figsize=(1.6 + 1.5 * len(table), 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -96,8 +96,8 @@ def accuracy_bars(table: Mapping[str, Mapping[str, tuple[float, float, float]]],
             if np.isfinite(value):
                 axes.text(place, high + 0.015, f"{value:.2f}", ha="center", fontsize=8)
     axes.set_xticks(range(len(table)), ["\n".join(textwrap.wrap(name, 14)) for name in table])
-    axes.set(ylabel="accuracy", ylim=(0, 1.08))
-    axes.legend(frameon=False, ncols=len(conditions), loc="upper left")
+    axes.set(ylabel="accuracy, 95 % interval", ylim=(0, 1.08))
+    _legend_above(figure, axes)
     _light(axes)
     axes.grid(visible=False, axis="x")  # names are no scale
     return save(figure, path)
@@ -115,11 +115,11 @@ def cumulative_mass(values: Mapping[str, np.ndarray], path: str | Path, what: st
         mass = np.concatenate([[0], np.cumsum(ranked)]) / max(ranked.sum(), 1e-12)
         share = np.linspace(0, 1, len(mass))
         at_mark = float(np.interp(MARK, share, mass))
-        axes.plot(share, mass, color=PALETTE[number % len(PALETTE)], label=f"{name}: {at_mark:.0%} at {MARK:.0%}")
+        axes.plot(share, mass, label=f"{name}: {at_mark:.0%} at {MARK:.0%}", **_style(number))
     axes.axvline(MARK, color="#999999", linewidth=1, linestyle=":")
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="the same in every token")
     axes.set(xlabel="share of tokens, largest first", ylabel=f"share of all {what}", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(loc="lower right", edgecolor="none", framealpha=0.9)  # it may cover the diagonal
     _light(axes)
     return save(figure, path)
 
@@ -187,6 +187,23 @@ def _smoothed(points: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     few points stay as they are."""
     windows = sliding_window_view(points, window if len(points) >= 2 * window else 1, axis=0)
     return windows.mean(-1), windows[:, 1].std(-1)
+
+
+def _style(number: int) -> dict[str, str]:
+    """Colour and dashes of a line; no two of 28 lines have both in common."""
+    turn, place = divmod(number, len(PALETTE))
+    return {"color": PALETTE[place], "linestyle": LINES[turn % len(LINES)]}
+
+
+def _legend_above(figure: Figure, axes) -> None:
+    """Names of the lines or bars above the figure, in as many columns, four at most, as its width has room for."""
+    handles, names = axes.get_legend_handles_labels()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(min(4, len(names)), 0, -1):
+        legend = figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
+        if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _light(axes) -> None:

@@ -74,22 +74,23 @@ def va_opd_run(path: Path, right: int, weighting: str | None) -> None:
 
 
 def srpo_run(path: Path, right: list[int], routing: str | None) -> None:
+    dataset = path.parent.name.rpartition("-")[2]
     steps = [{"step": s, "reward": s / 9, "step_time": 1.0} for s in (1, 2)]
     if routing:
-        finish(path, {**CPU, "dataset": "additions", "eval_samples": 1, "routing": routing}, steps)
+        finish(path, {**CPU, "dataset": dataset, "eval_samples": 1, "routing": routing}, steps)
     curve = []
     for step, count in enumerate(right, start=1 if routing else 0):
-        metrics = score("additions", path / "eval" / (f"checkpoint-{step}" if step else "base"), count)
+        metrics = score(dataset, path / "eval" / (f"checkpoint-{step}" if step else "base"), count)
         found = {"accuracy": metrics["avg@k"], "interval": metrics["interval"], "mean_tokens": 3.0}
         curve.append({"step": step, "hours": 0.1 * step, **found})
     atomic_write_json(path / "eval" / "curve.json", {"curve": curve, **within_budgets(curve)})
 
 
-def r_diverse_run(path: Path, penalty: str) -> None:
+def r_diverse_run(path: Path, penalty: str, right: tuple[int, int] = (2, 3)) -> None:
     finish(path, {"penalty": penalty})
     for t in range(2):
         stage = path / f"iteration_{t}"
-        once(stage / "evaluate", {}, lambda folder, t=t: {"arithmetic": score("arithmetic", folder, 2 + t)})
+        once(stage / "evaluate", {}, lambda folder, t=t: {"arithmetic": score("arithmetic", folder, right[t])})
         if t:
             once(stage / "embed", {}, embed)
             once(stage / "label_1", {}, lambda folder: {"usable": 4})
@@ -184,7 +185,7 @@ def test_the_page_is_whole_and_needs_nothing_else(made):
     for source in images:
         image = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)))
         assert (image.format, min(image.size) > 100) == ("PNG", True)
-    assert len(page.heads) > 15 and all(count > 1 for count in page.heads)
+    assert len(page.heads) == 1 + 3 * 4 and all(count > 1 for count in page.heads)
     assert not {"script", "link", "iframe", "object", "form"} & {tag for tag, _ in page.elements}
     assert not [name for _, found in page.elements for name in found if name.startswith("on")]
     ids = [found["id"] for _, found in page.elements if "id" in found]
@@ -203,10 +204,18 @@ def test_the_tables_are_those_of_the_methods(made):
     assert ["R-Diverse, iteration 1", "1", "0.500"] in [row[:3] for row in rows]
     assert "- SRPO minus GRPO, seed 0: +0.333 [" in (made / "runs/srpo/mini/report.md").read_text()
     assert any(row[0] == "VA-OPD" and row[1].startswith("0.667 [") for row in rows)
-    assert ["VA-OPD", "46.6", ""] in [row[:3] for row in rows]  # the paper's, and an empty cell
     manifest = json.loads((made / "runs/va_opd/mini/opd-seed0/manifest.json").read_text())
     assert ["opd-seed0", "finished", "0", manifest["started"], manifest["ended"], "0"] in [row[:6] for row in rows]
     assert any(f"torch {manifest['packages']['torch']}" in row[-1] for row in rows if row)
+
+
+@pytest.mark.parametrize("method", [va_opd, srpo, r_diverse])
+def test_a_run_that_measured_nothing_of_the_paper_has_none_of_its_tables(made, method):
+    """Its own results stand under one sentence that says so."""
+    text = (made / "runs" / method.__name__.rpartition(".")[2] / "mini" / "report.md").read_text()
+    title, said, *_ = text.split("\n\n")
+    assert title.endswith("experiment mini" + ", seed 0" * (method is va_opd)) and said == method.NOT_THE_PAPER
+    assert "| ours" not in text and "| paper" not in text and "## The paper" not in text
 
 
 def test_every_record_is_linked(made):
@@ -236,6 +245,42 @@ def test_the_commands_have_the_settings_of_their_runs(made, monkeypatch):
         settings["report_to"] = ",".join(settings["report_to"]) or "none"
         assert {name: settings[name] for name in manifest["config"]} == manifest["config"]
     assert any(line.startswith("python -m r_diverse.loop --config runs/r_diverse/mini/r_zero-seed0") for line in lines)
+
+
+def commands(runs: Path) -> list[str]:
+    """Lines of the commands in the report."""
+    return [line.removeprefix("    ") for line in (runs / "report.md").read_text().splitlines() if "    " in line[:4]]
+
+
+def test_a_model_before_training_is_evaluated_with_the_settings_of_a_run_beside_it(made):
+    lines = commands(made / "runs")
+    for line in (
+        "python -m va_opd.evaluate base --config runs/va_opd/mini/opd-seed0/config.yaml --seed 0 --out again",
+        "python -m srpo.evaluate base --config runs/srpo/mini-additions/grpo-seed0/config.yaml --out again",
+    ):
+        assert line in lines
+
+
+def test_a_base_is_evaluated_with_the_settings_of_its_own_data_set(tmp_path):
+    for name in ("base", "grpo-seed0"):
+        for dataset in ("additions", "biology"):
+            srpo_run(tmp_path / f"srpo/mini-{dataset}" / name, [1], None if name == "base" else "grpo")
+    experiments, _ = report.find_experiments(tmp_path)
+    page = report.ExperimentPage("srpo", "mini", experiments["srpo", "mini"], tmp_path, tmp_path)
+    found = [shlex.split(line)[5] for line in page.commands() if " srpo.evaluate base " in line]
+    assert found == [f"{tmp_path}/srpo/mini-{dataset}/grpo-seed0/config.yaml" for dataset in ("additions", "biology")]
+
+
+def test_the_number_of_gpus_of_r_diverses_command_is_the_runs_and_not_the_machines(runs):
+    """Its config.yaml has it; the machine may have had more."""
+    path = runs / "r_diverse/mini/r_zero-seed0"
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["hardware"]["gpus"] = ["H200"] * 8
+    atomic_write_json(path / "manifest.json", manifest)
+    write_report(runs.parent)
+    (line,) = [line for line in commands(runs) if "r_zero-seed0/config.yaml" in line]
+    config = "runs/r_diverse/mini/r_zero-seed0/config.yaml"
+    assert line == f"python -m r_diverse.loop --config {config} --out again --iterations 1"
 
 
 def test_the_same_folders_give_the_same_bytes(made, runs):
@@ -309,6 +354,30 @@ def test_what_cannot_be_included_is_named(runs, capsys):
     assert ["va_opd-seed3", "interrupted", "3"] in [row[:3] for row in page.rows]
     for target in page.all("a", "href"):
         assert target[0] == "#" or (runs / unquote(target)).is_file(), target
+
+
+def test_an_experiment_without_an_evaluated_run_has_no_tables(runs):
+    """Nor one with models before training only, whose settings nobody knows."""
+    with pytest.raises(KeyboardInterrupt), RunFolder.open(runs / "va_opd/cut/opd-seed0", {}, data={}, seed=0):
+        raise KeyboardInterrupt
+    shutil.copytree(runs / "va_opd/mini/base-seed0", runs / "va_opd/untrained/base-seed0")
+    write_report(runs.parent)
+    page = Page(runs / "report.html")
+    assert "va_opd/cut has no table: no run is evaluated yet." in page.text
+    assert page.text.count("No run of it is evaluated yet.") == 1
+    assert ["VA-OPD", "cut", "0", "1", ""] in [row[:5] for row in page.rows]
+    assert "untrained has no tables, for they cannot be made: no run has a config.yaml" in page.text
+    assert ["VA-OPD", "untrained", "0", "0", "", ""] in page.rows
+    assert "# base-seed0: no trained run that has its settings is beside it" in commands(runs)
+    assert not [line for line in commands(runs) if "untrained" in line]
+
+
+def test_the_best_accuracy_may_be_zero_and_is_never_the_bases(tmp_path):
+    va_opd_run(tmp_path / "va_opd/mini/opd-seed0", 0, "none")
+    r_diverse_run(tmp_path / "r_diverse/mini/r_zero-seed0", "r_zero", right=(5, 2))
+    experiments, _ = report.find_experiments(tmp_path)
+    best = [report.ExperimentPage(*key, found, tmp_path, tmp_path).overview()[4] for key, found in experiments.items()]
+    assert best == ["arithmetic 0.333 (r_zero-seed0)", "digits 0.000 (opd-seed0)"]
 
 
 def test_a_broken_manifest_is_one_sentence(runs):
@@ -500,9 +569,12 @@ def test_another_experiment_has_no_difference_to_the_papers_model(tmp_path):
 
 
 def test_the_heading_names_the_papers_model(runs):
+    """Of an experiment with one of the paper's data sets; its table and ours stand there then."""
+    srpo_run(runs / "srpo" / "mini-chemistry" / "grpo-seed0", [3, 3], "grpo")
     words = ["--config", "srpo/configs/tiny.yaml", "--experiment", "mini", "--out", str(runs), "--dry_run"]
-    args, _ = parse_srpo(words)
-    assert "## The paper's Table 1, Qwen3-8B\n" in srpo.report(args)
+    text = srpo.report(parse_srpo(words)[0])
+    assert "## The paper's Table 1, Qwen3-8B\n" in text and srpo.NOT_THE_PAPER not in text
+    assert "| GRPO | 62.1 / 75.9 / 78.9 | 50.0 [" in text and "| SRPO | 69.2 / 81.8 / 83.0 |  | 69.5 /" in text
 
 
 def test_an_image_that_is_not_at_hand_is_one_sentence(monkeypatch):

@@ -118,3 +118,22 @@ def test_a_single_point_is_seen(tmp_path, monkeypatch):
     plots.training_curves({"a": [{"step": 1, "loss": 2.0}]}, {"loss": "l"}, tmp_path)
     drawn[1].draw_without_rendering()
     assert all(tick == int(tick) for tick in drawn[1].axes[0].get_xticks())
+
+
+def test_all_names_stand_inside_the_figure_and_each_line_has_a_style_of_its_own(tmp_path, monkeypatch):
+    """As of all variants of a method in one small figure: more than there are colours, some of a long name."""
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    names = [f"a variant without part {i} of it" for i in range(9)]
+    line = [{"step": step, "loss": 1.0} for step in range(3)]
+    plots.training_curves(dict.fromkeys(names, line), {"loss": "l"}, tmp_path)
+    plots.training_curves({"a": line, "b": line}, {"loss": "l"}, tmp_path)
+    plots.cumulative_mass(dict.fromkeys(names, np.ones(3)), tmp_path, "VA")
+    for axes in (figure.axes[0] for figure in drawn):
+        lines = [line for line in axes.lines if line.get_label().split(":")[0] in [*names, "a", "b"]]
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) > 1
+    for figure, columns in zip(drawn, (1, 2), strict=False):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and legend._ncols == columns

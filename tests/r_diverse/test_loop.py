@@ -118,7 +118,7 @@ def test_the_report_has_every_iteration(base, finished, capsys):
     assert text.endswith(f"Written to {finished.parent}: report.md, figures/\n")
     assert (finished.parent / "report.md").read_text() in text
     assert "| R-Diverse, iteration 2 | 1 |" in text
-    assert "| paper: R-Diverse, 5 iterations | 52.59 | 36.68 |" in text
+    assert "paper: R-Diverse" not in text and "so these results do not reproduce it" in text
     for figure in ("iterations", "reward", "skills_r_diverse"):
         assert (finished.parent / "figures" / f"{figure}.png").stat().st_size > 5000
 

@@ -58,9 +58,10 @@ def test_the_papers_ablations_have_its_differences():
 
 
 def test_all_rows_of_the_paper_are_there_and_ours_is_empty_where_nothing_ran(tmp_path):
-    run = evaluated(tmp_path / "r_diverse-seed0", {0: {}, 1: {}})
+    run = evaluated(tmp_path / "r_diverse-seed0", {0: {}, 1: {"bbeh": 0.5}})
     table = rows("qwen3_4b", {("r_diverse", "0"): run})
-    assert len(table) == 2 * 17 + 2  # base, two methods of five iterations, six ablations; two methods of others
+    assert table.pop("ours: R-Diverse, 1 iteration") == [*[""] * 11, "50.00 [40.0, 70.0]"]
+    assert len(table) == 2 * 17 + 2 - 1  # base, two methods of five iterations, six ablations; two methods of others
     assert table["paper: SPIRAL"][:2] == ["47.00", "34.22"] and "ours: SPIRAL" not in table
     assert table["paper: R-Diverse, 5 iterations"][:3] == ["52.59", "36.68", "60.23"]
     base = dict(zip(TEN, table["paper: base"][2:], strict=True))
@@ -68,6 +69,15 @@ def test_all_rows_of_the_paper_are_there_and_ours_is_empty_where_nothing_ran(tmp
     assert table["paper: R-Zero, 4 iterations"] == ["46.52", "34.81", *[""] * 10]
     assert table["paper: without MAP, 5 iterations"] == ["49.62", *[""] * 11]
     assert {cell for name, cells in table.items() if name.startswith("ours") for cell in cells} == {""}
+
+
+@pytest.mark.parametrize("experiment", ["qwen3_4b", "tiny"])
+def test_without_a_cell_of_ours_there_is_no_table(tmp_path, experiment):
+    run = evaluated(tmp_path / "r_diverse-seed0", {0: {}, 1: {}})
+    assert report.beside_paper(experiment, {("r_diverse", "0"): run}) == ""
+    (run / "iteration_0/evaluate/math500.json").write_text('{"questions": 500, "avg@k": 0.5, "interval": [0.4, 0.6]}')
+    text = report.beside_paper(experiment, {("r_diverse", "0"): run})
+    assert text.startswith("## Beside the paper's Tables 1 and 2 and Fig. 3\n") and "| paper: SPIRAL | 47.00 |" in text
 
 
 def test_ours_has_the_difference_and_the_interval_of_each_iteration(tmp_path):

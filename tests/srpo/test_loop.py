@@ -179,8 +179,7 @@ def test_the_experiment_runs_end_to_end_and_a_second_time_does_nothing(config, t
     fields = ["--config", str(config), "--max_steps", "2"]
     assert loop.main([*fields, "--variants", "srpo"]) == 0
     report = (tmp_path / "runs/srpo/small/report.md").read_text()
-    for text in ("| SRPO | 1 |", "| base | 41.1 |  |", "66.5 / 74.8 / 75.6"):
-        assert text in report
+    assert "| SRPO | 1 |" in report and "| base | 41.1 |" not in report
     for name in ("accuracy", "hours", "training", "last"):
         assert (tmp_path / f"runs/srpo/small/figures/additions_{name}.png").stat().st_size > 5000
     samples = tmp_path / "runs/srpo/small-additions/srpo-seed0/eval/checkpoint-2/additions/samples.jsonl"

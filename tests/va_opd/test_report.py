@@ -74,6 +74,7 @@ def test_tables_of_the_benchmarks_stand_beside_the_papers(vision_data, tmp_path,
     table = report.vision_differences(folder, 0, results)
     assert "| MMStar | +0.2 | +25.0 | [" in table and "| HallusB | +2.5 | +66.7 | [" in table
     assert "| MMMU | +0.6 |  |  |  |" in table and "| Visual | +1.5 |  |  |  |" in table
+    assert report.vision_differences(folder, 0, {"va_opd": results["va_opd"]}) == ""
     monkeypatch.setattr(report, "COLUMNS", {"both": ("mmstar", "hallusionbench")})
     (both,) = report.vision_differences(folder, 0, results).splitlines()[2:]
     runs = [folder / f"{name}-seed0" / "eval" for name in ("va_opd", "opd")]
@@ -82,6 +83,16 @@ def test_tables_of_the_benchmarks_stand_beside_the_papers(vision_data, tmp_path,
     assert value == pytest.approx((25 + 200 / 3) / 2) and f"| +45.8 | [{low:+.1f}, {high:+.1f}] |  |" in both
     value, low, high = report.mean_score(results["va_opd"], ("hallusionbench", "mmstar"))
     assert value == pytest.approx((75 + 100) / 2) and low < value <= high
-    assert "| 8B -> 2B, Geometry3K | 45.4 -> 48.3 (+2.9) |  | 64.6 -> 66.1 (+1.5) |  |" in report.scaling_table(
-        tmp_path, 0
-    )
+    assert report.scaling_table(tmp_path, 0) == ""  # of neither mean
+
+
+def test_the_papers_second_table_is_there_with_a_mean_of_ours(tmp_path):
+    """A mean of Standard OPD alone fills no cell."""
+    for name, score in (("opd", 0.4), ("va_opd", 0.5)):
+        for benchmark in report.MATH:
+            assert report.scaling_table(tmp_path, 0) == ""
+            metrics = {"avg@k": score, "interval": [score - 0.1, score + 0.1]}
+            atomic_write_json(tmp_path / f"geo3k/{name}-seed0/eval/{benchmark}.json", metrics)
+    table = report.scaling_table(tmp_path, 0)
+    assert "| 8B -> 2B, Geometry3K | 45.4 -> 48.3 (+2.9) | 40.0 -> 50.0 (+10.0) | 64.6 -> 66.1 (+1.5) |  |" in table
+    assert "| 8B -> 2B, ViRL39K | 46.4 -> 50.2 (+3.8) |  | 65.5 -> 68.0 (+2.5) |  |" in table
