@@ -85,7 +85,7 @@ _CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2})(?::(\d\d))? ?(?:\\text\{)? ?([a
 _INFINITE = re.compile(r"[+-]? ?\\infty")
 _MAX_ITEMS = 64  # larger collections are compared by their sorted texts
 _NAME_SUM = re.compile(r"[A-Za-z](?:_\w)?(?: ?[+] ?[A-Za-z](?:_\w)?)+")  # what contests ask for: m+n
-_SET_ALGEBRA = re.compile(r"\\(?:cup|cap|setminus|mathbb|emptyset)")
+_SET_ALGEBRA = re.compile(r"\\(?:cup|sqcup|cap|setminus|mathbb|emptyset)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # in a list with a space after its own commas
 _UNBOUNDED_ABOVE = re.compile(r"([(\[])(.+),\\infty\)")
 _UNBOUNDED_BELOW = re.compile(r"\(-\\infty,(.+)([)\]])")
@@ -276,7 +276,7 @@ class Comparison:
 
     def _by_relation(self, p: str, g: str) -> bool | None:
         p_parts, g_parts = split(p, RELATION), split(g, RELATION)
-        p_range, g_range = _notation.as_interval(p), _notation.as_interval(g)
+        p_range, g_range = _sets.as_range(p), _sets.as_range(g)
         if len(p_parts) == len(g_parts) == 1 and not (p_range or g_range):
             return None
         if p_range and g_range and p_range[0] == g_range[0]:

@@ -17,7 +17,7 @@ from common._formula import Unreadable
 from common._notation import BUILDER, RELATION, as_interval, items_of, split
 from common._units import number
 
-_OPERATOR = re.compile(r"\\(?:cup|cap|setminus)(?![A-Za-z])")
+_OPERATOR = re.compile(r"\\(?:cup|sqcup|cap|setminus)(?![A-Za-z])")
 _REALS = re.compile(r"\\mathbb ?\{? ?R ?\}?(?: ?[\^_] ?\{? ?([+-]) ?\}?)?")
 _BOUNDS = {None: ("-\\infty", "\\infty"), "+": ("0", "\\infty"), "-": ("-\\infty", "0")}
 _INTERVAL = re.compile(r"([(\[])([^,;]+)[,;]([^,;]+)([)\]])")
@@ -70,8 +70,9 @@ class _Term(NamedTuple):
 def condition(text: str) -> tuple[str, str] | None:
     r"""`("x", "(-\infty,1)\cup (2,\infty)")` from `x<1; x>2`: the name, and the set of the values that it may take.
 
-    Commas between inequalities mean "or" (`x<1, x>2`), otherwise "and" (`x>0, x \neq 1`), in a set builder always
-    "and". None for any other text, also where both may be meant.
+    Commas between inequalities mean "or" where these exclude each other (`x<1, x>2`, the operator is `\sqcup` then),
+    otherwise "and" (`x>0, x \neq 1`), in a set builder always "and". None for any other text, also where both may be
+    meant.
     """
     builder = BUILDER.fullmatch(text)
     parts, joints = _conditions(builder[2] if builder else text)
@@ -81,7 +82,8 @@ def condition(text: str) -> tuple[str, str] | None:
     kinds = [term.kind for term in terms]
     inequalities = len(terms) > 1 and set(kinds) == {"range"} and not builder
     if inequalities or joints - {","}:
-        return None if "hole" in kinds else (terms[0].name, "\\cup ".join(term.values for term in terms))
+        joint = "\\sqcup " if inequalities and joints == {","} else "\\cup "
+        return None if "hole" in kinds else (terms[0].name, joint.join(term.values for term in terms))
     if not builder and (kinds.count("range") > 1 or ("point" in kinds and len(terms) > 1)):
         return None
     return terms[0].name, _all_of(terms)
@@ -115,15 +117,16 @@ def _term(text: str) -> _Term | None:
         return (
             _Term(name, "member", values) if values else _Term(name, "point", rf"\{{{','.join(items_of(point)[1])}\}}")
         )
-    name, interval = as_interval(text) or (None, "")
-    bounds, magnitude = _INTERVAL.fullmatch(interval), _MAGNITUDE.fullmatch(name or "")
-    if not bounds:
-        return None
-    return (
-        _Term(magnitude[1], "range", _of_either_sign(*bounds.groups()))
-        if magnitude
-        else _Term(name, "range", interval)
-    )
+    return _Term(found[0], "range", found[1]) if (found := as_range(text)) else None
+
+
+def as_range(text: str) -> tuple[str, str] | None:
+    r"""`as_interval`, where `|x|<2` is `("x", "(-(2),2)")`."""
+    found = as_interval(text)
+    if not found or not (magnitude := _MAGNITUDE.fullmatch(found[0])):
+        return found
+    bounds = _INTERVAL.fullmatch(found[1])
+    return (magnitude[1], _of_either_sign(*bounds.groups())) if bounds else None
 
 
 def _of_either_sign(opening: str, low: str, high: str, closing: str) -> str:
@@ -218,4 +221,8 @@ def _combined(operators: list[str], sets: list[int]) -> int:
 
 
 def _apply(operator: str, left: int, right: int) -> int:
+    if operator == "\\sqcup":
+        if left & right:
+            raise Unreadable("a disjoint union of what is not disjoint")
+        operator = "\\cup"
     return {"\\cup": left | right, "\\cap": left & right, "\\setminus": left & ~right}[operator]
