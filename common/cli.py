@@ -41,8 +41,11 @@ OF_THE_COMMAND = {
     "output_dir": "set out and experiment, in whose folder each run has its own",
     "resume_from_checkpoint": "a run goes on from its own last checkpoint",
 }
-# What Python and safetensors, and what torch.save say of it
-FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
+# What Python and safetensors, what torch.save, and what numpy say of it
+FULL_DISK = (
+    *("No space left on device", "Disk quota exceeded"),
+    *("PytorchStreamWriter failed writing file", ". unexpected pos ", " requested and "),
+)
 
 
 def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
@@ -91,7 +94,8 @@ def _end_process_group() -> None:
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if any(sign in text for sign in FULL_DISK):
-        return f"the disk is full; free some of it, then the same command goes on from here ({text})"
+        where = ", ".join([text, *getattr(error, "__notes__", ())])  # of a write Python says no path
+        return f"the disk is full; free some of it, then the same command goes on from here ({where})"
     if any(cls.__module__ == "requests.exceptions" for cls in type(error).__mro__):  # TRL's client of a vLLM server
         return f"the rollout server does not answer; start it, then the same command goes on from here ({text})"
     if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
@@ -209,6 +213,9 @@ def check_types(given: dict[str, Any], classes: tuple[type, ...], prefix: str = 
             raise ValueError(f"{prefix}{name} must be one of {', '.join(choices[name])}, got {value!r}")
         hint = hints.get(name)
         plain = (set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}) - {NoneType}
+        mapping = dict in {get_origin(kind) or kind for kind in plain}
+        if mapping and not (value is None or list in plain or isinstance(value, dict | str)):
+            raise ValueError(f"{prefix}{name} must be a mapping, got {value!r}")
         if not plain <= {str, int, float, bool} or (value is None and name not in required):
             continue
         whole = type(value) is int and plain & {float, bool}  # 1 for 1.0 or true

@@ -122,6 +122,16 @@ def _cut(name: str, error: SafetensorError) -> ModelNotFound:
     return ModelNotFound(f"model {name!r}: its weights are not whole ({error}); copy or download it again")
 
 
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, padding_side="left")
+    except Exception as error:  # of a file that is cut tokenizers raises plain ones, without its name
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelNotFound(
+            f"model {name!r}: its tokenizer cannot be loaded ({cause}); copy or download it again"
+        ) from error
+
+
 def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The processor of a vision-language model, or the tokenizer of a text model; it pads on the left, as generation
     does.
@@ -138,10 +148,10 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
             "AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER)"
         )
     if not is_vlm(config):
-        return AutoTokenizer.from_pretrained(name, padding_side="left")
+        return _tokenizer(name)
     without_video = importlib.util.find_spec("torchvision") is None or _saved_without_video(name)
     if config.model_type in IMAGE_ONLY and without_video:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        tokenizer = _tokenizer(name)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         return IMAGE_ONLY[config.model_type](image_processor, tokenizer, chat_template=tokenizer.chat_template)
     try:

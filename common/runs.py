@@ -347,7 +347,9 @@ class RunFolder:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
             interrupted = issubclass(kind, (KeyboardInterrupt, SystemExit))
-            self.finish("interrupted" if interrupted else "failed", error=f"{kind.__name__}: {error}")
+            with contextlib.suppress(OSError):  # of a disk that is full; the first error counts
+                self.finish("interrupted" if interrupted else "failed", error=f"{kind.__name__}: {error}")
+            error.add_note(f"in {self.path}")
 
     def _write(self, **changes: Any) -> None:
         self.manifest.update(changes)

@@ -55,7 +55,7 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
-    sys.exit("r_diverse.train also needs the folder common/ of the project beside r_diverse/; the rest does not")
+    sys.exit("r_diverse.train also needs the folder common/ of the project beside r_diverse/; the trainer does not")
 
 import torch
 from accelerate import PartialState

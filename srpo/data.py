@@ -138,7 +138,11 @@ def _local(folder: Path) -> DatasetDict:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a file of JSON lines; `ValueError` names the line that is broken or the column that is missing."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): convert it") from error
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -152,6 +156,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         missing = {"prompt", "answer", "idx"} - row.keys()
         if missing:
             raise ValueError(f"{path}, line {number} has no {', '.join(sorted(missing))}: rename the columns")
+        for name in ("prompt", "system"):
+            if not isinstance(row.get(name) or "", str):
+                raise ValueError(f"{path}, line {number}: {name} must be a text, got {row[name]!r:.100}")
         rows.append(_row(str(row["idx"]), row["prompt"], row["answer"], row.get("system")))
     return rows
 

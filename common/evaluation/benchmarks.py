@@ -263,7 +263,8 @@ def _read(name: str, source: Source, data: str | Path | None):
     except StopIteration as error:  # of datasets, for files without a row
         raise ValueError(f"benchmark {name}: {data} has no rows; pass {DATA} another copy") from error
     except Exception as error:  # datasets raises many kinds; the user needs one sentence
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = str(error.__cause__ or error)  # of a file that cannot be read datasets says why in the cause
+        first = (cause.strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"benchmark {name}: cannot read {data or source.hub_id} ({first}); pass {DATA} a local copy"
         ) from error

@@ -132,6 +132,13 @@ def test_a_column_of_another_kind_is_one_sentence(tmp_path, name, rows, row):
     assert "\n" not in str(error.value)
 
 
+def test_a_broken_line_is_named_with_its_row(tmp_path):
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{broken\n')
+    with pytest.raises(ValueError, match="gsm8k: cannot read .*JSON parse error.* in row 1.*; pass") as error:
+        load_benchmark("gsm8k", tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"), [([], "has no rows"), ([{"id": "a"}, {"id": "a"}], "rows with the same id, such as 'a'")]
 )

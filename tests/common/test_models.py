@@ -65,6 +65,10 @@ def test_files_that_a_copy_has_cut_are_named(tmp_path):
         cut(tmp_path / name / file)
         with pytest.raises(models.ModelNotFound, match=f"model '.*/{name}': .*; copy or download it again"):
             models.load_model(str(tmp_path / name))
+    tiny_qwen3(hidden=32)[1].save_pretrained(tmp_path / "base")
+    cut(tmp_path / "base" / "tokenizer.json")
+    with pytest.raises(models.ModelNotFound, match="model '.*/base': its tokenizer cannot be loaded .*; copy or "):
+        models.load_processor(str(tmp_path / "base"))
     cut(settings := tmp_path / "adapter/adapter_config.json")
     for content in (settings.read_text(), "[]"):
         settings.write_text(content)

@@ -22,9 +22,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from common import preemption
+from common import preemption, runs
 from common.cli import make_model_main, run_main
-from common.runs import read_jsonl
+from common.runs import RunFolder, read_jsonl
 from common.tiny import tiny_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +134,8 @@ def test_a_training_that_was_not_stopped_ends_as_ever():
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1228608 vs 1228500"),
+        OSError("1501 requested and 496 written"),  # numpy's
     ],
 )
 def test_a_full_disk_in_any_writer_is_one_sentence(capsys, error):
@@ -144,6 +146,19 @@ def test_a_full_disk_in_any_writer_is_one_sentence(capsys, error):
     said = capsys.readouterr().err
     assert "x.y: the disk is full; free some of it, then the same command goes on from here" in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_full_disk_is_told_with_the_run_folder(capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def command(_):
+        with RunFolder.open(tmp_path / "run", {}, data={}, seed=0):
+            monkeypatch.setattr(runs, "atomic_write_text", full)  # nor can the manifest be written
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+
+    assert run_main("x.y", command, []) == 2
+    assert f"(PytorchStreamWriter failed writing file data/0, in {tmp_path / 'run'})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])

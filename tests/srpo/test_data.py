@@ -265,6 +265,9 @@ ROW = json.dumps({"prompt": "p", "answer": "A", "idx": 0, "system": None})
         ("chemistry", "columns", r"line 1 has no answer"),
         ("chemistry", "small", r"chemistry has .*'train': 1.*the paper's has.*1890"),
         ("chemistry", "no idx", r"line 1 has no idx"),
+        ("chemistry", "messages", r"train.json, line 2: prompt must be a text, got \[{'role'"),
+        ("chemistry", "latin", r"train.json is no text in UTF-8 .*: convert it"),
+        ("chemistry", "mark", r"chemistry has .*'train': 1.*the paper's has.*1890"),  # it can be read
         ("tooluse", "test only", "no train.json: training rows of ToolAlpaca"),
         ("tooluse", None, "tooluse is on no hub"),
     ],
@@ -276,6 +279,10 @@ def test_bad_data_is_one_clear_sentence(tmp_path, monkeypatch, dataset, source, 
     folder(tmp_path / "columns", '{"prompt": "p", "idx": 1}', ROW)
     folder(tmp_path / "no idx", '{"prompt": "p", "answer": "A"}', ROW)
     folder(tmp_path / "small", ROW, ROW)
+    folder(tmp_path / "messages", f'{ROW}\n{{"prompt": [{{"role": "user"}}], "answer": "A", "idx": 1}}', ROW)
+    folder(tmp_path / "latin", ROW, ROW)
+    (tmp_path / "latin" / "train.json").write_bytes(ROW.replace('"p"', '"é"').encode("latin-1"))
+    folder(tmp_path / "mark", f"\ufeff{ROW}\r\n", f"\ufeff{ROW}")  # a byte-order mark, as editors of Windows write it
     folder(tmp_path / "test only", ROW, ROW)
     (tmp_path / "test only" / "train.json").unlink()
     with pytest.raises(ValueError, match=message) as error:

@@ -75,6 +75,7 @@ def test_a_row_of_table_2_is_table_1_with_one_change(name, changes):
         ("limit: true", "limit must be int, got True"),
         ("lora_rank: 2.5", "lora_rank must be int, got 2.5"),
         ("learning_rate: yes", "learning_rate must be float, got True"),
+        ("generation_kwargs: [1]", r"generation_kwargs must be a mapping, got \[1\]"),
     ],
 )
 def test_a_value_in_yaml_of_another_type_is_one_clear_sentence(config, tmp_path, line, message):
@@ -82,7 +83,7 @@ def test_a_value_in_yaml_of_another_type_is_one_clear_sentence(config, tmp_path,
     path.write_text(yaml.safe_dump(settings | yaml.safe_load(line)))
     with pytest.raises(ValueError, match=f"^{message}"):
         train.parse(["--config", str(path)])
-    path.write_text(yaml.safe_dump({**settings, "learning_rate": 1, "limit": None, "load_in_4bit": 0}))
+    path.write_text(yaml.safe_dump({**settings, "learning_rate": 1, "limit": None, "generation_kwargs": {"top_k": 5}}))
     assert train.parse(["--config", str(path)])[1].learning_rate == 1.0
 
 
