@@ -214,8 +214,8 @@ class Comparison:
         p_parts, g_parts = split(p, _CUP)[::2], split(g, _CUP)[::2]
         if len(p_parts) == len(g_parts) == 1:
             return None
-        p_parts, g_parts = (x if len(x) > 1 else _notation.items_of(x[0])[1] for x in (p_parts, g_parts))
-        if len({found[0] for x in (p_parts, g_parts) for part in x if (found := _notation.as_interval(part))}) > 1:
+        p_parts, g_parts = (x if len(x) > 1 else split(x[0], COMMA)[::2] for x in (p_parts, g_parts))
+        if len({found[0] for part in p_parts + g_parts if (found := _sets.condition(part))}) > 1:
             return False  # x < 1 or y > 2
         return self._match(p_parts, g_parts) or self._by_value(*self._as_sets(p, g))
 
@@ -248,7 +248,7 @@ class Comparison:
         return bool(self._by_brackets(*((values, pair) if named is p_items else (pair, values))))
 
     def _conjunction(self, text: str) -> str:
-        r"""`(1,4)` from `x>1, x<4`, which as alternatives would be every number; any other text as it is."""
+        r"""`1<x<4` from `x>1, x<4`, which as alternatives would be every number; any other text as it is."""
         parts = split(text, COMMA)
         if len(parts) != 3 or ";" in text:
             return text
@@ -260,7 +260,10 @@ class Comparison:
             overlap = low and high and _values.order(low[2], high[1], self.deadline) < 0
         except (Unreadable, _values.TooLarge):
             return text
-        return f"{low[1]}{low[2]},{high[1]}{high[2]}" if overlap else text
+        if not overlap:
+            return text
+        below, above = ("<" if bracket in "()" else "\\leq " for bracket in (low[1], high[2]))
+        return f"{low[2]}{below}{ranges[0][0]}{above}{high[1]}"
 
     def _match(self, p_items: list[str], g_items: list[str]) -> bool:
         """Equal as multisets. Equality is an equivalence, so that taking the first match is enough."""
@@ -399,7 +402,7 @@ _STEPS = (
     _Step("time", Comparison._by_time),
     _Step("unit", Comparison._by_unit),
     _Step("assignment", Comparison._by_name, RELATION),
-    _Step("condition", Comparison._by_condition, re.compile(r"[<>]|\\(?:[lg]eq|neq|notin)")),
+    _Step("condition", Comparison._by_condition, re.compile(r"[<>]|\\(?:[lg]eq|neq|notin|in(?![a-z]))")),
     _Step("union", Comparison._by_union, _CUP),
     _Step("collection", Comparison._by_items, re.compile(r"[,;]|\\(?:\{|[pm][pm])")),
     _Step("relation", Comparison._by_relation, RELATION),

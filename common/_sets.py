@@ -18,8 +18,9 @@ from common._notation import BUILDER, RELATION, as_interval, items_of, split
 from common._units import number
 
 _OPERATOR = re.compile(r"\\(?:cup|sqcup|cap|setminus)(?![A-Za-z])")
-_REALS = re.compile(r"\\mathbb ?\{? ?R ?\}?(?: ?[\^_] ?\{? ?([+-]) ?\}?)?")
-_BOUNDS = {None: ("-\\infty", "\\infty"), "+": ("0", "\\infty"), "-": ("-\\infty", "0")}
+_REALS = re.compile(r"\\mathbb ?\{? ?R ?\}?(?: ?[\^_] ?\{? ?([+-]|[<>] ?0) ?\}?)?")
+_BOUNDS = {"": ("-\\infty", "\\infty"), "+": ("0", "\\infty"), "-": ("-\\infty", "0")}
+_BOUNDS |= {">": _BOUNDS["+"], "<": _BOUNDS["-"]}  # R_{>0}
 _INTERVAL = re.compile(r"([(\[])([^,;]+)[,;]([^,;]+)([)\]])")
 _FINITE = re.compile(r"\\?\{(.+?)\\?\}")
 _NAMED = frozenset(["\\emptyset", *(f"\\mathbb{{{letter}}}" for letter in "NZQRC")])
@@ -70,19 +71,21 @@ class _Term(NamedTuple):
 def condition(text: str) -> tuple[str, str] | None:
     r"""`("x", "(-\infty,1)\cup (2,\infty)")` from `x<1; x>2`: the name, and the set of the values that it may take.
 
-    Commas between inequalities mean "or" where these exclude each other (`x<1, x>2`, the operator is `\sqcup` then),
-    otherwise "and" (`x>0, x \neq 1`), in a set builder always "and". None for any other text, also where both may be
-    meant.
+    Commas between inequalities, or between sets, mean "or" where these exclude each other (`x<1, x>2`, the operator is
+    `\sqcup` then), otherwise "and" (`x>0, x \neq 1`), in a set builder always "and". None for any other text, also
+    where both may be meant.
     """
     builder = BUILDER.fullmatch(text)
     parts, joints = _conditions(builder[2] if builder else text)
+    if len(parts) > _MAX_ENDPOINTS:
+        return None
     terms = list(map(_term, parts))
     if None in terms or len(joints) > 1 or len({term.name for term in terms}) > 1:
         return None
     kinds = [term.kind for term in terms]
-    inequalities = len(terms) > 1 and set(kinds) == {"range"} and not builder
-    if inequalities or joints - {","}:
-        joint = "\\sqcup " if inequalities and joints == {","} else "\\cup "
+    alike = len(terms) > 1 and set(kinds) in ({"range"}, {"member"}) and not builder
+    if alike or joints - {","}:
+        joint = "\\sqcup " if alike and joints == {","} else "\\cup "
         return None if "hole" in kinds else (terms[0].name, joint.join(term.values for term in terms))
     if not builder and (kinds.count("range") > 1 or ("point" in kinds and len(terms) > 1)):
         return None
@@ -92,11 +95,12 @@ def condition(text: str) -> tuple[str, str] | None:
 def _conditions(text: str) -> tuple[list[str], set[str]]:
     r"""The parts that stand between commas and the like, and these; `x \neq 1, 2` is one part."""
     first, *rest = split(text, _JOINT)
-    parts, joints = [first], set()
+    parts, joints, is_hole = [first], set(), _HOLE.fullmatch(first)
     for joint, part in zip(rest[::2], rest[1::2], strict=True):
-        if RELATION.search(part) or not _HOLE.fullmatch(parts[-1]):
+        if RELATION.search(part) or not is_hole:
             parts.append(part)
             joints.add(joint)
+            is_hole = _HOLE.fullmatch(part)
         else:
             parts[-1] += joint + part
     return parts, joints
@@ -150,7 +154,7 @@ def _parse(text: str) -> _Set:
 
 def _atom(text: str) -> _Set:
     if reals := _REALS.fullmatch(text):
-        return "interval", "(", *_BOUNDS[reals[1]], ")"
+        return "interval", "(", *_BOUNDS[(reals[1] or "")[:1]], ")"
     if found := _INTERVAL.fullmatch(text):
         opening, low, high, closing = found.groups()
         return "interval", opening, low.strip(), high.strip(), closing

@@ -7,6 +7,7 @@ import difflib
 import errno
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -41,10 +42,9 @@ OF_THE_COMMAND = {
     "output_dir": "set out and experiment, in whose folder each run has its own",
     "resume_from_checkpoint": "a run goes on from its own last checkpoint",
 }
-# What Python and safetensors, what torch.save, and what numpy say of it
-FULL_DISK = (
-    *("No space left on device", "Disk quota exceeded"),
-    *("PytorchStreamWriter failed writing file", ". unexpected pos ", " requested and "),
+FULL_DISK = re.compile(  # what Python and safetensors, what torch.save, and what numpy say of it
+    r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing file|\. unexpected pos \d+ vs \d+"
+    r"|\d+ requested and \d+ written"
 )
 
 
@@ -64,7 +64,7 @@ def run_main(name: str, command: Callable[[list[str]], Any], argv: list[str] | N
         print(f"\n{name}: stopped; the same command goes on from here", file=sys.stderr)
         return EXIT_CODE if isinstance(error, Preempted) else 130
     except (ValueError, OSError, ImportError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in FULL_DISK):
+        if isinstance(error, RuntimeError) and not FULL_DISK.search(str(error)):
             raise
         if os.environ.get("TRACEBACK"):
             raise
@@ -93,7 +93,7 @@ def _end_process_group() -> None:
 
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if any(sign in text for sign in FULL_DISK):
+    if FULL_DISK.search(text):
         where = ", ".join([text, *getattr(error, "__notes__", ())])  # of a write Python says no path
         return f"the disk is full; free some of it, then the same command goes on from here ({where})"
     if any(cls.__module__ == "requests.exceptions" for cls in type(error).__mro__):  # TRL's client of a vLLM server
