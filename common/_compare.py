@@ -257,7 +257,7 @@ class Comparison:
             return text
         low, high = _UNBOUNDED_ABOVE.fullmatch(ranges[0][1]), _UNBOUNDED_BELOW.fullmatch(ranges[1][1])
         try:
-            overlap = low and high and _values.order(low[2], high[1], self.deadline) < 0
+            overlap = low and high and _values.order(low[2], high[1], self.deadline, {}) < 0
         except (Unreadable, _values.TooLarge):
             return text
         if not overlap:

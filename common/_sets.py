@@ -2,19 +2,20 @@ r"""Whether two sets of real numbers are the same: unions, intersections and dif
 and conditions on one number, such as `x<1; x>2`.
 
 The endpoints of both sides cut the real line into points and gaps. A set is the collection of those that lie in it, as
-the bits of an integer, so that set algebra is exact. Endpoints are constant formulas (`common._values`).
+the bits of an integer, so that set algebra is exact. Endpoints are formulas (`common._values`).
 """
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from functools import cmp_to_key, reduce
 from itertools import groupby
 from typing import NamedTuple
 
 from common import _values
-from common._formula import Unreadable
-from common._notation import BUILDER, RELATION, as_interval, items_of, split
+from common._formula import Unreadable, names, parse
+from common._notation import BUILDER, COMMA, RELATION, as_interval, items_of, split
 from common._units import number
 
 _OPERATOR = re.compile(r"\\(?:cup|sqcup|cap|setminus)(?![A-Za-z])")
@@ -25,7 +26,7 @@ _INTERVAL = re.compile(r"([(\[])([^,;]+)[,;]([^,;]+)([)\]])")
 _FINITE = re.compile(r"\\?\{(.+?)\\?\}")
 _NAMED = frozenset(["\\emptyset", *(f"\\mathbb{{{letter}}}" for letter in "NZQRC")])
 _INFINITE = {"\\infty": 1, "-\\infty": -1, "- \\infty": -1}
-_MAX_ENDPOINTS = 64
+_MAX_ENDPOINTS, _MAX_UNKNOWN = 64, 8  # without and with names in them
 
 _MEMBER = re.compile(r"([A-Za-z]) ?(?:= ?([^=]+)|\\in(?![a-z]) ?(.+))")
 _HOLE = re.compile(rf"([A-Za-z]) ?\\(?:neq ?((?:(?!{RELATION.pattern}).)+)|notin ?\\?\{{(.+?)\\?\}})")
@@ -41,18 +42,39 @@ class _Malformed(ValueError):
 
 
 def same_set(p: str, g: str, deadline: float) -> bool | None:
-    """None where a text is no such set, or an endpoint no real constant. Raises `TimeoutError`."""
+    """None where a text is no such set, or an endpoint no real number. Raises `TimeoutError`.
+
+    Sets whose endpoints have names in them are the same where they are for each of the values tried.
+    """
     if all(text in _NAMED or number(text) is not None for text in (p, g)):
         return p == g
     try:
         sets = [_parse(text) for text in (p, g)]
-        line = _Line([text for tree in sets for text in _endpoints(tree)], deadline)
-        left, right = map(line.bits, sets)
+        texts = [text for tree in sets for text in _endpoints(tree)]
+        unknown = sorted({name for text in texts if number(text) is None for name in names(parse(text))})
+        return _same_everywhere(sets, texts, unknown, deadline)
     except (Unreadable, _values.TooLarge):
         return None
     except _Malformed:
         return False
-    return left == right
+
+
+def _same_everywhere(sets: list[_Set], texts: list[str], unknown: list[str], deadline: float) -> bool | None:
+    if len(set(texts)) > (_MAX_UNKNOWN if unknown else _MAX_ENDPOINTS):
+        raise Unreadable("too many endpoints")
+    agreed = 0
+    for values in _values.scattered_points() if unknown else [[]]:
+        line = _Line(texts, dict(zip(unknown, values, strict=False)), deadline)
+        try:
+            left, right = map(line.bits, sets)
+        except _Malformed:
+            if not unknown:
+                raise
+            continue  # of [a, b] where a > b nothing is said
+        if left != right:
+            return False
+        agreed += 1
+    return True if agreed else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,6 +104,8 @@ def condition(text: str) -> tuple[str, str] | None:
     terms = list(map(_term, parts))
     if None in terms or len(joints) > 1 or len({term.name for term in terms}) > 1:
         return None
+    if any(re.search(rf"(?<![A-Za-z\\]){re.escape(term.name)}(?![A-Za-z])", term.values) for term in terms):
+        return None  # x < 2x
     kinds = [term.kind for term in terms]
     alike = len(terms) > 1 and set(kinds) in ({"range"}, {"member"}) and not builder
     if alike or joints - {","}:
@@ -159,7 +183,10 @@ def _atom(text: str) -> _Set:
         opening, low, high, closing = found.groups()
         return "interval", opening, low.strip(), high.strip(), closing
     if found := _FINITE.fullmatch(text):
-        return "points", [part.strip() for part in re.split("[,;]", found[1])]
+        points = split(found[1], COMMA)[::2]
+        if any(len(split(point[1:-1], COMMA)) > 1 for point in points):
+            raise _Malformed("a pair is no number")
+        return "points", points
     if text == "\\emptyset":
         return "points", []
     if text[:1] == "(" and text[-1:] == ")" and _OPERATOR.search(text):
@@ -180,12 +207,10 @@ def _endpoints(tree: _Set) -> list[str]:
 class _Line:
     """The real line, cut at `texts`: bit 2i + 1 is the i-th point, bit 2i the gap before it."""
 
-    def __init__(self, texts: list[str], deadline: float) -> None:
+    def __init__(self, texts: list[str], at: dict[str, Fraction], deadline: float) -> None:
         texts = list(dict.fromkeys(texts))
-        if len(texts) > _MAX_ENDPOINTS:
-            raise Unreadable("too many endpoints")
         exact = {text: number(text) for text in texts}
-        by_value = cmp_to_key(lambda a, b: _values.order(a, b, deadline)) if None in exact.values() else exact.get
+        by_value = cmp_to_key(lambda a, b: _values.order(a, b, deadline, at)) if None in exact.values() else exact.get
         equal = groupby(sorted(texts, key=by_value), key=by_value)
         self.place = {text: 2 * i + 1 for i, (_, group) in enumerate(equal) for text in group}
         self.last = max(self.place.values(), default=-1) + 1

@@ -12,7 +12,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
@@ -514,12 +514,14 @@ def within(p: str, g: str, tolerance: Fraction, deadline: float) -> bool:
     return not pair.names and pair.compared(near) > 0
 
 
-def order(p: str, g: str, deadline: float) -> int:
-    """-1, 0 or 1 as the real constant p is less than, equal to or greater than g. Raises as `equal` does."""
-    pair = _Pair(p, g, deadline)
-    if pair.names:
+def order(p: str, g: str, deadline: float, at: Mapping[str, Fraction]) -> int:
+    """-1, 0 or 1 as p is less than, equal to or greater than g, two real numbers where names have the values `at`.
+
+    Raises as `equal` does.
+    """
+    pair, point = _Pair(p, g, deadline), _Point(dict(at), deadline)
+    if not at.keys() >= set(pair.names):
         raise Unreadable("no constant")
-    point = next(pair.points())
     try:
         a, b = pair.values(point)
     except _Undefined as error:
