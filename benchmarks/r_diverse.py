@@ -114,8 +114,9 @@ MEANING = (
     "*Usable*: questions that passed all checks. *Bank*: questions in the memory. *Intra* and *cross repetition*: "
     "share of the questions with a near twin in skill space (cosine of 0.9 or more), in the same iteration and in "
     "earlier ones. *Duplicate ratio*: share worded as an earlier one. *Effective clusters*: exp of the entropy of the "
-    "skill clusters' shares. Means over the Challenger's training: *uncertainty* R_unc, *repetition* P_rep, *memory* "
-    "P_MAP, and *valid*, the share of outputs in the asked form."
+    "skill clusters' shares. Skill space is that of programs, *without abstraction* that of questions. Means over the "
+    "Challenger's training: *uncertainty* R_unc, *repetition* P_rep, *memory* P_MAP, each by the run's own measure "
+    "(R-Zero's, *without SAM* and *without embeddings*: BLEU), and *valid*, the share of outputs in the asked form."
 )
 
 

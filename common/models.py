@@ -184,12 +184,18 @@ def save_whole(out: Path, model: PreTrainedModel, processor: ProcessorMixin | Pr
     temporary.rename(out)
 
 
-def parameters_of_config(name: str) -> int:
-    """Number of parameters, from the config alone: no weight is loaded."""
+def empty_model(name: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model by its config alone, on the meta device: no weight is loaded."""
     config = load_config(name)
     auto = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
-        return auto.from_config(config).num_parameters()
+        return auto.from_config(config, **options)
+
+
+def parameters_of_config(name: str) -> int:
+    """Number of parameters, from the config alone: no weight is loaded."""
+    return empty_model(name).num_parameters()
 
 
 def guess_parameters(name: str) -> float | None:

@@ -18,12 +18,14 @@ from .skills import ENCODER
 PENALTIES = ("r_diverse", "r_zero", "none")
 MEASURES = ("sam", "question", "program_text", "question_text")
 ALARMS = ("off", "warn", "stop")
+# TRL's, which it looks at only when it computes the first loss: after the rollouts and rewards of a generation batch
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 UPDATES = 4  # optimizer steps on one generation batch: 512 prompts in four batches of 128
 MATH = "math500,gsm8k,minerva_math,olympiadbench,amc23,aime24,aime25"
 
 
-def _one_of(names: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in names, f"must be one of {', '.join(names)}"
+def _one_of(names: tuple[str | bool, ...]) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in names, f"must be one of {', '.join(map(str, names))}"
 
 
 _COUNT = (lambda value: value >= 1 and value == int(value), "must be at least 1, and whole")
@@ -115,8 +117,11 @@ class PhaseConfig(GRPOConfig):
                 "top_p": _SHARE,
                 "learning_rate": _AMOUNT,
                 "delta": (lambda value: value is None or value > 1, "must be above 1, or none"),
-                **dict.fromkeys(("save_steps", "logging_steps", "doctor_steps", "epsilon"), _AMOUNT),
+                **dict.fromkeys(("save_steps", "logging_steps", "doctor_steps", "beta", "epsilon"), _AMOUNT),
                 "epsilon_high": _or_none(_AMOUNT),
+                "loss_type": _one_of(LOSSES),
+                "scale_rewards": _one_of(("group", "batch", "none", True, False)),
+                "importance_sampling_level": _one_of(("token", "sequence")),
             },
         )
         if self.generation_batch_size is None and self.steps_per_generation is None:

@@ -107,6 +107,7 @@ def play(settings: Settings) -> None:
             "have: save the merged model first (common.models.load_model(...).save_pretrained(...), and its tokenizer)"
         )
     models.load_processor(run.model)  # nor one without a tokenizer
+    check_attention(run)
     check_skill_models(run)
     used = model_digests(run)
     try:
@@ -122,6 +123,20 @@ def play(settings: Settings) -> None:
         SelfPlay(settings, root, used["model"]).run()
         if not folder.is_done:
             folder.finish()
+
+
+def check_attention(run: RDiverseConfig) -> None:
+    """Raises `ValueError` for an `attn_implementation` that transformers does not know, or that lacks its package: a
+    phase loads its model only when the base has been evaluated."""
+    if run.attn_implementation is None:
+        return
+    try:
+        models.empty_model(run.model, run.attn_implementation)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"attn_implementation={run.attn_implementation!r} cannot be used ({error}): install what it needs, or set "
+            "another, such as sdpa"
+        ) from error
 
 
 def check_skill_models(run: RDiverseConfig) -> None:

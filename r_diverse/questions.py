@@ -105,13 +105,16 @@ def read_challenge(output: str) -> Challenge:
 
 
 def last_box(text: str) -> str | None:
-    """Content of the last `\\boxed{}` whose braces balance, stripped; None if there is none or it is empty."""
+    """Content of the last `\\boxed{}` whose braces balance, stripped; None if there is none or it is empty.
+
+    `\\{` and `\\}` are no braces: they need not come in pairs (`\\left\\{ ... \\right.`).
+    """
     open_braces: list[int] = []  # one pass, since an output may be nothing but boxes
     last = (-1, -1)
-    for match in re.finditer(r"[{}]", text):
+    for match in re.finditer(r"\\[\\{}]|[{}]", text):
         if match[0] == "{":
             open_braces.append(match.end())
-        elif open_braces:
+        elif match[0] == "}" and open_braces:
             start = open_braces.pop()
             if text.endswith(BOX, 0, start):
                 last = max(last, (start, match.start()))

@@ -137,9 +137,19 @@ def parse(argv: list[str]) -> Settings:
             raise ValueError(f"{key} is a field of the phases: set challenger.{key} or solver.{key}, or both")
     (run,) = parse_fields(words["run"], (RDiverseConfig,), "r_diverse/configs/")
     check_lora(run.lora_rank, run.load_in_4bit)
+    _check_adapter(run, run.gpus > 1 and run.sharding == "zero3")
     kinds = {"challenger": ChallengerConfig, "solver": SolverConfig}
     phases = [_phase(name, kind, words[name], run) for name, kind in kinds.items()]
     return Settings(run, *phases, argv, config)
+
+
+def _check_adapter(run: RDiverseConfig, zero3: bool) -> None:
+    """Raises `ValueError` for LoRA in a phase under ZeRO-3."""
+    if run.lora_rank and zero3:
+        raise ValueError(
+            f"lora_rank={run.lora_rank} does not run under zero3, where the adapter could not be merged: use sharding "
+            "zero2"
+        )
 
 
 def _phase(name: str, kind: type[PhaseConfig], words: list[str], run: RDiverseConfig) -> PhaseConfig:
@@ -399,10 +409,7 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
     """Trains from `model`, or goes on from the last checkpoint, and saves the model last."""
     from .trainer import PhaseTrainer
 
-    if run.lora_rank and is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "lora_rank does not run under zero3, where the adapter could not be merged: use sharding zero2"
-        )
+    _check_adapter(run, is_deepspeed_zero3_enabled())  # the launch may have another accelerate config
     set_seed(config.seed)
     folder, main = Path(config.output_dir), PartialState().is_main_process
     with exclusive(folder) if main else nullcontext():  # from one that a killed loop has left behind

@@ -1,10 +1,14 @@
 """The values of R-Diverse and R-Zero (section 5 of the specification), and what is refused."""
 
 import dataclasses
+import inspect
+import re
 
 import pytest
+from trl import GRPOTrainer
 
 from r_diverse import ChallengerConfig, RDiverseConfig, SolverConfig
+from r_diverse.config import LOSSES
 
 
 @pytest.fixture
@@ -190,6 +194,10 @@ def test_bad_values_are_one_sentence(fields, message):
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"save_steps": float("inf")}, "save_steps must be at least 0 and finite"),
         ({"delta": 0.5}, "delta must be above 1, or none"),
+        ({"beta": -0.01}, "beta must be at least 0 and finite, got -0.01"),
+        ({"loss_type": "grop"}, "loss_type must be one of grpo, bnpo, .*, got 'grop'"),
+        ({"scale_rewards": "False"}, "scale_rewards must be one of group, batch, none, True, False, got 'False'"),
+        ({"importance_sampling_level": "Token"}, "importance_sampling_level must be one of token, sequence"),
         ({"num_iterations": 2}, "save_steps=4 must be a multiple of the 8 optimizer steps"),
         ({"save_steps": 6}, "save_steps=6 must be a multiple of the 4 optimizer steps"),
     ],
@@ -197,6 +205,15 @@ def test_bad_values_are_one_sentence(fields, message):
 def test_bad_phases(make, fields, message):
     with pytest.raises(ValueError, match=message):
         make(ChallengerConfig, **fields)
+
+
+def test_the_losses_are_trls(make):
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    tests = re.findall(r"self\.loss_type (?:==|in) (.*?):\n", source)
+    assert {name for test in tests for name in re.findall(r'"(\w+)"', test)} == set(LOSSES)
+    for name in LOSSES:
+        assert make(SolverConfig, loss_type=name).loss_type == name
+    assert make(SolverConfig, scale_rewards=False).scale_rewards == "none"
 
 
 def test_every_field_of_the_run_has_a_help_text_and_is_described():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,6 +235,26 @@ def test_an_adapter_is_no_model_to_begin_with(tmp_path, base, capsys):
     assert loop.main(fields) == 2
     assert "holds a LoRA adapter" in capsys.readouterr().err
     assert not (tmp_path / "r_diverse").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("flash", "is not supported"),
+        pytest.param(
+            "flash_attention_2",
+            "the package for FlashAttention2",
+            marks=pytest.mark.skipif(find_spec("flash_attn") is not None, reason="it can be had here"),
+        ),
+    ],
+)
+def test_an_attention_that_cannot_be_had_is_said_before_there_is_a_run(tmp_path, base, capsys, name, cause):
+    fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--model", str(base), "--out", str(tmp_path)]
+    assert loop.main([*fields, "--attn_implementation", name]) == 2
+    message = capsys.readouterr().err
+    assert f"attn_implementation='{name}' cannot be used (" in message and cause in message
+    assert not (tmp_path / "r_diverse").exists()
+    loop.check_attention(parse([*fields[2:], "--attn_implementation", "eager"]).run)
 
 
 def test_a_dry_run_names_an_unknown_benchmark(capsys):

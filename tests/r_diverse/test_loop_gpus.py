@@ -217,10 +217,14 @@ def test_a_phase_loads_its_policy_by_the_settings(tmp_path, monkeypatch):
 
 
 def test_adapters_under_zero3_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    fields = ["--model=m", "--lora_rank=2", "--sharding=zero3"]
+    with pytest.raises(ValueError, match="lora_rank=2 does not run under zero3"):  # and before the base is evaluated
+        parse([*fields, "--gpus=2"])
+    assert parse([*fields, "--gpus=1"]).run.lora_rank == 2  # which is launched without it
     monkeypatch.setattr(train, "is_deepspeed_zero3_enabled", lambda: True)
     settings = parse(["--model=m", f"--out={tmp_path}", "--lora_rank=2"])
     config = train.phase_config(settings, "solver", 1)
-    with pytest.raises(ValueError, match="lora_rank does not run under zero3, .* use sharding zero2"):
+    with pytest.raises(ValueError, match="lora_rank=2 does not run under zero3, .* use sharding zero2"):
         train.train_phase(config, "m", None, None, settings.run)
 
 

@@ -61,6 +61,10 @@ def test_invalid_outputs_say_why(output, failure):
         ("\\boxed{a}}", "a"),
         ("}}\\boxed{a}", "a"),
         ("\\boxed{a{b}", None),
+        ("\\boxed{\\left\\{x=1\\right.}", "\\left\\{x=1\\right."),  # an escaped brace is a sign
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{5\\}", None),
+        ("\\boxed{a\\\\}", "a\\\\"),  # a new line of LaTeX, then the end
         ("\\boxed{\\text{None}}", "\\text{None}"),
         ("boxed{5}", None),
     ],
