@@ -1,4 +1,5 @@
-"""The self-teacher: the policy's exponential moving average, its frozen start, or the policy itself (Section 3.2)."""
+"""The self-teacher: the policy's exponential moving average, its frozen start, or the policy itself (Section 2.2,
+Table 3)."""
 
 import copy
 import math
@@ -305,7 +306,9 @@ class SelfTeacher:
         """Writes the float32 average to `folder`; every rank its own shards, the main process what is not sharded."""
         if self.kind != "ema" or not (self.sharded or self.accelerator.is_main_process):
             return
-        path, draft = self._file(folder), self._file(folder).with_suffix(".tmp")
+        path = self._file(folder)
+        path.parent.mkdir(exist_ok=True)
+        draft = path.with_suffix(".tmp")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self.average.items()}, draft)
         with draft.open("rb") as file:
             os.fsync(file.fileno())
@@ -318,7 +321,8 @@ class SelfTeacher:
             return
         path = self._file(folder)
         if not path.exists():
-            raise ValueError(f"{folder} holds no {path.name}: it is no checkpoint of SRPO with teacher='ema'")
+            name = path.relative_to(folder)
+            raise ValueError(f"{folder} holds no {name}: it is no checkpoint of SRPO with teacher='ema'")
         saved = load_file(path)
         if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in self.average.items()}:
             raise ValueError(
@@ -330,8 +334,9 @@ class SelfTeacher:
             self._reach_forward()
 
     def _file(self, folder: Path) -> Path:
+        # In a folder of its own: vLLM loads all safetensors files that lie beside a model's, this one over the policy
         rank = f"-{self.accelerator.process_index:05d}" if self.sharded else ""
-        return Path(folder) / f"self_teacher{rank}.safetensors"
+        return folder / "self_teacher" / f"average{rank}.safetensors"
 
 
 class SelfTeacherCallback(TrainerCallback):

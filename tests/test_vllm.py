@@ -21,6 +21,7 @@ os.environ.update(vllm_on_cpu.SETTINGS)  # before vLLM reads them
 import numpy as np
 import peft
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
@@ -39,6 +40,7 @@ from r_diverse.train import parse
 from r_diverse.trainer import PhaseTrainer
 from srpo import SRPOConfig, SRPOTrainer, train
 from srpo import doctor as srpo_doctor
+from srpo.teacher import SelfTeacher
 from va_opd import VAOPDConfig, VAOPDTrainer, served
 from va_opd import doctor as va_opd_doctor
 
@@ -135,6 +137,15 @@ def test_an_adapter_is_merged_first_and_the_context_is_what_fits(model_path, tmp
     merged = TransformersEngine(models.load_model(str(tmp_path / "adapter")), char_tokenizer())
     assert answers == merged.generate(chats(20), Decoding(max_new_tokens=24), range(20))
     assert answers != transformers_engine(model_path).generate(chats(20), Decoding(max_new_tokens=24), range(20))
+
+
+def test_a_self_teacher_in_a_checkpoint_is_not_taken_for_the_policy(tmp_path):
+    path = str(save_model(tmp_path / "model", seed=0))
+    other = Qwen3ForCausalLM.from_pretrained(path)
+    other.model.norm.weight.data.neg_()  # answers otherwise
+    SelfTeacher(other, Accelerator(cpu=True)).save(Path(path))
+    answers = VLLMEngine(path, **FLOAT32).generate(chats(20), Decoding(max_new_tokens=24), range(20))
+    assert answers == transformers_engine(path).generate(chats(20), Decoding(max_new_tokens=24), range(20))
 
 
 @pytest.mark.parametrize(

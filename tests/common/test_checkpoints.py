@@ -412,9 +412,9 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 @pytest.mark.parametrize("keep_weights", [True, False])
 def test_only_the_newest_keeps_what_only_resuming_needs(tmp_path, keep_weights):
     folders = [checkpoint_of(tmp_path, step, processes=1, deepspeed=False) for step in (4, 8)]
-    resuming = {"optimizer.pt", "self_teacher.safetensors", "pytorch_model_fsdp_0"}
+    resuming = {"optimizer.pt", "self_teacher", "pytorch_model_fsdp_0"}
     for folder in folders:
-        (folder / "self_teacher.safetensors").touch()
+        (folder / "self_teacher").mkdir()
         (folder / "pytorch_model_fsdp_0").mkdir()
     callback, state = ExactCheckpoints(None, None, keep_weights), SimpleNamespace(global_step=8, save_steps=4)
     callback._tidy(trainer(tmp_path, 1, deepspeed=False).args, state)

@@ -217,7 +217,8 @@ def test_an_evaluation_does_not_go_on_with_other_weights_at_the_same_path(tmp_pa
     weights = rng.bytes(9_000_000)  # more than is read
     file.write_bytes(weights)
     evaluate(engine(), numbers(), tmp_path / "out", decoding=SAMPLED)
-    for name in ("optimizer.pt", "self_teacher.safetensors"):
+    (model / "self_teacher").mkdir()
+    for name in ("optimizer.pt", "self_teacher/average.safetensors"):
         (model / name).write_text("is deleted when a run goes on")
     file.unlink()
     file.write_bytes(weights)  # a copy of them is the same model

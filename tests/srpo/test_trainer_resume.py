@@ -34,9 +34,17 @@ def test_a_checkpoint_without_its_teacher_is_refused(make, tmp_path):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make(**settings).train()
     checkpoint = tmp_path / "run" / "checkpoint-1"
-    (checkpoint / "self_teacher.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no self_teacher.safetensors.*teacher='ema'"):
+    (checkpoint / "self_teacher/average.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no self_teacher/average.safetensors: .*teacher='ema'"):
         make(**settings).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_is_read_as_the_policy_by_what_loads_all_weights_of_a_folder(make, tmp_path):
+    """As vLLM does, file after file: the teacher's weights have the policy's names."""
+    make(max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert [path.name for path in checkpoint.glob("*.safetensors")] == ["model.safetensors"]
+    assert (checkpoint / "self_teacher/average.safetensors").exists()
 
 
 def test_the_teacher_of_another_model_is_refused(make, tmp_path):
@@ -52,7 +60,7 @@ def test_the_teacher_is_written_before_the_file_that_makes_a_checkpoint_complete
     save = type(trainer.state).save_to_json
 
     def checked(self, path):
-        assert (Path(path).parent / "self_teacher.safetensors").exists()
+        assert (Path(path).parent / "self_teacher/average.safetensors").exists()
         save(self, path)
 
     monkeypatch.setattr(type(trainer.state), "save_to_json", checked)

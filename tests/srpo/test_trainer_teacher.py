@@ -466,9 +466,16 @@ def test_lora_on_the_head_is_refused(make):
         make(peft_config=peft.LoraConfig(target_modules=["lm_head"]))
 
 
+@pytest.mark.parametrize("teacher", ["ema", "frozen"])
+def test_a_prompt_that_is_learned_is_refused(make, teacher):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="^peft_config is a PromptTuningConfig, whose learned prompt .*: use LoRA$"):
+        make(peft_config=config, teacher=teacher)
+
+
 @pytest.mark.parametrize(
     ("sharded", "rank", "files"),
-    [(False, 1, []), (False, 0, ["self_teacher.safetensors"]), (True, 1, ["self_teacher-00001.safetensors"])],
+    [(False, 1, []), (False, 0, ["average.safetensors"]), (True, 1, ["average-00001.safetensors"])],
 )
 def test_an_average_is_written_once_and_its_shards_by_every_rank(tmp_path, monkeypatch, sharded, rank, files):
     synced = []
@@ -477,8 +484,8 @@ def test_an_average_is_written_once_and_its_shards_by_every_rank(tmp_path, monke
     owner.kind, owner.sharded, owner.average = "ema", sharded, {"weight": torch.ones(2)}
     owner.accelerator = SimpleNamespace(is_main_process=rank == 0, process_index=rank)
     owner.save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == files
-    assert synced == [path.stat().st_ino for path in tmp_path.iterdir()]  # before they have their names
+    assert [path.name for path in tmp_path.glob("self_teacher/*")] == files
+    assert synced == [path.stat().st_ino for path in tmp_path.glob("self_teacher/*")]  # before they have their names
 
 
 # --- loading, and ZeRO-3 ----------------------------------------------------------------
