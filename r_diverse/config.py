@@ -113,6 +113,10 @@ class PhaseConfig(GRPOConfig):
                 ),
                 **dict.fromkeys(("steps_per_generation", "generation_batch_size"), _or_none(_COUNT)),
                 "num_generations": (_GROUP[0], "must be at least 2, and whole: a group needs siblings"),
+                "auto_find_batch_size": (
+                    lambda value: not value,
+                    "must be false: the smaller batches that it makes repeat some prompts and leave out others",
+                ),
                 "temperature": (lambda value: 0 < value < math.inf, "must be above 0 and finite"),
                 "top_p": _SHARE,
                 "learning_rate": _AMOUNT,

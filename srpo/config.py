@@ -165,6 +165,10 @@ class SRPOConfig(GRPOConfig):
             "max_prompt_length": at_least_1,
             "max_reprompt_length": at_least_1,
             "per_device_train_batch_size": at_least_1,
+            "auto_find_batch_size": (
+                lambda value: not value,
+                "must be false: the smaller batches that it makes repeat some prompts and leave out others",
+            ),
             "gradient_accumulation_steps": at_least_1,
             "max_completion_length": at_least_1,
             "distillation_topk": (lambda value: value is None or at_least_1[0](value), f"{at_least_1[1]}, or none"),

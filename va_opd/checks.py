@@ -1,6 +1,7 @@
 """What can be wrong with the parts of a run, each said in one sentence before it costs GPU hours."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .config import VAOPDConfig
 logger = logging.get_logger(__name__)
 
 MOST_BIASES = 1024  # of a request to vLLM on a GPU
+IMAGE_COLUMNS = ("images", "image")
 
 
 def check_batch(args: VAOPDConfig, train_dataset, eval_dataset=None) -> None:
@@ -67,6 +69,20 @@ def check_rows(dataset, name: str = "train_dataset") -> None:
                     f"the prompt of row {i} of {name} has a part of type {kind!r}, which TRL leaves out where "
                     "rollouts are scored: write {'type': 'image', 'image': ...}, or leave such rows out"
                 )
+    check_one_image_column(dataset if isinstance(dataset, list | tuple) else [row], name)
+
+
+def check_one_image_column(rows: Sequence[dict[str, Any]], name: str) -> None:
+    """Raises `ValueError` where TRL would leave out images without a word: in all rows of a batch it reads the first
+    of `IMAGE_COLUMNS` that the batch's first row has."""
+    columns = [[column for column in IMAGE_COLUMNS if column in row] for row in rows]
+    for i, row in enumerate(rows):
+        passed_by = len(columns[i]) == 2 and not row["images"] and row["image"] is not None
+        if passed_by or columns[i] != columns[0]:
+            raise ValueError(
+                f"images of {name} are not in one column (row {i} differs), so that some would not be read: give all "
+                "rows one column `images`, lists that are empty where there is no image"
+            )
 
 
 def check_image_columns(args: VAOPDConfig, row: dict[str, Any]) -> None:

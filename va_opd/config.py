@@ -31,8 +31,9 @@ class VAOPDConfig(DistillationConfig):
             Side of the pixelated view as a share of the image's side (Section 3.1).
         pixelate_at (`str`, *optional*, defaults to `"model"`):
             `"model"` brings the image to the size at which the model sees it and pixelates there; `"raw"` pixelates
-            the image as it comes, which leaves fewer cells when the processor enlarges images. Where the processor
-            cuts an image into tiles, crops or pads it, `"model"` is `"raw"`.
+            the image as it comes to the trainer (in `va_opd.train` within the image budget), which leaves fewer cells
+            when the processor enlarges images. Where the processor cuts an image into tiles, crops or pads it,
+            `"model"` is `"raw"`.
         weight_temperature (`float`, *optional*, defaults to `1.0`):
             tau, temperature of the softmax over siblings (Eq. 4).
         va_eps (`float`, *optional*, defaults to `1e-6`):
@@ -147,10 +148,11 @@ class VAOPDConfig(DistillationConfig):
         rows, micro_batches = self.per_device_train_batch_size, self.gradient_accumulation_steps
         rollouts = rows * processes * micro_batches
         if rollouts % self.num_generations:
+            whole = self.num_generations // math.gcd(rows * processes, self.num_generations)
             raise ValueError(
                 f"per_device_train_batch_size * processes * gradient_accumulation_steps = {rows} * {processes} * "
                 f"{micro_batches} = {rollouts} rollouts do not divide into groups of "
-                f"num_generations={self.num_generations}"
+                f"num_generations={self.num_generations}: set gradient_accumulation_steps to a multiple of {whole}"
             )
         return rollouts // self.num_generations
 
@@ -180,6 +182,10 @@ class VAOPDConfig(DistillationConfig):
             "teacher_parity_limit": positive,
             "max_prompt_length": at_least_1,
             "per_device_train_batch_size": at_least_1,
+            "auto_find_batch_size": (
+                lambda value: not value,
+                "must be false: the smaller batches that it makes repeat some prompts and leave out others",
+            ),
             "gradient_accumulation_steps": at_least_1,
             "max_completion_length": at_least_1,
             "num_train_epochs": positive,

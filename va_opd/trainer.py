@@ -139,6 +139,7 @@ class VAOPDTrainer(DistillationTrainer):
         return prompt_ids, completion_ids, tool_mask, self._rollout_images, tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        checks.check_one_image_column(inputs, "a batch")
         self._check_images([checks.has_images(row) for row in inputs])
         batch = super()._generate_and_score_completions(inputs)
         checks.check_images_kept(batch)
@@ -237,7 +238,6 @@ class VAOPDTrainer(DistillationTrainer):
             "coefficients": coefficients[here, :length],
             "high_tokens": high[here, :length],
             "low_tokens": (grouped & ~high)[here, :length],
-            # TRL divides the loss by this and undoes the averaging over ranks: with P it is the mean over prompts
             "num_items_in_batch": torch.tensor(len(va_all) / num_generations, device=mask.device),
         }
 
@@ -262,14 +262,14 @@ class VAOPDTrainer(DistillationTrainer):
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         """Sum of coefficient * KL over the rows of a micro-batch, divided by the prompts of the step."""
-        inputs = {**inputs, "coefficients": self._coefficients}  # FSDP has rounded those in `inputs` to bfloat16
+        # FSDP has rounded what it was given of these to bfloat16
+        inputs, num_prompts = {**inputs, "coefficients": self._coefficients}, self._num_prompts
         mask = siblings.loss_mask(inputs)
         # The redirected forward, in which this runs, passes by the autocast that accelerate puts around a model's own
         with self.accelerator.autocast():
             hidden = self._hidden_states(unwrapped_student, inputs)
             kl_N, entropy_N = self.teacher.divergence(unwrapped_student, hidden, inputs)
         kl = torch.zeros_like(mask, dtype=kl_N.dtype).masked_scatter(mask, kl_N)
-        num_prompts = len(mask) if num_items_in_batch is None else num_items_in_batch
         loss = objective.grouped_kl_loss(kl, inputs["coefficients"], num_prompts)
         high, low = inputs["high_tokens"], inputs["low_tokens"]
         sums = torch.stack([kl[high].sum(), high.sum(), kl[low].sum(), low.sum()]).detach()
@@ -278,6 +278,7 @@ class VAOPDTrainer(DistillationTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._coefficients = inputs["coefficients"]
+        self._num_prompts = inputs["num_items_in_batch"] / self.accelerator.num_processes  # undoes the mean over ranks
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Reduced here and not in `_compute_loss`, so that no collective runs inside a wrapped forward; once a step:
         # means over all its tokens, whatever the micro-batches

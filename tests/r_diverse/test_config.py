@@ -182,6 +182,7 @@ def test_bad_values_are_one_sentence(fields, message):
     ("fields", "message"),
     [
         ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must be false: .*, got True"),
         ({"num_generations": 2.5}, "num_generations must be at least 2, and whole"),
         ({"max_steps": -1}, "max_steps must be at least 1"),
         ({"num_generations": 0}, "num_generations must be at least 2"),

@@ -67,6 +67,7 @@ def test_a_variant_is_named_as_its_row_in_the_report(name):
         (["--output_dir", "x"], "output_dir would be ignored: set out and experiment"),
         (["--chat_template_kwargs", "off"], "chat_template_kwargs must be a mapping such as"),
         (["--max_completion_length", "none"], "max_completion_length must be at least 1, and whole, got None"),
+        (["--auto_find_batch_size"], "auto_find_batch_size must be false: the smaller batches"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(config, capsys, fields, message, tmp_path):

@@ -22,7 +22,10 @@ from va_opd.checks import check_same_tokens
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"num_generations": 3}, "8 rollouts do not divide into groups of num_generations=3"),
+        (
+            {"num_generations": 6},
+            "do not divide into groups of num_generations=6: set gradient_accumulation_steps to a multiple of 3",
+        ),
         ({"num_generations": 1}, "num_generations=1 leaves rollout weights without siblings"),
         ({"num_generations": 1, "weighting": "rollout"}, "num_generations=1 leaves rollout weights without siblings"),
         ({"num_generations": 0}, "num_generations must be at least 1"),
@@ -47,6 +50,7 @@ from va_opd.checks import check_same_tokens
         ({"max_completion_length": None}, "max_completion_length must be at least 1, and whole, got None"),
         ({"doctor_steps": -1}, "doctor_steps must be at least 0"),
         ({"va_floor": math.nan}, "va_floor must be finite, or none"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must be false: the smaller batches that it makes"),
         ({"per_device_train_batch_size": 32}, "train_dataset has 4 prompts, fewer than the 8"),
     ],
 )
@@ -162,6 +166,36 @@ def test_a_single_image_in_the_column_of_lists_is_one_clear_sentence(make):
     rows = [{"prompt": row["prompt"], "images": row["image"]} for row in image_rows(4)]
     with pytest.raises(ValueError, match="`images` of row 0 of train_dataset is a .*: it needs a list of images"):
         make(rows=rows)
+
+
+IN_IMAGE, IN_IMAGES, NOWHERE = ({"image": image(0)}, {"images": [image(0)]}, {})
+
+
+@pytest.mark.parametrize(
+    ("parts", "row"),
+    [
+        ((NOWHERE, IN_IMAGE), 1),
+        ((IN_IMAGE, NOWHERE), 1),
+        ((IN_IMAGES, IN_IMAGES, IN_IMAGE), 2),
+        (({"images": [], **IN_IMAGE},), 0),
+    ],
+)
+def test_images_in_several_columns_are_one_clear_sentence(make, parts, row):
+    """TRL reads one column in all rows of a batch, and rollouts of the others would have been drawn and weighted
+    without their images."""
+    student, teacher, processor = models()
+    rows = [{"prompt": prompt(i), **part} for i, part in enumerate(parts)] * 2
+    with pytest.raises(ValueError, match=rf"images of train_dataset are not in one column \(row {row} differs\)"):
+        VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
+
+
+def test_images_of_data_sets_that_were_joined_are_one_clear_sentence(make):
+    """Of which only the first row is looked at before the first batch: decoding all images would take long."""
+    parts = [{**IN_IMAGES, "image": None}] * 2 + [{"images": None, **IN_IMAGE}] * 2  # as concatenate_datasets has them
+    rows = [{"prompt": prompt(i), **part} for i, part in enumerate(parts)]
+    trainer = make(rows=rows, shuffle_dataset=False)
+    with pytest.raises(ValueError, match=r"images of a batch are not in one column \(row 0 differs\)"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("said", [prompt(0), "a"])
