@@ -15,9 +15,9 @@ if version("trl") not in SpecifierSet(SUPPORTED_TRL):
         f"r_diverse overrides private methods of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}"
     )
 
-from trl.trainer.utils import RepeatSampler, split_tensor_dict  # noqa: E402
+from trl.trainer.utils import RepeatSampler, is_async_callable, split_tensor_dict  # noqa: E402
 
-__all__ = ["SUPPORTED_TRL", "EpochSampler", "seed_rollouts", "split_tensor_dict"]
+__all__ = ["SUPPORTED_TRL", "EpochSampler", "is_async_callable", "seed_rollouts", "split_tensor_dict"]
 
 
 class EpochSampler(RepeatSampler):

@@ -133,6 +133,12 @@ class PhaseConfig(GRPOConfig):
         super().__post_init__()
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}: a phase has a fixed length")
+        context = self.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None
+        if context is not None and context <= self.max_completion_length:
+            raise ValueError(
+                f"vllm_max_model_length={context} is for prompt and rollout together, and max_completion_length alone "
+                f"is {self.max_completion_length}: raise the first, or lower the second"
+            )
         micro_steps = self.steps_per_generation * self.num_iterations  # in which a generation batch is used
         if self.save_strategy == "steps" and self.save_steps * self.gradient_accumulation_steps % micro_steps:
             raise ValueError(

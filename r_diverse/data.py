@@ -29,7 +29,7 @@ from common.verifiers import completion_text, math_reward
 from . import analysis, objective
 from .budget import Budget
 from .config import RDiverseConfig
-from .memory import MemoryBank
+from .memory import MemoryBank, save_array
 from .questions import Challenge, challenger_prompt, last_box, read_challenge, solver_prompt
 from .skills import ENGINE, SkillEncoder
 
@@ -229,7 +229,7 @@ def embed(folder: Path, skills: SkillEncoder, rows: Sequence[dict[str, Any]]) ->
         )
     embeddings, ok = skills.embed(programs)
     temporary = folder / ".embeddings.npy"
-    np.save(temporary, embeddings)
+    save_array(temporary, embeddings)
     temporary.rename(folder / "embeddings.npy")
     records = [{"question": q, "code": p.code, "failure": p.failure} for q, p in zip(questions, programs, strict=True)]
     write_jsonl(folder / "programs.jsonl", records)

@@ -16,6 +16,7 @@ Adding touches no row that is there already, and searching needs no index in mem
 import copy
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -144,7 +145,8 @@ class MemoryBank:
             answers: B pseudo-labels, none of them missing.
             iteration: 0 or more.
 
-        Raises `ValueError`, with the bank as it was, for rows that do not fit together or to the bank.
+        Raises `ValueError`, with the bank as it was, for rows that do not fit together or to the bank. After an
+        `OSError`, such as of a full disk, every iteration has its old rows or all of its new ones.
         """
         if self._end is not None:
             raise ValueError(
@@ -161,6 +163,10 @@ class MemoryBank:
             raise TimeoutError(
                 f"{self.path} has been locked by another writer for {LOCK_SECONDS} s: end that process, then try again"
             ) from error
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from error  # of a write Python says no path
 
     def _add(self, questions, embeddings, answers, iteration: int) -> None:
         self.reload()  # another writer may have been here
@@ -408,8 +414,8 @@ def _write_embeddings(folder: Path, embeddings: np.ndarray, digest) -> None:
             blocks.append(block)
         _sync(file)
         _sync(codes_file)
-    _save(folder / "blocks.npy", np.array(blocks))
-    _save(folder / "sum.npy", total)
+    save_array(folder / "blocks.npy", np.array(blocks))
+    save_array(folder / "sum.npy", total)
 
 
 def _write_records(folder: Path, questions, answers, digest) -> None:
@@ -421,12 +427,15 @@ def _write_records(folder: Path, questions, answers, digest) -> None:
             file.write(line)
             offsets.append(offsets[-1] + len(line))
         _sync(file)
-    _save(folder / "offsets.npy", np.array(offsets, np.int64))
+    save_array(folder / "offsets.npy", np.array(offsets, np.int64))
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
+    """As `np.save`, and on disk when this returns; `OSError` where there is no room for it."""
+    content = io.BytesIO()  # into a file numpy writes by itself, and does not notice that its end did not fit
+    np.save(content, array)
     with path.open("wb") as file:
-        np.save(file, array)
+        file.write(content.getbuffer())
         _sync(file)
 
 

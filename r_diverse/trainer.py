@@ -9,7 +9,15 @@ from trl import GRPOTrainer
 
 from ._trl import EpochSampler, seed_rollouts
 from .batches import length_sorted, real_columns
-from .checks import HalfPrecisionCallback, check_calls, check_data, check_reference, check_tokens
+from .checks import (
+    FrozenCallback,
+    HalfPrecisionCallback,
+    check_calls,
+    check_data,
+    check_reference,
+    check_tokens,
+    watch_rewards,
+)
 from .doctor import DoctorCallback
 from .questions import turn_end_id
 from .rope import exact_frequencies
@@ -27,6 +35,7 @@ class PhaseTrainer(GRPOTrainer):
             for name, data in {"eval_dataset": kwargs.get("eval_dataset"), "train_dataset": train_dataset}.items():
                 check_calls(reward_funcs, kwargs.get("processing_class"), data, name)
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        watch_rewards(self)
         check_tokens(self.model, self._tokenizer)
         exact_frequencies(self.model, self.ref_model)
         whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)  # no process has a shard only
@@ -43,6 +52,7 @@ class PhaseTrainer(GRPOTrainer):
         seed_rollouts(self)
         if steps := getattr(self.args, "doctor_steps", 0):  # TRL's own config has none
             self.add_callback(DoctorCallback(steps))
+        self.add_callback(FrozenCallback())
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(HalfPrecisionCallback())
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None

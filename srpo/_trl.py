@@ -22,6 +22,7 @@ from trl.models.utils import _ForwardRedirection as ForwardRedirection  # noqa: 
 from trl.trainer.utils import (  # noqa: E402
     RepeatSampler,
     create_model_from_path,
+    is_async_callable,
     maybe_gather_lm_head_ctx,
     pad,
     split_tensor_dict,
@@ -35,6 +36,7 @@ __all__ = [
     "addmm_fp32",
     "compute_dtype",
     "create_model_from_path",
+    "is_async_callable",
     "maybe_gather_lm_head_ctx",
     "pad",
     "prepare_deepspeed",

@@ -9,7 +9,9 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
+from trl import GRPOTrainer
 
+from ._trl import is_async_callable
 from .adapters import is_quantized
 from .config import SRPOConfig
 from .objective import teacher_prompt
@@ -43,8 +45,8 @@ def check_batch(args: SRPOConfig, train_dataset) -> None:
 
 
 def check_calls(reward_funcs: Any, processing_class: Any, dataset: Any, name: str = "train_dataset") -> None:
-    """Raises `ValueError` for a reward function that cannot be called with the columns of the data, and for messages
-    without a chat template: TRL would say so when the engine runs, of rewards after the first rollouts."""
+    """Raises `ValueError` for what is no reward function or cannot be called with the columns of the data, and for
+    messages without a chat template: TRL would say so when the engine runs, of rewards after the first rollouts."""
     if not isinstance(dataset, Dataset) or not len(dataset):
         return
     row = dataset[0]
@@ -56,8 +58,14 @@ def check_calls(reward_funcs: Any, processing_class: Any, dataset: Any, name: st
         )
     columns = row.keys() - {"prompt", "completion", "completion_ids"}
     for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        if callable(reward) and not isinstance(reward, torch.nn.Module):  # else none, a model or the name of one
-            _check_reward(reward, columns, name)
+        if reward is None or isinstance(reward, str | torch.nn.Module):  # none, a model or the name of one
+            continue
+        if not callable(reward):
+            raise ValueError(
+                "reward_funcs must be a function, a model or its name, or a list of these, got "
+                f"{type(reward).__name__}"
+            )
+        _check_reward(reward, columns, name)
 
 
 def _lacks_template(processing_class: Any) -> bool:
@@ -84,13 +92,66 @@ def _check_reward(reward: Callable, columns: Set[str], name: str) -> None:
         ) from error
 
 
+def watch_rewards(trainer: GRPOTrainer) -> None:
+    """Makes each reward function of a trainer raise `ValueError` where it returns what is no number for each rollout:
+    TRL's and torch's errors do not name the function, and an infinite reward makes all weights NaN."""
+    functions = zip(trainer.reward_funcs, trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
+    trainer.reward_funcs = [
+        reward if isinstance(reward, torch.nn.Module) else _watched(reward, name, weight)
+        for reward, name, weight in functions
+    ]
+
+
+def _watched(reward: Callable, name: str, weight: float) -> Callable:
+    if not is_async_callable(reward):
+        return lambda **columns: check_rewards(reward(**columns), columns["prompts"], name, weight)
+
+    async def call(**columns):
+        return check_rewards(await reward(**columns), columns["prompts"], name, weight)
+
+    return call
+
+
+def check_rewards(returned: Any, prompts: list, name: str, weight: float = 1.0) -> list:
+    """What a reward function returned, as a list; TRL compares its length with that of `prompts`.
+
+    Raises `ValueError` for an entry that is no number, and for an infinite one, unless its weight is 0.
+    """
+    wanted = "it must return a list with one finite number for each rollout, or None where it does not apply"
+    try:
+        rewards = list(returned)
+    except TypeError as error:
+        raise ValueError(f"reward function {name} returned {returned!r:.100}: {wanted}") from error
+    for row, (reward, prompt) in enumerate(zip(rewards, prompts, strict=False)):
+        try:  # as TRL reads them
+            number = torch.tensor([torch.nan if reward is None else reward], dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            number = torch.empty(0)
+        if number.shape != (1,) or (weight and number.isinf()):
+            raise ValueError(
+                f"reward function {name} returned {reward!r:.100} for rollout {row}, of the prompt {prompt!r:.100}: "
+                f"{wanted}"
+            )
+    return rewards
+
+
 def check_tokens(model, tokenizer) -> None:
-    """Raises `ValueError` for a padding token of which the model has no row: on a GPU an assertion without a name."""
+    """Raises `ValueError` for a token of padding or of the end of which the model has no row: on a GPU an assertion
+    without a name, or rollouts that never end. Warns of other added tokens, which need not be used."""
     rows = model.config.get_text_config().vocab_size
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
-        raise ValueError(
-            f"the tokenizer's pad_token {tokenizer.pad_token!r} is id {tokenizer.pad_token_id}, and the model has "
-            f"{rows} rows: call model.resize_token_embeddings(len(tokenizer)), or set pad_token to a known token"
+    for name in ("pad_token", "eos_token"):
+        token, token_id = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
+        if token_id is not None and token_id >= rows:
+            raise ValueError(
+                f"the tokenizer's {name} {token!r} is id {token_id}, and the model has {rows} rows: call "
+                f"model.resize_token_embeddings(len(tokenizer)), set {name} to a known token, or pass the model's own "
+                "tokenizer"
+            )
+    if beyond := [token for token, token_id in tokenizer.get_added_vocab().items() if token_id >= rows]:
+        logger.warning(
+            "the tokenizer has the token %s and the model no row for it: no prompt may hold it, unless you call "
+            "model.resize_token_embeddings(len(tokenizer))",
+            beyond[0],
         )
 
 
@@ -109,6 +170,18 @@ def check_prompts(dataset: Dataset, tokenizer) -> None:
         except ValueError as error:
             raise ValueError(f"row {row} of train_dataset: {error}; leave such rows out") from error
     check_plain(prompts, tokenizer)
+
+
+class FrozenCallback(TrainerCallback):
+    """Raises `ValueError` when training starts of a model of which no weight is trained: with gradient checkpointing
+    torch only warns, and every step would leave the model as it was."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "no weight of the model is trained: load an adapter with PeftModel.from_pretrained(..., "
+                "is_trainable=True), pass peft_config, or call requires_grad_(True) on what shall be trained"
+            )
 
 
 class HalfPrecisionCallback(TrainerCallback):
@@ -185,6 +258,7 @@ def check_support(trainer) -> None:
             "self-teacher scores some of its rows; pass tools="
         )
     check_prompts(trainer.train_dataset, trainer._tokenizer)
+    check_longest_prompts(trainer)
     if trainer.aux_loss_enabled:
         raise ValueError("SRPOTrainer adds no load-balancing loss: set router_aux_loss_coef=0 for this model")
     if trainer.is_fsdp_enabled:
@@ -205,11 +279,35 @@ def check_fsdp(plugin) -> None:
         )
 
 
-def check_prompt_lengths(prompt_ids: list[list[int]], limit: int) -> None:
-    """Raises `ValueError` for a prompt of more than `limit` tokens."""
-    longest = max(len(ids) for ids in prompt_ids)
-    if longest > limit:
+def check_longest_prompts(trainer: GRPOTrainer, count: int = 8) -> None:
+    """Raises `ValueError` for a prompt over the limit among the `count` with the longest texts: shuffled, it may come
+    after hours. The others are looked at when they are drawn."""
+    dataset = trainer.train_dataset
+    stored = dataset.with_format(None)
+    if "prompt" not in stored.column_names or trainer.rollout_func is not None:  # which may make other prompts
+        return
+    lengths = [len(str(prompt)) for prompt in stored["prompt"]]
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__)[-count:]:
+        prompts = [dataset[row]["prompt"]]
+        try:
+            check_prompt_lengths(trainer._tokenize_prompts(prompts)[0], prompts, trainer.args)
+        except ValueError as error:
+            raise ValueError(f"row {row} of train_dataset: {error}") from error
+
+
+def check_prompt_lengths(prompt_ids: list[list[int]], prompts: list, args: SRPOConfig) -> None:
+    """Raises `ValueError` for a prompt over the limit; warns once of a colocated vLLM whose context does not hold a
+    prompt and its rollout."""
+    longest, row = max((len(ids), row) for row, ids in enumerate(prompt_ids))
+    if longest > args.max_prompt_length:
         raise ValueError(
-            f"a prompt has {longest} tokens, above max_prompt_length={limit}: raise the limit or filter the data set "
-            "(prompts are never cut)"
+            f"a prompt has {longest} tokens, above max_prompt_length={args.max_prompt_length}: raise the limit or "
+            f"filter the data set (prompts are never cut); it begins {prompts[row]!r:.100}"
+        )
+    context = args.vllm_max_model_length if args.use_vllm and args.vllm_mode == "colocate" else None
+    if context and longest + args.max_completion_length > context:
+        logger.warning_once(
+            f"vllm_max_model_length={context} is for a prompt and its rollout, and some prompts leave less than "
+            f"max_completion_length={args.max_completion_length}: vLLM cuts their rollouts short; raise the first, or "
+            "lower max_completion_length, or max_prompt_length to refuse such prompts"
         )

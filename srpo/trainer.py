@@ -18,10 +18,9 @@ import torch
 from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
-from . import objective
+from . import checks, objective
 from ._trl import EpochSampler, ForwardRedirection, seed_rollouts
 from .batches import length_sorted, trimmed
-from .checks import HalfPrecisionCallback, check_batch, check_calls, check_prompt_lengths, check_support, check_tokens
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
 from .doctor import DoctorCallback, routing_figures, weight_figures
@@ -56,23 +55,25 @@ class SRPOTrainer(GRPOTrainer):
 
     def __init__(self, model, reward_funcs=None, args: SRPOConfig | None = None, train_dataset=None, **kwargs):
         args = SRPOConfig() if args is None else args
-        check_batch(args, train_dataset)
+        checks.check_batch(args, train_dataset)
         if not (kwargs.get("rollout_func") or kwargs.get("environment_factory")):  # which may make columns
             for name, data in {"eval_dataset": kwargs.get("eval_dataset"), "train_dataset": train_dataset}.items():
-                check_calls(reward_funcs, kwargs.get("processing_class"), data, name)
+                checks.check_calls(reward_funcs, kwargs.get("processing_class"), data, name)
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
-        check_tokens(self.model, self._tokenizer)
+        checks.watch_rewards(self)
+        checks.check_tokens(self.model, self._tokenizer)
         exact_frequencies(self.model, self.ref_model)
         seed_rollouts(self)
+        self.add_callback(checks.FrozenCallback())
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
-            self.add_callback(HalfPrecisionCallback())
+            self.add_callback(checks.HalfPrecisionCallback())
         self._forward_redirection = ForwardRedirection()
         self._teacher_hidden: dict[int, torch.Tensor] = {}
         self._loss_sums: torch.Tensor | int = 0
         self.last_rollouts: dict[str, Any] = {}
         self.teacher: SelfTeacher | None = None
         if args.routing != "grpo":
-            check_support(self)
+            checks.check_support(self)
             self.teacher = SelfTeacher(
                 self.model,
                 self.accelerator,
@@ -100,7 +101,7 @@ class SRPOTrainer(GRPOTrainer):
         )
 
     def _generate(self, prompts: list):
-        self._is_first_turn = True
+        self._new_prompts = prompts
         generated = super()._generate(prompts)
         _, completion_ids, tool_mask, *_ = generated
         # Taken before TRL masks truncated rollouts, so that these count with their length
@@ -108,10 +109,10 @@ class SRPOTrainer(GRPOTrainer):
         return generated
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        first, self._is_first_turn = self._is_first_turn, False
-        if first:  # in later ones a prompt holds the rollout so far and the results of its tools
-            check_prompt_lengths(prompt_ids, self.args.max_prompt_length)
-        with self._timed("generation", add=not first):
+        prompts, self._new_prompts = self._new_prompts, None
+        if prompts:  # None in later turns, where a prompt holds the rollout so far and the results of its tools
+            checks.check_prompt_lengths(prompt_ids, prompts, self.args)
+        with self._timed("generation", add=not prompts):
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )

@@ -1,17 +1,21 @@
 """What all trainers have in common: the order of prompts, seeds, warnings."""
 
+import asyncio
 import functools
 import importlib
 import inspect
+import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from trl.trainer.utils import is_async_callable
 
 METHODS = ("va_opd", "srpo", "r_diverse")
 
@@ -143,6 +147,12 @@ def test_reward_functions_are_called_with_the_columns_of_the_data(method):
     check(models, None, taken)
     with pytest.raises(ValueError, match="^eval_dataset has the columns answer, .*: it needs `prompt`"):
         check(all_named, None, rows.remove_columns("prompt"), "eval_dataset")
+    check([None, "org/reward-model", torch.nn.Identity()], None, rows)
+    for functions in ((waits,), {"a": waits}, [waits, 1.0]):
+        with pytest.raises(
+            ValueError, match="^reward_funcs must be a function, a model or its name, or a list of these"
+        ):
+            check(functions, None, rows)
     with pytest.raises(ValueError, match="missing a required argument: 'answer'; with eval_dataset TRL calls it with"):
         check(all_named, None, rows.remove_columns("answer"), "eval_dataset")
 
@@ -159,3 +169,51 @@ def test_messages_want_a_chat_template_and_texts_do_not(method):
     check([], own, Dataset.from_list(messages))
     with pytest.raises(ValueError, match="prompts are messages, and processing_class has no chat_template: set it"):
         check([], bare, Dataset.from_list(messages))
+
+
+@pytest.mark.parametrize("method", ["srpo", "r_diverse"])
+def test_what_reward_functions_may_return(method):
+    """All that TRL reads, and None in the list; anything else is one sentence with the function's name."""
+    check = functools.partial(
+        importlib.import_module(f"{method}.checks").check_rewards, prompts=["P0", "P1"], name="f"
+    )
+    for rewards in ([1.0, None], (True, 0), np.ones(2), torch.ones(2, 1), [torch.tensor(1.0), np.float32(2)]):
+        assert [float(r or 0) for r in check(rewards)] == [float(r or 0) for r in rewards]
+    assert check(float(i) for i in range(2)) == [0.0, 1.0]
+    assert check([1.0] * 3) == [1.0] * 3  # TRL says that they are too many
+    assert check([-math.inf, math.nan], weight=0.0)[0] == -math.inf  # only logged
+    for returned in (None, 1.0, torch.tensor(1.0)):
+        with pytest.raises(
+            ValueError, match="^reward function f returned [^:]*: it must return a list with one finite"
+        ):
+            check(returned)
+    for reward in ("1", [1.0], {"score": 1}, 1j, math.inf, -math.inf, 1e39, 10**400):
+        with pytest.raises(
+            ValueError, match="^reward function f returned .* for rollout 1, of the prompt 'P1': "
+        ) as e:
+            check([1.0, reward])
+        assert len(str(e.value)) < 300
+
+
+@pytest.mark.parametrize("method", ["srpo", "r_diverse"])
+def test_rewards_of_all_kinds_of_functions_are_watched(method):
+    async def waits(prompts, completions, **columns):
+        return completions
+
+    class Called:
+        def __call__(self, prompts, completions, **columns):
+            return completions
+
+    functions = [waits, Called(), functools.partial(Called(), other=1), torch.nn.Identity()]
+    names = ["waits", "Called", "partial", "model"]
+    trainer = SimpleNamespace(reward_funcs=functions, reward_func_names=names, reward_weights=torch.ones(4))
+    importlib.import_module(f"{method}.checks").watch_rewards(trainer)
+    watched, columns = trainer.reward_funcs, {"prompts": ["P0", "P1"], "completions": [1.0, "a"]}
+    assert [is_async_callable(f) for f in watched] == [True, False, False, False]
+    assert asyncio.run(watched[0](prompts=[], completions=[1.0])) == watched[1](prompts=[], completions=[1.0]) == [1.0]
+    for function, name in zip(watched[1:3], names[1:3], strict=True):
+        with pytest.raises(ValueError, match=f"^reward function {name} returned 'a' for rollout 1"):
+            function(**columns)
+    with pytest.raises(ValueError, match="^reward function waits returned 'a' for rollout 1"):
+        asyncio.run(watched[0](**columns))
+    assert watched[3] is functions[3]

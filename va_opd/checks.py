@@ -1,11 +1,13 @@
 """What can be wrong with the parts of a run, each said in one sentence before it costs GPU hours."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from PIL import Image
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
@@ -14,6 +16,7 @@ from trl import prepare_multimodal_messages
 
 from ._trl import split_pixel_values_by_grid
 from .config import VAOPDConfig
+from .degraded import check_depth
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +52,8 @@ def check_batch(args: VAOPDConfig, train_dataset, eval_dataset=None) -> None:
 
 def check_rows(dataset, name: str = "train_dataset") -> None:
     """Raises `ValueError` for data without `prompt`, and for a prompt that says nothing, or shows what is no image."""
-    row = dataset[0]
+    with naming_unread_rows(dataset, name):
+        row = dataset[0]
     if "prompt" not in row:
         raise ValueError(f"{name} has the columns {', '.join(row)}: it needs `prompt`, messages")
     prompts = [row["prompt"]]
@@ -122,9 +126,15 @@ def has_images(row: dict[str, Any]) -> bool:
     return in_columns or any(part.get("type") == "image" for part in _parts(row["prompt"]))
 
 
-def check_first_row(args: VAOPDConfig, processing_class, config: PretrainedConfig, row: dict[str, Any]) -> None:
-    """Raises `ValueError` where the first row cannot be made into the student's input, as the others may be. TRL would
-    say so at the first step, when models and engine are loaded."""
+def check_row(
+    args: VAOPDConfig,
+    processing_class,
+    config: PretrainedConfig,
+    row: dict[str, Any],
+    name: str = "row 0 of train_dataset",
+) -> None:
+    """Raises `ValueError` where a row cannot be made into the student's input. Of the first row, as the others may be,
+    TRL would say so at the first step, when models and engine are loaded."""
     images = row.get("images") or ([] if row.get("image") is None else [row["image"]])
     try:
         if isinstance(row["prompt"], str) and images:
@@ -137,12 +147,48 @@ def check_first_row(args: VAOPDConfig, processing_class, config: PretrainedConfi
             options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
             options |= args.chat_template_kwargs or {}
             ids = processing_class.apply_chat_template([prompt], **options)["input_ids"]
+        for image in images:
+            if image is None:
+                raise ValueError("one of its images is None")
+            if isinstance(image, Image.Image):
+                check_depth(image)
     except Exception as error:  # whatever template, processor and PIL have
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"row 0 of train_dataset makes no prompt ({cause}): mend such rows, or processing_class"
-        ) from error
-    check_prompts(ids, args, config)
+        raise ValueError(f"{name} makes no prompt ({_cause(error)}): mend such rows, or processing_class") from error
+    check_prompts(ids, args, config, f"the prompt of {name}")
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@contextmanager
+def naming_rows(args: VAOPDConfig, processing_class, config: PretrainedConfig, rows: list[dict]) -> Iterator[None]:
+    """Where what is done inside with the `rows` of a step fails because of one of them, the error says of which."""
+    try:
+        yield
+    except Exception:
+        for row in rows:
+            name = f"the row with id {row['id']!r}" if "id" in row else f"the row with prompt {row['prompt']!r:.200}"
+            check_row(args, processing_class, config, row, name)
+        raise
+
+
+@contextmanager
+def naming_unread_rows(dataset, name: str = "train_dataset") -> Iterator[None]:
+    """Where one of the rows that are loaded inside cannot be read, such as a broken image, the error says which."""
+    try:
+        yield
+    except RuntimeError:  # such as of a worker that was killed
+        raise
+    except Exception:
+        for row in range(len(dataset)):
+            try:
+                dataset[row]
+            except Exception as error:  # whatever PIL, transforms and file systems have
+                raise ValueError(
+                    f"row {row} of {name} cannot be read ({_cause(error)}): mend such rows, or leave them out"
+                ) from error
+        raise
 
 
 def check_processor(processing_class, train_dataset) -> None:
@@ -155,6 +201,18 @@ def check_processor(processing_class, train_dataset) -> None:
             "rows have images, but processing_class is a tokenizer: pass the student's processor (AutoProcessor, "
             "which returns the tokenizer alone where torchvision is missing)"
         )
+
+
+class FrozenCallback(TrainerCallback):
+    """Raises `ValueError` when training starts of a model of which no weight is trained: with gradient checkpointing
+    torch only warns, and every step would leave the model as it was."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "no weight of the student is trained: load an adapter with PeftModel.from_pretrained(..., "
+                "is_trainable=True), pass peft_config, or call requires_grad_(True) on what shall be trained"
+            )
 
 
 class HalfPrecisionCallback(TrainerCallback):
@@ -197,7 +255,7 @@ def check_teacher(
     args: VAOPDConfig, student: str | PreTrainedModel, teacher_model: str | PreTrainedModel | None, tools: list | None
 ) -> None:
     """Raises `ValueError` where no teacher is named, where it is the student itself, where it is blind and the student
-    is not, where one in shards is to be offloaded, and for what a served one cannot score."""
+    is not or reads other patches, where one in shards is to be offloaded, and for what a served one cannot score."""
     if teacher_model is None and not args.teacher_server:
         raise ValueError("teacher_model is required: pass the teacher, or set teacher_server to a server of it")
     if student is teacher_model and not isinstance(student, str):
@@ -207,6 +265,8 @@ def check_teacher(
             "the student reads images, the teacher does not: it would score every rollout blindly, and VA would be 0 "
             "everywhere; choose a vision-language teacher"
         )
+    if teacher_model is not None:
+        _check_patches(config_of(student), config_of(teacher_model))
     if args.teacher_offload and is_deepspeed_zero3_enabled():
         raise ValueError(
             "teacher_offload=True has nothing to do under ZeRO-3, which shards the teacher: leave it out, or set "
@@ -224,6 +284,16 @@ def check_teacher(
             "teacher_server needs the student whole on each GPU: use the accelerate config multi_gpu or zero2, not "
             "zero3 or fsdp2"
         )
+
+
+def _check_patches(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    for name in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
+        sizes = [getattr(getattr(config, "vision_config", None), name, None) for config in (student, teacher)]
+        if all(isinstance(size, int) for size in sizes) and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the student's vision_config has {name}={sizes[0]}, the teacher's {sizes[1]}: it could not read the "
+                "student's inputs; choose a teacher of the student's family"
+            )
 
 
 def match_vocabulary_size(model: str | PreTrainedModel, teacher: str | PreTrainedModel, num_tokens: int) -> None:
@@ -299,14 +369,24 @@ def ban_tokens(args: VAOPDConfig, processing_class, model: str | PreTrainedModel
     return args
 
 
-def check_prompts(prompt_ids: list[list[int]], args: VAOPDConfig, config: PretrainedConfig) -> None:
-    """Raises `ValueError` for a prompt over the limit; warns once of rollouts that may end beyond the positions that
-    the student's configuration names."""
+def check_prompts(
+    prompt_ids: list[list[int]], args: VAOPDConfig, config: PretrainedConfig, name: str = "a prompt"
+) -> None:
+    """Raises `ValueError` for a prompt over the limit. Warns once of a colocated vLLM whose context does not hold a
+    prompt and its rollout, and of rollouts that may end beyond the positions that the student's configuration names.
+    """
     longest = max(len(ids) for ids in prompt_ids)
     if longest > args.max_prompt_length:
         raise ValueError(
-            f"a prompt has {longest} tokens, above max_prompt_length={args.max_prompt_length}: raise the limit, lower "
+            f"{name} has {longest} tokens, above max_prompt_length={args.max_prompt_length}: raise the limit, lower "
             "the image budget, or filter the data set (prompts are never cut)"
+        )
+    context = args.vllm_max_model_length if args.use_vllm and args.vllm_mode == "colocate" else None
+    if context and longest + args.max_completion_length > context:
+        logger.warning_once(
+            f"vllm_max_model_length={context} is for a prompt and its rollout, and some prompts leave less than "
+            f"max_completion_length={args.max_completion_length}: vLLM cuts their rollouts short; raise the first, or "
+            "lower max_completion_length, or max_prompt_length to refuse such prompts"
         )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and longest + args.max_completion_length > positions:

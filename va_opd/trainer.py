@@ -65,7 +65,7 @@ class VAOPDTrainer(DistillationTrainer):
         checks.check_batch(args, train_dataset, eval_dataset)
         checks.check_processor(processing_class, train_dataset)
         if train_dataset is not None:
-            checks.check_first_row(args, processing_class, checks.config_of(model), train_dataset[0])
+            checks.check_row(args, processing_class, checks.config_of(model), train_dataset[0])
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         # TRL pads prompts itself, on the left, but takes which of their tokens are an image's from the processor
         tokenizer.padding_side = "left"
@@ -83,6 +83,7 @@ class VAOPDTrainer(DistillationTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.add_callback(checks.FrozenCallback())
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(checks.HalfPrecisionCallback())
         if args.teacher_offload:  # TRL would put it on the device, where it may not fit beside the engine of rollouts
@@ -171,16 +172,21 @@ class VAOPDTrainer(DistillationTrainer):
         logps = sampled_logps(head, hidden, tokens, self.vocab_size)
         return self.accelerator.gather(self.engine.gap(logps, count, self.top_p)).mean().item()
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        with checks.naming_unread_rows(self.train_dataset):
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def _prepare_inputs(self, generation_batch):
         """TRL's, but micro-batches are of like length instead of drawn: the same sum with less padding."""
-        if not self.model.training:
-            return super()._prepare_inputs(generation_batch)
-        parts = self.args.gradient_accumulation_steps
-        if self._step % parts == 0:
-            self._buffered_inputs = None  # of the step before: their room is the next rollouts'
-            batch = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = siblings.length_sorted(batch, parts)
-        return self._buffered_inputs[self._step % parts]
+        with checks.naming_rows(self.args, self.processing_class, self.model.config, generation_batch):
+            if not self.model.training:
+                return super()._prepare_inputs(generation_batch)
+            parts = self.args.gradient_accumulation_steps
+            if self._step % parts == 0:
+                self._buffered_inputs = None  # of the step before: their room is the next rollouts'
+                batch = self._generate_and_score_completions(generation_batch)
+                self._buffered_inputs = siblings.length_sorted(batch, parts)
+            return self._buffered_inputs[self._step % parts]
 
     # Phase 1: two teacher views, visual advantage, coefficients
 

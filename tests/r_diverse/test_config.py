@@ -201,6 +201,10 @@ def test_bad_values_are_one_sentence(fields, message):
         ({"importance_sampling_level": "Token"}, "importance_sampling_level must be one of token, sequence"),
         ({"num_iterations": 2}, "save_steps=4 must be a multiple of the 8 optimizer steps"),
         ({"save_steps": 6}, "save_steps=6 must be a multiple of the 4 optimizer steps"),
+        (
+            {"use_vllm": True, "vllm_max_model_length": 4096},
+            "vllm_max_model_length=4096 is for prompt and rollout together, and max_completion_length alone is 4096",
+        ),
     ],
 )
 def test_bad_phases(make, fields, message):
@@ -215,6 +219,11 @@ def test_the_losses_are_trls(make):
     for name in LOSSES:
         assert make(SolverConfig, loss_type=name).loss_type == name
     assert make(SolverConfig, scale_rewards=False).scale_rewards == "none"
+
+
+def test_a_context_of_vllm_that_holds_a_rollout_or_is_not_used(make):
+    for context, fields in ((4097, {"use_vllm": True}), (10, {"use_vllm": True, "vllm_mode": "server"}), (10, {})):
+        make(ChallengerConfig, vllm_max_model_length=context, **fields)
 
 
 def test_every_field_of_the_run_has_a_help_text_and_is_described():

@@ -1,6 +1,7 @@
 """The stages between the phases: once each, what they label, drop, remember and replay; the collapse alarm."""
 
 import json
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -292,6 +293,34 @@ def test_candidates_without_an_answer_of_the_coder_come_again(tmp_path):
     done = once(folder, {}, lambda folder: data.embed(folder, skills, rows))
     assert asked == [["1+2", "12-5", "3+4"], ["3+4"]]
     assert done["counts"]["ok"] == 4
+
+
+def test_vectors_that_do_not_fit_the_disk_end_their_stage(tmp_path, monkeypatch):
+    """Written by numpy itself they were cut without a word, and the next stage could not read them."""
+
+    class Table:
+        name, dim = "table", 700
+
+        def write(self, questions):
+            return [Program(q) for q in questions]
+
+        def encode(self, texts):
+            return np.eye(700)[[0 for _ in texts]]
+
+    skills = SkillEncoder(Table(), Table(), tmp_path / "programs")
+    skills.embed(skills.programs(["1+2"]))  # into its cache
+
+    def embed(folder):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # stands for the disk
+        try:
+            return data.embed(folder, skills, [{"question": "1+2"}])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with pytest.raises(OSError, match="File too large"):
+        once(tmp_path / "embed", {}, embed)
+    assert not (tmp_path / "embed" / "DONE.json").exists()
 
 
 @pytest.mark.parametrize(("fields", "kept"), [({}, 3), ({"measure": "question_text"}, 4), ({"penalty": "r_zero"}, 4)])

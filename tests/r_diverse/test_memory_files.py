@@ -1,10 +1,14 @@
 """The memory bank on hostile rows and hostile files, and its size."""
 
+import errno
 import json
 import math
 import os
+import resource
 import shutil
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,18 @@ from r_diverse import memory
 from r_diverse.memory import MemoryBank
 
 HOSTILE = ["", "a\nb\r\n\u2028c", '{"question": "x"}\n', "\x00\x1b<|im_end|>", "\ud800", "证明 ∫ é", "x" * 50_000]
+
+
+@contextmanager
+def full_after(size: int) -> Iterator[None]:
+    """Inside no file grows beyond `size` bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
 
 # --- hostile rows ---
 
@@ -298,3 +314,28 @@ def test_rows_are_mapped_not_read_and_written_piece_by_piece(tmp_path):
     done = run(script, str(tmp_path))
     shutil.rmtree(tmp_path)
     assert done.stdout.strip() == f"[1.0, 0.0] [0.00625, 0.0] {rows}", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("size", [6000, 4100, 500])
+def test_a_full_disk_is_told_with_the_folder_and_leaves_the_bank_as_it_was(tmp_path, size):
+    """In sum.npy of 8,128 bytes, in embeddings.npy and in its first bytes. Numpy, which writes into files by itself,
+    would say nothing where the last 4,096 bytes do not fit, or no reason."""
+    bank, rows = MemoryBank(tmp_path / "bank"), np.eye(1000)
+    bank.add(["q"], rows[:1], ["1"], 1)
+    before = files(bank.path)
+    for iteration in (1, 2):  # one is replaced, one is new
+        with pytest.raises(OSError, match=f"File too large: '{bank.path}'") as error, full_after(size):
+            bank.add(["r"], rows[1:2], ["2"], iteration)
+        assert error.value.errno == errno.EFBIG
+        assert files(bank.path) == before
+    again = MemoryBank(bank.path)
+    again.verify()
+    assert again.records([0])[0]["question"] == "q"
+
+
+def test_an_array_that_does_not_fit_is_an_error(tmp_path):
+    for count in (700, 1000, 100_000):
+        with pytest.raises(OSError, match="File too large"), full_after(5000):
+            memory.save_array(tmp_path / "a.npy", np.arange(count))
+    memory.save_array(tmp_path / "a.npy", np.arange(count).reshape(2, -1).T)
+    assert np.load(tmp_path / "a.npy")[:, 1].tolist() == list(range(count // 2, count))

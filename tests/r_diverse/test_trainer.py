@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler, split_tensor_dict
+from trl.trainer.utils import RepeatSampler, is_async_callable, split_tensor_dict
 
 from common.tiny import tiny_qwen3
 from r_diverse import PhaseTrainer, doctor
@@ -42,6 +42,7 @@ def test_what_is_overridden_in_trl():
             "token_type_ids mm_token_type_ids image_position_ids",
         ),
         (split_tensor_dict, "tensor_dict num_chunks"),
+        (is_async_callable, "func"),
     ):
         assert list(inspect.signature(inspect.unwrap(function)).parameters) == parameters.split()
     assert list(inspect.signature(GRPOTrainer._generate_and_score_completions).parameters) == ["self", "inputs"]
@@ -111,6 +112,30 @@ def test_prompts_that_can_be_rendered_pass(tmp_path):
     seen = []
     check_data(made)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (False, "^reward function judge returned '1.0' for rollout 0, of the prompt .*'a'"),
+        (True, "^no weight of the model is trained: load an adapter with"),
+    ],
+)
+def test_a_reward_that_is_no_number_and_a_frozen_model_are_one_clear_sentence(tmp_path, frozen, message):
+    model, tokenizer = tiny_qwen3(hidden=32)
+    model.requires_grad_(not frozen)
+    config = SolverConfig(
+        str(tmp_path), per_device_train_batch_size=5, max_steps=1, max_completion_length=4, beta=0.0,
+        bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=True,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}] * 8)
+
+    def judge(completions, **columns):
+        return ["1.0"] * len(completions)
+
+    trainer = PhaseTrainer(model, judge, config, rows, processing_class=tokenizer)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
 
 
 def test_rollouts_of_a_base_model_stop_at_the_end_of_a_turn(tmp_path):

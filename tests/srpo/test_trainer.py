@@ -40,6 +40,7 @@ from srpo import SRPOTrainer, _trl
         (_trl.compute_dtype, "hidden"),
         (_trl.project, "tile hidden_chunk weight bias start end dtype"),
         (_trl.addmm_fp32, "acc a b"),
+        (trl_utils.is_async_callable, "func"),
         (trl_utils.maybe_gather_lm_head_ctx, "params"),
         (trl_utils.split_tensor_dict, "tensor_dict num_chunks"),
         (trl_utils.RepeatSampler.__init__, "self data_source mini_repeat_count batch_size repeat_count shuffle seed"),

@@ -117,7 +117,7 @@ def test_the_seconds_of_generation_are_those_of_all_turns(make, monkeypatch):
     monkeypatch.setattr("srpo.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     trainer.model.train()
     for turns in (3, 1):  # generation batches
-        trainer._is_first_turn = True
+        trainer._new_prompts = ["Q"]
         for _ in range(turns):
             trainer._generate_single_turn([[11]], None, {}, 4)
     assert trainer._metrics["train"]["time/generation"] == [1.0 + 2.0 + 4.0, 8.0]

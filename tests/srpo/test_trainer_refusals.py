@@ -10,7 +10,7 @@ from srpo_trainers import LORA, always, mixed_reward, policy, rows, step
 from trl import GRPOConfig, GRPOTrainer
 
 from srpo import SRPOConfig, SRPOTrainer
-from srpo.checks import check_support
+from srpo.checks import check_longest_prompts, check_prompt_lengths, check_support
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,8 @@ def test_what_cannot_be_called_or_rendered_is_said_before_anything_is_loaded(mak
     monkeypatch.setattr(GRPOTrainer, "__init__", lambda *_, **__: pytest.fail("loads"))
     with pytest.raises(ValueError, match="reward function wants: missing a required argument: 'solution'"):
         make(reward=wants)
+    with pytest.raises(ValueError, match="^reward_funcs must be a function, a model or its name, .*, got tuple"):
+        make(reward=(mixed_reward,))
     model, tokenizer = policy()
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="prompts are messages, and processing_class has no chat_template"):
@@ -98,13 +100,33 @@ def test_a_padding_token_without_a_row_is_one_clear_sentence(make, routing):
     step(make(model=(model, tokenizer), routing=routing, reward=always(1.0)))
 
 
+@pytest.mark.parametrize("routing", ["srpo", "grpo"])
+def test_an_end_without_a_row_is_one_clear_sentence(make, routing):
+    """Rollouts would never end: TRL gives the tokenizer's to the model."""
+    model, tokenizer = policy()
+    tokenizer.add_special_tokens({"eos_token": "[END]"})
+    with pytest.raises(
+        ValueError, match=r"eos_token '\[END\]' is id 103, and the model has 103 rows: call model.resize"
+    ):
+        make(model=(model, tokenizer), routing=routing)
+
+
+def test_added_tokens_without_rows_are_warned_of(make, warned):
+    model, tokenizer = policy()
+    make(model=(model, tokenizer))
+    assert not warned("no row for it")
+    tokenizer.add_tokens(["<think>"])
+    make(model=(model, tokenizer))
+    assert warned("the tokenizer has the token <think> and the model no row for it") == 1
+
+
 @pytest.mark.parametrize("column", ["image", "images"])
 def test_images_are_refused(make, column):
     with pytest.raises(ValueError, match=f"train_dataset has the column {column}, .* SRPOTrainer is for text"):
         make(data=[{**row, column: None} for row in rows()])
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [None, float("nan")])
 def test_a_reward_that_is_no_number_is_one_clear_sentence(make, fixed, value):
     def reward(completions, **columns):
         return [value if i == 5 else 1.0 for i in range(len(completions))]
@@ -119,15 +141,84 @@ def test_rewards_of_the_wrong_number(make, fixed):
         step(make(reward=lambda completions, **columns: [1.0]))
 
 
-def test_a_prompt_over_the_limit(make):
-    with pytest.raises(ValueError, match="max_prompt_length=5"):
-        step(make(max_prompt_length=5))
+@pytest.mark.parametrize("routing", ["srpo", "grpo"])
+def test_rewards_that_are_none_name_their_function(make, fixed, routing):
+    def judge(completions, **columns):  # forgets to return them
+        [1.0 for _ in completions]
+
+    with pytest.raises(ValueError, match="^reward function judge returned None: it must return a list"):
+        step(make(reward=judge, routing=routing))
+
+
+def test_an_infinite_reward_is_refused_before_it_makes_all_weights_nan(make, fixed):
+    def logps(completions, **columns):
+        return [float("-inf"), *[1.0] * (len(completions) - 1)]
+
+    with pytest.raises(ValueError, match="^reward function logps returned -inf for rollout 0, of the prompt .*'Q"):
+        step(make(reward=logps, routing="grpo"))
+    _, gradients = step(make(reward=[logps, mixed_reward], routing="grpo", reward_weights=[0.0, 1.0]))
+    assert all(gradient.isfinite().all() for gradient in gradients.values())  # of weight 0 it is only logged
+
+
+def test_a_prompt_over_the_limit_is_refused_when_it_is_drawn(make):
+    with pytest.raises(ValueError, match="above max_prompt_length=5: .*; it begins .*'user'"):
+        step(make(max_prompt_length=5, routing="grpo"))
+
+
+def test_a_long_prompt_is_refused_with_its_row_before_any_rollout(make):
+    data = rows(20)
+    data[7]["prompt"] = [{"role": "user", "content": "?" * 100}]
+    message = "^row 7 of train_dataset: a prompt has .* above max_prompt_length=64: "
+    with pytest.raises(ValueError, match=message) as error:
+        make(data=data, max_prompt_length=64)
+    assert "\n" not in str(error.value)
+    make(data=data)  # the limit is 2,048
+
+
+def test_prompts_that_are_made_of_the_data_are_not_measured_by_them(make):
+    trainer = make()
+    trainer.train_dataset = Dataset.from_list([{"prompt": "?" * 3000}])
+    with pytest.raises(ValueError, match="^row 0 of train_dataset: a prompt has 3"):
+        check_longest_prompts(trainer)
+    trainer.train_dataset.set_transform(lambda batch: {"prompt": [text[:50] for text in batch["prompt"]]})
+    check_longest_prompts(trainer)
+    trainer.train_dataset.reset_format()
+    trainer.rollout_func = print
+    check_longest_prompts(trainer)
+
+
+def test_a_context_of_vllm_that_cuts_rollouts_is_warned_of(make, monkeypatch):
+    said, args = [], make().args  # max_completion_length=6
+    monkeypatch.setattr("srpo.checks.logger.warning_once", said.append)
+    for use_vllm, mode, context in ((False, "colocate", 10), (True, "server", 10), (True, "colocate", None)):
+        args.use_vllm, args.vllm_mode, args.vllm_max_model_length = use_vllm, mode, context
+        check_prompt_lengths([[1] * 20], ["Q"], args)
+    args.vllm_max_model_length = 26
+    check_prompt_lengths([[1] * 20], ["Q"], args)
+    assert not said
+    check_prompt_lengths([[1] * 20, [1] * 21], ["Q", "R"], args)
+    assert "vllm_max_model_length=26 is for a prompt and its rollout" in said[0]
 
 
 def test_environments_are_refused():
     trainer = SimpleNamespace(model=policy()[0], _is_vlm=False, environment_factories={None: object})
     with pytest.raises(ValueError, match="^SRPOTrainer has no environment_factory"):
         check_support(trainer)
+
+
+@pytest.mark.parametrize("routing", ["srpo", "grpo"])
+def test_an_adapter_that_was_loaded_for_inference_is_refused_before_it_learns_nothing(make, tmp_path, routing):
+    """With gradient checkpointing, TRL's default, torch only warns."""
+    model, tokenizer = policy()
+    peft.get_peft_model(model, peft.LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(policy()[0], tmp_path / "adapter")
+    trainer = make(model=(model, tokenizer), routing=routing, gradient_checkpointing=True)
+    with pytest.raises(
+        ValueError, match="^no weight of the model is trained: load an adapter with .*is_trainable=True"
+    ):
+        trainer.train()
+    model = peft.PeftModel.from_pretrained(policy()[0], tmp_path / "adapter", is_trainable=True)
+    begin(make(model=(model, tokenizer), routing=routing, gradient_checkpointing=True))
 
 
 def begin(trainer) -> None:

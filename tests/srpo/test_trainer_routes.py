@@ -168,7 +168,7 @@ def test_rewards_that_make_a_wrong_rollout_correct_are_warned_of(make, warned, c
 def test_the_results_of_tools_are_no_part_of_the_prompts_limit(make, fixed):
     """TRL's loop of tool calls generates again with the whole conversation as prompt."""
     trainer = make(max_prompt_length=30)
-    trainer._is_first_turn = True
+    trainer._new_prompts = ["Q"] * 8
     trainer._generate_single_turn([[11] * 30] * 8, None, {}, 4)
     trainer._generate_single_turn([[11] * 35] * 8, None, {}, 1)
     step(trainer)  # a first turn again, which is checked

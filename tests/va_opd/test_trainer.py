@@ -22,6 +22,7 @@ from va_opd.lm_head import logit_scale
     ("function", "parameters"),
     [
         (DistillationTrainer._get_train_sampler, "self dataset"),
+        (DistillationTrainer.get_batch_samples, "self epoch_iterator num_batches device"),
         (DistillationTrainer._prepare_inputs, "self generation_batch"),
         (DistillationTrainer._tokenize_prompts, "self prompts"),
         (DistillationTrainer._generate, "self prompts"),

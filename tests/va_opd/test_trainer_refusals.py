@@ -10,13 +10,15 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Image as ImageColumn
+from PIL import Image
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import DistillationConfig, DistillationTrainer
 from va_opd_trainers import image, image_rows, mixed_rows, models, prompt, step, text_config
 
 from va_opd import VAOPDTrainer
 from va_opd import trainer as va_opd_trainer
-from va_opd.checks import check_same_tokens
+from va_opd.checks import check_prompts, check_same_tokens
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,25 @@ def test_what_no_trainer_can_be_built_of_is_one_clear_sentence(make):
     trainer = VAOPDTrainer(student, teacher, make().args, **{**good, "train_dataset": None})
     with pytest.raises(ValueError, match="training requires a train_dataset"):
         trainer.train()
+
+
+def test_a_frozen_student_is_refused_before_it_learns_nothing(make):
+    """With gradient checkpointing, TRL's default, torch only warns."""
+    student, teacher, processor = models()
+    trainer = make(parts=(student.requires_grad_(False), teacher, processor), gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="^no weight of the student is trained: load an adapter with"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["patch_size", "spatial_merge_size"])
+def test_a_teacher_that_reads_other_patches_is_refused(make, name):
+    """As Qwen2.5-VL (14) for Qwen3-VL (16): torch would say that a shape is invalid, at the first step."""
+    student, teacher, processor = models()
+    setattr(teacher.config.vision_config, name, 7)
+    with pytest.raises(
+        ValueError, match=f"the student's vision_config has {name}=., the teacher's 7: .*choose a teacher"
+    ):
+        make(parts=(student, teacher, processor))
 
 
 @pytest.mark.parametrize("said", [[{"role": "user", "content": None}], [], None])
@@ -152,9 +173,94 @@ def test_a_first_row_that_makes_no_prompt_is_said_before_anything_is_loaded(make
     assert "\n" not in str(error.value)
 
 
+def with_files(folder) -> Dataset:
+    """Rows whose images are files 0.png to 3.png, read when a row is asked for."""
+    for i in range(4):
+        image(i).save(folder / f"{i}.png")
+    files = [{"prompt": prompt(i), "image": str(folder / f"{i}.png")} for i in range(4)]
+    return Dataset.from_list(files).cast_column("image", ImageColumn())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_with_its_row(make, tmp_path, workers):
+    student, teacher, processor = models()
+    args, data = make(dataloader_num_workers=workers).args, with_files(tmp_path)
+    trainer = VAOPDTrainer(student, teacher, args, data, processing_class=processor)
+    content = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(content[:400])
+    message = "^row 3 of train_dataset cannot be read .*truncated.*: mend such rows, or leave them out"
+    with pytest.raises(ValueError, match=message) as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+
+
+def test_a_first_image_that_cannot_be_read_is_named_too(make, tmp_path):
+    student, teacher, processor = models()
+    data = with_files(tmp_path)
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(ValueError, match="^row 0 of train_dataset cannot be read .*No such file.*0.png"):
+        VAOPDTrainer(student, teacher, make().args, data, processing_class=processor)
+
+
+@pytest.mark.parametrize(
+    ("shown", "cause"),
+    [
+        (image(0, (2, 900)), "absolute aspect ratio must be smaller than 200"),
+        (Image.new("I;16", (40, 40), 60_000), "mode I;16"),
+        (None, "one of its images is None"),
+    ],
+)
+def test_an_image_that_no_prompt_can_be_made_of_is_named_with_its_row(make, shown, cause):
+    student, teacher, processor = models()
+    rows = [{"id": f"geo-{i}", "prompt": prompt(i), "images": [image(i)]} for i in range(4)]
+    rows[3]["images"] = [shown]
+    trainer = VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
+    with pytest.raises(ValueError, match=f"^the row with id 'geo-3' makes no prompt .*{cause}.*: mend such rows"):
+        trainer.train()
+    trainer.train_dataset = [{"prompt": row["prompt"], "images": row["images"]} for row in rows]
+    with pytest.raises(ValueError, match=f"^the row with prompt .*Q3.* makes no prompt .*{cause}"):
+        trainer.train()
+
+
+def test_a_long_prompt_is_named_with_its_row(make):
+    rows = [{"id": i, **row} for i, row in enumerate(image_rows(4))]
+    rows[2]["prompt"] = [{"role": "user", "content": "?" * 100}]
+    with pytest.raises(
+        ValueError, match=r"^the prompt of the row with id 2 has \d+ tokens, above max_prompt_length=64"
+    ):
+        make(rows=rows, max_prompt_length=64).train()
+
+
+def test_an_error_that_is_of_no_row_is_raised_as_it_is(make, monkeypatch):
+    trainer = make()
+
+    def fails(*_):
+        raise KeyError("of the engine")
+
+    for name in ("_generate_single_turn", "get_batch_samples"):
+        monkeypatch.setattr(DistillationTrainer, name, fails)
+        with pytest.raises(KeyError, match="of the engine"):
+            trainer.train()
+
+
+def test_a_context_of_vllm_that_cuts_rollouts_is_warned_of(make, monkeypatch):
+    said, args, config = [], make().args, models()[0].config  # max_completion_length=6
+    monkeypatch.setattr("va_opd.checks.logger.warning_once", said.append)
+    for use_vllm, mode, context in ((False, "colocate", 10), (True, "server", 10), (True, "colocate", None)):
+        args.use_vllm, args.vllm_mode, args.vllm_max_model_length = use_vllm, mode, context
+        check_prompts([[1] * 20], args, config)
+    args.vllm_max_model_length = 26
+    check_prompts([[1] * 20], args, config)
+    assert not said
+    check_prompts([[1] * 20, [1] * 21], args, config)
+    assert "vllm_max_model_length=26 is for a prompt and its rollout" in said[0]
+
+
 def test_a_processor_without_a_chat_template_and_a_long_prompt_are_said_before_anything_is_loaded(make, monkeypatch):
     monkeypatch.setattr(DistillationTrainer, "__init__", lambda *_, **__: pytest.fail("loads"))
-    with pytest.raises(ValueError, match="a prompt has 28 tokens, above max_prompt_length=20: raise the limit"):
+    with pytest.raises(
+        ValueError, match="the prompt of row 0 of train_dataset has 28 tokens, above max_prompt_length=20:"
+    ):
         make(max_prompt_length=20)
     student, teacher, processor = models()
     processor.chat_template = processor.tokenizer.chat_template = None

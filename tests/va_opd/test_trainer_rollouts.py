@@ -206,7 +206,7 @@ def test_the_results_of_tools_are_no_part_of_the_prompts_limit(make, monkeypatch
 
 
 def test_a_prompt_over_the_limit_is_one_clear_sentence(make):
-    with pytest.raises(ValueError, match=r"a prompt has \d+ tokens, above max_prompt_length=12"):
+    with pytest.raises(ValueError, match=r"row 0 of train_dataset has \d+ tokens, above max_prompt_length=12"):
         step(make(max_prompt_length=12))
 
 
