@@ -37,7 +37,7 @@ def once(folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, 
     """
     for name in ("STARTED.json", "DONE.json"):
         if (folder / name).exists():
-            _check_inputs(folder, _read_json(folder / name).get("inputs", {}), inputs)
+            _check_inputs(folder, _read_json(folder / name)["inputs"], inputs)
     if (folder / "DONE.json").exists():
         done = _read_json(folder / "DONE.json")
         _check_outputs(folder, done["outputs"])
@@ -72,7 +72,7 @@ def read_counts(folder: Path) -> dict[str, Any]:
 
 def read_inputs(folder: Path) -> dict[str, Any]:
     """What a finished stage was made from."""
-    return _read_json(folder / "DONE.json").get("inputs", {})
+    return _read_json(folder / "DONE.json")["inputs"]
 
 
 def _outputs(folder: Path) -> list[Path]:

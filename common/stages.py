@@ -206,12 +206,14 @@ def _pool(
 
 
 def _end(logs: Path, name: str, begun: int, lines: int) -> list[str]:
-    """Last lines of a log, none from before its byte `begun`: those are of an earlier start."""
-    return (logs / f"{name}.log").read_bytes()[begun:].decode(errors="replace").splitlines()[-lines:]
+    """Last lines of a log that have text, none from before its byte `begun`: those are of an earlier start."""
+    text = (logs / f"{name}.log").read_bytes()[begun:].decode(errors="replace")
+    return [line for line in text.splitlines() if line.strip()][-lines:]  # tqdm wipes out a bar with a line of blanks
 
 
 def _cut(line: str, width: int = 100) -> str:
     """A line without what is beyond `width`: whole words, since a part of a number reads as another number."""
+    line = line.strip()
     return line if len(line) <= width else line[: width + 1].rsplit(maxsplit=1)[0] + " ..."
 
 

@@ -104,6 +104,14 @@ def test_want_of_memory_in_a_worker_is_no_verdict():
     assert _worker._decide(request, Hungry()) is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS refuses the limit")
+def test_a_worker_has_a_limit_of_memory():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from common import _worker; "
+    code += "_worker._take_limits(); bytearray(_worker._MEMORY)"
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("MemoryError\n")
+
+
 def test_ctrl_c_leaves_no_worker_with_a_reply_for_the_next_pair():
     def interrupt(*_):
         raise KeyboardInterrupt

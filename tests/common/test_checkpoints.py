@@ -315,7 +315,7 @@ def test_a_config_whose_checkpoints_have_no_weights_is_refused(fsdp, deepspeed, 
         check_saves_weights(trainer)
     else:
         with pytest.raises(ValueError, match=message):
-            check_saves_weights(trainer)
+            resume_point(trainer)  # before anything is looked for
 
 
 @pytest.mark.parametrize(
@@ -423,12 +423,15 @@ def test_only_the_newest_keeps_what_only_resuming_needs(tmp_path, keep_weights):
     assert {"model.safetensors", "trainer_state.json"} < older
 
 
-def test_checkpoints_of_epochs_are_all_of_the_schedule(tmp_path):
+@pytest.mark.parametrize("limit", [None, 0, -1])  # none, as transformers reads them
+def test_checkpoints_of_epochs_are_all_of_the_schedule(tmp_path, limit):
     for step in (3, 6):
         checkpoint_of(tmp_path, step, processes=1, deepspeed=False)
     args, state = trainer(tmp_path, 1, deepspeed=False).args, SimpleNamespace(global_step=6, save_steps=500)
     args.save_strategy = "epoch"
-    ExactCheckpoints(None, None, keep_weights=True)._tidy(args, state)
+    callback = ExactCheckpoints(None, None, keep_weights=True)
+    callback.limit = limit
+    callback._tidy(args, state)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
 
 
@@ -459,7 +462,10 @@ def test_a_checkpoint_is_whole_when_every_process_has_written_its_part(tmp_path,
 
 
 def test_the_first_process_alone_names_the_newest_that_is_not_whole(tmp_path, capsys):
+    (checkpoint_of(tmp_path, 2, processes=2, deepspeed=False) / "optimizer.pt").unlink()
     whole = checkpoint_of(tmp_path, 4, processes=2, deepspeed=False)
+    assert resume_point(trainer(tmp_path, 2, deepspeed=False)) == whole
+    assert said(capsys) == []  # of an older one, which may have weights only
     for step in (6, 8):
         begin_checkpoint(tmp_path / f"checkpoint-{step}")
     assert resume_point(trainer(tmp_path, 2, deepspeed=False, rank=1)) == whole

@@ -339,6 +339,45 @@ def test_a_lost_terminal_is_as_sigterm_and_nohup_holds(capsys, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_lost_terminal_after_sigterm_does_not_cut_the_clearing_up():
+    """A shell sends both."""
+    before, cleared = signal.signal(signal.SIGHUP, signal.SIG_DFL), []
+
+    def stopped():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            cleared.append(1)
+
+    try:
+        with pytest.raises(preemption.Preempted), preemption.sigterm_raises():
+            stopped()
+        assert cleared == [1]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_ends_by_the_signal_and_clears_up_nothing():
+    """As a worker of a data loader: files and child processes are its parent's."""
+    reads, writes = os.pipe()
+    with preemption.sigterm_raises():
+        child = os.fork()
+        if child == 0:
+            try:
+                os.write(writes, b"x")
+                time.sleep(20)
+            finally:
+                os._exit(7)
+        os.read(reads, 1)  # Python forgets a signal that comes before the child's first step
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
 def test_a_launched_process_takes_the_signal_that_its_launcher_passes_on(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
@@ -352,7 +391,7 @@ def test_what_is_written_after_the_terminal_is_lost_ends_nothing(tmp_path):
     """As training, which logs before it saves."""
     ours, theirs = os.openpty()
     program = f"""
-import fcntl, os, pathlib, termios, time
+import fcntl, os, pathlib, sys, termios, time
 os.setsid()
 terminal = os.open({os.ttyname(theirs)!r}, os.O_RDWR)
 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
@@ -366,7 +405,8 @@ def command(_):
         print("it runs", flush=True)
         while not asked:
             time.sleep(0.01)
-        print("step 7", flush=True)
+        for stream in (sys.stdout, sys.stderr):
+            print("step 7", file=stream, flush=True)
         pathlib.Path({str(tmp_path / "saved")!r}).touch()
 run_main("x.y", command, [])
 """

@@ -47,6 +47,33 @@ def test_a_new_run_and_the_same_run_again(tmp_path):
     assert len(again.manifest["resumed"]) == 1
 
 
+def test_results_belong_to_the_settings_that_they_were_made_with(tmp_path):
+    path = tmp_path / "identity.json"
+    runs.claim(path, {"a": 0}, has_results=False)
+    runs.claim(path, {"a": 1}, has_results=False)  # there was nothing yet
+    runs.claim(path, {"a": 1, "b": 2}, has_results=True)  # an older version may not have recorded b
+    with pytest.raises(ValueError, match="holds results of a=1, these settings have 2: set a back"):
+        runs.claim(path, {"a": 2}, has_results=True)
+
+
+def test_the_digest_of_weights_is_of_names_sizes_and_blocks_of_the_whole_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "BLOCKS", 4)
+    monkeypatch.setattr(runs, "BLOCK_BYTES", 8)
+    digests = [runs.weights_fingerprint(str(tmp_path))]
+    for name, content in (
+        ("model.safetensors", bytes(4000)),
+        *(("model.safetensors", bytes(place) + b"x" + bytes(3999 - place)) for place in (0, 1007, 2000, 3007)),
+        ("model.safetensors", bytes(4001)),
+        ("model-1.safetensors", bytes(4000)),
+    ):
+        (tmp_path / name).write_bytes(content)
+        digests.append(runs.weights_fingerprint(str(tmp_path)))
+        (tmp_path / "self_teacher.safetensors").write_bytes(content)  # none of the model's weights
+        assert runs.weights_fingerprint(str(tmp_path)) == digests[-1]
+        (tmp_path / name).unlink()
+    assert digests[0] is None and len(set(digests)) == 8
+
+
 def test_a_run_that_began_from_other_weights_at_the_same_path_is_refused(tmp_path):
     def opened_with(*models: str) -> RunFolder:
         weights = runs.weights_of(**{name: str(tmp_path / name) for name in models})
@@ -237,6 +264,19 @@ def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
         runs.atomic_write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_system_that_opens_no_folder_is_written_to(tmp_path, monkeypatch):
+    opened = os.open
+
+    def refusing(path, *arguments, **options):
+        if Path(path) == tmp_path:
+            raise PermissionError(13, "no folders")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    runs.atomic_write_text(tmp_path / "a.json", "1")
+    assert (tmp_path / "a.json").read_text() == "1"
 
 
 def test_a_half_written_last_line_is_dropped_and_written_over(tmp_path):

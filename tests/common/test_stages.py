@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed.run import get_args_parser
@@ -36,7 +37,16 @@ def test_stages_run_in_order(tmp_path, two_cores, capfd):
     ]
     assert stages.run_stages(plan, tmp_path / "logs") == 0
     assert log.read_text() == "abbc"
+    logs = {path.name for path in (tmp_path / "logs").iterdir()}
+    assert logs == {"b.log", "b2.log"}  # one alone writes to the terminal
     assert "$ python -c 'open(" in capfd.readouterr().out
+
+
+def test_on_one_core_commands_take_turns(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)
+    assert stages.run_stages([[sleeper("a", 0), sleeper("b", 0)]], tmp_path / "logs") == 0
+    said = capfd.readouterr().out
+    assert said.index("\na here") < said.index("\nb here") and not any((tmp_path / "logs").iterdir())
 
 
 def test_a_free_place_is_taken_at_once(tmp_path, two_cores, capfd):
@@ -66,14 +76,14 @@ def test_a_failure_stops_the_others_and_shows_its_log(tmp_path, two_cores, capfd
     pid.touch()
     path = repr(str(pid))
     other = f"import os, time; open({path}, 'w').write(str(os.getpid())); time.sleep(60); os.remove({path})"
-    bad = f"import os, sys, time\nwhile not os.path.getsize({path}): time.sleep(0.01)\nprint('bad here'); sys.exit(3)"
+    bad = f"import os, sys, time\nwhile not os.path.getsize({path}): time.sleep(0.01)\nsys.exit('bad' + ' here')"
     plan = [[python("other", other), python("bad", bad), sleeper("never", 0)], [sleeper("later", 0)]]
-    assert stages.run_stages(plan, tmp_path) == 3
+    assert stages.run_stages(plan, tmp_path) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     printed = capfd.readouterr().out
-    assert "bad failed with exit code 3" in printed
-    assert "bad here" in printed
+    assert "bad failed with exit code 1" in printed
+    assert "bad here" in printed  # on stderr
     assert not (tmp_path / "never.log").exists()
     assert not (tmp_path / "later.log").exists()
 
@@ -123,11 +133,20 @@ def test_what_an_earlier_start_logged_is_kept_and_not_shown(tmp_path, two_cores,
 def test_a_sign_of_life_ends_with_a_whole_word(tmp_path, two_cores, monkeypatch, capfd):
     """step_time 3.97 was shown as "step_time 3."."""
     monkeypatch.setattr(stages, "SIGN_OF_LIFE", 0.3)
-    stage = [python(n, f"import time; print('{'a' * 88} time 3.97', flush=True); time.sleep(3)") for n in "ab"]
-    assert stages.run_stages([stage], tmp_path) == 0
-    lines = [line for line in capfd.readouterr().out.splitlines() if "aaa" in line and not line.startswith("$")]
-    assert lines and {line.split("  ")[-1] for line in lines} == {f"{n}: {'a' * 88} time 3.97" for n in "ab"}
+    speaks = f"import time; print('{'a' * 88} time 3.97', flush=True); time.sleep(3)"
+    assert stages.run_stages([[python("a", speaks), python("b", "import time; time.sleep(3)")]], tmp_path) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if " s  " in line and not line.endswith("ended")]
+    said = {line.split("  ")[-1] for line in lines} - {"a: starting"}
+    assert said == {f"a: {'a' * 88} time 3.97", "b: starting"}
     assert stages._cut("a" * 94 + " time 3.97") == "a" * 94 + " time ..."
+    assert stages._cut("a" * 95 + " time") == "a" * 95 + " time"  # as wide as it may be
+
+
+def test_a_bar_that_was_wiped_out_is_no_line(tmp_path):
+    """It is blanks as long as the bar was: those of more than a hundred ended the experiment."""
+    for words in (f"step 6\nstep 7 \udcff\r{' ' * 120}\r", f"{' ' * 120}step 7 \udcff\n\n"):
+        (tmp_path / "a.log").write_text(words, errors="surrogateescape")  # with a byte that is no UTF-8
+        assert [stages._cut(line) for line in stages._end(tmp_path, "a", 0, 1)] == ["step 7 \ufffd"]
 
 
 def test_a_failed_command_alone_ends_the_experiment(tmp_path):
@@ -171,6 +190,8 @@ def test_a_comma_list_is_checked_before_anything_runs():
     assert stages.chosen_seeds("0,1,") == ["0", "1"]
     with pytest.raises(ValueError, match="seeds must be whole numbers, got a, -1"):
         stages.chosen_seeds("0,a,-1")
+    with pytest.raises(ValueError, match="seeds must be whole numbers, got all"):
+        stages.chosen_seeds("all")
     with pytest.raises(ValueError, match="seeds names nothing, got ','"):
         stages.chosen("seeds", ",")
     with pytest.raises(ValueError, match=r"unknown variants \['c'\]; choose among a, b, or all"):
@@ -218,6 +239,22 @@ def test_flags_of_make_are_passed_on_whole(method, capsys):
     assert commands and all("--data mine --seed 7" in line for line in commands)
 
 
+class Placed(SimpleNamespace):
+    n_gpu = property(lambda self: self._n_gpu)
+
+
+def test_a_process_without_a_launcher_has_one_gpu():
+    """Also for a KL reference, which TRL loads with the same arguments and spreads else."""
+    assert stages.on_one_gpu(Placed(_n_gpu=2)).n_gpu == 1
+    for given, left in ((None, {}), ({"dtype": "bfloat16"}, {"dtype": "bfloat16"})):
+        config = stages.on_one_gpu(Placed(_n_gpu=2, model_init_kwargs=given))
+        assert config.model_init_kwargs == {**left, "device_map": None}
+    for count in (0, 1):
+        assert vars(stages.on_one_gpu(Placed(_n_gpu=count, model_init_kwargs=None))) == {
+            "_n_gpu": count, "model_init_kwargs": None,
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("allowed", "wanted", "seen"),
     [(None, [2, 3], "2,3"), ("4,5,6,7", [2, 3], "6,7"), ("GPU-a,GPU-b", [1], "GPU-b"), ("3", [0], "3")],
@@ -229,7 +266,7 @@ def test_children_see_the_gpus_that_the_process_may_use(monkeypatch, allowed, wa
     assert stages.visible(wanted) == seen
 
 
-@pytest.mark.parametrize(("allowed", "count"), [("4,5", 2), ("", 0)])
+@pytest.mark.parametrize(("allowed", "count"), [("4,5,6", 3), ("", 0)])
 def test_more_gpus_than_the_process_may_use_are_one_sentence(monkeypatch, allowed, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
     with pytest.raises(ValueError, match=f"GPU number 3 is needed, but CUDA_VISIBLE_DEVICES=.* leaves {count}: lower"):
@@ -249,6 +286,8 @@ def test_commands_of_one_gpu_each_share_the_gpus(tmp_path, monkeypatch):
     seen = (tmp_path / "each").read_text().split()
     assert sorted(seen[:2]) == ["4", "5"] and len(seen) == 3 and seen[2] in ("4", "5")
     assert (tmp_path / "whole").read_text().split() == ["4,5,6", "4,5,6"]
+    logs = {path.name for path in (tmp_path / "logs").iterdir()}
+    assert logs == {"e0.log", "e1.log", "e2.log"}  # those of the launcher took turns
 
 
 def test_a_launcher_under_nohup_leaves_the_lost_terminal_alone(monkeypatch):
@@ -263,3 +302,13 @@ def test_a_launcher_under_nohup_leaves_the_lost_terminal_alone(monkeypatch):
         signal.signal(signal.SIGHUP, before)
     defaults = get_args_parser().parse_args(["x.py"])
     assert defaults.signals_to_handle == os.environ.pop("PET_SIGNALS_TO_HANDLE") == "SIGTERM,SIGINT,SIGQUIT"
+
+
+def test_a_launcher_under_nohup_keeps_the_users_signals(monkeypatch):
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "SIGTERM")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stages.launcher(2, "zero2")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert os.environ["PET_SIGNALS_TO_HANDLE"] == "SIGTERM"

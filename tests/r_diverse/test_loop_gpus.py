@@ -10,10 +10,12 @@ import torch
 from r_diverse_coders import HashEncoder
 from transformers.integrations import deepspeed
 
+from common import models
 from common.runs import exclusive
 from common.stages import launcher
 from r_diverse import RDiverseConfig, loop, train
 from r_diverse.loop import dry_run
+from r_diverse.questions import PLAIN_TEMPLATE
 from r_diverse.train import parse
 
 
@@ -72,6 +74,13 @@ def test_servers_have_replicas_of_several_gpus(tmp_path, monkeypatch, base, allo
         command, gpus = started[-1]
     assert gpus is None and command[command.index("--data-parallel-size") + 1] == "4"
     assert "--chat-template" not in command
+    tokenizer = models.load_processor(str(base))
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    models.load_config(str(base)).save_pretrained(tmp_path / "plain")
+    with player._server(str(tmp_path / "plain"), tmp_path, 0.9, None):
+        command, _ = started[-1]
+    assert command[command.index("--chat-template") + 1] == PLAIN_TEMPLATE
 
 
 def test_phases_and_servers_share_gpus_and_their_memory(tmp_path, monkeypatch, base):
@@ -101,6 +110,23 @@ def test_phases_and_servers_share_gpus_and_their_memory(tmp_path, monkeypatch, b
     served.clear()  # a penalty on the questions' words asks no coder
     loop.SelfPlay(parse([*fields, *loop.VARIANT_FLAGS["r_zero"]]), tmp_path, "base")._train_challenger(tmp_path, 1)
     assert [model for model, *_ in served] == [str(base)]
+    served.clear()  # nor do rules
+    rules = loop.SelfPlay(parse([*fields, "--coder=rules"]), tmp_path, "base")
+    rules._train_challenger(tmp_path, 1)
+    assert [model for model, *_ in served] == [str(base)]
+    assert rules._embed(tmp_path, []) == {"url": None} and len(served) == 1
+
+
+def test_without_gpus_of_its_own_a_phase_trains_in_the_process_of_the_run(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(loop, "train_challenger", lambda settings, t: trained.append(("challenger", settings, t)))
+    monkeypatch.setattr(loop, "train_solver", lambda settings, t: trained.append(("solver", settings, t)))
+    monkeypatch.setattr(loop, "call", lambda *_: pytest.fail("a command"))
+    settings = parse(["--model=m"])
+    player = loop.SelfPlay(settings, tmp_path, "base")
+    player._train_challenger(tmp_path, 3)
+    player._train_solver(3)
+    assert trained == [("challenger", settings, 3), ("solver", settings, 3)]
 
 
 def test_a_phase_has_the_config_that_the_run_began_with(tmp_path, monkeypatch):

@@ -36,14 +36,15 @@ def test_a_finished_stage_is_its_outputs_alone(tmp_path):
     """What depends on when and how often it was started is in no digest; drafts and checkpoints go."""
 
     def work(folder):
-        for name in ("out.txt", ".out.txt.draft", "metrics.jsonl", "logs/server.log", "checkpoint-4/model"):
+        of_a_start = (".out.txt.draft", ".cache/part", "metrics.jsonl", "logs/server.log", "checkpoint-4/model")
+        for name in ("out.txt", *of_a_start):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text("x")
         return {}
 
     folder = tmp_path / "iteration_1" / "stage"
     assert list(once(folder, {}, work)["outputs"]) == ["out.txt"]
-    left = {"DONE.json", "STARTED.json", "logs", "metrics.jsonl", "out.txt"}
+    left = {".cache", "DONE.json", "STARTED.json", "logs", "metrics.jsonl", "out.txt"}
     assert {path.name for path in folder.iterdir()} == left
     (record,) = read_jsonl(tmp_path / "stages.jsonl")
     assert (record["iteration"], record["stage"]) == ("iteration_1", "stage")
@@ -87,6 +88,24 @@ def test_a_large_file_that_was_cut_after_its_stage_is_refused(tmp_path, monkeypa
     (folder / "weights").write_text("12345")
     with pytest.raises(StageError, match="is missing or has another size"):
         once(folder, {}, lambda folder: {})
+
+
+def test_only_small_files_of_a_finished_stage_are_read_again(tmp_path, monkeypatch):
+    """Weights would take minutes at each start: their size has to do."""
+    monkeypatch.setattr("common.once.SMALL", 4)
+    folder, files = tmp_path / "1/stage", {"weights": "12345", "counts": "1234"}
+
+    def work(folder):
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        return {}
+
+    done = once(folder, {}, work)
+    (folder / "weights").write_text("54321")
+    assert once(folder, {}, work) == done
+    (folder / "counts").write_text("4321")
+    with pytest.raises(StageError, match="counts was changed after its stage had ended: delete .*1/stage to make it"):
+        once(folder, {}, work)
 
 
 def test_a_stage_that_failed_starts_again_from_the_same_inputs_only(tmp_path):
@@ -189,6 +208,43 @@ def test_rounds_go_on_until_the_solver_has_a_batch(tmp_path, monkeypatch, wanted
     author = str(tmp_path / "iteration_1/challenger/model")
     models = {"generate": author, "label": "solver", "gate": "base"}
     assert asked == [(f"{name}_{k + 1}", model) for k in range(rounds) for name, model in models.items()]
+
+
+def test_a_stage_is_bound_to_all_that_it_was_made_from(tmp_path, monkeypatch):
+    """So that one which is made anew is refused with those after it, instead of mixed with them."""
+    fields = ["--iterations=2", "--gate_samples=2", "--alarm=off"]
+    player, seen = loop.SelfPlay(parse(["--model=m", *fields]), tmp_path, "base"), {}
+
+    def result(t: int, name: str) -> dict:
+        return {"outputs": {"file": {"sha256": f"{t} {name}"}}}
+
+    def stage(t: int, name: str, inputs: dict, work) -> dict:
+        seen[t, name] = inputs
+        return result(t, name)
+
+    monkeypatch.setattr(player, "_stage", stage)
+    monkeypatch.setattr(loop, "read_counts", lambda folder: {"current": 9999, "replayed": 0})
+    monkeypatch.setattr(data, "usable", lambda files: [{}] * 9999)
+    bank = SimpleNamespace(before=lambda t: SimpleNamespace(fingerprint=lambda: f"bank before {t}"))
+    monkeypatch.setattr(loop, "MemoryBank", lambda path: bank)
+    player.run()
+    challenger = solver = "base"
+    expected = {(0, "evaluate"): {"solver": "base"}}
+    for t in (1, 2):
+        made = {name: digest(result(t, name)) for _, name in seen}
+        past = {"bank": f"bank before {t}"}
+        expected |= {
+            (t, "challenger"): {"challenger": challenger, "solver": solver, **past},
+            (t, "generate_1"): {"challenger": made["challenger"]},
+            (t, "label_1"): {"outputs": made["generate_1"], "solver": solver},
+            (t, "gate_1"): {"labels": made["label_1"], "base": "base"},
+            (t, "embed"): {"labels": [made["gate_1"]]},
+            (t, "filter"): {"embeddings": made["embed"], "labels": [made["gate_1"]], **past},
+            (t, "solver"): {"solver": solver, "questions": made["filter"]},
+            (t, "evaluate"): {"solver": made["solver"]},
+        }
+        challenger, solver = made["challenger"], made["solver"]
+    assert seen == expected
 
 
 @pytest.mark.parametrize(("gate_samples", "rounds"), [(0, 2), (3, 1)])

@@ -217,6 +217,15 @@ def test_verify_finds_one_changed_byte(tmp_path, name):
         MemoryBank(tmp_path).verify()
 
 
+@pytest.mark.parametrize("name", ["embeddings.npy", "codes.npy", "blocks.npy"])
+def test_verify_looks_at_every_block(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(memory, "CHUNK", 2)
+    fill(MemoryBank(tmp_path), {1: 6}).verify()
+    damage_array(name, lambda a: a + (np.arange(a.size) == 0).reshape(a.shape).astype(a.dtype))(tmp_path)
+    with pytest.raises(ValueError, match="iteration_00001_.* changed after it was written"):
+        MemoryBank(tmp_path).verify()
+
+
 def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "bank").write_text("")
     with pytest.raises(ValueError, match="is a file"):

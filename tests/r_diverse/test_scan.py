@@ -119,7 +119,7 @@ def test_a_row_whose_errors_point_the_worst_way_is_found():
 
 def test_a_product_that_is_off_as_far_as_it_may_be_loses_no_row(monkeypatch):
     """Rows that are what their codes say, but for the last bit; that of the nearest is multiplied too low."""
-    off = iter((0, 0.99 * 96 * _scan.SUM_ROUNDING))
+    off = iter((0, 0.99 * 96 * 255 * 127 / 2**22))  # float32 sums of 8-bit numbers without sign times codes
 
     def multiplier(queries):
         return lambda rows: (rows.astype(float) @ queries.T - next(off)).astype(np.float32)
@@ -182,10 +182,13 @@ def test_the_default_dtype_of_torch_has_no_effect(dtype):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize(("largest", "fast"), [(np.inf, True), (2**15 - 1, False)])
-def test_sums_that_are_cut_at_16_bits_are_not_used(largest, fast, monkeypatch):
+@pytest.mark.parametrize(
+    ("least", "largest", "fast"),
+    [(-np.inf, np.inf, True), (-(2**15), 2**15 - 1, False), (-np.inf, 2**15 - 1, False), (-(2**15), np.inf, False)],
+)
+def test_sums_that_are_cut_at_16_bits_are_not_used(least, largest, fast, monkeypatch):
     def multiplier(codes):
-        return lambda rows: np.clip(rows.astype(np.float32) @ codes.T.astype(np.float32), -largest, largest)
+        return lambda rows: np.clip(rows.astype(np.float32) @ codes.T.astype(np.float32), least, largest)
 
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)

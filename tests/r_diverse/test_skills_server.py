@@ -132,6 +132,9 @@ def test_requests_that_all_failed_for_several_reasons_may_be_bad_luck(server, to
     lost, refused = None, Generation("", False, refused=True)
     assert engine.generate([[1], [2], [3]], 1, "x") == [lost, lost, refused]
     assert engine.generate([], 1, "x") == []
+    answer = {"choices": [{"index": 0, "text": "a", "finish_reason": "stop"}]}
+    server.trouble = lambda body: (404, {"error": "no"}) if body["prompt"] == [1] else (200, answer)
+    assert engine.generate([[1], [2]], 1, "x") == [lost, Generation("a", True)]  # as of one that restarts
 
 
 def test_a_server_that_is_not_there_is_an_error(server, tokenizer):

@@ -319,6 +319,7 @@ def test_only_biases_that_a_model_has_need_a_copy(make, bias):
     for model, fields in ((policy_with_biases()[0], elsewhere), (policy()[0], {"lora_bias": True})):
         adapted = peft.get_peft_model(model, peft.LoraConfig(**{**adapter, **fields}))
         assert SelfTeacher(adapted, sharded, "frozen").model is None
+    having.add_adapter("other", peft.LoraConfig(**LORA))  # without: those of one are enough
     with pytest.raises(ValueError, match=r"it trains biases.*sharded weights cannot be made"):
         SelfTeacher(having, sharded, "frozen")
 
