@@ -22,10 +22,13 @@ _REFUSED = re.compile(r"(?i)[.:)]\s*;|[\s,;]*\bnot\b")
 _REJECTED = re.compile(r"[\s,;]*\bnot \(?([A-J])\)?[.\s]*")  # "B, not A"
 _VALUE_LABEL = re.compile(r"[\d)}]\s*[,;]?\s*\(?([A-J])[.)]\s*(?=[-\\(\d])")  # "B. 5 C. 6"
 _TEXT_LABEL = re.compile(r"\\text\w*\{\W*([A-J])(?:[):]|\.(?=\W*\}.*\w))\W*\}")
+_OPTION = re.compile(r"(?<![\w(])([A-L])[.)]\s")
 _DOUBTED = re.compile(r"[\s,;*]*\b(?i:or)\b|[()\[\]{}.:,;*/$\\\s]*\bor\b")  # but "C) OR gate" is an option
 _HEDGE = re.compile(
     r"(?i)\b(?:maybe|perhaps|possibly|probably|also|either|or|could|might|may|wait|actually|sure|unless|both|alternatively)\b|;\s*\(?[A-J]\b"
 )
+_WRAPPED = re.compile(r"\\text\{([^{}]*)\}")
+_BEHIND = {letter: re.compile(rf"(?is)\b{letter}\b(.*)") for letter in "ABCDEFGHIJ"}
 _NEGATION = re.compile(r"(?i)n't|\b(?:not|non|wrong|incorrect|false|rather|because|since)\b")
 
 
@@ -39,12 +42,12 @@ def chosen_letter(answer: str) -> str | None:
     """The choice letter that a short answer commits to ("(C)", "C. Neon", "option c"); None for none and for two."""
     if len(answer) > MAX_CHARS:
         return None
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", normalise(answer)).strip("{} ")
+    text = _WRAPPED.sub(r"\1", normalise(answer)).strip("{} ")
     found = _CHOICE.fullmatch(text)
     if not found:
         return None
     letter = (found[1] or found[2]).upper()
-    behind = re.search(rf"(?is)\b{letter}\b(.*)", answer)  # not in `text`, where "or" may be a semicolon
+    behind = _BEHIND[letter].search(answer)  # not in `text`, where "or" may be a semicolon
     if (behind and _DOUBTED.match(behind[1])) or len(set(_TEXT_LABEL.findall(answer))) > 1:
         return None
     return None if _names_another(letter, found["rest"] or "") else letter
@@ -61,8 +64,9 @@ def _names_another(letter: str, rest: str) -> bool:
     labels += [other for other in _VALUE_LABEL.findall(rest) if other > letter]  # "C. 0.5 A. 5 V" has amperes
     if any(other != letter for other in labels) or _SENTENCE_LABEL.search(rest):
         return True
-    second, third = (re.search(rf"(?<![\w(]){chr(ord(letter) + step)}[.)]\s", rest) for step in (1, 2))
-    if second and third and second.start() < third.start():  # the options one after the other
+    places = {option[1]: option.start() for option in reversed([*_OPTION.finditer(rest)])}
+    second, third = (places.get(chr(ord(letter) + step), -1) for step in (1, 2))
+    if 0 <= second < third:  # the options one after the other
         return True
     if not _OTHER_LETTER.search(rest):
         return False

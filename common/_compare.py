@@ -84,6 +84,7 @@ _CAPITALS = re.compile(r"(?:\\text\{ ?)?([A-Z]{3,}) ?\}?")  # an order of letter
 _CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2})(?::(\d\d))? ?(?:\\text\{)? ?([ap])\.? ?m\.?\}?")
 _INFINITE = re.compile(r"[+-]? ?\\infty")
 _MAX_ITEMS = 64  # larger collections are compared by their sorted texts
+_MEMBER = re.compile(r"\\in(?![a-z])")
 _NAME_SUM = re.compile(r"[A-Za-z](?:_\w)?(?: ?[+] ?[A-Za-z](?:_\w)?)+")  # what contests ask for: m+n
 _SET_ALGEBRA = re.compile(r"\\(?:cup|sqcup|cap|setminus|mathbb|emptyset)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # in a list with a space after its own commas
@@ -111,8 +112,9 @@ class Comparison:
             raise TimeoutError
         p, g = bare(_notation.exact_side(p)), bare(_notation.exact_side(g))
         self.depth += 1
+        both = f"{p}\n{g}"
         for kind, step, needs in _STEPS:
-            if needs and not (needs.search(p) or needs.search(g)):
+            if needs and not needs.search(both):
                 continue
             self.rule = kind
             result = step(self, p, g)
@@ -160,8 +162,8 @@ class Comparison:
 
     def _by_unit(self, p: str, g: str) -> bool | None:
         apart = _APART.search(g)
-        known = {apart[1]} if apart and not _notation.is_symbolic(g[: apart.start()]) else set()
-        g_value, g_unit = split_unit(g, keep=AMBIGUOUS - known)
+        is_unit = apart and not _notation.is_symbolic(g[: apart.start()])
+        g_value, g_unit = split_unit(g, keep=AMBIGUOUS - {apart[1]} if is_unit else AMBIGUOUS)
         p_value, p_unit = split_unit(p, keep=AMBIGUOUS.intersection(g_value))
         if p_unit and not g_unit and _notation.is_symbolic(g_value):  # \pi r^2 h is a product, x^2\text{ m} has a unit
             p_value, p_unit = split_unit(p, keep=PRODUCTS)
@@ -185,6 +187,10 @@ class Comparison:
         p_each, g_each = _notation.one_by_one(p, g), _notation.one_by_one(g, p)
         if (p_each, g_each) != (p, g):
             return self.same(p_each, g_each)
+        if _MEMBER.search(p) or _MEMBER.search(g):  # x \in (1,4) is not 1<y<4
+            found = filter(None, map(_sets.condition, (p, g)))
+            if len({name for name, _ in found}) > 1:
+                return None
         (p_name, p_parts), (g_name, g_parts) = assignment(p), assignment(g)
         if p_name and g_name and not _notation.same_name(p_name, g_name):
             return None
@@ -252,13 +258,16 @@ class Comparison:
         parts = split(text, COMMA)
         if len(parts) != 3 or ";" in text:
             return text
-        ranges = sorted(filter(None, map(_notation.as_interval, parts[::2])), key=lambda x: x[1].startswith("(-"))
-        if len(ranges) != 2 or ranges[0][0] != ranges[1][0]:
+        written = list(filter(None, map(_notation.as_interval, parts[::2])))
+        if len(written) != 2 or written[0][0] != written[1][0]:
             return text
+        ranges = sorted(written, key=lambda x: x[1].startswith("(-"))
         low, high = _UNBOUNDED_ABOVE.fullmatch(ranges[0][1]), _UNBOUNDED_BELOW.fullmatch(ranges[1][1])
         try:
             overlap = low and high and _values.order(low[2], high[1], self.deadline, {}) < 0
-        except (Unreadable, _values.TooLarge):
+        except Unreadable:  # x>a and x<b, the lower bound first
+            overlap = ranges == written
+        except _values.TooLarge:
             return text
         if not overlap:
             return text
@@ -271,7 +280,9 @@ class Comparison:
             return sorted(map(key, p_items)) == sorted(map(key, g_items))
         left = list(_notation.carried(p_items))
         for item in _notation.carried(g_items):
-            found = next((i for i, other in enumerate(left) if self.same(other, item)), None)
+            text = key(item)
+            tried = [i for i, other in enumerate(left) if key(other) == text] or range(len(left))
+            found = next((i for i in tried if self.same(left[i], item)), None)
             if found is None:
                 return False
             del left[found]
@@ -414,10 +425,13 @@ _STEPS = (
 )
 
 
+_BRACED_COMMAND = re.compile(r"([_^])\{(\w|\\[a-z]+)\}")
+
+
 def _loosened(text: str) -> str:
     """Without what LaTeX does not see in a formula that nothing here reads: spaces, braces round one character or
     command."""
-    return re.sub(r"([_^])\{(\w|\\[a-z]+)\}", r"\1\2", key(text))
+    return _BRACED_COMMAND.sub(r"\1\2", key(text))
 
 
 _POINT = re.compile(r"[A-Z] ?(?=\()")

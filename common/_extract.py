@@ -18,6 +18,7 @@ _BOX_JOIN = re.compile(
     r"(?:[\s$,;}]|\\[,;:!()\[\]]|\\q?quad|\\text\w*\s*\{|\b(?:and|or|for\spart\s\(\w\))(?!\w)|[,、和或])*",
     re.IGNORECASE,
 )
+_LIST_SIGN = re.compile(r"(?i),|;|\band\b|\bor\b|[、和或]")
 _TAG = re.compile(r"</?(?:final_)?answer>", re.IGNORECASE)
 _MAX_MARKS = 20  # markers tried before giving up, when the nearest ones are followed by nothing
 _ABOUT = (  # what is said of an answer that stands elsewhere
@@ -49,6 +50,7 @@ _FILLER = re.compile(
 _SENTENCE_END = re.compile(  # behind a formula, "!" is no factorial
     r"\.(?=\s|$|\*)|(?:(?<=\$)|(?<=\\[)\]]))!(?=\s|$|\*)|。|\n|</?\w+>"
 )
+_FORMULA_START = re.compile(r"\$\$|\$|\\\(|\\\[|\\begin\{")
 _REASON = re.compile(
     r"(?i)(?:,\s*(?:it|i|we|you|that|this)\b|,?(?<!\s)\s+(?:because|since|which|as(?! well)|so)\b).*", re.DOTALL
 )
@@ -96,9 +98,9 @@ def after_thinking(text: str) -> str:
 
 def boxes_of(text: str) -> list[tuple[int, int, str]]:
     """Outermost balanced boxes as (start, end, content); boxes joined by "and" or commas are one. Linear time."""
-    starts = [start for start in map(text.find, ("\\boxed", "\\fbox")) if start >= 0]
-    if not starts:
+    if "\\boxed" not in text and "\\fbox" not in text:
         return []
+    starts = [start for start in map(text.find, ("\\boxed", "\\fbox")) if start >= 0]
     first = len(text[: min(starts)].rstrip("\\"))  # backslashes before it escape each other, or it
     found: list[tuple[int, int, int, int]] = []  # start, end, start and end of the content
     stack: list[tuple[int, int] | None] = []
@@ -120,7 +122,7 @@ def _join_boxes(text: str, boxes: list[tuple[int, int, str]]) -> list[tuple[int,
     joined: list[tuple[int, int, str]] = []
     for start, end, content in boxes:
         between = text[joined[-1][1] : start] if joined else ""
-        is_list = 0 < len(between) <= 60 and re.search(r"(?i),|;|\band\b|\bor\b|[、和或]", between)
+        is_list = 0 < len(between) <= 60 and _LIST_SIGN.search(between)
         if is_list and _BOX_JOIN.fullmatch(between):
             start, content = joined[-1][0], f"{joined.pop()[2]}, {content}"
         joined.append((start, end, content))
@@ -135,7 +137,7 @@ def _matches(pattern: re.Pattern[str], text: str, words: tuple[str, ...]) -> Ite
         yield from pattern.finditer(text)
         return
     done = 0
-    found_words = (word for word in words if word in lowered)
+    found_words = [word for word in words if word in lowered]
     for place in sorted(m.start() for word in found_words for m in re.finditer(re.escape(word), lowered)):
         for start in range(_start(text, place, done), place + 1):
             if found := pattern.match(text, start):
@@ -171,6 +173,8 @@ def _marks(text: str) -> list[tuple[int, int, int]]:
 
 def _marked(text: str, which: str) -> tuple[int, str] | None:
     """(position, answer) of the last or first marker that an answer follows."""
+    if text.isascii() and "<" not in text and not any(map(text.lower().__contains__, _MARK_WORDS)):
+        return None  # at once: so it is with most answers
     marks = _marks(text) or [  # "valid" is an answer, too
         (m.start(), m.end(), -1) for m in _matches(_REMARK, text, ("answer",))
     ]
@@ -200,7 +204,7 @@ def _clean_clause(clause: str, is_sentence: bool) -> str | None:
 def _clause(rest: str) -> str:
     """The sentence that follows a marker; a formula between delimiters is never cut."""
     rest = rest.lstrip(" \t\n*_:：")
-    opening = re.match(r"\$\$|\$|\\\(|\\\[|\\begin\{", rest)
+    opening = _FORMULA_START.match(rest)
     inside = 0
     if opening:
         closing = {"\\(": "\\)", "\\[": "\\]", "\\begin{": "\\end{"}.get(opening[0], opening[0])

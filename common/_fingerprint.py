@@ -2,9 +2,9 @@ r"""A number by which two formulas are seen to be the same but for the order and
 
 It is the value of the formula modulo a prime, where names, functions and roots are random numbers: equal functions of
 equal arguments have equal ones. So it shows that `2x(x+1) + \sin 2x` is `\sin(2x) + 2x^2 + 2x`, up to a chance of
-2^-50; it cannot show that `\sin^2 x + \cos^2 x` is 1. Each process draws its own prime and random numbers, so that no
-text can be made to have the number of another one. Whether the formula has a value it does not say: `\ln 0` has a
-number.
+2^-50; it cannot show that `\sin^2 x + \cos^2 x` is 1. Two quotients of polynomials that differ in it are never equal.
+Each process draws its own prime and random numbers, so that no text can be made to have the number of another one.
+Whether the formula has a value it does not say: `\ln 0` has a number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 
-from common._formula import Node, parse
+from common._formula import Node, is_whole, parse
 
 
 def _draw_prime() -> int:
@@ -33,10 +33,22 @@ _WITH_VARIABLES = ("sum", "prod", "term")  # the names of which mean nothing
 _JUMPS = ("abs", "re", "im", "floor", "ceil", "i")  # equal arguments are not enough, or several branches count
 
 
-def fingerprint(text: str, factor: Fraction) -> int | None:
+def fingerprint(text: str, factor: int | Fraction) -> int | None:
     """Fingerprint of `factor` times the formula; None where it has none. Raises `Unreadable`."""
     own = _fingerprint(text)
     return None if own is None or not factor.denominator % _PRIME else own * _of_number(factor) % _PRIME
+
+
+def is_rational(node: Node) -> bool:
+    """Whether a formula is a quotient of polynomials in names, pi and e: one that has a fingerprint has values, and
+    another fingerprint is of another function."""
+    if node.op == "^":
+        base, exponent = node.args
+        exponent = exponent.args[0] if exponent.op == "neg" else exponent
+        return is_whole(exponent) and exponent.args[0] <= _MAX_EXPONENT and is_rational(base)
+    if node.op in ("+", "*", "/", "neg"):
+        return all(map(is_rational, node.args))
+    return node.op in ("number", "name") or (node.op == "constant" and node.args[0] != "i")
 
 
 @lru_cache(maxsize=4096)
@@ -53,14 +65,14 @@ def _of(node: Node) -> int:
     if node.op in _JUMPS or node.op in _WITH_VARIABLES or node.args[0] in _JUMPS:
         raise LookupError
     if node.op in ("name", "constant"):
-        return _random(node.op, *node.args)
+        return _random_name(node)
     values = [_of(arg) for arg in node.args]
     if node.op in _STEPS:
         return _STEPS[node.op](*values) % _PRIME
     return _random(node.op, *values)
 
 
-def _of_number(value: Fraction) -> int:
+def _of_number(value: int | Fraction) -> int:
     return value.numerator * _inverse(value.denominator) % _PRIME
 
 
@@ -83,6 +95,11 @@ def _power(base: int, exponent: int) -> int:
 
 def _random(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8, key=_SECRET).digest()) % _PRIME
+
+
+@lru_cache(maxsize=4096)
+def _random_name(node: Node) -> int:
+    return _random(node.op, *node.args)
 
 
 _STEPS: dict[str, Callable[..., int]] = {

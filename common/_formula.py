@@ -45,6 +45,7 @@ _GREEK = re.findall(
 )
 _CONSTANTS = ("pi", "e", "i")
 _BEFORE_NUMBER = (")", "}", "|", "]", "!", "i", "pi")
+_TIMES_OR_OVER = ("*", "cdot", "/")
 _SERIES = ("sum", "prod")
 _UNKNOWN_FUNCTIONS = "fgh"  # f(x+1) is no product
 _WORDS = sorted([*_FUNCTIONS, "pi", *(name for name in _GREEK[:-2] if len(name) > 2)], key=len, reverse=True)
@@ -86,6 +87,7 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self.tokens = _tokens(text)
+        self.symbols = [text if kind in ("symbol", "command") else "" for kind, text in self.tokens]
         self.at = 0
         self.bars = 0  # open absolute values
         self.factor = 0  # index of a number that is a factor although a letter stands before it
@@ -95,14 +97,13 @@ class _Parser:
     @property
     def next(self) -> str:
         """The next symbol or command, "" where it is neither."""
-        kind, text = self.tokens[self.at]
-        return text if kind in ("symbol", "command", "end") else ""
+        return self.symbols[self.at]
 
     def take(self, *wanted: str) -> bool:
-        if self.tokens[self.at][0] in ("symbol", "command") and self.tokens[self.at][1] in wanted:
-            self.at += 1
-            return True
-        return False
+        if self.symbols[self.at] not in wanted:
+            return False
+        self.at += 1
+        return True
 
     def need(self, wanted: str) -> None:
         if not self.take(wanted):
@@ -130,10 +131,10 @@ class _Parser:
     def product(self) -> Node:
         node = self.signed()
         while True:
-            if self.take("*", "cdot"):
-                node = Node("*", (node, self.signed()))
-            elif self.take("/"):
-                node = Node("/", (node, self.signed()))
+            if self.next in _TIMES_OR_OVER:
+                op = "/" if self.next == "/" else "*"
+                self.at += 1
+                node = Node(op, (node, self.signed()))
             elif self.starts_factor():
                 node = Node("*", (node, self.implicit()))
             else:
@@ -198,7 +199,8 @@ class _Parser:
         kind, text = self.tokens[self.at]
         self.at += 1
         if kind == "number":
-            return self.mixed(Fraction(text.replace(",", "").rstrip(".")))
+            text = text.replace(",", "").rstrip(".")
+            return self.mixed(Fraction(text) if "." in text else int(text))
         if kind == "repeating":
             return Node("number", (_repeating(text),))
         if kind in ("name", "letter"):
@@ -227,13 +229,13 @@ class _Parser:
         self.bars -= 1
         return Node("abs", (node,))
 
-    def mixed(self, value: Fraction) -> Node:
+    def mixed(self, value: int | Fraction) -> Node:
         r"""`3\frac{1}{2}` is three and a half, `2\frac{x}{3}` a product."""
         start = self.at
         if value.denominator == 1 and self.take("frac"):
             top, bottom = self.group(), self.group()
             if is_whole(top) and is_whole(bottom) and 0 < top.args[0] < bottom.args[0]:
-                return Node("number", (value + top.args[0] / bottom.args[0],))
+                return Node("number", (value + Fraction(top.args[0], bottom.args[0]),))
             self.at = start
         return Node("number", (value,))
 
@@ -427,7 +429,7 @@ def is_whole(node: Node) -> bool:
 
 
 def whole(value: int) -> Node:
-    return Node("number", (Fraction(value),))
+    return Node("number", (value,))
 
 
 def _repeating(text: str) -> Fraction:
@@ -463,8 +465,8 @@ def _operands(node: Node) -> list[Node]:
 
 
 def names(node: Node) -> frozenset[str]:
-    if node.op == "name":
-        return frozenset(node.args)
+    if node.op in ("name", "number", "constant"):
+        return frozenset(node.args if node.op == "name" else ())
     if node.op in _SERIES:
         variable, lower, upper, body = node.args
         return names(lower) | names(upper) | (names(body) - {variable})

@@ -43,15 +43,17 @@ _SYMBOLS = str.maketrans(
 )
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n")
+_ABOVE_LINE, _BELOW_LINE = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+"), re.compile("[₀-₉ₙ]+")
+_ROOT_SIGN = re.compile(r"√\s*(\d+(?:\.\d+)?|\w|\([^()]*\))")
 BROKEN = "\ufffd"  # control characters, direction overrides and lone surrogates become this, which equals nothing
 
 
 def _fold_unicode(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
-    text = re.sub("[₀-₉ₙ]+", lambda m: f"_{{{m[0].translate(_LOWERED)}}}", text)
-    text = re.sub(r"√\s*(\d+(?:\.\d+)?|\w|\([^()]*\))", r"\\sqrt{\1}", text).replace("√", "\\sqrt")
+    text = _ABOVE_LINE.sub(lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
+    text = _BELOW_LINE.sub(lambda m: f"_{{{m[0].translate(_LOWERED)}}}", text)
+    text = _ROOT_SIGN.sub(r"\\sqrt{\1}", text).replace("√", "\\sqrt")
     return "".join(map(_fold_char, text.translate(_SYMBOLS)))
 
 
@@ -109,6 +111,7 @@ _FOR_EVERY = (  # "for all real numbers x \in \mathbb{R}": nothing else is meant
     r"(?: (?:real|rational|complex|natural|whole|positive|integers?|reals|numbers?))*) ?\}? ?"
     r"\(?[a-z]\)?(?: ?\\in ?\\mathbb\{[A-Z]\}(?: ?[_^] ?(?:\{[^{}]*\}|[+*\d]))?)?$"
 )
+_ALL_BUT, _LETTER_IS = r"(?i:all|the) (?i:real numbers|reals),? except(?: for)?", r"(?:[a-z] ?= ?)?"
 
 
 class _Rule(NamedTuple):
@@ -126,9 +129,14 @@ class _Rules:
         for place, rule in enumerate(self.rules):
             for word in rule.needs:
                 self.of_word.setdefault(word, []).append(place)
+        self.of_char: dict[str, list[str]] = {}  # the words by the character of theirs that is in fewest words
+        for word in self.of_word:
+            rarest = min(word, key=lambda char: sum(char in other for other in self.of_word))
+            self.of_char.setdefault(rarest, []).append(word)
 
     def that_may_match(self, text: str) -> list[int]:
-        return sorted({place for word, places in self.of_word.items() if word in text for place in places})
+        words = [word for char, words in self.of_char.items() if char in text for word in words if word in text]
+        return sorted({place for word in words for place in self.of_word[word]})
 
     def apply(self, text: str) -> str:
         places, done = self.that_may_match(text), 0
@@ -245,6 +253,12 @@ _PLAIN_RULES = _Rules(
     ("oint", r"^(?:\\text\{ ?)?(?i:(?:the )?points?) ?\}? ?(?=[A-Z]? ?\()", ""),
     ("for |forall", _FOR_EVERY, ""),
     (" ", r"^(?i:(?:\\text\{)?(?:all|the) (?:real numbers|reals))[}. ]*$", r"\\mathbb{R}"),
+    (
+        "except",
+        rf"^(?:\\text\{{ ?{_ALL_BUT} ?\}} ?|{_ALL_BUT} )(?=.*\d){_LETTER_IS}(.+?)[. ]*$"
+        rf"|^\\text\{{ ?{_ALL_BUT} (?=.*\d){_LETTER_IS}([^{{}}]+)\}}[. ]*$",
+        r"\\mathbb{R}\\setminus \\{\1\2\\}",
+    ),
     ("y|Y", r"^(?i:negative +infinity) ?$", r"-\\infty "),
     ("y|Y", r"^(?i:(?:positive +)? ?infinity) ?$", r"\\infty "),
     (" ", r"^(?i:(?:\\text\{)?(?:the )?(?:empty|null) set)[}. ]*$", r"\\emptyset "),
@@ -284,7 +298,7 @@ _ROWS = re.compile(r"\$*\\begin\{(aligned|gathered|cases)\}((?:(?!\\begin|\\text
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _NUMBER_WORD = re.compile(rf"(?i)(?:\\text\{{ ?)?({'|'.join(_WORDS)}) ?\}}?")
 _QUOTED = re.compile(r"([\"'`])(.*)\1")
-_NUMERAL = re.compile(r"-?\d+(?:[./]\d+)?", re.ASCII)
+_NUMERAL = re.compile(r"-?(?:\d+(?:[./]\d+)?|\\frac\{\d+\}\{\d+\})", re.ASCII)
 _BOLD = re.compile(  # **C**: 12, but no power
     r"(?<![^\s(\[:])\*\*(?=[^\s*{])(?!(?<=[\d)\]}]\s\*\*)[\d(√.])|(?<=[^\s*])\*\*(?!\.?[\w({\\+√$-])"
 )
@@ -301,8 +315,10 @@ def normalise(text: str) -> str:
     """One spelling for one meaning: synonyms folded, delimiters dropped, "and" as a comma, "or" as a semicolon."""
     if _NUMERAL.fullmatch(text):  # no rule has anything to do; every second answer is such a number
         return text
-    text = " ".join(_fold_unicode(_BOLD.sub("", text)).split())
-    text = _LEAD.sub("", _STARS_STOP.sub("", text).strip("*").strip())
+    text = " ".join(_fold_unicode(_BOLD.sub("", text) if "*" in text else text).split())
+    text = _STARS_STOP.sub("", text).strip("*").strip() if "*" in text else text
+    if lead := _LEAD.match(text):
+        text = text[lead.end() :]
     if quoted := _QUOTED.fullmatch(text):
         text = quoted[2]
     for _ in range(_MAX_BOXES):  # one inside the other

@@ -30,6 +30,7 @@ _MATRIX = re.compile(
     r"(?P<factor>[^\\(\[]*|\\frac\{[^{}]*\}\{[^{}]*\}) ?(?:[(\[] ?)?\\begin ?\{[pbB]?(?:small)?(?:matrix|array)\}"
     r"(?: ?\{[clr| ]*\})?(?P<rows>.*)\\end ?\{[pbB]?(?:small)?(?:matrix|array)\}(?: ?[)\]])?"
 )
+_ROWS_END = re.compile(r"(?: |\\\\)+$")
 BUILDER = re.compile(r"\\\{ ?([A-Za-z]) ?(?:\\in ?\\mathbb\{R\} ?)?[|:] ?(.*)\\\}")
 _BASED = re.compile(
     r"[({]?(?:\\text\{)?([0-9A-Za-z]+)\}?[)}]? ?"
@@ -131,7 +132,10 @@ def as_interval(text: str) -> tuple[str, str] | None:
         ops = ["<", *ops] if is_below else [*ops, "<"]
     if not _NAME.fullmatch(terms[1]) or not {"<", "\\leq"}.issuperset(ops):
         return None
-    return key(terms[1]), f"{'(' if ops[0] == '<' else '['}{terms[0]},{terms[2]}{')' if ops[1] == '<' else ']'}"
+    name = key(terms[1])
+    if builder and builder[1] != name.strip("|"):
+        return None
+    return name, f"{'(' if ops[0] == '<' else '['}{terms[0]},{terms[2]}{')' if ops[1] == '<' else ']'}"
 
 
 def one_by_one(text: str, other: str) -> str:
@@ -176,6 +180,8 @@ def based(text: str) -> tuple[str, int] | None:
 
 def exact_side(text: str) -> str:
     r"""`\frac{1}{3}` from `\frac{1}{3} \approx 0.33`, but `11` from `x \approx 11`."""
+    if "\\approx" not in text:
+        return text
     left, *right = split(text, _APPROX)[::2]
     return right[0] if right and (not left or _QUANTITY.fullmatch(left)) else left
 
@@ -192,19 +198,23 @@ def is_text(text: str) -> bool:
     return only_text or (bool(_TEXT.fullmatch(unwrapped)) and not _FUNCTIONS.search(unwrapped))
 
 
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d])-(?=[^\W\d])|[\s_.,;:!?'\"()\[\]{}$]+")
+_ORDINAL_OR_ARTICLE = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|^(?:an?|the) (?=[a-z])")
+
+
 def fold_text(text: str) -> str:
-    text = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])|[\s_.,;:!?'\"()\[\]{}$]+", " ", text.replace("\\text", " "))
-    words = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", " ".join(text.split()).casefold())
-    return re.sub(r"^(?:an?|the) (?=[a-z])", "", words)
+    words = _BETWEEN_WORDS.sub(" ", text.replace("\\text", " ")).split()
+    return _ORDINAL_OR_ARTICLE.sub("", " ".join(words).casefold())
 
 
 _CHEMICAL = re.compile(r"(?:[A-Z][a-z]?\d*|\((?:[A-Z][a-z]?\d*)+\)\d*)++(?:\^\d?[+-])?")
+_CHARGE = re.compile(r"\^([+-])(\d)$")
 _SET_UPRIGHT = re.compile(r"\\(?:mathrm|text|ce)(?= ?\{)|[{} ]|_(?= ?\{? ?\d)")
 
 
 def chemical(text: str) -> str | None:
     r"""`Fe2(SO4)3` from `\mathrm{Fe_2(SO_4)_3}`, `Fe^3+` from `\text{Fe}^{+3}`; None for no formula of a substance."""
-    plain = re.sub(r"\^([+-])(\d)$", r"^\2\1", _SET_UPRIGHT.sub("", text))
+    plain = _CHARGE.sub(r"^\2\1", _SET_UPRIGHT.sub("", text))
     return plain if _CHEMICAL.fullmatch(plain) else None
 
 
@@ -213,7 +223,7 @@ def matrix_of(text: str) -> list[list[str]] | None:
     table = _MATRIX.fullmatch(text)
     if not table:
         return None
-    rows = [row.split("&") for row in re.sub(r"(?: |\\\\)+$", "", table["rows"]).split("\\\\")]
+    rows = [row.split("&") for row in _ROWS_END.sub("", table["rows"]).split("\\\\")]
     factor = table["factor"].strip()
     factor = f"{factor}1" if factor in ("-", "+") else factor
     return [[f"({factor})\\cdot ({cell})" for cell in row] for row in rows] if factor else rows

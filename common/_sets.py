@@ -25,12 +25,17 @@ _BOUNDS |= {">": _BOUNDS["+"], "<": _BOUNDS["-"]}  # R_{>0}
 _INTERVAL = re.compile(r"([(\[])([^,;]+)[,;]([^,;]+)([)\]])")
 _FINITE = re.compile(r"\\?\{(.+?)\\?\}")
 _NAMED = frozenset(["\\emptyset", *(f"\\mathbb{{{letter}}}" for letter in "NZQRC")])
+_SCATTERED = re.compile(  # neither finite nor a union of intervals
+    r"\\mathbb\{[NZQ]\}(?: ?\\setminus ?\\\{[^{}<>=]*\\\})?|\\mathbb\{R\} ?\\setminus ?\\mathbb\{[NZQ]\}"
+)
 _INFINITE = {"\\infty": 1, "-\\infty": -1, "- \\infty": -1}
 _MAX_ENDPOINTS, _MAX_UNKNOWN = 64, 8  # without and with names in them
 
 _MEMBER = re.compile(r"([A-Za-z]) ?(?:= ?([^=]+)|\\in(?![a-z]) ?(.+))")
-_HOLE = re.compile(rf"([A-Za-z]) ?\\(?:neq ?((?:(?!{RELATION.pattern}).)+)|notin ?\\?\{{(.+?)\\?\}})")
-_JOINT = re.compile(r"[,;]|\\cup(?! ?(?:[(\[{]|\\[{a-z]))")  # x<1 \cup x>2, but not x \in (1,2) \cup (3,4)
+_HOLE = re.compile(  # |x| \neq 1, but not |x| \neq -1, which is no hole
+    rf"(\|)?([A-Za-z])(?(1)\|) ?\\(?:neq ?((?(1)(?! ?-))(?:(?!{RELATION.pattern}).)+)|notin ?\\?\{{(.+?)\\?\}})"
+)
+_JOINT = re.compile(r"[,;]|\\c[ua]p(?! ?(?:[(\[{]|\\[{a-z]))")  # x<1 \cup x>2, but not x \in (1,2) \cup (3,4)
 _MAGNITUDE = re.compile(r"\|([A-Za-z])\|")
 
 # ("operation", operators, sets), ("interval", opening, low, high, closing) or ("points", [text, ...])
@@ -49,7 +54,9 @@ def same_set(p: str, g: str, deadline: float) -> bool | None:
     if all(text in _NAMED or number(text) is not None for text in (p, g)):
         return p == g
     try:
-        sets = [_parse(text) for text in (p, g)]
+        sets = [_parse(text) for text in (p, g) if not _SCATTERED.fullmatch(text)]
+        if len(sets) < 2:
+            return False if sets else None
         texts = [text for tree in sets for text in _endpoints(tree)]
         unknown = sorted({name for text in texts if number(text) is None for name in names(parse(text))})
         return _same_everywhere(sets, texts, unknown, deadline)
@@ -94,8 +101,8 @@ def condition(text: str) -> tuple[str, str] | None:
     r"""`("x", "(-\infty,1)\cup (2,\infty)")` from `x<1; x>2`: the name, and the set of the values that it may take.
 
     Commas between inequalities, or between sets, mean "or" where these exclude each other (`x<1, x>2`, the operator is
-    `\sqcup` then), otherwise "and" (`x>0, x \neq 1`), in a set builder always "and". None for any other text, also
-    where both may be meant.
+    `\sqcup` then), otherwise "and" (`x>0, x \neq 1`), in a set builder always "and", as `\cap`. None for any other
+    text, also where both may be meant, and for a builder of another name (`\{y|x>1\}`).
     """
     builder = BUILDER.fullmatch(text)
     parts, joints = _conditions(builder[2] if builder else text)
@@ -104,8 +111,12 @@ def condition(text: str) -> tuple[str, str] | None:
     terms = list(map(_term, parts))
     if None in terms or len(joints) > 1 or len({term.name for term in terms}) > 1:
         return None
-    if any(re.search(rf"(?<![A-Za-z\\]){re.escape(term.name)}(?![A-Za-z])", term.values) for term in terms):
+    if any(_names(term.values, term.name) for term in terms):
         return None  # x < 2x
+    if builder and builder[1] != terms[0].name:
+        return None
+    if joints == {"\\cap"}:
+        return terms[0].name, _all_of(terms)
     kinds = [term.kind for term in terms]
     alike = len(terms) > 1 and set(kinds) in ({"range"}, {"member"}) and not builder
     if alike or joints - {","}:
@@ -114,6 +125,10 @@ def condition(text: str) -> tuple[str, str] | None:
     if not builder and (kinds.count("range") > 1 or ("point" in kinds and len(terms) > 1)):
         return None
     return terms[0].name, _all_of(terms)
+
+
+def _names(text: str, name: str) -> bool:
+    return name in text and bool(re.search(rf"(?<![A-Za-z\\]){re.escape(name)}(?![A-Za-z])", text))
 
 
 def _conditions(text: str) -> tuple[list[str], set[str]]:
@@ -139,7 +154,9 @@ def _all_of(terms: list[_Term]) -> str:
 
 def _term(text: str) -> _Term | None:
     if hole := _HOLE.fullmatch(text):
-        return _Term(hole[1], "hole", ",".join(items_of(hole[2] or hole[3])[1]))
+        points = items_of(hole[3] or hole[4])[1]
+        points += [f"-({point})" for point in points] if hole[1] else []
+        return _Term(hole[2], "hole", ",".join(points))
     if member := _MEMBER.fullmatch(text):
         name, point, values = member.groups()
         return (
@@ -184,16 +201,16 @@ def _atom(text: str) -> _Set:
         return "interval", opening, low.strip(), high.strip(), closing
     if found := _FINITE.fullmatch(text):
         points = split(found[1], COMMA)[::2]
-        if any(len(split(point[1:-1], COMMA)) > 1 for point in points):
-            raise _Malformed("a pair is no number")
+        if any(point in _NAMED or len(split(point[1:-1], COMMA)) > 1 for point in points):
+            raise _Malformed("a pair or a set is no number")
         return "points", points
     if text == "\\emptyset":
         return "points", []
     if text[:1] == "(" and text[-1:] == ")" and _OPERATOR.search(text):
         return _parse(text[1:-1])
-    if number(text) is not None:
-        raise _Malformed("a number is no set")
-    raise Unreadable(text)
+    if number(text) is None and ((found := names(parse(text))) == {text} or not all(map(str.islower, found))):
+        raise Unreadable("a name may be that of a set")
+    raise _Malformed("a number is no set")
 
 
 def _endpoints(tree: _Set) -> list[str]:

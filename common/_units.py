@@ -16,6 +16,7 @@ _MAX_EXPONENT = 2000  # of ten, in scientific notation
 _INT = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?!\d)|\d+"
 _DECIMAL = re.compile(rf"(?:(?:{_INT})(?:\.\d*)?|\.\d+)")
 _SIGNED = rf"[+-]? ?{_DECIMAL.pattern}"
+_WITH_POINT = re.compile(r"[+-]? ?[\d ,]*\.(\d+)")
 _MINUS = re.compile(r"-(?! ?-)")
 _QUOTIENT = re.compile(
     rf"(?:\\frac ?\{{ ?({_SIGNED}) ?\}} ?\{{ ?({_SIGNED}) ?\}}|\(?({_SIGNED})\)? ?/ ?\(?({_SIGNED})\)?)"
@@ -60,7 +61,7 @@ def _exact(text: str) -> Fraction:
 
 def decimals(text: str) -> int | None:
     """Digits after the point of a decimal numeral ("3.14": 2); None for anything else."""
-    found = re.fullmatch(r"[+-]? ?[\d ,]*\.(\d+)", text)
+    found = _WITH_POINT.fullmatch(text)
     return len(found[1]) if found else None
 
 
@@ -135,6 +136,7 @@ _NO_UNIT = re.compile(  # words that change the value before them, and hedges
 )
 _UNIT_TEXT = re.compile(r"[^\W_][\w ./^{},'%$-]*|[%$¤€£¥₹¢]")
 _FACTOR = re.compile(r"(per\b|/|[^\s/^\d.,]+)\.?(?: ?\^\{?(-?\d)\}?|([23])(?!\d))?")  # a name of a unit and its power
+_WRAPPED, _DIGIT, _NO_BRACES = re.compile(r"\\text\{([^{}]*)\}"), re.compile(r"\d"), str.maketrans("", "", " {}")
 _TRIGONOMETRIC = re.compile(r"(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])")  # their degrees are no unit of the result
 _MAGNITUDE = re.compile(r"\d ?[KkMmBb]$")
 _PREFIXED = re.compile(r"(-? ?)([¤€£¥₹]|(?:USD|EUR|GBP|INR|RMB|CNY|Rs)\.?(?= ?\d)) ?(.+)")
@@ -169,7 +171,7 @@ def split_unit(text: str, keep: frozenset[str] = frozenset()) -> tuple[str, Unit
     part = _TRAILING.fullmatch(text) if _ENDS_LIKE_UNIT.search(text[-2:]) else None
     if not part or part["unit"].replace(" ", "") in keep or _TRIGONOMETRIC.search(part["value"]):
         return text, None
-    unit = _parse_unit(_words(part["unit"]) + re.sub(r"[ {}]", "", part["power"] or ""))
+    unit = _parse_unit(_words(part["unit"]) + (part["power"] or "").translate(_NO_BRACES))
     apart = text[part.end("value")] == " "
     if unit is None or (unit.others and not _may_be_foreign(part["value"], part["unit"], apart)):
         return text, None
@@ -177,7 +179,7 @@ def split_unit(text: str, keep: frozenset[str] = frozenset()) -> tuple[str, Unit
 
 
 def _words(unit: str) -> str:
-    return re.sub(r"\\text\{([^{}]*)\}", r" \1 ", unit).strip()
+    return _WRAPPED.sub(r" \1 ", unit).strip()
 
 
 def _two_units(text: str) -> tuple[str, Unit] | None:
@@ -210,7 +212,7 @@ def _parse_unit(text: str) -> Unit | None:
         return None
     factors, others, sign, raised = [], set(), 1, 1  # factors: (name, power)
     text = " ".join(_COMPOUND.get(word, word) for word in text.split())
-    if re.search(r"\d", _FACTOR.sub("", text)):  # "cm, 7 cm"
+    if _DIGIT.search(_FACTOR.sub("", text)):  # "cm, 7 cm"
         return None
     for word, *powers in _FACTOR.findall(text):
         power = "".join(powers)

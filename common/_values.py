@@ -2,23 +2,25 @@ r"""Whether two formulas are equal, by their values.
 
 Two formulas are equal when their values agree wherever both are defined: as exact fractions where every step is
 rational, else to more digits than the two texts could differ in. The points are fixed, so a verdict never changes.
+Quotients of polynomials need no values: their fingerprints decide (`common._fingerprint`).
 Bounds of sums are whole numbers there, and a sequence of which nothing is known, such as a_k, has random terms.
 Every step is bounded (`TooLarge`) and looks at the deadline, so that this can run in any thread.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import operator
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
-from common._fingerprint import fingerprint
+from common._fingerprint import fingerprint, is_rational
 from common._formula import (
     CIRCULAR,
     HYPERBOLIC,
@@ -33,7 +35,9 @@ from common._formula import (
     whole_names,
 )
 
-_MAX_DIGITS = 8000  # of an exact number on the way
+_EXACT_TYPES = frozenset([int, Fraction])  # steps with whole numbers as int take a tenth of the time
+_MAX_DIGITS = 8000  # of a number on the way
+_MAX_BITS = int(_MAX_DIGITS / 0.302)
 _MAX_PRECISION = 2000  # of an inexact one
 _MAX_FACTORIAL = 2500
 _MAX_TERMS = 5000  # of all sums and products at one point
@@ -56,18 +60,22 @@ class _Irrational(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _digits(value: Fraction) -> float:
+def _are_exact(*values: Any) -> bool:
+    return _EXACT_TYPES.issuperset(map(type, values))
+
+
+def _digits(value: int | Fraction) -> float:
     """Decimal digits of numerator and denominator together."""
     return 0.302 * (value.numerator.bit_length() + value.denominator.bit_length())
 
 
-def _quotient(a: Fraction, b: Fraction) -> Fraction:
+def _quotient(a: int | Fraction, b: int | Fraction) -> Fraction:
     if not b:
         raise _Undefined
-    return a / b
+    return Fraction(a, b) if type(a) is type(b) is int else a / b
 
 
-def _power(base: Fraction, exponent: Fraction) -> Fraction:
+def _power(base: int | Fraction, exponent: int | Fraction) -> int | Fraction:
     if exponent.denominator != 1:
         return _rational_root(base, exponent)
     power = exponent.numerator
@@ -77,10 +85,10 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
         return base ** (2 - power % 2)
     if abs(power) > 2 * _MAX_DIGITS / _digits(base):  # the product may be larger than any float
         raise TooLarge
-    return base**power
+    return base**power if power > 0 else Fraction(base) ** power
 
 
-def _rational_root(base: Fraction, exponent: Fraction) -> Fraction:
+def _rational_root(base: int | Fraction, exponent: Fraction) -> int | Fraction:
     """`8^{2/3}` is 4; an odd root of a negative number is the real one, as in school."""
     degree = exponent.denominator
     if degree > 64 or (base < 0 and degree % 2 == 0):
@@ -88,7 +96,7 @@ def _rational_root(base: Fraction, exponent: Fraction) -> Fraction:
     top, bottom = _integer_root(abs(base.numerator), degree), _integer_root(base.denominator, degree)
     if top is None or bottom is None:
         raise _Irrational
-    return _power(Fraction(top, bottom) * (-1 if base < 0 else 1), Fraction(exponent.numerator))
+    return _power(Fraction(top, bottom) * (-1 if base < 0 else 1), exponent.numerator)
 
 
 def _integer_root(value: int, degree: int) -> int | None:
@@ -101,37 +109,37 @@ def _integer_root(value: int, degree: int) -> int | None:
     return next((near for near in (root - 1, root, root + 1) if near >= 0 and near**degree == value), None)
 
 
-def _factorial(value: Fraction) -> Fraction:
+def _factorial(value: int | Fraction) -> int:
     if value.denominator != 1:
         raise _Irrational
     if value < 0:
         raise _Undefined
     if value > _MAX_FACTORIAL:
         raise TooLarge
-    return Fraction(math.factorial(int(value)))
+    return math.factorial(int(value))
 
 
-def _binomial(n: Fraction, k: Fraction) -> Fraction:
+def _binomial(n: int | Fraction, k: int | Fraction) -> int:
     if n.denominator != 1 or k.denominator != 1 or n < 0 or k < 0:
         raise _Irrational
     if n > _MAX_FACTORIAL:
         raise TooLarge
-    return Fraction(math.comb(int(n), int(k)))
+    return math.comb(int(n), int(k))
 
 
 _EXACT = {
     "+": lambda *terms: sum(terms),
-    "*": lambda a, b: a * b,
+    "*": operator.mul,
     "/": _quotient,
-    "neg": lambda a: -a,
+    "neg": operator.neg,
     "^": _power,
-    "root": lambda a, degree: _power(a, _quotient(Fraction(1), degree)),
+    "root": lambda a, degree: _power(a, _quotient(1, degree)),
     "!": _factorial,
     "binom": _binomial,
     "abs": abs,
     "re": lambda a: a,
-    "floor": lambda a: Fraction(math.floor(a)),
-    "ceil": lambda a: Fraction(math.ceil(a)),
+    "floor": math.floor,
+    "ceil": math.ceil,
 }
 
 
@@ -166,30 +174,21 @@ class _Point:
         """The sum or product of its terms. A bound that is not whole, or far below: undefined."""
         variable, *bounds, body = node.args
         lower, upper = map(self.value, bounds)
-        if not (isinstance(lower, Fraction) and isinstance(upper, Fraction) and lower.denominator == 1):
-            raise _Undefined
-        if upper.denominator != 1 or upper < lower - 1:
+        if not _are_exact(lower, upper) or lower.denominator > 1 or upper.denominator > 1 or upper < lower - 1:
             raise _Undefined
         self._terms += int(upper - lower) + 1
         if self._terms > _MAX_TERMS:
             raise Unreadable("too many terms")  # a computer algebra system may know a closed form
         op, result = _SERIES[node.op]
         outside = self.at
+        self.at = dict(outside)
         try:
             for k in range(int(lower), int(upper) + 1):
-                self.at = outside | {variable: Fraction(k)}
+                self.at[variable] = k
                 result = self._combined(op, (result, self.value(body)))
         finally:
             self.at = outside
         return result
-
-    def _exactly(self, op: str, values: tuple[Fraction, ...]) -> Fraction:
-        if time.monotonic() > self.deadline:
-            raise TimeoutError
-        value = _EXACT[op](*values)
-        if _digits(value) > _MAX_DIGITS:
-            raise TooLarge
-        return value
 
     def set_digits(self, digits: int) -> None:
         if digits > _MAX_PRECISION:
@@ -199,26 +198,35 @@ class _Point:
         self._known.clear()
 
     def value(self, node: Node):
-        """The value: a fraction where every step to it is exact, else a real or complex number of mpmath.
+        """The value: an int or a fraction where every step is exact, else a real or complex number of mpmath.
 
         Raises `_Undefined` or `TooLarge`.
         """
-        if node.op == "number":
-            return node.args[0]
-        if node.op == "name":
-            return self.at[node.args[0]]
-        if node.op == "constant":
-            return _CONSTANTS[node.args[0]](self.mp)
-        if node.op == "term":
-            return _term(node.args[0], *map(self.value, node.args[1:]))
-        if node.op in _SERIES:
+        op, args = node
+        if op == "number":
+            return args[0]
+        if op == "name":
+            return self.at[args[0]]
+        if op == "constant":
+            return _CONSTANTS[args[0]](self.mp)
+        if op == "term":
+            return _term(args[0], *map(self.value, args[1:]))
+        if op in _SERIES:
             return self._series(node)
-        return self._combined(node.op, tuple(map(self.value, node.args)))
+        return self._combined(op, tuple(map(self.value, args)))
 
     def _combined(self, op: str, values: tuple):
-        if op in _EXACT and all(isinstance(value, Fraction) for value in values):
-            with suppress(_Irrational):
-                return self._exactly(op, values)
+        if op in _EXACT and _EXACT_TYPES.issuperset(map(type, values)):
+            if time.monotonic() > self.deadline:
+                raise TimeoutError
+            try:
+                value = _EXACT[op](*values)
+            except _Irrational:
+                value = None
+            if value is not None:
+                if value.numerator.bit_length() + value.denominator.bit_length() > _MAX_BITS:
+                    raise TooLarge
+                return value
         if op in _ARITHMETIC:
             return self._inexactly(op, values)
         if (op, values) not in self._known:
@@ -238,22 +246,23 @@ class _Point:
 
     def rounded(self, value):
         """`number`, and remembers how large it is."""
-        if not isinstance(value, Fraction):
+        if type(value) not in _EXACT_TYPES:
             return value
         self.spread = max(self.spread, _digits(value))
         return self.number(value)
 
     def number(self, value):
         """A fraction as a number of mpmath; a number of mpmath as it is."""
-        return self.mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+        if type(value) is int:
+            return self.mp.mpf(value)
+        return self.mp.mpf(value.numerator) / value.denominator if type(value) is Fraction else value
 
     def _apply(self, op: str, values: tuple):
         if op == "^":
             return self._power(*values)
         if op == "root":
             base, degree = values
-            exact = isinstance(degree, Fraction)
-            return self._power(base, _quotient(Fraction(1), degree) if exact else self.rounded(Fraction(1)) / degree)
+            return self._power(base, _quotient(1, degree) if _are_exact(degree) else self.rounded(1) / degree)
         values = [self.rounded(value) for value in values]
         if op in _ARITHMETIC:
             return _ARITHMETIC[op](self.mp, *values)
@@ -278,7 +287,7 @@ class _Point:
     def _power(self, base, exponent):
         base, exact = self.rounded(base), exponent
         exponent = self.rounded(exact)
-        is_odd_root = isinstance(exact, Fraction) and exact.denominator % 2 and exact.denominator > 1
+        is_odd_root = _are_exact(exact) and exact.denominator % 2 and exact.denominator > 1
         if is_odd_root and self.mp.im(base) == 0 and self.mp.re(base) < 0:
             return (-1) ** exact.numerator * self._bounded_power(-base, exponent)  # the real root
         return self._bounded_power(base, exponent)
@@ -308,10 +317,11 @@ def _term(letter: str, *indices: Fraction) -> Fraction:
     """A sequence of which nothing is known: any number, the same one for the same index."""
     if any(index.denominator != 1 for index in indices):
         raise _Undefined
-    return Fraction(random.Random(f"{letter} {' '.join(map(str, indices))}").randint(-(10**9), 10**9), 94)
+    digest = hashlib.blake2b(f"{letter} {' '.join(map(str, indices))}".encode(), digest_size=4).digest()
+    return Fraction(int.from_bytes(digest) - 2**31, 94)
 
 
-_SERIES = {"sum": ("+", Fraction(0)), "prod": ("*", Fraction(1))}
+_SERIES = {"sum": ("+", 0), "prod": ("*", 1)}
 _CONSTANTS = {"pi": lambda mp: +mp.pi, "e": lambda mp: +mp.e, "i": lambda mp: mp.j}
 _ARITHMETIC = {
     "+": lambda mp, *terms: mp.fsum(terms),
@@ -332,7 +342,7 @@ _ARITHMETIC = {
 
 _MARGIN = 40  # digits beyond those in which two texts of their length can differ
 _WHOLE = frozenset("nkmN")  # where every name is one of these, whole numbers are points too
-_BOUNDS = tuple(map(Fraction, (7, 4, 11, 3, 9, 2, 12, 6, 8, 5)))  # of sums, at each of the points
+_BOUNDS = (7, 4, 11, 3, 9, 2, 12, 6, 8, 5)  # of sums, at each of the points
 _MAX_NAMES = 16
 _NEEDED = 3  # points at which both formulas have values
 # Functions with one branch, defined but at poles: two of these that differ do so almost everywhere
@@ -379,13 +389,11 @@ class _Pair:
 
     def __init__(self, p: str, g: str, deadline: float) -> None:
         self.texts = p, g
-        self.digits = _MARGIN + sum(map(str.isdigit, p + g))  # that tell their values apart
         self.nodes = parse(p), parse(g)
         self.deadline = deadline
-        self.scale = Fraction(1)  # the first formula is this times the second one
-        self.operators = operators(self.nodes[0]) | operators(self.nodes[1])
+        self.scale: Any = 1  # the first formula is this times the second one
         self.whole: list[str] = []
-        if not self.operators.isdisjoint(_SERIES):
+        if any(op in p or op in g for op in _SERIES):
             letters = sequences(self.nodes[0]) | sequences(self.nodes[1])
             self.nodes = indexed(self.nodes[0], letters), indexed(self.nodes[1], letters)
             self.whole = sorted(whole_names(self.nodes[0]) | whole_names(self.nodes[1]))
@@ -393,10 +401,19 @@ class _Pair:
         if len(self.names) > _MAX_NAMES:
             raise Unreadable("too many names")
 
+    @cached_property
+    def operators(self) -> frozenset[str]:
+        return operators(self.nodes[0]) | operators(self.nodes[1])
+
+    @cached_property
+    def digits(self) -> int:
+        """What tells two values apart."""
+        return _MARGIN + sum(map(str.isdigit, "".join(self.texts)))
+
     def points(self) -> Iterator[_Point]:
         coordinates = scattered_points() if self.names else [[]]
         if self.names and not self.whole and _WHOLE.issuperset(self.names):
-            coordinates = coordinates + [[Fraction(i + j) for j in range(len(self.names))] for i in range(1, 5)]
+            coordinates = coordinates + [[i + j for j in range(len(self.names))] for i in range(1, 5)]
         for i, values in enumerate(coordinates):
             whole = {name: _BOUNDS[(i + 3 * j) % len(_BOUNDS)] for j, name in enumerate(self.whole)}
             yield _Point(dict(zip(self.names, values, strict=False)) | whole, self.deadline)
@@ -405,7 +422,7 @@ class _Pair:
         """Both values at a point: two fractions, or two numbers to enough digits to tell them apart."""
         point.set_digits(self.digits + 20)
         values = tuple(map(point.value, self.nodes))
-        if all(isinstance(value, Fraction) for value in values):
+        if _are_exact(*values):
             return values
         values = tuple(map(point.rounded, values))
         if point.spread > 10:
@@ -427,25 +444,34 @@ class _Pair:
             if result is False:
                 return 0
             agreed += result is True
-            if agreed == 1 and self.names and self._are_one():
-                return agreed
+            if agreed == 1 and self.names and (same := self.by_fingerprint()) is not None:
+                return int(same)
             if agreed == _NEEDED and self.names and all(map(_is_smooth, self.nodes)):
                 return agreed
         if too_large and agreed < _NEEDED:
             raise too_large
         return agreed if not self.names or agreed >= _NEEDED else 0
 
-    def _are_one(self) -> bool:
-        """Whether no further point can tell the two apart (up to `scale`), once they are seen to have values."""
-        if not isinstance(self.scale, Fraction):
-            return False
-        p, g = fingerprint(self.texts[0], Fraction(1)), fingerprint(self.texts[1], self.scale)
-        return p is not None and p == g
+    def by_fingerprint(self) -> bool | None:
+        """Whether the two are one formula (up to `scale`), once they are seen to have values; None: it cannot tell."""
+        if not _are_exact(self.scale):
+            return None
+        p, g = fingerprint(self.texts[0], 1), fingerprint(self.texts[1], self.scale)
+        if p is None or g is None:
+            return None
+        return p == g or (False if self.is_rational() else None)
+
+    def is_number(self) -> bool:
+        """Whether exact steps give both values."""
+        return not self.names and self.operators.isdisjoint(_CONSTANTS)
+
+    def is_rational(self) -> bool:
+        return all(map(is_rational, self.nodes))
 
     def same(self, point: _Point, a, b) -> bool | None:
         if _close(point, a, b):
             return True
-        if isinstance(a, Fraction) or "i" in self.operators:
+        if _are_exact(a) or "i" in self.operators:
             return False
         real = _is_real(point, a), _is_real(point, b)
         if all(real) or not self.names or (any(real) and "abs" in self.operators):
@@ -462,7 +488,7 @@ def _zero(point: _Point):
 
 
 def _close(point: _Point, a, b) -> bool:
-    if isinstance(a, Fraction):
+    if _are_exact(a, b):
         return a == b
     zero = _zero(point)
     small, large = sorted((abs(a), abs(b)))
@@ -481,6 +507,8 @@ def equal(p: str, g: str, deadline: float) -> bool:
     Raises `Unreadable` where a text is no formula, `TooLarge` where a value has too many digits, `TimeoutError`.
     """
     pair = _Pair(p, g, deadline)
+    if pair.is_rational() and not pair.is_number() and (same := pair.by_fingerprint()) is not None:
+        return same
     return pair.compared(pair.same) > 0
 
 
@@ -492,9 +520,9 @@ def proportional(p: str, g: str, deadline: float) -> int:
         vanish = [_close(point, value, 0) for value in (a, b)]
         if any(vanish):
             return None if all(vanish) else False
-        ratios.append(a / b)
+        ratios.append(_quotient(a, b))
         pair.scale = ratios[0]
-        if not isinstance(a, Fraction):
+        if not _are_exact(a):
             if not _is_real(point, a / b):  # outside the domain, unless one side alone is
                 return None if "i" not in pair.operators and not _is_real(point, a) else False
             ratios[0] = point.number(ratios[0])
@@ -509,7 +537,7 @@ def within(p: str, g: str, tolerance: Fraction, deadline: float) -> bool:
     pair = _Pair(p, g, deadline)
 
     def near(point: _Point, a, b) -> bool:
-        return bool(abs(a - b) <= (tolerance if isinstance(a, Fraction) else point.number(tolerance)))
+        return bool(abs(a - b) <= (tolerance if _are_exact(a) else point.number(tolerance)))
 
     return not pair.names and pair.compared(near) > 0
 
@@ -526,7 +554,7 @@ def order(p: str, g: str, deadline: float, at: Mapping[str, Fraction]) -> int:
         a, b = pair.values(point)
     except _Undefined as error:
         raise Unreadable("no value") from error
-    if not isinstance(a, Fraction):
+    if not _are_exact(a):
         if not _is_real(point, a) or not _is_real(point, b):
             raise Unreadable("not real")
         a, b = point.mp.re(a), point.mp.re(b)

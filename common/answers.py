@@ -212,8 +212,8 @@ def _check(answer: str | None, gold: str, timeout: float, policy: Policy) -> Che
     deadline = time.monotonic() + timeout
     settled = _settle(answer, gold, deadline, policy)
     if isinstance(settled, _Request):
-        settled = _ask(settled, deadline - time.monotonic(), wait=False)
-    return settled._replace(answer=answer)
+        return _ask(settled, deadline - time.monotonic(), wait=False)._replace(answer=answer)
+    return settled
 
 
 def _settle(answer: str | None, gold: str, deadline: float, policy: Policy) -> Check | _Request:
@@ -239,7 +239,7 @@ def _settle(answer: str | None, gold: str, deadline: float, policy: Policy) -> C
     if key(p) != key(g) and not (within_limits(p) and within_limits(g)):
         return Check(Verdict.UNPARSEABLE if within_limits(g) else Verdict.GOLD_UNPARSEABLE, answer, "", "size")
     try:
-        return _verdict(compare(p, g, deadline, policy))
+        return _verdict(compare(p, g, deadline, policy), answer)
     except NeedsAlgebra:
         return _Request(p, g, policy)
     except TimeoutError:
@@ -282,11 +282,11 @@ def _settle_numerals(answer: str, gold: str) -> Check | None:
     return Check(verdict, answer, "unit" if units else "number", "text" if by_text else "number")
 
 
-def _verdict(outcome: Outcome) -> Check:
+def _verdict(outcome: Outcome, answer: str | None = None) -> Check:
     verdict = Verdict.CORRECT if outcome.same else Verdict.WRONG
     if outcome.unreadable:
         verdict = Verdict.UNPARSEABLE if outcome.unreadable == "prediction" else Verdict.GOLD_UNPARSEABLE
-    return Check(verdict, None, outcome.kind, outcome.rule)
+    return Check(verdict, answer, outcome.kind, outcome.rule)
 
 
 def _ask(request: _Request, timeout: float, *, wait: bool) -> Check:
