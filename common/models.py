@@ -85,10 +85,11 @@ def load_model(
     device: str | None = None,
     attn_implementation: str | None = None,
     load_in_4bit: bool = False,
-) -> PreTrainedModel:
+    merge: bool = True,
+) -> PreTrainedModel | PeftModel:
     """A causal or image-text model in `dtype`, on `device` (left on the CPU for a trainer to place, if None).
 
-    From a folder with a LoRA adapter: its base with the adapter merged in.
+    From a folder with a LoRA adapter: its base with the adapter merged in, or beside it without `merge`.
     """
     if base := adapter_base(name):
         if load_in_4bit:
@@ -98,7 +99,8 @@ def load_model(
             )
         model = load_model(base, dtype, device, attn_implementation)
         try:
-            return PeftModel.from_pretrained(model, name).merge_and_unload()
+            adapted = PeftModel.from_pretrained(model, name)
+            return adapted.merge_and_unload() if merge else adapted
         except SafetensorError as error:
             raise _cut(name, error) from error
     config = load_config(name)
@@ -151,9 +153,11 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
         return _tokenizer(name)
     without_video = importlib.util.find_spec("torchvision") is None or _saved_without_video(name)
     if config.model_type in IMAGE_ONLY and without_video:
-        tokenizer = _tokenizer(name)
+        tokenizer, processor_class = _tokenizer(name), IMAGE_ONLY[config.model_type]
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        return IMAGE_ONLY[config.model_type](image_processor, tokenizer, chat_template=tokenizer.chat_template)
+        # In chat_template.json, where older folders have it, a tokenizer does not look; AutoProcessor prefers it
+        template = processor_class.get_processor_dict(name)[0].get("chat_template", tokenizer.chat_template)
+        return processor_class(image_processor, tokenizer, chat_template=template)
     try:
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ImportError, ValueError, AttributeError) as error:

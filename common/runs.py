@@ -32,6 +32,8 @@ from common.versions import TESTED, installed
 COMPLETE = "complete.json"  # in a checkpoint: false while it is written, then the size of each of its files
 UNFINISHED = "it was not saved to its end"
 BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a file of weights, which are read to tell it from another one
+# In a model's folder, beside its weights, what decides its answers; nothing that differs between equal trainings
+DECIDING = ("config.json", "*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor_config.json")
 
 
 class RunFolderError(ValueError):
@@ -159,6 +161,12 @@ def weights_fingerprint(model: str) -> str | None:
                 content.seek(i * size // BLOCKS)
                 digest.update(content.read(BLOCK_BYTES))
     return digest.hexdigest() if files else None
+
+
+def folder_fingerprint(model: str) -> str | None:
+    """Digest of config, tokenizer, chat template and image processor in a local folder; None for another name."""
+    files = {file for pattern in DECIDING for file in Path(model).glob(pattern) if file.is_file()}
+    return fingerprint({file.name: fingerprint(file) for file in files}) if files else None
 
 
 def weights_of(**models: str) -> dict[str, str]:

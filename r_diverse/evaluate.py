@@ -45,7 +45,7 @@ def check_benchmarks(run: RDiverseConfig) -> None:
 class Recorded:
     """Engine of a model whose answers are all recorded; `name` and `template_options` are those of the records."""
 
-    kind = stops = None  # whichever made them
+    kind = stops = options = None  # whichever made them
 
     def __init__(self, name: str, template_options: dict[str, Any]):
         self.name, self.template_options = name, template_options

@@ -18,6 +18,14 @@ from jinja2 import TemplateError
 if TYPE_CHECKING:
     from .transformers_engine import TransformersEngine
 
+# Of vllm.LLM: how an engine fits its machine; an evaluation goes on with another value
+MACHINE_OPTIONS = {
+    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "max_num_seqs", "max_num_batched_tokens"),
+    *("enforce_eager", "enable_prefix_caching", "enable_chunked_prefill", "compilation_config", "download_dir"),
+    *("seed", "disable_log_stats", "load_format", "trust_remote_code"),
+}
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -112,7 +120,8 @@ def load_engine(
 
     from .transformers_engine import TransformersEngine
 
-    loaded = load_model(model, torch.bfloat16 if bf16 else torch.float32, device)
+    # A sum in bfloat16 would round a small adapter away: at a thousandth of its weights, half of it
+    loaded = load_model(model, torch.bfloat16 if bf16 else torch.float32, device, merge=not bf16)
     engine = TransformersEngine(loaded, load_processor(model), batch_size, chat_template_kwargs)
     engine.name = model  # of an adapter's folder, not its base
     return engine
@@ -147,6 +156,7 @@ class VLLMEngine:
                 "use the engine transformers"
             ) from error
         self.template_options, self.said = chat_template_kwargs or {}, "max_model_len" in engine_options
+        self.options = deciding_options(engine_options)
         config, processor = self.llm.model_config, load_processor(model)
         self.stops = stop_ids(config.try_get_generation_config().get("eos_token_id"), self.llm.get_tokenizer())
         # The lowest bias that vLLM takes; a list of all other tokens would go with every request
@@ -205,19 +215,31 @@ class VLLMEngine:
         own = getattr(config.hf_text_config, "max_position_embeddings", 0)
         if self.said or config.max_model_len >= own:
             return
-        cut = sum(done.finish_reason == "length" and done.num_tokens < limit for done in completions)
-        if cut:
+        if cut := _cut_short(completions, limit):
             self.said = True
             print(
                 f"{self.name}: {cut} responses were cut short of {limit} tokens, since the GPU's memory holds prompts "
-                f"and responses of {config.max_model_len}: raise gpu_memory_utilization in engine_options",
+                f"and responses of {config.max_model_len}: raise gpu_memory_utilization in engine_options and "
+                "evaluate into another folder: records stay",
                 file=sys.stderr,
             )
 
 
+def _cut_short(completions: Sequence[Completion | None], limit: int) -> int:
+    """How many responses were cut before they had `limit` tokens."""
+    return sum(done is not None and done.finish_reason == "length" and done.num_tokens < limit for done in completions)
+
+
+def deciding_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `vllm.LLM` that may change an answer, such as `max_model_len` and `mm_processor_kwargs`, in JSON."""
+    deciding = {name: value for name, value in options.items() if name not in MACHINE_OPTIONS}
+    return json.loads(json.dumps(deciding, default=str))
+
+
 def _merged(model: str, dtype: str | None) -> tempfile.TemporaryDirectory | None:
-    """For a folder with a LoRA adapter, a temporary one with the adapter merged into its base, in bfloat16 or the
-    `dtype` float32: vLLM applies adapters to some layers of some families only. None for any other model."""
+    """For a folder with a LoRA adapter, a temporary one with the adapter merged into its base, in bfloat16, or in
+    float32 for an engine of another `dtype`: vLLM applies adapters to some layers of some families only. None for any
+    other model."""
     from common.lora import adapter_base
     from common.models import load_model, load_processor
 
@@ -227,7 +249,7 @@ def _merged(model: str, dtype: str | None) -> tempfile.TemporaryDirectory | None
 
     folder = tempfile.TemporaryDirectory(prefix="merged_")
     merged = load_model(model)  # in float32, so that a small adapter is rounded once
-    merged.to(torch.float32 if dtype == "float32" else torch.bfloat16).save_pretrained(folder.name)
+    merged.to(torch.bfloat16 if dtype in (None, "auto", "bfloat16") else torch.float32).save_pretrained(folder.name)
     load_processor(model).save_pretrained(folder.name)
     return folder
 
@@ -269,7 +291,7 @@ def turn_end_id(tokenizer) -> int | None:
 
 
 def never_sampled(processor, config) -> list[int]:
-    """Ids of image and video placeholders, and of rows that pad the vocabulary."""
+    """Ids of image and video placeholders, and of rows of the vocabulary without a token."""
     tokenizer = getattr(processor, "tokenizer", processor)
     names = ("image_token", "video_token", "boi_token")
     vocabulary = tokenizer.get_vocab()
@@ -277,7 +299,8 @@ def never_sampled(processor, config) -> list[int]:
     placeholders = {vocabulary[token] for token in tokens if isinstance(token, str) and token in vocabulary}
     # Some processors (Gemma 3) call another token image_token than the one that stands for image features
     placeholders |= {getattr(config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
-    return sorted(placeholders.union(range(len(tokenizer), config.get_text_config().vocab_size)))
+    rows = range(config.get_text_config().vocab_size)
+    return sorted(placeholders.union(set(rows).difference(vocabulary.values())))  # ids may have gaps
 
 
 class ServerEngine:
@@ -320,7 +343,7 @@ class ServerEngine:
             self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
         except Exception as error:  # of the HTTP library, which is not ours to name
             raise ValueError(f"server {base_url!r} is no address ({error}): write http://HOST:PORT/v1") from error
-        self.base_url, self.model, self.workers = base_url, model, workers
+        self.base_url, self.model, self.workers, self.said = base_url, model, workers, False
         self.name = model
         self.template_options = chat_template_kwargs or {}
         self.stops = list(stop_token_ids)
@@ -338,10 +361,18 @@ class ServerEngine:
                 f"no request of {len(results)} to {self.name} at {self.base_url} succeeded ({errors[0]}): check that "
                 "the server runs and serves this model, then the same command goes on"
             ) from errors[0]
-        return [
+        completions = [
             Completion("", 0, "refused") if no else None if isinstance(result, Exception) else result
             for result, no in zip(results, refused, strict=True)
         ]
+        if (cut := _cut_short(completions, decoding.max_new_tokens)) and not self.said:  # vLLM takes what has room
+            self.said = True
+            print(
+                f"{self.name}: {cut} responses were cut short of {decoding.max_new_tokens} tokens by the server at "
+                f"{self.base_url}: serve it with a longer context and evaluate into another folder: records stay",
+                file=sys.stderr,
+            )
+        return completions
 
     def _one(self, prompt: Prompt, decoding: Decoding, seed: int) -> Completion | Exception:
         extra = {"top_k": decoding.top_k or -1, "chat_template_kwargs": self.template_options}

@@ -21,6 +21,7 @@ from common.runs import (
     atomic_write_json,
     exclusive,
     fingerprint,
+    folder_fingerprint,
     read_jsonl,
     weights_fingerprint,
     write_jsonl,
@@ -44,8 +45,8 @@ def evaluate(
     """Generates, records and scores; returns the metrics, which are also in `<out>/<benchmark>.json`.
 
     Records go to `<out>/<benchmark>/samples.jsonl`, `batch` at a time: a kill loses at most one batch, and a second
-    call goes on with what is missing. Raises `ValueError` where the records belong to another model, other weights at
-    its path, another question set or decoding, and where another process is at work on them.
+    call goes on with what is missing. Raises `ValueError` where the records belong to another model, other weights or
+    another tokenizer at its path, another question set or decoding, and where another process is at work on them.
     """
     samples = benchmark.samples if samples is None else samples
     decoding = decoding or benchmark.decoding
@@ -58,10 +59,12 @@ def evaluate(
     identity = {
         "model": engine.name,
         "weights": weights_fingerprint(engine.name),
+        "folder": folder_fingerprint(engine.name),
         "engine": getattr(engine, "kind", type(engine).__name__),
         "benchmark": benchmark.name,
         "rows": question_fingerprint(benchmark.rows),
         "decoding": dataclasses.asdict(decoding),
+        "engine_options": getattr(engine, "options", {}),
         "chat_template_kwargs": getattr(engine, "template_options", {}),
         "stop_token_ids": getattr(engine, "stops", []),
         "samples": samples,
@@ -246,9 +249,12 @@ def _generate(
 
 
 def _opened(images: Sequence[Any]) -> list[Any]:
+    """PIL images in RGB, alpha dropped as processors of transformers and training do: vLLM would put white behind
+    transparent pixels, and PNG, in which a server gets images, has no CMYK."""
     from datasets import Image
 
-    return [Image().decode_example(image) if isinstance(image, dict) else image for image in images]
+    opened = (Image().decode_example(image) if isinstance(image, dict) else image for image in images)
+    return [image.convert("RGB") for image in opened]
 
 
 def _sample_seed(seed: int, key: str, sample: int) -> int:
@@ -281,13 +287,14 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
         atomic_write_json(path, identity)
         return
     theirs = read_identity(path.parent)
-    later = ("engine", "weights", "chat_template_kwargs", "stop_token_ids")
+    later = ("engine", "engine_options", "weights", "folder", "chat_template_kwargs", "stop_token_ids")
     unrecorded = {name for name in later if theirs.get(name) is None}  # by older versions, or not known
     for name, value in identity.items():
         if value is not None and name not in unrecorded and theirs.get(name) != value:
             what = f"with {name}={theirs.get(name)!r}, this evaluation has {value!r}"
             if name == "rows":  # digests, which tell a reader nothing
                 what = "of other questions: --data or --limit was another one"
-            if name == "weights":
-                what = f"of other weights, which {theirs.get('model')!r} held then"
+            if name in ("weights", "folder"):
+                other = {"weights": "weights", "folder": "config, tokenizer, template or image processor"}[name]
+                what = f"of other {other}, which {theirs.get('model')!r} held then"
             raise ValueError(f"{path.parent} holds records {what}: choose another --out or delete the folder")

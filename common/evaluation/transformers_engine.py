@@ -12,6 +12,14 @@ from .engines import Completion, Decoding, Prompt, never_sampled, stop_ids
 from .live_batch import LiveBatch, is_joinable
 from .sampling import seeded_sampling
 
+# What a model may declare for its own generation and no other engine reads: off, whatever the model
+OFF = ("temperature", "top_p", "top_k", "min_new_tokens", "max_time", "stop_strings", "bad_words_ids", "sequence_bias")
+OFF += ("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")
+OFF += ("guidance_scale", "prompt_lookup_num_tokens")
+NEUTRAL = dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1.0)
+NEUTRAL |= {"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1}
+UNDECLARED = NEUTRAL | dict.fromkeys(OFF)
+
 
 @dataclass(frozen=True)
 class _Work:
@@ -38,7 +46,7 @@ class TransformersEngine:
     SEGMENT = 32  # tokens: half as many are wasted by a row, and one pass over new prompts is paid in each
 
     def __init__(self, model, processor, batch_size: int = 16, chat_template_kwargs: dict[str, Any] | None = None):
-        self.template_options = chat_template_kwargs or {}
+        self.template_options, self.options = chat_template_kwargs or {}, {"dtype": str(model.dtype)}
         self.model, self.processor, self.batch_size = model.eval(), processor, batch_size
         self.tokenizer = getattr(processor, "tokenizer", processor)
         if self.tokenizer.pad_token is None:
@@ -139,14 +147,10 @@ class TransformersEngine:
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.stops,
             suppress_tokens=self.banned or None,
-            repetition_penalty=1.0,  # some models declare another one, which vLLM's offline engine leaves out
             do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            num_beams=1,
             use_cache=True,  # may be off in the config of a model in training
             return_dict_in_generate=True,
+            **UNDECLARED,
         )
 
     def _render(self, prompt: Prompt) -> str:

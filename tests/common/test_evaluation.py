@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from common.evaluation import (
     Benchmark,
@@ -204,6 +205,45 @@ def test_an_evaluation_does_not_go_on_with_another_engine(tmp_path):
     evaluate(Other(), numbers(), tmp_path, decoding=SAMPLED)
 
 
+def test_an_evaluation_does_not_go_on_with_options_of_the_engine_that_change_answers(tmp_path):
+    first, second = Echo(), Echo()
+    first.options = {"max_model_len": 512}
+    evaluate(first, numbers(), tmp_path, decoding=SAMPLED)
+    with pytest.raises(ValueError, match=r"holds records with engine_options=\{'max_model_len': 512\}, this .* \{\}"):
+        evaluate(second, numbers(), tmp_path, decoding=SAMPLED)
+    assert second.asked == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "tokenizer.json", "preprocessor_config.json"])
+def test_an_evaluation_does_not_go_on_with_another_file_of_the_model_that_changes_answers(tmp_path, name):
+    engine, model = Echo(), tmp_path / "model"
+    model.mkdir()
+    engine.name = str(model)
+    (model / name).write_text("{}")
+    evaluate(engine, numbers(), tmp_path / "out", decoding=SAMPLED)
+    (model / "trainer_state.json").write_text("of a training")
+    evaluate(engine, numbers(), tmp_path / "out", decoding=SAMPLED)
+    (model / name).write_text("{ }")
+    with pytest.raises(ValueError, match="of other config, tokenizer, template or image processor, which '.*model'"):
+        evaluate(engine, numbers(), tmp_path / "out", decoding=SAMPLED)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "L"])
+def test_every_engine_is_shown_the_same_pixels(tmp_path, mode):
+    """Black on transparent black: with alpha dropped all of it is black; vLLM would put white behind it."""
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
+    shown = []
+
+    class Looking(Echo):
+        def generate(self, prompts, decoding, seeds):
+            shown.extend(prompt.images[0] for prompt in prompts)
+            return super().generate(prompts, decoding, seeds)
+
+    rows = [{**row, "images": [image]} for row in numbers(1).rows]
+    evaluate(Looking(), Benchmark("pictures", rows), tmp_path, decoding=SAMPLED)
+    assert [(picture.mode, picture.getextrema()) for picture in shown] == [("RGB", ((0, 0),) * 3)]
+
+
 def test_an_evaluation_does_not_go_on_with_other_weights_at_the_same_path(tmp_path):
     model, rng = tmp_path / "model", np.random.default_rng(0)
     model.mkdir()
@@ -237,7 +277,7 @@ def test_an_evaluation_does_not_go_on_with_other_weights_at_the_same_path(tmp_pa
 def test_a_folder_that_did_not_record_engine_and_chat_template_goes_on(tmp_path):
     evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
     path = tmp_path / "numbers/identity.json"
-    later = ("engine", "weights", "chat_template_kwargs", "stop_token_ids")
+    later = ("engine", "engine_options", "weights", "folder", "chat_template_kwargs", "stop_token_ids")
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in later}))
     engine = Echo()
     engine.template_options, engine.stops = {"enable_thinking": False}, [5]

@@ -4,11 +4,28 @@ import gc
 import weakref
 from types import SimpleNamespace
 
+import peft
 import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from common.evaluation import Decoding, Prompt, TransformersEngine
-from common.evaluation.engines import json_options, load_engine, stop_ids, turn_end_id
+from common.evaluation.engines import (
+    _merged,
+    deciding_options,
+    json_options,
+    load_engine,
+    never_sampled,
+    stop_ids,
+    turn_end_id,
+)
+from common.lora import lora_config
+from common.models import load_model
 from common.tiny import tiny_qwen3, tiny_qwen3_vl
 from r_diverse import questions as questions_of_r_diverse
 
@@ -61,12 +78,80 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end():
     assert engine.generate(prompts(3), Decoding(max_new_tokens=4), range(3)) == plain
 
 
-def test_a_repetition_penalty_that_a_model_declares_is_left_out():
-    model, tokenizer = tiny_qwen3(hidden=32)
-    plain = TransformersEngine(model, tokenizer).generate(prompts(3), Decoding(max_new_tokens=30), range(3))
-    model.generation_config.repetition_penalty = 5.0
+DECLARED = {
+    "repetition_penalty": 5.0,
+    "encoder_repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 2,
+    "min_length": 60,
+    "min_new_tokens": 30,
+    "stop_strings": ["a"],
+    "bad_words_ids": [[50]],
+    "sequence_bias": [[[60], 5.0]],
+    "begin_suppress_tokens": list(range(50)),
+    "forced_eos_token_id": 2,
+    "guidance_scale": 2.0,
+    "exponential_decay_length_penalty": (2, 3.0),
+    "prompt_lookup_num_tokens": 3,
+    "num_beams": 2,
+    "top_k": 1,
+}
+
+
+@pytest.mark.parametrize("name", list(DECLARED))
+def test_what_a_model_declares_for_its_own_generation_is_left_out(name):
+    """vLLM's offline engine reads none of it, either."""
+    model, tokenizer = tiny_qwen3()
+    asked = [Prompt([{"role": "user", "content": f"what is {i}?"}]) for i in range(3)]
+    decodings = [Decoding(max_new_tokens=40), Decoding(temperature=1.0, max_new_tokens=40)]
+    plain = [TransformersEngine(model, tokenizer).generate(asked, decoding, range(3)) for decoding in decodings]
+    setattr(model.generation_config, name, DECLARED[name])
     engine = TransformersEngine(model, tokenizer)
-    assert engine.generate(prompts(3), Decoding(max_new_tokens=30), range(3)) == plain
+    assert [engine.generate(asked, decoding, range(3)) for decoding in decodings] == plain
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder with a small adapter, and the model with it."""
+    model, tokenizer = tiny_qwen3()
+    model.bfloat16().save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, lora_config(4))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    rng = torch.Generator().manual_seed(0)
+    for name, tensor in adapted.named_parameters():
+        if "lora_B" in name:
+            tensor.data.normal_(0, 1e-5, generator=rng)
+    adapted.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path), adapted
+
+
+def test_a_small_adapter_is_not_rounded_away_in_bfloat16(adapter):
+    """Merged into weights in bfloat16, less than a tenth of this one is left."""
+    folder, adapted = adapter
+    engine = load_engine("transformers", folder, 4, bf16=True, device="cpu")
+    assert engine.options == {"dtype": "torch.bfloat16"}
+    loaded = engine.model
+    layers = {name: layer for name, layer in loaded.named_modules() if isinstance(layer, LoraLayer)}
+    assert layers
+    for name, layer in layers.items():
+        trained = adapted.get_submodule(name)
+        torch.testing.assert_close(layer.get_delta_weight("default"), trained.get_delta_weight("default"))
+        assert torch.equal(layer.get_base_layer().weight, trained.get_base_layer().weight)
+    merged = load_model(folder, torch.bfloat16).get_submodule(name.removeprefix("base_model.model."))
+    delta = layer.get_delta_weight("default")
+    kept = (merged.weight.float() - layer.get_base_layer().weight.float()) * delta
+    assert kept.sum() < 0.1 * (delta * delta).sum()
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(None, torch.bfloat16), ("half", torch.float32)])
+def test_vllm_rounds_a_merged_adapter_once(adapter, dtype, stored):
+    with _merged(adapter[0], dtype) as folder:
+        assert {tensor.dtype for tensor in load_file(f"{folder}/model.safetensors").values()} == {stored}
+
+
+def test_options_of_vllm_that_may_change_an_answer():
+    options = {"max_model_len": 99, "dtype": torch.float16, "gpu_memory_utilization": 0.5, "seed": 3}
+    assert deciding_options(options) == {"max_model_len": 99, "dtype": "torch.float16"}
 
 
 @pytest.mark.parametrize("make", [tiny_qwen3, tiny_qwen3_vl])
@@ -86,8 +171,6 @@ def test_greedy_answers_do_not_depend_on_the_batch(engine):
 
 
 def test_sampling_is_seeded_and_leaves_the_global_state(engine):
-    import torch
-
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -95,6 +178,13 @@ def test_sampling_is_seeded_and_leaves_the_global_state(engine):
     assert torch.equal(torch.rand(2), expected)
     assert engine.generate(prompts(5), SAMPLED, range(5)) == first
     assert engine.generate(prompts(5), SAMPLED, range(9, 14)) != first
+
+
+def test_a_token_behind_a_gap_in_the_vocabulary_is_sampled():
+    words = {"a": 0, "b": 1, "<end>": 7}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="a")), eos_token="<end>")
+    assert len(tokenizer) == 3
+    assert never_sampled(tokenizer, Qwen3Config(vocab_size=10)) == [2, 3, 4, 5, 6, 8, 9]
 
 
 def test_length_and_truncation(engine):

@@ -71,6 +71,15 @@ def test_an_aborted_response_is_a_lost_request():
     assert done == [Completion("half", 1, "stop"), None]
 
 
+@pytest.mark.parametrize(("reason", "tokens", "times"), [("length", 7, 1), ("length", 8, 0), ("stop", 7, 0)])
+def test_a_server_that_cuts_what_was_asked_for_is_told_once(capsys, reason, tokens, times):
+    with chat_servers.chat_server(lambda _: (200, "half", reason, tokens)) as server:
+        engine = server_engine(server)
+        for _ in range(2):
+            engine.generate(asked("a", "b"), Decoding(max_new_tokens=8), [1, 2])
+    assert capsys.readouterr().err.count("m: 2 responses were cut short of 8 tokens by the server at http") == times
+
+
 USAGE = {"completion_tokens": 1, "prompt_tokens": 1, "total_tokens": 2}
 OTHER_FORMS = [
     {}, [], "text", {"choices": []}, {"choices": None}, {"choices": [{}]},

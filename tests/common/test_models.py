@@ -89,6 +89,19 @@ def test_a_folder_without_a_tokenizer_and_a_file_are_one_clear_sentence(tmp_path
     models.load_processor(str(tmp_path))
 
 
+def test_the_template_of_a_processor_is_preferred_to_its_tokenizers(tmp_path):
+    """Older folders have it in chat_template.json, at which a tokenizer does not look."""
+    model, processor = tiny_qwen3_vl(hidden=32)
+    model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "of the processor"}))
+    assert models.load_processor(str(tmp_path)).chat_template == "of the processor"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "of the tokenizer"}))
+    assert models.load_processor(str(tmp_path)).chat_template == "of the processor"
+
+
 @pytest.mark.parametrize("build", [tiny_qwen3, tiny_qwen3_vl, tiny_qwen2_5_vl])
 def test_a_tiny_model_comes_back_from_its_folder(tmp_path, build):
     model, processor = build(hidden=32)
