@@ -24,7 +24,7 @@ from common.cli import run_main
 from common.estimators import mean_of_independent, over_seeds, paired_difference
 from common.evaluation import BENCHMARKS, headline, paired_scores
 from common.evaluation.judge import PROTOCOLS
-from common.runs import atomic_write_text, by_number, read_jsonl
+from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
 from r_diverse import RDiverseConfig, analysis
 from r_diverse.loop import VARIANT_FLAGS, finished_iterations
 from r_diverse.train import parse
@@ -110,13 +110,14 @@ NOT_THE_PAPER = (
     "the paper's Tables 1 and 2 and Fig. 3 appear here with our numbers beside them."
 )
 MEANING = (
-    "*Accuracy*: the Solver's after the iteration. *Label accuracy*: share of right labels, where it can be known. "
-    "*Usable*: questions that passed all checks. *Bank*: questions in the memory. *Intra* and *cross repetition*: "
-    "share of the questions with a near twin in skill space (cosine of 0.9 or more), in the same iteration and in "
-    "earlier ones. *Duplicate ratio*: share worded as an earlier one. *Effective clusters*: exp of the entropy of the "
-    "skill clusters' shares. Skill space is that of programs, *without abstraction* that of questions. Means over the "
-    "Challenger's training: *uncertainty* R_unc, *repetition* P_rep, *memory* P_MAP, each by the run's own measure "
-    "(R-Zero's, *without SAM* and *without embeddings*: BLEU), and *valid*, the share of outputs in the asked form."
+    "*Accuracy*: the Solver's after the iteration, mean of the benchmarks. *Label accuracy*: share of right labels, "
+    "where it can be known. *Usable*: questions that passed all checks. *Bank*: questions in the memory. *Intra* and "
+    "*cross repetition*: share of the questions with a near twin in skill space (cosine of 0.9 or more), in the same "
+    "iteration and in earlier ones. *Duplicate ratio*: share worded as an earlier one. *Effective clusters*: exp of "
+    "the entropy of the skill clusters' shares. Skill space is that of programs, *without abstraction* that of "
+    "questions. Means over the Challenger's training: *uncertainty* R_unc, *repetition* P_rep, *memory* P_MAP, each "
+    "by the run's own measure (R-Zero's, *without SAM* and *without embeddings*: BLEU), and *valid*, the share of "
+    "outputs in the asked form."
 )
 
 
@@ -146,6 +147,9 @@ def report(argv: list[str]) -> str:
     parts = [
         f"# R-Diverse, experiment {run.experiment}",
         "" if paper else NOT_THE_PAPER,
+        trained_with(
+            {f"{NAMES.get(name, name)} seed {seed}": path for (name, seed), path in runs.items()}, ("model",)
+        ),
         iteration_table(histories),
         MEANING,
         differences(runs),
@@ -215,15 +219,16 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def iteration_table(histories: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
-    """Mean over the seeds, with their standard deviation where there are several."""
+    """Mean over the seeds that have the iteration, with their standard deviation where there are several."""
     columns = ("accuracy", "label_accuracy", "usable", "bank", "intra_repetition", "cross_repetition")
     columns += ("duplicate_ratio", "effective_clusters", *REWARD)
     rows = []
     for name in dict.fromkeys(name for name, _ in histories):
         seeds = [rows for (other, _), rows in histories.items() if other == name]
-        for t in range(min(len(rows) for rows in seeds)):
-            cells = [_mean_sd([rows[t].get(column) for rows in seeds]) for column in columns]
-            rows.append([f"{NAMES.get(name, name)}, {f'iteration {t}' if t else 'base'}", len(seeds), *cells])
+        for t in range(max(len(lines) for lines in seeds)):
+            there = [lines[t] for lines in seeds if t < len(lines)]  # a seed may be on its way still
+            cells = [_mean_sd([line.get(column) for line in there]) for column in columns]
+            rows.append([f"{NAMES.get(name, name)}, {f'iteration {t}' if t else 'base'}", len(there), *cells])
     heads = [column.removeprefix("challenger/").replace("_", " ") for column in columns]
     return plots.table_markdown(rows, ["run", "seeds", *heads])
 

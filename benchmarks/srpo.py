@@ -20,7 +20,7 @@ from common import plots
 from common.cli import run_main
 from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
 from common.evaluation import paired_scores, scores_by_question
-from common.runs import atomic_write_text, by_number, read_jsonl
+from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
 from common.verifiers import LETTERS
 from srpo.data import DATASETS
 from srpo.evaluate import BUDGETS
@@ -121,6 +121,7 @@ def report(args: ScriptArguments) -> str:
         drawn = figures(folder / "figures", dataset, mine)
         parts += [
             f"## {dataset}",
+            trained_with({_label(*key): run for key, run in mine.items()}, ("model",)),
             f"{decodings(mine, dataset)} *Best*, *mean* and *last* are of a run's checkpoints; the best is chosen on "
             "the test problems, as in the paper, and optimistic. The interval is 95 % over problems.",
             accuracy_table(mine),
@@ -158,10 +159,10 @@ def decodings(runs: dict[tuple[str, str], Path], dataset: str) -> str:
     """How the runs of a data set were evaluated, as their records say; a warning where it was not in one way."""
     found: dict[str, list[str]] = {}
     for (name, seed), run in runs.items():
-        record = json.loads((_last_evaluation(run) / f"{dataset}.json").read_text())
-        used = record["decoding"]
-        how = f"{record['samples']} samples a problem at temperature {used['temperature']}, top-p {used['top_p']}"
-        found.setdefault(how, []).append(NAMES[name] + (f" seed {seed}" if name != "base" else ""))
+        record = _record(run, dataset)
+        used, asked = record["decoding"], f"{record['questions']} problems, {record['samples']} samples each"
+        how = f"{asked} at temperature {used['temperature']}, top-p {used['top_p']}"
+        found.setdefault(how, []).append(_label(name, seed))
     if len(found) == 1:
         return f"{next(iter(found))}."
     lines = [f"{', '.join(names)}: {how}" for how, names in found.items()]
@@ -172,6 +173,15 @@ def _last_evaluation(run: Path) -> Path:
     step = curve(run)["curve"][-1]["step"]
     folder = run / "eval" / f"checkpoint-{step}"
     return folder if folder.exists() else run / "eval" / "base"
+
+
+def _label(name: str, seed: str) -> str:
+    return NAMES[name] + (f" seed {seed}" if name != "base" else "")
+
+
+def _record(run: Path, dataset: str) -> dict[str, Any]:
+    """What the last evaluation wrote beside its sample records; the others of a run have its settings."""
+    return json.loads((_last_evaluation(run) / f"{dataset}.json").read_text())
 
 
 def last_scores(run: Path, dataset: str) -> list[list[float]]:
@@ -216,7 +226,8 @@ def _steps_per_batch(run: Path) -> int:
     """Optimizer steps that a run takes on one generation batch: four for the paper's GRPO."""
     path = run / "manifest.json"
     config = json.loads(path.read_text())["config"] if path.exists() else {}
-    return config.get("steps_per_generation", 1) // config.get("gradient_accumulation_steps", 1) or 1
+    micro_batches = config.get("num_iterations", 1) * config.get("steps_per_generation", 1)
+    return micro_batches // config.get("gradient_accumulation_steps", 1) or 1
 
 
 def letter_table(runs: dict[tuple[str, str], Path]) -> str:
@@ -268,8 +279,9 @@ def beside_paper(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str
     heading = f"## The paper's Table 1, {PAPER_MODELS[paper_experiment(experiment)]}"
     note = (
         "Best avg@16 in percent within 1 / 5 / 10 hours of training. *Ours*: the first seed, its difference from the "
-        "paper's, where the experiment is the paper's, and its 95 % interval over problems; *ended at* where the "
-        "training was shorter than the budget. An empty cell was not run."
+        "paper's, where the experiment is the paper's, and its 95 % interval over problems; n is the number of "
+        "problems where it is not the full set; *ended at* where the training was shorter than the budget. An empty "
+        "cell was not run."
     )
     return "\n\n".join([heading, note, *tables]) if tables else ""
 
@@ -286,16 +298,24 @@ def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
     """
     rows = []
     for name, values in PAPER[paper_experiment(experiment)].items():
-        points = {dataset: curve(run)["curve"] for dataset, run in _by_dataset(runs, name).items()}
-        cells = []
+        first, cells = _by_dataset(runs, name), []
         for dataset, value in zip((*DATASETS, "average"), values, strict=True):
             sources = DATASETS if dataset == "average" else (dataset,)
-            found = [points[source] for source in sources if source in points]
-            cells += [value, _ours(found, value, experiment in PAPER) if len(found) == len(sources) else ""]
+            there = {source: first[source] for source in sources if source in first}
+            curves = [curve(run)["curve"] for run in there.values()]
+            complete = len(there) == len(sources)
+            cells += [value, _ours(curves, value, experiment in PAPER, _part(there)) if complete else ""]
         rows.append([NAMES[name], *cells])
     if not any(cell for row in rows for cell in row[2::2]):
         return ""
     return plots.table_markdown(rows, ["method", *(head for d in (*DATASETS, "average") for head in (d, "ours"))])
+
+
+def _part(runs: dict[str, Path]) -> str:
+    """Such as " n=20", the problems of the data sets of which not all were evaluated."""
+    asked = {dataset: _record(run, dataset)["questions"] for dataset, run in runs.items()}
+    partial = [count for dataset, count in asked.items() if count < DATASETS[dataset].test]
+    return f" n={sum(partial)}" if partial else ""
 
 
 def _by_dataset(runs: dict[tuple[str, str, str], Path], name: str) -> dict[str, Path]:
@@ -329,9 +349,9 @@ def _seconds_within(runs: list[list[dict[str, Any]]], hours: float) -> float | N
     return float(np.mean([lines[-1]["train_seconds"] / lines[-1]["step"] for lines in inside]))
 
 
-def _ours(curves: list[list[dict[str, Any]]], paper: str, compared: bool = True) -> str:
-    """Mean over data sets of the best within each budget that the paper has, as `value (difference) [low, high]`, and
-    without the difference where it is not `compared`."""
+def _ours(curves: list[list[dict[str, Any]]], paper: str, compared: bool = True, part: str = "") -> str:
+    """Mean over data sets of the best within each budget that the paper has, as `value (difference) [low, high]` and
+    `part`, and without the difference where it is not `compared`."""
     numbers = [float(number) for number in paper.split(" / ")] if paper else [None] * len(BUDGETS)
     cells = []  # one a budget, empty where a data set has no checkpoint yet
     for hours, number in zip(BUDGETS, numbers, strict=False):  # the base has one number
@@ -343,7 +363,7 @@ def _ours(curves: list[list[dict[str, Any]]], paper: str, compared: bool = True)
             difference = f" ({100 * value - number:+.1f})" if compared and number is not None else ""
             end = min(points[-1]["hours"] for points in curves)
             short = f" ended at {end:.1f} h" if 0 < end < hours else ""  # the base was not trained
-            cells[-1] = f"{100 * value:.1f}{difference} [{100 * low:.1f}, {100 * high:.1f}]{short}"
+            cells[-1] = f"{100 * value:.1f}{difference} [{100 * low:.1f}, {100 * high:.1f}]{part}{short}"
     return " / ".join(cells) if any(cells) else ""
 
 

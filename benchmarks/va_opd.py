@@ -19,7 +19,7 @@ from common import plots
 from common.cli import run_main
 from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
 from common.evaluation import BENCHMARKS, check_same_questions, headline, paired_scores, scores_by_question
-from common.runs import atomic_write_text, by_number, read_jsonl
+from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
 from va_opd.evaluate import benchmark_name
 from va_opd.objective import high_tokens
 from va_opd.train import ScriptArguments, load_splits_of, parse
@@ -110,6 +110,7 @@ def report(args: ScriptArguments, seed: int) -> str:
         f"# VA-OPD, experiment {args.experiment}, seed {seed}",
         "" if results else NOT_THE_PAPER,
         f"{problems} held-out problems, {decoding_line(runs, args)}; intervals are 95 %, clustered by problem.",
+        trained_with({NAMES[name]: run for name, run in runs.items()}, ("model", "teacher")),
         selection_line(last),
         measured_table(scores, rollouts, last),
         MEANING,
@@ -332,8 +333,13 @@ def our_cell(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...], pa
         return ""
     value, low, high = found
     difference = "" if paper is None else f" ({value - paper:+.1f})"
+    return f"{value:.1f}{difference} [{low:.1f}, {high:.1f}]{part_of(metrics, benchmarks)}"
+
+
+def part_of(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...]) -> str:
+    """Such as " n=60", the questions of the benchmarks of which not all were asked."""
     partial = [metrics[name]["questions"] for name in benchmarks if metrics[name]["questions"] < BENCHMARKS[name].rows]
-    return f"{value:.1f}{difference} [{low:.1f}, {high:.1f}]" + (f" n={sum(partial)}" if partial else "")
+    return f" n={sum(partial)}" if partial else ""
 
 
 def vision_differences(folder: Path, seed: int, results: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -370,14 +376,22 @@ def scaling_table(experiments: Path, seed: int) -> str:
     for experiment, (label, *paper) in SCALING.items():
         results, cells = vision_results(experiments / experiment, seed), []
         for benchmarks, (opd, va_opd) in zip((MATH, VISUAL), paper, strict=True):
-            ours = [mean_score(results.get(name, {}), benchmarks) for name in ("opd", "va_opd")]
-            cells += [f"{opd:.1f} -> {va_opd:.1f} ({va_opd - opd:+.1f})"]
-            cells += [f"{ours[0][0]:.1f} -> {ours[1][0]:.1f} ({ours[1][0] - ours[0][0]:+.1f})" if all(ours) else ""]
+            cells += [f"{opd:.1f} -> {va_opd:.1f} ({va_opd - opd:+.1f})", scaling_cell(results, benchmarks)]
         rows.append([label, *cells])
     if not any(cell for row in rows for cell in row[2::2]):
         return ""
     table = plots.table_markdown(rows, ["Standard OPD -> VA-OPD", "Math", "ours", "Visual", "ours"])
     return f"## The paper's Table 2\n\n{table}"
+
+
+def scaling_cell(results: dict[str, dict[str, dict[str, Any]]], benchmarks: tuple[str, ...]) -> str:
+    """Ours of Table 2; empty where a benchmark of Standard OPD or VA-OPD is missing."""
+    metrics = [results.get(name, {}) for name in ("opd", "va_opd")]
+    means = [mean_score(found, benchmarks) for found in metrics]
+    if None in means:
+        return ""
+    opd, va_opd = (f"{mean[0]:.1f}{part_of(found, benchmarks)}" for mean, found in zip(means, metrics, strict=True))
+    return f"{opd} -> {va_opd} ({means[1][0] - means[0][0]:+.1f})"
 
 
 def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, rollouts, hours) -> list[Path]:

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -371,6 +371,19 @@ def is_done(run: Path) -> bool:
         return manifest.exists() and json.loads(manifest.read_text()).get("state") == "done"
     except (ValueError, AttributeError):
         return False  # opening the folder says what is wrong with it
+
+
+def trained_with(runs: Mapping[str, Path], fields: Sequence[str]) -> str:
+    """Settings of trainings as their manifests have them, such as "model `a`, teacher `b`", with the names of the runs
+    where these differ; "" without any training."""
+    kinds: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        if (run / "manifest.json").exists():
+            config = json.loads((run / "manifest.json").read_text())["config"]
+            kind = ", ".join(f"{field} `{config[field]}`" for field in fields if field in config)
+            kinds.setdefault(kind, []).append(name)
+    said = [kind if len(kinds) == 1 else f"{kind} ({', '.join(names)})" for kind, names in kinds.items()]
+    return f"Trained with {'; '.join(said)}." if any(kinds) else ""
 
 
 def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: dict) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """An experiment as stages of commands: printed before they run, side by side on a CPU, stopped together."""
 
+import itertools
 import os
 import shlex
 import signal
@@ -70,6 +71,25 @@ def check_packages(vllm: bool, gpus: int, sharding: str, report_to: Collection[s
         )
 
 
+def check_modules(stages: list[list[Command]]) -> None:
+    """Raises `ValueError` for a command `python -m MODULE` whose module is not there: that of the report, which comes
+    last, would show only after all trainings."""
+    for _, words in itertools.chain(*stages):
+        for flag, module in itertools.pairwise(words):
+            if flag == "-m" and not _is_module(module):
+                raise ValueError(
+                    f"{module} is not to be found from here: start this command in the project's folder, or copy "
+                    f"{module.split('.')[0]}/ beside the other folders"
+                )
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of its package
+        return False
+
+
 def check_report_to(names: Collection[str]) -> None:
     """Raises `ValueError` for a tracker whose package is missing: transformers says so when all models are loaded."""
     # It does not look for flyte, and leaves out azure_ml beside mlflow, and comet_ml without a key, as it runs offline
@@ -133,8 +153,10 @@ def run_stages(stages: list[list[Command]], logs: Path, gpus: int = 1) -> int:
     """Runs the stages; on a machine without GPU, two commands of a stage at a time, one core and one log file each; of
     a stage `OneGPUEach` one command on each of the first `gpus` GPUs.
 
-    Exit code of the first command that failed, else 0. `OSError` where no log can be written.
+    Exit code of the first command that failed, else 0. Raises `OSError` where no log can be written, and `ValueError`
+    where a command is of a module that is not there.
     """
+    check_modules(stages)
     check_writable(logs)
     cpu, gpus = not torch.cuda.is_available(), min(gpus, torch.cuda.device_count())
     # One thread each: two processes with two threads spin against each other, and a sum would depend on the company

@@ -216,6 +216,7 @@ def test_a_run_that_measured_nothing_of_the_paper_has_none_of_its_tables(made, m
     title, said, *_ = text.split("\n\n")
     assert title.endswith("experiment mini" + ", seed 0" * (method is va_opd)) and said == method.NOT_THE_PAPER
     assert "| ours" not in text and "| paper" not in text and "## The paper" not in text
+    assert "Trained with model `org/student`" in text
 
 
 def test_every_record_is_linked(made):
@@ -551,12 +552,31 @@ def test_ours_beside_the_papers_table():
     assert srpo._ours([[{"hours": 11.0, "accuracy": 0.5, "interval": [0.4, 0.6]}]], "69.2 / 81.8 / 83.0") == ""
 
 
+def curve_of(run: Path, questions: int) -> Path:
+    """A run of SRPO with one checkpoint, after half an hour, that was asked so many questions."""
+    dataset = run.parent.name.rpartition("-")[2]
+    point = {"step": 5, "hours": 0.5, "accuracy": 0.6, "interval": [0.5, 0.7]}
+    atomic_write_json(run / "eval/curve.json", {"curve": [point]})
+    atomic_write_json(run / f"eval/checkpoint-5/{dataset}.json", {"questions": questions})
+    return run
+
+
+def test_a_part_of_srpos_test_problems_is_marked(tmp_path):
+    """Of two data sets that were cut the average has both; a whole one is not marked."""
+    asked = {name: subject.test for name, subject in DATASETS.items()} | {"physics": 20, "tooluse": 8}
+    runs = {
+        (name, "sdpo", "0"): curve_of(tmp_path / f"qwen3_8b-{name}" / "sdpo-seed0", count)
+        for name, count in asked.items()
+    }
+    (row,) = [line for line in srpo.paper_table("qwen3_8b", runs).splitlines() if line.startswith("| SDPO |")]
+    ours = [cell.split(" / ")[0].partition("] ")[2] for cell in row.split(" | ")[2::2]]
+    short = "ended at 0.5 h"
+    assert ours == [short, f"n=20 {short}", short, short, f"n=8 {short}", f"n=28 {short}"]
+
+
 def test_another_experiment_has_no_difference_to_the_papers_model(tmp_path):
-    points = [{"hours": 0.5, "accuracy": 0.6, "interval": [0.5, 0.7]}]
     for experiment in ("qwen3_4b", "mine"):
-        run = tmp_path / "srpo" / f"{experiment}-chemistry" / "srpo-seed0"
-        (run / "eval").mkdir(parents=True)
-        atomic_write_json(run / "eval/curve.json", {"curve": points})
+        run = curve_of(tmp_path / "srpo" / f"{experiment}-chemistry" / "srpo-seed0", 210)
         table = srpo.paper_table(experiment, {("chemistry", "srpo", "0"): run})
         (row,) = [line for line in table.splitlines() if line.startswith("| SRPO |")]
         paper, ours = row.split(" | ")[1:3]
@@ -574,7 +594,11 @@ def test_the_heading_names_the_papers_model(runs):
     words = ["--config", "srpo/configs/tiny.yaml", "--experiment", "mini", "--out", str(runs), "--dry_run"]
     text = srpo.report(parse_srpo(words)[0])
     assert "## The paper's Table 1, Qwen3-8B\n" in text and srpo.NOT_THE_PAPER not in text
-    assert "| GRPO | 62.1 / 75.9 / 78.9 | 50.0 [" in text and "| SRPO | 69.2 / 81.8 / 83.0 |  | 69.5 /" in text
+    assert (
+        "| GRPO | 62.1 / 75.9 / 78.9 | 50.0 [" in text
+        and "] n=6 ended at" in text
+        and "| SRPO | 69.2 / 81.8 / 83.0 |  | 69.5 /" in text
+    )
 
 
 def test_an_image_that_is_not_at_hand_is_one_sentence(monkeypatch):

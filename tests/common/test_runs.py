@@ -74,6 +74,18 @@ def test_the_digest_of_weights_is_of_names_sizes_and_blocks_of_the_whole_file(tm
     assert digests[0] is None and len(set(digests)) == 8
 
 
+def test_what_was_trained_with_is_that_of_the_manifests(tmp_path):
+    """Not of the command line; a model that was evaluated without training has none."""
+    folders = {name: tmp_path / name for name in ("base", "one", "two")}
+    assert runs.trained_with(folders, ("name",)) == ""
+    for name in ("one", "two"):
+        opened(folders[name])
+    assert runs.trained_with(folders, ("name", "teacher")) == "Trained with name `a`."
+    opened(tmp_path / "other", name="b", teacher="c")
+    said = runs.trained_with({**folders, "three": tmp_path / "other"}, ("name", "teacher"))
+    assert said == "Trained with name `a` (one, two); name `b`, teacher `c` (three)."
+
+
 def test_a_run_that_began_from_other_weights_at_the_same_path_is_refused(tmp_path):
     def opened_with(*models: str) -> RunFolder:
         weights = runs.weights_of(**{name: str(tmp_path / name) for name in models})

@@ -49,6 +49,21 @@ def test_on_one_core_commands_take_turns(tmp_path, monkeypatch, capfd):
     assert said.index("\na here") < said.index("\nb here") and not any((tmp_path / "logs").iterdir())
 
 
+def test_a_module_that_is_not_there_shows_before_the_first_command(tmp_path, monkeypatch):
+    """As in a folder that a method and common/ were copied into: the report was missing after all trainings."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("benchmarks.no_method", "no_package.report"):
+        plan = [
+            [python("train", "open('trained', 'w')")],
+            [("report", [sys.executable, "-m", module, "--config", "x"])],
+        ]
+        with pytest.raises(ValueError, match=rf"{module} is not to be found from here: start .* copy \w+/ beside"):
+            stages.run_stages(plan, tmp_path / "logs")
+    assert not list(tmp_path.iterdir())
+    launch = [*stages.launcher(2, "zero2"), "common.evaluation"]
+    stages.check_modules([[("train", launch), ("report", [sys.executable, "-m", "benchmarks.srpo"])]])
+
+
 def test_a_free_place_is_taken_at_once(tmp_path, two_cores, capfd):
     """Three commands on two cores: the third starts when the short one ends, not when both have."""
     plan = [[sleeper("long", 3), sleeper("short", 0), sleeper("third", 0)]]

@@ -164,6 +164,17 @@ def test_differences_are_combined_over_seeds(tmp_path):
     assert "seeds" not in report.differences(runs)
 
 
+def test_a_seed_that_is_on_its_way_hides_no_iteration_of_the_others():
+    done = [{"step": t, "accuracy": 0.2 + t / 10} for t in range(3)]
+    table = report.iteration_table({("r_diverse", "0"): done, ("r_diverse", "1"): [{"step": 0, "accuracy": 0.4}]})
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in table.splitlines()[2:]]
+    assert cells == [
+        ["R-Diverse, base", "2", "0.300 ± 0.141"],
+        ["R-Diverse, iteration 1", "1", "0.300"],
+        ["R-Diverse, iteration 2", "1", "0.400"],
+    ]
+
+
 def test_usable_is_what_passed_the_gate():
     labels = {"label_1": {"usable": 5}, "label_2": {"questions": 3}, "filter": {"current": 4}}
     assert report.usable_questions(labels) == 5

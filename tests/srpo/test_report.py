@@ -27,10 +27,11 @@ def test_the_shares_of_the_answer_letters_are_logged_and_reported(config, tmp_pa
 
 def test_steps_are_counted_in_generation_batches(tmp_path):
     """A run of four optimizer steps a batch stands beside the others by batches, and so do its seconds."""
-    manifest = {"config": {"steps_per_generation": 8, "gradient_accumulation_steps": 2}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 20, "step_time": 3.0, "reward": 0.5}) + "\n")
-    assert report._metrics(tmp_path) == [{"step": 5, "step_time": 12.0, "reward": 0.5}]
+    config = {"steps_per_generation": 8, "gradient_accumulation_steps": 2}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 40, "step_time": 3.0, "reward": 0.5}) + "\n")
+    for more, step, seconds in (({}, 10, 12.0), ({"num_iterations": 2}, 5, 24.0)):  # the latter: each batch twice
+        (tmp_path / "manifest.json").write_text(json.dumps({"config": config | more}))
+        assert report._metrics(tmp_path) == [{"step": step, "step_time": seconds, "reward": 0.5}]
 
 
 def test_seconds_of_a_step_within_the_budgets(tmp_path):
@@ -59,11 +60,11 @@ def test_the_report_says_what_the_records_say(evaluated, tmp_path):
     """Not the settings of its own command line; and that evaluations differ."""
     _, folder = evaluated
     runs = {("base", "-"): folder}
-    assert report.decodings(runs, "additions") == "2 samples a problem at temperature 1.0, top-p 0.95."
+    assert report.decodings(runs, "additions") == "40 problems, 2 samples each at temperature 1.0, top-p 0.95."
     other = shutil.copytree(folder, tmp_path / "grpo")
     path = other / "eval/base/additions.json"
     path.write_text(path.read_text().replace('"temperature": 1.0', '"temperature": 0.6'))
     assert report.decodings({**runs, ("grpo", "0"): other}, "additions") == (
-        "Evaluated in different ways, so that the rows do not compare: base: 2 samples a problem at temperature 1.0, "
-        "top-p 0.95; GRPO seed 0: 2 samples a problem at temperature 0.6, top-p 0.95."
+        "Evaluated in different ways, so that the rows do not compare: base: 40 problems, 2 samples each at "
+        "temperature 1.0, top-p 0.95; GRPO seed 0: 40 problems, 2 samples each at temperature 0.6, top-p 0.95."
     )

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import va_opd as report
 from common.estimators import mean_of_independent
-from common.evaluation import load_benchmark, score_responses
+from common.evaluation import BENCHMARKS, load_benchmark, score_responses
 from common.runs import atomic_write_json, write_jsonl
 from va_opd import train
 
@@ -91,8 +91,11 @@ def test_the_papers_second_table_is_there_with_a_mean_of_ours(tmp_path):
     for name, score in (("opd", 0.4), ("va_opd", 0.5)):
         for benchmark in report.MATH:
             assert report.scaling_table(tmp_path, 0) == ""
-            metrics = {"avg@k": score, "interval": [score - 0.1, score + 0.1]}
+            metrics = {"questions": BENCHMARKS[benchmark].rows, "avg@k": score}
+            metrics["interval"] = [score - 0.1, score + 0.1]
             atomic_write_json(tmp_path / f"geo3k/{name}-seed0/eval/{benchmark}.json", metrics)
     table = report.scaling_table(tmp_path, 0)
     assert "| 8B -> 2B, Geometry3K | 45.4 -> 48.3 (+2.9) | 40.0 -> 50.0 (+10.0) | 64.6 -> 66.1 (+1.5) |  |" in table
     assert "| 8B -> 2B, ViRL39K | 46.4 -> 50.2 (+3.8) |  | 65.5 -> 68.0 (+2.5) |  |" in table
+    atomic_write_json(tmp_path / "geo3k/va_opd-seed0/eval/wemath.json", {**metrics, "questions": 60})
+    assert "| 40.0 -> 50.0 n=60 (+10.0) |" in report.scaling_table(tmp_path, 0)  # a part of the set
