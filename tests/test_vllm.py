@@ -1,5 +1,6 @@
 """All that goes through vLLM, on its CPU build: evaluation, colocated rollouts, a server. `make test-vllm` runs it."""
 
+import io
 import itertools
 import os
 import signal
@@ -26,6 +27,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 from trl.generation.vllm_client import VLLMClient
+from vllm.multimodal.image import convert_image_mode, normalize_image
 
 from common import models
 from common.evaluation import Decoding, Prompt, ServerEngine, TransformersEngine, VLLMEngine
@@ -43,6 +45,7 @@ from srpo import doctor as srpo_doctor
 from srpo.teacher import SelfTeacher
 from va_opd import VAOPDConfig, VAOPDTrainer, served
 from va_opd import doctor as va_opd_doctor
+from va_opd.engine import in_rgb
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(torch.cuda.is_available(), reason="is for vLLM's CPU build")]
 PADDED, SECOND_STOP = 128, 9
@@ -165,6 +168,27 @@ def test_a_prompt_that_is_too_long_is_one_sentence(model_path):
     prompt = Prompt([{"role": "user", "content": "?" * 300}])
     with pytest.raises(ValueError, match="maximum context length is 256 tokens.*raise max_model_len"):
         VLLMEngine(model_path, **FLOAT32).generate([prompt], Decoding(max_new_tokens=8), [0])
+
+
+def pictures() -> list[Image.Image]:
+    """Transparent ones, and one whose EXIF tag turns it."""
+    rng, exif, file = np.random.default_rng(0), Image.Exif(), io.BytesIO()
+    picture = Image.fromarray(rng.integers(0, 256, (40, 56, 4), dtype=np.uint8))
+    palette = picture.convert("RGB").quantize(16)
+    palette.info["transparency"] = 3
+    exif[0x0112] = 6
+    picture.convert("RGB").save(file, "JPEG", exif=exif)
+    return [picture, picture.convert("LA"), palette, picture.convert("L"), Image.open(file)]
+
+
+def test_vllm_sees_images_as_a_processor_does():
+    def as_vllm(image: Image.Image) -> np.ndarray:
+        return np.asarray(convert_image_mode(normalize_image(image), "RGB"))
+
+    for image in pictures():
+        seen = np.asarray(image.convert("RGB"))  # by a trainer's processor
+        assert np.array_equal(as_vllm(in_rgb(image)), seen)
+        assert image.mode == "L" or not np.array_equal(as_vllm(image), seen)
 
 
 # --- training ---
@@ -393,10 +417,10 @@ def save_vision_model(path: Path, seed: int) -> None:
 
 
 def image_rows(count: int) -> Dataset:
-    """Sizes that are no multiple of a patch, under and over the limits."""
+    """Sizes that are no multiple of a patch, under and over the limits; with alpha, which vLLM would not drop."""
     rng = np.random.default_rng(0)
     sizes = [(40 + 7 * i, 20 + 11 * (i % 5)) for i in range(count)]
-    pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 4), dtype=np.uint8)) for w, h in sizes]
     content = [{"role": "user", "content": "What?"}]
     return Dataset.from_list([{"prompt": content, "image": picture} for picture in pictures])
 
@@ -418,15 +442,18 @@ def test_rollouts_from_images_and_a_served_teacher(tmp_path, monkeypatch):
         serving_student(str(tmp_path / "student"), tmp_path, monkeypatch) as student_url,
     ):
         engine = {"vllm_mode": "server", "vllm_server_base_url": student_url.removesuffix("/v1"), "top_p": 1.0}
+        # The same images in each step, and a vision tower that moves: what the server kept of them would be another's
+        engine |= {"max_steps": 4, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "warmup_steps": 0}
         for changes in ({"pixelate_at": "raw", "use_vllm": False}, {"pixelate_at": "model", **engine}):
             args = VAOPDConfig(str(tmp_path / "run"), teacher_server=teacher_url, **{**shared, **changes})
-            trainer = VAOPDTrainer(student, teacher, args, image_rows(8), processing_class=processor)
+            trainer = VAOPDTrainer(student, teacher, args, image_rows(4), processing_class=processor)
             trainer.train()
             figures = last_teacher_figures(trainer)
             print(f"served teacher with images: {figures}, student's gap {gaps(trainer)}")
             assert max(figures.values()) < 1e-3
             assert trainer.last_rollouts["va"].max() > 1e-3
         assert 0 < max(gaps(trainer)) < 0.05
+        assert gaps(trainer)[0] < 1e-3  # 2e-3 with alpha laid on white
 
 
 def test_a_cpu_trainer_has_no_nccl(model_path, tmp_path):

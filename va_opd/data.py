@@ -497,7 +497,7 @@ def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows: Dataset) ->
 
 def teacher_settings(args: ScriptArguments, config: VAOPDConfig, rows: Dataset) -> dict[str, Any]:
     """What decides the teacher's responses."""
-    names = ("temperature", "top_p", "max_completion_length", "seed")
+    names = ("temperature", "top_p", "max_completion_length", "chat_template_kwargs", "seed")
     return {
         "teacher": args.teacher,
         **weights_of(**{"weights of teacher": args.teacher}),
@@ -545,9 +545,14 @@ def first_answer_reward(completions, answer, **columns) -> list[float]:
 
 def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig) -> Engine:
     """The engine of `args.engine`, which generates with `model`, a hub id or a local folder; to be closed."""
-    options = json_options("engine_options", args.engine_options)
     return load_engine(
-        args.engine, model, args.eval_batch_size, bf16=config.bf16, device=config.device, options=options
+        args.engine,
+        model,
+        args.eval_batch_size,
+        bf16=config.bf16,
+        device=config.device,
+        chat_template_kwargs=config.chat_template_kwargs,
+        options=json_options("engine_options", args.engine_options),
     )
 
 

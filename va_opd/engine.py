@@ -2,8 +2,10 @@
 
 import math
 from itertools import groupby
+from typing import Any
 
 import torch
+from PIL import Image
 
 
 class VLLMRollouts:
@@ -11,9 +13,10 @@ class VLLMRollouts:
 
     A colocated engine expands the image placeholders of a prompt itself, but TRL 1.16 passes prompts with placeholders
     already expanded, which would then be expanded once more (huggingface/trl#6294): here they are folded first, and
-    the engine must make the same prompts of them. A server takes them as TRL passes them. After each weight sync a
-    colocated engine forgets what the older weights of the vision tower made of its last images, which TRL leaves in
-    its cache; and what Qwen3-VL adds to the states of text is 0 again, which vLLM's sleep leaves undefined.
+    the engine must make the same prompts of them. A server takes them as TRL passes them. After each weight sync an
+    engine forgets what the older weights of the vision tower made of its last images, which TRL leaves in its cache;
+    in a colocated one what Qwen3-VL adds to the states of text is 0 again, which vLLM's sleep leaves undefined. Images
+    go to it as the trainer's processor sees them (`in_rgb`).
 
     After each generation `logps` has B lists: the log-probabilities in nats with which vLLM sampled the T_i tokens.
     """
@@ -22,11 +25,15 @@ class VLLMRollouts:
         self.logps: list[list[float | None]] = []
         self._generation, self._generate = generation, generation.generate
         generation.logprobs, generation.generate = 0, self._rollouts  # 0: of the sampled token alone
-        if generation.mode == "colocate":
-            self._sync, generation.sync_weights = generation.sync_weights, self._sync_weights
+        self._sync, generation.sync_weights = generation.sync_weights, self._sync_weights
 
     def _sync_weights(self):
         self._sync()
+        if self._generation.mode == "server":
+            if self._generation.accelerator.is_main_process:
+                client = self._generation.vllm_client
+                client.session.post(f"{client.base_url}/reset_encoder_cache").raise_for_status()
+            return
         engine = self._generation.llm.llm_engine
         engine.reset_encoder_cache()
         model = engine.model_executor.driver_worker.model_runner.model  # the way by which TRL loads weights
@@ -34,7 +41,7 @@ class VLLMRollouts:
             tensor.zero_()
 
     def _rollouts(self, prompts, images, *arguments, **options):
-        folded = prompts
+        folded, images = prompts, images and [row and [in_rgb(image) for image in row] for row in images]
         if images is not None and self._generation.mode == "colocate":
             token = self._generation.processing_class.image_token_id
             folded = [fold_placeholders(ids, row, token) for ids, row in zip(prompts, images, strict=True)]
@@ -52,6 +59,16 @@ class VLLMRollouts:
         rows = [float("nan") if logp is None else logp for row in self.logps[:count] for logp in row]
         difference = torch.tensor(rows, device=logps_N.device) - logps_N
         return (difference - difference.clamp(0, -math.log(top_p))).abs().nanmean()
+
+
+def in_rgb(image: Any) -> Any:
+    """A PIL image in RGB as processors make it, which drop alpha and do not look at EXIF: vLLM would lay it on white,
+    and turn it."""
+    if not isinstance(image, Image.Image):
+        return image
+    image = image.convert("RGB")
+    image.info = {}
+    return image
 
 
 def fold_placeholders(ids: list[int], images: list | None, token: int) -> list[int]:

@@ -117,7 +117,8 @@ def settings_of(what: str, args: ScriptArguments, config: VAOPDConfig, rows: "Da
         "base": ("model", "teacher"),
         "teacher": ("teacher",),
     }
-    names = ("temperature", "top_p", "max_completion_length", "degradation_ratio", "pixelate_at", "seed")
+    names = ("temperature", "top_p", "max_completion_length", "chat_template_kwargs", "degradation_ratio")
+    names += ("pixelate_at", "seed")
     return {
         **{name: getattr(args, name) for name in (*models_of[what], "eval_samples", "eval_temperature")},
         **{name: getattr(config, name) for name in names},

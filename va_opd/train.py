@@ -136,6 +136,11 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     check_dataset(args.dataset, args.data or args.validation_data)
     check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
+    if args.method in GIVEN_RESPONSES and config.chat_template_kwargs:
+        raise ValueError(
+            f"method {args.method} cannot have chat_template_kwargs={config.chat_template_kwargs!r}: TRL's SFTTrainer "
+            "renders prompts with images without them; leave them out, or the methods sft and kd"
+        )
     if args.method == "opd":
         config.weighting = "none"
     config.output_dir = str(run_path(args, config))

@@ -33,6 +33,12 @@ def test_the_baselines_train_from_the_same_entry_point(config, method, tmp_path,
         assert len({record["id"] for record in sampled}) == 64
 
 
+@pytest.mark.parametrize("method", ["sft", "kd"])
+def test_options_of_the_chat_template_are_refused_where_trl_drops_them(config, capsys, method):
+    said = fails(train, capsys, config, "--method", method, "--chat_template_kwargs", '{"enable_thinking": false}')
+    assert f"method {method} cannot have chat_template_kwargs={{'enable_thinking': False}}" in said
+
+
 # --- the teacher's responses ---
 
 

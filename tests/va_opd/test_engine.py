@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from trl.generation.vllm_generation import VLLMGeneration
 
 from va_opd.engine import VLLMRollouts, fold_placeholders
@@ -15,32 +16,42 @@ PAD = 9
 
 def generation(mode: str, expanded: list[list[int]] | None = None) -> SimpleNamespace:
     """A recorder in place of vLLM, which makes `expanded` of the prompts and answers each with two tokens."""
-    seen = []
+    seen, shown = [], []
 
     def generate(prompts, images, num_generations, profiler=None):
         seen.append(prompts)
+        shown.extend(images or [])
         rows = len(prompts)
         return expanded or prompts, [[5, 6]] * rows, [[[-1.0], [None]]] * rows, [[[5], [6]]] * rows
 
     tokens, model = SimpleNamespace(image_token_id=PAD), SimpleNamespace(deepstack_input_embeds=[torch.ones(2, 3)])
     executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model)))
     engine = SimpleNamespace(reset_encoder_cache=lambda: seen.append("reset"), model_executor=executor)
+    reply = SimpleNamespace(raise_for_status=lambda: None)
+    session = SimpleNamespace(post=lambda url: seen.append(url) or reply)
     return SimpleNamespace(
-        generate=generate, logprobs=None, mode=mode, processing_class=tokens, seen=seen,
+        generate=generate, logprobs=None, mode=mode, processing_class=tokens, seen=seen, shown=shown,
         sync_weights=lambda: seen.append("sync"), llm=SimpleNamespace(llm_engine=engine),
+        accelerator=SimpleNamespace(is_main_process=True),
+        vllm_client=SimpleNamespace(base_url="http://node:8000", session=session),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "done"), [("colocate", ["sync", "reset"]), ("server", ["sync"])])
-def test_images_are_encoded_anew_after_a_weight_sync(mode, done):
+@pytest.mark.parametrize(
+    ("mode", "reset"), [("colocate", "reset"), ("server", "http://node:8000/reset_encoder_cache")]
+)
+def test_images_are_encoded_anew_after_a_weight_sync(mode, reset):
     fake = generation(mode)
     VLLMRollouts(fake)
     fake.sync_weights()
-    assert fake.seen == done
+    assert fake.seen == ["sync", reset]
     model = fake.llm.llm_engine.model_executor.driver_worker.model_runner.model
     assert model.deepstack_input_embeds[0].any() == (mode == "server")  # of a level of sleep that only the former has
     del model.deepstack_input_embeds  # other families have none
     fake.sync_weights()
+    fake.accelerator.is_main_process, fake.seen[:] = mode == "colocate", []
+    fake.sync_weights()
+    assert fake.seen == ["sync", "reset"][: 1 + (mode == "colocate")]  # the first process alone talks to a server
 
 
 def test_the_parts_of_trl_that_are_used():
@@ -74,6 +85,20 @@ def test_another_prompt_of_a_colocated_engine_is_one_clear_sentence(expanded):
     with pytest.raises(ValueError, match=message) as error:
         fake.generate(prompts=[[1, PAD, PAD, 2]], images=[["one"]], num_generations=1)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_an_engine_gets_images_as_processors_see_them(mode):
+    clear, turned = Image.new("RGBA", (2, 2), (10, 20, 30, 0)), Image.new("L", (4, 2), 7)
+    turned.info["exif"] = b"turned"
+    fake = generation(mode)
+    VLLMRollouts(fake)
+    fake.generate(prompts=[[1, PAD, 2, PAD], [1]], images=[[clear, turned], None], num_generations=1)
+    (first, second), none = fake.shown
+    assert none is None
+    assert (first.mode, first.getpixel((0, 0))) == ("RGB", (10, 20, 30))  # as `convert_to_rgb` of transformers
+    assert (second.mode, second.size, second.info) == ("RGB", (4, 2), {})
+    assert clear.mode == "RGBA" and turned.info  # the caller's stay
 
 
 def test_text_passes_as_it_is():

@@ -253,6 +253,16 @@ def test_the_engine_is_where_the_trainer_would_be(config, monkeypatch):
     assert engine.model.device.type == "meta" and engine.batch_size == 3
 
 
+def test_prompts_are_rendered_as_in_training(config):
+    options = ["--chat_template_kwargs", '{"enable_thinking": false}']
+    args, settings = train.parse(["--config", str(config), *options])
+    engine = data.build_engine(args, args.model, settings)
+    assert engine.template_options == {"enable_thinking": False}
+    rows = train.load_validation_of(args)
+    for found in (evaluate.settings_of("base", args, settings, rows), data.teacher_settings(args, settings, rows)):
+        assert found["chat_template_kwargs"] == {"enable_thinking": False}
+
+
 def test_the_paper_presets_evaluate_student_and_teacher_on_the_eight(capsys):
     for path in CONFIGS:
         args, _ = train.parse(["--config", str(path), "--dry_run"])

@@ -231,7 +231,7 @@ def test_the_gap_to_the_engine_divides_soft_capped_logits_by_the_temperature(mak
         logits = response_logits(trainer.model, batch)[..., : trainer.vocab_size]
     logits = logits if softcap is None else softcap * (logits / softcap).tanh()
     logps = (logits / 0.7).log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
-    generation = SimpleNamespace(mode="server", generate=None)
+    generation = SimpleNamespace(mode="server", generate=None, sync_weights=None)
     trainer.engine, trainer.top_p = VLLMRollouts(generation), 1.0
     trainer.engine.logps = [row[m.bool()].tolist() for row, m in zip(logps, batch["completion_mask"], strict=True)]
     assert trainer._engine_gap(batch) < 1e-5
