@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from common import _notation, _sets, _values
 from common._algebra import is_readable, needs_algebra, unknown_functions
-from common._formula import Unreadable
+from common._formula import Unreadable, names, parse
 from common._normalise import BROKEN, key
 from common._notation import BUILDER, COMMA, FLIP, RELATION, assignment, bare, split
 from common._units import AMBIGUOUS, PRODUCTS, conversion, decimals, is_lowest_terms, number, split_unit
@@ -212,7 +212,7 @@ class Comparison:
 
     def _as_sets(self, p: str, g: str) -> tuple[str, str]:
         """The sets of conditions on the same number; both texts as they are where the numbers differ."""
-        found = [_sets.condition(self._conjunction(x)) or (None, x) for x in (p, g)]
+        found = [_sets.condition(x) or (None, x) for x in self._conjunctions(p, g)]
         (p_name, p_set), (g_name, g_set) = found
         return (p, g) if p_name and g_name and p_name != g_name else (p_set, g_set)
 
@@ -228,7 +228,7 @@ class Comparison:
     def _by_items(self, p: str, g: str) -> bool | None:
         if BUILDER.fullmatch(p) or BUILDER.fullmatch(g):
             return None
-        p_one, g_one = self._conjunction(p), self._conjunction(g)
+        p_one, g_one = self._conjunctions(p, g)
         if (p_one, g_one) != (p, g):
             return self.same(p_one, g_one)
         (p_kind, p_items), (g_kind, g_items) = _notation.items_of(p), _notation.items_of(g)
@@ -253,6 +253,14 @@ class Comparison:
         values = f"({','.join(parts[-1] for _, parts in assignments)})"
         return bool(self._by_brackets(*((values, pair) if named is p_items else (pair, values))))
 
+    def _conjunctions(self, p: str, g: str) -> tuple[str, str]:
+        """`_conjunction` of both; of neither where one of them is none, and the same in another order."""
+        p_one, g_one = self._conjunction(p), self._conjunction(g)
+        if (p_one == p) == (g_one == g) or ";" in p + g:
+            return p_one, g_one
+        p_items, g_items = (sorted(map(key, split(x, COMMA)[::2])) for x in (p, g))
+        return (p, g) if p_items == g_items else (p_one, g_one)
+
     def _conjunction(self, text: str) -> str:
         r"""`1<x<4` from `x>1, x<4`, which as alternatives would be every number; any other text as it is."""
         parts = split(text, COMMA)
@@ -261,18 +269,27 @@ class Comparison:
         written = list(filter(None, map(_notation.as_interval, parts[::2])))
         if len(written) != 2 or written[0][0] != written[1][0]:
             return text
-        ranges = sorted(written, key=lambda x: x[1].startswith("(-"))
+        ranges = sorted(written, key=lambda x: x[1].startswith("(-\\infty"))
         low, high = _UNBOUNDED_ABOVE.fullmatch(ranges[0][1]), _UNBOUNDED_BELOW.fullmatch(ranges[1][1])
-        try:
-            overlap = low and high and _values.order(low[2], high[1], self.deadline, {}) < 0
-        except Unreadable:  # x>a and x<b, the lower bound first
-            overlap = ranges == written
-        except _values.TooLarge:
-            return text
-        if not overlap:
+        if not (low and high and self._overlap(low[2], high[1], ranges == written)):
             return text
         below, above = ("<" if bracket in "()" else "\\leq " for bracket in (low[1], high[2]))
         return f"{low[2]}{below}{ranges[0][0]}{above}{high[1]}"
+
+    def _overlap(self, low: str, high: str, low_is_first: bool) -> bool:
+        """Whether x>low, x<high means both, by small and large positive numbers for the names: not x>a, x<-a. Where it
+        depends on them, as of x>a, x<b, the lower bound stands first."""
+        try:
+            unknown = sorted(names(parse(low)) | names(parse(high)))
+            small, large = ([Fraction(i + 1) * scale for i in range(len(unknown))] for scale in (Fraction(1, 97), 97))
+            values = (small, small[::-1], large, large[::-1])
+            points = [dict(zip(unknown, numbers, strict=True)) for numbers in values]
+            found = {_values.order(low, high, self.deadline, point) < 0 for point in points}
+        except Unreadable:
+            return low_is_first
+        except _values.TooLarge:
+            return False
+        return low_is_first if len(found) > 1 else found == {True}
 
     def _match(self, p_items: list[str], g_items: list[str]) -> bool:
         """Equal as multisets. Equality is an equivalence, so that taking the first match is enough."""

@@ -111,7 +111,7 @@ _FOR_EVERY = (  # "for all real numbers x \in \mathbb{R}": nothing else is meant
     r"(?: (?:real|rational|complex|natural|whole|positive|integers?|reals|numbers?))*) ?\}? ?"
     r"\(?[a-z]\)?(?: ?\\in ?\\mathbb\{[A-Z]\}(?: ?[_^] ?(?:\{[^{}]*\}|[+*\d]))?)?$"
 )
-_ALL_BUT, _LETTER_IS = r"(?i:all|the) (?i:real numbers|reals),? except(?: for)?", r"(?:[a-z] ?= ?)?"
+_ALL_BUT = r"(?i:all|the) (?i:real numbers|reals),? except(?: for)?"
 
 
 class _Rule(NamedTuple):
@@ -253,17 +253,17 @@ _PLAIN_RULES = _Rules(
     ("oint", r"^(?:\\text\{ ?)?(?i:(?:the )?points?) ?\}? ?(?=[A-Z]? ?\()", ""),
     ("for |forall", _FOR_EVERY, ""),
     (" ", r"^(?i:(?:\\text\{)?(?:all|the) (?:real numbers|reals))[}. ]*$", r"\\mathbb{R}"),
-    (
-        "except",
-        rf"^(?:\\text\{{ ?{_ALL_BUT} ?\}} ?|{_ALL_BUT} )(?=.*\d){_LETTER_IS}(.+?)[. ]*$"
-        rf"|^\\text\{{ ?{_ALL_BUT} (?=.*\d){_LETTER_IS}([^{{}}]+)\}}[. ]*$",
-        r"\\mathbb{R}\\setminus \\{\1\2\\}",
-    ),
     ("y|Y", r"^(?i:negative +infinity) ?$", r"-\\infty "),
     ("y|Y", r"^(?i:(?:positive +)? ?infinity) ?$", r"\\infty "),
     (" ", r"^(?i:(?:\\text\{)?(?:the )?(?:empty|null) set)[}. ]*$", r"\\emptyset "),
     ("$", r"^(-?) ?\$ ?(?=\.?\d[^$]*$)", r"\1¤"),  # and not the two around a formula
     ("$", r"\$", ""),
+    (
+        "except",
+        rf"^(?:\\text\{{ ?{_ALL_BUT} ?\}} ?|{_ALL_BUT} )(?=.*\d)(?![(\[])(?:\\\{{ ?)?(.+?)(?: ?\\\}})?[. ]*$"
+        rf"|^\\text\{{ ?{_ALL_BUT} (?=.*\d)(?![(\[])([^{{}}]+)\}}[. ]*$",
+        r"\\mathbb{R}\\setminus \\{\1\2\\}",
+    ),
     ("<", r"<=|=<", r"\\leq "),
     (">", r">=", r"\\geq "),
     ("!=", r"(?<![\d)])!=", r"\\neq "),

@@ -24,6 +24,7 @@ _BOUNDS = {"": ("-\\infty", "\\infty"), "+": ("0", "\\infty"), "-": ("-\\infty",
 _BOUNDS |= {">": _BOUNDS["+"], "<": _BOUNDS["-"]}  # R_{>0}
 _INTERVAL = re.compile(r"([(\[])([^,;]+)[,;]([^,;]+)([)\]])")
 _FINITE = re.compile(r"\\?\{(.+?)\\?\}")
+_EQUALS = re.compile(r"([a-z]) ?= ?")  # {x=1, x=2}
 _NAMED = frozenset(["\\emptyset", *(f"\\mathbb{{{letter}}}" for letter in "NZQRC")])
 _SCATTERED = re.compile(  # neither finite nor a union of intervals
     r"\\mathbb\{[NZQ]\}(?: ?\\setminus ?\\\{[^{}<>=]*\\\})?|\\mathbb\{R\} ?\\setminus ?\\mathbb\{[NZQ]\}"
@@ -55,10 +56,10 @@ def same_set(p: str, g: str, deadline: float) -> bool | None:
         return p == g
     try:
         sets = [_parse(text) for text in (p, g) if not _SCATTERED.fullmatch(text)]
-        if len(sets) < 2:
-            return False if sets else None
         texts = [text for tree in sets for text in _endpoints(tree)]
         unknown = sorted({name for text in texts if number(text) is None for name in names(parse(text))})
+        if len(sets) < 2:
+            return False if sets else None
         return _same_everywhere(sets, texts, unknown, deadline)
     except (Unreadable, _values.TooLarge):
         return None
@@ -200,7 +201,9 @@ def _atom(text: str) -> _Set:
         opening, low, high, closing = found.groups()
         return "interval", opening, low.strip(), high.strip(), closing
     if found := _FINITE.fullmatch(text):
-        points = split(found[1], COMMA)[::2]
+        points = items_of(found[1])[1]
+        if len({equals[1] for equals in map(_EQUALS.match, points) if equals}) == 1:
+            points = [_EQUALS.sub("", point) for point in points]
         if any(point in _NAMED or len(split(point[1:-1], COMMA)) > 1 for point in points):
             raise _Malformed("a pair or a set is no number")
         return "points", points

@@ -137,7 +137,7 @@ def check_rewards(returned: Any, prompts: list, name: str, weight: float = 1.0) 
 
 def check_tokens(model, tokenizer) -> None:
     """Raises `ValueError` for a token of padding or of the end of which the model has no row: on a GPU an assertion
-    without a name, or rollouts that never end. Warns of other added tokens, which need not be used."""
+    without a name, or rollouts that never end. Warns of other tokens, which need not be used."""
     rows = model.config.get_text_config().vocab_size
     for name in ("pad_token", "eos_token"):
         token, token_id = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
@@ -147,11 +147,11 @@ def check_tokens(model, tokenizer) -> None:
                 f"model.resize_token_embeddings(len(tokenizer)), set {name} to a known token, or pass the model's own "
                 "tokenizer"
             )
-    if beyond := [token for token, token_id in tokenizer.get_added_vocab().items() if token_id >= rows]:
+    if beyond := {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= rows}:
         logger.warning(
             "the tokenizer has the token %s and the model no row for it: no prompt may hold it, unless you call "
             "model.resize_token_embeddings(len(tokenizer))",
-            beyond[0],
+            beyond[min(beyond)],
         )
 
 

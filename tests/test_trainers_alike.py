@@ -172,6 +172,17 @@ def test_messages_want_a_chat_template_and_texts_do_not(method):
 
 
 @pytest.mark.parametrize("method", ["srpo", "r_diverse"])
+def test_tokens_without_rows_are_seen_in_tokenizers_of_any_class(method, monkeypatch):
+    checks, said = importlib.import_module(f"{method}.checks"), []
+    monkeypatch.setattr(checks.logger, "warning", lambda text, *values: said.append(text % values))
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=3)))
+    vocabulary = {"<pad>": 0, "</s>": 1, "x": 2, "b": 4, "a": 3}
+    known = {"pad_token": "<pad>", "pad_token_id": 0, "eos_token": "</s>", "eos_token_id": 1}
+    checks.check_tokens(model, SimpleNamespace(**known, get_vocab=lambda: vocabulary))  # no more has Mistral's
+    assert len(said) == 1 and said[0].startswith("the tokenizer has the token a and the model no row for it")
+
+
+@pytest.mark.parametrize("method", ["srpo", "r_diverse"])
 def test_what_reward_functions_may_return(method):
     """All that TRL reads, and None in the list; anything else is one sentence with the function's name."""
     check = functools.partial(

@@ -1,6 +1,7 @@
 """What can be wrong with the parts of a run, each said in one sentence before it costs GPU hours."""
 
 import copy
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 MOST_BIASES = 1024  # of a request to vLLM on a GPU
 IMAGE_COLUMNS = ("images", "image")
+SEARCH_SECONDS = 300  # for a row that cannot be read; the other ranks wait for at least 600
 
 
 def check_batch(args: VAOPDConfig, train_dataset, eval_dataset=None) -> None:
@@ -166,6 +168,8 @@ def naming_rows(args: VAOPDConfig, processing_class, config: PretrainedConfig, r
     """Where what is done inside with the `rows` of a step fails because of one of them, the error says of which."""
     try:
         yield
+    except torch.OutOfMemoryError:  # which no row explains, and reading all of them takes its time
+        raise
     except Exception:
         for row in rows:
             name = f"the row with id {row['id']!r}" if "id" in row else f"the row with prompt {row['prompt']!r:.200}"
@@ -175,13 +179,23 @@ def naming_rows(args: VAOPDConfig, processing_class, config: PretrainedConfig, r
 
 @contextmanager
 def naming_unread_rows(dataset, name: str = "train_dataset") -> Iterator[None]:
-    """Where one of the rows that are loaded inside cannot be read, such as a broken image, the error says which."""
+    """Where one of the rows that are loaded inside cannot be read, such as a broken image, the error says which, if it
+    is found within `SEARCH_SECONDS`."""
     try:
         yield
     except RuntimeError:  # such as of a worker that was killed
         raise
-    except Exception:
+    except Exception as cause:
+        logger.warning(
+            "rows of %s cannot be loaded (%s): looking for the first, for %d s at most",
+            name,
+            _cause(cause),
+            SEARCH_SECONDS,
+        )
+        end = time.monotonic() + SEARCH_SECONDS
         for row in range(len(dataset)):
+            if time.monotonic() >= end:
+                break
             try:
                 dataset[row]
             except Exception as error:  # whatever PIL, transforms and file systems have

@@ -17,6 +17,7 @@ from common.answers import same_answer
         (r"(-\infty,a)", "|x|<a"),
         ("|x|>a", r"(a,\infty)"),
         (r"\{y|x \neq 1\}", r"\mathbb{R}\setminus\{1\}"),
+        (r"\mathbb{R}\setminus\{x=1, y=2\}", r"\mathbb{R}\setminus\{1,2\}"),
     ],
 )
 def test_commas_join_only_inequalities_that_exclude_each_other(answer, gold):
@@ -36,12 +37,23 @@ def test_commas_join_only_inequalities_that_exclude_each_other(answer, gold):
         (r"x>1 \cap x<4", "(1,4)"),
         (r"x \neq 1 \cap x>0", r"(0,1)\cup(1,\infty)"),
         ("x>=a and x<=b", "[a,b]"),
+        ("x>=a and x<=b", r"x\leq b, x\geq a"),
+        (r"x>2m, x<3n", "x<3n and x>2m"),
+        ("x<a and x>-a", "(-a,a)"),
+        ("x>a, x<-a", r"x<-a \text{ or } x>a"),
+        ("x>a, x<-a", r"(-\infty,-a)\cup(a,\infty)"),
+        ("x<4 and x>-1", "(-1,4)"),
+        (r"n\geq 1, n\leq k", r"1\leq n\leq k"),
+        (r"all reals except $x=\pm 1$", r"|x|\ne1"),
         (r"\{x \mid x>a, x \leq b\}", "(a,b]"),
         (r"|x|\ne1", r"x\ne\pm1"),
         (r"|x|\ne\sqrt{2}", r"\mathbb{R}\setminus\{\sqrt{2},-\sqrt{2}\}"),
         ("all real numbers except 2", r"x\ne2"),
         (r"\text{All reals except } x=\frac{1}{2} \text{ and }3", r"x\ne\frac{1}{2}, 3"),
         (r"\text{all real numbers except 2}", r"\mathbb{R}\setminus\{2\}"),
+        (r"all real numbers except $x = 2$", "all real numbers except x=2"),
+        ("All real numbers except $x=1$ and $x=2$", r"x\ne1,2"),
+        (r"the reals except $\{1,2\}$", r"\mathbb{R}\setminus\{x=1, x=2\}"),
         (r"\{y|y>1\}", r"\{x|x>1\}"),
     ],
 )
@@ -60,6 +72,8 @@ def test_the_same_set_in_other_words(answer, gold):
         (r"x\in(1,4)", "1<y<4"),
         (r"\{y|x>1\}", r"(1,\infty)"),
         (r"x>a, x\le b", "[a,b]"),
+        ("x>=a and x<=b", "x>=a or x<=b"),
+        ("x>a, x<-a", "(a,-a)"),
         (r"x<a, x>b", "(b,a)"),
         (r"|x|\ne1", r"x\ne1"),
         ("all real numbers except 3", r"x\ne2"),
@@ -89,9 +103,22 @@ def test_no_computer_algebra_for_what_is_plainly_another_set_or_none(answer, gol
 
 
 def test_sets_that_may_be_equal_to_scattered_ones_are_left_to_computer_algebra():
-    for other in (r"\mathbb{R}\cup\mathbb{Z}", r"\mathbb{Z}\cup\{1\}", r"A\cup B", "A", r"\mathbb{R}\setminus A"):
+    more = r"\{1,2,3,\ldots\}", r"\{n \in \mathbb{Z} : n>0\}"
+    for other in (
+        r"\mathbb{R}\cup\mathbb{Z}",
+        r"\mathbb{Z}\cup\{1\}",
+        r"A\cup B",
+        "A",
+        r"\mathbb{R}\setminus A",
+        *more,
+    ):
         assert _sets.same_set(other, r"\mathbb{Z}", float("inf")) is None
         assert _sets.same_set(other, r"(0,1)\cup(2,3)", float("inf")) is None
+
+
+def test_all_numbers_but_those_of_an_interval_are_left_unread():
+    for gold in ("all real numbers except $[1,2]$", r"\text{all real numbers except (1,2)}"):
+        assert answers.judge(r"\boxed{(-\infty,1)\cup(2,\infty)}", gold) is answers.Verdict.GOLD_UNPARSEABLE
 
 
 def test_sets_of_many_named_endpoints_are_not_tried():

@@ -5,6 +5,7 @@ import logging
 import math
 import re
 from collections import UserList
+from unittest.mock import MagicMock
 
 import peft
 import pytest
@@ -18,7 +19,7 @@ from va_opd_trainers import image, image_rows, mixed_rows, models, prompt, step,
 
 from va_opd import VAOPDTrainer
 from va_opd import trainer as va_opd_trainer
-from va_opd.checks import check_prompts, check_same_tokens
+from va_opd.checks import check_prompts, check_same_tokens, naming_rows, naming_unread_rows
 
 
 @pytest.mark.parametrize(
@@ -241,6 +242,21 @@ def test_an_error_that_is_of_no_row_is_raised_as_it_is(make, monkeypatch):
         monkeypatch.setattr(DistillationTrainer, name, fails)
         with pytest.raises(KeyError, match="of the engine"):
             trainer.train()
+    with pytest.raises(torch.OutOfMemoryError), naming_rows(None, None, None, [{}]):  # in which no row is read
+        raise torch.OutOfMemoryError
+
+
+def test_the_search_for_a_row_that_cannot_be_read_says_why_and_ends(monkeypatch):
+    """Of 40,000 images it takes minutes, in which the other ranks wait, and an error of the network may be over."""
+    said, rows = [], MagicMock(**{"__len__.return_value": 40_000})
+    monkeypatch.setattr("va_opd.checks.logger.warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr("va_opd.checks.SEARCH_SECONDS", 0)
+    with pytest.raises(OSError, match="the server is away"), naming_unread_rows(rows):
+        raise OSError("the server is away")
+    assert said == [
+        "rows of train_dataset cannot be loaded (OSError: the server is away): looking for the first, for 0 s at most"
+    ]
+    assert not rows.__getitem__.called
 
 
 def test_a_context_of_vllm_that_cuts_rollouts_is_warned_of(make, monkeypatch):
