@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 from packaging.specifiers import SpecifierSet
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 SUPPORTED_TRL = ">=1.16,<1.17"
 if version("trl") not in SpecifierSet(SUPPORTED_TRL):
@@ -17,7 +17,7 @@ if version("trl") not in SpecifierSet(SUPPORTED_TRL):
 
 from trl.trainer.utils import RepeatSampler, is_async_callable, split_tensor_dict  # noqa: E402
 
-__all__ = ["SUPPORTED_TRL", "EpochSampler", "is_async_callable", "seed_rollouts", "split_tensor_dict"]
+__all__ = ["SUPPORTED_TRL", "EpochSampler", "WholeBatches", "is_async_callable", "seed_rollouts", "split_tensor_dict"]
 
 
 class EpochSampler(RepeatSampler):
@@ -47,3 +47,14 @@ def seed_rollouts(trainer: Trainer) -> None:
     if trainer.use_vllm and args.vllm_mode == "colocate":
         group = trainer.accelerator.process_index // args.vllm_tensor_parallel_size
         set_seed(args.seed + group)  # the same where several processes are one engine
+
+
+class WholeBatches(TrainerCallback):
+    """Lets each training start with rollouts of its own: in a trainer whose last one was interrupted within a step,
+    TRL would go on in the middle of that step's rollouts, while the optimizer starts a new step."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._step, self.trainer._buffered_inputs = 0, None

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 
-from ._trl import EpochSampler, seed_rollouts
+from ._trl import EpochSampler, WholeBatches, seed_rollouts
 from .batches import length_sorted, real_columns
 from .checks import (
     FrozenCallback,
@@ -53,6 +53,7 @@ class PhaseTrainer(GRPOTrainer):
         if steps := getattr(self.args, "doctor_steps", 0):  # TRL's own config has none
             self.add_callback(DoctorCallback(steps))
         self.add_callback(FrozenCallback())
+        self.add_callback(WholeBatches(self))
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(HalfPrecisionCallback())
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from . import checks, objective
-from ._trl import EpochSampler, ForwardRedirection, seed_rollouts
+from ._trl import EpochSampler, ForwardRedirection, WholeBatches, seed_rollouts
 from .batches import length_sorted, trimmed
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
@@ -65,6 +65,7 @@ class SRPOTrainer(GRPOTrainer):
         exact_frequencies(self.model, self.ref_model)
         seed_rollouts(self)
         self.add_callback(checks.FrozenCallback())
+        self.add_callback(WholeBatches(self))
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(checks.HalfPrecisionCallback())
         self._forward_redirection = ForwardRedirection()
@@ -141,7 +142,8 @@ class SRPOTrainer(GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         parts = self.args.steps_per_generation
         if self._step % parts == 0:
-            self._teacher_hidden = {}  # of the step before: their room is the next rollouts'
+            # Of the step before: their room is the next rollouts'
+            self._teacher_hidden, self._loss_sums = {}, 0
             self._buffered_inputs = length_sorted(self._generate_and_score_completions(generation_batch), parts)
         return self._buffered_inputs[self._step % parts]
 

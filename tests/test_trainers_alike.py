@@ -15,6 +15,7 @@ from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from trl.trainer.utils import is_async_callable
 
 METHODS = ("va_opd", "srpo", "r_diverse")
@@ -228,3 +229,42 @@ def test_rewards_of_all_kinds_of_functions_are_watched(method):
     with pytest.raises(ValueError, match="^reward function waits returned 'a' for rollout 1"):
         asyncio.run(watched[0](**columns))
     assert watched[3] is functions[3]
+
+
+def trainer_of(method: str, folder):
+    """Of one update in several micro-batches."""
+    if method != "r_diverse":
+        return importlib.import_module(f"{method}_trainers").build(folder, max_steps=1, gradient_accumulation_steps=2)
+    from common.tiny import tiny_qwen3
+    from r_diverse import PhaseTrainer
+    from r_diverse.config import SolverConfig
+
+    model, tokenizer = tiny_qwen3(hidden=32)
+    config = SolverConfig(
+        str(folder), per_device_train_batch_size=5, gradient_accumulation_steps=2, max_steps=1, beta=0.0,
+        max_completion_length=4, bf16=False, use_cpu=True, report_to="none",
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}] * 8)
+    return PhaseTrainer(
+        model, lambda completions, **_: [0.0] * len(completions), config, rows, processing_class=tokenizer
+    )
+
+
+class Interruption(TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_after_an_interruption_within_a_step_starts_with_new_rollouts(method, tmp_path, monkeypatch):
+    trainer, sampled_at = trainer_of(method, tmp_path), []
+    trainer.add_callback(Interruption)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interruption)
+    generate = trainer._generate_and_score_completions
+    monkeypatch.setattr(
+        trainer, "_generate_and_score_completions", lambda rows: (sampled_at.append(trainer._step), generate(rows))[1]
+    )
+    trainer.train()
+    assert sampled_at == [0]

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import checks, objective, siblings
-from ._trl import EpochSampler, seed_rollouts
+from ._trl import EpochSampler, WholeBatches, seed_rollouts
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
 from .doctor import DoctorCallback, va_figures
@@ -84,6 +84,7 @@ class VAOPDTrainer(DistillationTrainer):
             **kwargs,
         )
         self.add_callback(checks.FrozenCallback())
+        self.add_callback(WholeBatches(self))
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(checks.HalfPrecisionCallback())
         if args.teacher_offload:  # TRL would put it on the device, where it may not fit beside the engine of rollouts
@@ -183,7 +184,8 @@ class VAOPDTrainer(DistillationTrainer):
                 return super()._prepare_inputs(generation_batch)
             parts = self.args.gradient_accumulation_steps
             if self._step % parts == 0:
-                self._buffered_inputs = None  # of the step before: their room is the next rollouts'
+                # Of the step before: their room is the next rollouts'
+                self._buffered_inputs = self._kl_sums = None
                 batch = self._generate_and_score_completions(generation_batch)
                 self._buffered_inputs = siblings.length_sorted(batch, parts)
             return self._buffered_inputs[self._step % parts]
