@@ -13,12 +13,18 @@ from .live_batch import LiveBatch, is_joinable
 from .sampling import seeded_sampling
 
 # What a model may declare for its own generation and no other engine reads: off, whatever the model
-OFF = ("temperature", "top_p", "top_k", "min_new_tokens", "max_time", "stop_strings", "bad_words_ids", "sequence_bias")
-OFF += ("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")
-OFF += ("guidance_scale", "prompt_lookup_num_tokens")
-NEUTRAL = dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1.0)
-NEUTRAL |= {"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1}
-UNDECLARED = NEUTRAL | dict.fromkeys(OFF)
+UNDECLARED = {
+    **dict.fromkeys(("temperature", "top_p", "top_k", "min_new_tokens", "max_time", "guidance_scale")),
+    **dict.fromkeys(("stop_strings", "bad_words_ids", "sequence_bias", "begin_suppress_tokens")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    "prompt_lookup_num_tokens": None,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "num_beams": 1,
+}
 
 
 @dataclass(frozen=True)
