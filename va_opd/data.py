@@ -81,10 +81,12 @@ def load_rows(
     if check_images:
         _report_golds(dataset, source)
         check_readable(dataset, source, min_pixels, max_pixels, num_proc)
-    dataset = dataset.map(
-        lambda row: {"prompt": _messages(template.replace("{problem}", row["problem"]), len(row["images"]))},
-        desc=f"prompts of {split}",
-    )
+
+    def messages(row: dict) -> dict:
+        where = f"data {source!r}, row {row['id']}"
+        return {"prompt": _messages(template.replace("{problem}", row["problem"]), len(row["images"]), where)}
+
+    dataset = dataset.map(messages, desc=f"prompts of {split}")
     return dataset.with_transform(_budget_transform(min_pixels, max_pixels))
 
 
@@ -219,7 +221,7 @@ def _as_files(images, folder: Path, where: str) -> list[dict]:
     return [{"bytes": None, "path": str(folder / i)} if isinstance(i, str) else i for i in images]
 
 
-def _messages(problem: str, num_images: int) -> list[dict]:
+def _messages(problem: str, num_images: int, where: str) -> list[dict]:
     """One user turn; images stand where `<image>` marks them, or before the text if nothing marks them."""
     pieces = problem.split("<image>")
     if len(pieces) == 1:
@@ -229,7 +231,10 @@ def _messages(problem: str, num_images: int) -> list[dict]:
         for i, piece in enumerate(pieces):
             parts += ([{"type": "image"}] if i else []) + ([{"type": "text", "text": piece}] if piece else [])
     else:
-        raise ValueError(f"problem {problem[:60]!r} marks {len(pieces) - 1} images but has {num_images}")
+        raise ValueError(
+            f"{where}: problem {problem[:60]!r} marks {len(pieces) - 1} images but has {num_images}: mend the row or "
+            "leave it out"
+        )
     return [{"role": "user", "content": parts}]
 
 

@@ -244,7 +244,7 @@ def test_an_image_too_narrow_for_the_processor_is_found_at_the_start(tmp_path, s
     [
         ({"problem": "q", "answer": "1"}, "images"),
         ({"problem": "q", "images": ["missing.png"], "answer": "1"}, "missing.png"),
-        ({"problem": "<image><image>", "images": [], "answer": "1"}, "marks 2 images but has 0"),
+        ({"problem": "<image><image>", "images": [], "answer": "1"}, "row 0: .* marks 2 images but has 0: mend"),
         ({"problem": "q", "images": [None], "answer": "1"}, r"unreadable images \(id 0: no image\): repair or remove"),
         ({"problem": "q", "images": [3], "answer": "1"}, "row 0: images must be paths or images, got 3: mend the row"),
         ({"problem": None, "images": [], "answer": "1"}, "row 0: problem must be a text, got None: mend the row"),
