@@ -148,7 +148,7 @@ rdiverse-qwen3-8b-single-gpu := --config r_diverse/configs/single_gpu.yaml
 rdiverse-qwen3-8b-tiny := --config r_diverse/configs/tiny.yaml
 RDIVERSE_GPUS = $(if $(GPUS),--gpus $(GPUS))
 
-rdiverse-iter: $(READY) ## R-Diverse: one iteration more from where the run folder stands
+rdiverse-iter: $(READY) ## R-Diverse: one more iteration from where the run folder stands
 	$(PY) -m r_diverse.loop $(call CONFIG,rdiverse-qwen3-4b) --variants r_diverse --more 1 $(RDIVERSE_GPUS) $(OPTIONS)
 
 rdiverse-qwen3-4b: $(READY) ## R-Diverse, Table 1: five iterations beside R-Zero, ten benchmarks
