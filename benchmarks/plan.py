@@ -95,7 +95,7 @@ def policy_job(case: Case, config: Any, name: str, lora_rank: int, processes: in
         min(case.response, config.max_completion_length),
         config.max_completion_length,
         config.gradient_accumulation_steps,
-        trained=plan.lora_parameters(shape, lora_rank) if lora_rank else None,
+        trained=plan.trained_parameters(name, parameters, lora_rank) if lora_rank else None,
         updates=max(1, batches // config.gradient_accumulation_steps),
         checkpointing=config.gradient_checkpointing,
     )

@@ -7,6 +7,7 @@ cell of ours can be filled; a cell without a run stays empty. Writes `report.md`
 `runs/r_diverse/<experiment>/`.
 """
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -26,6 +27,7 @@ from common.evaluation import BENCHMARKS, headline, paired_scores
 from common.evaluation.judge import PROTOCOLS
 from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
 from r_diverse import RDiverseConfig, analysis
+from r_diverse.config import UPDATES, ChallengerConfig, PhaseConfig, SolverConfig
 from r_diverse.loop import VARIANT_FLAGS, finished_iterations
 from r_diverse.train import parse
 
@@ -105,6 +107,8 @@ REWARD = {
     "challenger/valid": "share of valid outputs",
 }
 
+# Phases of an iteration with their generation batches in the paper
+PHASES = {"challenger": (ChallengerConfig, 5), "solver": (SolverConfig, 15)}
 NOT_THE_PAPER = (
     "No benchmark of the paper was evaluated in this experiment, so these results do not reproduce it. Once one is, "
     "the paper's Tables 1 and 2 and Fig. 3 appear here with our numbers beside them."
@@ -320,7 +324,29 @@ def beside_paper(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
         "questions; n is the number of questions where it is not the full set. *Judge*: by a model's verdicts, never "
         "mixed with the rules'; the paper's numbers have R-Zero's re-check by GPT-4o. An empty cell was not run."
     )
-    return "\n\n".join([heading, note, table]) if table else ""
+    return "\n\n".join(filter(None, [heading, note, table, shorter_line(runs)])) if table else ""
+
+
+def shorter_line(runs: dict[tuple[str, str], Path]) -> str:
+    """Runs whose phases have fewer generation batches than the paper's, by their manifests."""
+    shorter = []
+    for (name, seed), run in runs.items():
+        path = run / "manifest.json"
+        config = json.loads(path.read_text())["config"] if path.exists() else {}
+        for phase, (kind, batches) in PHASES.items():
+            if (found := _generation_batches(kind, config.get(phase, {}))) < batches:
+                label = f"{NAMES.get(name, name)} seed {seed}"
+                shorter.append(f"{label}, {phase.capitalize()}: {found:g} generation batches and not {batches}")
+    return f"Phases shorter than the paper's: {'; '.join(shorter)}." if shorter else ""
+
+
+def _generation_batches(kind: type[PhaseConfig], changed: dict[str, Any]) -> float:
+    """Of a phase with these changed fields; `steps_per_generation` follows accumulation where it is not among them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    fields = defaults | {"steps_per_generation": None} | changed
+    micro_batches = fields["gradient_accumulation_steps"]
+    generation = fields["steps_per_generation"] or UPDATES * micro_batches
+    return fields["max_steps"] * micro_batches / (generation * fields["num_iterations"])
 
 
 def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:

@@ -22,7 +22,7 @@ from common.evaluation import BENCHMARKS, check_same_questions, headline, paired
 from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
 from va_opd.evaluate import benchmark_name
 from va_opd.objective import high_tokens
-from va_opd.train import ScriptArguments, load_splits_of, parse
+from va_opd.train import GIVEN_RESPONSES, ScriptArguments, load_splits_of, parse
 
 # Paper, Table 1 (8B -> 2B, Geometry3K, best checkpoint): each column with the benchmarks that it is the mean of
 MATH, VISUAL = ("wemath", "mathvista", "mathverse"), ("hallusionbench", "ai2d", "mmmu", "mmstar", "ocrbench")
@@ -54,6 +54,8 @@ SCALING = {
     "geo3k_teacher_32b": ("32B -> 2B, Geometry3K", (51.1, 54.8), (65.3, 67.3)),
     "virl39k": ("8B -> 2B, ViRL39K", (46.4, 50.2), (65.5, 68.0)),
 }
+# Updates of 64 rollouts in the paper's 5 epochs, by data set
+UPDATES = {"geo3k": 655, "virl39k": 12_145}
 NAMES = {
     "base": "Base student",
     "sft": "CoT-SFT",
@@ -104,13 +106,13 @@ def report(args: ScriptArguments, seed: int) -> str:
     rollouts = {name: read_jsonl(run / "eval" / "va_tokens.jsonl") for name, run in runs.items()}
     hours = accuracy_by_hours(runs, scores)
     drawn = figures(folder / "figures", args, runs, scores, rollouts, hours)
-    problems = len(next(iter(scores.values()))["true"])
     results = vision_results(folder, seed)
+    named = {NAMES[name]: run for name, run in runs.items()}
     parts = [
         f"# VA-OPD, experiment {args.experiment}, seed {seed}",
         "" if results else NOT_THE_PAPER,
-        f"{problems} held-out problems, {decoding_line(runs, args)}; intervals are 95 %, clustered by problem.",
-        trained_with({NAMES[name]: run for name, run in runs.items()}, ("model", "teacher")),
+        f"{decoding_line(named, args)}; intervals are 95 %, clustered by problem.",
+        trained_with(named, ("model", "teacher")),
         selection_line(last),
         measured_table(scores, rollouts, last),
         MEANING,
@@ -136,15 +138,16 @@ def sample_scores(run: Path, args: ScriptArguments, kind: str) -> list[list[floa
 
 
 def decoding_line(runs: dict[str, Path], args: ScriptArguments) -> str:
-    """Samples and temperature as the evaluations recorded them, with the models where they differ."""
+    """How runs were evaluated on the held-out problems, as their records say; a warning where in different ways."""
     kinds: dict[str, list[str]] = {}
-    for name, run in runs.items():
+    for label, run in runs.items():
         record = json.loads((run / "eval" / f"{benchmark_name(args)}.json").read_text())
-        kind = f"{record['samples']} samples each at temperature {record['decoding']['temperature']}"
-        kinds.setdefault(kind, []).append(NAMES[name])
+        asked = f"{record['questions']} held-out problems, {record['samples']} samples each"
+        kinds.setdefault(f"{asked} at temperature {record['decoding']['temperature']}", []).append(label)
     if len(kinds) == 1:
         return next(iter(kinds))
-    return "; ".join(f"{kind} ({', '.join(names)})" for kind, names in kinds.items())
+    lines = [f"{', '.join(labels)}: {kind}" for kind, labels in kinds.items()]
+    return f"Evaluated in different ways, so that accuracies do not compare: {'; '.join(lines)}"
 
 
 def last_checkpoint_scores(run: Path, args: ScriptArguments) -> list[list[float]] | None:
@@ -256,13 +259,15 @@ def hours_line(curves: dict[str, list[dict[str, float]]]) -> str:
 
 
 def seeds_table(folder: Path, args: ScriptArguments) -> str:
-    """Accuracy of each trained variant over all seeds that are there, if there are at least two."""
-    rows = []
+    """Accuracy of each trained variant over all seeds that are there, if there are at least two, and how they were
+    evaluated."""
+    rows, evaluated = [], {}
     for name in ("opd", "rollout_only", "token_only", "va_opd"):
         runs = [run for run in folder.glob(f"{name}-seed*") if (run / "eval" / "va.json").exists()]
         runs.sort(key=by_number)
         accuracy = [avg_at_k(sample_scores(run, args, "true")) for run in runs]
         if len(accuracy) > 1:
+            evaluated |= {f"{NAMES[name]} seed {run.name.split('seed')[1]}": run for run in runs}
             each = ", ".join(
                 f"{run.name.split('seed')[1]}: {value:.3f}" for run, value in zip(runs, accuracy, strict=True)
             )
@@ -275,8 +280,8 @@ def seeds_table(folder: Path, args: ScriptArguments) -> str:
     columns = ["variant", "seeds", "mean accuracy", "standard deviation", "95 % of the mean", "seed: accuracy"]
     table = plots.table_markdown(rows, columns)
     chosen = any(folder.glob("*-seed*/eval/selection.json"))
-    note = "Checkpoints chosen on these problems, see above.\n\n" if chosen else ""
-    return "## All seeds\n\n" + note + table
+    note = "Checkpoints chosen on these problems, see above." if chosen else ""
+    return "\n\n".join(filter(None, ["## All seeds", f"{decoding_line(evaluated, args)}.", note, table]))
 
 
 def vision_results(folder: Path, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
@@ -307,6 +312,7 @@ def beside_paper(folder: Path, seed: int, results: dict[str, dict[str, dict[str,
         "paper's, its 95 % interval; n is the number of questions where it is not the full set. An empty cell was not "
         "run.",
         paper_table(folder.name, results),
+        shorter_line(folder, seed) if folder.name in SCALING else "",
         vision_differences(folder, seed, results),
         scaling_table(folder.parent, seed),
     ]
@@ -325,6 +331,24 @@ def paper_table(experiment: str, results: dict[str, dict[str, dict[str, Any]]]) 
             cells += ["" if paper is None else f"{paper:.1f}", our_cell(results.get(name, {}), benchmarks, compared)]
         rows.append([NAMES[name], *cells])
     return plots.table_markdown(rows, ["method", *(head for column in COLUMNS for head in (column, "ours"))])
+
+
+def shorter_line(folder: Path, seed: int) -> str:
+    """Trainings of an experiment of the paper that were shorter than there, by the settings in their manifests."""
+    shorter = {}
+    for name in NAMES:
+        path = folder / f"{name}-seed{seed}" / "manifest.json"
+        config = json.loads(path.read_text())["config"] if path.exists() else {}
+        updates = UPDATES[folder.name.split("_")[0]] / (4 if name in GIVEN_RESPONSES else 1)  # one response a prompt
+        cut = {
+            "max_steps": 0 < config.get("max_steps", 0) < int(updates),
+            "num_train_epochs": config.get("num_train_epochs", 5) < 5,
+            "limit": config.get("limit") is not None,
+        }
+        if any(cut.values()):
+            shorter[name] = ", ".join(f"{field}={config[field]}" for field, is_cut in cut.items() if is_cut)
+    said = "; ".join(f"{NAMES[name]} ({how})" for name, how in shorter.items())
+    return f"Trained for less than the paper's 5 epochs of all problems in {folder.name}: {said}." if said else ""
 
 
 def our_cell(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...], paper: float | None) -> str:
@@ -381,7 +405,8 @@ def scaling_table(experiments: Path, seed: int) -> str:
     if not any(cell for row in rows for cell in row[2::2]):
         return ""
     table = plots.table_markdown(rows, ["Standard OPD -> VA-OPD", "Math", "ours", "Visual", "ours"])
-    return f"## The paper's Table 2\n\n{table}"
+    shorter = [shorter_line(experiments / experiment, seed) for experiment in SCALING]
+    return "\n\n".join(filter(None, ["## The paper's Table 2", table, *shorter]))
 
 
 def scaling_cell(results: dict[str, dict[str, dict[str, Any]]], benchmarks: tuple[str, ...]) -> str:

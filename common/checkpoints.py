@@ -150,7 +150,7 @@ class ExactCheckpoints(TrainerCallback):
         for step, folder in checkpoints(args.output_dir).items():
             if step >= state.global_step:
                 continue
-            if args.save_strategy == "steps" and step % state.save_steps:
+            if args.save_strategy == "steps" and (not state.save_steps or step % state.save_steps):
                 shutil.rmtree(folder)  # SIGTERM's: it would be evaluated among those of the schedule
             elif self.keep_weights:
                 for path in [path for pattern in ONLY_TO_RESUME for path in folder.glob(pattern)]:

@@ -6,7 +6,7 @@ fragmentation.
 
 import os
 from collections.abc import Iterable
-from math import ceil, log
+from math import ceil, log, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +40,18 @@ QWEN3 = {
     14e9: Shape(40, 5120, 5120, 1024, 17408, 151_936),
     32e9: Shape(64, 5120, 8192, 1024, 25600, 151_936),
 }
+# Their vision towers: layers, width and width of the MLP
+QWEN3_VL_TOWERS = {2e9: (24, 1024, 4096), 4e9: (24, 1024, 4096), 8e9: (27, 1152, 4304), 32e9: (27, 1152, 4304)}
+
+
+def _nearest(table: dict[float, Any], parameters: float) -> Any:
+    return table[min(table, key=lambda size: abs(log(size / parameters)))]
 
 
 def shape_of(name: str, parameters: float) -> Shape:
     """Shape of a local model, or of the Qwen3 that is nearest in size for a hub id."""
     if not Path(name).exists():
-        return QWEN3[min(QWEN3, key=lambda size: abs(log(size / parameters)))]
+        return _nearest(QWEN3, parameters)
     config = models.load_config(name).get_text_config()
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -60,25 +66,35 @@ def shape_of(name: str, parameters: float) -> Shape:
     )
 
 
-def lora_parameters(shape: Shape, rank: int) -> int:
-    """Parameters of adapters on all linear layers but the head: rank * (in + out) a matrix (arXiv 2106.09685)."""
-    attention = 2 * (shape.width + shape.query) + 2 * (shape.width + shape.key)
-    return rank * shape.layers * (attention + 3 * (shape.width + shape.mlp))
+def linear_layers(name: str, parameters: float) -> list[tuple[int, int]]:
+    """(inputs, outputs) of all linear layers but the head, of the vision tower too: of a local model, or of the Qwen3
+    or Qwen3-VL that is nearest in size for a hub id. LoRA adapts them, and `load_in_4bit` quantizes them."""
+    if Path(name).exists():
+        model = models.empty_model(name)
+        head = model.get_output_embeddings()
+        linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
+        return [(module.in_features, module.out_features) for module in linear]
+    shape = shape_of(name, parameters)
+    attention = [(shape.width, shape.query), *2 * [(shape.width, shape.key)], (shape.query, shape.width)]
+    mlp = [*2 * [(shape.width, shape.mlp)], (shape.mlp, shape.width)]
+    return shape.layers * (attention + mlp) + ("-VL-" in name) * _tower_layers(parameters, shape.width)
 
 
-def linear_parameters(shape: Shape) -> int:
-    """Parameters in all linear layers but the head: those that `load_in_4bit` quantizes."""
-    return shape.layers * shape.width * (2 * shape.query + 2 * shape.key + 3 * shape.mlp)
+def _tower_layers(parameters: float, outputs: int) -> list[tuple[int, int]]:
+    layers, width, mlp = _nearest(QWEN3_VL_TOWERS, parameters)
+    block = [(width, 3 * width), (width, width), (width, mlp), (mlp, width)]
+    merger = [(4 * width, 4 * width), (4 * width, outputs)]  # of 2 x 2 patches; one at the end and three of DeepStack
+    return layers * block + 4 * merger
 
 
 def trained_parameters(name: str, parameters: float, lora_rank: int) -> float:
-    """All, or those of the adapters."""
-    return lora_parameters(shape_of(name, parameters), lora_rank) if lora_rank else parameters
+    """All, or those of the adapters: rank * (inputs + outputs) a layer (arXiv 2106.09685)."""
+    return lora_rank * sum(map(sum, linear_layers(name, parameters))) if lora_rank else parameters
 
 
 def in_4_bits(name: str, parameters: float, load_in_4bit: bool) -> float:
     """How many of a model's parameters are held in 4 bits."""
-    return min(parameters, linear_parameters(shape_of(name, parameters))) if load_in_4bit else 0
+    return min(parameters, sum(map(prod, linear_layers(name, parameters)))) if load_in_4bit else 0
 
 
 class Split(NamedTuple):
@@ -181,6 +197,8 @@ def checkpoint_count(steps: int | None, save_steps: float) -> int | None:
     """How many checkpoints a run writes: every `save_steps` steps, below 1 a share of all, and one at the end."""
     if steps is None or steps < 1:
         return None
+    if save_steps == 0:  # for transformers at the end alone
+        return 1
     return ceil(steps / (save_steps if save_steps >= 1 else ceil(save_steps * steps)))
 
 

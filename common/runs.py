@@ -175,6 +175,12 @@ def weights_of(**models: str) -> dict[str, str]:
     return {name: digest for name, digest in digests.items() if digest}
 
 
+def folders_of(**models: str) -> dict[str, str]:
+    """`folder_fingerprint` of each model that is a local folder, under the name of its field."""
+    digests = {name: folder_fingerprint(model) for name, model in models.items()}
+    return {name: digest for name, digest in digests.items() if digest}
+
+
 def checkpoints(path: str | Path) -> dict[int, Path]:
     """`checkpoint-<step>` folders by step, in order."""
     found = ((folder.name.removeprefix("checkpoint-"), folder) for folder in Path(path).glob("checkpoint-*"))

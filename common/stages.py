@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from transformers.integrations import get_available_reporting_integrations
 
-from .preemption import call, end_with_parent
+from .preemption import EXIT_CODE, call, end_with_parent
 from .runs import check_writable
 
 SIGN_OF_LIFE = 20  # seconds between two lines about commands that run side by side
+# Exit codes of commands that were told to end, by Ctrl-C or SIGTERM: no failure after which the others go on
+STOPPED = {130, EXIT_CODE, -signal.SIGINT, -signal.SIGTERM}
 
 Command = tuple[str, list[str]]  # a name for its log, and the words of it
 
@@ -153,6 +155,7 @@ def run_stages(stages: list[list[Command]], logs: Path, gpus: int = 1) -> int:
     """Runs the stages; on a machine without GPU, two commands of a stage at a time, one core and one log file each; of
     a stage `OneGPUEach` one command on each of the first `gpus` GPUs.
 
+    A command that fails, as for want of memory, leaves the others to go on, unless none of its stage has succeeded.
     Exit code of the first command that failed, else 0. Raises `OSError` where no log can be written, and `ValueError`
     where a command is of a module that is not there.
     """
@@ -161,31 +164,39 @@ def run_stages(stages: list[list[Command]], logs: Path, gpus: int = 1) -> int:
     cpu, gpus = not torch.cuda.is_available(), min(gpus, torch.cuda.device_count())
     # One thread each: two processes with two threads spin against each other, and a sum would depend on the company
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if cpu else {})}
+    failed: dict[str, int] = {}
     for stage in stages:
         each = not cpu and isinstance(stage, OneGPUEach)
         width = min(2, os.cpu_count() or 1) if cpu else gpus if each else 1
         side_by_side = min(width, len(stage)) > 1
-        code = _pool(stage, width, logs, environment, each) if side_by_side else _in_turn(stage, environment)
-        if code:
-            return code
-    return 0
+        now = _pool(stage, width, logs, environment, each) if side_by_side else _in_turn(stage, environment)
+        failed |= now
+        if now and (len(now) == len(stage) or STOPPED.intersection(now.values())):
+            break
+    if failed:
+        said = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
+        print(f"failed: {said}; the same command tries them again", flush=True)
+    return next(iter(failed.values()), 0)
 
 
-def _in_turn(commands: list[Command], environment: dict[str, str]) -> int:
-    """One after the other, writing to the terminal."""
-    for command in commands:
-        print(f"$ {shown(command)}", flush=True)
-        if code := call(command[1], environment):
-            return code
-    return 0
+def _in_turn(commands: list[Command], environment: dict[str, str]) -> dict[str, int]:
+    """One after the other, writing to the terminal; exit codes of those that failed, by name."""
+    failed = {}
+    for name, words in commands:
+        print(f"$ {shown((name, words))}", flush=True)
+        if code := call(words, environment):
+            failed[name] = code
+            if code in STOPPED:
+                break
+    return failed
 
 
 def _pool(
     commands: list[Command], width: int, logs: Path, environment: dict[str, str], one_gpu_each: bool = False
-) -> int:
-    """`width` at a time, each writing to its log, and each on a GPU of its own if asked for; when one fails the others
-    are stopped."""
-    waiting, running, places, begun = list(commands), {}, {}, {}
+) -> dict[str, int]:
+    """`width` at a time, each writing to its log, and each on a GPU of its own if asked for; exit codes of those that
+    failed, by name. When one was told to end the others are stopped."""
+    waiting, running, places, begun, failed = list(commands), {}, {}, {}, {}
     started = spoken = time.monotonic()
     try:
         while waiting or running:
@@ -212,8 +223,11 @@ def _pool(
                         f"{name} failed with exit code {code}. The end of {logs / name}.log:",
                         *_end(logs, name, begun[name], 15),
                         sep="\n",
+                        flush=True,
                     )
-                    return code
+                    failed[name] = code
+                    if code in STOPPED:
+                        return failed
             if time.monotonic() - spoken > SIGN_OF_LIFE:
                 spoken = time.monotonic()
                 for name in running:
@@ -224,7 +238,7 @@ def _pool(
             process.terminate()
         for process in running.values():
             process.wait()
-    return 0
+    return failed
 
 
 def _end(logs: Path, name: str, begun: int, lines: int) -> list[str]:

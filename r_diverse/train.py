@@ -122,8 +122,11 @@ OF_THE_RUN = {
 }
 
 
-def parse(argv: list[str]) -> Settings:
-    """Settings from `--config FILE.yaml` and flags, the latter winning. `ValueError` for unknown keys."""
+def parse(argv: list[str], phase: str = "challenger") -> Settings:
+    """Settings from `--config FILE.yaml` and flags, the latter winning. `ValueError` for unknown keys.
+
+    `phase` is the one that this process trains: what is made first sets up the processes, with its `ddp_timeout`.
+    """
     if {"-h", "--help"}.intersection(argv):
         parse_fields(["--help"], (RDiverseConfig,), "r_diverse/configs/")
     path, argv = split_config(argv)
@@ -139,8 +142,9 @@ def parse(argv: list[str]) -> Settings:
     check_lora(run.lora_rank, run.load_in_4bit)
     _check_adapter(run, run.gpus > 1 and run.sharding == "zero3")
     kinds = {"challenger": ChallengerConfig, "solver": SolverConfig}
-    phases = [_phase(name, kind, words[name], run) for name, kind in kinds.items()]
-    return Settings(run, *phases, argv, config)
+    order = sorted(PHASES, key=lambda name: name != phase)
+    phases = {name: _phase(name, kinds[name], words[name], run) for name in order}
+    return Settings(run, phases["challenger"], phases["solver"], argv, config)
 
 
 def _check_adapter(run: RDiverseConfig, zero3: bool) -> None:
@@ -546,7 +550,7 @@ def _main(argv: list[str]) -> None:
         print()
         parse(["--help"])  # the fields of a run; ends here
     known, rest = parser.parse_known_args(argv)
-    settings = parse(rest)
+    settings = parse(rest, known.phase)
     if known.phase == "solver":
         train_solver(settings, known.iteration)
     else:

@@ -32,7 +32,7 @@ from common.evaluation import (
     question_fingerprint,
 )
 from common.evaluation.scoring import reward_scorer
-from common.runs import atomic_write_json, is_done, weights_of
+from common.runs import atomic_write_json, folders_of, is_done, weights_of
 from common.training import SECONDS, train_seconds
 
 WHAT = ("run", "base")
@@ -103,6 +103,7 @@ def settings_of(model: str, benchmark: Benchmark, args: ScriptArguments, config:
         "seed": config.seed,
         "chat_template_kwargs": config.chat_template_kwargs,
         **weights_of(weights=model),
+        **folders_of(folder=model),
         **benchmark.settings,
     }
 
@@ -138,6 +139,7 @@ def _by_field(settings: dict[str, Any]) -> dict[str, Any]:
         "top_p": "eval_top_p",
         "max_new_tokens": "max_completion_length",
         "rows": "test problems (data, eval_limit)",
+        "folder": "config, tokenizer and template in the model's folder",
     }
     return {names.get(name, name): value for name, value in settings.items()}
 

@@ -43,6 +43,15 @@ def test_lock_satisfies_pyproject():
         assert PINS[canonicalize_name(requirement.name)] in requirement.specifier, line
 
 
+def test_python_versions_are_the_documented_ones():
+    declared = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    first, last = (int(version.removeprefix("3.")) for version in (declared[0], declared[-1]))
+    assert declared == [f"3.{minor}" for minor in range(first, last + 1)]
+    assert PROJECT["requires-python"] == f">=3.{first}"
+    assert f"Python 3.{first} to 3.{last}" in (ROOT / "README.md").read_text()
+    assert f"Python 3.{first} to 3.{last}" in (ROOT / "scripts/setup.sh").read_text()
+
+
 def test_extras_are_the_documented_ones():
     assert set(EXTRAS) == {"vllm", "deepspeed", "qlora", "eval", "skills", "bench", "dev"}
     for line in (line for extra in EXTRAS.values() for line in extra):

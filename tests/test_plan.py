@@ -11,13 +11,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPTNeoXConfig, Qwen2Config, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from benchmarks import cost
 from benchmarks import plan as step_plan
-from common import plan
-from common.tiny import tiny_qwen3
+from common import models, plan
+from common.lora import lora_config
+from common.tiny import tiny_qwen3, tiny_qwen3_vl
 from srpo import train as srpo_train
 
 ROOT = Path(__file__).parents[1]
@@ -48,26 +57,61 @@ def test_a_shape_has_the_parameters_of_its_name(size):
         assert Qwen3ForCausalLM(config).num_parameters() == pytest.approx(size, rel=0.06)
 
 
-def test_the_shape_of_a_local_model_and_its_adapters(tmp_path):
-    from peft import LoraConfig, get_peft_model
+def adapted_parameters(model) -> int:
+    with torch.device("meta"):
+        return get_peft_model(model, lora_config(3)).num_parameters(only_trainable=True)
 
+
+def test_the_shape_of_a_local_model_and_its_adapters(tmp_path):
     config = Qwen3Config(
         num_hidden_layers=2, hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         intermediate_size=24, vocab_size=50,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
     model.save_pretrained(tmp_path)
-    shape = plan.shape_of(str(tmp_path), 1e3)
-    assert shape == plan.Shape(layers=2, width=16, query=32, key=16, mlp=24, vocabulary=50)
-    adapters = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear"))
-    assert plan.lora_parameters(shape, 3) == adapters.num_parameters(only_trainable=True)
-    assert plan.trained_parameters(str(tmp_path), 1e3, 3) == plan.lora_parameters(shape, 3)
-    linear = sum(weight.numel() for name, weight in adapters.named_parameters() if name.endswith("base_layer.weight"))
-    assert plan.linear_parameters(shape) == plan.in_4_bits(str(tmp_path), 1e6, True) == linear > 0
+    assert plan.shape_of(str(tmp_path), 1e3) == plan.Shape(2, width=16, query=32, key=16, mlp=24, vocabulary=50)
+    linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    assert plan.trained_parameters(str(tmp_path), 1e3, 3) == adapted_parameters(model)
+    assert plan.trained_parameters(str(tmp_path), 1e3, 0) == 1e3
+    assert plan.in_4_bits(str(tmp_path), 1e6, True) == linear > 0
     assert plan.in_4_bits(str(tmp_path), 1e6, False) == 0
     assert plan.in_4_bits("Some/Model-0.1B", 1e8, True) == 1e8  # no more than it has
     assert plan.shape_of("Some/Model-7B", 7e9) == plan.QWEN3[8e9]
     assert plan.shape_of("Some/Model-1.1B", 1.1e9) == plan.QWEN3[1.7e9]  # the nearest by ratio
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "tower"),
+    [
+        ("Qwen/Qwen3-1.7B", (28, 2048, 16, 6144), None),
+        ("Qwen/Qwen3-VL-2B-Instruct", (28, 2048, 16, 6144), (24, 1024, 4096, [5, 11, 17])),
+        ("Qwen/Qwen3-VL-8B-Instruct", (36, 4096, 32, 12288), (27, 1152, 4304, [8, 16, 24])),
+    ],
+)
+def test_adapters_and_weights_in_4_bits_of_a_hub_id_are_of_the_vision_tower_too(name, text, tower):
+    """Against models of the published configurations."""
+    layers, width, heads, mlp = text
+    text = {
+        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": 8,
+        "head_dim": 128, "intermediate_size": mlp, "vocab_size": 151_936,
+    }  # fmt: skip
+    with torch.device("meta"):
+        if tower is None:
+            model = Qwen3ForCausalLM(Qwen3Config(**text))
+        else:
+            names = ("depth", "hidden_size", "intermediate_size", "deepstack_visual_indexes")
+            vision = {**dict(zip(names, tower, strict=True)), "out_hidden_size": width}
+            model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision))
+    linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    size = models.guess_parameters(name)
+    assert plan.in_4_bits(name, size, True) == linear
+    assert plan.trained_parameters(name, size, 3) == adapted_parameters(model)
+
+
+def test_adapters_of_a_local_model_are_of_the_vision_tower_too(tmp_path):
+    model, _ = tiny_qwen3_vl(hidden=32)
+    model.save_pretrained(tmp_path)
+    assert plan.trained_parameters(str(tmp_path), 1e3, 3) == adapted_parameters(model)
 
 
 @pytest.mark.parametrize(("make", "key"), [(Qwen2Config, 16), (GPTNeoXConfig, 32)])
@@ -190,6 +234,7 @@ def test_number_of_checkpoints():
     assert plan.checkpoint_count(100, 1) == 100  # a number of steps, not a share
     assert plan.checkpoint_count(100, 0.25) == 4
     assert plan.checkpoint_count(5, 0.3) == 3  # every 2 steps, as transformers rounds
+    assert plan.checkpoint_count(655, 0) == 1
     assert plan.checkpoint_count(None, 50) is None
     assert "GiB: number of checkpoints x 2.00, and 2 x 1.00 to resume" in plan.disk_line(
         None, "checkpoints", 2 * plan.GIB, plan.GIB

@@ -457,6 +457,24 @@ def test_seeds_are_in_the_order_of_their_numbers(runs):
     assert [seed for name, seed in found if name == "r_zero"] == ["2", "9", "10"]
 
 
+def test_seeds_that_were_evaluated_in_other_ways_are_named(runs):
+    shutil.copytree(runs / "va_opd/mini/va_opd-seed0", runs / "va_opd/mini/va_opd-seed1")
+    args, _ = parse_va_opd(["--config", str(runs / "va_opd/mini/opd-seed0/config.yaml"), f"--out={runs}", "--dry_run"])
+    equal = "6 held-out problems, 1 samples each at temperature 0.0"
+    folder = va_opd.experiment_folder(args)
+    assert va_opd.seeds_table(folder, args).startswith(f"## All seeds\n\n{equal}.\n\n| variant |")
+    path = runs / "va_opd/mini/va_opd-seed1/eval/digits.json"
+    record = json.loads(path.read_text())
+    for change, how in (
+        ({"questions": 5}, "5 held-out problems, 1 samples each at temperature 0.0"),
+        ({"samples": 4}, "6 held-out problems, 4 samples each at temperature 0.0"),
+        ({"decoding": {"temperature": 0.6}}, "6 held-out problems, 1 samples each at temperature 0.6"),
+    ):
+        atomic_write_json(path, {**record, **change})
+        warning = f"accuracies do not compare: VA-OPD seed 0: {equal}; VA-OPD seed 1: {how}."
+        assert f"Evaluated in different ways, so that {warning}\n\n" in va_opd.seeds_table(folder, args)
+
+
 @pytest.mark.parametrize("name", va_opd.PAPER)
 def test_va_opds_averages_follow_from_its_benchmarks(name):
     wemath, mathvista, mathverse, math_avg, *visual, visual_avg = va_opd.PAPER[name]

@@ -31,7 +31,7 @@ from .images import MAX_PIXELS, MIN_PIXELS, check_readable, decoded
 # isort: split
 from common import verifiers
 from common.evaluation import Decoding, Engine, Prompt, json_options, load_engine, question_fingerprint
-from common.runs import append_jsonl, claim, exclusive, read_jsonl, weights_of
+from common.runs import append_jsonl, claim, exclusive, folders_of, read_jsonl, weights_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -506,6 +506,7 @@ def teacher_settings(args: ScriptArguments, config: VAOPDConfig, rows: Dataset) 
     return {
         "teacher": args.teacher,
         **weights_of(**{"weights of teacher": args.teacher}),
+        **folders_of(**{"config and tokenizer of teacher": args.teacher}),
         "engine": args.engine,
         **{name: getattr(config, name) for name in names},
         **data_settings(args),

@@ -39,7 +39,16 @@ from .trainer import VAOPDTrainer
 from common.answers import grade
 from common.cli import run_main, split_first
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
-from common.runs import append_jsonl, atomic_write_json, claim, exclusive, is_done, read_jsonl, weights_of
+from common.runs import (
+    append_jsonl,
+    atomic_write_json,
+    claim,
+    exclusive,
+    folders_of,
+    is_done,
+    read_jsonl,
+    weights_of,
+)
 from common.stages import on_one_gpu
 from common.training import train_seconds
 
@@ -119,13 +128,15 @@ def settings_of(what: str, args: ScriptArguments, config: VAOPDConfig, rows: "Da
     }
     names = ("temperature", "top_p", "max_completion_length", "chat_template_kwargs", "degradation_ratio")
     names += ("pixelate_at", "seed")
+    loaded = {name: getattr(args, name) for name in models_of[what] if name in MODELS}
     return {
         **{name: getattr(args, name) for name in (*models_of[what], "eval_samples", "eval_temperature")},
         **{name: getattr(config, name) for name in names},
         **data_settings(args),
         "validation_size": args.validation_size,
         "data": fingerprint_of(rows),
-        **weights_of(**{f"weights of {name}": getattr(args, name) for name in models_of[what] if name in MODELS}),
+        **weights_of(**{f"weights of {name}": model for name, model in loaded.items()}),
+        **folders_of(**{f"config and tokenizer of {name}": model for name, model in loaded.items()}),
     }
 
 
@@ -222,7 +233,8 @@ def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfi
     local = loads_teacher(args, config)
     if local:  # then no server has to be there
         config.teacher_server, config.teacher_mode = None, "exact"
-    student = models.load_model(model, torch.bfloat16 if config.bf16 else torch.float32)
+    # An adapter stays beside the weights, as in evaluation: a sum in bfloat16 would round a small one away
+    student = models.load_model(model, torch.bfloat16 if config.bf16 else torch.float32, merge=not config.bf16)
     trainer = VAOPDTrainer(
         model=student.requires_grad_(False),
         teacher_model=load_teacher(args, config) if local else None,

@@ -389,6 +389,20 @@ def test_what_a_kill_left_beyond_the_step_is_not_taken_for_the_newest(models, tm
     assert runs.content("stopped") == runs.content("straight")
 
 
+def test_a_run_that_saves_at_its_end_alone_can_be_stopped_twice(models, tmp_path, monkeypatch):
+    """save_steps=0: SIGTERM's checkpoints are none of a schedule."""
+    monkeypatch.setitem(SETTINGS, "srpo", {**SETTINGS["srpo"], "save_steps": 0})
+    monkeypatch.setattr(srpo.train, "reward_of", lambda *_: even_length)
+    runs = Runs("srpo", (), models, tmp_path)
+    for step in (4, 6):
+        sigterm_at(monkeypatch, step)
+        assert runs.run("stopped") == 143
+        assert [folder.name for folder in runs.path("stopped").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert runs.run("stopped") == 0
+    assert runs.content("stopped") == runs.content("straight")
+    assert runs.content("straight")["checkpoints"] == ["checkpoint-8"]
+
+
 def test_the_limit_of_checkpoints_is_only_away_while_training(tmp_path):
     """Else training_args.bin, beside the trained model, would have another."""
     args, state = trainer(tmp_path, 1, deepspeed=False).args, SimpleNamespace(global_step=0, max_steps=8)

@@ -86,21 +86,52 @@ def test_each_command_has_one_thread_on_a_cpu(tmp_path, two_cores, monkeypatch):
     assert stages.run_stages([[look], [look, ("again", look[1])]], tmp_path) == 0
 
 
-def test_a_failure_stops_the_others_and_shows_its_log(tmp_path, two_cores, capfd):
+def test_a_command_that_was_stopped_stops_the_others_and_shows_its_log(tmp_path, two_cores, capfd):
     pid = tmp_path / "pid"
     pid.touch()
     path = repr(str(pid))
     other = f"import os, time; open({path}, 'w').write(str(os.getpid())); time.sleep(60); os.remove({path})"
-    bad = f"import os, sys, time\nwhile not os.path.getsize({path}): time.sleep(0.01)\nsys.exit('bad' + ' here')"
+    bad = f"import os, sys, time\nwhile not os.path.getsize({path}): time.sleep(0.01)\nprint('bad here')\n"
+    bad += "sys.exit(143)"
     plan = [[python("other", other), python("bad", bad), sleeper("never", 0)], [sleeper("later", 0)]]
-    assert stages.run_stages(plan, tmp_path) == 1
+    assert stages.run_stages(plan, tmp_path) == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     printed = capfd.readouterr().out
-    assert "bad failed with exit code 1" in printed
-    assert "bad here" in printed  # on stderr
+    assert "bad failed with exit code 143" in printed and "\nbad here\n" in printed
     assert not (tmp_path / "never.log").exists()
     assert not (tmp_path / "later.log").exists()
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_failure_leaves_the_others_to_go_on_and_is_named_at_the_end(tmp_path, monkeypatch, capfd, cores):
+    """One variant of many that has no room on the GPU ended a night's trainings."""
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: cores)
+    train = [sleeper("train-a", 0), python("train-b", "import sys; sys.exit('out of memory')"), sleeper("train-c", 0)]
+    evaluate = [sleeper("evaluate-a", 0), sleeper("evaluate-b", 0, code=2), sleeper("evaluate-c", 0)]
+    assert stages.run_stages([train, evaluate, [sleeper("report", 0)]], tmp_path) == 1
+    printed = capfd.readouterr()
+    lines = printed.out.splitlines()
+    failed = "train-b (exit code 1), evaluate-b (exit code 2)"
+    assert lines[-1] == f"failed: {failed}; the same command tries them again"
+    assert "report here" in lines and "out of memory" in printed.out + printed.err
+    logs = [(tmp_path / f"{name}.log").read_text() for name in ("train-c", "evaluate-c")] if cores == 2 else lines
+    assert {"train-c here", "evaluate-c here"} <= {line.strip() for line in logs}
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_after_a_command_that_was_stopped_none_begins(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)
+    touch = python("later", f"open({str(tmp_path / 'later')!r}, 'w')")
+    plan = [[sleeper("done", 0), sleeper("stopped", 0, code=code), touch], [touch]]
+    assert stages.run_stages(plan, tmp_path) == code
+    assert not (tmp_path / "later").exists()
+
+
+def test_a_stage_without_success_ends_the_experiment(tmp_path, two_cores):
+    bad = [sleeper("bad", 0, code=4), sleeper("worse", 0.5, code=5)]
+    assert stages.run_stages([bad, [python("later", f"open({str(tmp_path / 'later')!r}, 'w')")]], tmp_path) == 4
+    assert not (tmp_path / "later").exists()
 
 
 def test_all_commands_are_told_to_end_before_one_is_waited_for(tmp_path, two_cores, monkeypatch):

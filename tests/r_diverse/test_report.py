@@ -97,6 +97,21 @@ def test_ours_has_the_difference_and_the_interval_of_each_iteration(tmp_path):
     assert table["ours: R-Diverse, 4 iterations"] == [""] * 12
 
 
+def test_phases_that_are_shorter_than_the_papers_are_named(tmp_path):
+    """By generation batches: with smaller optimizer batches as many take more steps."""
+    run = evaluated(tmp_path / "r_diverse-seed0", {0: SCORES})
+    whole = {"max_steps": 160, "gradient_accumulation_steps": 4, "steps_per_generation": 128}
+    for phases, said in (
+        ({}, None),
+        ({"challenger": whole, "solver": {"gradient_accumulation_steps": 20}}, None),
+        ({"challenger": {"max_steps": 4}}, "R-Diverse seed 0, Challenger: 1 generation batches and not 5."),
+        ({"solver": {**whole, "num_iterations": 2}}, "R-Diverse seed 0, Solver: 2.5 generation batches and not 15."),
+    ):
+        (run / "manifest.json").write_text(json.dumps({"config": phases}))
+        text = report.beside_paper("qwen3_4b", {("r_diverse", "0"): run})
+        assert text.endswith(f"\n\nPhases shorter than the paper's: {said}" if said else " |")
+
+
 def test_an_average_needs_all_its_benchmarks(tmp_path):
     some = {name: score for name, score in SCORES.items() if name not in ("aime25", "bbeh")}
     run = evaluated(tmp_path / "a", {0: {}, 1: {**some, "aime25": 0.5}, 2: {**some, "bbeh": 0.5}})

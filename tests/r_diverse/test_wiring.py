@@ -15,6 +15,7 @@ from common.evaluation import Completion, Decoding, Prompt
 from common.runs import read_jsonl
 from common.tiny import tiny_qwen3
 from r_diverse import MemoryBank, SkillEncoder, loop, reward, train, trainer
+from r_diverse.config import PhaseConfig
 from r_diverse.questions import PLAIN_TEMPLATE
 from r_diverse.skills import Program
 from r_diverse.train import EngineSolver, parse
@@ -257,6 +258,23 @@ def test_the_template_options_reach_phases_engines_and_records(played):
     assert identity["chat_template_kwargs"] == options
     run = parse([f"--model={base}", '--chat_template_kwargs={"enable_thinking": false}']).run
     assert train.local_engine(str(base), run).template_options == options
+
+
+@pytest.mark.parametrize(("phase", "seconds"), [("challenger", 111), ("solver", 222)])
+def test_processes_wait_as_long_as_the_phase_that_they_train_says(monkeypatch, phase, seconds):
+    """torch.distributed is set up by the first of the two configurations that is made."""
+    made, original = [], PhaseConfig._setup_devices.func
+
+    def recorded(self):
+        made.append(self.ddp_timeout)
+        return original(self)
+
+    monkeypatch.setattr(PhaseConfig, "_setup_devices", property(recorded))
+    trained = lambda settings, *_: made.append(getattr(settings, phase).ddp_timeout)  # noqa: E731
+    monkeypatch.setattr(train, f"train_{phase}", trained)
+    timeouts = ["--challenger.ddp_timeout", "111", "--solver.ddp_timeout", "222"]
+    assert train.main([phase, "--iteration", "1", "--config", "r_diverse/configs/tiny.yaml", *timeouts]) == 0
+    assert made[0] == made[-1] == seconds
 
 
 def test_a_phase_with_other_template_options_is_refused():

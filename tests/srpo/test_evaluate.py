@@ -77,6 +77,17 @@ def test_a_result_of_other_weights_at_the_same_path_is_refused(evaluated, capsys
     assert f"weights={record['weights']!r} and not 'other'" in capsys.readouterr().err
 
 
+def test_a_result_of_another_template_at_the_same_path_is_refused(config, policy, tmp_path, capsys):
+    model = tmp_path / "policy"
+    shutil.copytree(policy, model)
+    fields = ["base", "--config", str(config), "--model", str(model)]
+    assert evaluate.main(fields) == evaluate.main(fields) == 0
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    capsys.readouterr()
+    assert evaluate.main(fields) == 2
+    assert "an evaluation with config, tokenizer and template in the model's folder=" in capsys.readouterr().err
+
+
 def test_the_policy_before_training_is_evaluated_once_for_all_seeds(evaluated, monkeypatch):
     monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: pytest.fail("a model was loaded"))
     assert evaluate.main(["base", "--config", str(evaluated[0]), "--seed", "1"]) == 0

@@ -121,6 +121,10 @@ def test_the_teachers_responses_are_not_reused_for_other_settings(config, tmp_pa
         patch.setattr(data, "weights_of", lambda **models: dict.fromkeys(models, "other"))
         with pytest.raises(ValueError, match="teacher-seed0 holds results of weights of teacher=.*move the folder"):
             sample()
+        patch.undo()
+        patch.setattr(data, "folders_of", lambda **models: dict.fromkeys(models, "other"))
+        with pytest.raises(ValueError, match="holds results of config and tokenizer of teacher=.*move the folder"):
+            sample()
     monkeypatch.setattr(train, "load_splits_of", lambda args: {"train": digit_rows("test", 64, seed=0)})
     with pytest.raises(ValueError, match="teacher-seed0 holds results of data="):
         sample()

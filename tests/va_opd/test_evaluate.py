@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from training_runs import Parrot
@@ -12,7 +13,7 @@ from benchmarks import va_opd as report
 from common import stages
 from common.evaluation import BENCHMARKS, Decoding, engines
 from common.runs import atomic_write_json, claim, read_jsonl
-from va_opd import data, evaluate, loop, train
+from va_opd import VAOPDTrainer, data, evaluate, loop, train
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "va_opd" / "configs").glob("*.yaml"))
@@ -52,6 +53,10 @@ def test_results_of_other_settings_are_refused_without_loading_a_model(config, t
         patch.setattr(evaluate, "weights_of", lambda **models: {"weights of teacher": "other"})
         assert evaluate.main(["base", *fields]) == 2
         assert f"{out} holds results of weights of teacher={weights!r}" in capsys.readouterr().err
+        patch.undo()
+        patch.setattr(evaluate, "folders_of", lambda **models: dict.fromkeys(models, "other"))
+        assert evaluate.main(["base", *fields]) == 2
+        assert f"{out} holds results of config and tokenizer of model='" in capsys.readouterr().err
 
     (out / "settings.json").unlink()
     capsys.readouterr()
@@ -213,6 +218,33 @@ def test_evaluation_is_one_process_whatever_the_training_was(config, capsys):
     run = train.run_path(args, settings)
     evaluate.score_visual_advantage(str(run / "model"), args, settings, rows, run / "eval")
     assert json.loads((run / "eval/va.json").read_text())["tokens"] > 0
+
+
+def test_visual_advantage_is_of_the_adapter_that_is_evaluated(config, tiny_models, tmp_path, monkeypatch):
+    """Merged into weights in bfloat16, a small adapter is rounded away."""
+    base, adapter = train.models.load_model(tiny_models["student"]), tmp_path / "adapter"
+    adapted = peft.get_peft_model(base, train.lora_config(2))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.fill_(1e-5)
+    adapted.save_pretrained(adapter)
+    train.models.load_processor(tiny_models["student"]).save_pretrained(adapter)
+    args, settings = train.parse(["--config", str(config), "--bf16", "true"])
+    trainers = []
+
+    def trainer(**parts):
+        trainers.append(VAOPDTrainer(**parts))
+        return trainers[0]
+
+    monkeypatch.setattr(evaluate, "VAOPDTrainer", trainer)
+    rows = train.load_splits_of(args)["validation"]
+    evaluate.score_visual_advantage(str(adapter), args, settings, rows, tmp_path / "eval")
+    assert json.loads((tmp_path / "eval/va.json").read_text())["tokens"] > 0
+    evaluated = data.build_engine(args, str(adapter), settings).model.state_dict()
+    assert any("lora_B" in name for name in evaluated)
+    scored = trainers[0].model.state_dict()
+    assert scored.keys() == evaluated.keys()
+    assert all(torch.equal(scored[name], weight) for name, weight in evaluated.items())
 
 
 def test_a_teacher_that_only_a_server_can_hold_is_loaded_nowhere(config, monkeypatch):

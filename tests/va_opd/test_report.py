@@ -1,5 +1,6 @@
 """Tables and figures of VA-OPD from records of runs."""
 
+import itertools
 import json
 
 import pytest
@@ -99,3 +100,32 @@ def test_the_papers_second_table_is_there_with_a_mean_of_ours(tmp_path):
     assert "| 8B -> 2B, ViRL39K | 46.4 -> 50.2 (+3.8) |  | 65.5 -> 68.0 (+2.5) |  |" in table
     atomic_write_json(tmp_path / "geo3k/va_opd-seed0/eval/wemath.json", {**metrics, "questions": 60})
     assert "| 40.0 -> 50.0 n=60 (+10.0) |" in report.scaling_table(tmp_path, 0)  # a part of the set
+
+
+def test_a_training_that_is_shorter_than_the_papers_is_named(tmp_path):
+    def trained(name: str, experiment: str = "geo3k", **settings) -> None:
+        atomic_write_json(tmp_path / experiment / f"{name}-seed0/manifest.json", {"config": settings})
+
+    folder = tmp_path / "geo3k"
+    trained("opd", limit=None)
+    trained("va_opd", limit=None, max_steps=655, num_train_epochs=6.0)
+    trained("kd", limit=None, max_steps=163)  # one response a prompt: a quarter of the updates
+    assert report.shorter_line(folder, 0) == ""
+    trained("va_opd", limit=None, max_steps=50)
+    trained("kd", limit=None, max_steps=162)
+    trained("grpo", limit=100, num_train_epochs=1.0)
+    said = report.shorter_line(folder, 0)
+    assert said == (
+        "Trained for less than the paper's 5 epochs of all problems in geo3k: Off-policy KD (max_steps=162); "
+        "GRPO (num_train_epochs=1.0, limit=100); VA-OPD (max_steps=50)."
+    )
+    assert report.shorter_line(folder, 1) == ""
+    assert f"\n\n{said}" in report.beside_paper(folder, 0, {})
+    trained("opd", "virl39k", limit=None, max_steps=655)
+    other = report.shorter_line(tmp_path / "virl39k", 0)
+    assert other.endswith("in virl39k: Standard OPD (max_steps=655).")
+    metrics = {"questions": 1, "avg@k": 0.5, "interval": [0.4, 0.6]}
+    for name, benchmark in itertools.product(("opd", "va_opd"), report.MATH):
+        atomic_write_json(folder / f"{name}-seed0/eval/{benchmark}.json", metrics)
+    assert report.scaling_table(tmp_path, 0).endswith(f"\n\n{said}\n\n{other}")
+    assert "Trained for less" not in report.beside_paper(tmp_path / "mine", 0, {}).partition("Table 2")[0]
