@@ -551,7 +551,9 @@ def _main(argv: list[str]) -> None:
         parse(["--help"])  # the fields of a run; ends here
     known, rest = parser.parse_known_args(argv)
     settings = parse(rest, known.phase)
-    if known.phase == "solver":
+    if settings.run.dry_run:
+        print(dry_run(settings))
+    elif known.phase == "solver":
         train_solver(settings, known.iteration)
     else:
         train_challenger(settings, known.iteration, known.solver_url, known.coder_url)

@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> None:
     what, fields = split_first(argv, WHAT, __doc__)
     args, config = parse(fields)
+    if args.dry_run:
+        raise ValueError("dry_run is not for evaluations: leave it out, or ask srpo.loop, which shows all commands")
     if what == "base":
         out = run_path(args, config).with_name("base")
         curve = [{"step": 0, "hours": 0.0, **score(args.model, args, config, out / "eval" / "base")}]

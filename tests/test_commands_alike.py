@@ -40,6 +40,19 @@ def test_help_in_place_of_the_first_word_says_which_words_there_are(command, cap
     assert ended.value.code == 0 and FIRST_WORDS[command] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_dry_run_of_an_evaluation_is_refused(method, capsys):
+    words = ["base", "--config", str(ROOT / f"{method}/configs/tiny.yaml"), "--dry_run"]
+    assert importlib.import_module(f"{method}.evaluate").main(words) == 2
+    assert f"leave it out, or ask {method}.loop, which shows all commands" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_phase_trains_nothing(capsys):
+    words = ["solver", "--iteration=1", "--config", str(ROOT / "r_diverse/configs/qwen3_4b.yaml"), "--dry_run"]
+    assert importlib.import_module("r_diverse.train").main(words) == 0
+    assert "training process of the solver" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("words", "got"), [([], "none"), (["--config"], "--config"), (["runs"], "runs")])
 def test_what_is_to_be_evaluated_comes_first(words, got, capsys):
     assert importlib.import_module("srpo.evaluate").main(words) == 2

@@ -68,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     what, fields = split_first(argv, WHAT, __doc__)
-    evaluate_model(what, *parse(fields))
+    args, config = parse(fields)
+    if args.dry_run:
+        raise ValueError("dry_run is not for evaluations: leave it out, or ask va_opd.loop, which shows all commands")
+    evaluate_model(what, args, config)
 
 
 def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> None:
