@@ -303,7 +303,7 @@ class RunFolder:
         data: dict[str, str],
         seed: int,
         free: dict[str, Any] | None = None,
-        weights: dict[str, str] | None = None,
+        models: dict[str, str] | None = None,
     ) -> "RunFolder":
         """Starts a run in a new folder, or goes on with the same run in its own.
 
@@ -314,16 +314,18 @@ class RunFolder:
             seed: of the run.
             free: settings that may change from one start to the next: config.yaml has the newest, nothing compares
                 them.
-            weights: `weights_of` the models that a run begins with, by field; compared where both sides know them.
+            models: hub id or folder of each model that a run begins with, by field; the contents of folders are
+                compared.
 
-        Raises `RunFolderError` where the folder holds a run with other settings, data or weights, or something else.
+        Raises `RunFolderError` where the folder holds a run with other settings, data or models, or something else.
         """
-        path, config = Path(path), _plain(config)
+        path, config, models = Path(path), _plain(config), models or {}
+        contents = {"weights": weights_of(**models), "folders": folders_of(**models)}
         try:
             path.mkdir(parents=True, exist_ok=True)
             if (path / "manifest.json").exists():
                 manifest = _same_run(path, config, data, seed, free or {})
-                _check_weights(path, manifest.get("weights", {}), weights or {})
+                _check_models(path, manifest, contents)
                 manifest["resumed"] = [*manifest["resumed"], _now()]
                 manifest.pop("error", None)  # of the start before
             elif any(not file.name.startswith(".") for file in path.iterdir()):  # but a killed writer's draft
@@ -331,7 +333,7 @@ class RunFolder:
                     f"{path} holds files but no manifest.json, so it is no run folder: choose another out="
                 )
             else:
-                manifest = _new_manifest(config, data, seed, weights or {})
+                manifest = _new_manifest(config, data, seed) | contents
             folder = cls(path, manifest)
             if not folder.is_done:
                 folder._write(state="running", ended=None)  # first, for it says whose folder this is
@@ -400,7 +402,7 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: d
             "seed": manifest["seed"],
             **{f"data {k}": v for k, v in manifest["data"].items()},
         }
-        manifest["state"], [*manifest["resumed"]], {**manifest.get("weights", {})}
+        manifest["state"], [*manifest["resumed"]], {**manifest.get("weights", {}), **manifest.get("folders", {})}
         recorded = manifest.get("format", 1) >= FORMAT
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(
@@ -418,13 +420,16 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: d
     return manifest
 
 
-def _check_weights(path: Path, theirs: dict[str, str], ours: dict[str, str]) -> None:
-    for name in sorted(theirs.keys() & ours.keys()):
-        if theirs[name] != ours[name]:
-            raise RunFolderError(
-                f"{path} belongs to a run that began when the folder of {name} held other weights: put them back, "
-                "choose another out=, or delete the folder of the run"
-            )
+def _check_models(path: Path, manifest: dict[str, Any], contents: dict[str, dict[str, str]]) -> None:
+    """Digests of the folders of models, where both sides know them."""
+    for kind, held in {"weights": "other weights", "folders": "another config, tokenizer or template"}.items():
+        ours, theirs = contents[kind], manifest.get(kind, {})
+        for name in sorted(theirs.keys() & ours.keys()):
+            if theirs[name] != ours[name]:
+                raise RunFolderError(
+                    f"{path} belongs to a run that began when the folder of {name} held {held}: put back what it "
+                    "held, choose another out=, or delete the folder of the run"
+                )
 
 
 def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -436,7 +441,7 @@ def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return kept
 
 
-def _new_manifest(config: dict, data: dict[str, str], seed: int, weights: dict[str, str]) -> dict[str, Any]:
+def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "state": "running",
@@ -446,7 +451,6 @@ def _new_manifest(config: dict, data: dict[str, str], seed: int, weights: dict[s
         "command": shlex.join(sys.argv),
         "seed": seed,
         "data": data,
-        "weights": weights,
         "config": config,
         "git": _git(),
         "hardware": _hardware(),

@@ -20,7 +20,7 @@ try:
     from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
     from common.evaluation import json_options
     from common.lora import check_lora, lora_config, with_adapters
-    from common.runs import RunFolder, weights_of
+    from common.runs import RunFolder
     from common.stages import on_one_gpu
     from common.training import RunLog, row_fingerprints, train_run
 except ModuleNotFoundError as error:
@@ -158,14 +158,14 @@ def load_splits_of(args: ScriptArguments) -> "DatasetDict":
 
 
 def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
-    """The run's folder; `RunFolderError` where it holds a run with other settings, data or weights to begin with."""
+    """The run's folder; `RunFolderError` where it holds a run with other settings, data or models to begin with."""
     return RunFolder.open(
         run_path(args, config),
         changed_settings(args, config, (*DERIVED, *MAY_CHANGE, *MACHINE_FIELDS)),
         data=row_fingerprints(splits),
         seed=config.seed,
         free={name: getattr(args, name) for name in ("grpo_steps", *MAY_CHANGE)} | machine_settings(config),
-        weights=weights_of(model=args.model),
+        models={"model": args.model},
     )
 
 

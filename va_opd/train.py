@@ -22,7 +22,7 @@ try:
     from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
     from common.evaluation import json_options
     from common.lora import adapter_base, check_lora, lora_config, with_adapters
-    from common.runs import RunFolder, weights_of
+    from common.runs import RunFolder
     from common.stages import on_one_gpu
     from common.training import RunLog, row_fingerprints, train_run
 
@@ -197,11 +197,11 @@ def row_options(args: ScriptArguments) -> dict[str, Any]:
 
 
 def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> RunFolder:
-    """The run's folder; `RunFolderError` where it holds a run with other settings, data or weights to begin with."""
+    """The run's folder; `RunFolderError` where it holds a run with other settings, data or models to begin with."""
     settings = changed_settings(args, config, (*MAY_CHANGE, *MACHINE_FIELDS))
     free = {name: getattr(args, name) for name in MAY_CHANGE} | machine_settings(config)
-    data, weights = row_fingerprints(splits), weights_of(model=args.model, teacher=args.teacher)
-    return RunFolder.open(run_path(args, config), settings, data=data, seed=config.seed, free=free, weights=weights)
+    data, models = row_fingerprints(splits), {"model": args.model, "teacher": args.teacher}
+    return RunFolder.open(run_path(args, config), settings, data=data, seed=config.seed, free=free, models=models)
 
 
 def build_trainer(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> "Trainer":

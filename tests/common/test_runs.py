@@ -86,21 +86,26 @@ def test_what_was_trained_with_is_that_of_the_manifests(tmp_path):
     assert said == "Trained with name `a` (one, two); name `b`, teacher `c` (three)."
 
 
-def test_a_run_that_began_from_other_weights_at_the_same_path_is_refused(tmp_path):
-    def opened_with(*models: str) -> RunFolder:
-        weights = runs.weights_of(**{name: str(tmp_path / name) for name in models})
-        return RunFolder.open(tmp_path / "run", CONFIG, data=DATA, seed=0, weights=weights)
+def test_a_run_that_began_with_other_models_at_the_same_path_is_refused(tmp_path):
+    def opened_with(*names: str) -> RunFolder:
+        models = {name: str(tmp_path / name) for name in names}
+        return RunFolder.open(tmp_path / "run", CONFIG, data=DATA, seed=0, models=models)
 
     for name in ("model", "teacher"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text(name)
+        (tmp_path / name / "chat_template.jinja").write_text(name)
     opened_with("model", "nowhere").finish()
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["weights"] == runs.weights_of(model=str(tmp_path / "model"))
+    assert manifest["folders"] == runs.folders_of(model=str(tmp_path / "model"))
     opened_with("model", "teacher")  # which the run has not recorded
     opened_with()  # the folders are gone
+    (tmp_path / "model/chat_template.jinja").write_text("other")
+    with pytest.raises(RunFolderError, match="model held another config, tokenizer or template: put back"):
+        opened_with("model")
     (tmp_path / "model/model.safetensors").write_text("other")
-    with pytest.raises(RunFolderError, match="began when the folder of model held other weights: put them back"):
+    with pytest.raises(RunFolderError, match="began when the folder of model held other weights: put back"):
         opened_with("model")
 
 
