@@ -254,9 +254,10 @@ class Comparison:
         return bool(self._by_brackets(*((values, pair) if named is p_items else (pair, values))))
 
     def _conjunctions(self, p: str, g: str) -> tuple[str, str]:
-        """`_conjunction` of both; of neither where one of them is none, and the same in another order."""
+        """`_conjunction` of both; both unchanged where only one is one, of the other's items in another order."""
         p_one, g_one = self._conjunction(p), self._conjunction(g)
-        if (p_one == p) == (g_one == g) or ";" in p + g:
+        only_one = (p_one == p) != (g_one == g)
+        if not only_one or ";" in p + g:
             return p_one, g_one
         p_items, g_items = (sorted(map(key, split(x, COMMA)[::2])) for x in (p, g))
         return (p, g) if p_items == g_items else (p_one, g_one)
@@ -277,8 +278,8 @@ class Comparison:
         return f"{low[2]}{below}{ranges[0][0]}{above}{high[1]}"
 
     def _overlap(self, low: str, high: str, low_is_first: bool) -> bool:
-        """Whether x>low, x<high means both, by small and large positive numbers for the names: not x>a, x<-a. Where it
-        depends on them, as of x>a, x<b, the lower bound stands first."""
+        """Whether `x>low, x<high` means both at once, as there are numbers in between: not so x>a, x<-a. Small and
+        large positive numbers are tried for the names. Where they disagree (x>a, x<b), `low` has to stand first."""
         try:
             unknown = sorted(names(parse(low)) | names(parse(high)))
             small, large = ([Fraction(i + 1) * scale for i in range(len(unknown))] for scale in (Fraction(1, 97), 97))
@@ -424,21 +425,21 @@ class _Step(NamedTuple):
     needs: re.Pattern[str] | None = None  # found in one of the two texts at least, else the step has nothing to say
 
 
-_STEPS = (
-    _Step("text", Comparison._by_text),
-    _Step("number", Comparison._by_number),
-    _Step("time", Comparison._by_time),
-    _Step("unit", Comparison._by_unit),
-    _Step("assignment", Comparison._by_name, RELATION),
-    _Step("condition", Comparison._by_condition, re.compile(r"[<>]|\\(?:[lg]eq|neq|notin|in(?![a-z]))")),
-    _Step("union", Comparison._by_union, _CUP),
-    _Step("collection", Comparison._by_items, re.compile(r"[,;]|\\(?:\{|[pm][pm])")),
-    _Step("relation", Comparison._by_relation, RELATION),
-    _Step("brackets", Comparison._by_brackets, re.compile(r"[(\[]")),
+_STEPS = (  # in this order; behind each a pair that it finds equal
+    _Step("text", Comparison._by_text),  # "1 , 2" and "1,2"
+    _Step("number", Comparison._by_number),  # "0.5" and "1/2"
+    _Step("time", Comparison._by_time),  # "6 a.m." and "06:00 AM"
+    _Step("unit", Comparison._by_unit),  # "5 km" and "5000 m"
+    _Step("assignment", Comparison._by_name, RELATION),  # "x = 5 + 6 = 11" and "11"
+    _Step("condition", Comparison._by_condition, re.compile(r"[<>]|\\(?:[lg]eq|neq|notin|in(?![a-z]))")),  # "|x|<2"
+    _Step("union", Comparison._by_union, _CUP),  # "(2,3) \cup (0,1)" and "(0,1) \cup (2,3)"
+    _Step("collection", Comparison._by_items, re.compile(r"[,;]|\\(?:\{|[pm][pm])")),  # "3, 2" and "\{2, 3\}"
+    _Step("relation", Comparison._by_relation, RELATION),  # "2x - y = 0" and "y = 2x"
+    _Step("brackets", Comparison._by_brackets, re.compile(r"[(\[]")),  # "(0.5, 2)" and "(1/2, 2)"
     _Step("matrix", Comparison._by_matrix, re.compile(r"\\begin")),
-    _Step("ratio", Comparison._by_ratio, _COLON),
-    _Step("words", Comparison._by_words),
-    _Step("value", Comparison._by_value),
+    _Step("ratio", Comparison._by_ratio, _COLON),  # "1.0:2" and "1:2"
+    _Step("words", Comparison._by_words),  # "No solution." and "no solution"
+    _Step("value", Comparison._by_value),  # "2\sqrt{2}" and "\sqrt{8}"
 )
 
 

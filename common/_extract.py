@@ -40,9 +40,9 @@ _MARKER = re.compile(
 )
 _REMARK = re.compile(rf"(?i)\banswers?\b[\s*_]*\b(?:is|are)\b(?={_ABOUT}){_INDEED}")
 _MARK_WORDS = (  # one of them is in each match of `_MARKER`, at most a word, spaces and "#*_" before it
-    *("####", "answer", "option", "choice", "réponse", "respuesta", "resposta", "risposta", "antwort"),
-    *("ответ", "答", "답"),
-)
+    "####", "answer", "option", "choice", "réponse", "respuesta", "resposta", "risposta", "antwort",
+    "ответ", "答", "답",
+)  # fmt: skip
 _MORE_CASES = "ıſᲀᲂᲄᲅ"  # with re.IGNORECASE they are the letters i, s, в, о and т of these words; lower() keeps them
 _FILLER = re.compile(
     r"(?i)(?:for sure|definitely|clearly|simply|just|therefore|thus|indeed|certainly|probably|likely|exactly)\b[\s,:]*"

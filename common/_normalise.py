@@ -150,60 +150,60 @@ class _Rules:
         return text
 
 
-_LATEX_RULES = _Rules(  # only where there is a backslash
-    (r"\!", r"(\d), ?\\! ?(?=\d{3})", r"\1"),
-    ("{}", r"(?<=[\d)\]]) ?\{\} ?(?=\^)", ""),
-    ("%|#|&|_", _O + r"\\([%#&_])", r"\1"),
-    ("$|dollar", r"(?:US ?)?" + _O + r"\\\$|\\(?:text)?dollar" + _A, "¤"),
-    ("pounds|sterling", r"\\(?:pounds|textsterling)" + _A, "£"),
-    ("euro", r"\\(?:euro|texteuro)" + _A, "€"),
-    (r"\cr|\\", r"\\cr" + _A + r"|\\\\ ?\[[^][{}]*\]", r"\\\\"),
-    ("\\", _O + r"\\[,;:> ]|\\(?:q?quad|thinspace|enspace)" + _A + r"|\\[hv]space\*?\{[^{}]*\}", " "),
-    (r"\(|\)|\[|\]|\!", _O + r"(?:\\[()\[\]!])", ""),
+_LATEX_RULES = _Rules(  # only where there is a backslash; behind a rule stands a text that it changes
+    (r"\!", r"(\d), ?\\! ?(?=\d{3})", r"\1"),  # 1,\!000
+    ("{}", r"(?<=[\d)\]]) ?\{\} ?(?=\^)", ""),  # 45{}^\circ
+    ("%|#|&|_", _O + r"\\([%#&_])", r"\1"),  # 50\%
+    ("$|dollar", r"(?:US ?)?" + _O + r"\\\$|\\(?:text)?dollar" + _A, "¤"),  # \$5
+    ("pounds|sterling", r"\\(?:pounds|textsterling)" + _A, "£"),  # \pounds 5
+    ("euro", r"\\(?:euro|texteuro)" + _A, "€"),  # \euro 5
+    (r"\cr|\\", r"\\cr" + _A + r"|\\\\ ?\[[^][{}]*\]", r"\\\\"),  # 1&2\cr3&4
+    ("\\", _O + r"\\[,;:> ]|\\(?:q?quad|thinspace|enspace)" + _A + r"|\\[hv]space\*?\{[^{}]*\}", " "),  # 3\,cm
+    (r"\(|\)|\[|\]|\!", _O + r"(?:\\[()\[\]!])", ""),  # \(5\)
     (
         "phantom|tag|label|color",
         r"\\[hv]?phantom ?\{[^{}]*\}|\\(?:tag\*?|label) ?\{[^{}]*\}|\\(?:text)?color(?:box)? ?\{[^{}]*\}",
         "",
-    ),
-    ("left|right|middle|ig", r"\\(?:left|right|middle|[bB]igg?[lrm]?)" + _A + r"\.?", ""),
+    ),  # \tag{1}
+    ("left|right|middle|ig", r"\\(?:left|right|middle|[bB]igg?[lrm]?)" + _A + r"\.?", ""),  # \left(
     (r"\rm", r"\\rm ?\{([^{}]*)\}|(?:(?<=\d)|(?<=[\d}] ))\{ ?\\rm" + _A + r" ?([^{}\\]*)\}", r"\\text{\1\2}"),
-    ("\\", rf"\\(?:{_NO_MEANING})" + _A, ""),
-    ("frac", r"\\(?:[dtcs]|nice)frac" + _A, r"\\frac"),
-    (r"\frac", r"\\frac ?([0-9A-Za-z]) ?([0-9A-Za-z])", r"\\frac{\1}{\2}"),
-    (r"\frac", r"\\frac ?([0-9A-Za-z]) ?(?=\{)", r"\\frac{\1}"),
-    (r"\frac", r"(\\frac ?\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9A-Za-z])", r"\1{\2}"),
-    (r"\frac ", r"\\frac (?=\{)", r"\\frac"),
-    (r"\over", r"\{ ?([^{}\\]+?) ?\\over" + _A + r" ?([^{}\\]+?) ?\}", r"\\frac{\1}{\2}"),
-    ("binom", r"\\[dt]binom" + _A, r"\\binom"),
-    (r"\binom", r"\\binom ?([0-9A-Za-z]) ?([0-9A-Za-z])", r"\\binom{\1}{\2}"),
-    (r"\choose", r"\{([^{}]*)\\choose" + _A + r"([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\surd", r"\\surd" + _A, r"\\sqrt"),
-    (r"\sqrt", r"\\sqrt ?([0-9A-Za-z])", r"\\sqrt{\1}"),
+    ("\\", rf"\\(?:{_NO_MEANING})" + _A, ""),  # \displaystyle x
+    ("frac", r"\\(?:[dtcs]|nice)frac" + _A, r"\\frac"),  # \dfrac
+    (r"\frac", r"\\frac ?([0-9A-Za-z]) ?([0-9A-Za-z])", r"\\frac{\1}{\2}"),  # \frac12
+    (r"\frac", r"\\frac ?([0-9A-Za-z]) ?(?=\{)", r"\\frac{\1}"),  # \frac1{2}
+    (r"\frac", r"(\\frac ?\{(?:[^{}]|\{[^{}]*\})*\}) ?([0-9A-Za-z])", r"\1{\2}"),  # \frac{1}2
+    (r"\frac ", r"\\frac (?=\{)", r"\\frac"),  # \frac {1}{2}
+    (r"\over", r"\{ ?([^{}\\]+?) ?\\over" + _A + r" ?([^{}\\]+?) ?\}", r"\\frac{\1}{\2}"),  # {1 \over 2}
+    ("binom", r"\\[dt]binom" + _A, r"\\binom"),  # \dbinom
+    (r"\binom", r"\\binom ?([0-9A-Za-z]) ?([0-9A-Za-z])", r"\\binom{\1}{\2}"),  # \binom73
+    (r"\choose", r"\{([^{}]*)\\choose" + _A + r"([^{}]*)\}", r"\\binom{\1}{\2}"),  # {7 \choose 3}
+    (r"\surd", r"\\surd" + _A, r"\\sqrt"),  # \surd2
+    (r"\sqrt", r"\\sqrt ?([0-9A-Za-z])", r"\\sqrt{\1}"),  # \sqrt2
     (_IN_FONT, _FONT + r" ?\{ ?\$?( ?-?[\\\d](?=[^{}]*+\{)" + _NESTED + r")\}", r"\1"),  # \mathbf{\frac{1}{2}}
-    ("cis", _FONT + r" ?\{ ?cis ?\}", r"\\cis "),
+    ("cis", _FONT + r" ?\{ ?cis ?\}", r"\\cis "),  # \text{cis}
     *[(_IN_FONT, _ROMAN_FONT + r" ?\{((?:[^{}^]|\^(?! ?\{))*+)\^ ?\{ ?(-?\d) ?\}(?=[^{}]*\})", r"\\text{\1^\2")]
     * 3,  # \mathrm{m\,s^{-1}}
     (
         r"math|bold|\bm|\vec",
         r"\\(?:mathbf|boldsymbol|bm|mathit|mathbit|vec|mathcal|mathscr) ?\{(" + _NESTED + r")\}",
         r"\1",
-    ),
-    ("mathbb|Bbb", r"\\(?:mathbb|Bbb) ?\{? ?([A-Z]) ?\}?", r"\\mathbb{\1}"),
-    ("operator", rf"\\operatorname\*? ?\{{ ?({_FUNCTIONS}) ?\}}", r"\\\1 "),
+    ),  # \vec{v}
+    ("mathbb|Bbb", r"\\(?:mathbb|Bbb) ?\{? ?([A-Z]) ?\}?", r"\\mathbb{\1}"),  # \Bbb R
+    ("operator", rf"\\operatorname\*? ?\{{ ?({_FUNCTIONS}) ?\}}", r"\\\1 "),  # \operatorname{ln}
     (
         "text|box|math|emph|operator",
         r"\\(?:text\w*|mbox|hbox|mathrm|mathsf|mathtt|emph|operatorname\*?) ?\{ ?([^{}]*)\}",
         r"\\text{\1}",
-    ),
-    (r"\text", r"(\\text\{[^{}]*) \}", r"\1}"),
-    (r"\text", r"\\text\{((?:[^A-Za-z{}]|\b(?:and|or)\b)*+)\}", r" \1 "),
+    ),  # \mbox{cm}
+    (r"\text", r"(\\text\{[^{}]*) \}", r"\1}"),  # \text{cm }
+    (r"\text", r"\\text\{((?:[^A-Za-z{}]|\b(?:and|or)\b)*+)\}", r" \1 "),  # \text{ or }
     (r"\text", r"^\\text\{([^{}]*,[^{}]*)\}$|^\\text\{(?i:(?:the )?(?:final )?answer is) ([^{}]*)\}$", r"\1\2"),
-    (r"\text", r"(\\text\{[^{}]*?) ?\\cdot ?(?=[^{}]*\})", r"\1 "),
+    (r"\text", r"(\\text\{[^{}]*?) ?\\cdot ?(?=[^{}]*\})", r"\1 "),  # \text{m\cdot s}
     (r"\text", r"((?<=[\d}]) *\\text\{[A-Za-z ]+)\} ?\\cdot ?\\text\{ ?", r"\1 "),  # 5\text{ kJ}\cdot\text{mol}^{-1}
     (r"\text", r"^\\text\{ ?([A-Z]{2,}) ?\} ?= ?\\text\{ ?([A-Z]{2,}) ?\}$", r"\1=\2"),  # names of quantities: MR=MC
     (r"\odot", _QUANTITY + r" *(?:\\text\{ ?)?([MLR]) ?\}? ?_ ?(?:\\odot|\{ ?\\odot ?\})$", r"\1\\text{ solar\2}"),
-    (r"\text", r"\\text\{ ?(?i:([+-]|positive |negative )? ?infinity) ?\}", r"\1 infinity "),
-    (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),
+    (r"\text", r"\\text\{ ?(?i:([+-]|positive |negative )? ?infinity) ?\}", r"\1 infinity "),  # \text{infinity}
+    (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),  # \text{Answer:}
     (r"\frac{\text", r"(\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*)\} ?\^ ?\{? ?(\d) ?\}?\}", r"\1^\2}}"),
     (r"\frac{\text", r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}", r"\\text{\1/\2}"),
     (r"\mu", r"\\text\{ ?\\mu ?(?=[A-Za-z])|(?<=[\d}]) ?\\mu ?\\text\{(?=[A-Za-z])", r"\\text{u"),  # 5\,\mu\text{m}
@@ -213,49 +213,49 @@ _LATEX_RULES = _Rules(  # only where there is a backslash
         r"\text",
         r"(?<![\d})])(?<![\d})][ ~])(?<!\\pi)(?<!\\pi[ ~])( ?)\\text\{([^A-Za-z{}]*+[A-Za-z]?[^A-Za-z{}]*+)\}",
         r"\1\2",
-    ),
+    ),  # \text{A}
     (  # after a number, `\text{m}` is a unit
         r"\text",
         r"\\text\{([^A-Za-z{}]*+[^mshgLKJNWVCF{}]?[^A-Za-z{}]*+)\}",
         r"\1",
     ),
-    (r"\text", r"_ ?(?:\{ ?\\text\{([A-Za-z]+)\} ?\}|\\text\{([A-Za-z]+)\})", r"_{\1\2}"),
+    (r"\text", r"_ ?(?:\{ ?\\text\{([A-Za-z]+)\} ?\}|\\text\{([A-Za-z]+)\})", r"_{\1\2}"),  # v_{\text{max}}
     ("\\" + "|\\".join(_SYNONYM), rf"\\({'|'.join(_SYNONYM)})" + _A, lambda m: _SYNONYM[m[1]]),
-    (r"\not", r"\\not ?=", r"\\neq "),
-    (r"\sim", r"^\\sim" + _A, r"\\approx "),
-    ("mathbb", r"(\\mathbb\{R\}) ?- ?(?=\\\{)", r"\1\\setminus "),
-    (r"\{", r"\\\{ ?\\\}", r"\\emptyset "),
-    (r"\infty", r"\+ ?\\infty", r"\\infty"),
-    (r"\dot", r"\\dot ?\{?(\d)\}?(\d*)\\dot ?\{?(\d)\}?", r"\\overline{\1\2\3}"),
-    (r"\dot|\bar", r"(?<=[.\d])\\(?:dot|bar) ?\{?(\d+)\}?", r"\\overline{\1}"),
-    ("prime", r"\^ ?(?:\{ ?\\prime ?\}|\\prime" + _A + ")", "'"),
-    (r"/\text|/ \text", r"(?<=\d) ?/ ?\\text\{ ?(?=[a-z]{2})", r"\\text{per "),
+    (r"\not", r"\\not ?=", r"\\neq "),  # \not=
+    (r"\sim", r"^\\sim" + _A, r"\\approx "),  # \sim 5
+    ("mathbb", r"(\\mathbb\{R\}) ?- ?(?=\\\{)", r"\1\\setminus "),  # \mathbb{R}-\{2\}
+    (r"\{", r"\\\{ ?\\\}", r"\\emptyset "),  # \{\}
+    (r"\infty", r"\+ ?\\infty", r"\\infty"),  # +\infty
+    (r"\dot", r"\\dot ?\{?(\d)\}?(\d*)\\dot ?\{?(\d)\}?", r"\\overline{\1\2\3}"),  # 0.\dot{2}\dot{7}
+    (r"\dot|\bar", r"(?<=[.\d])\\(?:dot|bar) ?\{?(\d+)\}?", r"\\overline{\1}"),  # 0.\dot3
+    ("prime", r"\^ ?(?:\{ ?\\prime ?\}|\\prime" + _A + ")", "'"),  # f^\prime
+    (r"/\text|/ \text", r"(?<=\d) ?/ ?\\text\{ ?(?=[a-z]{2})", r"\\text{per "),  # 18/\text{day}
     (  # no brace but its own: \sin{30^\circ}; that of 20^{\circ C} is of the next rule
         "circ|degree",
         r"\^ ?(?:\{ ?\\circ(?: ?\}|(?= ?(?:\\text\{ ?)?[CFK]))|\\circ" + _A + r")|\\(?:text)?degree" + _A,
         r"\\text{degrees}",
     ),
     ("degrees", r"\\text\{degrees\} ?(?:\\text\{ ?)?([CFK])(?:elsius|ahrenheit)?\}?" + _A, r"\\text{deg\1}"),
-    (r"\text|land|wedge", rf"\\text\{{ ?,? ?(?:{_AND}) ?,? ?\}}|\\(?:land|wedge)" + _A, ","),
-    (r"\text|lor|vee", rf"\\text\{{ ?,? ?(?:{_OR}) ?,? ?\}}|\\(?:lor|vee)" + _A, ";"),
-    (r"\text", rf"(\\text\{{[^{{}}]*?),? (?:{_AND}|{_OR}) (?=[^{{}}\d]*\}})", r"\1},\\text{"),
+    (r"\text|land|wedge", rf"\\text\{{ ?,? ?(?:{_AND}) ?,? ?\}}|\\(?:land|wedge)" + _A, ","),  # \text{ and }
+    (r"\text|lor|vee", rf"\\text\{{ ?,? ?(?:{_OR}) ?,? ?\}}|\\(?:lor|vee)" + _A, ";"),  # \text{ or }
+    (r"\text", rf"(\\text\{{[^{{}}]*?),? (?:{_AND}|{_OR}) (?=[^{{}}\d]*\}})", r"\1},\\text{"),  # \text{A or B}
 )
 _PLAIN_RULES = _Rules(
-    (",", r"(\d) ?\{ ?, ?\} ?(?=\d{3})", r"\1"),
+    (",", r"(\d) ?\{ ?, ?\} ?(?=\d{3})", r"\1"),  # 1{,}000
     ("~", r"~", " "),
     (
         "mod",
         r"\((?:\\text\{)?\\?b?mod ?\}? ?(\w+)\)|\\[pb]?mod" + _A + r" ?(?:\{ ?(\w+) ?\}|(\w+))",
         r"\\pmod{\1\2\3}",
-    ),
-    ("{", r"\{([.:=+-])\}", r"\1"),
-    ("AA|Å", r"\\text\{ ?(?:\\AA|Å) ?\}|\\AA" + _A + "|Å", r"\\text{ angstrom}"),
-    ("oint", r"^(?:\\text\{ ?)?(?i:(?:the )?points?) ?\}? ?(?=[A-Z]? ?\()", ""),
+    ),  # 3 \pmod 7
+    ("{", r"\{([.:=+-])\}", r"\1"),  # 3{:}2
+    ("AA|Å", r"\\text\{ ?(?:\\AA|Å) ?\}|\\AA" + _A + "|Å", r"\\text{ angstrom}"),  # 6630 Å
+    ("oint", r"^(?:\\text\{ ?)?(?i:(?:the )?points?) ?\}? ?(?=[A-Z]? ?\()", ""),  # the point (3, 4)
     ("for |forall", _FOR_EVERY, ""),
-    (" ", r"^(?i:(?:\\text\{)?(?:all|the) (?:real numbers|reals))[}. ]*$", r"\\mathbb{R}"),
+    (" ", r"^(?i:(?:\\text\{)?(?:all|the) (?:real numbers|reals))[}. ]*$", r"\\mathbb{R}"),  # all reals
     ("y|Y", r"^(?i:negative +infinity) ?$", r"-\\infty "),
     ("y|Y", r"^(?i:(?:positive +)? ?infinity) ?$", r"\\infty "),
-    (" ", r"^(?i:(?:\\text\{)?(?:the )?(?:empty|null) set)[}. ]*$", r"\\emptyset "),
+    (" ", r"^(?i:(?:\\text\{)?(?:the )?(?:empty|null) set)[}. ]*$", r"\\emptyset "),  # the empty set
     ("$", r"^(-?) ?\$ ?(?=\.?\d[^$]*$)", r"\1¤"),  # and not the two around a formula
     ("$", r"\$", ""),
     (
@@ -263,7 +263,7 @@ _PLAIN_RULES = _Rules(
         rf"^(?:\\text\{{ ?{_ALL_BUT} ?\}} ?|{_ALL_BUT} )(?=.*\d)(?![(\[])(?:\\\{{ ?)?(.+?)(?: ?\\\}})?[. ]*$"
         rf"|^\\text\{{ ?{_ALL_BUT} (?=.*\d)(?![(\[])([^{{}}]+)\}}[. ]*$",
         r"\\mathbb{R}\\setminus \\{\1\2\\}",
-    ),
+    ),  # all reals except 2
     ("<", r"<=|=<", r"\\leq "),
     (">", r">=", r"\\geq "),
     ("!=", r"(?<![\d)])!=", r"\\neq "),
@@ -271,24 +271,24 @@ _PLAIN_RULES = _Rules(
     ("**", r"\*\*", "^"),
     ("*", r"\*", r"\\cdot "),
     ("...", r"\.{3,}", r"\\ldots "),
-    ("(", r"(\d\.\d*)\((\d+)\)", r"\1\\overline{\2}"),
-    ("inf|oo", r"(?<![A-Za-z\\])(?:infinity|infty|inf|oo)" + _A, r"\\infty "),
-    ("^", r"(?<=\d) ?\^ ?(?:\{ ?o ?\}|o" + _A + ")", r"\\text{degrees}"),
-    ("st|nd|rd|th", r"(?<=\d) ?\^? ?\{? ?(?:\\text\{)?(st|nd|rd|th)\b\}?\}?", r"\\text{\1}"),
-    ("U", r"(?<=[)\]}]) ?U ?(?=[(\[\\])", r"\\cup "),
+    ("(", r"(\d\.\d*)\((\d+)\)", r"\1\\overline{\2}"),  # 0.(27)
+    ("inf|oo", r"(?<![A-Za-z\\])(?:infinity|infty|inf|oo)" + _A, r"\\infty "),  # oo
+    ("^", r"(?<=\d) ?\^ ?(?:\{ ?o ?\}|o" + _A + ")", r"\\text{degrees}"),  # 45^o
+    ("st|nd|rd|th", r"(?<=\d) ?\^? ?\{? ?(?:\\text\{)?(st|nd|rd|th)\b\}?\}?", r"\\text{\1}"),  # 42nd
+    ("U", r"(?<=[)\]}]) ?U ?(?=[(\[\\])", r"\\cup "),  # (0,1)U(2,3)
     ("and|和", " ?(?<![A-Za-z\\\\{])and" + _A + "|和", ","),
     ("or|或", " ?(?<![A-Za-z\\\\{])or" + _A + "|或", ";"),
-    ("to", r"^(\d+) ?(?:to|\\text\{to\}) ?(\d+)$", r"\1:\2"),
+    ("to", r"^(\d+) ?(?:to|\\text\{to\}) ?(\d+)$", r"\1:\2"),  # 3 to 2
     (
         "C_",
         r"(?<![A-Za-z\\])C_ ?\{(\d\d+)\} ?\^ ?(?:\{ ?(\d+) ?\}|(\d))",
         r"\\binom{\1}{\2\3}",
     ),  # C_1^2 may be a square
-    ("C", r"(?:\{\})?[_^] ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?", r"\\binom{\1}{\2}"),
+    ("C", r"(?:\{\})?[_^] ?\{?(\w+)\}? ?C ?_ ?\{?(\w+)\}?", r"\\binom{\1}{\2}"),  # ^7C_3
     (" ", r"(?i)\bper cents?\b", "percent"),
-    (" ", r"(?i)^(?:approximately|approx\.?|about|roughly|around|nearly) (?=[-¤€£\d\\.$])", ""),
-    ("=|implies|arrow|to", r"^ ?= ?|^ ?\\(?:implies|Rightarrow|Longrightarrow|to)" + _A, ""),
-    (",|;", r", ?(?=[,;])|[,;] ?$", ""),
+    (" ", r"(?i)^(?:approximately|approx\.?|about|roughly|around|nearly) (?=[-¤€£\d\\.$])", ""),  # about 5.2
+    ("=|implies|arrow|to", r"^ ?= ?|^ ?\\(?:implies|Rightarrow|Longrightarrow|to)" + _A, ""),  # = 5
+    (",|;", r", ?(?=[,;])|[,;] ?$", ""),  # 5,
     ("  ", r" +", " "),
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}

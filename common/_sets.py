@@ -39,8 +39,24 @@ _HOLE = re.compile(  # |x| \neq 1, but not |x| \neq -1, which is no hole
 _JOINT = re.compile(r"[,;]|\\c[ua]p(?! ?(?:[(\[{]|\\[{a-z]))")  # x<1 \cup x>2, but not x \in (1,2) \cup (3,4)
 _MAGNITUDE = re.compile(r"\|([A-Za-z])\|")
 
-# ("operation", operators, sets), ("interval", opening, low, high, closing) or ("points", [text, ...])
-_Set = tuple
+
+class _Interval(NamedTuple):
+    opening: str  # bracket
+    low: str
+    high: str
+    closing: str
+
+
+class _Points(NamedTuple):
+    texts: list[str]
+
+
+class _Operation(NamedTuple):
+    operators: list[str]  # one between each two sets
+    sets: list[_Set]
+
+
+_Set = _Interval | _Points | _Operation
 
 
 class _Malformed(ValueError):
@@ -191,24 +207,24 @@ def _of_either_sign(opening: str, low: str, high: str, closing: str) -> str:
 
 def _parse(text: str) -> _Set:
     first, *rest = split(text, _OPERATOR)
-    return ("operation", rest[::2], list(map(_parse, [first, *rest[1::2]]))) if rest else _atom(first)
+    return _Operation(rest[::2], list(map(_parse, [first, *rest[1::2]]))) if rest else _atom(first)
 
 
 def _atom(text: str) -> _Set:
     if reals := _REALS.fullmatch(text):
-        return "interval", "(", *_BOUNDS[(reals[1] or "")[:1]], ")"
+        return _Interval("(", *_BOUNDS[(reals[1] or "")[:1]], ")")
     if found := _INTERVAL.fullmatch(text):
         opening, low, high, closing = found.groups()
-        return "interval", opening, low.strip(), high.strip(), closing
+        return _Interval(opening, low.strip(), high.strip(), closing)
     if found := _FINITE.fullmatch(text):
         points = items_of(found[1])[1]
         if len({equals[1] for equals in map(_EQUALS.match, points) if equals}) == 1:
             points = [_EQUALS.sub("", point) for point in points]
         if any(point in _NAMED or len(split(point[1:-1], COMMA)) > 1 for point in points):
             raise _Malformed("a pair or a set is no number")
-        return "points", points
+        return _Points(points)
     if text == "\\emptyset":
-        return "points", []
+        return _Points([])
     if text[:1] == "(" and text[-1:] == ")" and _OPERATOR.search(text):
         return _parse(text[1:-1])
     if number(text) is None and ((found := names(parse(text))) == {text} or not all(map(str.islower, found))):
@@ -217,11 +233,9 @@ def _atom(text: str) -> _Set:
 
 
 def _endpoints(tree: _Set) -> list[str]:
-    if tree[0] == "interval":
-        return [text for text in (tree[2], tree[3]) if text not in _INFINITE]
-    if tree[0] == "points":
-        return tree[1]
-    return [text for part in tree[2] for text in _endpoints(part)]
+    if isinstance(tree, _Interval):
+        return [text for text in (tree.low, tree.high) if text not in _INFINITE]
+    return tree.texts if isinstance(tree, _Points) else [text for part in tree.sets for text in _endpoints(part)]
 
 
 class _Line:
@@ -236,11 +250,11 @@ class _Line:
         self.last = max(self.place.values(), default=-1) + 1
 
     def bits(self, tree: _Set) -> int:
-        if tree[0] == "points":
-            return reduce(lambda bits, text: bits | 1 << self.place[text], tree[1], 0)
-        if tree[0] == "interval":
-            return self._interval(*tree[1:])
-        return _combined(tree[1], list(map(self.bits, tree[2])))
+        if isinstance(tree, _Points):
+            return reduce(lambda bits, text: bits | 1 << self.place[text], tree.texts, 0)
+        if isinstance(tree, _Interval):
+            return self._interval(*tree)
+        return _combined(tree.operators, list(map(self.bits, tree.sets)))
 
     def _interval(self, opening: str, low: str, high: str, closing: str) -> int:
         if _INFINITE.get(low) == 1 or _INFINITE.get(high) == -1:

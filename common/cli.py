@@ -33,9 +33,9 @@ SERVER_FIELDS = (
 )
 # Of a trainer's configuration: how it fits a machine, and who watches; another value is the same training
 MACHINE_FIELDS = (
-    *("vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "dataloader_num_workers", "teacher_offload"),
-    *("report_to", "run_name", "ddp_timeout", "doctor_steps"),
-)
+    "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "dataloader_num_workers", "teacher_offload",
+    "report_to", "run_name", "ddp_timeout", "doctor_steps",
+)  # fmt: skip
 COUNTS = ("limit", "validation_size", "eval_limit", "eval_samples", "eval_batch_size", "grpo_steps")
 # Of a trainer's configuration what the command decides, and what to do instead
 OF_THE_COMMAND = {
@@ -212,15 +212,15 @@ def check_types(given: dict[str, Any], classes: tuple[type, ...], prefix: str = 
         if isinstance(value, str) and name in choices and value not in choices[name]:
             raise ValueError(f"{prefix}{name} must be one of {', '.join(choices[name])}, got {value!r}")
         hint = hints.get(name)
-        plain = (set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}) - {NoneType}
-        mapping = dict in {get_origin(kind) or kind for kind in plain}
-        if mapping and not (value is None or list in plain or isinstance(value, dict | str)):
+        kinds = (set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}) - {NoneType}
+        takes_mapping = dict in {get_origin(kind) or kind for kind in kinds}
+        if takes_mapping and not (value is None or list in kinds or isinstance(value, dict | str)):
             raise ValueError(f"{prefix}{name} must be a mapping, got {value!r}")
-        if not plain <= {str, int, float, bool} or (value is None and name not in required):
+        if not kinds <= {str, int, float, bool} or (value is None and name not in required):
             continue
-        whole = type(value) is int and plain & {float, bool}  # 1 for 1.0 or true
-        if not (isinstance(value, str) or type(value) in plain or whole):
-            wanted = "a text (in quotes)" if str in plain else " or ".join(sorted(kind.__name__ for kind in plain))
+        converts = type(value) is int and kinds & {float, bool}  # 1 for 1.0 or true
+        if not (isinstance(value, str) or type(value) in kinds or converts):
+            wanted = "a text (in quotes)" if str in kinds else " or ".join(sorted(kind.__name__ for kind in kinds))
             raise ValueError(f"{prefix}{name} must be {wanted}, got {value!r}")
 
 

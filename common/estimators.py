@@ -135,19 +135,15 @@ def _check_level(level: float) -> None:
 
 
 def _majority_is(row: Sequence[Any], gold: Any, same: Callable[[Any, Any], bool]) -> bool:
-    classes: list[tuple[Any, int]] = []
-    for answer in row:
-        if answer is None:
-            continue
-        for i, (representative, count) in enumerate(classes):
-            if same(answer, representative):
-                classes[i] = (representative, count + 1)
+    classes: list[list[Any]] = []  # of answers that mean the same
+    for answer in (answer for answer in row if answer is not None):
+        for members in classes:
+            if same(answer, members[0]):
+                members.append(answer)
                 break
         else:
-            classes.append((answer, 1))
-    if not classes:
-        return False
-    return bool(same(max(classes, key=lambda c: c[1])[0], gold))
+            classes.append([answer])
+    return bool(classes) and bool(same(max(classes, key=len)[0], gold))
 
 
 def _rows(correct: Table) -> list[np.ndarray]:

@@ -45,8 +45,8 @@ def _is_said(message: Any) -> bool:
 
 
 def check_calls(reward_funcs: Any, processing_class: Any, dataset: Any, name: str = "train_dataset") -> None:
-    """Raises `ValueError` for what is no reward function or cannot be called with the columns of the data, and for
-    messages without a chat template: TRL would say so when the engine runs, of rewards after the first rollouts."""
+    """Raises `ValueError` for a reward that is no function or does not take the columns of the data, and for messages
+    without a chat template. TRL would fail only when the engine runs, for rewards after the first rollouts."""
     if not isinstance(dataset, Dataset) or not len(dataset):
         return
     row = dataset[0]
@@ -69,7 +69,7 @@ def check_calls(reward_funcs: Any, processing_class: Any, dataset: Any, name: st
 
 
 def _lacks_template(processing_class: Any) -> bool:
-    """Whether messages cannot be rendered; not so of a class that renders without a template, such as Mistral's."""
+    """Whether messages cannot be rendered. Some classes, such as Mistral's, render them without a template."""
     if getattr(processing_class, "chat_template", "") is not None:  # without a processing_class TRL loads the model's
         return False
     by_template = [kind.apply_chat_template for kind in (PreTrainedTokenizerBase, ProcessorMixin)]
@@ -93,8 +93,8 @@ def _check_reward(reward: Callable, columns: Set[str], name: str) -> None:
 
 
 def watch_rewards(trainer: GRPOTrainer) -> None:
-    """Makes each reward function of a trainer raise `ValueError` where it returns what is no number for each rollout:
-    TRL's and torch's errors do not name the function, and an infinite reward makes all weights NaN."""
+    """Makes each reward function of a trainer raise `ValueError` unless it returns a number for each rollout: the
+    errors of TRL and torch do not name the function, and an infinite reward makes all weights NaN."""
     functions = zip(trainer.reward_funcs, trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
     trainer.reward_funcs = [
         reward if isinstance(reward, torch.nn.Module) else _watched(reward, name, weight)
@@ -136,8 +136,8 @@ def check_rewards(returned: Any, prompts: list, name: str, weight: float = 1.0) 
 
 
 def check_tokens(model, tokenizer) -> None:
-    """Raises `ValueError` for a token of padding or of the end of which the model has no row: on a GPU an assertion
-    without a name, or rollouts that never end. Warns of other tokens, which need not be used."""
+    """Raises `ValueError` if the model has no vocabulary row for the padding or the end token: on a GPU this is an
+    unnamed assertion, or rollouts never end. Warns if it has none for other tokens, which need not be used."""
     rows = model.config.get_text_config().vocab_size
     for name in ("pad_token", "eos_token"):
         token, token_id = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
@@ -170,8 +170,8 @@ def check_reference(model: PreTrainedModel, reference: PreTrainedModel) -> None:
 
 
 class FrozenCallback(TrainerCallback):
-    """Raises `ValueError` when training starts of a model of which no weight is trained: with gradient checkpointing
-    torch only warns, and every step would leave the model as it was."""
+    """Raises `ValueError` at the start of training if no weight is trainable: with gradient checkpointing torch only
+    warns, and no step would change the model."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not any(p.requires_grad for p in model.parameters()):
@@ -182,8 +182,8 @@ class FrozenCallback(TrainerCallback):
 
 
 class HalfPrecisionCallback(TrainerCallback):
-    """Warns when training starts of trained weights in half precision, in which most updates at a small learning rate
-    are rounded away. Not before: the adapters of a trainer that is built may still be made float32."""
+    """Warns at the start of training if trained weights are in half precision, which rounds away most updates at a
+    small learning rate. Not earlier: once a trainer is built, its adapters may still be made float32."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         dtypes = (torch.bfloat16, torch.float16)

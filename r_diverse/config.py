@@ -102,15 +102,10 @@ class PhaseConfig(GRPOConfig):
         _check(
             self,
             {
-                **dict.fromkeys(
-                    (
-                        "per_device_train_batch_size",
-                        "gradient_accumulation_steps",
-                        "num_iterations",
-                        "max_completion_length",
-                    ),
-                    _COUNT,
-                ),
+                "per_device_train_batch_size": _COUNT,
+                "gradient_accumulation_steps": _COUNT,
+                "num_iterations": _COUNT,
+                "max_completion_length": _COUNT,
                 **dict.fromkeys(("steps_per_generation", "generation_batch_size"), _or_none(_COUNT)),
                 "num_generations": (_GROUP[0], "must be at least 2, and whole: a group needs siblings"),
                 "auto_find_batch_size": (

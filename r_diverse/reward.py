@@ -7,7 +7,7 @@ penalties once on the main process, and hands back to each its part.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
@@ -22,6 +22,24 @@ from .skills import ENGINE, Program, SkillEncoder
 
 # m extracted answers to each question (None: no answer); None in place of a list where the engine failed
 Solver = Callable[[Sequence[str], int], Sequence[Sequence[str | None] | None]]
+
+
+class Asked(NamedTuple):
+    """An output's question, and what the Solver's answers to it say: self-consistency (NaN: none was measured), and
+    whether the time ended before all of them were compared."""
+
+    challenge: Challenge
+    consistency: float = np.nan
+    late: bool = False
+
+
+class Penalties(NamedTuple):
+    """P_rep and P_MAP, 0 for an invalid output; whether the coder's engine failed: (B,) each. What else is logged."""
+
+    repetition: np.ndarray
+    memory: np.ndarray
+    lost: np.ndarray
+    figures: dict[str, Any]
 
 
 class ChallengerReward:
@@ -75,28 +93,29 @@ class ChallengerReward:
 
     def __call__(self, completions, trainer_state=None, log_metric=None, **columns) -> list[float | None]:
         step = 0 if trainer_state is None else trainer_state.global_step
-        slice_ = _together(lambda: self._questioned([_text(c) for c in completions], step))
-        rows = gather_object(slice_)
-        late = sum(row[2] for row in rows)
-        parts = _on_main(lambda: self.score([row[0] for row in rows], [row[1] for row in rows]) | {"late": late})
+        own = _together(lambda: self._asked([_text(c) for c in completions], step))
+        batch = gather_object(own)
+        late = sum(row.late for row in batch)
+        parts = _on_main(
+            lambda: self.score([row.challenge for row in batch], [row.consistency for row in batch]) | {"late": late}
+        )
         if PartialState().is_main_process:
             self.last_batch = parts
         if log_metric is not None:
             for name, value in batch_figures(parts).items():
                 log_metric(name, value)
-        start = len(slice_) * PartialState().process_index
-        rewards = parts["reward"][start : start + len(slice_)].tolist()
+        start = len(own) * PartialState().process_index
+        rewards = parts["reward"][start : start + len(own)].tolist()
         return [None if np.isnan(reward) else reward for reward in rewards]
 
-    def _questioned(self, outputs: list[str], step: int) -> list[tuple[Challenge, float, bool]]:
-        """Each output's question, the Solver's self-consistency on it (NaN: none measured), and whether the time ended
-        before all its answers were compared."""
+    def _asked(self, outputs: list[str], step: int) -> list[Asked]:
+        """Reads the outputs, and asks the Solver each different question once."""
         challenges = [read_challenge(output) for output in outputs]
         questions = sorted({challenge.question for challenge in challenges if challenge.valid})
         answers = self.solver(questions, step) if questions else []
         _check_answers(questions, answers)
         found = {question: self._consistency(row) for question, row in zip(questions, answers, strict=True)}
-        return [(c, *(found[c.question] if c.valid else (np.nan, False))) for c in challenges]
+        return [Asked(c, *found[c.question]) if c.valid else Asked(c) for c in challenges]
 
     def _consistency(self, answers: Sequence[str | None] | None) -> tuple[float, bool]:
         if answers is None:
@@ -108,8 +127,8 @@ class ChallengerReward:
         """Parts of the reward of a whole batch, without any process group: arrays (B,) and lists by name."""
         config = self.config
         valid = np.array([challenge.valid for challenge in challenges], bool)
-        repetition, memory, lost, extra = self._penalties(challenges, valid)
-        consistency = np.where(lost, np.nan, np.asarray(consistency, float))  # no reward
+        repetition, memory, lost, figures = self._penalties(challenges, valid)
+        consistency = np.where(lost, np.nan, np.asarray(consistency, float))  # so that there is no reward
         weights = config.alpha, config.beta
         invalid = objective.reward_of_invalid(*weights, config.gamma, config.tau_max, config.tau_mean)
         reward = objective.challenger_reward(consistency, repetition, memory, valid, *weights, invalid)
@@ -124,59 +143,62 @@ class ChallengerReward:
             "repetition": repetition,
             "memory": memory,
             "reward": reward,
-            **extra,
+            **figures,
         }
 
-    def _penalties(self, challenges, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """P_rep and P_MAP, whether the coder's engine failed on the question, all (B,), and what else is logged.
-
-        Nobody knows the skill of a lost question, so the others are compared as if it were not in the batch.
-        """
-        repetition, memory, lost = np.zeros(len(valid)), np.zeros(len(valid)), np.zeros(len(valid), bool)
-        if self.config.penalty == "none":
-            return repetition, memory, lost, {}
+    def _penalties(self, challenges: Sequence[Challenge], valid: np.ndarray) -> Penalties:
+        if self.config.penalty == "r_diverse":
+            return self._skill_penalties([c.question for c in challenges if c.valid], valid)
+        repetition, figures = np.zeros(len(valid)), {}
         if self.config.penalty == "r_zero":  # an invalid output is the empty text, as in its release
             texts = [challenge.question if challenge.valid else "" for challenge in challenges]
             repetition = objective.bleu_repetition_penalty(texts, self.config.distance_threshold)
-            return repetition, memory, lost, {"clusters": objective.cluster_sizes(repetition[valid], len(valid))}
-        programs = self._programs([challenge.question for challenge in challenges if challenge.valid])
+            figures = {"clusters": objective.cluster_sizes(repetition[valid], len(valid))}
+        return Penalties(repetition, np.zeros(len(valid)), np.zeros(len(valid), bool), figures)
+
+    def _skill_penalties(self, questions: list[str], valid: np.ndarray) -> Penalties:
+        """R-Diverse's, of the questions of the `valid` outputs.
+
+        Nobody knows the skill of a lost question, so the others are compared as if it were not in the batch.
+        """
+        programs, by_text = self._programs(questions), self.config.measure in ("program_text", "question_text")
+        repetition, memory, lost = np.zeros(len(valid)), np.zeros(len(valid)), np.zeros(len(valid), bool)
         lost[valid] = [program.failure == ENGINE for program in programs]
-        text = self.config.measure in ("program_text", "question_text")
-        if text:
-            rows, ok = _codes(programs), np.array([program.ok for program in programs], bool)
+        if by_text:
+            skills, ok = _codes(programs), np.array([program.ok for program in programs], bool)
         else:
             vectors, ok = self.skills.embed(programs)
-            rows = vectors[ok]
+            skills = vectors[ok]
         size = len(valid) - int(lost.sum())
-        cluster_share = objective.bleu_repetition_penalty if text else objective.repetition_penalty
-        shares = cluster_share(rows, self.config.distance_threshold, batch_size=size)
+        cluster_share = objective.bleu_repetition_penalty if by_text else objective.repetition_penalty
+        shares = cluster_share(skills, self.config.distance_threshold, batch_size=size)
         repetition[valid] = objective.scatter_penalty(shares, ok, 1.0)
-        extra = {"encoded": int(ok.sum()), "clusters": objective.cluster_sizes(shares, size)}
-        if not text and len(rows) > 1:
-            extra["median_cosine"] = float(np.median(analysis.batch_cosines(rows)))
+        figures = {"encoded": int(ok.sum()), "clusters": objective.cluster_sizes(shares, size)}
+        if not by_text and len(skills) > 1:
+            figures["median_cosine"] = float(np.median(analysis.batch_cosines(skills)))
         if self.config.needs_bank:
-            extra["bank"] = len(self.bank)
-        if extra.get("bank"):
-            p_max, p_mean = self._similarity(rows, text)
-            limits = (self.config.gamma, self.config.tau_max, self.config.tau_mean)
-            worst = objective.memory_penalty(1.0, 1.0, *limits)
-            penalties = objective.memory_penalty(p_max, p_mean, *limits)
-            memory[valid] = objective.scatter_penalty(penalties, ok, worst)
-            extra |= {"p_max": p_max, "p_mean": p_mean}
-        return repetition, memory, lost, extra
+            figures["bank"] = len(self.bank)
+            if len(self.bank):
+                p_max, p_mean = self._similarity(skills, by_text)
+                limits = (self.config.gamma, self.config.tau_max, self.config.tau_mean)
+                worst = objective.memory_penalty(1.0, 1.0, *limits)
+                penalties = objective.memory_penalty(p_max, p_mean, *limits)
+                memory[valid] = objective.scatter_penalty(penalties, ok, worst)
+                figures |= {"p_max": p_max, "p_mean": p_mean}
+        return Penalties(repetition, memory, lost, figures)
 
     def _programs(self, questions: list[str]) -> list[Program]:
         if self.config.measure == "question_text":
             return [Program(question) for question in questions]
         return self.skills.programs(questions)
 
-    def _similarity(self, rows, text: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Highest and mean similarity of each encoded question to the memory."""
-        if not len(rows):
+    def _similarity(self, skills: np.ndarray | list[str], by_text: bool) -> tuple[np.ndarray, np.ndarray]:
+        """P_max and P_mean of each skill, a vector (D,) or a text: highest and mean similarity to the memory."""
+        if not len(skills):
             return np.zeros(0), np.zeros(0)
-        if not text:
-            return self.bank.similarity(rows)
-        similarity = objective.bleu_similarity(rows, self._past())
+        if not by_text:
+            return self.bank.similarity(skills)
+        similarity = objective.bleu_similarity(skills, self._past())
         return similarity.max(1), similarity.mean(1)
 
     def _past(self) -> list[str]:

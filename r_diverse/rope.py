@@ -7,9 +7,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 def exact_frequencies(*models: nn.Module | None) -> None:
     """Under ZeRO-3, computes the frequencies of the models' rotary embeddings anew, in float32.
 
-    While a model is loaded there in bf16, DeepSpeed rounds all new tensors to bfloat16, these with them: by up to
-    0.4 %, radians at a thousand tokens. Trained would be another function than rollouts are sampled and answers are
-    evaluated with.
+    While a model is loaded there in bf16, DeepSpeed rounds all new tensors to bfloat16, the frequencies too: by up to
+    0.4 %, which is radians at a thousand tokens. Training would be of another function than sampling and evaluation.
     """
     if is_deepspeed_zero3_enabled():
         for module in (module for model in models if model is not None for module in model.modules()):

@@ -104,15 +104,15 @@ def _changed(phase: PhaseConfig) -> dict[str, Any]:
 
 # Not part of what a run is: how far it goes, when it gives up, where it is, and the machine
 MAY_CHANGE = (
-    *("iterations", "max_rounds", "alarm", "alarm_duplicates", "alarm_cluster", "alarm_yield", "alarm_labels"),
-    *("alarm_entropy", "out", "data", "dry_run", "sharding", "engine_memory", "reward_memory"),
-    *("server_tensor_parallel", "max_model_len", "engine_batch"),
-)
+    "iterations", "max_rounds", "alarm", "alarm_duplicates", "alarm_cluster", "alarm_yield", "alarm_labels",
+    "alarm_entropy", "out", "data", "dry_run", "sharding", "engine_memory", "reward_memory",
+    "server_tensor_parallel", "max_model_len", "engine_batch",
+)  # fmt: skip
+# Of a phase's fields those that are made from others
 DERIVED = (
-    *("generation_batch_size", "steps_per_generation", "use_cpu", "output_dir", "dataloader_pin_memory"),
+    "generation_batch_size", "steps_per_generation", "use_cpu", "output_dir", "dataloader_pin_memory",
     "chat_template_kwargs",
-)
-
+)  # fmt: skip
 # Of a phase's fields those that the run decides, and what to do instead
 OF_THE_RUN = {
     "seed": "set seed of the run, from which each phase makes its own",
@@ -131,19 +131,19 @@ def parse(argv: list[str], phase: str = "challenger") -> Settings:
         parse_fields(["--help"], (RDiverseConfig,), "r_diverse/configs/")
     path, argv = split_config(argv)
     config = {} if path is None else read_config(path, "r_diverse/configs/")
-    words = _words_of_config(copy.deepcopy(config))
-    for name, word in _words_of_flags(argv):
-        words[name].append(word)
+    flags = _flags_of_config(copy.deepcopy(config))
+    for name, flag in _flags_by_section(argv):
+        flags[name].append(flag)
     known, of_phases = ({f.name for f in dataclasses.fields(cls)} for cls in (RDiverseConfig, PhaseConfig))
-    for key in (word[2:].partition("=")[0].replace("-", "_") for word in words["run"]):
+    for key in map(_field_of, flags["run"]):
         if key in of_phases - known:
             raise ValueError(f"{key} is a field of the phases: set challenger.{key} or solver.{key}, or both")
-    (run,) = parse_fields(words["run"], (RDiverseConfig,), "r_diverse/configs/")
+    (run,) = parse_fields(flags["run"], (RDiverseConfig,), "r_diverse/configs/")
     check_lora(run.lora_rank, run.load_in_4bit)
     _check_adapter(run, run.gpus > 1 and run.sharding == "zero3")
     kinds = {"challenger": ChallengerConfig, "solver": SolverConfig}
     order = sorted(PHASES, key=lambda name: name != phase)
-    phases = {name: _phase(name, kinds[name], words[name], run) for name in order}
+    phases = {name: _phase(name, kinds[name], flags[name], run) for name in order}
     return Settings(run, phases["challenger"], phases["solver"], argv, config)
 
 
@@ -156,12 +156,12 @@ def _check_adapter(run: RDiverseConfig, zero3: bool) -> None:
         )
 
 
-def _phase(name: str, kind: type[PhaseConfig], words: list[str], run: RDiverseConfig) -> PhaseConfig:
+def _phase(name: str, kind: type[PhaseConfig], flags: list[str], run: RDiverseConfig) -> PhaseConfig:
     """Settings of a phase. `ValueError`, with its name, for what it cannot be in this run."""
-    _check_of_the_run(name, words, run)
-    words += [] if torch.cuda.is_available() else ["--use_cpu=true"]  # bf16 settings can be looked at
+    _check_of_the_run(name, flags, run)
+    flags += [] if torch.cuda.is_available() else ["--use_cpu=true"]  # bf16 settings can be looked at
     try:
-        (phase,) = parse_fields(words, (kind,), "r_diverse/configs/")
+        (phase,) = parse_fields(flags, (kind,), "r_diverse/configs/")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     # The phases render prompts as the engines do: else the Solver would be asked otherwise than it is trained
@@ -175,22 +175,22 @@ def _phase(name: str, kind: type[PhaseConfig], words: list[str], run: RDiverseCo
     return phase
 
 
-def _words_of_config(content: dict[str, Any]) -> dict[str, list[str]]:
+def _flags_of_config(content: dict[str, Any]) -> dict[str, list[str]]:
     """A config file as flags of the run and of each phase. `ValueError` for a value that its field cannot hold."""
-    words = {}
+    flags = {}
     for name in PHASES:
         section = content.pop(name, None) or {}
         if not isinstance(section, dict):
             raise ValueError(f"section {name!r} of the config must map fields to values, got {section!r}")
         section |= {key: content.pop(f"{name}.{key}") for key in MACHINE_FIELDS if f"{name}.{key}" in content}
         check_types(section, (PhaseConfig,), f"{name}.")
-        words[name] = _flags({key: _turned_off(key) if value is None else value for key, value in section.items()})
+        flags[name] = _flags({key: _turned_off(key) if value is None else value for key, value in section.items()})
     check_types(content, (RDiverseConfig,))
-    return words | {"run": _flags(content)}
+    return flags | {"run": _flags(content)}
 
 
-def _words_of_flags(argv: list[str]) -> Iterator[tuple[str, str]]:
-    """Each flag as a word, `--field=value`, after the name of whose it is: the run's or a phase's."""
+def _flags_by_section(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """("run" or the phase, `--field=value`) of each flag of a command line, where a phase's is `--phase.field`."""
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -205,9 +205,14 @@ def _words_of_flags(argv: list[str]) -> Iterator[tuple[str, str]]:
         yield section if dot else "run", f"--{field if dot else key}{equals}{value}"
 
 
-def _check_of_the_run(name: str, words: list[str], run: RDiverseConfig) -> None:
+def _field_of(flag: str) -> str:
+    """The field of a flag `--field=value`; "" for a value of a list, which stands behind its flag."""
+    return flag[2:].partition("=")[0].replace("-", "_") if flag.startswith("--") else ""
+
+
+def _check_of_the_run(name: str, flags: list[str], run: RDiverseConfig) -> None:
     """`ValueError` for fields of a phase that would be ignored, or be counted on another number of processes."""
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    given = set(map(_field_of, flags))
     for field in OF_THE_RUN.keys() & given:
         raise ValueError(f"{name}.{field} cannot be set: {OF_THE_RUN[field]}")
     if "generation_batch_size" in given and run.gpus > 1:
@@ -225,13 +230,13 @@ def _turned_off(key: str) -> str | None:
 
 
 def _flags(section: dict[str, Any]) -> list[str]:
-    words = []
+    flags = []
     for key, value in section.items():
         if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)] if value else []
+            flags += [f"--{key}", *map(str, value)] if value else []
         elif value is not None:
-            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,7 +492,7 @@ def dry_run(settings: Settings) -> str:
         sharding = run.sharding if processes > 1 else "none"
         parts = memory_parts(settings, phase, parameters, processes, sharding)
         lines += plan.memory_lines(parts, sharding, processes, f"training process of the {phase}")
-    each = plan.bytes_each(sharding, settings.solver.bf16, run.policy_dtype)
+    each = plan.bytes_each(run.sharding if run.gpus > 1 else "none", settings.solver.bf16, run.policy_dtype)
     trained = plan.trained_parameters(run.model, parameters, run.lora_rank)
     sizes = each.weight * parameters, each.states * trained  # an adapter is merged before it is saved
     return "\n".join([*lines, plan.disk_line(2 * run.iterations, "models", *sizes)])

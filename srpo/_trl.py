@@ -77,8 +77,8 @@ def seed_rollouts(trainer: Trainer) -> None:
 
 
 class WholeBatches(TrainerCallback):
-    """Lets each training start with rollouts of its own: in a trainer whose last one was interrupted within a step,
-    TRL would go on in the middle of that step's rollouts, while the optimizer starts a new step."""
+    """Starts each call of `train` with new rollouts. After a call that was interrupted within a step, TRL would go on
+    in the middle of that step's rollouts, while the optimizer starts a new step."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer

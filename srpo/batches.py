@@ -46,6 +46,6 @@ def trimmed(inputs: dict[str, torch.Tensor], multiple: int | None = None) -> dic
 
 
 def sequence_batches(sequences: dict[int, torch.Tensor], size: int) -> list[dict[int, torch.Tensor]]:
-    """The self-teacher's: `size` sequences of like length each, the longest first."""
+    """Batches for the self-teacher: `size` sequences of similar length each, by row, the longest first."""
     order = sorted(sequences.items(), key=lambda item: -len(item[1]))
     return [dict(order[start : start + size]) for start in range(0, len(order), size)]

@@ -12,8 +12,8 @@ TILE_BYTES = 3 * 2**28  # for logits
 AUTOGRAD_TENSORS = 12  # of (R, V) alive at once in autograd, for a divergence over the whole vocabulary
 
 
-class Divergence(NamedTuple):
-    """Which divergence: the options of `chunked_divergence`."""
+class Options(NamedTuple):
+    """Which divergence: `chunked_divergence` describes these."""
 
     temperature: float
     top_k: int | None
@@ -71,17 +71,17 @@ def chunked_divergence(
         teacher,
         teacher_hidden,
         _near_one(coefficients.detach().float()),
-        Divergence(temperature, top_k, alpha, tail),
+        Options(temperature, top_k, alpha, tail),
         student_entropy,
     )
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """`chunked_divergence`. `weight` and `bias` are the head's in `student`, which autograd cannot see inside a tuple;
-    the largest of the float32 `coefficients` is near 1."""
+    """`chunked_divergence`. `weight` and `bias` are those of the head `student`: autograd does not see them inside a
+    tuple. `coefficients` are float32, the largest near 1."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, student, teacher, teacher_hidden, coefficients, settings, student_entropy):
+    def forward(ctx, hidden, weight, bias, student, teacher, teacher_hidden, coefficients, options, student_entropy):
         divergence = torch.empty(len(hidden), device=hidden.device)
         with student.gathered(), teacher.gathered():
             grads = [
@@ -90,7 +90,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             ]
             grad_hidden, *grads_of_head = grads
             vocab_size = len(student.weight)
-            whole = settings.top_k is None or settings.top_k >= vocab_size
+            whole = options.top_k is None or options.top_k >= vocab_size
             fold, num_buffers = (over_vocabulary, 2 + AUTOGRAD_TENSORS) if whole else (over_support, 2)
             rows = tile_rows(len(hidden), vocab_size, num_buffers + (student.softcap is not None))
             buffers = torch.empty(2, rows, vocab_size, device=hidden.device)
@@ -98,7 +98,7 @@ class _ChunkedDivergence(torch.autograd.Function):
                 tile, states = buffers[:, : len(hidden[part])], (hidden[part], teacher_hidden[part])
                 entropy = None if student_entropy is None else student_entropy[part]
                 divergence[part], gradient = fold(
-                    tile, student, teacher, *states, coefficients[part], settings, entropy
+                    tile, student, teacher, *states, coefficients[part], options, entropy
                 )
                 into = None if grad_hidden is None else grad_hidden[part]
                 student.pull_back(gradient, hidden[part], into, *grads_of_head)
@@ -130,16 +130,16 @@ def over_support(
     hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     coefficients: torch.Tensor,
-    settings: Divergence,
-    entropy: torch.Tensor | None = None,
+    options: Options,
+    entropy: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Divergences (R,) over the student's top-k and the tail, and the gradient (R, V) of the sum of coefficients *
-    divergence in the student's products with its head; both made in `tile`, room of (2, R, V). The student's entropy
-    goes to `entropy` (R,).
+    divergence with respect to the student's products with its head. Both are made in `tile`, scratch space (2, R, V).
+    The student's entropy is written to `entropy` (R,), if given.
 
-    A divergence depends on K logits and the logsumexp of all, whose gradient is the probabilities.
+    A divergence depends on K logits and on the logsumexp of all V, whose gradient is the probabilities.
     """
-    temperature, top_k, alpha, tail = settings
+    temperature, top_k, alpha, tail = options
     logits, probabilities = tile
     student.logits(hidden, logits, temperature)
     support = objective.student_support(logits, top_k)
@@ -167,11 +167,11 @@ def over_vocabulary(
     hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     coefficients: torch.Tensor,
-    settings: Divergence,
-    entropy: torch.Tensor | None = None,
+    options: Options,
+    entropy: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`over_support` where every token is in the support, by autograd."""
-    temperature, alpha = settings.temperature, settings.alpha
+    """`over_support` with the whole vocabulary as support, by autograd."""
+    temperature, alpha = options.temperature, options.alpha
     logits = student.logits(hidden, tile[0], temperature)
     target = teacher.logits(teacher_hidden, tile[1], temperature).log_softmax(1)
     if entropy is not None:
@@ -186,8 +186,8 @@ def over_vocabulary(
 
 
 def _near_one(coefficients: torch.Tensor) -> torch.Tensor:
-    """Times a power of two, which rounds nothing: the squares of 1e-20 are 0 in float32, and 1e-5 has few bits in
-    fp16."""
+    """Coefficients times the power of two that brings the largest near 1, which rounds nothing: the square of 1e-20
+    is 0 in float32, and 1e-5 has few bits in float16."""
     exponent = torch.frexp(coefficients.abs().max()).exponent if len(coefficients) else 0
     return torch.ldexp(coefficients, -torch.as_tensor(exponent).clamp(min=-126))
 
@@ -203,13 +203,13 @@ def _parts(count: int, rows: int) -> list[slice]:
 
 
 def _slope(head: LMHead, logits: torch.Tensor, temperature: float) -> torch.Tensor | None:
-    """Derivative of soft-capped logits, but for the factor that uncapped ones have too."""
+    """Derivative of soft-capped logits without the factor that uncapped logits have too; None without a cap."""
     if head.softcap is None:
         return None
     return (logits * (temperature / head.softcap)).square_().neg_().add_(1)
 
 
 def _log_sum(logits: torch.Tensor) -> torch.Tensor:
-    """(R, 1) logsumexp of (R, V) logits, which are lost."""
+    """(R, 1) logsumexp of (R, V) logits, which it overwrites: no second (R, V) tensor."""
     top = logits.amax(1, keepdim=True)
     return top + logits.sub_(top).exp_().sum(1, keepdim=True).log()

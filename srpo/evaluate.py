@@ -22,15 +22,8 @@ from .train import ScriptArguments, load_splits_of, parse, run_path
 
 # isort: split
 from common.cli import run_main, split_first
-from common.evaluation import (
-    Benchmark,
-    Decoding,
-    Engine,
-    evaluate,
-    json_options,
-    load_engine,
-    question_fingerprint,
-)
+from common.evaluation import Benchmark, Decoding, evaluate, question_fingerprint
+from common.evaluation.engines import build_engine
 from common.evaluation.scoring import reward_scorer
 from common.runs import atomic_write_json, folders_of, is_done, weights_of
 from common.training import SECONDS, train_seconds
@@ -85,7 +78,7 @@ def score(model: str, args: ScriptArguments, config: SRPOConfig, out: Path) -> d
         report = json.loads(path.read_text())
         check_settings(report, settings, out)
     else:
-        with closing(build_engine(model, args, config)) as engine:
+        with closing(build_engine(args, model, config)) as engine:
             report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
     return {
         "accuracy": report["avg@k"],
@@ -162,19 +155,6 @@ def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
             temperature=args.eval_temperature, top_p=args.eval_top_p, max_new_tokens=config.max_completion_length
         ),
         settings={"strict": args.strict},
-    )
-
-
-def build_engine(model: str, args: ScriptArguments, config: SRPOConfig) -> Engine:
-    """The engine of `args.engine`, which generates with `model`, a hub id or a local folder; to be closed."""
-    return load_engine(
-        args.engine,
-        model,
-        args.eval_batch_size,
-        bf16=config.bf16,
-        device=config.device,
-        chat_template_kwargs=config.chat_template_kwargs,
-        options=json_options("engine_options", args.engine_options),
     )
 
 

@@ -91,7 +91,7 @@ def _best_sibling(scores_PGG: torch.Tensor, siblings_PGG: torch.Tensor) -> torch
 
 
 def group_advantages(rewards: torch.Tensor, num_generations: int, scale: bool = False) -> torch.Tensor:
-    """Advantage of each rollout over its whole group, before routing (Section 2.1): (B,) rewards -> (B,).
+    """Advantages A_i = r_i - mean(r) over the whole group, before routing (Section 2.1): (B,) rewards -> (B,).
 
     The text and configuration of the paper do not divide by the standard deviation, its displayed equation does:
     `scale=True` (sample standard deviation, epsilon 1e-6). The trainer takes TRL's advantages, which are equal but for
@@ -112,10 +112,11 @@ def grpo_token_loss(
     clip_high: float = 0.28,
     delta: float | None = None,
 ) -> torch.Tensor:
-    """Clipped surrogate of each token (Section 2.1), (B, T).
+    """Clipped surrogate of each token (Section 2.1), (B, T), with the ratio w = exp(logps - old_logps):
+    -min(min(w, delta) A, clip(w, 1 - clip_low, 1 + clip_high) A).
 
     Args:
-        logps, old_logps: (B, T) log-probabilities of the sampled tokens in nats, before and at generation.
+        logps, old_logps: (B, T) log-probabilities of the sampled tokens in nats, of the policy now and at generation.
         advantages: (B,).
         clip_low, clip_high: asymmetric clip range of the ratio.
         delta: upper bound of the unclipped ratio (dual clip; verl's c = 3), or none.
@@ -139,14 +140,14 @@ def teacher_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def entropy_weights(entropy: torch.Tensor, mask: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
-    """Weights exp(-beta H) divided by their mean over all routed tokens (Section 3.2): (B, T), mean 1 over `mask`.
+    """Weights exp(-beta H), divided by their mean over all routed tokens (Section 3.2): (B, T), 0 outside the mask.
 
     Args:
         entropy: (B, T) teacher entropy in nats.
         mask: (B, T), 1 on the tokens routed to self-distillation, of all ranks and micro-batches of the step.
         beta: 0 gives weight 1 everywhere.
 
-    0 outside the mask. Raises `ValueError` for an entropy that is not finite on a routed token.
+    Raises `ValueError` for an entropy that is not finite on a routed token.
     """
     mask = mask.bool()
     if not torch.isfinite(entropy[mask]).all():
@@ -167,9 +168,9 @@ def jsd_topk_tail(
 ) -> torch.Tensor:
     """Generalised Jensen-Shannon divergence of each token (SDPO, Section 3): logits (..., V) -> nats (...).
 
-    (1 - alpha) KL(P || M) + alpha KL(Q || M) with M = (1 - alpha) P + alpha Q, P the student, Q the teacher. At alpha
-    of 0 and 1 that would be 0. As in SDPO's release and TRL, they stand for KL(Q || P), the limit of the divergence /
-    alpha, and KL(P || Q), that of the divergence / (1 - alpha). The trainer has the same from hidden states, and never
+    (1 - alpha) KL(P || M) + alpha KL(Q || M) with M = (1 - alpha) P + alpha Q, P the student, Q the teacher. This is 0
+    at alpha 0 and 1. There, as in SDPO's release and TRL, it is KL(Q || P), the limit of the divergence / alpha, and
+    KL(P || Q), the limit of the divergence / (1 - alpha). The trainer computes the same from hidden states and never
     holds (B, T, V) logits (`divergence.chunked_divergence`).
 
     Args:
@@ -242,12 +243,12 @@ def srpo_loss(
     mask: torch.Tensor,
     num_tokens: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Both branches under one denominator (Section 3.3), a scalar.
+    """Both branches under one denominator (Section 3.3), a scalar: sum of z w sdpo + (1 - z) grpo / number of tokens.
 
     Args:
         grpo, sdpo: (B, T) token losses with gradient. Each counts on its own rows only.
         weights: (B, T) entropy weights.
-        distill: (B,) bool, rows of the self-distillation branch.
+        distill: (B,) bool, z, rows of the self-distillation branch.
         mask: (B, T) response tokens.
         num_tokens: all response tokens of the optimizer step, whatever part of them these rows are; by default
             those of `mask`.
@@ -284,7 +285,7 @@ def routed_loss(
 def distillation_coefficients(
     routing: str, weights: torch.Tensor, distill: torch.Tensor, mask: torch.Tensor, mix_weight: float = 0.9
 ) -> torch.Tensor:
-    """What `routed_loss` multiplies `sdpo` with and then divides by num_tokens: (B, T), 0 off the distilled tokens."""
+    """Factor of each token's `sdpo` in `routed_loss`, before it divides by num_tokens: (B, T), 0 if not distilled."""
     share = 1 - mix_weight if routing == "mix" else 1
     return torch.where(mask.bool() & distill[:, None], share * weights, 0)
 
@@ -330,12 +331,12 @@ def _text_parts(text: str) -> list[dict[str, str]]:
 
 
 def strip_thinking(text: str) -> str:
-    """A response without its closed `<think>...</think>` blocks and the space behind them, nor what comes before a
-    `</think>` whose start is in the prompt."""
+    """A response without its closed `<think>...</think>` blocks and the space behind them. A `</think>` alone, whose
+    start is in the prompt, ends such a block too."""
     thinking, end, answer = text.rpartition("</think>")
     if not end:
         return text
-    # Not in the answer, where no block ends: from each <think> there the search would read on to the end of the text
+    # Not searched in the answer, where no block ends: each <think> there would be followed to the end of the text
     thinking = re.sub(r"<think>.*?</think>\s*", "", thinking + end, flags=re.DOTALL)
     return re.sub(r"^.*</think>\s*", "", thinking + answer.lstrip(), flags=re.DOTALL)
 

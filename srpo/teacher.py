@@ -63,8 +63,8 @@ class SelfTeacher:
         self.sharded = self.zero3 or self.fsdp
         self.factors = kind == "ema" and is_peft_model(policy) and is_quantized(policy)
         self.model = self._copy(policy) if self._needs_copy(policy) else None
-        of = policy if self.factors else self.model
-        self.average = dict(self._parameters(of, trained=self.factors)) if kind == "ema" else {}
+        averaged = policy if self.factors else self.model
+        self.average = dict(self._parameters(averaged, trained=self.factors)) if kind == "ema" else {}
         if self.zero3 or self.factors:
             self.average = {name: tensor.detach().float().clone() for name, tensor in self.average.items()}
         self.offloaded = self._offload() if offload else None
@@ -83,8 +83,8 @@ class SelfTeacher:
         return Offloaded(self.model, self.accelerator.device)
 
     def _needs_copy(self, policy: nn.Module) -> bool:
-        """Whether the teacher is another model than the policy, with its own, the averaged or without its adapter.
-        Raises `ValueError` where that would have to be a copy and none can be made."""
+        """Whether the teacher has to be a model of its own, not the policy with its own adapter, the averaged one or
+        none. Raises `ValueError` where a copy is needed and cannot be made."""
         if self.kind == "current":
             return False
         if not is_peft_model(policy):
@@ -156,7 +156,7 @@ class SelfTeacher:
             )
 
     def _is_same(self, own: nn.Parameter, loaded: nn.Parameter) -> bool:
-        """What of two weights lies on this rank, but for rounding; the first may be whole."""
+        """Whether this rank's shards of two weights are equal up to rounding; the first weight may be whole."""
         share = self._shard(loaded)
         if hasattr(own, "ds_tensor"):
             part = self._shard(own)
@@ -168,8 +168,8 @@ class SelfTeacher:
 
     @contextmanager
     def view(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """The model to call, in evaluation mode: the copy where there is one, else the policy, with LoRA as a frozen
-        teacher without its adapter, with QLoRA as an EMA teacher with the averaged one."""
+        """The model to call, in evaluation mode: the copy where there is one, else the policy. As a frozen teacher the
+        policy is without its adapter (LoRA), as an EMA teacher it has the averaged adapter (QLoRA)."""
         if self.model is not None:
             self.model.eval()
             with self.offloaded.on_device() if self.offloaded else nullcontext():
@@ -272,8 +272,7 @@ class SelfTeacher:
         return math.sqrt(gap / size)
 
     def _reach_forward(self) -> None:
-        """After a change of the average. DeepSpeed keeps small weights whole, FSDP those of the head: they are to be
-        gathered anew."""
+        """Lets the next forward see a changed average: DeepSpeed keeps small weights gathered, FSDP the head's."""
         if self.zero3:
             for name, weight in self._parameters(self.model):
                 weight.copy_(self.average[name])
@@ -283,8 +282,8 @@ class SelfTeacher:
                 module.reshard()
 
     def _shard(self, parameter: nn.Parameter) -> torch.Tensor:
-        """What of a parameter lies on this rank, as storage that can be written."""
-        if self.zero3:  # what fills up the last rank's is never written
+        """This rank's shard of a parameter, as storage that can be written."""
+        if self.zero3:  # the padding at the end of the last rank's shard is never written
             share = parameter.ds_tensor
             return share[: max(0, parameter.ds_numel - self.accelerator.process_index * share.numel())]
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -297,7 +296,7 @@ class SelfTeacher:
                 yield name.replace("_checkpoint_wrapped_module.", ""), self._shard(parameter)
 
     def _policy_values(self, policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights that training can change, under the average's names, adapters merged if it is of merged ones."""
+        """The policy's weights that training can change, under the average's names; merged, if the average is so."""
         if self.factors or not is_peft_model(policy):
             return self._parameters(policy, trained=True)
         return merged_weights(policy, self.average)

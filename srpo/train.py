@@ -261,11 +261,11 @@ def memory_parts(
     each = plan.bytes_each(sharding, config.bf16, args.policy_dtype)
     zero3 = sharding == "zero3"  # the float32 average is then beside a copy in the policy's dtype; both are cut
     average = 4 + (each.weight if zero3 else 0)
-    teacher = {"ema": average, "frozen": 0 if args.lora_rank else each.weight, "current": 0}[config.teacher]
-    teacher = 0 if config.routing == "grpo" else teacher / (processes if sharding in ("zero3", "fsdp2") else 1)
-    of_teacher = averaged_parameters(args, parameters)
-    if config.teacher_offload:
-        of_teacher = shape.width * shape.vocabulary  # its head stays
+    teacher_bytes = {"ema": average, "frozen": 0 if args.lora_rank else each.weight, "current": 0}[config.teacher]
+    teacher_bytes = 0 if config.routing == "grpo" else teacher_bytes
+    # Offloaded, only its head stays
+    held = shape.width * shape.vocabulary if config.teacher_offload else averaged_parameters(args, parameters)
+    held /= processes if sharding in ("zero3", "fsdp2") else 1
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     tokens = config.per_device_train_batch_size * config.max_completion_length
     quantized = plan.in_4_bits(args.model, parameters, args.load_in_4bit)
@@ -274,7 +274,7 @@ def memory_parts(
     routed = 0.4 * rows * min(800, config.max_completion_length)
     return {
         **plan.model_bytes("policy", parameters, trained_parameters(args, parameters), each, pieces, quantized),
-        f"self-teacher, {config.teacher}": teacher * of_teacher,
+        f"self-teacher, {config.teacher}": teacher_bytes * held,
         "cached teacher hidden states, 40 % routed, mean length up to 800": hidden * routed,
         "one chunk of logits and its gradients": min(2 * 4 * tokens * shape.vocabulary, TILE_BYTES),
         **plan.generation_bytes(config, shape, each.weight),

@@ -55,7 +55,7 @@ class SRPOTrainer(GRPOTrainer):
 
     def __init__(self, model, reward_funcs=None, args: SRPOConfig | None = None, train_dataset=None, **kwargs):
         args = SRPOConfig() if args is None else args
-        checks.check_batch(args, train_dataset)
+        checks.check_inputs(args, train_dataset)
         if not (kwargs.get("rollout_func") or kwargs.get("environment_factory")):  # which may make columns
             for name, data in {"eval_dataset": kwargs.get("eval_dataset"), "train_dataset": train_dataset}.items():
                 checks.check_calls(reward_funcs, kwargs.get("processing_class"), data, name)
@@ -136,13 +136,12 @@ class SRPOTrainer(GRPOTrainer):
         return batch
 
     def _prepare_inputs(self, generation_batch):
-        """TRL's, but the micro-batches of a routed update are of like length instead of drawn: the same sum with less
-        padding."""
+        """TRL's, but micro-batches of a routed update are sorted by length, not drawn: the same sum, less padding."""
         if self.args.routing == "grpo" or not self.model.training:
             return super()._prepare_inputs(generation_batch)
         parts = self.args.steps_per_generation
         if self._step % parts == 0:
-            # Of the step before: their room is the next rollouts'
+            # Frees the memory of the step before for the next rollouts
             self._teacher_hidden, self._loss_sums = {}, 0
             self._buffered_inputs = length_sorted(self._generate_and_score_completions(generation_batch), parts)
         return self._buffered_inputs[self._step % parts]
@@ -151,7 +150,7 @@ class SRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _route(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Logs the routes; unless `routing="grpo"`, what the loss needs of the distilled rows of this rank."""
+        """Logs the routes. Returns what the routed loss needs beside the batch, nothing for `routing="grpo"`."""
         args, rewards, self.last_rollouts = self.args, self._rollouts["rewards"], {}
         if args.routing == "grpo" and not rewards.isfinite().all():
             return {}  # TRL leaves such a rollout out of its group, and it cannot be routed
@@ -244,8 +243,8 @@ class SRPOTrainer(GRPOTrainer):
             exact["loss"], exact["sums"] = self._routed_loss(student, inputs)
             return exact["loss"]
 
-        # The redirected forward passes by the autocast that accelerate puts around a model's own. FSDP rounds its
-        # arguments and result to bfloat16: inputs, exact loss and what is logged go past it in the closure
+        # The redirected forward bypasses the autocast that accelerate puts around a model's own. FSDP rounds its
+        # arguments and its result to bfloat16: inputs, exact loss and what is logged go past it in the closure
         with self.accelerator.autocast():
             loss = self._forward_redirection(model, unwrapped, routed, unwrapped).float()
         self._log_loss(exact["sums"])
@@ -300,13 +299,12 @@ class SRPOTrainer(GRPOTrainer):
         entropy = torch.zeros(len(hidden), device=hidden.device)
         if not rows and not self.teacher.sharded:  # a sharded head is gathered by all ranks or by none
             return hidden.new_zeros(0, dtype=torch.float32), entropy
-        args, teacher_hidden = self.args, [self._teacher_hidden[row] for row in rows]
-        teacher_hidden = torch.cat(teacher_hidden or [hidden.detach()])
-        settings = (self.temperature, args.distillation_topk, ALPHAS[args.divergence], args.tail)
-        with autocast(self.accelerator, self._teacher_head.weight.dtype):
-            divergence = chunked_divergence(
-                head, hidden, self._teacher_head, teacher_hidden, coefficients, *settings, entropy
-            )
+        args, teacher = self.args, self._teacher_head
+        teacher_hidden = torch.cat([self._teacher_hidden[row] for row in rows] or [hidden.detach()])  # else empty
+        options = {"temperature": self.temperature, "top_k": args.distillation_topk, "tail": args.tail}
+        options |= {"alpha": ALPHAS[args.divergence], "student_entropy": entropy}
+        with autocast(self.accelerator, teacher.weight.dtype):
+            divergence = chunked_divergence(head, hidden, teacher, teacher_hidden, coefficients, **options)
         return divergence, entropy
 
     # Checkpoints

@@ -26,9 +26,9 @@ IMAGE_COLUMNS = ("images", "image")
 SEARCH_SECONDS = 300  # for a row that cannot be read; the other ranks wait for at least 600
 
 
-def check_batch(args: VAOPDConfig, train_dataset, eval_dataset=None) -> None:
-    """Raises `ValueError` for another configuration, for data that cannot be read, and unless an optimizer step holds
-    whole groups of siblings and the data set fills it."""
+def check_inputs(args: VAOPDConfig, train_dataset, eval_dataset=None) -> None:
+    """Raises `ValueError` for another configuration class, for data that cannot be read, and unless an optimizer step
+    holds whole groups of siblings and the data set fills it."""
     if not isinstance(args, VAOPDConfig):
         raise ValueError(f"args must be a VAOPDConfig, got {type(args).__name__}; weighting='none' makes it plain OPD")
     if isinstance(train_dataset, dict):  # DatasetDict, what load_dataset gives without split=
@@ -135,8 +135,8 @@ def check_row(
     row: dict[str, Any],
     name: str = "row 0 of train_dataset",
 ) -> None:
-    """Raises `ValueError` where a row cannot be made into the student's input. Of the first row, as the others may be,
-    TRL would say so at the first step, when models and engine are loaded."""
+    """Raises `ValueError` where a row cannot be made into the student's input. TRL would fail only at the first step,
+    after all models and the engine have been loaded."""
     images = row.get("images") or ([] if row.get("image") is None else [row["image"]])
     try:
         if isinstance(row["prompt"], str) and images:
@@ -165,10 +165,10 @@ def _cause(error: Exception) -> str:
 
 @contextmanager
 def naming_rows(args: VAOPDConfig, processing_class, config: PretrainedConfig, rows: list[dict]) -> Iterator[None]:
-    """Where what is done inside with the `rows` of a step fails because of one of them, the error says of which."""
+    """If the code inside fails because of one of the `rows` of a step, raises `ValueError` that names the row."""
     try:
         yield
-    except torch.OutOfMemoryError:  # which no row explains, and reading all of them takes its time
+    except torch.OutOfMemoryError:  # no row explains it, and checking all of them takes time
         raise
     except Exception:
         for row in rows:
@@ -179,8 +179,8 @@ def naming_rows(args: VAOPDConfig, processing_class, config: PretrainedConfig, r
 
 @contextmanager
 def naming_unread_rows(dataset, name: str = "train_dataset") -> Iterator[None]:
-    """Where one of the rows that are loaded inside cannot be read, such as a broken image, the error says which, if it
-    is found within `SEARCH_SECONDS`."""
+    """If the code inside fails to load a row, such as one with a broken image, raises `ValueError` that names the row,
+    provided that it is found within `SEARCH_SECONDS`."""
     try:
         yield
     except RuntimeError:  # such as of a worker that was killed
@@ -218,8 +218,8 @@ def check_processor(processing_class, train_dataset) -> None:
 
 
 class FrozenCallback(TrainerCallback):
-    """Raises `ValueError` when training starts of a model of which no weight is trained: with gradient checkpointing
-    torch only warns, and every step would leave the model as it was."""
+    """Raises `ValueError` at the start of training if no weight is trainable: with gradient checkpointing torch only
+    warns, and no step would change the model."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not any(p.requires_grad for p in model.parameters()):
@@ -230,8 +230,8 @@ class FrozenCallback(TrainerCallback):
 
 
 class HalfPrecisionCallback(TrainerCallback):
-    """Warns when training starts of trained weights in half precision, in which most updates at a small learning rate
-    are rounded away. Not before: the adapters of a trainer that is built may still be made float32."""
+    """Warns at the start of training if trained weights are in half precision, which rounds away most updates at a
+    small learning rate. Not earlier: once a trainer is built, its adapters may still be made float32."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         dtypes = (torch.bfloat16, torch.float16)
@@ -422,11 +422,11 @@ def check_rollouts(completion_ids: list[list[int]], banned: set[int]) -> None:
             )
 
 
-def check_images(has_image: torch.Tensor) -> None:
-    """Raises `ValueError` if some rows of a batch, over all ranks, have an image and others have none; for shards.
+def check_all_or_none(has_image: torch.Tensor) -> None:
+    """Raises `ValueError` if some rows of a batch, over all ranks, have an image and others have none; for sharding.
 
     A rank without images has no gradients of the vision tower. DeepSpeed sums gradients in the order in which they
-    come, so they would be added to other weights' on the other ranks; under ZeRO-3 and FSDP all ranks would hang.
+    come, so other ranks would add them to those of other weights; under ZeRO-3 and FSDP all ranks would hang.
     """
     if has_image.any() and not has_image.all():
         raise ValueError(
@@ -436,8 +436,8 @@ def check_images(has_image: torch.Tensor) -> None:
 
 
 def check_images_kept(batch: dict[str, Any]) -> None:
-    """Raises `ValueError` where TRL has dropped the images of a batch, which it does without a word if some row with
-    images from tools has another number of image tokens than its images have features."""
+    """Raises `ValueError` where TRL has dropped the images of a batch. It does so silently if a row's number of image
+    tokens differs from the number of its images' features, which images from tools can cause."""
     if batch.get("num_images", ()) is None:
         raise ValueError(
             "TRL has dropped the images of a batch, because a prompt and its rollout have another number of image "
@@ -447,7 +447,7 @@ def check_images_kept(batch: dict[str, Any]) -> None:
 
 
 def sibling_fingerprints(batch: dict[str, Any], with_images: bool = True) -> torch.Tensor:
-    """Two integers a row, (B, 2), that are equal for rows with the same prompt and images, or the same prompt."""
+    """(B, 2) integers, equal in rows with the same prompt and (with `with_images`) the same images."""
     ids = batch["prompt_ids"] * batch["prompt_mask"]
     position = torch.arange(ids.size(1), 0, -1, device=ids.device)  # padding is on the left: count from the end
     pixels = split_pixel_values_by_grid(batch).get("pixel_values") if with_images else None

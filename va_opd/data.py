@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ from .images import MAX_PIXELS, MIN_PIXELS, check_readable, decoded
 
 # isort: split
 from common import verifiers
-from common.evaluation import Decoding, Engine, Prompt, json_options, load_engine, question_fingerprint
+from common.evaluation import Decoding, Prompt, question_fingerprint
+from common.evaluation.engines import build_engine
 from common.runs import append_jsonl, claim, exclusive, folders_of, read_jsonl, weights_of
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def load_rows(
         return {"prompt": _messages(template.replace("{problem}", row["problem"]), len(row["images"]), where)}
 
     dataset = dataset.map(messages, desc=f"prompts of {split}")
-    return dataset.with_transform(_budget_transform(min_pixels, max_pixels))
+    return dataset.with_transform(partial(_in_budget, min_pixels=min_pixels, max_pixels=max_pixels))
 
 
 def validation_ids(dataset: Dataset, size: int = 200, seed: int = 42) -> list[int]:
@@ -101,18 +103,16 @@ def validation_ids(dataset: Dataset, size: int = 200, seed: int = 42) -> list[in
     return sorted(random.Random(seed).sample(range(len(dataset)), size))
 
 
-def _budget_transform(min_pixels: int, max_pixels: int) -> Callable[[dict], dict]:
-    def transform(batch: dict) -> dict:
-        if "images" in batch:
-            batch["images"] = [
-                [decoded(image["bytes"], image["path"], min_pixels, max_pixels) for image in images]
-                for images in batch["images"]
-            ]
-        if "prompt" in batch:
-            batch["prompt"] = [[_without_nulls(message) for message in prompt] for prompt in batch["prompt"]]
-        return batch
-
-    return transform
+def _in_budget(batch: dict, min_pixels: int, max_pixels: int) -> dict:
+    """The rows that are read, with their images decoded and within the budget."""
+    if "images" in batch:
+        batch["images"] = [
+            [decoded(image["bytes"], image["path"], min_pixels, max_pixels) for image in images]
+            for images in batch["images"]
+        ]
+    if "prompt" in batch:
+        batch["prompt"] = [[_without_nulls(message) for message in prompt] for prompt in batch["prompt"]]
+    return batch
 
 
 def _without_nulls(message: dict) -> dict:
@@ -547,19 +547,6 @@ def first_answer_reward(completions, answer, **columns) -> list[float]:
     """
     rewards = verifiers.math_reward(completions, answer, which="first", whole=True, **columns)
     return [reward or 0.0 for reward in rewards]
-
-
-def build_engine(args: ScriptArguments, model: str, config: VAOPDConfig) -> Engine:
-    """The engine of `args.engine`, which generates with `model`, a hub id or a local folder; to be closed."""
-    return load_engine(
-        args.engine,
-        model,
-        args.eval_batch_size,
-        bf16=config.bf16,
-        device=config.device,
-        chat_template_kwargs=config.chat_template_kwargs,
-        options=json_options("engine_options", args.engine_options),
-    )
 
 
 def with_completions(rows: Dataset, responses: list[str]) -> Dataset:

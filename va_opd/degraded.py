@@ -42,8 +42,8 @@ def degraded_pixel_values(
     if "num_tiles" in batch and "spatial_shapes" not in batch:  # InternVL, whose processor sets this and not its part
         options["crop_to_patches"] = True
     # By row, as TRL gives the true ones: Idefics3 and SmolVLM put the tiles of a row into one tensor
-    each = iter(keys)
-    given = list(degraded.values()) if has_grids else [[degraded[next(each)] for _ in row] for row in images]
+    by_row = ([degraded[group, i] for i in range(len(row))] for group, row in zip(groups, images, strict=True))
+    given = list(degraded.values()) if has_grids else list(by_row)
     processed = image_processor(images=given, return_tensors="pt", **options)
     pixels, grid = processed["pixel_values"], processed.get("image_grid_thw")
     if has_grids:  # a patch belongs to an image, so siblings need no processing of their own
@@ -61,7 +61,7 @@ def degraded_pixel_values(
 
 
 def image_keys(images: list[list[Any]], groups: list[int]) -> list[tuple[int, int]]:
-    """Of each image the number of its prompt and its place in the row: the same for siblings."""
+    """(number of its prompt, place in its row) of each image, row by row: siblings have the same keys."""
     return [(group, i) for group, row in zip(groups, images, strict=True) for i in range(len(row))]
 
 
@@ -89,10 +89,10 @@ def degrade(image: Any, size: tuple[int, int] | None, ratio: float, resample: in
 
 
 def check_depth(image: Image.Image) -> None:
-    """Raises `ValueError` for an image of more than 8 bits, whose values above 255 processors make white."""
+    """Raises `ValueError` for an image of more than 8 bits: processors turn all values above 255 white."""
     deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
     if deep and (highest := image.getextrema()[1]) > 255:
         raise ValueError(
-            f"an image has mode {image.mode} and values up to {highest:g}, of which processors make white all above "
-            "255: scale it to 8 bits"
+            f"an image has mode {image.mode} and values up to {highest:g}, and processors turn all above 255 "
+            "white: scale it to 8 bits"
         )

@@ -31,7 +31,7 @@ def chunked_reverse_kl(
         coefficients: (N,) float32, at least 0.
         temperature: by which both models' logits are divided.
     """
-    # The largest is 1: what bfloat16 or float16 makes of the gradient of a tile would have few bits at 1e-5
+    # The largest becomes 1: the gradient of a tile is rounded to bfloat16 or float16, with few bits left at 1e-5
     scaled = coefficients / coefficients.max().clamp(min=torch.finfo(torch.float32).tiny)
     return _ReverseKL.apply(
         student_hidden,
@@ -50,7 +50,7 @@ class _ReverseKL(torch.autograd.Function):
     """`chunked_reverse_kl`. Arguments of the forward pass:
 
     hidden, weight, bias: the student's states (N, H), and its head (V, H) and (V,) or None: what may need a gradient.
-    student: the same head with its scale and soft cap, which autograd cannot see inside a tuple.
+    student: the same head with its scale and soft cap; autograd does not see tensors inside a tuple.
     teacher_hidden, teacher: the teacher's states (N, H_teacher) and head.
     coefficients: (N,) float32, the largest of them 1.
     temperature: by which logits are divided.
@@ -158,7 +158,7 @@ def reverse_kl_in_place(
 
 
 def _to_logits(products: torch.Tensor, head: LMHead, inv_t: float, with_slope: bool = False) -> float | torch.Tensor:
-    """In place; returns the slope, of capped logits if asked for."""
+    """Makes logits of products with a head, in place. Returns d logits / d products, for a soft cap only if asked."""
     if head.softcap is None:
         products.mul_(head.scale * inv_t)
         return head.scale * inv_t

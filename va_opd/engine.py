@@ -62,8 +62,7 @@ class VLLMRollouts:
 
 
 def in_rgb(image: Any) -> Any:
-    """A PIL image in RGB as processors make it, which drop alpha and do not look at EXIF: vLLM would lay it on white,
-    and turn it."""
+    """A PIL image in RGB as processors make it, without alpha and EXIF: vLLM would put it on white, and rotate it."""
     if not isinstance(image, Image.Image):
         return image
     image = image.convert("RGB")
@@ -90,7 +89,7 @@ def check_expanded(prompts: list[list[int]], expanded: list[list[int]]) -> None:
         if list(ours) != list(theirs):
             raise ValueError(
                 f"vLLM makes another prompt of text and images than the processor, of {len(theirs)} tokens where "
-                f"processing_class has {len(ours)}: it expands images of this family otherwise, or it has the image "
-                "limits of the processor in the student's folder, which yours must then be saved into; else set "
-                "use_vllm to false"
+                f"processing_class has {len(ours)}: save processing_class into the student's folder, where vLLM reads "
+                "its image limits; if that is done, vLLM expands images of this family differently: set use_vllm to "
+                "false"
             )

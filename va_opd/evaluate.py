@@ -39,6 +39,7 @@ from .trainer import VAOPDTrainer
 from common.answers import grade
 from common.cli import run_main, split_first
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
+from common.evaluation.engines import build_engine
 from common.runs import (
     append_jsonl,
     atomic_write_json,
@@ -52,7 +53,7 @@ from common.runs import (
 from common.stages import on_one_gpu
 from common.training import train_seconds
 
-from .data import build_engine, data_settings, digits_correct, fingerprint_of
+from .data import data_settings, digits_correct, fingerprint_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

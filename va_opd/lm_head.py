@@ -65,8 +65,7 @@ class LMHead(NamedTuple):
 
     def _slices(self) -> list[tuple[int, int]]:
         """(start, end) pieces of the vocabulary, so that no copy of a whole head is made in another dtype."""
-        edges = [*range(0, len(self.weight), VOCABULARY_TILE), len(self.weight)]
-        return list(pairwise(edges))
+        return list(pairwise([*range(0, len(self.weight), VOCABULARY_TILE), len(self.weight)]))
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:

@@ -31,7 +31,7 @@ def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
 
 
 def uniform_coefficients(mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Every response token of a rollout alike, as in Standard OPD (Eq. 1): weight / length, (B, T)."""
+    """The same coefficient for all tokens of a rollout, as in Standard OPD (Eq. 1): weight / length, (B, T)."""
     return weights[:, None] * mask / _checked_lengths(mask)[:, None]
 
 
@@ -285,6 +285,7 @@ def token_logps(
 
 
 def _logits(hidden, weight, bias, logit_scale, softcap) -> torch.Tensor:
+    """(R, V) float32 logits of (R, H) states, scaled and then capped."""
     with torch.autocast(hidden.device.type, enabled=False):
         if _wide_product(hidden, weight):
             logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)

@@ -207,9 +207,10 @@ class ServedTeacher:
         trainer, args = self.trainer, self.trainer.args
         processor = getattr(trainer.processing_class, "image_processor", None)
         resample, flat = getattr(processor, "resample", None), [image for row in images for image in row]
-        keys = image_keys(images, trainer._prompt_numbers(len(images), num_generations))
+        groups = trainer._prompt_numbers(len(images), num_generations)
+        keys, sizes = image_keys(images, groups), model_sizes(processor, batch, len(flat))
         urls: dict[tuple[int, int], tuple[str, str]] = {}
-        for key, image, size in zip(keys, flat, model_sizes(processor, batch, len(flat)), strict=True):
+        for key, image, size in zip(keys, flat, sizes, strict=True):
             if key in urls:
                 continue
             early = size if args.pixelate_at == "model" else None
@@ -218,8 +219,7 @@ class ServedTeacher:
             # A ratio of 1 brings an image to its size and leaves it as it is
             true, degraded = degrade(image, size, 1.0, resample), degrade(low, size, 1.0, resample)
             urls[key] = png_url(true), png_url(degraded)
-        each = iter(keys)
-        return [[urls[next(each)] for _ in row] for row in images]
+        return [[urls[group, i] for i in range(len(row))] for group, row in zip(groups, images, strict=True)]
 
     def _check_parity(
         self,

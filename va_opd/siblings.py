@@ -79,24 +79,24 @@ def trimmed_inputs(batch: dict[str, Any], multiple: int | None = None) -> tuple[
 
 
 def sibling_groups(num_rows: int, num_generations: int, rank: int = 0, num_ranks: int = 1) -> list[range]:
-    """The rows of a rank prompt by prompt, where every rank has `num_rows` rows of one sequence of groups of K.
+    """The rows of a rank by prompt. All ranks together have the groups of K siblings in order, `num_rows` rows each.
 
-    A group on two ranks has a part on each. Ranks with fewer groups repeat their last one, so that all of them make
-    equally many passes, which a sharded teacher needs.
+    A group that lies on two ranks has a part on each. Ranks with fewer groups repeat their last one, so that all ranks
+    make equally many forward passes, which a sharded teacher needs.
     """
 
-    def of(rank):
+    def groups_of(rank):
         firsts = [row for row in range(num_rows) if row == 0 or (rank * num_rows + row) % num_generations == 0]
         return [range(a, b) for a, b in pairwise([*firsts, num_rows])]
 
-    groups, most = of(rank), max(len(of(r)) for r in range(num_ranks))
+    groups, most = groups_of(rank), max(len(groups_of(r)) for r in range(num_ranks))
     return groups + [groups[-1]] * (most - len(groups))
 
 
 def cheapest_runs(lengths: list[int], pass_tokens: float, before: int = 0, most: float = math.inf) -> list[list[int]]:
-    """Indices of `lengths`, longest first, in the runs that together cost least: each run takes `pass_tokens`, and for
-    each of its rows the run's longest length. A run of several rows has at most `most` tokens, with `before` tokens
-    before each row."""
+    """Indices of `lengths`, the longest first, cut into the runs that together cost least. A run is one forward pass:
+    it costs `pass_tokens`, and for each of its rows the length of the longest. A run of several rows has `most` tokens
+    at most, `before` tokens before each row included."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     best: list[tuple[float, list[list[int]]]] = [(0.0, [])]  # of the first rows of `order`: cost and runs
     for end in range(1, len(order) + 1):
@@ -144,9 +144,9 @@ def sibling_hidden_states(
 ) -> list[torch.Tensor]:
     """For each view, hidden states (N, H) from which the tokens of `loss_mask` are predicted, without gradient.
 
-    A view is a batch whose rows have the same prompt and images; the views differ in pixels only. Prompts of all views
-    pass the model together, once; then rollouts of like lengths (see `cheapest_runs`), each in all views, without a
-    mask: there is no padding on the left, and what stands on the right of a token does not reach it.
+    A view is a batch whose rows have the same prompt and images; the views differ in pixels only. One pass reads the
+    prompt in all views; further passes read the rollouts, those of similar length together (see `cheapest_runs`), each
+    in all views. No attention mask is needed: there is no padding on the left, and attention is causal.
     """
     model, length = backbone(model), int(views[0]["prompt_mask"][0].sum())
     inputs = [_prompt_inputs(view) for view in views]

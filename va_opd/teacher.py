@@ -123,7 +123,7 @@ class Teacher:
         model = trainer.accelerator.unwrap_model(trainer.teacher_model)
         hidden: dict[range, tuple[torch.Tensor, ...]] = {}
         logps: list[dict[range, torch.Tensor]] = [{} for _ in views]
-        for rows in parts:  # a part that stands twice, for the sake of another rank, counts once
+        for rows in parts:  # one that is repeated, so that all ranks make as many passes, counts once
             part = [siblings.take_rows(view, list(rows)) for view in views]
             mask = siblings.loss_mask(part[0])
             states = trainer._forward_redirection(trainer.teacher_model, model, self._states, model, part, shared)

@@ -39,7 +39,7 @@ class VAOPDTrainer(DistillationTrainer):
     `prompt` (messages or text) and, for rows with images, `image` or `images`. With `args.teacher_server`,
     `teacher_model` may be None; else it is compared with the server before the first update. Raises `ValueError` for a
     batch that does not divide into groups of `num_generations`, an iterable dataset, a teacher with fewer vocabulary
-    rows than tokens, and a teacher given by its name with another tokenizer. Of a loaded one the tokens are not known.
+    rows than tokens, and a teacher given by its name with another tokenizer (a loaded teacher has none).
     """
 
     _tag_names: ClassVar = ["trl", "va-opd"]
@@ -62,7 +62,7 @@ class VAOPDTrainer(DistillationTrainer):
         processing_class=None,
         **kwargs,
     ):
-        checks.check_batch(args, train_dataset, eval_dataset)
+        checks.check_inputs(args, train_dataset, eval_dataset)
         checks.check_processor(processing_class, train_dataset)
         if train_dataset is not None:
             checks.check_row(args, processing_class, checks.config_of(model), train_dataset[0])
@@ -87,16 +87,8 @@ class VAOPDTrainer(DistillationTrainer):
         self.add_callback(WholeBatches(self))
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(checks.HalfPrecisionCallback())
-        if args.teacher_offload:  # TRL would put it on the device, where it may not fit beside the engine of rollouts
-            self.teacher_model = teacher_model
-        if teacher_model is not None:
-            self.teacher_model.eval()  # not chained: a DeepSpeed engine's eval() returns None
-            self.teacher_model.requires_grad_(False)
+        self._place_teacher(teacher_model)
         exact_frequencies(self.model, self.teacher_model)
-        if self.is_fsdp_enabled:
-            checks.check_fsdp(self.accelerator.state.fsdp_plugin)
-            if not args.teacher_offload:  # whole on every rank; TRL leaves it where it was loaded
-                self.teacher_model.to(self.accelerator.device)
         self.vocab_size = len(tokenizer)
         self.banned_ids = checks.banned_ids(processing_class, self.model.config)
         self.last_rollouts: dict[str, Any] = {}
@@ -107,6 +99,17 @@ class VAOPDTrainer(DistillationTrainer):
         seed_rollouts(self)
         if args.doctor_steps:
             self.add_callback(DoctorCallback(args.doctor_steps))
+
+    def _place_teacher(self, teacher_model: PreTrainedModel | None) -> None:
+        if self.args.teacher_offload:  # TRL would put it on the device, where it may not fit beside the rollout engine
+            self.teacher_model = teacher_model
+        if teacher_model is not None:
+            self.teacher_model.eval()  # not chained: a DeepSpeed engine's eval() returns None
+            self.teacher_model.requires_grad_(False)
+        if self.is_fsdp_enabled:
+            checks.check_fsdp(self.accelerator.state.fsdp_plugin)
+            if not self.args.teacher_offload:  # whole on every rank; TRL leaves it where it was loaded
+                self.teacher_model.to(self.accelerator.device)
 
     # Generation
 
@@ -153,12 +156,12 @@ class VAOPDTrainer(DistillationTrainer):
         return batch
 
     def _check_images(self, images: list[Any]) -> None:
-        """`checks.check_images` of what each row of this rank has, where weights or gradients are cut."""
+        """`checks.check_all_or_none` over the rows of all ranks, where weights or gradients are sharded."""
         sharded = is_deepspeed_zero3_enabled() or self.is_fsdp_enabled
         # ZeRO-2 shards gradients only, and there are none in evaluation
         if self.accelerator.num_processes > 1 and (sharded or (self.is_deepspeed_enabled and self.model.training)):
             has_image = torch.tensor([bool(of_row) for of_row in images], device=self.accelerator.device)
-            checks.check_images(self._gather(has_image))
+            checks.check_all_or_none(self._gather(has_image))
 
     @torch.no_grad()
     def _engine_gap(self, batch: dict[str, Any]) -> float:
@@ -178,13 +181,13 @@ class VAOPDTrainer(DistillationTrainer):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _prepare_inputs(self, generation_batch):
-        """TRL's, but micro-batches are of like length instead of drawn: the same sum with less padding."""
+        """TRL's, but micro-batches are sorted by length instead of drawn: the same sum, less padding."""
         with checks.naming_rows(self.args, self.processing_class, self.model.config, generation_batch):
             if not self.model.training:
                 return super()._prepare_inputs(generation_batch)
             parts = self.args.gradient_accumulation_steps
             if self._step % parts == 0:
-                # Of the step before: their room is the next rollouts'
+                # Frees the memory of the step before for the next rollouts
                 self._buffered_inputs = self._kl_sums = None
                 batch = self._generate_and_score_completions(generation_batch)
                 self._buffered_inputs = siblings.length_sorted(batch, parts)
@@ -193,8 +196,9 @@ class VAOPDTrainer(DistillationTrainer):
     # Phase 1: two teacher views, visual advantage, coefficients
 
     def _score(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What the loss needs beside the batch: the teacher's states as lists of B tensors, and of (B, T) the
-        coefficients and the tokens inside and outside the high-VA group; P in `num_items_in_batch`."""
+        """What the loss needs beside the batch: what `teacher.views` keeps, lists of B tensors; (B, T) coefficients,
+        and bool masks of the tokens inside and outside the high-VA groups; P as `num_items_in_batch`.
+        Names that end in `_all` have the rows of all ranks."""
         args, train = self.args, self.model.training
         num_generations, weighting = (args.num_generations, args.weighting) if train else (1, "none")
         mask = siblings.loss_mask(batch).long()
@@ -203,7 +207,7 @@ class VAOPDTrainer(DistillationTrainer):
         # A tool may return images to one of the siblings only
         checks.check_siblings(self._gather(checks.sibling_fingerprints(batch, not self.tools)), num_generations)
 
-        kept, logps, logps_degraded = self.teacher.views(batch, images, has_image, num_generations)
+        for_loss, logps, logps_degraded = self.teacher.views(batch, images, has_image, num_generations)
         logps, logps_degraded = (
             torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask.bool(), x) for x in (logps, logps_degraded)
         )
@@ -216,13 +220,13 @@ class VAOPDTrainer(DistillationTrainer):
             va_all,
             mask_all,
             num_generations,
-            weighting,
-            args.weight_temperature,
-            args.va_eps,
-            args.top_fraction,
-            args.high_weight,
-            ungrouped,
-            self._ties(),
+            weighting=weighting,
+            weight_temperature=args.weight_temperature,
+            eps=args.va_eps,
+            top_fraction=args.top_fraction,
+            high_weight=args.high_weight,
+            ungrouped=ungrouped,
+            generator=self._ties(),
         )
         # For the logs only, where a row without groups has neither high nor low tokens
         grouped = mask_all.bool() & ~ungrouped[:, None]
@@ -232,20 +236,20 @@ class VAOPDTrainer(DistillationTrainer):
             for name, value in figures.items():
                 self._record(name, value)
         start = len(mask) * self.accelerator.process_index
-        here, length = slice(start, start + len(mask)), mask.size(1)
+        own = slice(start, start + len(mask)), slice(mask.size(1))  # rows and columns of this rank
         self.last_rollouts = {
             "prompt_ids": batch["prompt_ids"],
             "completion_ids": batch["completion_ids"],
             "mask": mask,
             "va": va,
-            "weights": weights[here],
+            "weights": weights[own[0]],
             "images": images,
         }
         return {
-            **kept,
-            "coefficients": coefficients[here, :length],
-            "high_tokens": high[here, :length],
-            "low_tokens": (grouped & ~high)[here, :length],
+            **for_loss,
+            "coefficients": coefficients[own],
+            "high_tokens": high[own],
+            "low_tokens": (grouped & ~high)[own],
             "num_items_in_batch": torch.tensor(len(va_all) / num_generations, device=mask.device),
         }
 
@@ -270,10 +274,10 @@ class VAOPDTrainer(DistillationTrainer):
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         """Sum of coefficient * KL over the rows of a micro-batch, divided by the prompts of the step."""
-        # FSDP has rounded what it was given of these to bfloat16
+        # Not those of `inputs`: FSDP rounds what a forward is given to bfloat16
         inputs, num_prompts = {**inputs, "coefficients": self._coefficients}, self._num_prompts
         mask = siblings.loss_mask(inputs)
-        # The redirected forward, in which this runs, passes by the autocast that accelerate puts around a model's own
+        # The redirected forward, in which this runs, bypasses the autocast that accelerate puts around a model's own
         with self.accelerator.autocast():
             hidden = self._hidden_states(unwrapped_student, inputs)
             kl_N, entropy_N = self.teacher.divergence(unwrapped_student, hidden, inputs)
@@ -304,7 +308,7 @@ class VAOPDTrainer(DistillationTrainer):
         return without_padding(lm_head(model), model.config.get_text_config().vocab_size, self.vocab_size)
 
     def _prompt_numbers(self, num_rows: int, num_generations: int) -> list[int]:
-        """Of each row of this rank the number of its prompt over all ranks."""
+        """The number of each row's prompt, counted over all ranks, for the rows of this rank."""
         start = num_rows * self.accelerator.process_index
         return [row // num_generations for row in range(start, start + num_rows)]
 
@@ -323,10 +327,9 @@ class VAOPDTrainer(DistillationTrainer):
         values.append(values.pop() + value if add else value)
 
     def _measures_null(self) -> bool:
-        """True once, at the first training batch: of an evaluation before, the doctor would not see the figure."""
+        """True once, at the first training batch: the doctor would not see the figure of an evaluation before it."""
         due = self._null_is_due and self.model.training
-        if due:
-            self._null_is_due = False
+        self._null_is_due &= not due
         return due
 
     @contextmanager

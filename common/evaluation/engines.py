@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 # Of vllm.LLM: how an engine fits its machine; an evaluation goes on with another value
 MACHINE_OPTIONS = {
-    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"),
-    *("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "max_num_seqs", "max_num_batched_tokens"),
-    *("enforce_eager", "enable_prefix_caching", "enable_chunked_prefill", "compilation_config", "download_dir"),
-    *("seed", "disable_log_stats", "load_format", "trust_remote_code"),
-}
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend",
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "max_num_seqs", "max_num_batched_tokens",
+    "enforce_eager", "enable_prefix_caching", "enable_chunked_prefill", "compilation_config", "download_dir",
+    "seed", "disable_log_stats", "load_format", "trust_remote_code",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,19 @@ def load_engine(
     return engine
 
 
+def build_engine(args: Any, model: str, config: Any) -> "VLLMEngine | TransformersEngine":
+    """`load_engine` by the settings of a method, its `ScriptArguments` and its TRL configuration; to be closed."""
+    return load_engine(
+        args.engine,
+        model,
+        args.eval_batch_size,
+        bf16=config.bf16,
+        device=config.device,
+        chat_template_kwargs=config.chat_template_kwargs,
+        options=json_options("engine_options", args.engine_options),
+    )
+
+
 class VLLMEngine:
     """Generates with vLLM's offline engine; needs the extra `vllm`. Each prompt has its own seed.
 
@@ -155,8 +168,8 @@ class VLLMEngine:
                 f"vLLM does not start {model} with engine_options={engine_options}: {_reason(error)}; change them, or "
                 "use the engine transformers"
             ) from error
-        self.template_options, self.said = chat_template_kwargs or {}, "max_model_len" in engine_options
-        self.options = deciding_options(engine_options)
+        self.template_options, self.options = chat_template_kwargs or {}, deciding_options(engine_options)
+        self.warns_of_cuts = "max_model_len" not in engine_options  # else the user has chosen where to cut
         config, processor = self.llm.model_config, load_processor(model)
         self.stops = stop_ids(config.try_get_generation_config().get("eos_token_id"), self.llm.get_tokenizer())
         # The lowest bias that vLLM takes; a list of all other tokens would go with every request
@@ -206,17 +219,17 @@ class VLLMEngine:
             Completion(out.outputs[0].text, len(out.outputs[0].token_ids), out.outputs[0].finish_reason)
             for out in outputs
         ]
-        self._say_what_memory_cuts(completions, decoding.max_new_tokens)
+        self._warn_of_cuts(completions, decoding.max_new_tokens)
         return completions
 
-    def _say_what_memory_cuts(self, completions: list[Completion], limit: int) -> None:
-        """Warns once, since vLLM cuts what does not fit without a word."""
+    def _warn_of_cuts(self, completions: list[Completion], limit: int) -> None:
+        """Warns once: vLLM cuts a response that does not fit into its memory without a word."""
         config = self.llm.model_config
         own = getattr(config.hf_text_config, "max_position_embeddings", 0)
-        if self.said or config.max_model_len >= own:
+        if not self.warns_of_cuts or config.max_model_len >= own:
             return
         if cut := _cut_short(completions, limit):
-            self.said = True
+            self.warns_of_cuts = False
             print(
                 f"{self.name}: {cut} responses were cut short of {limit} tokens, since the GPU's memory holds prompts "
                 f"and responses of {config.max_model_len}: raise gpu_memory_utilization in engine_options and "
@@ -343,7 +356,7 @@ class ServerEngine:
             self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
         except Exception as error:  # of the HTTP library, which is not ours to name
             raise ValueError(f"server {base_url!r} is no address ({error}): write http://HOST:PORT/v1") from error
-        self.base_url, self.model, self.workers, self.said = base_url, model, workers, False
+        self.base_url, self.model, self.workers, self.warns_of_cuts = base_url, model, workers, True
         self.name = model
         self.template_options = chat_template_kwargs or {}
         self.stops = list(stop_token_ids)
@@ -365,8 +378,9 @@ class ServerEngine:
             Completion("", 0, "refused") if no else None if isinstance(result, Exception) else result
             for result, no in zip(results, refused, strict=True)
         ]
-        if (cut := _cut_short(completions, decoding.max_new_tokens)) and not self.said:  # vLLM takes what has room
-            self.said = True
+        # vLLM takes a prompt that leaves less room for the answer than was asked for
+        if self.warns_of_cuts and (cut := _cut_short(completions, decoding.max_new_tokens)):
+            self.warns_of_cuts = False
             print(
                 f"{self.name}: {cut} responses were cut short of {decoding.max_new_tokens} tokens by the server at "
                 f"{self.base_url}: serve it with a longer context and evaluate into another folder: records stay",

@@ -198,11 +198,11 @@ def test_budgets_leave_out_what_came_later():
 
 def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
     args, settings = train.parse(["--config", str(config)])
-    assert evaluate.build_engine(args.model, args, settings).batch_size == 100
+    assert evaluate.build_engine(args, args.model, settings).batch_size == 100
     given = {}
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load_engine", lambda *names, **options: given.update(options, names=names))
-        evaluate.build_engine("other", args, settings)
+        patch.setattr(engines, "load_engine", lambda *names, **options: given.update(options, names=names))
+        evaluate.build_engine(args, "other", settings)
     options = {"chat_template_kwargs": {"enable_thinking": False}, "options": {}}
     expected = {"names": ("transformers", "other", 100), "bf16": False, "device": settings.device}
     assert given == {**expected, **options}
@@ -210,7 +210,7 @@ def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
     monkeypatch.setattr(engines, "VLLMEngine", lambda *names, **options: made.append(options))
     fields = ["--config", str(config), "--engine", "vllm", "--engine_options"]
     args, settings = train.parse([*fields, '{"tensor_parallel_size": 2}'])
-    evaluate.build_engine(args.model, args, settings)
+    evaluate.build_engine(args, args.model, settings)
     assert made[0].items() >= {"tensor_parallel_size": 2}.items()
     plan = loop.plan(fields, args, settings, ["srpo"], ["additions"], ["0"], [])
     assert not any(isinstance(stage, stages.OneGPUEach) for stage in plan)

@@ -240,7 +240,7 @@ def test_visual_advantage_is_of_the_adapter_that_is_evaluated(config, tiny_model
     rows = train.load_splits_of(args)["validation"]
     evaluate.score_visual_advantage(str(adapter), args, settings, rows, tmp_path / "eval")
     assert json.loads((tmp_path / "eval/va.json").read_text())["tokens"] > 0
-    evaluated = data.build_engine(args, str(adapter), settings).model.state_dict()
+    evaluated = evaluate.build_engine(args, str(adapter), settings).model.state_dict()
     assert any("lora_B" in name for name in evaluated)
     scored = trainers[0].model.state_dict()
     assert scored.keys() == evaluated.keys()
@@ -281,14 +281,14 @@ def test_a_local_teacher_needs_no_server_in_evaluation(config):
 def test_the_engine_is_where_the_trainer_would_be(config, monkeypatch):
     args, settings = train.parse(["--config", str(config), "--eval_batch_size", "3"])
     monkeypatch.setattr(type(settings), "device", torch.device("meta"), raising=False)
-    engine = data.build_engine(args, args.model, settings)
+    engine = evaluate.build_engine(args, args.model, settings)
     assert engine.model.device.type == "meta" and engine.batch_size == 3
 
 
 def test_prompts_are_rendered_as_in_training(config):
     options = ["--chat_template_kwargs", '{"enable_thinking": false}']
     args, settings = train.parse(["--config", str(config), *options])
-    engine = data.build_engine(args, args.model, settings)
+    engine = evaluate.build_engine(args, args.model, settings)
     assert engine.template_options == {"enable_thinking": False}
     rows = train.load_validation_of(args)
     for found in (evaluate.settings_of("base", args, settings, rows), data.teacher_settings(args, settings, rows)):
@@ -311,7 +311,7 @@ def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
     monkeypatch.setattr(engines, "VLLMEngine", lambda *names, **options: made.append(options))
     fields = ["--config", str(config), "--engine", "vllm", "--engine_options"]
     args, settings = train.parse([*fields, '{"tensor_parallel_size": 2}'])
-    data.build_engine(args, args.model, settings)
+    evaluate.build_engine(args, args.model, settings)
     assert made[0].items() >= {"tensor_parallel_size": 2}.items()
     assert not any(isinstance(stage, stages.OneGPUEach) for stage in loop.plan(fields, args, ["opd"], ["0"], []))
     assert train.main([*fields, "2", "--dry_run", "true"]) == 2
