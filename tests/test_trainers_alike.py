@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-import importlib
+import importlib.util
 import inspect
 import math
 import random
@@ -19,6 +19,23 @@ from transformers import TrainerCallback
 from trl.trainer.utils import is_async_callable
 
 METHODS = ("va_opd", "srpo", "r_diverse")
+# A method's folder has to work alone, so these stand in several
+COPIES = {
+    "_trl": ("EpochSampler", "WholeBatches", "seed_rollouts"),
+    "checks": ("check_calls", "_check_reward", "_lacks_template", "watch_rewards", "_watched", "check_rewards")
+    + ("check_tokens", "_is_said"),
+    "divergence": ("tile_rows",),
+    "lm_head": ("lm_head", "logit_scale"),
+    "rope": ("exact_frequencies",),
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in COPIES.items() for name in names])
+def test_what_is_copied_is_mended_everywhere(module, name):
+    found = [m for m in METHODS if importlib.util.find_spec(f"{m}.{module}")]
+    found = [vars(importlib.import_module(f"{m}.{module}")).get(name) for m in found]
+    copies = [inspect.getsource(copy) for copy in found if copy is not None]
+    assert len(copies) > 1 and len(set(copies)) == 1
 
 
 def loader(method: str, epoch: list[int], processes: int, rank: int):
