@@ -22,8 +22,16 @@ METHODS = ("va_opd", "srpo", "r_diverse")
 # A method's folder has to work alone, so these stand in several
 COPIES = {
     "_trl": ("EpochSampler", "WholeBatches", "seed_rollouts"),
-    "checks": ("check_calls", "_check_reward", "_lacks_template", "watch_rewards", "_watched", "check_rewards")
-    + ("check_tokens", "_is_said"),
+    "checks": (
+        "_check_reward",
+        "_is_said",
+        "_lacks_template",
+        "_watched",
+        "check_calls",
+        "check_rewards",
+        "check_tokens",
+        "watch_rewards",
+    ),
     "divergence": ("tile_rows",),
     "lm_head": ("lm_head", "logit_scale"),
     "rope": ("exact_frequencies",),
