@@ -150,7 +150,7 @@ _pool = _Pool(_default_limit())
 
 def at_least(workers: int | None) -> int:
     """Allow that many workers (None: the default limit) and return the number."""
-    count = max(1, workers or _default_limit())
+    count = workers or _default_limit()
     _pool.raise_limit(count)
     return count
 

@@ -147,10 +147,12 @@ def grade_many(
 
     `workers` defaults to the number of cores, at most 8. `timeout` is for each pair, counted from when a worker takes
     it; equal pairs are checked once. A response or gold answer that is None counts as an empty one. A progress bar
-    shows after five seconds. Raises `ValueError` for sequences of unequal length.
+    shows after five seconds. Raises `ValueError` for sequences of unequal length, and for less than one worker.
     """
     if len(responses) != len(golds):
         raise ValueError(f"{len(responses)} responses but {len(golds)} gold answers")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} must be 1 or more: leave it out for one a core, at most 8")
     verdicts: list[Verdict | None] = []
     pending: dict[_Request, list[int]] = {}
     for i, (response, gold) in enumerate(

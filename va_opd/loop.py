@@ -119,10 +119,12 @@ def plan(
         evaluations if several else OneGPUEach(evaluations),
         [("report", [*python, "benchmarks.va_opd", *fields, "--seed", seeds[0]])],
     ]
-    if args.dataset == "digits":
-        readers = {"teacher": args.teacher, "base": args.model}
-        stages.insert(0, [(f"make-{name}", [*python, "va_opd.data", name, path]) for name, path in readers.items()])
-    return stages
+    makers = [
+        (f"make-{name}", [*python, "va_opd.data", name, path])
+        for name, path in (("teacher", args.teacher), ("base", args.model))
+        if Path(path).parts[-3:] == ("tiny", "models", name)  # none under another model's name
+    ]
+    return [makers, *stages] if makers else stages
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The worker processes of `common.answers`: kills, order, speed, threads, forks, signals."""
 
 import asyncio
+import json
 import multiprocessing
 import os
 import signal
@@ -9,8 +10,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +54,80 @@ def test_workers_are_reused_and_replaced_after_a_kill():
     assert workers() != before
     assert grade_many(*zip(needs_algebra(3), strict=True), timeout=30) == [Verdict.NO_ANSWER]
     assert boxed_many(3) == [Verdict.CORRECT]
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_worker_that_dies_before_it_reads_a_pair_costs_no_verdict(monkeypatch, ready):
+    """While it starts, or just after."""
+    killed, wait_ready = [], _worker._Worker.wait_ready
+
+    def dies(worker, deadline):
+        if ready:
+            wait_ready(worker, deadline)
+        if not killed:
+            killed.append(worker)
+            worker.process.kill()
+            worker.process.wait()
+        wait_ready(worker, deadline)
+
+    monkeypatch.setattr(_worker, "_pool", pool := _worker._Pool(1))
+    monkeypatch.setattr(_worker._Worker, "wait_ready", dies)
+    assert boxed_many(20 + ready) == [Verdict.CORRECT]
+    (left,) = pool.workers
+    assert left not in killed
+    pool.drop(left)
+
+
+def test_a_late_pair_leaves_a_worker_that_starts_alone(monkeypatch):
+    """Replaced each time, none would ever be ready on a machine under load."""
+    monkeypatch.setattr(_worker, "_pool", pool := _worker._Pool(1))
+    starting = pool.take(time.monotonic() + 60)
+    pool.give_back(starting)
+    assert not same_answer(*needs_algebra(23), timeout=0.2)
+    assert pool.workers == {starting} and not starting.ready
+    pool.drop(starting)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_clock_starts_with_the_call_or_with_a_ready_worker(waits):
+    asked = []
+    worker = SimpleNamespace(wait_ready=lambda deadline: None, ask=lambda *given: asked.append(given))
+    call = time.monotonic() - 100  # with 60 seconds for the pair
+    _worker._ask_worker(SimpleNamespace(give_back=lambda worker: None), worker, {}, call + 60, 60 if waits else None)
+    ((request, deadline),) = asked
+    assert (request["seconds"] > 0, deadline > call + 100) == (waits, waits)
+
+
+def test_a_package_that_the_workers_lack_is_named(monkeypatch):
+    monkeypatch.setattr(_worker, "_pool", pool := _worker._Pool(1))
+    monkeypatch.setattr(_worker, "_BOOT", "import sys; sys.modules['sympy'] = None; " + _worker._BOOT)
+    with pytest.raises(ImportError, match=r"sympy.* Checking answers needs it: pip install latex2sympy2-extended"):
+        same_answer(*needs_algebra(22), timeout=60)
+    assert not pool.workers
+
+
+@pytest.mark.parametrize("event", ["raise_limit", "give_back", "replace", "drop"])
+def test_who_waits_for_a_worker_has_the_next_at_once(monkeypatch, event):
+    class Worker:
+        process = SimpleNamespace(poll=lambda: None)
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(_worker, "_Worker", Worker)
+    pool = _worker._Pool(1)
+    first = pool.take(time.monotonic() + 20)
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(pool.take, time.monotonic() + 20)
+        time.sleep(0.1)
+        getattr(pool, event)(2 if event == "raise_limit" else first)
+        assert (waiting.result() is first) == (event == "give_back")
+
+
+@pytest.mark.parametrize(("cores", "limit"), [(3, 3), (64, 8)])
+def test_there_is_a_worker_for_each_core_up_to_eight(monkeypatch, cores, limit):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    assert _worker._default_limit() == limit
 
 
 def boxed_many(i):
@@ -112,6 +189,76 @@ def test_a_worker_has_a_limit_of_memory():
     assert done.returncode == 1 and done.stderr.endswith("MemoryError\n")
 
 
+WORKER = """
+import signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from common import _algebra, _worker
+class Algebra:
+    def equal(self, p, g):
+        {work}
+        return True
+_algebra.Algebra = Algebra
+{before}
+_worker.main()
+"""
+
+
+@contextmanager
+def worker(work, before=""):
+    """A ready worker, started after `before`, whose algebra does `work` with a pair."""
+    command = [sys.executable, "-P", "-c", WORKER.format(work=work, before=before), str(ROOT)]
+    with subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"{}\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def request_of(seconds):
+    prediction, gold = needs_algebra(1)
+    request = {"p": prediction, "g": gold, "policy": asdict(Policy()), "seconds": seconds}
+    return json.dumps(request).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "before", ["signal(signal.SIGALRM, signal.SIG_IGN)", "pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])"]
+)
+def test_a_worker_ends_at_its_limit_whatever_signals_its_parent_ignores_or_blocks(before):
+    with worker("time.sleep(60)", f"signal.{before}") as process:
+        process.stdin.write(request_of(0.1))
+        assert process.wait(30) == -signal.SIGALRM
+
+
+def test_a_worker_heeds_no_ctrl_c_and_replies_with_nothing_else():
+    """A terminal sends Ctrl-C to it too; libraries print; and a request may come in pieces."""
+    signals = (signal.SIGINT, signal.SIGHUP)
+    heeded = f"[signal.signal(n, signal.SIG_DFL) for n in {tuple(map(int, signals))}]"  # in scripts they may not be
+    with worker("print('so said a library', flush=True)", heeded) as process:
+        for number in signals:
+            process.send_signal(number)
+        request = request_of(60)
+        for part in (request[:50], request[50:]):
+            process.stdin.write(part)
+            time.sleep(0.1)
+        assert json.loads(process.stdout.readline())["outcome"][0] is True
+
+
+def test_the_limits_of_a_pair_are_beyond_what_its_worker_has_used_and_end_with_it():
+    code = f"""
+import resource, sys, types
+sys.path.insert(0, {str(ROOT)!r})
+from common import _worker
+from signal import ITIMER_REAL, getitimer
+resource.getrusage = lambda whom: types.SimpleNamespace(ru_utime=100.0, ru_stime=20.0)
+with _worker._limits(3.0):
+    print(resource.getrlimit(resource.RLIMIT_CPU)[0], getitimer(ITIMER_REAL)[0] > 3)
+print(getitimer(ITIMER_REAL)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.PIPE, capture_output=True, text=True)
+    assert done.stdout == "125 True\n0.0\n"
+
+
 def test_ctrl_c_leaves_no_worker_with_a_reply_for_the_next_pair():
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -150,6 +297,9 @@ def test_grade_many_keeps_order_among_hostile_rows():
     assert grade_many(*zip(*rows, strict=True), workers=2, timeout=2.0) == expected
     with pytest.raises(ValueError, match="1 responses but 2"):
         grade_many(["5"], ["5", "6"])
+    for number in (0, -1):
+        with pytest.raises(ValueError, match=f"workers={number} must be 1 or more: leave it out"):
+            grade_many(["5"], ["5"], workers=number)
 
 
 def test_grade_many_of_a_training_step_is_fast():
@@ -241,24 +391,37 @@ def test_started_processes(method):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-@pytest.mark.parametrize("busy", [False, True])
-def test_workers_end_with_the_process(busy):
+@pytest.mark.parametrize("kind", ["idle", "busy", "held by a sibling"])
+def test_workers_end_with_the_process(kind):
+    """Also where a process that was forked past Python holds their pipes open."""
     code = f"""
-import os, threading, time
+import ctypes, os, threading, time
 from common import _worker, answers
 assert answers.same_answer({needs_algebra(15)[0]!r}, {needs_algebra(15)[1]!r}, timeout=60)
-if {busy}:
+sibling = 0
+if {kind!r} == "busy":
     threading.Thread(target=answers.same_answer, args=({has_no_end(12)!r}, "5"), kwargs={{"timeout": 60}}).start()
     time.sleep(0.5)
-print(*[worker.process.pid for worker in _worker._pool.workers], flush=True)
+if {kind!r} == "held by a sibling" and (sibling := ctypes.PyDLL(None).fork()) == 0:
+    os.closerange(1, 3)
+    time.sleep(60)
+    os._exit(0)
+print(sibling, *[worker.process.pid for worker in _worker._pool.workers], flush=True)
 os.kill(os.getpid(), 9)
 """
-    pids = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout.split()
-    deadline = time.monotonic() + 5
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert pids
-    assert not any(map(is_running, pids))
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True).stdout
+    sibling, *pids = map(int, out.split())
+    try:
+        deadline = time.monotonic() + 10
+        while any(map(is_running, pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert pids
+        assert not any(map(is_running, pids))
+        assert not sibling or is_running(sibling)
+    finally:
+        if sibling:
+            with suppress(ProcessLookupError):
+                os.kill(sibling, signal.SIGKILL)
 
 
 def is_running(pid):

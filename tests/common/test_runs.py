@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,12 +123,14 @@ def test_a_finished_run_with_more_to_do_is_running_again(tmp_path):
     [(ValueError("boom"), "failed"), (KeyboardInterrupt(), "interrupted"), (SystemExit(), "interrupted")],
 )
 def test_how_a_run_ended_is_recorded(tmp_path, error, state):
-    with pytest.raises(type(error)), opened(tmp_path):
+    with pytest.raises(type(error)) as raised, opened(tmp_path):
         raise error
+    assert raised.value.__notes__ == [f"in {tmp_path}"]
     assert json.loads((tmp_path / "manifest.json").read_text())["state"] == state
     again = opened(tmp_path)
     assert not again.is_done
     assert json.loads((tmp_path / "manifest.json").read_text())["ended"] is None
+    assert len(opened(tmp_path).manifest["resumed"]) == 2
     again.finish()
     assert "error" not in json.loads((tmp_path / "manifest.json").read_text())  # a finished run has none
 
@@ -165,7 +168,8 @@ def test_a_setting_turned_off_is_not_its_default(tmp_path):
 def test_a_folder_of_older_code_is_compared_by_what_both_record(tmp_path):
     opened(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "format"}))
+    old = {name: value for name, value in manifest.items() if name not in ("format", "weights")}
+    (tmp_path / "manifest.json").write_text(json.dumps(old))
     assert opened(tmp_path, top_k=None, gpus=8).manifest["resumed"]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == CONFIG  # as it was begun
     with pytest.raises(RunFolderError, match="learning_rate="):
@@ -398,9 +402,29 @@ def test_what_may_change_today_an_older_version_has_recorded(tmp_path):
         RunFolder.open(tmp_path / "run", {**new, "solver": {"steps": 8}}, data={}, seed=0, free=free)
 
 
-def test_infinity_is_logged_as_null_too(tmp_path):
-    runs.append_jsonl(tmp_path / "metrics.jsonl", {"grad_norm": math.inf, "reward": -math.inf})  # JSON has neither
-    assert runs.read_jsonl(tmp_path / "metrics.jsonl") == [{"grad_norm": None, "reward": None}]
+def test_infinity_is_logged_as_null_too_and_a_path_as_text(tmp_path):
+    record = {"grad_norm": math.inf, "reward": -math.inf, "image": tmp_path / "a.png"}  # JSON has none of these
+    runs.append_jsonl(tmp_path / "metrics.jsonl", record)
+    (written,) = runs.read_jsonl(tmp_path / "metrics.jsonl")
+    assert written == {"grad_norm": None, "reward": None, "image": f"{tmp_path}/a.png"}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_run_records_the_revision_and_whether_the_code_is_changed(tmp_path, monkeypatch):
+    """A copy without git, such as of an archive, runs too."""
+    code = tmp_path / "code"
+    code.mkdir()
+    monkeypatch.setattr(runs, "__file__", str(code / "runs.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert opened(tmp_path / "none").manifest["git"] is None
+    (code / "a.py").write_text("1")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "a.py"), (*who, "commit", "-qm", "a")):
+        subprocess.run(["git", "-C", str(code), *words], check=True)
+    clean = opened(tmp_path / "clean").manifest["git"]
+    (code / "a.py").write_text("2")
+    assert len(clean["revision"]) == 40 and not clean["dirty"]
+    assert opened(tmp_path / "changed").manifest["git"] == {**clean, "dirty": True}
 
 
 def test_a_file_can_be_read_by_others(tmp_path):

@@ -252,13 +252,18 @@ def test_the_base_is_asked_once_by_the_runs_of_a_seed(base, tmp_path, monkeypatc
     assert not (second / ".known").exists()
     done = [json.loads((folder / "DONE.json").read_text()) for folder in (first, second)]
     assert done[0]["counts"] == done[1]["counts"]
-    # Other questions, another base: asked anew
+    players[0]._evaluate(1, str(base))  # a Solver's answers are its own
+    assert asked.pop() == "iteration_1"
+    # One that has begun, other questions, another base: asked anew
+    players[0].root = run_path(other.run).with_name("no_replay-seed0")
+    (players[0].root / "iteration_0/evaluate/arithmetic").mkdir(parents=True)
+    players[0]._evaluate(0, str(base))
     players[1].root = run_path(other.run).with_name("no_sam-seed0")
     players[1]._evaluate(0, str(base))
     players[1].base, players[1]._models = players[0].base, players[0]._models
     players[1].root = run_path(other.run).with_name("no_code-seed0")
     players[1]._evaluate(0, str(base))
-    assert asked == ["iteration_0", "iteration_0"]
+    assert asked == ["iteration_0"] * 3
 
 
 def test_too_few_questions_end_with_a_message(base, tmp_path, capsys):

