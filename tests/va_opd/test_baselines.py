@@ -87,7 +87,7 @@ def test_responses_are_sampled_by_a_process_of_its_own(config, capsys, monkeypat
     assert len(made) == 1
     args, _ = train.parse(["--config", str(config)])
     stages = loop.plan(["--config", str(config)], args, ["opd", "kd", "sft"], ["0", "1"], ["launch"])
-    sampled = [command for name, command in stages[1] if name.startswith("teacher-seed")]
+    sampled = [command for name, command in stages[0] if name.startswith("teacher-seed")]
     assert [command[command.index("--seed") + 1] for command in sampled] == ["0", "1"]
     assert all("launch" not in command and "--sample_only" in command for command in sampled)
     for variant, samples in (("opd", False), ("sft", True), ("kd", True)):
