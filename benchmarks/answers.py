@@ -9,10 +9,10 @@ Ours, math-verify and MathRuler check the same pairs in one run on one core. A f
 `nomarker` are left out. Without --data the pairs are those of our tests, written by the authors of our checker: name a
 file of your own for a fair comparison.
 
-Each checker runs in a process of its own that is killed after --limit seconds and started again, once for each repeat,
-so that each pair is new to it. Checks a second count the pairs that every checker finished. "Late" are the pairs
-beyond the limit; the answers in LARGE are only measured for that. MathRuler evaluates the text of predictions as
-Python code: give it no file that you do not trust. Writes benchmarks/results/answers.json.
+Each checker runs in a process of its own, a new one for each repeat, so that each pair is new to it; a pair that takes
+more than --limit seconds ends it, and another one is started. Checks per second count the pairs that every checker
+finished. "Late" are the pairs beyond the limit; the answers in LARGE are only measured for that. MathRuler evaluates
+predictions as Python code: give it no file that you do not trust. Writes benchmarks/results/answers.json.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def batch_pairs(count: int, characters: int = 800) -> list[Pair]:
-    """`count` responses as a training step has them, none seen before, three in four right."""
+    """`count` responses as in a training step: none seen before, three in four right."""
     kinds = (
         ("{i}", "{i}"), (r"\frac{{{i}}}{{7}}", r"{i}/7"), ("x^2+{i}x", "x(x+{i})"), ("({i}, 2)", "({i},2)"),
         (r"{i}\sqrt{{2}}", r"\sqrt{{2}} \cdot {i}"), (r"\$1,{i:03d}.50", "1{i:03d}.5"), ("[0, {i})", "[0,{i})"),
@@ -148,7 +148,7 @@ def ours() -> Callable[[Pair], bool]:
 
 
 def math_verify() -> Callable[[Pair], bool]:
-    r"""As its users call it: gold answers in a box, and letters read as choices where the gold answer is one."""
+    r"""As its users call it: gold answers in a box, and letters read as choices if the gold answer is one."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse, verify
 
     usual = (LatexExtractionConfig(), ExprExtractionConfig())
@@ -223,7 +223,7 @@ class Checker:
 
 
 def measure(pairs: list[Pair], names: list[str], repeats: int, limit: float) -> dict[str, Any]:
-    """Scores and checks a second for each checker; the repeats take turns, so that all see the same machine."""
+    """Scores and checks per second of each checker; they take turns in each repeat, so that all see one machine."""
     answers: dict[str, list[list]] = {name: [] for name in names}
     for repeat in range(repeats):
         for name in names:
@@ -243,12 +243,12 @@ def measure(pairs: list[Pair], names: list[str], repeats: int, limit: float) -> 
 
 
 def kinds_of(pairs: list[Pair]) -> list[str]:
-    """The most frequent first."""
+    """Kinds of the pairs, the most frequent first."""
     return [kind for kind, _ in Counter(pair.kind for pair in pairs).most_common()]
 
 
 def scores(pairs: list[Pair], answers: list[tuple[bool, float] | None]) -> dict[str, Any]:
-    """A late answer is not right: it earns nothing in training either."""
+    """Accuracy, false positives and negatives, late answers. A late one counts as wrong, as it would in training."""
     right = [answer is not None and answer[0] for answer in answers]
     false_positives = [pair for pair, got in zip(pairs, right, strict=True) if got and not pair.expected]
     false_negatives = [pair for pair, got in zip(pairs, right, strict=True) if pair.expected and not got]
@@ -265,7 +265,7 @@ def rate(runs: list[list[tuple[bool, float]]], rows: list[int]) -> float:
 
 
 def measure_large(names: list[str], limit: float) -> dict[str, Any]:
-    """Answers whose work has no end, against a formula: several checkers compare numbers by their text first."""
+    """Late checks of answers with endless work. Gold is a formula, since some checkers compare numbers as text."""
     result = {}
     for name in names:
         with Checker(name, limit) as checker:
@@ -276,7 +276,7 @@ def measure_large(names: list[str], limit: float) -> dict[str, Any]:
 
 
 def measure_batch(names: list[str], repeats: int, limit: float, size: tuple[int, ...]) -> dict[str, Any]:
-    """Seconds for the responses `batch_pairs(*size)`: ours by `grade_many` with one worker, the others one by one."""
+    """Seconds for the responses of `batch_pairs(*size)`: ours by `grade_many` with one worker, others one by one."""
     pairs, result = batch_pairs(*size), {}
     for name in names:
         if name == "ours":
@@ -310,7 +310,7 @@ def grade_batch(*size: int) -> tuple[float, int]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Scores, and checks a second by kind; a kind of a few pairs is in the file only."""
+    """Scores, and checks per second by kind; a kind with few pairs is only in the file."""
     names = list(result["scores"])
     score_rows = [
         [name, f"{row['accuracy']:.2%}", row["false_positives"], row["false_negatives"], row["late"]]

@@ -66,24 +66,24 @@ ASSUMED = {
 
 
 def kv_bytes(shape: Shape) -> int:
-    """Bytes a token of bfloat16 keys and values: 2 tensors x 2 bytes in each layer (arXiv 1911.02150)."""
+    """Bytes of a token's bfloat16 keys and values: 2 tensors x 2 bytes in each layer (arXiv 1911.02150)."""
     return 4 * shape.layers * shape.key
 
 
 def forward_flops(parameters: float, shape: Shape, tokens: float, context: float) -> float:
-    """FLOP of a forward pass: 2 a parameter and token, and in attention 4 * query a layer, token and position seen,
-    of which causal attention sees half (arXiv 2204.02311, Appendix B)."""
+    """FLOP of a forward pass: 2 per parameter and token, and 4 * query per layer, token and position in attention,
+    which sees half of the positions if causal (arXiv 2204.02311, Appendix B)."""
     return tokens * (2 * parameters + 2 * shape.layers * shape.query * context)
 
 
 def train_flops(forward: float, checkpointing: bool, lora: bool) -> float:
     """FLOP of forward and backward: the backward is two forwards, one for inputs and one for weights, which adapters
-    spare; checkpointing repeats the forward (arXiv 2205.05198, Section 5)."""
+    save; checkpointing repeats the forward (arXiv 2205.05198, Section 5)."""
     return forward * (3 + checkpointing - lora)
 
 
 def activation_bytes(shape: Shape, tokens: float, checkpointing: bool) -> float:
-    """Bytes of a micro-batch in training: 34 a token and width in each layer without attention scores; with
+    """Bytes of a micro-batch in training: 34 per token and width in each layer, without attention scores; with
     checkpointing 2 in each layer, and 34 in one (arXiv 2205.05198, Table 2)."""
     return tokens * shape.width * (2 * shape.layers + 34 if checkpointing else 34 * shape.layers)
 
@@ -98,11 +98,11 @@ def decode_seconds(
     gpu: GPU,
     a: Assumed,
 ) -> float:
-    """Seconds in which one engine decodes: it reads all weights once a step and each rollout's cache at each of its
-    tokens, or is bound by 2 FLOP a parameter and token.
+    """Seconds in which one engine decodes: it reads all weights once per step and each rollout's cache at each of its
+    tokens, or is bound by 2 FLOP per parameter and token.
 
-    `slots` rollouts run at once, so there are as many steps as the longest one needs or the queue. arXiv 2211.05102,
-    Section 2; the bound is in the docs of every engine: bandwidth over weights a token and cache.
+    `slots` rollouts run at once, so there are as many steps as the longest rollout or the queue needs. arXiv
+    2211.05102, Section 2; the bound is in the docs of every engine: bandwidth over bytes of weights and cache.
     """
     steps = max(response * a.longest, rollouts * response / slots)
     cache = rollouts * response * (prompt + response / 2) * kv_bytes(shape)
@@ -113,7 +113,7 @@ def decode_seconds(
 def cache_slots(parameters: float, shape: Shape, memory: float, context: float) -> float:
     """Rollouts whose cache fits beside the weights in `memory` bytes, at most vLLM's default of 256.
 
-    `ValueError` where not even one does.
+    Raises `ValueError` if not even one does.
     """
     slots = (memory - 2 * parameters) / (context * kv_bytes(shape))
     if slots < 1:
@@ -125,8 +125,8 @@ def cache_slots(parameters: float, shape: Shape, memory: float, context: float) 
 
 
 def optimizer_seconds(trained: float, gpu: GPU, a: Assumed) -> float:
-    """AdamW reads and writes 28 bytes a parameter, in float32 as in DeepSpeed's mixed precision: gradient, weights and
-    two moments (arXiv 1910.02054, Section 3.1)."""
+    """AdamW reads and writes 28 bytes per parameter, in float32 as in DeepSpeed's mixed precision: gradient, weights
+    and two moments (arXiv 1910.02054, Section 3.1)."""
     return 28 * trained / (gpu.bandwidth * a.memory)
 
 
@@ -154,7 +154,7 @@ class Pass(NamedTuple):
     shape: Shape
     share: float = 1.0
     context: float = 0.0
-    gpus: int = 0  # of its server; 0: those that train
+    gpus: int = 0  # GPUs of its server; 0: those that train
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Job:
     limit: int
     micro_batches: int
     passes: tuple[Pass, ...] = ()
-    trained: float | None = None  # of adapters
+    trained: float | None = None  # parameters of adapters; None: all are trained
     updates: int = 1
     checkpointing: bool = True
     moved: float = 0  # bytes of an offloaded teacher
@@ -178,7 +178,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step runs."""
+    """What a step runs on."""
 
     gpu: GPU
     gpus: int
@@ -193,7 +193,7 @@ class Place:
 
 
 def generation_seconds(job: Job, place: Place, a: Assumed, repeats: int = 1) -> dict[str, float]:
-    """Seconds of the rollouts; `repeats` times as many where a question is answered several times."""
+    """Seconds of the job's rollouts, or of `repeats` times as many if a question is answered several times."""
     gpus = place.server_gpus or place.gpus
     width = place.server_gpus or 1  # a server splits its model over all its GPUs
     gpu = place.gpu._replace(bandwidth=width * place.gpu.bandwidth, flops=width * place.gpu.flops)

@@ -40,7 +40,7 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def small_engine(counts: Counter[str], real: bool = False) -> TransformersEngine:
-    """3 million weights, or the layers of Qwen3-0.6B; `counts` collects forwards, and tokens with padding."""
+    """An engine of 3 million weights, or with Qwen3-0.6B's layers; `counts` gets forwards and tokens with padding."""
     tokenizer = char_tokenizer()
     torch.manual_seed(0)
     hidden, inner, layers, heads, groups, head = (1024, 3072, 28, 16, 8, 128) if real else (256, 512, 4, 4, 2, 64)

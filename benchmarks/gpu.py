@@ -4,9 +4,9 @@
     python -m benchmarks.gpu --out DIR --total 570           # leaves out what does not fit any more
     python -m benchmarks.gpu --out DIR --only va_opd_loss srpo_loss
 
-Each runs in a process of its own, forked after the imports, and is ended after --limit seconds; one that fails, be it
-in its imports, does not stop the next, and what it had measured by then stays. Writes DIR/<name>_gpu.json, the default
-of DIR being benchmarks/results, and DIR/gpu.log.
+Each runs in a process of its own, forked after the imports, and is ended after --limit seconds; one that fails, even
+in its imports, does not stop the next, and what it had measured by then stays. Writes DIR/<name>_gpu.json and
+DIR/gpu.log; by default DIR is benchmarks/results.
 """
 
 import argparse
@@ -41,7 +41,7 @@ CHECKPOINT = 17e9  # bytes of the largest model that a work saves: 8B in bfloat1
 
 
 def work(name: str, out: Path, folder: str) -> None:
-    """One measurement, with what it prints in the log and its own folders in `folder`."""
+    """Runs one measurement; what it prints goes into the log, its temporary folders into `folder`."""
     tempfile.tempdir = folder
     with (out / "gpu.log").open("a") as log:
         os.dup2(log.fileno(), 1)
@@ -51,7 +51,7 @@ def work(name: str, out: Path, folder: str) -> None:
 
 
 def exit_code(name: str, out: Path, limit: float) -> int | None:
-    """Of a measurement, which is ended after `limit` seconds. Its folder is made here, so that none is left then."""
+    """Runs a measurement and ends it after `limit` seconds. Its folder is made here, so that none is left behind."""
     with tempfile.TemporaryDirectory(dir=fast_folder()) as folder:
         process = multiprocessing.get_context("fork").Process(target=work, args=(name, out, folder))
         process.start()
@@ -64,7 +64,7 @@ def exit_code(name: str, out: Path, limit: float) -> int | None:
 
 
 def fast_folder(memory: Path = Path("/dev/shm")) -> Path | None:
-    """The folder in memory where it has room for the largest checkpoint; None is the usual one."""
+    """The folder in memory, if it has room for the largest checkpoint; else None, the usual one."""
     return memory if memory.is_dir() and shutil.disk_usage(memory).free > CHECKPOINT else None
 
 

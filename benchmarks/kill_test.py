@@ -3,9 +3,9 @@
     python -m benchmarks.kill_test --runs 30 [--methods va_opd,srpo,r_diverse] [--seed 0] [--parallel 2]
 
 A run is started by one command and gets a signal, with all its children, one to three times: SIGKILL, or in a third of
-the cases SIGTERM, at instants that are uniform over the processor seconds of a straight run, which other load does not
-shift. Then the same command ends it. Compared: the bytes of the weights and of all records, and the logged metrics
-without times. Finished runs are kept in --out, so the harness itself goes on where it stopped, with the same code.
+the cases SIGTERM, at random points of the processor seconds of a straight run, which other load does not shift. Then
+the same command finishes it. Compared: the bytes of the weights and of all records, and the logged metrics without
+times. Finished runs are kept in --out, so the harness itself goes on where it stopped, with the same code.
 Writes benchmarks/results/kill_test.json; exit code 1 if any run differs from the straight one.
 """
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def same_code(out: Path) -> bool:
-    """Whether what is in the folder was run by the code of today; an empty folder is marked with it."""
+    """Whether the folder's runs were made by the present code; an empty folder is marked with that."""
     files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.*"))]
     digest = _digest(b"".join(path.read_bytes() for path in files if path.suffix in SOURCES))
     if not (out.exists() and any(out.iterdir())):
@@ -120,7 +120,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def straight_run(method: str, out: Path) -> dict[str, Any]:
-    """Processor seconds and content of an undisturbed run, made once; its models too."""
+    """Processor seconds and content of an undisturbed run; it and its models are made once."""
     done = out / f"straight-{method}.json"
     if not done.exists():
         say(f"{method}: its models and a straight run")
@@ -139,7 +139,7 @@ def straight_run(method: str, out: Path) -> dict[str, Any]:
 def killed_run(method: str, index: int, seed: int, straight: dict[str, Any], out: Path) -> dict[str, Any]:
     rng = random.Random(f"{seed}/{method}/{index}")
     folder, log = out / f"{method}-{seed}-{index}", out / f"{method}-{seed}-{index}.log"
-    shutil.rmtree(folder, ignore_errors=True)  # of a harness that was killed: the instants are counted from the start
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed harness: the instants are counted from the start
     command = [*COMMANDS[method](out / "models"), "--out", str(folder)]
     stops, verdict = [], None
     for _ in range(rng.randint(1, 3)):
@@ -164,7 +164,7 @@ def killed_run(method: str, index: int, seed: int, straight: dict[str, Any], out
 def run(
     command: Sequence[str], log: Path, name: str | None = None, instant: float = 0.0
 ) -> tuple[int, float, float | None]:
-    """Exit code and processor seconds of a command, and the seconds that it lived on after its signal, None without.
+    """Exit code and processor seconds of a command, and how many seconds it outlived its signal (None without one).
 
     The signal `name` goes to the command and all its children once they have had `instant` processor seconds.
     """
@@ -191,13 +191,13 @@ def run(
 
 
 def processor_seconds(pid: int) -> float:
-    """Of a process and its children that have ended (Linux)."""
+    """Processor seconds of a process and of its children that have ended (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
 def check(command: Sequence[str], log: Path) -> float:
-    """Processor seconds of a command that has to succeed."""
+    """Runs a command that must succeed; returns its processor seconds."""
     code, seconds, _ = run(command, log)
     if code:
         raise SystemExit(f"benchmarks.kill_test: {' '.join(command)} ended with exit code {code}: see {log}")
@@ -205,7 +205,7 @@ def check(command: Sequence[str], log: Path) -> float:
 
 
 def place(folder: Path) -> dict[str, Any]:
-    """What is on disk after a stop: the stage of a loop that has begun, and the newest whole checkpoint."""
+    """What is on disk after a stop: the stage that a loop was in, and the newest whole checkpoint."""
     started = [path.parent for path in folder.rglob("STARTED.json")]
     begun = [path for path in started if not (path / "DONE.json").exists()]
     runs = {path.parent for path in (begun[0] if begun else folder).rglob("checkpoint-*")}
@@ -215,7 +215,7 @@ def place(folder: Path) -> dict[str, Any]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Digest by file name: weights and records as bytes, metrics without times; checkpoints are no result."""
+    """Digests by file name: weights and records as bytes, metrics without times; checkpoints are left out."""
     digests = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -256,7 +256,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def places(stops: Sequence[dict[str, Any]]) -> str:
-    """Such as "before the first checkpoint (5), steps 4 to 20 (9)" or, of a loop, "evaluate (3), solver (6)"."""
+    """Where runs were stopped: "before the first checkpoint (5), steps 4 to 20 (9)" or, for a loop, "solver (6)"."""
     steps = [stop["checkpoint"] for stop in stops if stop["checkpoint"] and not stop["stage"]]
     between = f"steps {min(steps)} to {max(steps)}" if steps else ""
     names = [stop["stage"] or (between if stop["checkpoint"] else "before the first checkpoint") for stop in stops]

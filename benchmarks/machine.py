@@ -1,4 +1,4 @@
-"""What a measurement ran on, written into every results file, what did not fit there, and how it is summed up."""
+"""What a measurement ran on (it is in every results file), its seconds and memory, and how they are summed up."""
 
 import datetime
 import gc
@@ -35,7 +35,7 @@ def machine(*packages: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Such as "2 cores of AMD EPYC"."""
+    """Cores and name of the processor, such as "2 cores of AMD EPYC"."""
     cpuinfo, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
@@ -44,8 +44,8 @@ def processor() -> str:
 
 
 def seconds(work: Callable[[], T]) -> tuple[float, T]:
-    """Of the clock on a GPU, when all of its work is done; else of the processor, of all threads together, which other
-    work on the machine does not add to. And what the work returns."""
+    """(seconds, result) of `work`. With a GPU these are wall seconds until all its work is done; else the processor's,
+    of all threads together, to which other work on the machine does not add."""
     gpu = torch.cuda.is_available()
     clock, wait = (time.perf_counter, torch.cuda.synchronize) if gpu else (time.process_time, lambda: None)
     wait()
@@ -68,7 +68,7 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def unless_out_of_memory(work: Callable[[], T]) -> T | None:
-    """What `work` returns; None where the GPU's memory does not hold it, so that what comes next is still measured."""
+    """What `work` returns; None if the GPU's memory was too small, so that what comes next is still measured."""
     try:
         return work()
     except torch.cuda.OutOfMemoryError as error:

@@ -142,7 +142,7 @@ def phases(case: Case, gpus: int) -> dict[str, tuple[Any, int]]:
 
 
 def seconds_of(case: Case, place: Place, a: Assumed) -> dict[str, float]:
-    """Seconds by part of a step; for R-Diverse of an iteration."""
+    """Seconds by part of a step, or for R-Diverse of an iteration."""
     if case.method == "r_diverse":
         return iteration_seconds(case, place, a)
     config = case.settings[1]
@@ -176,7 +176,7 @@ def iteration_seconds(case: Case, place: Place, a: Assumed) -> dict[str, float]:
 
 
 def memory_of(case: Case, place: Place, phase: str = "") -> dict[str, float]:
-    """Bytes by part of a training GPU: the dry run's, activations at the longest rollout, and a reserve."""
+    """Bytes of a training GPU by part: those of the dry run, activations at the longest rollout, and a reserve."""
     config, processes = phases(case, place.gpus)[phase]
     sharding = place.sharding if processes > 1 else "none"
     if case.method == "r_diverse":
@@ -213,7 +213,7 @@ def held_parts(case: Case, job: Job, config: Any, processes: int, sharding: str)
     return va_opd.memory_parts(args, config, *sizes, job.passes[0].parameters, processes, sharding)
 
 
-# What is not there at a time, by the beginning of its name
+# What is absent at each time, by the beginning of its name
 ABSENT = {
     "training": ("whole teacher", "KV cache"),
     "generation": ("whole teacher", "activations", "gradients", "cached", "KL tiles", "one chunk"),
@@ -223,8 +223,8 @@ ABSENT = {
 
 
 def peak(parts: dict[str, float]) -> float:
-    """Bytes at the fullest of three times: training, generation, and the scoring of a teacher that is offloaded
-    between. An engine with sleep mode is there in generation only, autocast's copies not while an engine generates."""
+    """Bytes at the fullest of three times: training, generation, and scoring by a teacher that is offloaded otherwise.
+    An engine with sleep mode counts in generation only, autocast's copies not while an engine generates."""
     found = []
     for time, absent in ABSENT.items():
         if time == "generation" and not any(name.startswith("KV cache") for name in parts):
@@ -239,7 +239,7 @@ def peak(parts: dict[str, float]) -> float:
 
 
 def bottleneck(slow: dict[str, float], fast: dict[str, float]) -> str:
-    """The part that takes most, by the mean of both ends, and its share at each."""
+    """The part that takes most time, by the mean of both ends, and its share at each."""
     name = max(slow, key=lambda part: slow[part] + fast[part])
     shares = sorted(ends[name] / sum(ends.values()) for ends in (slow, fast))
     return f"{name}, {shares[0]:.0%} to {shares[1]:.0%}"
@@ -331,8 +331,8 @@ def check_table(slow: Assumed, fast: Assumed) -> str:
 
 
 def table(gpu: str, slow: Assumed, fast: Assumed) -> str:
-    """For each method and number of GPUs the fastest placement that fits: with the updates of the paper's config, on
-    one GPU with those of the single-GPU config."""
+    """For each method and number of GPUs the fastest placement that fits, with the updates of the paper's config (on
+    one GPU: of the single-GPU config)."""
     rows = ["| method | GPUs | config | sharding | rollouts x micro-batches | GiB at most | seconds | bottleneck |",
             "|---|--:|---|---|---|--:|--:|---|"]  # fmt: skip
     for method in PARSERS:
@@ -351,8 +351,8 @@ def table(gpu: str, slow: Assumed, fast: Assumed) -> str:
 
 
 def candidates(method: str, config: str, gpus: int, gpu, slow: Assumed, fast: Assumed) -> Iterator[tuple]:
-    """Placements that fit, with rollouts and updates as in the config; first the fastest, of equal ones the largest
-    micro-batch."""
+    """Yields placements that fit, with rollouts and updates as in the config: tuples of which the fastest is the least
+    and, of equally fast ones, that with the largest micro-batch."""
     case, native = case_of(method, [], config), 1 if gpus == 1 else 8
     for sharding in ("none",) if gpus == 1 else ("zero2", "zero3"):
         for rows in (16, 8, 4, 2, 1):
@@ -382,7 +382,7 @@ def candidates(method: str, config: str, gpus: int, gpu, slow: Assumed, fast: As
 
 
 def with_micro_batches(case: Case, rows: int, native: int, gpus: int) -> Case | None:
-    """The case with micro-batches of `rows` rollouts and the updates that its config has on `native` GPUs; None where
+    """The case with micro-batches of `rows` rollouts and the updates that its config has on `native` GPUs; None if
     they do not divide."""
     tried = case._replace(settings=copy.deepcopy(case.settings))
     before, after = phases(tried, native), phases(tried, gpus)
@@ -471,7 +471,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_numbers(options: argparse.Namespace) -> None:
-    """Raises `ValueError` for a number with which no plan can be made."""
+    """Raises `ValueError` for a number that no plan can be made with."""
     for name, least in (("gpus", 1), ("teacher_gpus", 1), ("server_gpus", 0), ("prompt", 1), ("response", 1)):
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
@@ -483,7 +483,7 @@ def check_numbers(options: argparse.Namespace) -> None:
 
 
 def number_of(value: str | None) -> float | None:
-    """None for a name."""
+    """The number that a text holds; None for a name."""
     try:
         return None if value is None else float(value)
     except ValueError:

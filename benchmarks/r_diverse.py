@@ -178,7 +178,7 @@ def find_runs(folder: Path) -> dict[tuple[str, str], Path]:
 
 
 def history(run: Path) -> list[dict[str, Any]]:
-    """One row an iteration, 0 for the base: what the stages counted, and the diversity of the usable questions."""
+    """A row for each iteration (0: the base): what its stages counted, and the diversity of its usable questions."""
     counts = {t: _counts(run / f"iteration_{t}") for t in range(finished_iterations(run) + 1)}
     embeddings, texts = [], []
     for t in list(counts)[1:]:
@@ -209,7 +209,7 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 
 def usable_questions(stage: dict[str, dict[str, Any]]) -> int:
-    """Questions of an iteration that its last check let through: the validity gate where there is one, else labels."""
+    """Questions of an iteration that passed its last check: the validity gate if there is one, else the labels."""
     last = "gate_" if any(name.startswith("gate_") for name in stage) else "label_"
     return sum(counts.get("usable", 0) for name, counts in stage.items() if name.startswith(last))
 
@@ -223,14 +223,14 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def iteration_table(histories: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
-    """Mean over the seeds that have the iteration, with their standard deviation where there are several."""
+    """Mean over the seeds that have the iteration, with their standard deviation if there are several."""
     columns = ("accuracy", "label_accuracy", "usable", "bank", "intra_repetition", "cross_repetition")
     columns += ("duplicate_ratio", "effective_clusters", *REWARD)
     rows = []
     for name in dict.fromkeys(name for name, _ in histories):
         seeds = [rows for (other, _), rows in histories.items() if other == name]
         for t in range(max(len(lines) for lines in seeds)):
-            there = [lines[t] for lines in seeds if t < len(lines)]  # a seed may be on its way still
+            there = [lines[t] for lines in seeds if t < len(lines)]  # a seed may still be on its way
             cells = [_mean_sd([line.get(column) for line in there]) for column in columns]
             rows.append([f"{NAMES.get(name, name)}, {f'iteration {t}' if t else 'base'}", len(there), *cells])
     heads = [column.removeprefix("challenger/").replace("_", " ") for column in columns]
@@ -282,7 +282,7 @@ def _over_seeds_lines(found: dict[tuple[str, int, str], list[float]]) -> str:
 
 
 class Estimate(NamedTuple):
-    """In percent, with the ends of its 95 % interval; `questions` where it is of a part of the set, else None."""
+    """A score in percent and the ends of its 95 % interval; `questions` if it is of a part of the set, else None."""
 
     value: float
     low: float
@@ -291,7 +291,7 @@ class Estimate(NamedTuple):
 
 
 def mean_of(parts: Sequence[Estimate | None]) -> Estimate | None:
-    """Mean of benchmarks, their errors independent; None where one is missing."""
+    """Mean over benchmarks with independent errors; None if one is missing."""
     if None in parts:
         return None
     return Estimate(*mean_of_independent([part[:3] for part in parts]), sum(p.questions or 0 for p in parts) or None)
@@ -341,7 +341,7 @@ def shorter_line(runs: dict[tuple[str, str], Path]) -> str:
 
 
 def _generation_batches(kind: type[PhaseConfig], changed: dict[str, Any]) -> float:
-    """Of a phase with these changed fields; `steps_per_generation` follows accumulation where it is not among them."""
+    """Generation batches of a phase with these changed fields; `steps_per_generation` else follows accumulation."""
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     fields = defaults | {"steps_per_generation": None} | changed
     micro_batches = fields["gradient_accumulation_steps"]
@@ -350,10 +350,10 @@ def _generation_batches(kind: type[PhaseConfig], changed: dict[str, Any]) -> flo
 
 
 def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
-    """The paper's rows, each with ours below it: by variant and iteration, then by a judge, then over all seeds; empty
-    where no cell of ours is filled.
+    """The paper's rows by variant and iteration, each with ours below: by rules, by a judge, over all seeds. Empty if
+    no cell of ours is filled.
 
-    Of an experiment that the paper does not have, its full rows for Qwen3-4B are there without a difference.
+    For an experiment that the paper does not have, its full rows for Qwen3-4B are shown without differences.
     """
     paper = PAPER.get(experiment) or {key: row for key, row in PAPER["qwen3_4b"].items() if len(row) > 2}
     evaluations = evaluation_folders(runs)
@@ -379,7 +379,7 @@ def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
 
 
 def evaluation_folders(runs: dict[tuple[str, str], Path]) -> dict[tuple[str, int], list[Path]]:
-    """(variant, iteration) -> the evaluation of each seed; of the base, which every run has, that of the first run."""
+    """(variant, iteration) -> evaluations, one for each seed; for the base, which every run has, the first run's."""
     found: dict[tuple[str, int], list[Path]] = defaultdict(list)
     for (name, _), run in runs.items():
         for t in range(0 if not found else 1, finished_iterations(run) + 1):
@@ -388,7 +388,7 @@ def evaluation_folders(runs: dict[tuple[str, str], Path]) -> dict[tuple[str, int
 
 
 def judged(folders: Sequence[Path]) -> Iterator[tuple[str, list[Estimate | None]]]:
-    """(who judged and how, estimates) of each kind of verdicts that there are."""
+    """Yields (who judged and how, estimates) for each kind of verdicts found."""
     for folder in folders:
         for suffix, protocol, _ in PROTOCOLS.values():
             if reports := _metrics(folder, f".{suffix}").values():
@@ -431,7 +431,7 @@ def figures(folder: Path, runs: dict[tuple[str, str], Path], histories) -> list[
 
 
 def challenger_steps(run: Path) -> list[dict[str, Any]]:
-    """Logged lines of all Challenger phases, their steps counted on."""
+    """Logged lines of all Challenger phases, with steps counted on from one to the next."""
     lines, before = [], 0
     for t in range(1, finished_iterations(run) + 1):
         logged = read_jsonl(run / f"iteration_{t}" / "challenger" / "metrics.jsonl")

@@ -2,12 +2,12 @@
 
     python -m benchmarks.r_diverse_reward [--questions N] [--bank-rows N ...] [--no-peer]
 
-R-Diverse: P_rep on embeddings and MAP against a bank on disk. R-Zero: one nltk `sentence_bleu` a pair, then
+R-Diverse: P_rep on embeddings and MAP against a bank on disk. R-Zero: one nltk `sentence_bleu` for each pair, then
 scikit-learn's clustering; and the same rule by `bleu_repetition_penalty`, whose penalties must be equal. The work of
-the models is not in it: the Solver's answers are the same for both, and the embeddings that R-Diverse needs come from
-a coder and an encoder. Each bank lives in a process of its own, whose memory is measured. Questions, embeddings and
-bank are synthetic, from a seed. Ours is the median of five steps, R-Zero's minutes are taken once,
-at a quarter, half and all of the questions.
+models is left out: the Solver's answers are the same for both, and a coder and an encoder make the embeddings that
+R-Diverse needs. Each bank is in a process of its own, whose memory is measured. Questions, embeddings and bank are
+synthetic, from a seed. Ours is the median of five steps; R-Zero's minutes are taken once, at a quarter, half and all
+of the questions.
 """
 
 import argparse
@@ -205,7 +205,7 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def repeated(function: Callable[[], Any]) -> tuple[Any, list[float]]:
-    """Value and the seconds of each of five calls: of the first steps of a training of hundreds."""
+    """Value of the first call, and the seconds of each of five, which stand for the first steps of a training."""
     runs = [timed(function) for _ in range(5)]
     return runs[0][0], [seconds for _, seconds in runs]
 

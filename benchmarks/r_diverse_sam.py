@@ -3,9 +3,9 @@
     python -m benchmarks.r_diverse_sam                    # CPU, about 7 minutes
 
 `one by one` asks the coder and then the encoder for each question alone. `ours` is `SkillEncoder`: equal questions
-once, batches sorted by length, programs from the cache where they were written before; `again` is its second call. A
+once, batches sorted by length, programs from the cache if they were written before; `again` is its second call. A
 quarter of the questions repeat another. The coder is a tiny model with random weights that is made to write a program
-of 3 to 14 lines for each question, one forward a token; the encoder is all-MiniLM-L6-v2. The seconds are those of
+of 3 to 14 lines for each question, a token per forward; the encoder is all-MiniLM-L6-v2. The seconds are those of
 small models on a CPU; requests, forwards and tokens hold for any. Writes benchmarks/results/r_diverse_sam.json.
 """
 
@@ -37,7 +37,7 @@ NOUNS = ("apples", "books in boxes of equal size", "litres of water that flow th
 
 
 def questions_and_programs(count: int) -> tuple[list[str], dict[str, str]]:
-    """`count` questions, every fourth a repeated one, and a program for each."""
+    """`count` questions, of which every fourth repeats another, and a program for each."""
     draw, asked, programs = random.Random(0), [], {}
     for i in range(count):
         if i % 4 == 3:
@@ -73,7 +73,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Written(LogitsProcessor):
-    """Leaves each row of a batch only the next token of its answer."""
+    """Leaves each row of a batch only the next token of its given answer to choose."""
 
     def __init__(self, answers: list[list[int]], start: int, eos: int):
         self.answers, self.start, self.eos = answers, start, eos
@@ -124,7 +124,7 @@ class CountingEngine(LocalCoderEngine):
 
 
 def counting_encoder(counts: Counter[str]):
-    """MiniLM, whose texts, tokens and padding `counts` collects."""
+    """MiniLM; `counts` collects its texts, tokens and padding."""
     encoder = minilm()
 
     def count(module, args) -> None:

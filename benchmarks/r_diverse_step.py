@@ -5,7 +5,7 @@
 
 A step here is the log-probabilities of the old policy and of the KL reference, then forward and backward of the four
 updates of a generation batch; generation and optimizer are the same for both and left out. Both have the settings of
-`SolverConfig`. The models have random weights. Lengths of rollouts are log-normal, one of them the longest allowed, as
+`SolverConfig`. The models have random weights. Lengths of rollouts are log-normal, and one is the longest allowed, as
 among the thousands of a real batch. Writes benchmarks/results/r_diverse_step.json.
 """
 
@@ -31,7 +31,7 @@ KINDS = {"ours": PhaseTrainer, "trl": GRPOTrainer}
 
 
 def rollout_ids(rollouts: int, response: int, eos: int) -> list[list[int]]:
-    """Printable characters; the median length is 0.2 of the longest and the 90th percentile 0.6."""
+    """Ids of printable characters; the median length is 0.2 of the longest and the 90th percentile 0.6."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(0.2 * response), 0.85, rollouts), 2, response).astype(int)
     lengths[rng.integers(rollouts)] = response
@@ -74,7 +74,7 @@ def count(trainer) -> list[int]:
 def measure(
     folder: str, tokenizer, options: argparse.Namespace, save: Callable[[dict[int, Any]], None]
 ) -> dict[int, dict[str, Any]]:
-    """By longest response: seconds of both, which take turns, and positions and tokens of a step; saved after each."""
+    """By longest response: seconds of both, in turn, and positions and tokens of a step; saved after each length."""
     trainers = {kind: build(kind, folder, tokenizer, options) for kind in KINDS}
     positions, found = {kind: count(trainer) for kind, trainer in trainers.items()}, {}
     for share in (4, 2, 1):

@@ -87,7 +87,7 @@ class Run(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What the report has to know of a method.
+    """What the report has to know about a method.
 
     tables: (settings as arguments, runs in the tables) -> the method's own report in Markdown.
     names: of its variants.
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(runs: Path, out: Path) -> None:
-    """Writes `out` and the same as Markdown beside it. `ValueError` where there is no run at all."""
+    """Writes `out` and the same as Markdown beside it. Raises `ValueError` if there is no run at all."""
     if out.suffix != ".html":
         raise ValueError(f"--out {out} must end in .html")
     experiments, left_out = find_experiments(runs, {out.name, out.with_suffix(".md").name})
@@ -230,7 +230,7 @@ def _children(folder: Path, service: Collection[str] = ()) -> list[Path]:
 
 
 def experiment_name(method: str, folder: str) -> str | None:
-    """Of an experiment's folder; SRPO has one for each data set. None where the data set is unknown."""
+    """Name of a folder's experiment (SRPO has a folder for each data set); None if the data set is unknown."""
     if method != "srpo":
         return folder
     name, _, dataset = folder.rpartition("-")
@@ -238,7 +238,7 @@ def experiment_name(method: str, folder: str) -> str | None:
 
 
 def read_run(method: str, path: Path) -> Run:
-    """`ValueError` with the reason for what is no run folder of the method or has a broken manifest."""
+    """A run folder of the method; `ValueError`, with the reason, if it is none or its manifest is broken."""
     name, _, seed = path.name.rpartition("-seed")
     variant = name or seed
     if not path.is_dir() or not set(variant.split("-")) <= {*METHODS[method].names, "gate"}:
@@ -288,7 +288,7 @@ def evaluations(run: Path) -> Iterator[Evaluation]:
 
 
 class ExperimentPage:
-    """The sections of one experiment, and what of it cannot be included."""
+    """The sections of one experiment, and what cannot be included in them."""
 
     def __init__(self, method: str, name: str, runs: list[Run], root: Path, out: Path):
         self.key, self.method, self.name, self.runs = method, METHODS[method], name, runs
@@ -442,7 +442,7 @@ class ExperimentPage:
         return lines
 
     def _evaluation_again(self, run: Run) -> list[str]:
-        """Of a model that was not trained, with the settings of a run of the same data."""
+        """Commands that evaluate an untrained model again, with the settings of a run on the same data."""
         variant, _, seed = run.path.name.partition("-seed")
         beside = (r.path for r in self.runs if r.manifest and r.path.parent == run.path.parent)
         if (trained := next(beside, None)) is None:
@@ -534,7 +534,7 @@ def html_page(markdown: str, folder: Path) -> str:
 
 
 def _embed(image: Token, folder: Path) -> None:
-    """Makes an image a data URI with its name below it, or a note where there is no such PNG."""
+    """Makes an image a data URI with its name below it, or a note if there is no such PNG."""
     path, name = folder / unquote(str(image.attrs["src"])), escapeHtml(image.content.replace("_", " "))
     content = path.read_bytes() if path.is_file() else b""
     if content.startswith(b"\x89PNG\r\n"):

@@ -142,7 +142,7 @@ def find_runs(args: ScriptArguments) -> dict[tuple[str, str, str], Path]:
         run = path.parents[1]
         dataset = run.parent.name.removeprefix(f"{args.experiment}-")
         name, _, seed = run.name.partition("-seed")
-        if name in NAMES and dataset in (*DATASETS, "additions"):  # else of an experiment with a longer name
+        if name in NAMES and dataset in (*DATASETS, "additions"):  # else its experiment has a longer name
             runs[dataset, name, seed or "-"] = run
     return runs
 
@@ -156,7 +156,7 @@ def _curve_points(run: Path) -> list[dict[str, Any]]:
 
 
 def decodings(runs: dict[tuple[str, str], Path], dataset: str) -> str:
-    """How the runs of a data set were evaluated, as their records say; a warning where it was not in one way."""
+    """How the runs of a data set were evaluated, by their records; a warning if not all in the same way."""
     found: dict[str, list[str]] = {}
     for (name, seed), run in runs.items():
         record = _record(run, dataset)
@@ -180,7 +180,7 @@ def _label(name: str, seed: str) -> str:
 
 
 def _record(run: Path, dataset: str) -> dict[str, Any]:
-    """What the last evaluation wrote beside its sample records; the others of a run have its settings."""
+    """What the last evaluation wrote beside its sample records; all evaluations of a run have the same settings."""
     return json.loads((_last_evaluation(run) / f"{dataset}.json").read_text())
 
 
@@ -287,14 +287,14 @@ def beside_paper(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str
 
 
 def paper_experiment(experiment: str) -> str:
-    """The experiment of the paper that stands beside ours: the same, or for one that the paper has not the 8B's."""
+    """The paper's experiment that stands beside ours: the same one, or the 8B's if the paper does not have ours."""
     return experiment if experiment in PAPER else "qwen3_8b"
 
 
 def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
-    """The paper's numbers with ours beside them: best within 1 / 5 / 10 hours, first seed; empty if all of ours are.
+    """The paper's numbers with ours beside them: best within 1 / 5 / 10 hours, first seed. "" if we have none.
 
-    Differences only for an experiment of the paper, since another one is of another model or other settings.
+    Differences only for an experiment of the paper, since any other has another model or other settings.
     """
     rows = []
     for name, values in PAPER[paper_experiment(experiment)].items():
@@ -312,7 +312,7 @@ def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
 
 
 def _part(runs: dict[str, Path]) -> str:
-    """Such as " n=20", the problems of the data sets of which not all were evaluated."""
+    """Number of problems, such as " n=20", of the data sets that were evaluated in part; "" without any."""
     asked = {dataset: _record(run, dataset)["questions"] for dataset, run in runs.items()}
     partial = [count for dataset, count in asked.items() if count < DATASETS[dataset].test]
     return f" n={sum(partial)}" if partial else ""
@@ -325,8 +325,8 @@ def _by_dataset(runs: dict[tuple[str, str, str], Path], name: str) -> dict[str, 
 
 
 def seconds_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
-    """Seconds of a step (here a whole generation batch) within each budget, mean over the data sets that ran, first
-    seeds; beside the paper's Fig. 4b in its experiment."""
+    """Seconds of a step (here a whole generation batch) within each budget: mean over the data sets that ran, first
+    seeds; for the paper's experiment beside its Fig. 4b."""
     rows = []
     for name in NAMES:
         lines = [_metrics(run) for run in _by_dataset(runs, name).values()]
@@ -342,7 +342,7 @@ def seconds_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> st
 
 
 def _seconds_within(runs: list[list[dict[str, Any]]], hours: float) -> float | None:
-    """Mean over runs of seconds over steps up to the last line within the budget; None where a run has none."""
+    """Mean over runs of the seconds per step up to the last line within the budget; None if a run has none."""
     inside = [[line for line in lines if line.get("train_seconds", math.inf) <= 3600 * hours] for lines in runs]
     if not inside or not all(inside):
         return None
@@ -351,9 +351,9 @@ def _seconds_within(runs: list[list[dict[str, Any]]], hours: float) -> float | N
 
 def _ours(curves: list[list[dict[str, Any]]], paper: str, compared: bool = True, part: str = "") -> str:
     """Mean over data sets of the best within each budget that the paper has, as `value (difference) [low, high]` and
-    `part`, and without the difference where it is not `compared`."""
+    `part`; without the difference if not `compared`."""
     numbers = [float(number) for number in paper.split(" / ")] if paper else [None] * len(BUDGETS)
-    cells = []  # one a budget, empty where a data set has no checkpoint yet
+    cells = []  # one for each budget, empty where a data set has no checkpoint yet
     for hours, number in zip(BUDGETS, numbers, strict=False):  # the base has one number
         cells.append("")
         inside = [[point for point in points if point["hours"] <= hours] for points in curves]

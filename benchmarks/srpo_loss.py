@@ -5,7 +5,7 @@
 
 `full logits` keeps the (N, V) logits of teacher and student, as TRL's SDPO and verl do; `ours` keeps the teacher's
 hidden states and makes each model's logits once for the divergence, in tiles of less than 1 GB. Measured as in
-`benchmarks.va_opd_loss`. A path is left out where it needs more than --most GiB. Writes
+`benchmarks.va_opd_loss`. A path is left out if it needs more than --most GiB. Writes
 benchmarks/results/srpo_loss.json.
 """
 

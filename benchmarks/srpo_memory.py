@@ -3,8 +3,8 @@
     python -m benchmarks.srpo_memory            # about 10 minutes
 
 The step is that of `benchmarks.srpo_step`, which shows the peaks of a GPU itself. Each measurement is a process of its
-own: after a short step for what is loaded at first, the high-water mark of its resident memory during a step, less
-what it had before the trainer was made. So weights, the teacher's copy and gradients count. Writes
+own: after a short step that loads what a first step loads, the high-water mark of its resident memory during a step,
+less what it had before the trainer was made. So weights, the teacher's copy and gradients count. Writes
 benchmarks/results/srpo_memory.json.
 """
 
@@ -27,7 +27,7 @@ KINDS = ("srpo", "grpo", "sdpo (trl)")
 
 
 def child(kind: str, folder: str, options: argparse.Namespace) -> dict[str, int]:
-    """Bytes at the peak of a step, and of the policy's weights."""
+    """Bytes at the peak of a step, and bytes of the policy's weights."""
     tokenizer, before = char_tokenizer(), memory("VmRSS")
     trainer = build(kind, folder, tokenizer, options)
     for response in (16, options.response):

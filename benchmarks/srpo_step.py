@@ -45,14 +45,14 @@ def reward(completions, **columns) -> list[float]:
 
 
 def prompts(options: argparse.Namespace, group: int) -> Dataset:
-    """One for each group of rollouts."""
+    """Rows with one prompt for each group of rollouts."""
     question = "".join(chr(97 + i % 26) for i in range(options.prompt))
     rows = [{"prompt": [{"role": "user", "content": f"{i}{question}"}]} for i in range(options.rollouts // group)]
     return Dataset.from_list(rows)
 
 
 def rollout_ids(rollouts: int, response: int, eos: int) -> list[list[int]]:
-    """Printable characters, lengths from half of `response` to the whole."""
+    """Ids of printable characters, with lengths from half of `response` to the whole."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(response // 2, response, rollouts)
     return [[*rng.integers(10, 100, length).tolist(), eos] for length in lengths]
@@ -106,7 +106,7 @@ def count_teacher(trainer) -> list[int]:
 
 
 def seconds_of_a_step(trainer) -> float:
-    """Of a generation batch, without its generation and optimizer."""
+    """Seconds of one generation batch, without its generation and optimizer."""
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer._step = 0
     inputs = next(iter(trainer.get_train_dataloader()))
@@ -118,7 +118,7 @@ def seconds_of_a_step(trainer) -> float:
 
 
 def step_parser(about: str, name: str) -> argparse.ArgumentParser:
-    """What each measurement of a step is asked: shapes of the model and of a batch."""
+    """The options of every measurement of a step: shapes of the model and of a batch."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def save_model(folder: str, tokenizer, options: argparse.Namespace) -> None:
-    """With random weights, from which each trainer is made."""
+    """Saves the model with random weights from which each trainer is made."""
     hidden, layers = options.hidden, options.layers
     inner, heads, head, groups, tied = 3 * hidden, max(2, hidden // 128), 64, max(1, hidden // 256), False
     if options.real:
@@ -178,8 +178,8 @@ def save_model(folder: str, tokenizer, options: argparse.Namespace) -> None:
 
 
 def measure(folder: str, tokenizer, options: argparse.Namespace, save: Callable[[Found], None]) -> Found:
-    """What `in_turns` finds. On a CPU the kinds take turns, so that all see the same machine; on a GPU one follows the
-    other, and its peak of memory is its own."""
+    """What `in_turns` finds. On a CPU the kinds take turns, so that all see the same machine; on a GPU they follow one
+    another, so that each has a peak of memory of its own."""
     found: Found = {}
     for turn in [[kind] for kind in options.kinds] if torch.cuda.is_available() else [options.kinds]:
         in_turns(turn, folder, tokenizer, options, found, save)
@@ -190,9 +190,9 @@ def measure(folder: str, tokenizer, options: argparse.Namespace, save: Callable[
 def in_turns(
     kinds: list[str], folder: str, tokenizer, options: argparse.Namespace, found: Found, save: Callable[[Found], None]
 ) -> None:
-    """Puts into `found` seconds of each repeat and of steps with a quarter and a half of the response, which come
-    first, peak of memory and teacher's tokens of a kind, or the response for which memory was not enough; saved after
-    each length."""
+    """Puts into `found`, for each kind, the seconds of each repeat and of steps with a quarter and a half of the
+    response (these come first), its peak of memory and the teacher's tokens, or the response for which memory did not
+    suffice. Saved after each length."""
     trainers, counters = {}, {}
     for kind in kinds:
         found[kind] = {"seconds": [], "shorter": {}}
@@ -226,7 +226,7 @@ def in_turns(
 
 
 def summary(found: Found, tokenizer, options: argparse.Namespace) -> dict[str, Any]:
-    """The results of the kinds that are done, and their ratio where it is both of `PAIR`."""
+    """The results of the kinds that are done, and the ratio of seconds if both of `PAIR` are."""
     done = {kind: x for kind, x in found.items() if "peak_gib" in x and "out_of_memory" not in x}
     keys = ("seconds", "peak_gib", "teacher_tokens_forwarded")
     results = {key: {kind: entry[key] for kind, entry in done.items()} for key in keys}

@@ -107,7 +107,7 @@ def evaluation(result: Result) -> list[list[str]]:
 
 def srpo_step(result: Result) -> list[list[str]]:
     kinds = ("srpo", "sdpo (trl)")
-    if any(kind not in result["seconds"] for kind in kinds):  # of a run that was out of time or memory
+    if any(kind not in result["seconds"] for kind in kinds):  # the run was out of time or memory
         return []
     steps = {int(length): seconds for length, seconds in result["seconds of shorter steps"].items()}
     steps[result["settings"]["response"]] = result["seconds"]
@@ -192,7 +192,7 @@ def srpo_loss(result: Result) -> list[list[str]]:
 
 
 def _loss_rows(work: str, paths: dict[str, dict[str, Any]], peers: dict[str, str]) -> list[list[str]]:
-    """Peak and seconds of ours and of each peer at the largest size that both were measured at."""
+    """Peak and seconds of ours and of each peer, at the largest size at which both were measured."""
     rows = []
     paths = {name: {n: x for n, x in side.items() if "out_of_memory" not in x} for name, side in paths.items()}
     ours = paths["ours"]

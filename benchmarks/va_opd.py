@@ -138,7 +138,7 @@ def sample_scores(run: Path, args: ScriptArguments, kind: str) -> list[list[floa
 
 
 def decoding_line(runs: dict[str, Path], args: ScriptArguments) -> str:
-    """How runs were evaluated on the held-out problems, as their records say; a warning where in different ways."""
+    """How runs were evaluated on the held-out problems, by their records; a warning if not all in the same way."""
     kinds: dict[str, list[str]] = {}
     for label, run in runs.items():
         record = json.loads((run / "eval" / f"{benchmark_name(args)}.json").read_text())
@@ -151,7 +151,7 @@ def decoding_line(runs: dict[str, Path], args: ScriptArguments) -> str:
 
 
 def last_checkpoint_scores(run: Path, args: ScriptArguments) -> list[list[float]] | None:
-    """`sample_scores` of the last checkpoint, where the evaluated one was chosen by its scores; else None."""
+    """`sample_scores` of the last checkpoint, if the evaluated one was chosen by its scores; else None."""
     path = run / "eval" / "selection.json"
     if not path.exists():
         return None
@@ -175,7 +175,7 @@ def with_interval(scores: list[list[float]]) -> str:
 
 
 def measured_table(scores: dict[str, dict[str, list]], rollouts: dict[str, list[dict]], last: dict[str, list]) -> str:
-    """`last`: scores of the last checkpoint, of the models whose checkpoint was chosen; no column without any."""
+    """A row for each model. `last`: scores of the last checkpoint of models whose checkpoint was chosen, if any."""
     rows = []
     for name in scores:
         cells = [with_interval(scores[name][kind]) for kind in ("true", "pixelated")]
@@ -228,8 +228,8 @@ def difference_line(scores: dict[str, dict[str, list]], last: dict[str, list]) -
 
 
 def accuracy_by_hours(runs: dict[str, Path], scores: dict[str, dict[str, list]]) -> dict[str, list[dict[str, float]]]:
-    """Accuracy on the held-out problems over hours of training, one point a checkpoint, the base student at 0; of the
-    runs whose checkpoints were evaluated."""
+    """Accuracy on the held-out problems over hours of training, for runs whose checkpoints were evaluated: one point
+    for each checkpoint, and the base student at 0."""
     base = [{"hours": 0.0, "accuracy": avg_at_k(scores["base"]["true"])}] if "base" in scores else []
     curves = {}
     for name, run in runs.items():
@@ -243,7 +243,7 @@ def accuracy_by_hours(runs: dict[str, Path], scores: dict[str, dict[str, list]])
 
 
 def hours_line(curves: dict[str, list[dict[str, float]]]) -> str:
-    """When VA-OPD has the accuracy with which Standard OPD ends: the paper's 3 times, of MathVerse (Fig. 5)."""
+    """When VA-OPD reaches the accuracy with which Standard OPD ends; 3 times as fast in the paper's Fig. 5."""
     if not {"opd", "va_opd"} <= curves.keys():
         return ""
     end = curves["opd"][-1]
@@ -259,8 +259,7 @@ def hours_line(curves: dict[str, list[dict[str, float]]]) -> str:
 
 
 def seeds_table(folder: Path, args: ScriptArguments) -> str:
-    """Accuracy of each trained variant over all seeds that are there, if there are at least two, and how they were
-    evaluated."""
+    """Accuracy of each trained variant over all its seeds, if there are at least two, and how they were evaluated."""
     rows, evaluated = [], {}
     for name in ("opd", "rollout_only", "token_only", "va_opd"):
         runs = [run for run in folder.glob(f"{name}-seed*") if (run / "eval" / "va.json").exists()]
@@ -285,7 +284,7 @@ def seeds_table(folder: Path, args: ScriptArguments) -> str:
 
 
 def vision_results(folder: Path, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Metrics by run and benchmark, of those of the paper's eight that were evaluated."""
+    """Metrics by run and benchmark, for those of the paper's eight benchmarks that were evaluated."""
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for name in NAMES:
         for benchmark in MATH + VISUAL:
@@ -296,7 +295,7 @@ def vision_results(folder: Path, seed: int) -> dict[str, dict[str, dict[str, Any
 
 
 def mean_score(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...]) -> tuple[float, float, float] | None:
-    """Mean over benchmarks in percent and its interval, their errors independent; None where one is missing."""
+    """Mean over benchmarks in percent and its interval, with independent errors; None if one is missing."""
     if not all(benchmark in metrics for benchmark in benchmarks):
         return None
     found = [headline(metrics[benchmark]) for benchmark in benchmarks]
@@ -305,7 +304,7 @@ def mean_score(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...]) 
 
 
 def beside_paper(folder: Path, seed: int, results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The paper's tables with ours beside them, of an experiment with `vision_results`."""
+    """The paper's tables with ours beside them, for an experiment with `vision_results`."""
     parts = [
         "## The paper's Table 1 (8B -> 2B, Geometry3K)",
         "*Ours*: the rule-based score in percent, its difference from the paper's, where the experiment is the "
@@ -320,8 +319,8 @@ def beside_paper(folder: Path, seed: int, results: dict[str, dict[str, dict[str,
 
 
 def paper_table(experiment: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The paper's numbers with ours beside them; differences only for its experiment, since another one has another
-    teacher, other data or other settings."""
+    """The paper's numbers with ours beside them; differences only for the paper's experiment, since any other has
+    another teacher, other data or other settings."""
     rows = []
     for name in [*PAPER, *(name for name in results if name not in PAPER)]:
         cells = []
@@ -334,7 +333,7 @@ def paper_table(experiment: str, results: dict[str, dict[str, dict[str, Any]]]) 
 
 
 def shorter_line(folder: Path, seed: int) -> str:
-    """Trainings of an experiment of the paper that were shorter than there, by the settings in their manifests."""
+    """Names trainings that were shorter than the paper's of this experiment, by the settings in their manifests."""
     shorter = {}
     for name in NAMES:
         path = folder / f"{name}-seed{seed}" / "manifest.json"
@@ -361,7 +360,7 @@ def our_cell(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...], pa
 
 
 def part_of(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...]) -> str:
-    """Such as " n=60", the questions of the benchmarks of which not all were asked."""
+    """Number of questions, such as " n=60", of the benchmarks that were asked in part; "" without any."""
     partial = [metrics[name]["questions"] for name in benchmarks if metrics[name]["questions"] < BENCHMARKS[name].rows]
     return f" n={sum(partial)}" if partial else ""
 
@@ -410,7 +409,7 @@ def scaling_table(experiments: Path, seed: int) -> str:
 
 
 def scaling_cell(results: dict[str, dict[str, dict[str, Any]]], benchmarks: tuple[str, ...]) -> str:
-    """Ours of Table 2; empty where a benchmark of Standard OPD or VA-OPD is missing."""
+    """Our cell of Table 2; empty if a benchmark of Standard OPD or VA-OPD is missing."""
     metrics = [results.get(name, {}) for name in ("opd", "va_opd")]
     means = [mean_score(found, benchmarks) for found in metrics]
     if None in means:
@@ -420,8 +419,8 @@ def scaling_cell(results: dict[str, dict[str, dict[str, Any]]], benchmarks: tupl
 
 
 def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, rollouts, hours) -> list[Path]:
-    """Accuracy bars, accuracy over hours of training (Fig. 5) where it is known, curves of the trainings, cumulative
-    VA mass (Fig. 2a), one rollout coloured by VA."""
+    """Accuracy bars, accuracy over hours of training (Fig. 5) if known, curves of the trainings, cumulative VA mass
+    (Fig. 2a), one rollout coloured by VA."""
     folder.mkdir(parents=True, exist_ok=True)
     bars = {
         NAMES[name]: {f"{kind} image": (avg_at_k(values), *interval(values)) for kind, values in kinds.items()}

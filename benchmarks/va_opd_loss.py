@@ -6,7 +6,7 @@
 `naive` holds the logits of both models, `trl` is the path of TRL's trainer, its tiled kernel, which computes logits
 twice, `liger` Liger's fused JSD, which needs a GPU and weighs all tokens alike, `ours` computes logits once, in tiles
 of less than 1 GB. Each runs in a process of its own (on a GPU once more, to warm up); the peak is what it adds to
-inputs and gradients. A path is left out where it needs more than --most GiB. Then --head_rows rows with heads of the
+inputs and gradients. A path is left out if it needs more than --most GiB. Then --head_rows rows with heads of the
 true widths (--heads), where the products decide and not the passes over the logits. Writes
 benchmarks/results/va_opd_loss.json.
 """
@@ -40,12 +40,12 @@ Found = dict[str, dict[int, dict[str, Any]]]
 
 
 def peak_bytes() -> int:
-    """High-water mark of this process's memory, or of the GPU's."""
+    """High-water mark of the GPU's memory or, without one, of this process's."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory("VmHWM")
 
 
 def heads(rows: int, vocabulary: int, student: int, teacher: int) -> list[torch.Tensor]:
-    """Random hidden states and heads of student and teacher; the student's want gradients. Logits have variance 1.
+    """Random hidden states and heads of student and teacher; the student's need gradients. Logits have variance 1.
 
     On a GPU in the dtypes of training: hidden states and teacher in bfloat16, the student's weights in float32.
     """
@@ -103,7 +103,7 @@ def child(loss: Callable[..., torch.Tensor], words: list[str]) -> None:
 
 
 def run(loss: Callable[..., torch.Tensor], module: str, *words: Any) -> dict[str, float]:
-    """`child` in a process of its own; on a GPU, which keeps count of its memory, in this one."""
+    """`child` in a process of its own; on a GPU, which records its own peak, `measured` in this one."""
     if torch.cuda.is_available():
         measured(loss, words[0], words[1], VOCABULARY, *words[2:])  # the size for which kernels are chosen
         return measured(loss, words[0], words[1], VOCABULARY, *words[2:])
@@ -122,8 +122,8 @@ def measure(
     most: float,
     save: Callable[[Found], None],
 ) -> Found:
-    """Median peak and each time, by path and rows; paths in turn, so that all see the same machine. What has been
-    measured is saved after each number of rows."""
+    """Median peak and all seconds, by path and rows; paths take turns, so that all see the same machine. Results are
+    saved after each number of rows."""
     found: Found = {name: {} for name in paths}
     for count in rows:
         names = [name for name, tensors in paths.items() if tensors * count * VOCABULARY * 4 < most * 2**30]
@@ -162,7 +162,7 @@ def _cell(entry: dict[str, Any] | None) -> str:
 
 
 def parser(name: str, rows: list[int]) -> argparse.ArgumentParser:
-    """What this and `benchmarks.srpo_loss` are asked."""
+    """The options of this command and of `benchmarks.srpo_loss`."""
     made = argparse.ArgumentParser(prog=f"benchmarks.{name}", formatter_class=argparse.RawTextHelpFormatter)
     made.add_argument("--rows", type=int, nargs="+", default=rows)
     made.add_argument("--student", type=int, default=128, help="width of the student")

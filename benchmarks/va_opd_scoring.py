@@ -3,14 +3,13 @@
     python -m benchmarks.va_opd_scoring                        # CPU, 6 to 15 minutes
     python -m benchmarks.va_opd_scoring --real                 # a GPU with 80 GB: Qwen3-VL-2B and 8B
 
-Three works. Teacher scoring of the siblings of a prompt in both views: one pass over image and prompt a view, then one
-over the rollouts, beside TRL's way, a micro-batch of whole padded rows a view, and beside 2 x K whole forwards, one a
-rollout and view. Student forward and backward of uneven rollouts:
-micro-batches sorted by length and cut to their own tokens, beside TRL's, padded to the longest rollout of the step. A
-whole step with generation: the share of visual advantage, where plain OPD's step is this one less the degraded
-images, the second view and the log-probabilities in both. Random weights; at the full size the vision tower takes
-about 0.4 of the text tower's FLOPs for an image token, as in Qwen3-VL-8B. `predicted` holds FLOPs of the published
-sizes.
+Three works. Teacher scoring of a prompt's siblings in both views: for each view one pass over image and prompt, then
+one over the rollouts, beside TRL's way, a micro-batch of whole padded rows for each view, and beside 2 x K whole
+forwards, one for each rollout and view. Student forward and backward of uneven rollouts: micro-batches sorted by
+length and cut to their own tokens, beside TRL's, padded to the longest rollout of the step. A whole step with
+generation: the share of visual advantage, where plain OPD's step is this one less the degraded images, the second view
+and the log-probabilities in both. Random weights; at the full size the vision tower takes about 0.4 of the text
+tower's FLOPs for an image token, as in Qwen3-VL-8B. `predicted` holds FLOPs of the published sizes.
 Writes benchmarks/results/va_opd_scoring.json.
 """
 
@@ -49,7 +48,7 @@ UNEVEN = (1.0, 0.75, 0.45, 0.2)  # lengths of four siblings, as shares of the lo
 
 
 class Shapes(NamedTuple):
-    """Of a teacher whose student is half as wide; with `real` those that Qwen3-VL-8B and 2B are published with."""
+    """Sizes of a teacher, whose student is half as wide; with `real` the published ones of Qwen3-VL-8B and 2B."""
 
     real: bool
     hidden: int
@@ -87,7 +86,7 @@ class Shapes(NamedTuple):
 
 @cache
 def build_model(shapes: Shapes, size: str) -> Qwen3VLForConditionalGeneration:
-    """With random weights; a teacher on a GPU in bfloat16."""
+    """A model with random weights, in float32; on a GPU a teacher is in bfloat16."""
     processor = tiny_qwen3_vl()[1]
     text, tower = shapes.towers(size)
     text |= {f"{name}_token_id": getattr(processor.tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
@@ -113,8 +112,8 @@ def build(
     micro_batch: int = K,
     response: int = 0,
 ):
-    """A trainer on images that make prompts of about `prompt` tokens, and whose rollouts have fixed `lengths`, or are
-    sampled, with `response` tokens each."""
+    """A trainer on images that make prompts of about `prompt` tokens. Its rollouts have fixed `lengths`, or without
+    them are sampled, with `response` tokens each."""
     shapes = Shapes(*(getattr(options, name) for name in Shapes._fields))
     unit = 2 * shapes.patch  # pixels of the side of a visual token
     side = unit * round(math.sqrt(0.94 * prompt))
@@ -176,7 +175,7 @@ def as_training_does(trainer):
 
 
 def padded_inputs(batch: dict[str, Any], multiple: int | None = None) -> tuple[dict[str, Any], torch.Tensor]:
-    """In the place of `siblings.trimmed_inputs`: what `DistillationTrainer._compute_loss` gives to a model."""
+    """In place of `siblings.trimmed_inputs`: what `DistillationTrainer._compute_loss` gives to a model."""
     inputs = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
     if "pixel_values" in inputs and not len(inputs["pixel_values"]):  # TRL itself has no rows without an image
         inputs = {key: value for key, value in inputs.items() if key.endswith("token_type_ids")}
@@ -186,14 +185,14 @@ def padded_inputs(batch: dict[str, Any], multiple: int | None = None) -> tuple[d
 
 
 def trl_micro_batches(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    """In the place of `siblings.length_sorted`: rows in the order of generation, as wide as the longest of all."""
+    """In place of `siblings.length_sorted`: rows in the order of generation, as wide as the longest of all."""
     size = len(batch["prompt_ids"]) // parts
     return [siblings.take_rows(batch, list(range(i, i + size))) for i in range(0, parts * size, size)]
 
 
 @torch.no_grad()
 def whole_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]], rows: int) -> list[torch.Tensor]:
-    """(N,) log-probabilities a view from forwards of whole rows, `rows` at once, as wide as the longest of all."""
+    """(N,) log-probabilities for each view, from forwards of `rows` whole rows, as wide as the longest of all."""
     teacher, results = trainer.teacher_model, []
     for view in views:
         logps = []
@@ -217,7 +216,7 @@ def shared_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[t
 
 @torch.no_grad()
 def plain_pass(trainer: VAOPDTrainer, batch: dict[str, Any]) -> None:
-    """What plain OPD needs of the teacher before the loss: hidden states in one view, no log-probabilities."""
+    """What plain OPD needs from the teacher before the loss: hidden states in one view, no log-probabilities."""
     for rows in trainer.teacher.parts(len(batch["prompt_ids"]), K, True):
         trainer.teacher._states(trainer.teacher_model, [siblings.take_rows(batch, list(rows))], True)
 
@@ -226,7 +225,7 @@ def plain_pass(trainer: VAOPDTrainer, batch: dict[str, Any]) -> None:
 
 
 class Counter:
-    """Forwards and tokens of the text tower and patches of the vision tower, while it is entered."""
+    """Context manager that counts forwards and tokens of the text tower and patches of the vision tower."""
 
     def __init__(self, model: Qwen3VLForConditionalGeneration):
         self.model, self.counts = model.model, {"forwards": 0, "tokens": 0, "patches": 0}
@@ -251,7 +250,7 @@ class Counter:
 
 
 def compare(works: dict[str, Callable[[], Any]], model, repeats: int) -> dict[str, Any]:
-    """Each work `repeats` times in turn: seconds, counted work, ratio of each other to the first, last results."""
+    """Runs all works in turn, `repeats` times: seconds, counted work, ratios of the others to the first; results."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     counted, results = {}, {}
     for repeat in range(repeats + 1):  # the first warms up and counts
@@ -353,7 +352,7 @@ def optimizer_step(trainer: VAOPDTrainer, inputs: list[dict[str, Any]]) -> None:
 
 
 def flops(size: str, image: int, text: int, response: int) -> dict[str, float]:
-    """Of Qwen3-VL: the vision tower on an image of `image` tokens, the text tower on the prompt and on a response."""
+    """FLOPs of Qwen3-VL: vision tower on an image of `image` tokens, text tower on the prompt and on a response."""
     layers, hidden, inner, _, depth, vision, vision_inner, _ = REAL[size]
     heads, weights = hidden, 2 * hidden * hidden + 2 * hidden * 1024 + 3 * hidden * inner
     patches, prompt = 4 * image, image + text
@@ -420,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def sections(options: argparse.Namespace, folder: str) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Name in the results and measurement of each work and size."""
+    """(name in the results, measurement) of each work and size."""
     prompt, response, found = options.prompt, options.response, {}
     for name, shares in (("equal", (1.0,) * K), ("uneven", UNEVEN)):
         for part in (1, 2, 4):

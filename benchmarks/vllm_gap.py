@@ -71,7 +71,7 @@ def _chosen(names: str, known: tuple[str, ...]) -> list[str]:
 
 
 def start_model(method: str, folder: Path) -> str:
-    """A copy of the preset's model that vLLM can load; it and its teacher are made where missing."""
+    """A copy of the preset's model that vLLM can load; that model and its teacher are made if missing."""
     config = yaml.safe_load(Path(f"{method}/configs/tiny.yaml").read_text())
     for name, path in (("base", config["model"]), ("teacher", config.get("teacher"))):
         if path and not Path(path).exists():
@@ -86,7 +86,7 @@ def start_model(method: str, folder: Path) -> str:
 
 
 def with_video(processor: ProcessorMixin) -> ProcessorMixin:
-    """The image-only processor of a tiny Qwen3-VL as a whole one, which vLLM asks for; it needs torchvision."""
+    """The image-only processor of a tiny Qwen3-VL made a full one, which vLLM asks for; it needs torchvision."""
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     names = ("patch_size", "merge_size", "temporal_patch_size", "size")
@@ -96,7 +96,7 @@ def with_video(processor: ProcessorMixin) -> ProcessorMixin:
 
 
 def measured(method: str, mode: str, model: str, steps: int, folder: Path) -> list[dict[str, Any]]:
-    """Gaps of a method's run, of R-Diverse's two phases each."""
+    """Gaps of a method's run, for R-Diverse of each of its two phases."""
     started = time.perf_counter()
     with engine(mode, model, folder) as flags:
         run(command(method, model, folder / mode, steps, flags))
@@ -145,7 +145,7 @@ def command(method: str, model: str, out: Path, steps: int, flags: list[str]) ->
 
 
 def run(words: list[str]) -> None:
-    """On a CPU within what vLLM lacks there; with GPUs on the first one."""
+    """Runs a command: on a CPU with what vLLM lacks there in place, with GPUs on the first one."""
     module = ["benchmarks.vllm_on_cpu"] if ON_CPU else []
     environment = dict(os.environ) if ON_CPU else {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
     print(f"$ python -m {' '.join(words)}", flush=True)

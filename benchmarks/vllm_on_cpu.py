@@ -2,10 +2,10 @@
 
     python -m benchmarks.vllm_on_cpu srpo.train --config srpo/configs/tiny.yaml --use_vllm true ...    # any command
 
-- Its linear layers repack their weights and drop the plain ones, which a weight sync then could not write. Here they
-  stay. vLLM loads `register` in each of its processes.
+- Its linear layers repack their weights and drop the plain ones, so that a weight sync could not write to them. Here
+  they stay. vLLM loads `register` in each of its processes.
 - Weights reach a server over NCCL, which needs CUDA. Here the trainer leaves them in a file that the server loads.
-- Its attention knows no heads of 16. `widened` gives a tiny model heads of 32 that compute the same.
+- Its attention does not support heads of width 16. `widened` gives a tiny model heads of 32 that compute the same.
 """
 
 import importlib
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
 
 
 def use_plugin(folder: Path) -> None:
-    """In this process and those that it starts."""
+    """Makes vLLM load `register`, in this process and in those that it starts."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     paths = plugin_paths(folder)
@@ -102,10 +102,10 @@ def weights_by_file(path: Path, patch: Callable[[type, str, Callable], None] = s
 
 
 def widened(model: torch.nn.Module, head_dim: int = 32) -> torch.nn.Module:
-    """A copy of a tiny Qwen3 or Qwen3-VL with heads of `head_dim`, filled up with zeros, that computes the same.
+    """A copy of a tiny Qwen3 or Qwen3-VL with heads of `head_dim`, padded with zeros, that computes the same.
 
-    Rotary embeddings pair a head's halves, so each half is filled up; the frequencies of the pairs stay with the base
-    to the power of the growth. The norms of query and key divide by the root of the width, the attention too.
+    Rotary embeddings pair a head's halves, so each half is padded; raising their base to the power of the growth keeps
+    the frequencies of the pairs. The norms of query and key, and the attention, divide by the root of the width.
     """
     config = type(model.config).from_dict(model.config.to_dict())
     text = config.get_text_config()

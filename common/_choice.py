@@ -33,13 +33,13 @@ _NEGATION = re.compile(r"(?i)n't|\b(?:not|non|wrong|incorrect|false|rather|becau
 
 
 def gold_letter(gold: str) -> str | None:
-    """The choice letter that a gold answer is or begins with ("C", "(C)", "C. Neon", "(C) Neon"); None without one."""
+    """The choice letter that a gold answer is, or begins with ("C", "(C)", "C. Neon", "(C) Neon"); else None."""
     found = _GOLD_CHOICE.fullmatch(normalise(gold)) if len(gold) <= MAX_CHARS else None
     return next(filter(None, found.groups())).upper() if found and found[0] != "e" else None  # Euler's number
 
 
 def chosen_letter(answer: str) -> str | None:
-    """The choice letter that a short answer commits to ("(C)", "C. Neon", "option c"); None for none and for two."""
+    """The choice letter that a short answer commits to ("(C)", "C. Neon", "option c"); None for none or two."""
     if len(answer) > MAX_CHARS:
         return None
     text = _WRAPPED.sub(r"\1", normalise(answer)).strip("{} ")
@@ -59,7 +59,7 @@ def _names_another(letter: str, rest: str) -> bool:
         return rejected[1] == letter
     if _LIST_OF_LETTERS.fullmatch(rest) or _REFUSED.match(rest):
         return True
-    # Behind "C." a colon may be of the option's text: "C. Vitamin A: for the eyes"
+    # After "C." a colon may belong to the option's text: "C. Vitamin A: for the eyes"
     labels = (_LABEL if rest.startswith(":") else _CLAUSE_LABEL).findall(rest)
     labels += [other for other in _VALUE_LABEL.findall(rest) if other > letter]  # "C. 0.5 A. 5 V" has amperes
     if any(other != letter for other in labels) or _SENTENCE_LABEL.search(rest):

@@ -1,8 +1,8 @@
 r"""Formulas of answers: a parser for LaTeX and plain text.
 
 It knows what an answer may hold: numbers, names, + - * / ^ !, roots, absolute values, elementary functions, sums and
-products over whole numbers. Whatever else a text holds makes it `Unreadable`; nothing is skipped, so "5 or 7" can
-never be read as 5.
+products over whole numbers. Anything else makes a text `Unreadable`; nothing is skipped, so "5 or 7" can never be read
+as 5.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _TIMES_OR_OVER = ("*", "cdot", "/")
 _SERIES = ("sum", "prod")
 _UNKNOWN_FUNCTIONS = "fgh"  # f(x+1) is no product
 _WORDS = sorted([*_FUNCTIONS, "pi", *(name for name in _GREEK[:-2] if len(name) > 2)], key=len, reverse=True)
-_DERIVATIVE = (  # one name: no quotient of products
+_DERIVATIVE = (  # it is read as one name, not as a quotient of products
     r"\\frac ?\{ ?(?P<d>d|\\Delta)(?: ?\^ ?\{?\d\}?)? ?[A-Za-z]? ?\} ?\{ ?(?P=d) ?[A-Za-z](?: ?\^ ?\{?\d\}?)? ?\}"
 )
 _TOKEN = re.compile(
@@ -141,7 +141,7 @@ class _Parser:
                 return node
 
     def implicit(self) -> Node:
-        """The next factor of a product without a sign; a number stands there only after what plainly ends."""
+        """The next factor of a product without a sign; a number only follows what clearly ends (`_BEFORE_NUMBER`)."""
         is_number, before = self.tokens[self.at][0] in ("number", "repeating"), self.tokens[self.at - 1][1]
         if is_number and before not in _BEFORE_NUMBER and self.at != self.factor:
             raise Unreadable("two numbers side by side")
@@ -271,8 +271,8 @@ class _Parser:
         return Node("name", (letter + suffix,))
 
     def is_power(self) -> bool:
-        """Whether the next number has an exponent with a letter, and its name is not one that is counted: x1^n + x2^n
-        has indices."""
+        """Whether the next number is the base of a power with a letter in its exponent, as in n2^{n-1}. Not if the
+        name before it also stands before 0 or 1: x1^n + x2^n has indices."""
         if self.tokens[self.at + 1][1] != "^":
             return False
         depth = 0
@@ -287,7 +287,7 @@ class _Parser:
         return False
 
     def indices(self) -> tuple[Node, ...]:
-        """The indices in a subscript in which the variable of a sum stands; nothing is taken for another one."""
+        """The indices of a subscript that has the variable of a sum in it; () for others, which are left unread."""
         start = self.at
         self.at += 1
         end = next((at for at in range(self.at, len(self.tokens)) if self.tokens[at][1] == "}"), start)
@@ -315,7 +315,7 @@ class _Parser:
         raise Unreadable("a bound is missing")
 
     def series(self, op: str) -> Node:
-        r"""`\sum_{k=1}^{n} k^2 + 1` is the sum and one more: it goes over the product that follows."""
+        r"""`\sum_{k=1}^{n} k^2 + 1` is the sum of k^2, plus one: a sum covers the product that follows it."""
         found: dict[str, tuple] = {}
         while (sign := self.next) in ("_", "^") and sign not in found:
             self.at += 1
@@ -445,7 +445,7 @@ def _is_word(tokens: list[tuple[str, str]]) -> bool:
 
 
 def _juxtaposed(tokens: list[tuple[str, str]]) -> tuple[Node, ...]:
-    """Two indices, such as those of `x_{ij}` and `x_{i1}`; none for one that is a formula, as 2k is."""
+    """Two indices, such as those of `x_{ij}` and `x_{i1}`; () for a single one that is a formula, such as 2k."""
     if len(tokens) != 2 or any(kind not in ("name", "number") for kind, _ in tokens):
         return ()
     if tokens[0][0] == "number" and tokens[0][1] not in ("0", "1"):
@@ -454,7 +454,7 @@ def _juxtaposed(tokens: list[tuple[str, str]]) -> tuple[Node, ...]:
 
 
 def _is_index(node: Node) -> bool:
-    """n-2k+1, say."""
+    """Whether a formula may be an index, such as n-2k+1."""
     if node.op == "*":
         return node.args[0].op == "number" and node.args[1].op == "name"
     return node.op in ("number", "name") or (node.op in ("+", "neg") and all(map(_is_index, node.args)))
@@ -474,7 +474,7 @@ def names(node: Node) -> frozenset[str]:
 
 
 def whole_names(node: Node) -> frozenset[str]:
-    """The names in bounds and indices, which have to be whole numbers."""
+    """The names in bounds and indices, which must be whole numbers."""
     if node.op == "term":
         return names(node)
     if node.op in _SERIES:
@@ -489,7 +489,7 @@ def sequences(node: Node) -> frozenset[str]:
 
 
 def indexed(node: Node, letters: frozenset[str]) -> Node:
-    """The formula with `a_n` and `a_1`, too, as terms of the sequence a, where that is one of `letters`."""
+    """The formula with names such as `a_n` and `a_1` made terms of the sequence a, if a is one of `letters`."""
     if node.op == "name":
         letter, _, subscript = node.args[0].partition("_")
         if letter not in letters:
@@ -497,7 +497,7 @@ def indexed(node: Node, letters: frozenset[str]) -> Node:
         tokens = _tokens(subscript)[:-1]
         if _is_word(tokens):
             return node
-        indices = _juxtaposed(tokens) or (parse(subscript),)  # of the letter alone: unreadable
+        indices = _juxtaposed(tokens) or (parse(subscript),)  # without a subscript: unreadable
         if not all(map(_is_index, indices)):
             raise Unreadable("an index")
         return Node("term", (letter, *indices))

@@ -40,7 +40,7 @@ _BASED = re.compile(
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _BASES |= {"twelve": 12, "sixteen": 16}
 _DATE = re.compile(r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})|(\d{1,2})([-/.])(\d{1,2})\6(\d{4})")
-_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-df-hj-z](?![A-Za-z])")  # but e and i
+_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-df-hj-z](?![A-Za-z])")  # except e and i
 
 _WORD = r"[A-Za-z][a-z'-]{3,}|yes|no|none|odd|even|all|any|one|two|six|ten|not|the|of|to|red|east|west|may|dne"
 _TEXT = re.compile(
@@ -66,7 +66,7 @@ def split(text: str, separator: re.Pattern[str]) -> list[str]:
 
 
 def bare(text: str) -> str:
-    """Without brackets that only group: `{x}`, `(x)`; a bracket round a list stays, it means something."""
+    """The text without brackets that only group: `{x}`, `(x)`. Brackets round a list stay: they mean something."""
     text = text.strip()
     while text[:1] in ("(", "{") and closing_bracket(text) == len(text) - 1:
         if text[-1] != {"(": ")", "{": "}"}[text[0]] or len(split(text[1:-1], COMMA)) > 1:
@@ -111,12 +111,12 @@ def assignment(text: str) -> tuple[str | None, list[str]]:
 
 
 def same_name(p: str, g: str) -> bool:
-    """x_1 stands for x where only one side numbers its solutions."""
+    """Whether two names agree; x_1 counts as x, since one side alone may number its solutions."""
     return p == g or p.startswith(f"{g}_") or g.startswith(f"{p}_")
 
 
 def as_interval(text: str) -> tuple[str, str] | None:
-    r"""`("x", "[-2,7]")` from `-2 \leq x \leq 7`; None when it is no inequality on one name."""
+    r"""`("x", "[-2,7]")` from `-2 \leq x \leq 7`; None for what is no inequality on one name."""
     if builder := BUILDER.fullmatch(text):
         text = builder[2]
     parts = split(text, RELATION)
@@ -139,7 +139,7 @@ def as_interval(text: str) -> tuple[str, str] | None:
 
 
 def one_by_one(text: str, other: str) -> str:
-    """`m=2,n=3` from `(m,n)=(2,3)` where the other side names its values; any other text as it is."""
+    """`m=2,n=3` from `(m,n)=(2,3)` if the other side names its values; any other text is returned as it is."""
     if text[:1] != "(" or "=" not in other:
         return text
     name, parts = assignment(text)
@@ -161,7 +161,7 @@ def carried(items: list[str]) -> list[str]:
 
 
 def is_symbolic(text: str) -> bool:
-    """Whether a value, behind any `x =`, has names in it, so that a letter at its end may be a factor."""
+    """Whether a value, after any `x =`, has names in it, so that a letter at its end may be a factor."""
     value = split(text, RELATION)[-1]
     try:
         return bool(names(parse(value)))
@@ -170,7 +170,7 @@ def is_symbolic(text: str) -> bool:
 
 
 def based(text: str) -> tuple[str, int] | None:
-    """`("204", 5)` from `204_5` and `(204)_{\\text{five}}`."""
+    """`("204", 5)` from `204_5` and `(204)_{\\text{five}}`; None for anything else."""
     found = _BASED.fullmatch(text)
     if not found or not (base := int(found[2]) if found[2].isdigit() else _BASES.get(found[2], 0)):
         return None
@@ -187,7 +187,7 @@ def exact_side(text: str) -> str:
 
 
 def date(text: str) -> list[int] | None:
-    """The numbers of `2024-03-15` or `3/15/2024` in the order in which they stand."""
+    """The numbers of `2024-03-15` or `3/15/2024` in their order; None for anything else."""
     found = _DATE.fullmatch(text)
     return [int(part) for part in found.groups() if part and part.isdigit()] if found else None
 
@@ -213,13 +213,13 @@ _SET_UPRIGHT = re.compile(r"\\(?:mathrm|text|ce)(?= ?\{)|[{} ]|_(?= ?\{? ?\d)")
 
 
 def chemical(text: str) -> str | None:
-    r"""`Fe2(SO4)3` from `\mathrm{Fe_2(SO_4)_3}`, `Fe^3+` from `\text{Fe}^{+3}`; None for no formula of a substance."""
+    r"""`Fe2(SO4)3` from `\mathrm{Fe_2(SO_4)_3}`, `Fe^3+` from `\text{Fe}^{+3}`; None if it is no chemical formula."""
     plain = _CHARGE.sub(r"^\2\1", _SET_UPRIGHT.sub("", text))
     return plain if _CHEMICAL.fullmatch(plain) else None
 
 
 def matrix_of(text: str) -> list[list[str]] | None:
-    """Rows of cells, each times the factor before the matrix."""
+    """Rows of cells, each times the factor before the matrix; None if there is no matrix."""
     table = _MATRIX.fullmatch(text)
     if not table:
         return None

@@ -81,7 +81,7 @@ def is_lowest_terms(text: str) -> bool:
 
 
 class Unit(NamedTuple):
-    """A unit as `scale` times a product of powers of base units; words of no known unit in `others`."""
+    """A unit: `scale` times a product of powers of base units; words that are no known unit are in `others`."""
 
     scale: Fraction
     powers: tuple[tuple[str, int], ...]
@@ -159,12 +159,12 @@ _ENDS_LIKE_UNIT = re.compile(r"[A-Za-z}%¤€£¥₹¢\u4e00-\u9fff]$|[A-Za-z^ ]
 
 
 def split_unit(text: str, keep: frozenset[str] = frozenset()) -> tuple[str, Unit | None]:
-    r"""`("15", cm^2)` from `15\text{ cm}^2`; None for no unit. Units in `keep` are left where they are."""
+    r"""`("15", cm^2)` from `15\text{ cm}^2`; the unit is None if there is none. Units in `keep` stay in the text."""
     if sign := _PREFIXED.fullmatch(text):
         value, trailing = split_unit(sign[3])
         unit = _parse_unit(sign[2])
         if _MAGNITUDE.search(sign[3]):
-            return text, None  # 50K are no kelvins of dollars
+            return text, None  # in $50K the K is no unit
         return sign[1] + value, unit if trailing is None else _merge(unit, trailing)
     if both := _two_units(text):
         return both
@@ -207,7 +207,7 @@ def _merge(a: Unit, b: Unit) -> Unit:
 
 @lru_cache(maxsize=4096)
 def _parse_unit(text: str) -> Unit | None:
-    """None for words that are no unit but part of the value, or a hedge."""
+    """The unit that a text names; None for words that belong to the value, and for a hedge."""
     if not _UNIT_TEXT.fullmatch(text):
         return None
     factors, others, sign, raised = [], set(), 1, 1  # factors: (name, power)
@@ -248,7 +248,7 @@ def is_unit_word(word: str) -> bool:
 
 
 def conversion(p: Unit, g: Unit) -> Fraction | None:
-    """How many of `g` one `p` is: 1000 for km and m; None where they differ in kind. "$" is "$ per hour" too."""
+    """How many of `g` one `p` is: 1000 for km and m; None if they differ in kind. "$" may mean "$ per hour"."""
     plain = min(p, g, key=lambda unit: len(unit.powers))
     if p.powers != g.powers and _money(p) and _money(p) == _money(g) and (len(plain.powers), plain.scale) == (1, 1):
         return Fraction(1)

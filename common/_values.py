@@ -3,8 +3,8 @@ r"""Whether two formulas are equal, by their values.
 Two formulas are equal when their values agree wherever both are defined: as exact fractions where every step is
 rational, else to more digits than the two texts could differ in. The points are fixed, so a verdict never changes.
 Quotients of polynomials need no values: their fingerprints decide (`common._fingerprint`).
-Bounds of sums are whole numbers there, and a sequence of which nothing is known, such as a_k, has random terms.
-Every step is bounded (`TooLarge`) and looks at the deadline, so that this can run in any thread.
+At these points bounds of sums are whole numbers, and an unknown sequence, such as a_k, has random terms.
+Every step is bounded (`TooLarge`) and checks the deadline, so that this can run in any thread.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from common._formula import (
 )
 
 _EXACT_TYPES = frozenset([int, Fraction])  # steps with whole numbers as int take a tenth of the time
-_MAX_DIGITS = 8000  # of a number on the way
+_MAX_DIGITS = 8000  # of an intermediate number
 _MAX_BITS = int(_MAX_DIGITS / 0.302)
-_MAX_PRECISION = 2000  # of an inexact one
+_MAX_PRECISION = 2000  # digits of an inexact number
 _MAX_FACTORIAL = 2500
 _MAX_TERMS = 5000  # of all sums and products at one point
 
 
 class TooLarge(ArithmeticError):
-    """A value with no end of digits: a power tower, a huge factorial."""
+    """A value with too many digits, such as a power tower or a huge factorial."""
 
 
 class _Undefined(ArithmeticError):
@@ -52,7 +52,7 @@ class _Undefined(ArithmeticError):
 
 
 class _Irrational(Exception):
-    """The value is no fraction, or not seen to be one."""
+    """The value is no fraction, or not recognised as one."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,18 +160,18 @@ def _context():
 
 
 class _Point:
-    """Values of formulas where the names have the values `at`, each step bounded, all of them before `deadline`."""
+    """Values of formulas where names have the values `at`. Each step is bounded, and all have to end by `deadline`."""
 
     def __init__(self, at: dict[str, Fraction], deadline: float) -> None:
         self.at = at
         self.deadline = deadline  # time.monotonic()
         self.mp = None
         self.spread = 0.0  # digits of the largest or smallest number met
-        self._known: dict[tuple, Any] = {}  # values of functions, for the other formula often has them too
+        self._known: dict[tuple, Any] = {}  # values of functions: the other formula often has the same
         self._terms = 0
 
     def _series(self, node: Node):
-        """The sum or product of its terms. A bound that is not whole, or far below: undefined."""
+        """The sum or product of its terms. Undefined if a bound is not whole, or the upper one lies far below."""
         variable, *bounds, body = node.args
         lower, upper = map(self.value, bounds)
         if not _are_exact(lower, upper) or lower.denominator > 1 or upper.denominator > 1 or upper < lower - 1:
@@ -245,7 +245,7 @@ class _Point:
         return value
 
     def rounded(self, value):
-        """`number`, and remembers how large it is."""
+        """As `number`, but the size of a fraction goes into `spread`."""
         if type(value) not in _EXACT_TYPES:
             return value
         self.spread = max(self.spread, _digits(value))
@@ -276,7 +276,7 @@ class _Point:
         return getattr(self.mp, {"ln": "log", "!": "factorial", "binom": "binomial"}.get(op, op))(*values)
 
     def _see_limits(self, op: str, value) -> None:
-        """Remembers the digits by which tanh(100) is not 1, and cos(1e-40) neither."""
+        """Adds to `spread` the digits that it takes to tell tanh(100), or cos(1e-40), from 1."""
         if op in HYPERBOLIC:
             self.spread = max(self.spread, 0.87 * float(abs(self.mp.re(value))))
         if op in ("cos", "sec", "cosh", "sech") and value:
@@ -308,13 +308,13 @@ class _Point:
 
 
 def _noise(mp):
-    """What is no larger is taken for a rounding error."""
+    """The largest value that is taken for a rounding error."""
     return mp.mpf(10) ** -int(0.75 * mp.dps)
 
 
 @lru_cache(maxsize=4096)
 def _term(letter: str, *indices: Fraction) -> Fraction:
-    """A sequence of which nothing is known: any number, the same one for the same index."""
+    """A term of an unknown sequence: an arbitrary number, always the same for the same letter and index."""
     if any(index.denominator != 1 for index in indices):
         raise _Undefined
     digest = hashlib.blake2b(f"{letter} {' '.join(map(str, indices))}".encode(), digest_size=4).digest()
@@ -342,10 +342,10 @@ _ARITHMETIC = {
 
 _MARGIN = 40  # digits beyond those in which two texts of their length can differ
 _WHOLE = frozenset("nkmN")  # where every name is one of these, whole numbers are points too
-_BOUNDS = (7, 4, 11, 3, 9, 2, 12, 6, 8, 5)  # of sums, at each of the points
+_BOUNDS = (7, 4, 11, 3, 9, 2, 12, 6, 8, 5)  # of sums, one for each point
 _MAX_NAMES = 16
 _NEEDED = 3  # points at which both formulas have values
-# Functions with one branch, defined but at poles: two of these that differ do so almost everywhere
+# Functions with one branch, defined except at poles: two of these that differ do so almost everywhere
 _SMOOTH = frozenset(_ARITHMETIC) - {"abs", "re", "im", "floor", "ceil"} | {"name", "exp", *CIRCULAR, *HYPERBOLIC}
 _POSITIVE = frozenset(["+", "*", "/", "^", "root"])
 
@@ -407,7 +407,7 @@ class _Pair:
 
     @cached_property
     def digits(self) -> int:
-        """What tells two values apart."""
+        """How many digits tell two values apart."""
         return _MARGIN + sum(map(str.isdigit, "".join(self.texts)))
 
     def points(self) -> Iterator[_Point]:
@@ -431,7 +431,7 @@ class _Pair:
         return values
 
     def compared(self, test: Callable) -> int:
-        """Points at which `test(point, a, b)` is True; 0 when it is False anywhere. None leaves a point out."""
+        """Number of points at which `test(point, a, b)` is True; 0 if it is False anywhere. None skips a point."""
         agreed, too_large = 0, None
         for point in self.points():
             try:
@@ -453,7 +453,7 @@ class _Pair:
         return agreed if not self.names or agreed >= _NEEDED else 0
 
     def by_fingerprint(self) -> bool | None:
-        """Whether the two are one formula (up to `scale`), once they are seen to have values; None: it cannot tell."""
+        """Whether both are one formula up to `scale`, given that they have values; None if this cannot tell."""
         if not _are_exact(self.scale):
             return None
         p, g = fingerprint(self.texts[0], 1), fingerprint(self.texts[1], self.scale)
@@ -480,7 +480,7 @@ class _Pair:
 
 
 def _zero(point: _Point):
-    """What two equal numbers differ by at most, relative to their size. Raises `TooLarge` where that says nothing."""
+    """Largest relative difference of two equal numbers. Raises `TooLarge` if it is too large to mean anything."""
     exponent = int(point.spread + 15 - point.mp.dps)
     if exponent > -30:
         raise TooLarge
@@ -504,7 +504,7 @@ def _is_real(point: _Point, value) -> bool:
 def equal(p: str, g: str, deadline: float) -> bool:
     """Whether two formulas have the same value wherever both are defined.
 
-    Raises `Unreadable` where a text is no formula, `TooLarge` where a value has too many digits, `TimeoutError`.
+    Raises `Unreadable` if a text is no formula, `TooLarge` if a value has too many digits, and `TimeoutError`.
     """
     pair = _Pair(p, g, deadline)
     if pair.is_rational() and not pair.is_number() and (same := pair.by_fingerprint()) is not None:
@@ -513,7 +513,7 @@ def equal(p: str, g: str, deadline: float) -> bool:
 
 
 def proportional(p: str, g: str, deadline: float) -> int:
-    """1 or -1, the sign of the constant by which p is g everywhere; 0 if there is none. Raises as `equal` does."""
+    """Sign (1 or -1) of the constant c with p = c g everywhere; 0 if there is none. Raises as `equal` does."""
     pair, ratios = _Pair(p, g, deadline), []
 
     def same_ratio(point: _Point, a, b) -> bool | None:
@@ -543,9 +543,9 @@ def within(p: str, g: str, tolerance: Fraction, deadline: float) -> bool:
 
 
 def order(p: str, g: str, deadline: float, at: Mapping[str, Fraction]) -> int:
-    """-1, 0 or 1 as p is less than, equal to or greater than g, two real numbers where names have the values `at`.
+    """-1, 0 or 1 if p is less than, equal to or greater than g, where names have the values `at`.
 
-    Raises as `equal` does.
+    Raises as `equal` does, and `Unreadable` if one of the two has no real value there.
     """
     pair, point = _Pair(p, g, deadline), _Point(dict(at), deadline)
     if not at.keys() >= set(pair.names):

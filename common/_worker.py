@@ -37,7 +37,7 @@ class _Gone(Exception):
 
 
 class _Worker:
-    """One process. `ready` turns true when it has imported what it needs."""
+    """One process. `ready` is True once it has imported what it needs."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-P", "-c", _BOOT, str(Path(__file__).parents[1])]
@@ -80,7 +80,7 @@ class _Worker:
         self.forget()
 
     def forget(self) -> None:
-        """Close the pipes and leave the process alone: in a forked child it is somebody else's."""
+        """Closes the pipes and leaves the process alone: in a forked child it belongs to the parent."""
         self.process.returncode = self.process.returncode or 0
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
@@ -88,7 +88,7 @@ class _Worker:
 
 
 class _Pool:
-    """Workers of this process, at most `limit`, started when needed and kept."""
+    """The workers of this process, at most `limit`; each is started when needed and kept."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -121,7 +121,7 @@ class _Pool:
             self._changed.notify()
 
     def replace(self, worker: _Worker) -> None:
-        """Kill, and start the next one at once: it imports while the caller goes on."""
+        """Kills a worker and starts the next at once, which imports while the caller goes on."""
         worker.kill()  # before the lock, for which others would wait beyond their deadlines
         with self._changed:
             self.workers.discard(worker)
@@ -149,20 +149,20 @@ _pool = _Pool(_default_limit())
 
 
 def at_least(workers: int | None) -> int:
-    """Allow that many workers (None: the default limit) and return the number."""
+    """Allows that many workers (None: the default limit) and returns the number."""
     count = workers or _default_limit()
     _pool.raise_limit(count)
     return count
 
 
 def ask(prediction: str, gold: str, policy: Policy, timeout: float, *, wait: bool) -> Outcome | None:
-    """What a worker finds for a normalised pair, or None when it is late or dies of the pair.
+    """A worker's finding on a normalised pair; None if it is late or dies. `RuntimeError` if no worker starts.
 
     With `wait`, the clock starts when a ready worker takes the pair; without, the whole call keeps to `timeout`.
     """
     request = {"p": prediction, "g": gold, "policy": asdict(policy)}
     pool, deadline = _pool, time.monotonic() + timeout
-    for last_try in (False, True):  # a worker may have died of something else than this pair
+    for last_try in (False, True):  # a worker may have died of something other than this pair
         try:
             worker = pool.take(time.monotonic() + threading.TIMEOUT_MAX / 2 if wait else deadline)
         except _Late:
@@ -203,7 +203,7 @@ def _stop() -> None:
 
 
 def _after_fork() -> None:
-    """A child shares no pipe and no lock with its parent."""
+    """Gives a forked child a pool of its own: it must share no pipe and no lock with its parent."""
     global _pool
     old, _pool = _pool, _Pool(_default_limit())
     for worker in old.workers:
@@ -241,7 +241,7 @@ def main() -> None:
 
 
 def _decide(request: dict, algebra) -> Outcome | None:
-    """None where it takes too long or too much memory."""
+    """The outcome of one request; None if it takes too long or too much memory."""
     deadline = time.monotonic() + request["seconds"]
     try:
         return compare(request["p"], request["g"], deadline, Policy(**request["policy"]), algebra.equal)
@@ -278,9 +278,9 @@ def _take_limits() -> None:
 
 @contextlib.contextmanager
 def _limits(seconds: float):
-    """The kernel ends this process a second after the limit, in time or CPU time, or when the parent is gone.
+    """The kernel ends this process a second or two after the limit, in wall or CPU time, or when the parent is gone.
 
-    It is the kernel, because code in C does not return to Python. The pipe signals when its other end closes.
+    Only the kernel can, since code in C may not return to Python. The pipe sends a signal when its other end closes.
     """
     import fcntl
     import resource

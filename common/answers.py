@@ -1,4 +1,4 @@
-r"""Take the final answer out of a response, and decide whether two answers are the same.
+r"""Extracts the final answer of a response, and decides whether two answers are the same.
 
 Policy, in one place (the tests hold a table of it):
 
@@ -16,11 +16,11 @@ Policy, in one place (the tests hold a table of it):
 * A gold letter A-J is a choice letter. Hedges ("5 or 7", "A or B", "5=7") are wrong.
 * An equality chain ("x = 5 + 6 = 11") is right when every part of it equals the gold answer.
 
-`Policy` changes what graders differ in: percent, units, rounded gold answers, fractions in lowest terms.
+`Policy` sets what graders disagree on: percent, units, rounded gold answers, fractions in lowest terms.
 
 Comparison has layers: identical text, exact numbers, structure (`common._compare`), sets of real numbers
 (`common._sets`), values of formulas (`common._values`), and last a computer algebra system in a separate process that
-is killed when it is late (`common._worker`). Nothing here evaluates code; every input has a limit on its size first.
+is killed when it is late (`common._worker`). Nothing here evaluates code; the size of each input is checked first.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from common._normalise import MAX_CHARS, key, normalise, within_limits
 from common._notation import assignment, bare
 from common._units import is_unit_word, number, split_unit
 
-BARE_WORDS = 5  # a response of so few words is an answer, not a text that has one; MMMU's script draws the same line
+BARE_WORDS = 5  # a response of at most so many words is itself an answer; MMMU's script draws the same line
 
 __all__ = [
     "BARE_WORDS",
@@ -83,7 +83,7 @@ class Check(NamedTuple):
     `answer` is the extracted answer, None without one. `kind` is what the pair was compared as ("number", "time",
     "unit", "assignment", "union", "collection", "relation", "brackets", "matrix", "ratio", "words", "value", "choice",
     "text"). `rule` is the comparison that decided, on the innermost part: one of the same names, or "set", "algebra",
-    "size", "late", "failure" (of a step, by the text: no fault of the answer is known).
+    "size", "late", "failure" (a step failed on the text; the answer may be right).
     """
 
     verdict: Verdict
@@ -98,9 +98,9 @@ _DEFAULT = Policy()
 def same_answer(prediction: str, gold: str, *, timeout: float = 5.0, policy: Policy = _DEFAULT) -> bool:
     """Whether two answers (not responses) mean the same, by the policy at the top of this module.
 
-    Never raises on any pair of strings, never evaluates code, and returns within `timeout` seconds (False then) from
-    any thread, asyncio task or process. Not symmetric: `gold` is trusted.
-    Raises `ImportError` where latex2sympy2-extended is needed and missing: False would look like a wrong answer.
+    Never raises because of a string, never evaluates code, and returns within `timeout` seconds (False if they run
+    out) from any thread, asyncio task or process. Not symmetric: `gold` is trusted.
+    Raises `ImportError` if latex2sympy2-extended is needed and missing: False would look like a wrong answer.
     """
     return _check(_as_text(prediction), _as_text(gold), timeout, policy).verdict is Verdict.CORRECT
 
@@ -114,10 +114,10 @@ def check(
     timeout: float = 5.0,
     policy: Policy = _DEFAULT,
 ) -> Check:
-    """Extract the answer of a response, compare it with `gold`, and say why; limits and errors as in `same_answer`.
+    """The verdict on a response's answer against `gold`, with its reasons; limits and errors as in `same_answer`.
 
     `which`: the "last" or the "first" answer that the response commits to (`extract_answer`). `whole`: a response that
-    commits to none and has at most `BARE_WORDS` words is an answer as a whole, such as "58" or "x = 58".
+    commits to none and has at most `BARE_WORDS` words is itself the answer, such as "58" or "x = 58".
     """
     answer = _answer_of(_as_text(response), which, whole)
     return _check(answer, _as_text(gold), timeout, policy)
@@ -129,7 +129,7 @@ def judge(response: str, gold: str, **options: Any) -> Verdict:
 
 
 def grade(response: str, gold: str, **options: Any) -> bool:
-    """`judge(...)` is CORRECT."""
+    """Whether `judge(...)` is `CORRECT`."""
     return judge(response, gold, **options) is Verdict.CORRECT
 
 
@@ -171,7 +171,7 @@ def grade_many(
 
 
 def exact_number(answer: str) -> Fraction | None:
-    """The exact value of an answer that is a numeral, its unit left out; None for anything else."""
+    """The exact value of an answer that is a numeral, without its unit; None for anything else."""
     if len(answer) > MAX_CHARS or not within_limits(text := normalise(answer)):
         return None
     parts = assignment(bare(text))[1]
@@ -219,7 +219,7 @@ def _check(answer: str | None, gold: str, timeout: float, policy: Policy) -> Che
 
 
 def _settle(answer: str | None, gold: str, deadline: float, policy: Policy) -> Check | _Request:
-    """The verdict, or the request to a worker where nothing short of computer algebra decides."""
+    """The verdict, or a request to a worker if nothing short of computer algebra decides."""
     if not gold.strip():
         return Check(Verdict.GOLD_UNPARSEABLE, answer)
     if not answer or not answer.strip():
@@ -250,7 +250,7 @@ def _settle(answer: str | None, gold: str, deadline: float, policy: Policy) -> C
 
 @lru_cache(maxsize=8192)
 def _stated(answer: str) -> str:
-    """What an answer, or a gold answer, says: there may be a box or a marker in it."""
+    """What an answer, or a gold answer, says, without a box or a marker that may be in it."""
     return extract_answer(answer) or own_words(answer)
 
 
@@ -268,9 +268,9 @@ def _decimal(numeral: re.Match[str]) -> Decimal:
 
 
 def _settle_numerals(answer: str, gold: str) -> Check | None:
-    """What the long way below gives for two plain numerals, in a tenth of its time. None for any other answers.
+    """The result of the long way in `_settle` for two plain numerals, in a tenth of its time; None for other answers.
 
-    One of the two may have a unit, which has to agree with another one: that is not seen here.
+    Only one of the two may have a unit: whether two units agree is not decided here.
     """
     p, g = _NUMERAL.fullmatch(answer), _NUMERAL.fullmatch(gold)
     if not p or not g:
@@ -292,8 +292,8 @@ def _verdict(outcome: Outcome, answer: str | None = None) -> Check:
 
 
 def _ask(request: _Request, timeout: float, *, wait: bool) -> Check:
-    """Ask a worker process. With `wait`, the time until a worker is free and ready does not count."""
-    if known := _memo.get(request):  # in one step: another thread may empty it
+    """Asks a worker process. With `wait`, the time until a worker is free and ready does not count."""
+    if known := _memo.get(request):  # one look-up: another thread may empty it meanwhile
         return known
     reply = _worker.ask(request.prediction, request.gold, request.policy, timeout, wait=wait)
     if reply is None:

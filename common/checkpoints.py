@@ -1,8 +1,8 @@
-"""Checkpoints from which a run resumes exactly, or which are known to be of no use.
+"""Checkpoints that a run resumes from exactly, or that are known to be useless.
 
-transformers writes the files of a checkpoint one after another, deletes the older ones before callbacks have written
-theirs, does not notice missing or cut files, forgets at each start what it has summed since the last log line, and
-goes on for one step where it resumes at the last one.
+By itself transformers writes the files of a checkpoint one after another, deletes older checkpoints before callbacks
+have written into the new one, does not notice missing or cut files, forgets at each start what it has summed since the
+last log line, and trains one step too many when it resumes at the last one.
 """
 
 import shutil
@@ -28,11 +28,11 @@ LOG_SUMS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_token
 
 
 def resume_point(trainer: Any) -> Path | None:
-    """The newest whole checkpoint of a trainer's run, None where there is nothing to resume from.
+    """The newest whole checkpoint of a trainer's run, None if there is nothing to resume from.
 
-    Newer ones that are not whole are named on stderr. Raises `RunFolderError` where checkpoints were damaged and none
-    is left, and `ValueError` where they are of another number of processes, or DeepSpeed's and this launch has none,
-    and where checkpoints would have no weights.
+    If a newer one is not whole, stderr says so. Raises `RunFolderError` if checkpoints are damaged and none is whole,
+    and `ValueError` if the checkpoint is of another number of processes, or of DeepSpeed and this launch is not (or
+    the reverse), and if new checkpoints would have no weights.
     """
     check_saves_weights(trainer)
     args = trainer.args
@@ -58,8 +58,8 @@ def resume_point(trainer: Any) -> Path | None:
 
 
 def check_saves_weights(trainer: Any) -> None:
-    """Raises `ValueError` for accelerate configs with which checkpoints hold shards only, which no model is loaded
-    from."""
+    """Raises `ValueError` for accelerate configs with which checkpoints hold only shards, from which no model can be
+    loaded."""
     state = trainer.accelerator.state
     if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
         raise ValueError(
@@ -75,7 +75,7 @@ def check_saves_weights(trainer: Any) -> None:
 
 
 def _check_processes(checkpoint: Path, trainer: Any) -> None:
-    """The sizes of micro-batches are a run's own, so that other processes would make other batches and epochs."""
+    """Raises `ValueError` for another kind of launch: micro-batches keep their size, so batches would change."""
     before, now = len(list(checkpoint.glob("rng_state*.pth"))), trainer.args.world_size
     cut = any(checkpoint.glob("global_step*"))  # DeepSpeed's states
     if cut != trainer.is_deepspeed_enabled or before != now:
@@ -87,13 +87,13 @@ def _check_processes(checkpoint: Path, trainer: Any) -> None:
 
 
 class ExactCheckpoints(TrainerCallback):
-    """Marks whole checkpoints, deletes older ones only then, keeps the sums of the next log line in them, and stops a
-    run that has had all steps.
+    """Marks whole checkpoints, deletes older ones only then, saves in them the sums for the next log line, and stops a
+    run that has done all its steps.
 
     Args:
         trainer: a TRL trainer.
         checkpoint: what it resumes from.
-        keep_weights: whether the older checkpoints, which stay for evaluation, lose what only resuming needs.
+        keep_weights: whether older checkpoints are kept for evaluation without what only resuming needs.
     """
 
     def __init__(self, trainer: Any, checkpoint: Path | None, keep_weights: bool):
@@ -101,15 +101,15 @@ class ExactCheckpoints(TrainerCallback):
         self.limit: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.limit, args.save_total_limit = args.save_total_limit, None  # else the only whole one goes too early
+        self.limit, args.save_total_limit = args.save_total_limit, None  # else the only whole one is deleted too early
         if self.checkpoint:
             self._restore_sums(_sums_file(self.checkpoint, args))
         if state.global_step >= state.max_steps:
             control.should_training_stop, control.should_save = True, False
-            self.trainer.get_batch_samples = lambda *_: ([], None)  # the loop looks at `control` after a batch only
+            self.trainer.get_batch_samples = lambda *_: ([], None)  # the loop checks `control` only after a batch
             self.trainer.model.train()  # else TRL's last log line would be one of an evaluation
             if args.process_index == 0:
-                self._tidy(args, state)  # the last time, a kill may have come before
+                self._tidy(args, state)  # a kill may have come before it
 
     def on_train_end(self, args, state, control, **kwargs):
         args.save_total_limit = self.limit
@@ -136,7 +136,7 @@ class ExactCheckpoints(TrainerCallback):
         return {**sums, "_tr_loss": trainer._tr_loss, "_metrics": metrics}
 
     def _restore_sums(self, path: Path) -> None:
-        if not path.exists():  # of other code, or of fewer processes
+        if not path.exists():  # the checkpoint is of other code or of fewer processes
             return
         sums = torch.load(path, map_location="cpu", weights_only=True)
         for name in LOG_SUMS:
@@ -151,14 +151,14 @@ class ExactCheckpoints(TrainerCallback):
             if step >= state.global_step:
                 continue
             if args.save_strategy == "steps" and (not state.save_steps or step % state.save_steps):
-                shutil.rmtree(folder)  # SIGTERM's: it would be evaluated among those of the schedule
+                shutil.rmtree(folder)  # SIGTERM's: it would be evaluated among the scheduled ones
             elif self.keep_weights:
                 for path in [path for pattern in ONLY_TO_RESUME for path in folder.glob(pattern)]:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _rotate(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Keeps the newest `limit` and the best. What lies beyond this step is not whole: the run would have gone on
-        from there."""
+        """Keeps the newest `limit` and the best. Checkpoints beyond this step are not whole: else the run would have
+        resumed from them."""
         found = checkpoints(args.output_dir)
         kept = [folder for step, folder in found.items() if step <= state.global_step][-self.limit :]
         for folder in set(found.values()) - {*kept, Path(state.best_model_checkpoint or "")}:

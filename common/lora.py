@@ -29,7 +29,7 @@ def adapter_base(name: str) -> str | None:
 
 
 def check_lora(rank: int, load_in_4bit: bool) -> None:
-    """Raises `ValueError` for settings of LoRA that mean nothing or ruin the model."""
+    """Raises `ValueError` for a negative rank, and for 4-bit weights without an adapter to train."""
     if rank < 0:
         raise ValueError(f"lora_rank must be at least 0, got {rank}")
     if load_in_4bit and not rank:
@@ -37,7 +37,7 @@ def check_lora(rank: int, load_in_4bit: bool) -> None:
 
 
 def lora_config(rank: int) -> LoraConfig | None:
-    """LoRA on all linear layers but the head, with alpha twice the rank; None for rank 0, where all weights train.
+    """LoRA on all linear layers but the head, with alpha twice the rank; None for rank 0, which trains all weights.
 
     Never on `lm_head`: the losses read its weight, so an adapter there would not be trained. Trainers refuse one.
     """
@@ -59,16 +59,16 @@ def nf4_config() -> BitsAndBytesConfig:
 
 
 def differentiable_after_evaluation(model: PreTrainedModel) -> None:
-    """On CPUs with AVX-512 and bfloat16, bitsandbytes repacks the weights of a layer in its first pass in evaluation
-    mode, such as generation, and gradients do not flow through it from then on. It is told that the CPU is another."""
+    """Tells bitsandbytes that the CPU lacks AVX-512 with bfloat16. With it, a layer's first pass in evaluation mode,
+    such as generation, repacks its weights, and gradients do not flow through it from then on."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def float32_adapters(model: PreTrainedModel) -> None:
-    """TRL's trainers round adapters on quantized weights to bfloat16, which most updates at the papers' learning rates
-    are too small to change; here they train in float32, as those on other weights do."""
+    """Makes trained bfloat16 weights float32. TRL's trainers round adapters on quantized weights to bfloat16, in which
+    most updates at the papers' learning rates are lost; those on other weights are float32."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
@@ -87,8 +87,8 @@ def with_adapters(build: Callable[[], Any], rank: int, load_in_4bit: bool) -> An
 
 @contextmanager
 def _vllm_without_bitsandbytes() -> Iterator[None]:
-    """For weights in 4 bits TRL asks a colocated vLLM for such weights too, which 0.31 does not have and which could
-    not take the sums of a weight sync. It looks for them where bitsandbytes is."""
+    """Hides bitsandbytes from TRL, which for 4-bit weights asks a colocated vLLM for 4-bit weights too: vLLM 0.31 does
+    not have them, and they could not take the sums of a weight sync."""
     from trl.generation import vllm_generation
 
     look, vllm_generation.is_bitsandbytes_available = vllm_generation.is_bitsandbytes_available, lambda: False
@@ -101,9 +101,9 @@ def _vllm_without_bitsandbytes() -> Iterator[None]:
 def sync_merged_weights(generation) -> None:
     """Lets a TRL trainer's `vllm_generation` send W + scale B A and never write W, for a model with plain LoRA.
 
-    TRL adds the adapter to the frozen weights, sends them and takes it out again. In bfloat16 both round, so that the
-    weights drift at every sync, after a hundred by a third of what the adapter changes, and an adapter loaded onto the
-    model's own weights is then not the model that was trained. In 4 bits it is worse, and vLLM needs them in full.
+    TRL adds the adapter to the frozen weights, sends them and takes it out again. In bfloat16 both steps round, so the
+    weights drift at every sync (after a hundred by a third of what the adapter changes), and the adapter on the
+    original weights is no longer the trained model. In 4 bits it is worse, and vLLM needs full weights.
     """
     iterate = generation._iter_named_params
 
@@ -126,7 +126,7 @@ def sync_merged_weights(generation) -> None:
 
 @torch.no_grad()
 def _with_adapter(layer: LoraLayer, weight: torch.Tensor) -> torch.Tensor:
-    """`weight`, whole and of this layer, plus the active adapters' scale B A, rounded once."""
+    """This layer's unsharded `weight` plus the active adapters' scale B A, rounded once."""
     delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
     if isinstance(delta, DTensor):
         delta = delta.full_tensor()

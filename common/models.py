@@ -1,4 +1,4 @@
-"""Models and processors from a hub id or a local folder, with one clear sentence when they cannot be had."""
+"""Models and processors from a hub id or a local folder, with one clear sentence when they cannot be loaded."""
 
 import importlib.util
 import json
@@ -58,7 +58,7 @@ IMAGE_ONLY = {"qwen3_vl": ImageOnlyQwen3VLProcessor, "qwen2_5_vl": ImageOnlyQwen
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """The config of a hub id or local folder, of an adapter's base; `ModelNotFound` otherwise."""
+    """The config of a hub id or local folder, for an adapter that of its base; raises `ModelNotFound` without one."""
     name = adapter_base(name) or name
     if Path(name).is_file():
         raise ModelNotFound(f"model {name!r} is a file: pass the folder that it is in")
@@ -87,9 +87,9 @@ def load_model(
     load_in_4bit: bool = False,
     merge: bool = True,
 ) -> PreTrainedModel | PeftModel:
-    """A causal or image-text model in `dtype`, on `device` (left on the CPU for a trainer to place, if None).
+    """A causal or image-text model in `dtype`, on `device` (None: on the CPU, for a trainer to place).
 
-    From a folder with a LoRA adapter: its base with the adapter merged in, or beside it without `merge`.
+    From a folder with a LoRA adapter: its base, with the adapter merged in or, if not `merge`, attached to it.
     """
     if base := adapter_base(name):
         if load_in_4bit:
@@ -120,14 +120,14 @@ def load_model(
 
 
 def _cut(name: str, error: SafetensorError) -> ModelNotFound:
-    """For a file that a copy or a download has cut: what safetensors says names neither file nor model."""
+    """The error for a weights file that was cut off: safetensors' own names neither the file nor the model."""
     return ModelNotFound(f"model {name!r}: its weights are not whole ({error}); copy or download it again")
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, padding_side="left")
-    except Exception as error:  # of a file that is cut tokenizers raises plain ones, without its name
+    except Exception as error:  # for a cut file tokenizers raises a plain one, without its name
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelNotFound(
             f"model {name!r}: its tokenizer cannot be loaded ({cause}); copy or download it again"
@@ -139,12 +139,12 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     does.
 
     Without torchvision, `AutoProcessor` fails for families with a video processor, or quietly returns the tokenizer,
-    and training would then never see an image. So those families are put together here, without video; a folder saved
-    that way has no video processor for `AutoProcessor` to find, wherever it is loaded.
+    and training would then never see an image. So those families are put together here, without video. A folder saved
+    that way is loaded the same way everywhere, since it has no video processor for `AutoProcessor` to find.
     """
     config = load_config(name)
     files = (file for pattern in TOKENIZER_FILES for file in Path(name).glob(pattern))
-    if Path(name).is_dir() and not any(files):  # AutoTokenizer would make one without tokens
+    if Path(name).is_dir() and not any(files):  # else AutoTokenizer makes one without tokens
         raise ModelNotFound(
             f"model {name!r}: the folder holds no tokenizer; save that of its base model into it, as in "
             "AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER)"
@@ -155,7 +155,7 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     if config.model_type in IMAGE_ONLY and without_video:
         tokenizer, processor_class = _tokenizer(name), IMAGE_ONLY[config.model_type]
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        # In chat_template.json, where older folders have it, a tokenizer does not look; AutoProcessor prefers it
+        # Older folders have it in chat_template.json, which a tokenizer does not read and AutoProcessor prefers
         template = processor_class.get_processor_dict(name)[0].get("chat_template", tokenizer.chat_template)
         return processor_class(image_processor, tokenizer, chat_template=template)
     try:
@@ -203,7 +203,7 @@ def parameters_of_config(name: str) -> int:
 
 
 def guess_parameters(name: str) -> float | None:
-    """Parameters of a local model, or the size in a hub id such as Qwen3-VL-8B; none if the name holds no size."""
+    """Parameters of a local model, or the size in a hub id such as Qwen3-VL-8B; None if the id holds no size."""
     if Path(name).exists():
         return parameters_of_config(name)
     size = re.search(r"(\d+(?:\.\d+)?)B(?![a-zA-Z])", name)

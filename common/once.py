@@ -1,9 +1,9 @@
 """A stage of a long experiment that is done once, whatever interrupts it.
 
-A stage owns a folder. STARTED.json, written first, says from which inputs; DONE.json, written last, has the digests of
-inputs and outputs, counts and versions. A finished stage is skipped, a started one goes on, one with other inputs is
-refused. So is a finished one with another file: up to `SMALL` bytes by content, above by size alone, since weights
-would take minutes to read at every start.
+A stage owns a folder. STARTED.json, written first, records its inputs; DONE.json, written last, has inputs, digests of
+outputs, counts and versions. A finished stage is skipped, a started one goes on, one with other inputs is refused. So
+is a finished one of which a file has changed: files up to `SMALL` bytes are compared by content, larger ones by size
+alone, since weights would take minutes to read at every start.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ def once(folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, 
 
     Args:
         folder: of the stage.
-        inputs: what decides the result beside the run's settings: digests of the stages before, numbers, names.
+        inputs: what decides the result besides the run's settings: digests of earlier stages, numbers, names.
         work: makes the files of the folder and returns counts. Called again after a kill, it must end with the same.
 
-    Raises `StageError` where the folder was started from other inputs, or where a file is missing, has another size
-    or, up to `SMALL` bytes, another content than when the stage ended.
+    Raises `StageError` if the folder was started from other inputs, or if a file is missing or has another size or, up
+    to `SMALL` bytes, other content than when the stage ended.
     """
     for name in ("STARTED.json", "DONE.json"):
         if (folder / name).exists():
@@ -47,7 +47,7 @@ def once(folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, 
         started = time.monotonic()
         counts = work(folder)
         for draft in (path for path in folder.rglob(".*") if path.is_file()):
-            draft.unlink()  # of a writer that was killed
+            draft.unlink()  # left by a writer that was killed
         outputs = {str(path.relative_to(folder)): _entry(path) for path in _outputs(folder)}
         done = {"inputs": inputs, "outputs": outputs, "counts": counts, "versions": installed()}
         append_jsonl(
@@ -61,12 +61,12 @@ def once(folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, 
 
 
 def digest(done: dict[str, Any]) -> str:
-    """What a later stage calls the result of this one."""
+    """Digest of a finished stage's outputs, by which later stages name them."""
     return fingerprint({name: entry["sha256"] for name, entry in done["outputs"].items()})
 
 
 def read_counts(folder: Path) -> dict[str, Any]:
-    """What a finished stage has counted."""
+    """The counts that a finished stage returned."""
     return _read_json(folder / "DONE.json")["counts"]
 
 
@@ -76,7 +76,7 @@ def read_inputs(folder: Path) -> dict[str, Any]:
 
 
 def _outputs(folder: Path) -> list[Path]:
-    """All files but logs with times in them, markers and checkpoints."""
+    """All files except logs (they hold times), markers and checkpoints."""
     skipped = {"DONE.json", "STARTED.json", "metrics.jsonl"}
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in skipped)
     relative = ((path.relative_to(folder).parts[0], path) for path in sorted(files))

@@ -1,7 +1,7 @@
 """Memory and disk of a run from its sizes alone: the table that every dry run prints.
 
-Estimates. On top of the parts come activations (`benchmarks/plan.py` has a formula), buffers of communication and
-fragmentation.
+These are estimates. Activations (`benchmarks/plan.py` has a formula), communication buffers and fragmentation come on
+top.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 from common import models
 
 GIB = 2**30
-GPU_GIB = 80.0  # of the GPUs that the presets are made for
+GPU_GIB = 80.0  # memory of the GPUs that the presets are made for
 NF4_BYTES = 4.127 / 8  # a weight in NF4 with double quantization (arXiv 2305.14314, Section 3)
 ZERO_STAGE = {"none": 0, "single_gpu": 0, "multi_gpu": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp1": 3, "fsdp2": 3}
 
@@ -49,7 +49,7 @@ def _nearest(table: dict[float, Any], parameters: float) -> Any:
 
 
 def shape_of(name: str, parameters: float) -> Shape:
-    """Shape of a local model, or of the Qwen3 that is nearest in size for a hub id."""
+    """Shape of a local model, or for a hub id of the Qwen3 nearest in size."""
     if not Path(name).exists():
         return _nearest(QWEN3, parameters)
     config = models.load_config(name).get_text_config()
@@ -67,8 +67,8 @@ def shape_of(name: str, parameters: float) -> Shape:
 
 
 def linear_layers(name: str, parameters: float) -> list[tuple[int, int]]:
-    """(inputs, outputs) of all linear layers but the head, of the vision tower too: of a local model, or of the Qwen3
-    or Qwen3-VL that is nearest in size for a hub id. LoRA adapts them, and `load_in_4bit` quantizes them."""
+    """(inputs, outputs) of all linear layers but the head, the vision tower's too: of a local model, or for a hub id
+    of the Qwen3 or Qwen3-VL nearest in size. LoRA adapts these layers, and `load_in_4bit` quantizes them."""
     if Path(name).exists():
         model = models.empty_model(name)
         head = model.get_output_embeddings()
@@ -88,7 +88,7 @@ def _tower_layers(parameters: float, outputs: int) -> list[tuple[int, int]]:
 
 
 def trained_parameters(name: str, parameters: float, lora_rank: int) -> float:
-    """All, or those of the adapters: rank * (inputs + outputs) a layer (arXiv 2106.09685)."""
+    """All, or those of the adapters: rank * (inputs + outputs) in each layer (arXiv 2106.09685)."""
     return lora_rank * sum(map(sum, linear_layers(name, parameters))) if lora_rank else parameters
 
 
@@ -115,7 +115,7 @@ def launched() -> tuple[int, str]:
 
 
 def split(sharding: str, processes: int) -> Split:
-    """ZeRO-1 cuts the states, 2 the gradients too, 3 the weights too (arXiv 1910.02054, Section 5); FSDP is as ZeRO-3.
+    """ZeRO-1 cuts the states, 2 the gradients too, 3 the weights too (arXiv 1910.02054, Section 5), as FSDP does.
 
     `ValueError` for an unknown name.
     """
@@ -134,7 +134,7 @@ class Bytes(NamedTuple):
 
 
 def bytes_each(sharding: str, bf16: bool, dtype: str = "float32") -> Bytes:
-    """Weight, gradient, AdamW's states and autocast's copy of a parameter.
+    """Bytes of a trained parameter's weight, gradient, AdamW states and autocast copy.
 
     DeepSpeed in bfloat16 trains a copy of 2 bytes; its states are a float32 weight and two moments, 12 bytes
     (arXiv 1910.02054, Section 3.1). PyTorch has all of them in the weight's dtype; FSDP with bf16 makes that float32.
@@ -150,7 +150,7 @@ def bytes_each(sharding: str, bf16: bool, dtype: str = "float32") -> Bytes:
 def model_bytes(
     who: str, parameters: float, trained: float, each: Bytes, pieces: Split, quantized: float = 0
 ) -> dict[str, float]:
-    """Bytes a process of a model of which `trained` parameters are trained: all of them, or those of the adapters.
+    """Bytes that each process holds of a model, by part. `trained` parameters are trained: all, or the adapters'.
     `quantized` of the frozen ones are held in 4 bits."""
     weights = each.weight * (parameters - quantized) + NF4_BYTES * quantized
     what = f"{quantized / parameters:.0%} of them in 4 bits" if quantized else f"{each.weight} bytes each"
@@ -166,8 +166,8 @@ def model_bytes(
 def generation_bytes(config: Any, shape: Shape, size: int, gpu_gib: float | None = None) -> dict[str, float]:
     """What the rollouts take of each training GPU: vLLM's share, or the cache of transformers' `generate`.
 
-    TRL's trainers give `generate` all rollouts of a process at once. The cache has the dtype of the weights, `size`
-    bytes, under autocast too: the rotary embedding makes the keys float32, and the values are put beside them.
+    TRL's trainers give `generate` all rollouts of a process at once. The cache has the dtype of the weights (`size`
+    bytes each), under autocast too: the rotary embedding makes the keys float32, and the values follow them.
     """
     if config.use_vllm:
         return engine_bytes(config, gpu_gib)
@@ -179,8 +179,8 @@ def generation_bytes(config: Any, shape: Shape, size: int, gpu_gib: float | None
 
 
 def engine_bytes(config: Any, gpu_gib: float | None = None) -> dict[str, float]:
-    """What vLLM takes of each training GPU: its share of the whole memory, weights and cache in it. By default the
-    memory is that of this process's GPU, or without one of those that the presets are made for."""
+    """What a colocated vLLM takes of each training GPU: its share of all memory, for weights and cache. By default the
+    memory is that of this process's GPU or, without one, of the GPUs that the presets are made for."""
     if not config.use_vllm or config.vllm_mode != "colocate":
         return {}
     which = ""
@@ -194,10 +194,10 @@ def engine_bytes(config: Any, gpu_gib: float | None = None) -> dict[str, float]:
 
 
 def checkpoint_count(steps: int | None, save_steps: float) -> int | None:
-    """How many checkpoints a run writes: every `save_steps` steps, below 1 a share of all, and one at the end."""
+    """How many checkpoints a run writes: one every `save_steps` (below 1: a share of all steps), one at the end."""
     if steps is None or steps < 1:
         return None
-    if save_steps == 0:  # for transformers at the end alone
+    if save_steps == 0:  # for transformers only at the end
         return 1
     return ceil(steps / (save_steps if save_steps >= 1 else ceil(save_steps * steps)))
 
@@ -214,7 +214,7 @@ def settings_lines(run: Path, chosen: dict[str, Any]) -> list[str]:
 
 
 def update_line(config: Any, processes: int, rollouts: bool = True) -> str:
-    """Rows of an optimizer step, and how they are made up: rollouts, or given responses, one a prompt."""
+    """Rows of an optimizer step, and how they are made up: rollouts, or given responses, one for each prompt."""
     rows, micro_batches = config.per_device_train_batch_size, config.gradient_accumulation_steps
     total, what = rows * micro_batches * processes, "rollouts" if rollouts else "responses"
     prompts = f"{total // config.num_generations} prompts x {config.num_generations} rollouts"
@@ -223,7 +223,7 @@ def update_line(config: Any, processes: int, rollouts: bool = True) -> str:
 
 
 def memory_lines(parts: dict[str, float], sharding: str, processes: int, who: str = "process") -> list[str]:
-    """GiB by part and their sum, which is more than is held at one time where an engine sleeps while training."""
+    """GiB by part and their sum, which is more than is held at once if an engine sleeps during training."""
     how = f"{sharding} over {processes} processes" if ZERO_STAGE[sharding] else "not sharded"
     rows = {**parts, "sum": sum(parts.values())}
     return [f"memory a {who}, GiB ({how}; activations come on top):"] + [
@@ -237,6 +237,6 @@ def unknown_line(names: Iterable[str]) -> str:
 
 
 def disk_line(count: int | None, kept: str, each: float, resume: float) -> str:
-    """GiB of a run: `count` times the weights that stay, and what only resuming needs, twice while it is saved."""
+    """GiB of a run: the weights that stay, `count` times, and what only resuming needs, held twice during a save."""
     number = "number of" if count is None else count
     return f"disk a run, GiB: {number} {kept} x {each / GIB:.2f}, and 2 x {resume / GIB:.2f} to resume"

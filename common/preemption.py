@@ -1,8 +1,8 @@
-"""SIGTERM, by which a scheduler takes a machine back, and SIGHUP of a lost terminal: training saves a checkpoint and
-ends, the same command goes on.
+"""On SIGTERM, by which a scheduler takes a machine back, and on SIGHUP of a lost terminal, training saves a checkpoint
+and ends; the same command resumes it.
 
 transformers' own `enable_jit_checkpoint` saves between the micro-batches of a step and on each rank by itself, and the
-caller cannot tell a run that was stopped from one that has ended.
+caller cannot tell a run that was stopped from one that is done.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ class Preempted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Preempted` in the main thread, so that files and child processes are cleared
+    """Inside, SIGTERM and SIGHUP raise `Preempted` in the main thread, so that files and child processes are cleaned
     up."""
     owner = os.getpid()
 
     def stop(*_) -> None:
         if os.getpid() == owner:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a shell sends it too, and again into the clearing up
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a shell may send it too, in the middle of the clean-up
             raise Preempted("SIGTERM")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork, such as a worker, just ends
         os.kill(os.getpid(), signal.SIGTERM)
@@ -50,7 +50,7 @@ def sigterm_raises() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(handler: Callable[..., None]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only there Python takes handlers
+    if threading.current_thread() is not threading.main_thread():  # Python takes handlers only there
         yield
         return
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
@@ -65,7 +65,7 @@ def _handled(handler: Callable[..., None]) -> Iterator[None]:
         handler(*arguments)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    # nohup has SIGHUP ignored; a launcher passes on what it gets, and kills who does not end
+    # Under nohup SIGHUP is ignored; but a launcher passes it on, and kills whatever does not end
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     taken = [number for number, was in before.items() if launched or was is not signal.SIG_IGN]
     for number in taken:
@@ -78,13 +78,13 @@ def _handled(handler: Callable[..., None]) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """The `preexec_fn` of a child process that SIGTERM ends when the thread that started it is gone, if by SIGKILL."""
+    """As `preexec_fn` of a child process: SIGTERM ends it when the thread that started it is gone, even by SIGKILL."""
     if _LIBC is not None:
         _LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def call(words: Sequence[str], environment: dict[str, str]) -> int:
-    """Exit code of a command; if this process is interrupted or killed meanwhile, the command is told to end."""
+    """Runs a command, returns its exit code; if this process is interrupted or killed, the command is told to end."""
     process = subprocess.Popen(words, env=environment, preexec_fn=end_with_parent)
     try:
         return process.wait()
@@ -95,10 +95,10 @@ def call(words: Sequence[str], environment: dict[str, str]) -> int:
 
 
 def train(trainer: Any, checkpoint: Path | None, keep_weights: bool = False) -> None:
-    """`trainer.train` from the checkpoint, which SIGTERM ends with a checkpoint and `Preempted`.
+    """`trainer.train` from the checkpoint. SIGTERM makes it save another one and raise `Preempted`.
 
-    That is at the first step from which the run can resume exactly: one that ends with a generation batch. With
-    `keep_weights`, all older checkpoints keep their weights, but only the newest can resume.
+    It does so after the first step from which the run can resume exactly: one with which a generation batch ends. With
+    `keep_weights`, all older checkpoints keep their weights, but only the newest can be resumed from.
     """
     args = trainer.args
     micro_steps = (getattr(args, "steps_per_generation", None) or 1) * getattr(args, "num_iterations", 1)
@@ -113,9 +113,9 @@ def train(trainer: Any, checkpoint: Path | None, keep_weights: bool = False) -> 
 
 
 class SaveOnSigterm(TrainerCallback):
-    """Ends a training with a checkpoint and `Preempted` after `ask` was called, at a multiple of `steps`.
+    """After `ask` was called, ends training with a checkpoint and `Preempted`, at a multiple of `steps`.
 
-    Of several processes all stop at the same step, whichever was asked.
+    All processes stop at the same step, whichever of them was asked.
     """
 
     def __init__(self, steps: int):
@@ -134,7 +134,7 @@ class SaveOnSigterm(TrainerCallback):
             raise Preempted("SIGTERM")  # before transformers logs the end of a training that has not ended
 
     def any_asked(self, device: torch.device) -> bool:
-        """Whether any process was asked; all of them have to call this."""
+        """Whether any process was asked; all processes have to call this."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.asked
         asked = torch.tensor(int(self.asked), device=device)

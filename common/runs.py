@@ -1,4 +1,4 @@
-"""Run folders: settings, manifest, metrics, samples; every file written so that a kill at any moment loses nothing.
+"""Run folders: settings, manifest, metrics, samples; files are written so that a kill at any moment loses nothing.
 
     runs/<method>/<experiment>/<variant>-seed<k>/
       config.yaml  manifest.json  metrics.jsonl  samples.jsonl  checkpoint-*/  eval/  figures/
@@ -31,8 +31,8 @@ from common.versions import TESTED, installed
 
 COMPLETE = "complete.json"  # in a checkpoint: false while it is written, then the size of each of its files
 UNFINISHED = "it was not saved to its end"
-BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a file of weights, which are read to tell it from another one
-# In a model's folder, beside its weights, what decides its answers; nothing that differs between equal trainings
+BLOCKS, BLOCK_BYTES = 64, 1 << 16  # parts of a weights file that tell it from another: how many, and their size
+# Files beside a model's weights that determine its answers; none that differs between equal trainings
 DECIDING = ("config.json", "*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor_config.json")
 
 
@@ -41,7 +41,7 @@ class RunFolderError(ValueError):
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder and writes a file that has no name, so that minutes of work do not end in an `OSError`."""
+    """Makes the folder and a nameless file in it, so that an `OSError` comes now and not after minutes of work."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 
@@ -70,10 +70,10 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
 
 
 def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
-    """Appends a line a record, all on disk when this returns; without a record there is no file either.
+    """Appends a line for each record, all on disk when this returns; without records no file is made.
 
-    A half-written line of a killed writer is dropped first. A kill leaves the first few of them, the last of which may
-    be half-written. One call for many records waits for the disk once, which takes long on network file systems.
+    A half-written line of a killed writer is dropped first. A kill leaves the first few records, the last of them
+    maybe half-written. Each call waits for the disk, which takes long on network file systems: pass many records.
     """
     if not records:
         return
@@ -102,7 +102,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
-    """The whole file or nothing, one record a line."""
+    """The whole file or nothing, each record on a line."""
     atomic_write_text(path, "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records))
 
 
@@ -139,17 +139,17 @@ def fingerprint(value: Any) -> str:
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """All files below a folder but those with a part of their path in it that starts with a dot."""
+    """All files below a folder except those that are hidden or in a hidden folder (a name that starts with a dot)."""
     for path in folder.rglob("*"):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
 
 
 def weights_fingerprint(model: str) -> str | None:
-    """Digest of the weights in a local folder, which may be written anew under the same path; None for another name.
+    """Digest of the weights in a local folder, which may be replaced under the same path; None for any other name.
 
-    It is of the sizes and of evenly spread blocks: to read a large model's files whole would take minutes. A
-    checkpoint's self-teacher, which is deleted when the run goes on, is none of its model's weights.
+    It covers the sizes and evenly spread blocks: to read a large model's files whole would take minutes. The
+    self-teacher in a checkpoint does not count: it is deleted when the run goes on.
     """
     files = sorted(Path(model).glob("*model*.safetensors"))
     digest = hashlib.sha256()
@@ -164,7 +164,7 @@ def weights_fingerprint(model: str) -> str | None:
 
 
 def folder_fingerprint(model: str) -> str | None:
-    """Digest of config, tokenizer, chat template and image processor in a local folder; None for another name."""
+    """Digest of config, tokenizer, chat template and image processor in a local folder; None for any other name."""
     files = {file for pattern in DECIDING for file in Path(model).glob(pattern) if file.is_file()}
     return fingerprint({file.name: fingerprint(file) for file in files}) if files else None
 
@@ -188,14 +188,14 @@ def checkpoints(path: str | Path) -> dict[int, Path]:
 
 
 def last_checkpoint(path: str | Path) -> Path | None:
-    """The newest whole `checkpoint-<step>` in a run folder."""
+    """The newest whole `checkpoint-<step>` in a run folder; None without one."""
     return next((folder for folder in reversed(checkpoints(path).values()) if not checkpoint_fault(folder)), None)
 
 
 def checkpoint_fault(folder: Path) -> str | None:
-    """What makes a checkpoint useless to resume from, None for a whole one.
+    """Why a checkpoint cannot be resumed from; None for a whole one.
 
-    One without complete.json, of other code, is whole if it has trainer_state.json, which is written last.
+    One without complete.json, written by other code, was finished if it has trainer_state.json, which comes last.
     """
     marked, sizes = (folder / COMPLETE).exists(), _json(folder / COMPLETE)
     if sizes is False or (not marked and not _json(folder / "trainer_state.json")):
@@ -209,12 +209,12 @@ def checkpoint_fault(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} of {size} bytes"
     if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*/*")):
-        return "it holds no state of the optimizer"  # without which transformers goes on as if with a new one
+        return "it holds no state of the optimizer"  # transformers would go on with a new one
     return None
 
 
 def _json(path: Path) -> Any:
-    """Content of a file, None where there is none that can be read."""
+    """Content of a JSON file; None if it is missing or cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -222,13 +222,13 @@ def _json(path: Path) -> Any:
 
 
 def begin_checkpoint(folder: Path) -> None:
-    """An empty folder that is known not to be whole."""
+    """Makes an empty checkpoint folder that is marked as not whole."""
     shutil.rmtree(folder, ignore_errors=True)
     atomic_write_json(folder / COMPLETE, False)
 
 
 def complete_checkpoint(folder: Path) -> None:
-    """Makes a checkpoint one to resume from, when its files are on disk."""
+    """Flushes a checkpoint's files to disk, then marks it as whole."""
     sizes, parents = {}, {folder.parent}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE):
         with path.open("rb") as file:
@@ -244,7 +244,7 @@ def complete_checkpoint(folder: Path) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Keeps other processes from working in a folder while this one does; a kill frees it.
 
-    Raises `ValueError` where another one is at work there.
+    Raises `ValueError` if another one is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
@@ -261,8 +261,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 def claim(path: Path, settings: dict[str, Any], has_results: bool) -> None:
     """Ties a folder of results to the settings that decide them, which the first call writes to `path`.
 
-    `has_results` is whether the folder holds results, which keep it from being claimed anew.
-    Raises `ValueError` where the results are of other settings, or say nothing of them.
+    `has_results` is whether the folder holds results: without any it is claimed anew.
+    Raises `ValueError` if the results are of other settings, or if nothing records their settings.
     """
     if not has_results:
         atomic_write_json(path, settings)
@@ -285,7 +285,7 @@ def claim(path: Path, settings: dict[str, Any], has_results: bool) -> None:
         )
 
 
-FORMAT = 2  # of the manifest: before, settings turned off were not recorded
+FORMAT = 2  # of the manifest: 1 did not record settings that were turned off
 
 
 class RunFolder:
@@ -317,7 +317,7 @@ class RunFolder:
             models: hub id or folder of each model that a run begins with, by field; the contents of folders are
                 compared.
 
-        Raises `RunFolderError` where the folder holds a run with other settings, data or models, or something else.
+        Raises `RunFolderError` if the folder holds a run with other settings, data or models, or something else.
         """
         path, config, models = Path(path), _plain(config), models or {}
         contents = {"weights": weights_of(**models), "folders": folders_of(**models)}
@@ -327,8 +327,8 @@ class RunFolder:
                 manifest = _same_run(path, config, data, seed, free or {})
                 _check_models(path, manifest, contents)
                 manifest["resumed"] = [*manifest["resumed"], _now()]
-                manifest.pop("error", None)  # of the start before
-            elif any(not file.name.startswith(".") for file in path.iterdir()):  # but a killed writer's draft
+                manifest.pop("error", None)  # of the previous start
+            elif any(not file.name.startswith(".") for file in path.iterdir()):  # not a killed writer's draft
                 raise RunFolderError(
                     f"{path} holds files but no manifest.json, so it is no run folder: choose another out="
                 )
@@ -336,7 +336,7 @@ class RunFolder:
                 manifest = _new_manifest(config, data, seed) | contents
             folder = cls(path, manifest)
             if not folder.is_done:
-                folder._write(state="running", ended=None)  # first, for it says whose folder this is
+                folder._write(state="running", ended=None)  # first, since it says whose folder this is
             file, text = path / "config.yaml", yaml.safe_dump(config | _plain(free or {}), sort_keys=False)
             if not file.exists() or (free is not None and file.read_text() != text):
                 atomic_write_text(file, text)
@@ -351,7 +351,7 @@ class RunFolder:
         return is_done(self.path)
 
     def restart(self) -> None:
-        """A finished run has more to do."""
+        """Marks a finished run as running: it has more to do."""
         self._write(state="running", ended=None)
 
     def finish(self, state: str = "done", **extra: Any) -> None:
@@ -363,7 +363,7 @@ class RunFolder:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
             interrupted = issubclass(kind, (KeyboardInterrupt, SystemExit))
-            with contextlib.suppress(OSError):  # of a disk that is full; the first error counts
+            with contextlib.suppress(OSError):  # when the disk is full, say; the first error counts
                 self.finish("interrupted" if interrupted else "failed", error=f"{kind.__name__}: {error}")
             error.add_note(f"in {self.path}")
 
@@ -382,8 +382,8 @@ def is_done(run: Path) -> bool:
 
 
 def trained_with(runs: Mapping[str, Path], fields: Sequence[str]) -> str:
-    """Settings of trainings as their manifests have them, such as "model `a`, teacher `b`", with the names of the runs
-    where these differ; "" without any training."""
+    """A sentence with settings of trainings, from their manifests, such as "Trained with model `a`, teacher `b`.";
+    runs are named if their settings differ. "" without any training."""
     kinds: dict[str, list[str]] = {}
     for name, run in runs.items():
         if (run / "manifest.json").exists():
@@ -409,7 +409,7 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: d
             f"{path}/manifest.json cannot be read ({error!r}): choose another out= or delete the folder"
         ) from error
     ours = {**config, "seed": seed, **{f"data {k}": v for k, v in data.items()}}
-    ours, theirs = _without(ours, free), _without(theirs, free)  # of which an older version has recorded some
+    ours, theirs = _without(ours, free), _without(theirs, free)  # an older version recorded some of these
     for name in sorted(ours.keys() | theirs.keys() if recorded else ours.keys() & theirs.keys()):
         if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name)):
             wanted, found = (repr(side[name]) if name in side else "its default" for side in (ours, theirs))
@@ -421,7 +421,7 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: d
 
 
 def _check_models(path: Path, manifest: dict[str, Any], contents: dict[str, dict[str, str]]) -> None:
-    """Digests of the folders of models, where both sides know them."""
+    """Compares the digests of the models' folders that both sides have; raises `RunFolderError` if one differs."""
     for kind, held in {"weights": "other weights", "folders": "another config, tokenizer or template"}.items():
         ours, theirs = contents[kind], manifest.get(kind, {})
         for name in sorted(theirs.keys() & ours.keys()):
@@ -433,7 +433,7 @@ def _check_models(path: Path, manifest: dict[str, Any], contents: dict[str, dict
 
 
 def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Settings but those of some names, of which "section.name" is one in a dict."""
+    """Settings without those named; "section.name" names one inside a dict."""
     kept = {name: value for name, value in settings.items() if name not in names}
     for section, _, inner in (name.partition(".") for name in names):
         if inner and isinstance(kept.get(section), dict):

@@ -23,7 +23,7 @@ SIGN_OF_LIFE = 20  # seconds between two lines about commands that run side by s
 # Exit codes of commands that were told to end, by Ctrl-C or SIGTERM: no failure after which the others go on
 STOPPED = {130, EXIT_CODE, -signal.SIGINT, -signal.SIGTERM}
 
-Command = tuple[str, list[str]]  # a name for its log, and the words of it
+Command = tuple[str, list[str]]  # a name for its log, and its words
 
 
 class OneGPUEach(list):
@@ -31,10 +31,10 @@ class OneGPUEach(list):
 
 
 def chosen(name: str, text: str, known: Collection[str] = ()) -> list[str]:
-    """The entries of a comma list, of `known` ones where it is given: all of those for "all".
+    """The entries of a comma-separated list; with `known` only those are valid, and "all" stands for all of them.
 
-    Raises `ValueError` for none, for an unknown one, and for one that comes twice: two commands would write into one
-    folder.
+    Raises `ValueError` for an empty list, an unknown entry, and one that comes twice: two commands would write into
+    one folder.
     """
     entries = list(known) if text == "all" and known else [entry for entry in text.split(",") if entry]
     if not entries:
@@ -47,7 +47,7 @@ def chosen(name: str, text: str, known: Collection[str] = ()) -> list[str]:
 
 
 def chosen_seeds(text: str) -> list[str]:
-    """The numbers of a comma list of seeds, as texts; `ValueError` for what is none, and for one that comes twice."""
+    """The seeds of a comma-separated list, as texts; `ValueError` for one that is no whole number or comes twice."""
     entries = chosen("seeds", text)
     if wrong := [entry for entry in entries if not entry.isdecimal()]:
         raise ValueError(f"seeds must be whole numbers, got {', '.join(wrong)}")
@@ -55,8 +55,8 @@ def chosen_seeds(text: str) -> list[str]:
 
 
 def check_packages(vllm: bool, gpus: int, sharding: str, report_to: Collection[str] = ()) -> None:
-    """Raises `ValueError` when an experiment needs packages that only a GPU machine has, and they are missing, or more
-    GPUs than there are."""
+    """Raises `ValueError` if packages that an experiment needs are missing (those of a GPU machine, and trackers), or
+    if it needs more GPUs than there are."""
     needed = {"vllm": vllm, "deepspeed": gpus > 1 and sharding.startswith("zero")}
     missing = [name for name, wanted in needed.items() if wanted and find_spec(name) is None]
     found = torch.cuda.device_count()
@@ -74,8 +74,8 @@ def check_packages(vllm: bool, gpus: int, sharding: str, report_to: Collection[s
 
 
 def check_modules(stages: list[list[Command]]) -> None:
-    """Raises `ValueError` for a command `python -m MODULE` whose module is not there: that of the report, which comes
-    last, would show only after all trainings."""
+    """Raises `ValueError` for a command `python -m MODULE` whose module is missing: that of the report, which comes
+    last, would be noticed only after all trainings."""
     for _, words in itertools.chain(*stages):
         for flag, module in itertools.pairwise(words):
             if flag == "-m" and not _is_module(module):
@@ -88,13 +88,13 @@ def check_modules(stages: list[list[Command]]) -> None:
 def _is_module(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # of its package
+    except ModuleNotFoundError:  # its package is missing
         return False
 
 
 def check_report_to(names: Collection[str]) -> None:
-    """Raises `ValueError` for a tracker whose package is missing: transformers says so when all models are loaded."""
-    # It does not look for flyte, and leaves out azure_ml beside mlflow, and comet_ml without a key, as it runs offline
+    """Raises `ValueError` for a tracker whose package is missing: transformers says so after all models are loaded."""
+    # It never lists flyte, nor azure_ml beside mlflow, nor comet_ml without a key, although that can run offline
     known = {*get_available_reporting_integrations(), "azure_ml", "comet_ml", "flyte"}
     if missing := [str(name) for name in names if name not in known]:
         raise ValueError(
@@ -104,10 +104,10 @@ def check_report_to(names: Collection[str]) -> None:
 
 
 def on_one_gpu(config: Any) -> Any:
-    """The trainer's configuration, which without a launcher is to use the first GPU of those that are there.
+    """The trainer's configuration, made to use only the first GPU without a launcher.
 
-    transformers would wrap the model in `nn.DataParallel` over all of them, which TRL's trainers refuse and its
-    `SFTTrainer` lets multiply the batch; TRL would spread a KL reference over them.
+    Otherwise transformers wraps the model in `nn.DataParallel` over all GPUs, which TRL's trainers refuse and which
+    multiplies the batch of its `SFTTrainer`; and TRL spreads a KL reference over them.
     """
     if config.n_gpu > 1:
         config._n_gpu = 1
@@ -119,7 +119,7 @@ def on_one_gpu(config: Any) -> Any:
 def visible(gpus: Iterable[int]) -> str:
     """CUDA_VISIBLE_DEVICES of a child process for some of the GPUs that this one may use, counted from 0.
 
-    Raises `ValueError` where it may not use so many.
+    Raises `ValueError` if it may not use so many.
     """
     wanted, allowed = list(gpus), os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is None:
@@ -139,7 +139,7 @@ def launcher(gpus: int, sharding: str) -> list[str]:
         raise ValueError(f"gpus must be at least 0, got {gpus}")
     if gpus <= 1:
         return [sys.executable, "-m"]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup; torch's launcher would take it all the same
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup; torch's launcher would handle it all the same
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     config = files("trl") / "accelerate_configs" / f"{sharding}.yaml"
     if not config.is_file():
@@ -152,17 +152,16 @@ def launcher(gpus: int, sharding: str) -> list[str]:
 
 
 def run_stages(stages: list[list[Command]], logs: Path, gpus: int = 1) -> int:
-    """Runs the stages; on a machine without GPU, two commands of a stage at a time, one core and one log file each; of
-    a stage `OneGPUEach` one command on each of the first `gpus` GPUs.
+    """Runs the stages; returns the exit code of the first command that failed, else 0. Without a GPU two commands of a
+    stage run at a time, each with one core and a log file; of a stage `OneGPUEach` one on each of the first `gpus`.
 
-    A command that fails, as for want of memory, leaves the others to go on, unless none of its stage has succeeded.
-    Exit code of the first command that failed, else 0. Raises `OSError` where no log can be written, and `ValueError`
-    where a command is of a module that is not there.
+    When a command fails, for lack of memory say, the others go on, unless none of its stage has succeeded or it was
+    told to end. Raises `OSError` if no log can be written, and `ValueError` for a command whose module is missing.
     """
     check_modules(stages)
     check_writable(logs)
     cpu, gpus = not torch.cuda.is_available(), min(gpus, torch.cuda.device_count())
-    # One thread each: two processes with two threads spin against each other, and a sum would depend on the company
+    # One thread each: two processes of two threads hinder each other, and sums would depend on the number of threads
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if cpu else {})}
     failed: dict[str, int] = {}
     for stage in stages:
@@ -205,7 +204,7 @@ def _pool(
                 places[name] = min(set(range(width)) - {places[other] for other in running})
                 gpu = {"CUDA_VISIBLE_DEVICES": visible([places[name]])} if one_gpu_each else {}
                 print(f"$ {shown((name, words))}", flush=True)
-                # At the end: where another command is at work on the run, this one is refused, and its log stays
+                # Appended: if another command is at work on the run, this one is refused, and that one's log stays
                 with (logs / f"{name}.log").open("a") as log:
                     begun[name] = log.tell()
                     running[name] = subprocess.Popen(
@@ -242,13 +241,13 @@ def _pool(
 
 
 def _end(logs: Path, name: str, begun: int, lines: int) -> list[str]:
-    """Last lines of a log that have text, none from before its byte `begun`: those are of an earlier start."""
+    """Last lines of a log that have text, from its byte `begun` on: what is before belongs to an earlier start."""
     text = (logs / f"{name}.log").read_bytes()[begun:].decode(errors="replace")
-    return [line for line in text.splitlines() if line.strip()][-lines:]  # tqdm wipes out a bar with a line of blanks
+    return [line for line in text.splitlines() if line.strip()][-lines:]  # tqdm erases a bar with a line of blanks
 
 
 def _cut(line: str, width: int = 100) -> str:
-    """A line without what is beyond `width`: whole words, since a part of a number reads as another number."""
+    """A line cut to `width` between words, since a part of a number reads as another number."""
     line = line.strip()
     return line if len(line) <= width else line[: width + 1].rsplit(maxsplit=1)[0] + " ..."
 

@@ -29,13 +29,13 @@ class RunLog(TrainerCallback):
     """Writes metrics.jsonl and a short line at each log, rollouts to samples.jsonl, and the seconds of training so
     far (`train_seconds`) to each line and checkpoint.
 
-    Seconds are those of optimizer steps alone, with their rollouts: the papers' hours leave out start and evaluation,
-    and a checkpoint of one method may hold more than another's. A resumed run counts on from its checkpoint; what a
-    kill has lost is done again and counted once. A method says in a subclass which metrics the line has (`SHOWN`) and
-    what its rollouts are.
+    Seconds are those of optimizer steps alone, rollouts included: the papers' hours leave out start and evaluation,
+    and a checkpoint of one method may hold more than another's. A resumed run counts on from its checkpoint, so work
+    that a kill has lost counts once. A method says in a subclass which metrics the line has (`SHOWN`) and what its
+    rollouts are.
 
     Args:
-        folder: of the run; lines after the checkpoint, which will come again, are dropped from its files.
+        folder: of the run; lines after the checkpoint are dropped from its files, since they will come again.
         checkpoint: what the training resumes from, None for its beginning.
         trainer: a TRL trainer.
     """
@@ -66,7 +66,7 @@ class RunLog(TrainerCallback):
         shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
         if shown:
             print(f"{self.unit} {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
-        rollouts = self.rollouts() if "loss" in logs else []  # not with the last line, of the whole training
+        rollouts = self.rollouts() if "loss" in logs else []  # the last line, of the whole training, has none
         append_jsonl(self.folder / "samples.jsonl", *({"step": state.global_step, **record} for record in rollouts))
 
     def on_save(self, args, state, control, **kwargs):
@@ -80,7 +80,7 @@ class RunLog(TrainerCallback):
 
 
 def train_seconds(checkpoint: Path) -> float | None:
-    """Seconds of training before a checkpoint; None for one that does not say, of an older version."""
+    """Seconds of training before a checkpoint; None for one of an older version, which does not say."""
     path = checkpoint / SECONDS
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -125,7 +125,7 @@ def train_run(
         check_writable(next(folder for folder in (run, *run.parents) if folder.exists()))
     check_report_to(config.report_to)
     trainer = build_trainer()  # most mistakes show here, before there is a folder
-    logging.disable_progress_bar()  # of saving weights, in each checkpoint; not before: a download is worth one
+    logging.disable_progress_bar()  # those for saving weights in each checkpoint, not one for a download
     with exclusive(run) if main_process else nullcontext():
         checkpoint = resume_point(trainer)  # every rank looks for itself on the shared folder
         with open_run() if main_process else nullcontext() as folder:
@@ -141,7 +141,7 @@ def train_run(
 
 
 def row_fingerprints(splits: Mapping[str, "Dataset"]) -> dict[str, str]:
-    """Of each split a fingerprint of its ids, prompts and answers, without images, which would have to be decoded."""
+    """A fingerprint of each split's ids, prompts and answers; not of images, which would have to be decoded."""
     columns = ["id", "prompt", "answer"]
     return {
         name: fingerprint([[row[column] for column in columns] for row in rows.select_columns(columns)])

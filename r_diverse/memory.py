@@ -1,15 +1,15 @@
 """The memory of past questions of R-Diverse (arXiv 2602.13103): a bank on disk that survives a kill at any moment.
 
     bank/
-      manifest.json                    encoder, dimension, normalisation, and the one folder of each iteration
+      manifest.json                    encoder, dimension, normalisation, and the folder of each iteration
       iteration_00003_<digest>/
         embeddings.npy                 (rows, D) float32 unit vectors, memory-mapped
-        codes.npy  blocks.npy          the same in 8 bits, and scale and error of each CHUNK rows
+        codes.npy  blocks.npy          the same in 8 bits, and scale and error of each block of CHUNK rows
         records.jsonl  offsets.npy     question and answer of each row; where each line starts
         sum.npy                        (D,) float64, sum of the rows
 
 A folder is complete on disk before the manifest names it, and it never changes after that. So the manifest is the
-commit: a killed writer loses the add that had not returned, nothing else, and the next add clears what it left behind.
+commit: a killed writer loses only the `add` that had not returned, and the next `add` clears what it left behind.
 Adding touches no row that is there already, and searching needs no index in memory.
 """
 
@@ -66,7 +66,7 @@ class MemoryBank:
     was when they opened it; `reload` looks again.
 
     Args:
-        path: folder of the bank. It is made by the first `add`.
+        path: folder of the bank, made by the first `add`.
         encoder: name of what computes the embeddings, such as model, revision and pooling. Vectors of different
             encoders cannot be compared, so a bank written under another name is refused. None reads any bank.
 
@@ -80,7 +80,7 @@ class MemoryBank:
         self.reload()
 
     def reload(self) -> None:
-        """Sees what other processes have added since."""
+        """Reads the bank again, with what other processes have added since. Raises as the constructor does."""
         manifest = _read_manifest(self.path)
         if manifest["iterations"] and self.encoder not in (None, manifest["encoder"]):
             raise ValueError(
@@ -101,7 +101,7 @@ class MemoryBank:
             self._manifest, self._segments = manifest, segments
 
     def before(self, iteration: int) -> "MemoryBank":
-        """Read-only view of the rows of earlier iterations: M_t, also where iteration t runs a second time."""
+        """Read-only view of the rows of earlier iterations: M_t, even when iteration t runs a second time."""
         view = copy.copy(self)
         view._end = iteration if self._end is None else min(iteration, self._end)
         view._segments = {t: segment for t, segment in self._segments.items() if t < view._end}
@@ -117,7 +117,7 @@ class MemoryBank:
 
     @property
     def written_with(self) -> str | None:
-        """Name of the encoder of the rows; before the first row the name given, if one was."""
+        """Name of the rows' encoder; before the first row that of the constructor, which may be None."""
         return self._manifest["encoder"] if self._manifest["iterations"] else self.encoder
 
     @property
@@ -126,7 +126,7 @@ class MemoryBank:
         return self._manifest["dim"] if self._manifest["iterations"] else None
 
     def fingerprint(self) -> str:
-        """Digest of all rows that tells whether two banks are the same; costs nothing."""
+        """Digest that tells whether two banks hold the same rows; made from stored digests, without reading rows."""
         content = {str(t): segment.sha256 for t, segment in self._segments.items()}
         encoder = self._manifest["encoder"] if content else None  # empty banks are the same, whatever their encoder
         return hashlib.sha256(json.dumps([encoder, content]).encode()).hexdigest()
@@ -136,8 +136,8 @@ class MemoryBank:
     def add(self, questions: Sequence[str], embeddings: ArrayLike, answers: Sequence[str], iteration: int) -> None:
         """Makes these the rows of `iteration`, on disk when this returns.
 
-        One call holds all rows of an iteration. Called again for the same one, it replaces exactly its own rows; with
-        the same content it changes nothing; with no rows it removes them. Several processes may add: they take turns.
+        One call holds all rows of an iteration. A second call for the same one replaces exactly these; with the same
+        content it changes nothing; with no rows it removes them. Several processes may add: they take turns.
 
         Args:
             questions: B texts.
@@ -145,8 +145,9 @@ class MemoryBank:
             answers: B pseudo-labels, none of them missing.
             iteration: 0 or more.
 
-        Raises `ValueError`, with the bank as it was, for rows that do not fit together or to the bank. After an
-        `OSError`, such as of a full disk, every iteration has its old rows or all of its new ones.
+        Raises `ValueError`, leaving the bank as it was, for rows that do not match each other or the bank, and
+        `TimeoutError` if another writer holds it for `LOCK_SECONDS`. After an `OSError`, such as a full disk, every
+        iteration has its old rows or all of its new ones.
         """
         if self._end is not None:
             raise ValueError(
@@ -166,7 +167,7 @@ class MemoryBank:
         except OSError as error:
             if error.errno is None or error.filename is not None:
                 raise
-            raise OSError(error.errno, error.strerror, str(self.path)) from error  # of a write Python says no path
+            raise OSError(error.errno, error.strerror, str(self.path)) from error  # Python gives no path for a write
 
     def _add(self, questions, embeddings, answers, iteration: int) -> None:
         self.reload()  # another writer may have been here
@@ -201,8 +202,7 @@ class MemoryBank:
     def similarity(self, embeddings: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """P_max and P_mean: highest and mean cosine of each row of (B, D) to all rows, (B,) each, float64.
 
-        Every row is compared, and the mean is the product with the mean vector, which is not normalised again.
-        NaN if the bank is empty.
+        All rows are compared; the mean is the product with the (unnormalised) mean vector. NaN if the bank is empty.
         """
         queries = self._queries(embeddings)
         if len(self) == 0:
@@ -216,7 +216,7 @@ class MemoryBank:
         return p_max.clip(-1, 1), queries @ mean
 
     def _nearest_rows(self, queries: np.ndarray) -> np.ndarray:
-        """Number of the row with the highest product with each query, (B,), as far as float32 tells rows apart."""
+        """Index of the row with the highest product with each query, (B,), as far as float32 tells rows apart."""
         queries = queries.astype(np.float32)
         best, rows = np.full(len(queries), -np.inf, np.float32), np.zeros(len(queries), np.int64)
         for start, chunk in self._chunks():
@@ -250,7 +250,7 @@ class MemoryBank:
     # --- rows ---
 
     def sample(self, n: int, seed: int) -> list[dict[str, Any]]:
-        """n rows for replay, uniform and without replacement; only once all are used, they are used again.
+        """n rows for replay, drawn uniformly and without replacement until all are used, then again.
 
         The same seed and rows give the same sample. Returns records as `records` does, none if the bank is empty.
         """
@@ -270,7 +270,7 @@ class MemoryBank:
         ]
 
     def embeddings(self, iteration: int) -> np.ndarray:
-        """(rows, D) float32 of one iteration, read-only and memory-mapped."""
+        """(rows, D) float32 of one iteration, read-only, memory-mapped; `ValueError` if the bank does not have it."""
         if iteration not in self._segments:
             raise ValueError(f"{self.path} has no iteration {iteration}; it has {list(self._segments)}")
         return self._segments[iteration].embeddings
@@ -282,7 +282,7 @@ class MemoryBank:
         return result
 
     def _places(self, rows: ArrayLike) -> list[tuple[int, int]]:
-        """Iteration and place in it of each row number."""
+        """(iteration, index within it) of each row number; `ValueError` for one that the bank does not have."""
         rows = np.asarray(rows, np.int64)
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise ValueError(f"row numbers reach from {rows.min()} to {rows.max()}; the bank has 0 to {len(self) - 1}")
@@ -293,7 +293,7 @@ class MemoryBank:
         return [(iterations[w], int(row - start)) for w, row, start in zip(which, rows, starts, strict=True)]
 
     def verify(self) -> None:
-        """Reads every byte; `ValueError` where a row is not what was added."""
+        """Reads every byte; raises `ValueError` if a row is not what was added."""
         for segment in self._segments.values():
             digest, total, whole = hashlib.sha256(), np.zeros(self.dim), True
             for i, block in enumerate(segment.blocks):
@@ -310,7 +310,7 @@ class MemoryBank:
 
 
 def _highest_products(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Highest inner product of each query with the rows, and which: faiss's flat search, or the same in numpy."""
+    """Highest inner product of each query with the rows, and its row: by faiss's flat search, or by numpy."""
     if importlib.util.find_spec("faiss") is None:
         products = queries @ rows.T
         return products.max(1), products.argmax(1)
@@ -431,8 +431,8 @@ def _write_records(folder: Path, questions, answers, digest) -> None:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """As `np.save`, and on disk when this returns; `OSError` where there is no room for it."""
-    content = io.BytesIO()  # into a file numpy writes by itself, and does not notice that its end did not fit
+    """As `np.save`, and on disk when this returns; `OSError` if there is no room for it."""
+    content = io.BytesIO()  # numpy's own way to write a file does not notice that the end did not fit
     np.save(content, array)
     with path.open("wb") as file:
         file.write(content.getbuffer())
@@ -440,7 +440,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def _clear(path: Path, keep: set[str]) -> None:
-    """Removes replaced rows and what a killed writer left, and nothing that the bank did not make."""
+    """Removes replaced rows and what a killed writer left, but nothing that the bank did not make."""
     for pattern in (".new_*", "iteration_*_*"):
         for found in path.glob(pattern):
             if found.is_dir() and found.name not in keep:
@@ -481,7 +481,7 @@ def _checked_columns(questions: Sequence[str], embeddings: ArrayLike, answers: S
 
 
 def _unit_rows(rows: np.ndarray, start: int = 0) -> np.ndarray:
-    """(B, D) float64 of length 1, from vectors that are so up to the rounding of their format."""
+    """(B, D) float64 rows of length 1 from rows that have it up to rounding; `ValueError` for others."""
     rows = rows.astype(np.float64)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     bad = ~(np.abs(norms[:, 0] - 1) <= UNIT_TOLERANCE)  # NaN is bad too

@@ -37,8 +37,8 @@ def self_consistency(answers: Sequence[str | None], same: Callable[[str, str], b
         answers: the m extracted answers.
         same: whether two answers, not equal as text, mean the same. It must bound its own time.
 
-    Returns the first form of the majority answer and s; `(None, 0.0)` where no answer could be extracted. Raises
-    `ValueError` for no answers at all, None in place of the list included.
+    Returns the first form of the majority answer and s; `(None, 0.0)` if no answer could be extracted. Raises
+    `ValueError` for an empty list, and for None in its place.
     """
     if answers is None or not len(answers):
         raise ValueError("self_consistency needs at least one answer; score a question without a reply as missing")
@@ -75,7 +75,7 @@ def repetition_penalty(
     distance stay apart. The result does not depend on the order of the rows, equal distances included.
 
     Args:
-        embeddings: (B, D), finite and not zero; of any length, since only directions count.
+        embeddings: (B, D) rows, finite and not zero; of any length, since only directions count.
         distance_threshold: R-Zero's 0.5; the paper does not disclose its own.
         batch_size: what to divide by, if the batch also has questions without an embedding. Default: B.
 
@@ -107,8 +107,8 @@ def bleu_repetition_penalty(
 ) -> np.ndarray:
     """R-Zero's P_rep: share of the batch in the same cluster of texts, by average linkage on 1 - BLEU.
 
-    Bit for bit the distances of nltk's `sentence_bleu` with smoothing `method1` on words between spaces. R-Zero takes
-    BLEU in one direction only (the earlier question is the hypothesis), so its penalty depends on the order.
+    The distances equal those of nltk's `sentence_bleu` (smoothing `method1`, words between spaces) bit for bit. R-Zero
+    takes BLEU in one direction only (the earlier question is the hypothesis), so its penalty depends on the order.
 
     Args:
         questions: B texts; "" for a question that could not be parsed, as in R-Zero.
@@ -151,7 +151,7 @@ def _bleu(length: int, reference_length: int, *matches: int) -> float:
 
 
 def bleu_similarity(questions: Sequence[str], memory: Sequence[str]) -> np.ndarray:
-    """BLEU of each question against each text of a memory, (B, M): the cosine's place in the ablation without SAM."""
+    """BLEU of each question against each text of a memory, (B, M): replaces the cosine in the ablation without SAM."""
     words = [text.split() for text in (*questions, *memory)]
     lengths, number = [len(text) for text in words], len(questions)
     rows = [_ngram_rows(words, order) for order in range(1, MAX_ORDER + 1)]
@@ -231,7 +231,7 @@ def memory_penalty(
 
 
 def replay_count(n_current: int, fraction: float = 0.3) -> int:
-    """Rows of the past that make up `fraction` of the Solver's data: floor(n_current * rho / (1 - rho)), exactly."""
+    """Past rows that make up a share rho of the Solver's data: floor(n_current * rho / (1 - rho)), exactly."""
     if n_current < 0 or not 0 <= fraction < 1:
         raise ValueError(f"replay needs n_current >= 0 and 0 <= fraction < 1, got {n_current} and {fraction}")
     rho = Fraction(str(fraction))  # 0.3 as three tenths; in floats 0.3 / 0.7 rounds some whole numbers down
@@ -256,12 +256,12 @@ def challenger_reward(
         consistency: (B,) s of each question in [0, 1], NaN where it could not be measured.
         repetition: (B,) P_rep in [0, 1].
         memory_penalty: (B,) P_MAP, 0 or more.
-        valid: (B,) bool, the output holds a question in the asked form. Elsewhere the other arrays are ignored.
+        valid: (B,) bool, whether the output has the required form. Where it does not, the other arrays are ignored.
         alpha, beta: weights of the penalties, 0 or more.
         invalid_reward: of an invalid output. Default: `reward_of_invalid(alpha, beta)`.
 
     Returns (B,); NaN where the question is valid and s is NaN: no reward, which is not the same as a low one. Raises
-    `ValueError` where an invalid output would not stand strictly below every valid one.
+    `ValueError` if the reward of an invalid output is not strictly below every valid one.
     """
     if not (alpha >= 0 and beta >= 0):
         raise ValueError(f"alpha={alpha} and beta={beta} must be 0 or more: they weigh penalties")
@@ -337,7 +337,7 @@ def drop_reason(
 ) -> str | None:
     """Why a labelled question is not used to train the Solver; None if it is.
 
-    "no_answer": there is no label. "low_consistency", "high_consistency": s is outside [low, high], both ends kept:
+    "no_answer": there is no label. "low_consistency", "high_consistency": s is outside [low, high], ends included:
     3 to 8 of 10 answers with the paper's band, 3 to 7 with high=0.7. "proof", "box_in_question", "text_in_answer":
     R-Zero's word rules, which also drop good questions ("A box holds ..."); `r_zero_words=False` turns them off.
     """
@@ -352,7 +352,7 @@ def drop_reason(
             return "box_in_question"
         if "text" in majority.lower():
             return "text_in_answer"
-    # Shares of whole numbers equal the same decimal only up to rounding once they were averaged or stored as float32
+    # A share that was averaged or stored as float32 equals its decimal only up to rounding
     if consistency < low - TIE:
         return "low_consistency"
     return "high_consistency" if consistency > high + TIE else None

@@ -1,4 +1,4 @@
-"""What Challenger and Solver are asked, and what is read out of their answers (R-Zero, arXiv 2508.05004).
+"""Prompts of Challenger and Solver, and what is read from the Challenger's outputs (R-Zero, arXiv 2508.05004).
 
 R-Diverse keeps R-Zero's prompts. The wording here is our own, after their description; `RDiverseConfig` takes others.
 Everything that is read here was written by a model: it is cut out as text, never formatted, evaluated or executed.
@@ -38,7 +38,7 @@ BOX = "\\boxed{"
 
 
 class Challenge(NamedTuple):
-    """A question of the Challenger and its own answer (a check of the format only), or why there is none."""
+    """A question of the Challenger and its own answer (only checked for its form), or why there is none."""
 
     question: str
     answer: str | None
@@ -55,7 +55,7 @@ def challenger_prompt(system: str = CHALLENGER_SYSTEM, user: str = CHALLENGER_US
 
 
 def solver_prompt(question: str, system: str = SOLVER_SYSTEM) -> Messages:
-    """A question for the Solver. What looks like a control token in it becomes plain text."""
+    """The prompt that asks the Solver a question. What looks like a control token in it becomes plain text."""
     return _messages(system, neutralise(question))
 
 
@@ -107,7 +107,7 @@ def read_challenge(output: str) -> Challenge:
 def last_box(text: str) -> str | None:
     """Content of the last `\\boxed{}` whose braces balance, stripped; None if there is none or it is empty.
 
-    `\\{` and `\\}` are no braces: they need not come in pairs (`\\left\\{ ... \\right.`).
+    `\\{` and `\\}` do not count as braces: they need not come in pairs (`\\left\\{ ... \\right.`).
     """
     open_braces: list[int] = []  # one pass, since an output may be nothing but boxes
     last = (-1, -1)

@@ -29,7 +29,7 @@ def vllm_command(
     max_model_len: int | None = None,
     chat_template: str | None = None,
 ) -> list[str]:
-    """`vllm serve` for one model, with a share `memory` of each GPU.
+    """The command `vllm serve` for one model, which takes the share `memory` of each GPU's memory.
 
     Args:
         replicas: copies of the model, each on `tensor_parallel` GPUs.
@@ -56,14 +56,14 @@ def serving(
     ready_seconds: float = READY_SECONDS,
     preexec_fn: Callable[[], None] | None = None,
 ) -> Iterator[str]:
-    """Address of the server, such as http://127.0.0.1:8000/v1, while it runs; its group is ended afterwards.
+    """Starts a server, yields its address, such as http://127.0.0.1:8000/v1, and ends its process group afterwards.
 
-    `gpus` is its CUDA_VISIBLE_DEVICES, `preexec_fn` as in `subprocess.Popen`. Raises `ConnectionError` where it ends
-    or does not answer in time; the message has the end of its log. So has a `ConnectionError` from inside if the
-    server has ended meanwhile.
+    `gpus` is its CUDA_VISIBLE_DEVICES, `preexec_fn` as in `subprocess.Popen`. Raises `ConnectionError`, with the end
+    of the log, if the server ends or does not answer in time. A `ConnectionError` raised inside gets the end of the
+    log too if the server has ended meanwhile.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    # FlashInfer's sampler, which seeded requests pass by, is compiled at the start and needs a CUDA toolkit
+    # FlashInfer's sampler, which seeded requests do not use, is compiled at the start and needs a CUDA toolkit
     environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0", **os.environ}
     if gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpus
@@ -112,16 +112,16 @@ def _ended(process: subprocess.Popen, log: Path) -> str:
 
 
 def _end_of(log: Path) -> str:
-    """The last lines, and before them the first that tells of an error: vLLM's last ones only say "see above"."""
+    """The log's last lines, after its first that names an error: vLLM's last ones only say "see above"."""
     lines = log.read_text(errors="replace").splitlines()
     cause = next((line for line in lines[:-5] if CAUSE.search(line)), None)
     return f"the end of {log}: {' | '.join([*([cause, '...'] if cause else []), *lines[-5:]])}"
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends the server, and what of its group outlives it: that would keep GPU memory from the next stage.
+    """Ends the server and all of its process group, which could outlive it and hold GPU memory in the next stage.
 
-    The group is of its own session, so no other process can be hit.
+    The group has a session of its own, so no other process can be hit.
     """
     try:
         _signal_group(process, signal.SIGTERM)
@@ -136,14 +136,14 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _wait_until_empty(process: subprocess.Popen) -> None:
-    """Gives up after a while: in a container nobody may reap orphans, and zombies stay in the group for ever."""
+    """Waits until the group is empty, but not for ever: in a container that reaps no orphans, zombies stay in it."""
     deadline = time.monotonic() + GROUP_SECONDS
     while _signal_group(process, 0) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def _signal_group(process: subprocess.Popen, number: int) -> bool:
-    """Whether the group has a process left, be it a zombie."""
+    """Sends signal `number` (0: none); whether the group still had a process, even a zombie."""
     try:
         os.killpg(process.pid, number)
     except (ProcessLookupError, PermissionError):  # the second where only zombies are left, on macOS

@@ -86,7 +86,7 @@ PROMPT += "\nInput Question: "
 
 
 class Program(NamedTuple):
-    """What stands for a question: canonical source of its `solver`, or why there is none (`failure`)."""
+    """What represents a question: canonical source of its `solver`, or why there is none (`failure`)."""
 
     code: str | None
     failure: str | None = None
@@ -97,17 +97,17 @@ class Program(NamedTuple):
 
 
 class Coder(Protocol):
-    """`name` identifies everything that decides the programs: cached ones are found by it."""
+    """Writes programs. `name` identifies all that determines them: cached ones are found by it."""
 
     name: str
 
     def write(self, questions: Sequence[str]) -> list[Program]:
-        """One program a question, in order. Text that fails is a `failure`, not an exception."""
+        """One program for each question, in order. Text that fails is a `failure`, not an exception."""
         ...
 
 
 class Encoder(Protocol):
-    """`name` identifies everything that decides the vectors; `dim` is their length D."""
+    """Makes vectors. `name` identifies all that determines them; `dim` is their length D."""
 
     name: str
     dim: int
@@ -120,13 +120,13 @@ class Encoder(Protocol):
 class SkillEncoder:
     """SAM: `encode` maps questions to unit vectors whose cosine says how alike the questions' solutions are.
 
-    Equal questions of a batch are written and encoded once, and the order of a batch does not change the vectors.
+    Equal questions of a batch get one program, encoded once, and the order of a batch does not change the vectors.
 
     Args:
         coder: what writes programs. None embeds the question text itself, the paper's ablation without abstraction.
         encoder: what embeds them. Not used by `programs`, which is enough for the ablation without embeddings:
             `bleu_repetition_penalty` on the programs' text.
-        cache: folder of programs written before, by coder and question. Several processes may share it.
+        cache: folder that keeps written programs, by coder and question. Several processes may share it.
         chunk_size: questions between two writes to the cache.
 
     Raises `ValueError` for a coder or encoder that lacks a part of `Coder` or `Encoder`.
@@ -225,7 +225,7 @@ def _unit_or_nan(vectors: np.ndarray) -> np.ndarray:
 
 
 class _ProgramCache:
-    """One small file a program, replaced in one step. A file that does not hold what it says counts as absent."""
+    """One small file for each program, replaced in one step. A file whose digest is wrong counts as absent."""
 
     def __init__(self, path: Path, coder: str):
         self.path, self.coder = path, coder
@@ -245,7 +245,7 @@ class _ProgramCache:
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         entry = {"code": program.code, "failure": program.failure, "sha256": _sha256([key, *program])}
-        temporary = file.with_name(f".{uuid.uuid4().hex}")  # of tempfile only the user's own processes could read it
+        temporary = file.with_name(f".{uuid.uuid4().hex}")  # a file of tempfile is readable by its owner only
         try:
             with temporary.open("x", encoding="utf-8") as stream:
                 json.dump(entry, stream)
@@ -350,7 +350,7 @@ def check_program(source: str, question: str) -> Program:
 
 
 def nesting(source: str) -> int:
-    """Most brackets that are open at once."""
+    """Largest number of brackets that are open at once."""
     depth = deepest = 0
     for character in re.findall(r"[()\[\]{}]", source):
         depth += 1 if character in "([{" else -1
@@ -359,7 +359,7 @@ def nesting(source: str) -> int:
 
 
 def _reduce(tree: ast.Module) -> str | None:
-    """Leaves imports and `solver` in the module; returns the failure if that cannot be."""
+    """Leaves only imports and `solver` in the module; returns the failure if that is impossible."""
     defined = [s for s in tree.body if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
     solvers = [s for s in defined if isinstance(s, ast.FunctionDef) and s.name == "solver"]
     if not solvers:
@@ -418,8 +418,8 @@ class ModelCoder:
             option for base models: plain completion after "Output:", as in the paper, which names no Instruct model.
             Base models tend to repeat the examples of the prompt; those programs fail as "echo".
         max_new_tokens: of the first try.
-        max_prompt_tokens: a question with a longer prompt fails as "long_question". With both tries it must fit the
-            model's context.
+        max_prompt_tokens: a question with a longer prompt fails as "long_question". Together with the second try's
+            tokens it must fit the model's context.
     """
 
     def __init__(
@@ -497,19 +497,19 @@ class SentenceEncoder:
 
     The default, `jinaai/jina-code-embeddings-1.5b` (1,536 dimensions, last-token pooling), is the paper's. Its licence
     is CC-BY-NC-4.0: **not for commercial use**. `Qwen/Qwen3-Embedding-0.6B` (1,024 dimensions) is Apache-2.0. The
-    thresholds of the penalties (cosine 0.5) suppose that unrelated programs are far apart: look at the cosines of a
+    thresholds of the penalties (cosine 0.5) assume that unrelated programs are far apart: look at the cosines of a
     first batch (`analysis.batch_cosines`) before using another encoder.
 
     Args:
         model: a hub id, a local folder or a `SentenceTransformer`.
         batch_size: texts at once; they are sorted by length.
         max_tokens: longer texts are cut there, or at the model's own limit if that is lower.
-        name: what banks and logs call the encoder. Default: the id or folder, for one of the hub the commit that was
-            loaded (else the `revision` asked for), and the limit. The files of a local folder are not looked at.
-        centre: texts whose mean unit vector is the origin: it is subtracted from each unit vector, so that cosines do
-            not measure what all programs share ("def solver ..."). Small general encoders need it, since all their
-            cosines are near 1. Not in the paper; off by default.
-        options: of `SentenceTransformer`, such as `device` and `revision`.
+        name: what banks and logs call the encoder; the token limit is added to it. Default: the id or folder, with the
+            hub's commit that was loaded or else `revision`. The files of a local folder are not looked at.
+        centre: texts whose mean unit vector becomes the origin: it is subtracted from each unit vector, so that
+            cosines do not measure what all programs share ("def solver ..."). Small general encoders need it, since
+            all their cosines are near 1. Not in the paper; off by default.
+        options: for `SentenceTransformer`, such as `device` and `revision`.
     """
 
     def __init__(
@@ -538,7 +538,7 @@ class SentenceEncoder:
             self.name += f" centre {_sha256(list(centre))[:12]}"
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, D) vectors; their length has no meaning."""
+        """(N, D) vectors, not of length 1 with a `centre`; NaN for a text whose vector has no direction."""
         return _unit_or_nan(self._vectors(texts)) - self._centre
 
     def _vectors(self, texts: Sequence[str]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a self-teacher has to know of a policy with adapters: whether they can be merged, and where they begin."""
+"""What a self-teacher must know about a policy's adapters: whether they can be merged, and where they started."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Settings of a LoRA config that change more of the merged model than W + scale B A of whole layers
+# Settings of a LoRA config with which the merged model is not just W + scale B A of whole layers
 NOT_MERGED = (
     "use_dora",
     "trainable_token_indices",
@@ -28,8 +28,8 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def check_mergeable(adapters: dict[str, Any]) -> None:
-    """Raises `ValueError` for adapters (PEFT's configs by name) whose merged weight is not W + scale B A, the only one
-    that `SelfTeacher.update` averages."""
+    """Raises `ValueError` for adapters (PEFT's configs by name) whose merged weight is not W + scale B A, the only
+    form that `SelfTeacher.update` averages."""
     for config in adapters.values():
         kind = getattr(config.peft_type, "value", config.peft_type)
         wrong = [f"{name}={value!r}" for name in NOT_MERGED if (value := getattr(config, name, None))]
@@ -41,9 +41,9 @@ def check_mergeable(adapters: dict[str, Any]) -> None:
 
 
 def loses_its_start(policy: nn.Module) -> bool:
-    """Whether a policy that trains may be another without its adapters than it was at the start: they are trained
-    already, were made of its weights (PiSSA, OLoRA), are of a kind of which nothing is known here, or biases are
-    trained beside them, which stay."""
+    """Whether a trained policy without its adapters may differ from the policy at the start: the adapters were trained
+    before, were made from its weights (PiSSA, OLoRA) or are of a kind unknown here, or biases are trained beside them,
+    which stay."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -67,7 +67,7 @@ def loses_its_start(policy: nn.Module) -> bool:
 
 
 def _trains_biases(policy: nn.Module) -> bool:
-    """Whether a LoRA config's `bias` names some that the model has: Qwen3 has none."""
+    """Whether a LoRA config's `bias` trains biases that the model has (Qwen3 has none)."""
     if all(getattr(config, "bias", "none") == "none" for config in policy.peft_config.values()):
         return False
     trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
@@ -75,8 +75,8 @@ def _trains_biases(policy: nn.Module) -> bool:
 
 
 def untie_adapted(policy: nn.Module) -> None:
-    """Gives a head that is tied to an embedding with an adapter its own weight: the adapter changes the embedding
-    alone, merging it would change both."""
+    """Gives a head that is tied to an embedding with an adapter its own weight: the adapter changes only the
+    embedding, but merging it would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     embedding, head = policy.get_input_embeddings(), policy.get_output_embeddings()
@@ -85,13 +85,13 @@ def untie_adapted(policy: nn.Module) -> None:
 
 
 def _has_values(factor: nn.Module | nn.Parameter) -> bool:
-    """Whether not all of a factor, or of its shard under ZeRO-3, is 0."""
+    """Whether a factor, or its shard under ZeRO-3, has any value other than 0."""
     weights = [factor] if isinstance(factor, torch.Tensor) else factor.parameters()
     return any(getattr(weight, "ds_tensor", weight).any() for weight in weights)
 
 
 def merged_weights(policy: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, weight) of those of the merged model's weights that training can change, W + scale B A in float32."""
+    """Yields (name, weight) of the merged model's `names` that training can change; W + scale B A is float32."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

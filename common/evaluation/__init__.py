@@ -1,4 +1,4 @@
-"""Evaluation: what (benchmarks), who generates (engines), how answers count (scoring), and the harness (run)."""
+"""Evaluation: what is asked (benchmarks), what generates (engines), how answers count (scoring), the harness (run)."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """torch and transformers are imported where they generate, not for every user of the harness."""
+    """Imports torch and transformers only where they generate, and not for every user of the harness."""
     if name != "TransformersEngine":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .transformers_engine import TransformersEngine

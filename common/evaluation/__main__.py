@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-SEVERAL = {"temperature": 0.6, "top_p": 0.95}  # for more than one sample where the benchmark's decoding is greedy
+SEVERAL = {"temperature": 0.6, "top_p": 0.95}  # for several samples of a benchmark whose decoding is greedy
 TEMPLATE_EXAMPLE = '{"enable_thinking": false}'
 
 
@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> dict:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Reads the options that are JSON; `ValueError` for what is wrong with any benchmark, which may be a download."""
+    """Parses the JSON options; raises `ValueError` for what is wrong, before the benchmark is maybe downloaded."""
     from . import json_options
 
     if args.responses and not Path(args.responses).is_file():
@@ -86,7 +86,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _decoding(args: argparse.Namespace, benchmark):
-    """The benchmark's with the user's changes; greedy decoding would only repeat one answer."""
+    """The benchmark's with the user's changes; several samples are not greedy by default: all would be the same."""
     decoding = benchmark.decoding
     if (args.samples or 1) > 1 and decoding.temperature == 0 and args.temperature is None:
         decoding = dataclasses.replace(decoding, **SEVERAL)

@@ -26,15 +26,15 @@ class Benchmark:
 
     Attributes:
         name: of the result files.
-        rows: `id` (unique), `prompt` (messages), `answer`, and `images` where there are some: PIL images, or files as
-            the package datasets gives them undecoded.
+        rows: `id` (unique), `prompt` (messages), `answer` and, if there are any, `images`: PIL images, or files as the
+            package datasets gives them undecoded.
         score: (response, row) -> a `Verdict`, or a number in [0, 1].
-        decoding: unless the caller chooses another.
-        samples: a question, unless the caller chooses another number.
-        metric: of all scored records, where it is not their mean: {"score": the headline in [0, 1] or None,
+        decoding: of the responses, unless the caller chooses another.
+        samples: for each question, unless the caller chooses another number.
+        metric: of all scored records, if it is not their mean: {"score": the headline in [0, 1] or None,
             "interval": its 95 % interval, ...}.
         columns: of the rows, which the metric needs in the records.
-        settings: of the scorer, which the result names.
+        settings: of the scorer, recorded in the result.
     """
 
     name: str
@@ -56,10 +56,10 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the questions of a benchmark are, how many, how one is put, and the paper's way to decode and score.
+    """Where the questions of a benchmark are, how many, how one is asked, and the paper's decoding and scoring.
 
-    `hub_id` None: the rows are in a release's files only, and the caller names one. `prompt`, `answer` and `images`
-    read a row of the source; `columns` of it are kept for the scorer and the metric. `also` are the rows of other
+    `hub_id` None: the rows are only in a release's files, and the caller names one. `prompt`, `answer` and `images`
+    read a row of the source; `columns` of it are kept for the scorer and the metric. `also`: numbers of rows of other
     copies in use.
     """
 
@@ -85,7 +85,7 @@ def math_prompt(row: Row) -> Messages:
 
 
 def choice_prompt(row: Row) -> Messages:
-    """Question, options A, B, C, ... one a line, and the request for the letter in a box."""
+    """Question, options A, B, C, ... on a line each, and the request for the letter in a box."""
     options = "\n".join(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(row["options"]))
     return [{"role": "user", "content": f"{row['question']}\n\n{options}\n\n{CHOICE_REQUEST}"}]
 
@@ -102,7 +102,7 @@ def ready_prompt(row: Row) -> Messages:
 
 
 def _answer(row: Row) -> str | None:
-    """The gold answer as text, of a number column too, where 27.0 and 27 are the same; None where there is none."""
+    """The gold answer as text, 27.0 of a column of numbers as "27"; None without one."""
     value = row["answer"]
     if value is None or value != value:
         return None
@@ -119,8 +119,8 @@ def _after_hashes(row: Row) -> str:
 
 
 def _math(rows: int, hub_id: str, answer=_answer, sampled: bool = False, **where: Any) -> Source:
-    """R-Diverse (arXiv 2602.13103): greedy, or the mean of 32 samples. Its paper gives no temperature for these: here
-    that of the Solver's rollouts and labels."""
+    """R-Diverse (arXiv 2602.13103): greedy, or the mean of 32 samples. Its paper gives no temperature for these; 1.0
+    is that of the Solver's rollouts and labels."""
     decoding = Decoding(1.0, 0.95, 4096) if sampled else Decoding(0.0, 1.0, 4096)
     return Source(rows, hub_id, math_prompt, answer, answer_row, decoding, samples=32 if sampled else 1, **where)
 
@@ -225,7 +225,7 @@ def _question(source: Source, row: Row, folder: Path | None) -> Row:
 
 
 def _file_of(image: Any, folder: Path | None) -> Any:
-    """An image that is a path is beside the file that names it."""
+    """An image; one that is a path is relative to the folder of the file that names it."""
     return {"path": str(folder / image), "bytes": None} if isinstance(image, str) else image
 
 
@@ -235,7 +235,7 @@ def _folder_of(path: Path, name: str) -> Path:
 
 
 def _undecoded(table):
-    """Images stay files until they are asked for: thousands of decoded ones need more memory than a machine has."""
+    """The table with images left undecoded until they are used: thousands of decoded ones do not fit into memory."""
     from datasets import Image
 
     for name, feature in table.features.items():
@@ -260,10 +260,10 @@ def _read(name: str, source: Source, data: str | Path | None):
         if not path.is_file():
             raise FileNotFoundError("there is no such file")
         return load_dataset(_builder(path), data_files=str(path), split="train")
-    except StopIteration as error:  # of datasets, for files without a row
+    except StopIteration as error:  # datasets raises it for files without a row
         raise ValueError(f"benchmark {name}: {data} has no rows; pass {DATA} another copy") from error
     except Exception as error:  # datasets raises many kinds; the user needs one sentence
-        cause = str(error.__cause__ or error)  # of a file that cannot be read datasets says why in the cause
+        cause = str(error.__cause__ or error)  # datasets says in the cause why a file cannot be read
         first = (cause.strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"benchmark {name}: cannot read {data or source.hub_id} ({first}); pass {DATA} a local copy"

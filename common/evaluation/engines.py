@@ -1,4 +1,4 @@
-"""Who generates: vLLM's offline engine, a server or transformers (in its own module), behind one small interface."""
+"""What generates: vLLM's offline engine, a server or transformers (in its own module), behind one small interface."""
 
 import base64
 import gc
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 if TYPE_CHECKING:
     from .transformers_engine import TransformersEngine
 
-# Of vllm.LLM: how an engine fits its machine; an evaluation goes on with another value
+# Options of vllm.LLM that fit an engine to its machine; an evaluation may go on with other values
 MACHINE_OPTIONS = {
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend",
     "gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "max_num_seqs", "max_num_batched_tokens",
@@ -29,7 +29,7 @@ MACHINE_OPTIONS = {
 
 @dataclass(frozen=True)
 class Decoding:
-    """Temperature 0 is greedy; `top_k` 0 is off; the rest as everywhere."""
+    """How to sample: temperature 0 is greedy, `top_k` 0 is off. Raises `ValueError` for a value out of range."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -49,7 +49,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages in TRL's format, and the PIL images of their image parts in order (first, if no part is there)."""
+    """Messages in TRL's format, and the PIL images of their image parts in order (first, if there is no such part)."""
 
     messages: Sequence[dict[str, Any]]
     images: Sequence[Any] = ()
@@ -58,7 +58,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Completion:
     """`finish_reason` as vLLM names it: "stop", or "length" for a response that was cut at the token limit; "refused"
-    for a prompt that a server does not take, while it takes others."""
+    for a prompt that a server rejects although it accepts others."""
 
     text: str
     num_tokens: int
@@ -71,7 +71,7 @@ class Engine(Protocol):
     name: str
 
     def generate(self, prompts: Sequence[Prompt], decoding: Decoding, seeds: Sequence[int]) -> list[Completion | None]:
-        """One completion a prompt, in order; None where a request failed. Equal prompts and seeds give equal
+        """One completion for each prompt, in order; None where a request failed. Equal prompts and seeds give equal
         completions, up to rounding."""
         ...
 
@@ -101,11 +101,11 @@ def load_engine(
     chat_template_kwargs: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
 ) -> "VLLMEngine | TransformersEngine":
-    """What generates with `model`, a hub id or a local folder, in this process; to be closed.
+    """An engine for `model`, a hub id or a local folder, in this process; the caller closes it.
 
     Args:
-        kind: "vllm", which takes `options` of `vllm.LLM`; or "transformers", for which are `batch_size`, `bf16`
-            (else float32) and `device`.
+        kind: "vllm", which takes `options` of `vllm.LLM`; or "transformers", which takes `batch_size`, `bf16` (else
+            float32) and `device`.
         chat_template_kwargs: for the chat template, such as `enable_thinking`.
 
     Raises `ValueError` for another kind.
@@ -120,15 +120,15 @@ def load_engine(
 
     from .transformers_engine import TransformersEngine
 
-    # A sum in bfloat16 would round a small adapter away: at a thousandth of its weights, half of it
+    # A merge in bfloat16 would round a small adapter away: half of one that is a thousandth of the weights
     loaded = load_model(model, torch.bfloat16 if bf16 else torch.float32, device, merge=not bf16)
     engine = TransformersEngine(loaded, load_processor(model), batch_size, chat_template_kwargs)
-    engine.name = model  # of an adapter's folder, not its base
+    engine.name = model  # for an adapter its folder, not its base
     return engine
 
 
 def build_engine(args: Any, model: str, config: Any) -> "VLLMEngine | TransformersEngine":
-    """`load_engine` by the settings of a method, its `ScriptArguments` and its TRL configuration; to be closed."""
+    """`load_engine` with the settings of a method: its `ScriptArguments` and its TRL configuration."""
     return load_engine(
         args.engine,
         model,
@@ -151,7 +151,7 @@ class VLLMEngine:
 
     def __init__(self, model: str, chat_template_kwargs: dict[str, Any] | None = None, **engine_options: Any):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # FlashInfer's sampler, which seeded requests pass by, is compiled at the start and needs a CUDA toolkit
+        # FlashInfer's sampler, which seeded requests do not use, is compiled at the start and needs a CUDA toolkit
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         try:
             from vllm import LLM
@@ -159,7 +159,7 @@ class VLLMEngine:
             raise ImportError("engine vllm needs vLLM: pip install 'post-training-reference[vllm]'") from error
         from common.models import load_processor
 
-        self.merged = _merged(model, engine_options.get("dtype"))  # vLLM reads in it later, too
+        self.merged = _merged(model, engine_options.get("dtype"))  # kept: vLLM reads from it later, too
         folder = self.merged.name if self.merged else model
         try:
             self.llm, self.name = LLM(model=folder, **{"max_model_len": -1, **engine_options}), model
@@ -176,7 +176,7 @@ class VLLMEngine:
         self.bias = dict.fromkeys(never_sampled(processor, config.hf_config), -100.0)
 
     def close(self) -> None:
-        """Frees the GPU for what comes next in this process; `generate` fails from then on.
+        """Frees the GPU for what comes next in this process; `generate` fails after that.
 
         vLLM hides what it holds from the garbage collector until its engine is shut down.
         """
@@ -223,7 +223,7 @@ class VLLMEngine:
         return completions
 
     def _warn_of_cuts(self, completions: list[Completion], limit: int) -> None:
-        """Warns once: vLLM cuts a response that does not fit into its memory without a word."""
+        """Warns once, since vLLM silently cuts a response that does not fit into its memory."""
         config = self.llm.model_config
         own = getattr(config.hf_text_config, "max_position_embeddings", 0)
         if not self.warns_of_cuts or config.max_model_len >= own:
@@ -244,14 +244,14 @@ def _cut_short(completions: Sequence[Completion | None], limit: int) -> int:
 
 
 def deciding_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of `vllm.LLM` that may change an answer, such as `max_model_len` and `mm_processor_kwargs`, in JSON."""
+    """Those options of `vllm.LLM` that may change an answer, such as `max_model_len`, as JSON values."""
     deciding = {name: value for name, value in options.items() if name not in MACHINE_OPTIONS}
     return json.loads(json.dumps(deciding, default=str))
 
 
 def _merged(model: str, dtype: str | None) -> tempfile.TemporaryDirectory | None:
-    """For a folder with a LoRA adapter, a temporary one with the adapter merged into its base, in bfloat16, or in
-    float32 for an engine of another `dtype`: vLLM applies adapters to some layers of some families only. None for any
+    """For a folder with a LoRA adapter, a temporary one with the adapter merged into its base (vLLM applies adapters
+    only to some layers of some families), in bfloat16, or in float32 for an engine of another `dtype`. None for any
     other model."""
     from common.lora import adapter_base
     from common.models import load_model, load_processor
@@ -274,7 +274,7 @@ def _reason(error: Exception) -> str:
 
 
 def stop_ids(declared: int | list[int] | None, tokenizer) -> list[int]:
-    """Every end that the model's generation config declares, the tokenizer's, and that of a turn in its template."""
+    """Ids of all end tokens: the generation config's, the tokenizer's, and that of a turn in the chat template."""
     declared = [] if declared is None else declared if isinstance(declared, list) else [declared]
     return sorted({*declared, tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None})
 
@@ -288,7 +288,7 @@ def turn_end_id(tokenizer) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     texts = {"user": "?", "assistant": "@answer@"}
-    for as_content in (str, lambda text: [{"type": "text", "text": text}]):  # some VLMs' templates read parts only
+    for as_content in (str, lambda text: [{"type": "text", "text": text}]):  # some VLMs' templates read only parts
         turns = [{"role": role, "content": as_content(text)} for role, text in texts.items()]
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -331,7 +331,7 @@ class ServerEngine:
         retries: of one request, with growing pauses.
         stop_token_ids: `turn_end_id` of a model whose generation config does not declare it; vLLM's parameter.
 
-    `generate` raises `ConnectionError` if no request of a call succeeds, but for refusals of one and the same prompt.
+    `generate` raises `ConnectionError` if no request of a call succeeds, unless all refuse one and the same prompt.
     """
 
     def __init__(
@@ -354,7 +354,7 @@ class ServerEngine:
             raise ValueError(f"server {base_url!r} is no address: write http://HOST:PORT/v1")
         try:
             self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
-        except Exception as error:  # of the HTTP library, which is not ours to name
+        except Exception as error:  # from the HTTP library, which is not ours to name
             raise ValueError(f"server {base_url!r} is no address ({error}): write http://HOST:PORT/v1") from error
         self.base_url, self.model, self.workers, self.warns_of_cuts = base_url, model, workers, True
         self.name = model
@@ -368,7 +368,7 @@ class ServerEngine:
             )
         errors = [result for result in results if isinstance(result, Exception)]
         refused = [isinstance(result, self._refusal) for result in results]
-        one_prompt = all(prompt == prompts[0] for prompt in prompts)  # which may be the reason
+        one_prompt = all(prompt == prompts[0] for prompt in prompts)  # then it may be to blame
         if results and len(errors) == len(results) and not (one_prompt and all(refused)):
             raise ConnectionError(
                 f"no request of {len(results)} to {self.name} at {self.base_url} succeeded ({errors[0]}): check that "
@@ -409,7 +409,7 @@ class ServerEngine:
             text = choice.message.content or ""
             if not isinstance(text, str):
                 raise TypeError(f"the reply has {type(text).__name__} in place of a text")
-            if choice.finish_reason == "abort":  # so vLLM answers what it has not ended
+            if choice.finish_reason == "abort":  # vLLM's reply to what it did not finish
                 raise ValueError("the server aborted the request")
             return Completion(text, reply.usage.completion_tokens, choice.finish_reason)
         # The last four: an aborted reply or one of another form

@@ -9,8 +9,8 @@ temperature 0. The rule-based metrics in <out>/<benchmark>.json stay as they are
 <out>/<benchmark>.judge.json         `--recheck all`: right and wrong answers are judged alike
 <out>/<benchmark>.judge_wrong.json   `--recheck wrong`: R-Zero's one-sided rule, see `summarize_wrong`
 
-A reply counts only if it is a verdict and nothing else. No reply, or another one, is a failure: it has no verdict, is
-counted, and is asked for again by the next run. The judge reads the last `RESPONSE_CHARS` characters of a response
+A reply counts only if it is a verdict and nothing else. A missing or any other reply is a failure: it has no verdict,
+is counted, and is asked for again by the next run. The judge reads the last `RESPONSE_CHARS` characters of a response
 between tags, with a space after each `<`, so that no tag or control token of a chat template is left in it. So what a
 response says cannot change how a reply is read. It can still talk a judge into a wrong verdict, for a judge can be
 fooled: look at the table of rules against judge, and at the records where they disagree.
@@ -80,17 +80,17 @@ def judge_request(row: dict[str, Any], response: str) -> tuple[str, str]:
 
 
 def quote(text: str) -> str:
-    """`text` fit for UTF-8, and with nothing in it that reads as a tag or as a control token."""
+    """`text` fit for UTF-8, with nothing in it that could be read as a tag or as a control token."""
     return re.sub(r"<|\[(?=/?[A-Z]{3})", r"\g<0> ", text.encode("utf-8", "replace").decode())
 
 
 def parse_verdict(reply: str) -> str | None:
-    """The verdict, "correct" or "wrong"; None for a reply that is anything but one of the two asked lines."""
+    """The verdict, "correct" or "wrong"; None for a reply that is not one of the two requested lines."""
     return VERDICTS.get(reply.strip())
 
 
 def rules_right(record: dict[str, Any]) -> bool:
-    """Whether the rules call an answer right: where they give points, at least half of them."""
+    """Whether the rules call an answer right; if they give points, these must be at least half."""
     return record["score"] >= 0.5
 
 
@@ -107,7 +107,7 @@ def judge_records(
         key = None
         if recheck == "all" or not rules_right(scored):
             version, prompt = judge_request(rows[scored["id"]], scored["response"])
-            sample = scored.get("sample")  # none in given responses that were scored by an older version
+            sample = scored.get("sample")  # missing in given responses that an older version scored
             key = (scored["id"], sample, engine.name, version, fingerprint(prompt))
             wanted[key] = prompt
         records.append((scored, key))
@@ -141,10 +141,10 @@ def _replies(engine: Engine, wanted: dict[tuple, str], path: Path, decoding: Dec
 
 
 def summarize_all(records: Sequence[dict[str, Any]], benchmark: Benchmark) -> dict[str, Any]:
-    """Accuracy by the judge's verdicts, and by the rules on the same records; a question without one is left out.
+    """Accuracy by the judge's verdicts, and by the rules on the same records; those without a verdict are left out.
 
-    `metric` is the benchmark's own where it has one and every record has a verdict. `agreement`: share of the verdicts
-    that are the rules'.
+    `metric` is the benchmark's own, if it has one and every record has a verdict. `agreement`: share of the verdicts
+    that agree with the rules.
     """
     judged = [record for record in records if record["judge"] in VERDICTS.values()]
     by_judge = [{**record, "score": float(record["judge"] == "correct")} for record in judged]
@@ -161,9 +161,9 @@ def summarize_all(records: Sequence[dict[str, Any]], benchmark: Benchmark) -> di
 def summarize_wrong(records: Sequence[dict[str, Any]], benchmark: Benchmark) -> dict[str, Any]:
     """R-Zero's re-check (arXiv 2508.05004): an answer is right if the rules or the judge call it so.
 
-    What the rules call right is not asked, so this can only raise the number. As there, a failure leaves an answer
-    wrong. Other than there, the reference answer is named as such (its script passes the response as the ground
-    truth), the temperature is 0, not 0.1, and any reply with "yes" in it does not count as one.
+    What the rules call right is not asked about, so this can only raise the number. As there, a failure leaves an
+    answer wrong. Unlike there, the reference answer is named as such (its script passes the response as the ground
+    truth), the temperature is 0 and not 0.1, and a reply does not count as right just because "yes" occurs in it.
     """
     raised = [{**record, "score": float(rules_right(record) or record["judge"] == "correct")} for record in records]
     own = benchmark.metric(raised) if benchmark.metric else None
@@ -190,8 +190,8 @@ def judge_evaluation(
 ) -> dict[str, Any]:
     """Judges a finished evaluation and writes <out>/<benchmark>.judge.json or .judge_wrong.json; returns its content.
 
-    Raises `ValueError` where there is no scored evaluation of these questions, and where another process is at work on
-    it; `ConnectionError` where the server has answered nothing.
+    Raises `ValueError` if there is no scored evaluation of these questions, or if another process is at work on it,
+    and `ConnectionError` if the server has answered nothing.
     """
     folder = Path(out) / benchmark.name
     if not (folder / "scored.jsonl").exists():

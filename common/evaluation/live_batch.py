@@ -1,4 +1,4 @@
-"""A batch of prompts in generation which rows leave when they stop and new ones join, over transformers' own cache.
+"""A batch in generation that rows leave when they stop and new ones join, with transformers' own cache.
 
 transformers' continuous batching reserves most of the memory for its pages and wants other attention kernels; here a
 row is a row of the plain cache, and `model.generate` does every forward.
@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 def is_joinable(cache) -> bool:
     """Whether every layer of a cache is keys and values of (rows, heads, positions, size), and nothing else.
 
-    Not so with sliding windows, whose layers count positions for all rows together, and with recurrent states.
+    False for sliding windows, whose layers count positions for all rows together, and for recurrent states.
     """
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
@@ -28,12 +28,12 @@ class LiveBatch:
         ids: (B, T) prompts with their first generated token.
         mask: (B, T), 0 for padding.
         cache: joinable, of T - 1 positions.
-        offsets: (B, 1) that the model adds to the position of a new token, because of a row's images; None for none.
+        offsets: (B, 1) that the model adds to the position of a new token, because of a row's images; None without.
     """
 
     def __init__(self, rows: Sequence[int], ids, mask, cache: DynamicCache, offsets: torch.Tensor | None):
         self.rows, self.ids, self.mask, self.cache, self.offsets = list(rows), ids, mask, cache, offsets
-        self.starts = torch.full((len(self.rows),), ids.size(1) - 1, device=ids.device)  # of what is generated
+        self.starts = torch.full((len(self.rows),), ids.size(1) - 1, device=ids.device)  # of generated ids
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,7 +76,7 @@ class LiveBatch:
                 layer.keys, layer.values = pad(layer.keys, (0, 0, by, 0)), pad(layer.values, (0, 0, by, 0))
 
     def _keep(self, kept: torch.Tensor) -> None:
-        """Rows `kept`, without the columns that pad all of them."""
+        """Keeps the rows `kept`, and drops the columns that pad all of them."""
         self.rows = [self.rows[i] for i in kept.tolist()]
         first = int(self.mask[kept].any(0).int().argmax()) if len(kept) else 0
         self.ids, self.mask, self.starts = self.ids[kept, first:], self.mask[kept, first:], self.starts[kept] - first

@@ -45,8 +45,8 @@ def evaluate(
     """Generates, records and scores; returns the metrics, which are also in `<out>/<benchmark>.json`.
 
     Records go to `<out>/<benchmark>/samples.jsonl`, `batch` at a time: a kill loses at most one batch, and a second
-    call goes on with what is missing. Raises `ValueError` where the records belong to another model, other weights or
-    another tokenizer at its path, another question set or decoding, and where another process is at work on them.
+    call goes on with what is missing. Raises `ValueError` if the records belong to another model, to other weights or
+    another tokenizer at its path, to other questions or decoding, or if another process is at work on them.
     """
     samples = benchmark.samples if samples is None else samples
     decoding = decoding or benchmark.decoding
@@ -89,8 +89,8 @@ def generate_samples(
     """Appends what is missing to the records at `path`: `samples` responses to the `prompt` of each row.
 
     A record has `id`, `sample`, `response`, `num_tokens` and `finish_reason`. After a kill a second call ends with the
-    same file as an undisturbed one. A prompt that a server refuses is an error, or with `keep_refused` an empty
-    response.
+    same file as an undisturbed one. A prompt that a server refuses is a `ValueError`, or with `keep_refused` an empty
+    response; a request that fails is a `ConnectionError`.
     """
     done = {(record["id"], record["sample"]) for record in read_jsonl(path)} if path.exists() else set()
     by_id = {str(row["id"]): row for row in rows}
@@ -106,14 +106,14 @@ def generate_samples(
 def rescore(benchmark: Benchmark, out: str | Path) -> dict[str, Any]:
     """Metrics of the records that are there, scored anew.
 
-    Raises `ValueError` where there are none, or where the questions are not those of the records.
+    Raises `ValueError` if some are missing, or if the questions are not those of the records.
     """
     folder = Path(out) / benchmark.name
     if not (folder / "identity.json").exists() or not (folder / "samples.jsonl").exists():
         raise ValueError(f"{folder} holds no records of {benchmark.name}: run the evaluation first")
     identity = identity_of(folder, benchmark)
     records = read_jsonl(folder / "samples.jsonl")
-    wanted = identity.get("samples", 0) * len(benchmark.rows)  # unknown for responses of someone else
+    wanted = identity.get("samples", 0) * len(benchmark.rows)  # not recorded for someone else's responses
     if len(records) < wanted:
         raise ValueError(f"{folder} holds {len(records)} of {wanted} responses: the same evaluation goes on there")
     return _score(benchmark, records, Path(out), identity)
@@ -125,7 +125,7 @@ def score_responses(benchmark: Benchmark, responses: str | Path, out: str | Path
     `responses`: JSON lines with `id` (the question's number in the data, from 0) and `response`; `sample`,
     `num_tokens` and `finish_reason` ("stop" or "length") where they are known. Without `sample`, a question's
     responses are numbered in their order. Raises `ValueError` for a line without the first two, another finish reason,
-    a response that stands twice, an unknown question, or a question without a response.
+    a sample that comes twice, an unknown question, or a question without a response.
     """
     path = Path(responses)
     if not path.is_file():
@@ -147,13 +147,13 @@ def scores_by_question(out: str | Path, benchmark: str) -> list[list[float]]:
 
 
 def paired_scores(a: str | Path, b: str | Path, benchmark: str) -> tuple[list[list[float]], list[list[float]]]:
-    """`scores_by_question` of two finished evaluations; `ValueError` where their questions are not the same."""
+    """`scores_by_question` of two finished evaluations; `ValueError` if their questions differ."""
     check_same_questions(a, b, benchmark)
     return scores_by_question(a, benchmark), scores_by_question(b, benchmark)
 
 
 def check_same_questions(a: str | Path, b: str | Path, benchmark: str) -> None:
-    """`ValueError` where two evaluations of a benchmark are on other questions, by the digests in their metrics."""
+    """Raises `ValueError` if two evaluations of a benchmark have different questions, by their metrics' digests."""
     rows = [json.loads((Path(out) / f"{benchmark}.json").read_text())["rows"] for out in (a, b)]
     if rows[0] != rows[1]:
         raise ValueError(
@@ -163,7 +163,7 @@ def check_same_questions(a: str | Path, b: str | Path, benchmark: str) -> None:
 
 
 def _foreign(path: Path) -> list[dict[str, Any]]:
-    """Records of a file that someone else wrote: its last line counts without a newline, too."""
+    """Records of a file that someone else wrote: its last line counts even without a newline."""
     records, seen, counts = [], set(), Counter()
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -177,7 +177,7 @@ def _foreign(path: Path) -> list[dict[str, Any]]:
         tokens = record.get("num_tokens")
         if not isinstance(tokens, int | float | None):
             raise ValueError(f"{path}, line {number}: num_tokens must be a number, got {tokens!r}")
-        record["num_tokens"] = None if tokens != tokens else tokens  # NaN is how tables write that it is not known
+        record["num_tokens"] = None if tokens != tokens else tokens  # in tables NaN means not known
         if (reason := record.get("finish_reason")) not in ("stop", "length", None):
             raise ValueError(f'{path}, line {number}: finish_reason must be "stop" or "length", got {reason!r}')
         key, sample = str(record["id"]), record.get("sample")
@@ -214,7 +214,7 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
 
 
 def question_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Digest of ids, prompts and gold answers: whose records these are."""
+    """Digest of ids, prompts and gold answers, which tells whose records a folder holds."""
     return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in rows])
 
 
@@ -249,7 +249,7 @@ def _generate(
 
 
 def _opened(images: Sequence[Any]) -> list[Any]:
-    """PIL images in RGB, alpha dropped as processors of transformers and training do: vLLM would put white behind
+    """PIL images in RGB, with alpha dropped as in training and transformers' processors: vLLM would put white behind
     transparent pixels, and PNG, in which a server gets images, has no CMYK."""
     from datasets import Image
 
@@ -263,7 +263,7 @@ def _sample_seed(seed: int, key: str, sample: int) -> int:
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """Whose records a folder holds; `ValueError` where identity.json is missing or cannot be read."""
+    """Whose records a folder holds; `ValueError` if identity.json is missing or cannot be read."""
     try:
         return {**json.loads((folder / "identity.json").read_text())}
     except (OSError, ValueError, TypeError) as error:
@@ -274,7 +274,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def identity_of(folder: Path, benchmark: Benchmark) -> dict[str, Any]:
-    """`read_identity`; `ValueError` also where the records are of other questions than the benchmark's."""
+    """`read_identity`; `ValueError` also if the records are of other questions than the benchmark's."""
     identity = read_identity(folder)
     if identity.get("rows") != question_fingerprint(benchmark.rows):
         raise ValueError(f"{folder} holds records of other questions: pass the --data and --limit of that evaluation")
@@ -282,17 +282,17 @@ def identity_of(folder: Path, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _claim(path: Path, identity: dict[str, Any]) -> None:
-    """The first evaluation with a record in a folder says whose records these are; another one is refused."""
+    """The first evaluation with a record in a folder says whose records it holds; `ValueError` for any other."""
     if not any((path.parent / name).exists() for name in ("samples.jsonl", "scored.jsonl")):
         atomic_write_json(path, identity)
         return
     theirs = read_identity(path.parent)
     later = ("engine", "engine_options", "weights", "folder", "chat_template_kwargs", "stop_token_ids")
-    unrecorded = {name for name in later if theirs.get(name) is None}  # by older versions, or not known
+    unrecorded = {name for name in later if theirs.get(name) is None}  # by an older version, or not known
     for name, value in identity.items():
         if value is not None and name not in unrecorded and theirs.get(name) != value:
             what = f"with {name}={theirs.get(name)!r}, this evaluation has {value!r}"
-            if name == "rows":  # digests, which tell a reader nothing
+            if name == "rows":  # their digests tell a reader nothing
                 what = "of other questions: --data or --limit was another one"
             if name in ("weights", "folder"):
                 other = {"weights": "weights", "folder": "config, tokenizer, template or image processor"}[name]

@@ -1,4 +1,4 @@
-"""Sampling in `model.generate` by a seed for each row, whatever rows are beside it."""
+"""Sampling in `model.generate` with a seed for each row, independent of the rows beside it."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from transformers import (
 def seeded_sampling(
     temperature: float, top_p: float, top_k: int, seeds: Sequence[int], starts: torch.Tensor, limit: int
 ) -> LogitsProcessorList:
-    """For a greedy `generate`: makes the token that is sampled the only one to choose.
+    """Processors for a greedy `generate` that leave only the sampled token to choose.
 
     Temperature, top_k (0 is off) and top_p are transformers' own, in its order.
 
@@ -33,7 +33,7 @@ def seeded_sampling(
 
 
 class _SeededChoice(LogitsProcessor):
-    """The inverse of the cumulative distribution at the row's number for this position.
+    """Samples by the inverse of the cumulative distribution at the row's random number for this position.
 
     Numbers are drawn on the CPU, so that a GPU chooses the same tokens, and float32 below 1, so that the product with
     a sum of probabilities in float64 stays below that sum.

@@ -21,7 +21,7 @@ UNREAD = (Verdict.NO_ANSWER, Verdict.UNPARSEABLE)
 
 
 def answer_row(response: str, row: dict[str, Any]) -> Verdict:
-    """Verdict of `common.answers` on the last committed answer."""
+    """Verdict of `common.answers.judge` on the last answer that the response commits to."""
     return judge(response, row["answer"])
 
 
@@ -40,7 +40,7 @@ def bbeh_row(response: str, row: dict[str, Any]) -> Verdict:
     """BIG-Bench Extra Hard's own lenient match of the last committed answer (arXiv 2502.19187, its evaluation code).
 
     Case, the space after a comma, one pair of brackets, quotation marks and a closing question mark are forgiven; (a)
-    is a, 25 is 25.0. Other than there, a response without an answer is `NO_ANSWER`, not compared as a whole.
+    is a, 25 is 25.0. Unlike there, a response without an answer is `NO_ANSWER`, and not compared as a whole.
     """
     committed = extract_answer(response)
     if committed is None:
@@ -77,9 +77,9 @@ def _bbeh_same(answer: str, gold: str) -> bool:
 def score_records(
     benchmark: Benchmark, records: Sequence[dict[str, Any]], rows: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The records with `score` in [0, 1], `verdict` where the scorer gives one, and the columns that a metric needs.
+    """The records with `score` in [0, 1], `verdict` if the scorer gives one, and the columns that a metric needs.
 
-    `rows` by id.
+    `rows`: the benchmark's, by id.
     """
     if benchmark.score is answer_row:  # many at once, in parallel processes
         results = grade_many([r["response"] for r in records], [rows[r["id"]]["answer"] for r in records])
@@ -100,9 +100,9 @@ def _outcome(result: Verdict | float) -> dict[str, Any]:
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Metrics of scored records.
 
-    `avg@k` with its question-clustered 95 % `interval`; `pass@k` where scores are 0 or 1; where the scorer gives
-    verdicts, their counts and `parsed`, the share of responses with an answer that could be read; where the records
-    say so, `truncated`, the share cut at the token limit, and `mean_tokens`. What the records do not tell is None.
+    `avg@k` with its question-clustered 95 % `interval`; `pass@k` if scores are 0 or 1; if the scorer gives verdicts,
+    their counts and `parsed`, the share of responses with an answer that could be read; if the records tell,
+    `truncated`, the share not ended by a stop token, and `mean_tokens`. What the records do not tell is None.
 
     Raises `ValueError` for questions with unequal numbers of samples: the run is not complete.
     """
@@ -149,6 +149,6 @@ def headline(metrics: dict[str, Any]) -> tuple[float | None, list[float] | None]
 
 
 def _mean(values) -> float | None:
-    """None if any value is None: a mean of some would be of other responses than the score."""
+    """Mean; None if any value is None, since a mean of the others would be of other responses than the score."""
     values = list(values)
     return None if None in values else sum(values) / len(values)

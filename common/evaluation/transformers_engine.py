@@ -12,7 +12,7 @@ from .engines import Completion, Decoding, Prompt, never_sampled, stop_ids
 from .live_batch import LiveBatch, is_joinable
 from .sampling import seeded_sampling
 
-# What a model may declare for its own generation and no other engine reads: off, whatever the model
+# Settings that a model may declare for its own generation and no other engine reads: off for every model
 UNDECLARED = {
     **dict.fromkeys(("temperature", "top_p", "top_k", "min_new_tokens", "max_time", "guidance_scale")),
     **dict.fromkeys(("stop_strings", "bad_words_ids", "sequence_bias", "begin_suppress_tokens")),
@@ -49,7 +49,7 @@ class TransformersEngine:
     `chat_template_kwargs` go to the chat template, such as `enable_thinking`.
     """
 
-    SEGMENT = 32  # tokens: half as many are wasted by a row, and one pass over new prompts is paid in each
+    SEGMENT = 32  # tokens: a row wastes half as many, and each segment pays a pass over new prompts
 
     def __init__(self, model, processor, batch_size: int = 16, chat_template_kwargs: dict[str, Any] | None = None):
         self.template_options, self.options = chat_template_kwargs or {}, {"dtype": str(model.dtype)}
@@ -64,7 +64,7 @@ class TransformersEngine:
         self.offsets = next((module for module in model.modules() if "rope_deltas" in vars(module)), None)
 
     def close(self) -> None:
-        """Frees the model, if the caller holds it no more; `generate` fails from then on."""
+        """Frees the model, unless the caller still holds it; `generate` fails after that."""
         self.model = self.offsets = None
         torch.cuda.empty_cache()
 

@@ -39,13 +39,13 @@ def _user(text: str) -> Messages:
 
 
 def ai2d_prompt(row: Row) -> Messages:
-    """Question, options A, B, C, ... one a line, and the request for the letter."""
+    """Question, options A, B, C, ... on a line each, and the request for the letter."""
     options = "\n".join(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(row["options"]))
     return _user(f"{row['question']}\n{options}\n{LETTER_REQUEST}")
 
 
 def mmmu_text(row: Row) -> str:
-    """Question and options (A), (B), ... in the words of MMMU's script, with the places of images as they stand."""
+    """Question and options (A), (B), ... in the words of MMMU's script, with the marks of images left in."""
     if row["question_type"] != "multiple-choice":
         return f"{row['question']}\n\nAnswer the question using a single word or phrase."
     options = "".join(f"({chr(ord('A') + i)}) {option}\n" for i, option in enumerate(as_list(row["options"])))
@@ -53,19 +53,19 @@ def mmmu_text(row: Row) -> str:
 
 
 def mmmu_prompt(row: Row) -> Messages:
-    """Each image stands where question and options name it."""
+    """The prompt with each image where the question or an option names it."""
     pieces = _MMMU_IMAGE.split(mmmu_text(row))  # text, number, text, number, ..., text
     parts = [{"type": "image"} if i % 2 else {"type": "text", "text": piece} for i, piece in enumerate(pieces)]
     return [{"role": "user", "content": [part for part in parts if part.get("text") != ""]}]
 
 
 def mmmu_images(row: Row) -> list:
-    """The images in the order in which question and options name them."""
+    """The images, in the order in which question and options name them."""
     return [row[f"image_{number}"] for number in _MMMU_IMAGE.findall(mmmu_text(row))]
 
 
 def _vision(rows: int, hub_id: str, prompt, score, split: str, image="image", answer="answer", **more) -> Source:
-    """`image` and `answer`: a column, or a reader of a row. The paper names no top-p and no length: 1.0 and 4,096."""
+    """`image` and `answer`: a column, or a reader of a row. The paper gives no top-p or length: here 1.0 and 4,096."""
     return Source(
         rows,
         hub_id,

@@ -1,8 +1,8 @@
 """The scoring rules of VA-OPD's eight vision benchmarks (arXiv 2605.21924, Table 1): one small function each.
 
-A rule reads the first committed answer of a response; where a response commits to none, it reads the whole response,
-as the benchmarks' own scripts do. What a rule cannot read is wrong and counted: no letter is drawn at random, as in
-MMMU's script, and no nearest option is taken, as in MathVista's.
+A rule reads the first answer that a response commits to, or else the whole response, as the benchmarks' own scripts
+do. What a rule cannot read is wrong and counted: no letter is drawn at random, as in MMMU's script, and no nearest
+option is taken, as in MathVista's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from common.answers import BARE_WORDS, Verdict, chosen_letter, exact_number, extract_answer, own_words, same_answer
 
 Row = dict[str, Any]
-Units = dict[str, dict[str, list[float]]]  # of each component, by cluster: values in [0, 1] whose mean it is
+Units = dict[str, dict[str, list[float]]]  # component -> cluster -> values in [0, 1], whose mean the component is
 
 _WEMATH = re.compile(r"Answer\s*>?\s*[>:][\s<>:.*(]*([A-H])(?![A-Za-z]| [a-z])")
 _MMSTAR = re.compile(r"(?:\(|option |the answer is )?([a-d])(?![a-z]| [a-z])")
@@ -34,7 +34,7 @@ _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", 
 
 
 def option_letter(text: str, options: Sequence[str]) -> str | None:
-    """The letter that an answer names, or the letter of the one option that it repeats word for word."""
+    """The letter that an answer names, or that of the only option that it repeats word for word; else None."""
     letters = _letters(options)
     if (letter := chosen_letter(text)) in letters:
         return letter
@@ -52,14 +52,14 @@ def wemath_letter(text: str) -> str | None:
 def mmstar_letter(text: str) -> str | None:
     """MMStar's rule: the text begins with the letter, bare or after "(", "option " or "the answer is ".
 
-    Other than there, a letter that goes on as a word or a sentence ("Because", "A dog") is none.
+    Unlike there, the letter must not go on as a word or a sentence ("Because", "A dog").
     """
     found = _MMSTAR.match(text.strip().lower())
     return found[1].upper() if found else None
 
 
 def mmmu_letter(text: str, options: Sequence[str]) -> str | None:
-    """MMMU's rule: the last "(B)"; else the last " B "; else, in a text of over 5 words, the last option said."""
+    """MMMU's rule: the last "(B)"; else the last " B "; else, in a text of over 5 words, the option named last."""
     text = f" {text.strip(',.!?;:' + chr(39))} "
     for form in ("({})", " {} "):
         places = {letter: text.rfind(form.format(letter)) for letter in _letters(options)}
@@ -73,7 +73,7 @@ def mmmu_letter(text: str, options: Sequence[str]) -> str | None:
 
 
 def mmmu_open(text: str, golds: Sequence[str]) -> bool:
-    """MMMU's rule for open questions: a gold number is among the numbers of the key phrases, or a gold text in one."""
+    """MMMU's rule for open questions: a gold number is among those of the key phrases, or a gold text is in one."""
     phrases = _key_phrases(text)
     said = [*phrases, *(number for phrase in phrases for pattern in _NUMBERS for number in pattern.findall(phrase))]
     found = [value for one in said for value in _mmmu_values(one)]
@@ -85,7 +85,7 @@ def mmmu_open(text: str, golds: Sequence[str]) -> bool:
 
 
 def _key_phrases(text: str) -> list[str]:
-    """What follows the last key word of each sentence that has one; else the whole text."""
+    """Of each line with key words, the shortest text that follows the last place of one; else the whole text."""
     text = text.strip().strip(".").lower()
     sentences = text.split("\n")  # the script also splits before capitals, of which it has left none
     phrases = []
@@ -101,7 +101,7 @@ def _key_phrases(text: str) -> list[str]:
 
 
 def _mmmu_values(text: str) -> list[str | float]:
-    """A number to two decimals; else the text in lower case, a single character with a space beside it."""
+    """A number to two decimals; else the text in lower case, a single character with a space before or after it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -129,14 +129,14 @@ def mathvista_value(text: str, row: Row) -> str | float | None:
 
 
 def yes_or_no(text: str) -> str | None:
-    """The first word, where it is yes or no; else the only one of the two words in the text."""
+    """The first word, if it is yes or no; else that of the two that the text has, if it has only one."""
     words = re.findall(r"[a-z]+", text.lower())
     said = set(words[:1]) & {"yes", "no"} or set(words) & {"yes", "no"}
     return said.pop() if len(said) == 1 else None
 
 
 def ocrbench_contains(text: str, answers: Sequence[str], formula: bool) -> bool:
-    """OCRBench's rule: an answer is part of the text; case is ignored, for formulas (HME100k) spaces instead."""
+    """OCRBench's rule: an answer is part of the text, ignoring case or, for formulas (HME100k), spaces instead."""
 
     def plain(string: str) -> str:
         string = string.strip().replace("\n", " ")
@@ -168,13 +168,13 @@ def _judged(response: str, gold: Any, reader: Callable[[str], Any]) -> Verdict:
 
 
 def wemath_row(response: str, row: Row) -> Verdict:
-    """The letter in WeMath's template, else the one that the answer commits to."""
+    """Whether the letter is right: that in WeMath's template, else the one that the answer commits to."""
     in_template = wemath_letter(own_words(response))
     return _judged(response, row["answer"], lambda text: in_template or chosen_letter(text))
 
 
 def mathvista_row(response: str, row: Row) -> Verdict:
-    """The option, number or list that MathVista's script would read, without its GPT."""
+    """Whether the option, number or list that MathVista's script would read (without its GPT) is right."""
     gold = row["answer"]
     if row["question_type"] != "multi_choice":
         gold = re.sub(r"\s", "", gold) if row["answer_type"] == "list" else float(gold)
@@ -182,7 +182,7 @@ def mathvista_row(response: str, row: Row) -> Verdict:
 
 
 def mathverse_row(response: str, row: Row) -> Verdict:
-    """The letter, or mathematically the same answer. MathVerse's script asks a GPT, or compares two strings."""
+    """Whether the letter, or mathematically the answer, is right; MathVerse's script asks a GPT or compares text."""
     if row["question_type"] == "multi-choice":
         return _judged(response, row["answer"], chosen_letter)
 
@@ -199,12 +199,12 @@ def hallusion_row(response: str, row: Row) -> Verdict:
 
 
 def ai2d_row(response: str, row: Row) -> Verdict:
-    """The letter, or the text of an option."""
+    """Whether the letter, or the option whose text is the answer, is right."""
     return _judged(response, row["answer"], lambda text: option_letter(text, row["options"]))
 
 
 def mmmu_row(response: str, row: Row) -> Verdict:
-    """By MMMU's script: an open answer, or the letter or text of an option."""
+    """Whether MMMU's script would call it right: an open answer, or the letter or text of an option."""
     if row["question_type"] != "multiple-choice":
         return _judged(response, True, lambda text: mmmu_open(text, as_list(row["answer"])) if text else None)
     options = as_list(row["options"])
@@ -212,12 +212,12 @@ def mmmu_row(response: str, row: Row) -> Verdict:
 
 
 def mmstar_row(response: str, row: Row) -> Verdict:
-    """The letter by MMStar's rules, else the one that the answer commits to."""
+    """Whether the letter is right: that by MMStar's rule, else the one that the answer commits to."""
     return _judged(response, row["answer"], lambda text: mmstar_letter(text) or chosen_letter(text))
 
 
 def ocrbench_row(response: str, row: Row) -> Verdict:
-    """By OCRBench's script: whether the response contains an answer; formulas without spaces."""
+    """Whether the response contains an answer, as in OCRBench's script; in formulas spaces do not count."""
     formula = row["dataset"] == "HME100k"
     return _judged(response, True, lambda text: ocrbench_contains(text, row["answer"], formula) if text else None)
 
@@ -229,8 +229,8 @@ def wemath_points(steps: Sequence[bool], whole: bool) -> tuple[float, float]:
     """WeMath's four-dimensional score of one problem, (strict, loose), from its one-step parts and the whole.
 
     Complete mastery is 1, inadequate generalisation (all parts, not the whole) 0.5, insufficient knowledge 0, and rote
-    memorisation (the whole, not the parts) 0: strict asks for all parts, loose for one. The mean over problems is the
-    published score, 1 - (0.5 IG + IK + RM) / problems (arXiv 2407.01284).
+    memorisation (the whole, not the parts) 0: mastery needs all parts if strict, one if loose. The mean over problems
+    is the published score, 1 - (0.5 IG + IK + RM) / problems (arXiv 2407.01284).
     """
     if whole:
         return float(all(steps)), float(any(steps))
@@ -238,7 +238,7 @@ def wemath_points(steps: Sequence[bool], whole: bool) -> tuple[float, float]:
 
 
 def wemath_units(records: Sequence[Row]) -> Units:
-    """Strict and loose points of each problem and sample; a problem that a limit has cut is left out."""
+    """Strict and loose points of each problem and sample; a problem that a limit has cut in two is left out."""
     parts: dict[str, dict[int, dict[str, bool]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         steps, _, part = record["key"].partition("_")
@@ -261,7 +261,7 @@ HALLUSION_UNITS = {  # all questions of a unit must be right: one question, one 
 
 
 def hallusion_units(records: Sequence[Row]) -> Units:
-    """Accuracy by question, figure and question over figures; its clusters are the sets, which share their figures."""
+    """Accuracy by question, by figure and by question over figures; the clusters are the sets, which share figures."""
     units: Units = {}
     for name, columns in HALLUSION_UNITS.items():
         right: dict[tuple, list[float]] = defaultdict(list)
@@ -275,11 +275,11 @@ def hallusion_units(records: Sequence[Row]) -> Units:
 
 @dataclass(frozen=True)
 class StructuredMetric:
-    """The mean of components that are each a mean over units of their own.
+    """The mean of components, each of which is a mean over units of its own.
 
-    All samples have the same units, so a component here is also the mean over the sample indices of its value in one
-    of them: components are averaged over the runs before the formula, as the paper does. Intervals are clustered: by
-    what `units` groups by, first-order (each cluster's pull on the headline), with Student's quantile.
+    All samples have the same units, so a component is also the mean of its values in the single samples: components
+    are averaged over the runs before the formula, as in the paper. Intervals are clustered by what `units` groups by,
+    to first order (each cluster's pull on the headline), with Student's quantile.
     """
 
     units: Callable[[Sequence[Row]], Units]
@@ -316,7 +316,7 @@ class StructuredMetric:
 
 
 def _influence(units: Units) -> tuple[float, dict[str, float], dict[str, float]]:
-    """The score, its components, and how far each cluster pulls the score from where it would be at its mean."""
+    """The score, its components, and how far each cluster pulls the score, compared with a cluster at the mean."""
     rates, pulls = {}, defaultdict(float)
     for name, clusters in units.items():
         count = sum(map(len, clusters.values()))
