@@ -241,13 +241,14 @@ def complete_checkpoint(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Keeps other processes from working in a folder while this one does; a kill frees it.
+def exclusive(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Keeps other processes from working in a folder while this one does; a kill frees it. With another `name` of the
+    lock's file only those with the same one.
 
     Raises `ValueError` if another one is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / name, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:

@@ -17,7 +17,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 
 from .preemption import EXIT_CODE, call, end_with_parent
-from .runs import check_writable
+from .runs import check_writable, exclusive, fingerprint
 
 SIGN_OF_LIFE = 20  # seconds between two lines about commands that run side by side
 # Exit codes of commands that were told to end, by Ctrl-C or SIGTERM: no failure after which the others go on
@@ -156,10 +156,16 @@ def run_stages(stages: list[list[Command]], logs: Path, gpus: int = 1) -> int:
     stage run at a time, each with one core and a log file; of a stage `OneGPUEach` one on each of the first `gpus`.
 
     When a command fails, for lack of memory say, the others go on, unless none of its stage has succeeded or it was
-    told to end. Raises `OSError` if no log can be written, and `ValueError` for a command whose module is missing.
+    told to end. Raises `OSError` if no log can be written, and `ValueError` for a command whose module is missing, and
+    if another process runs the same commands: each would go on past what the other is at work on, on the same GPUs.
     """
     check_modules(stages)
     check_writable(logs)
+    with exclusive(logs, f".{fingerprint([name for name, _ in itertools.chain(*stages)])[:12]}.lock"):
+        return _run_stages(stages, logs, gpus)
+
+
+def _run_stages(stages: list[list[Command]], logs: Path, gpus: int) -> int:
     cpu, gpus = not torch.cuda.is_available(), min(gpus, torch.cuda.device_count())
     # One thread each: two processes of two threads hinder each other, and sums would depend on the number of threads
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if cpu else {})}

@@ -123,8 +123,8 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
     several = json_options("engine_options", args.engine_options).get("tensor_parallel_size", 1) > 1  # GPUs for each
     report = [("report", [*python, "benchmarks.srpo", *fields])]
     stages = [trainings, evaluations if several else OneGPUEach(evaluations), report]
-    if Path(args.model).parent.name == "models" and Path(args.model).name in ("base", "smollm2"):
-        stages.insert(0, [("make-policy", [*python, "srpo.data", Path(args.model).name, args.model])])
+    if (place := Path(args.model).parts[-3:]) in (("tiny", "models", "base"), ("small", "models", "smollm2")):
+        stages.insert(0, [("make-policy", [*python, "srpo.data", place[-1], args.model])])  # none under another's name
     return stages
 
 

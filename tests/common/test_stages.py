@@ -37,7 +37,7 @@ def test_stages_run_in_order(tmp_path, two_cores, capfd):
     ]
     assert stages.run_stages(plan, tmp_path / "logs") == 0
     assert log.read_text() == "abbc"
-    logs = {path.name for path in (tmp_path / "logs").iterdir()}
+    logs = {path.name for path in (tmp_path / "logs").glob("*.log")}
     assert logs == {"b.log", "b2.log"}  # one alone writes to the terminal
     assert "$ python -c 'open(" in capfd.readouterr().out
 
@@ -46,7 +46,7 @@ def test_on_one_core_commands_take_turns(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)
     assert stages.run_stages([[sleeper("a", 0), sleeper("b", 0)]], tmp_path / "logs") == 0
     said = capfd.readouterr().out
-    assert said.index("\na here") < said.index("\nb here") and not any((tmp_path / "logs").iterdir())
+    assert said.index("\na here") < said.index("\nb here") and not any((tmp_path / "logs").glob("*.log"))
 
 
 def test_a_module_that_is_not_there_shows_before_the_first_command(tmp_path, monkeypatch):
@@ -117,6 +117,24 @@ def test_a_failure_leaves_the_others_to_go_on_and_is_named_at_the_end(tmp_path, 
     assert "report here" in lines and "out of memory" in printed.out + printed.err
     logs = [(tmp_path / f"{name}.log").read_text() for name in ("train-c", "evaluate-c")] if cores == 2 else lines
     assert {"train-c here", "evaluate-c here"} <= {line.strip() for line in logs}
+
+
+def test_the_same_experiment_does_not_run_twice_at_a_time(tmp_path, monkeypatch):
+    """The second one was refused at the first training, and went on with the next on the same GPU."""
+    plan, begun = [[sleeper("train-a", 0)], [sleeper("train-b", 0)]], []
+
+    def while_it_runs(words, environment):
+        begun.append(words)
+        with monkeypatch.context() as inside:
+            inside.setattr(stages, "call", lambda *_: 0)
+            with pytest.raises(ValueError, match="is in use by another process: wait for it"):
+                stages.run_stages(plan, tmp_path)
+            assert stages.run_stages(plan[:1], tmp_path) == 0  # other variants may run meanwhile
+        return 0
+
+    monkeypatch.setattr(stages, "call", while_it_runs)
+    assert stages.run_stages(plan, tmp_path) == stages.run_stages(plan, tmp_path) == 0
+    assert len(begun) == 4
 
 
 @pytest.mark.parametrize("code", [130, 143])
@@ -332,7 +350,7 @@ def test_commands_of_one_gpu_each_share_the_gpus(tmp_path, monkeypatch):
     seen = (tmp_path / "each").read_text().split()
     assert sorted(seen[:2]) == ["4", "5"] and len(seen) == 3 and seen[2] in ("4", "5")
     assert (tmp_path / "whole").read_text().split() == ["4,5,6", "4,5,6"]
-    logs = {path.name for path in (tmp_path / "logs").iterdir()}
+    logs = {path.name for path in (tmp_path / "logs").glob("*.log")}
     assert logs == {"e0.log", "e1.log", "e2.log"}  # those of the launcher took turns
 
 

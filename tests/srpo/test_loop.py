@@ -56,6 +56,26 @@ def test_every_command_of_a_data_set_names_it():
     assert named == ["physics", "biology", *["physics"] * 2, *["biology"] * 2]
 
 
+@pytest.mark.parametrize(
+    ("config", "model", "made"),
+    [
+        ("tiny", None, "base"),
+        ("small", None, "smollm2"),
+        ("tiny", "/elsewhere/tiny/models/base", "base"),
+        ("tiny", "/disk/models/base", None),  # somebody's model, on a disk that is not there
+        ("small", "org/models/smollm2", None),
+        ("qwen3_8b", None, None),
+    ],
+)
+def test_no_policy_is_made_under_the_name_of_another_model(config, model, made):
+    fields = ["--config", str(ROOT / f"srpo/configs/{config}.yaml"), "--use_cpu"]
+    fields += ["--model", model] if model else []
+    args, settings = train.parse(fields)
+    stages = loop.plan(fields, args, settings, ["srpo"], [args.dataset], ["0"], ["python", "-m"])
+    makers = [words[-2:] for stage in stages for name, words in stage if name.startswith("make-")]
+    assert makers == ([[made, args.model]] if made else [])
+
+
 def test_a_batch_that_is_split_already_is_not_split_again():
     """As in the config.yaml of a finished GRPO run."""
     given = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--use_cpu", "--routing", "grpo"]
