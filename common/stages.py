@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
@@ -196,54 +196,61 @@ def _in_turn(commands: list[Command], environment: dict[str, str]) -> dict[str, 
     return failed
 
 
+class _Job(NamedTuple):
+    """A command at work beside others."""
+
+    name: str
+    process: subprocess.Popen
+    place: int  # its GPU, if each command has one of its own
+    begun: int  # size of its log in bytes when it started
+
+
 def _pool(
     commands: list[Command], width: int, logs: Path, environment: dict[str, str], one_gpu_each: bool = False
 ) -> dict[str, int]:
     """`width` at a time, each writing to its log, and each on a GPU of its own if asked for; exit codes of those that
     failed, by name. When one was told to end the others are stopped."""
-    waiting, running, places, begun, failed = list(commands), {}, {}, {}, {}
+    waiting, running, failed = list(commands), list[_Job](), dict[str, int]()
     started = spoken = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < width:
-                name, words = waiting.pop(0)
-                places[name] = min(set(range(width)) - {places[other] for other in running})
-                gpu = {"CUDA_VISIBLE_DEVICES": visible([places[name]])} if one_gpu_each else {}
-                print(f"$ {shown((name, words))}", flush=True)
-                # Appended: if another command is at work on the run, this one is refused, and that one's log stays
-                with (logs / f"{name}.log").open("a") as log:
-                    begun[name] = log.tell()
-                    running[name] = subprocess.Popen(
-                        words,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        env={**environment, **gpu},
-                        preexec_fn=end_with_parent,
-                    )
+                place = min(set(range(width)) - {job.place for job in running})
+                gpu = {"CUDA_VISIBLE_DEVICES": visible([place])} if one_gpu_each else {}
+                running.append(_started(waiting.pop(0), place, logs, {**environment, **gpu}))
             time.sleep(0.2)
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                print(f"  {time.monotonic() - started:4.0f} s  {name}: ended", flush=True)
-                if code := running.pop(name).returncode:
-                    print(
-                        f"{name} failed with exit code {code}. The end of {logs / name}.log:",
-                        *_end(logs, name, begun[name], 15),
-                        sep="\n",
-                        flush=True,
-                    )
-                    failed[name] = code
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                print(f"  {time.monotonic() - started:4.0f} s  {job.name}: ended", flush=True)
+                if code := job.process.returncode:
+                    said = f"{job.name} failed with exit code {code}. The end of {logs / job.name}.log:"
+                    print(said, *_end(logs, job.name, job.begun, 15), sep="\n", flush=True)
+                    failed[job.name] = code
                     if code in STOPPED:
                         return failed
             if time.monotonic() - spoken > SIGN_OF_LIFE:
                 spoken = time.monotonic()
-                for name in running:
-                    line = (_end(logs, name, begun[name], 1) or ["starting"])[0]
-                    print(f"  {spoken - started:4.0f} s  {name}: {_cut(line)}", flush=True)
+                for job in running:
+                    line = (_end(logs, job.name, job.begun, 1) or ["starting"])[0]
+                    print(f"  {spoken - started:4.0f} s  {job.name}: {_cut(line)}", flush=True)
     finally:
-        for process in running.values():  # all before any is waited for: a scheduler kills what is slow to save
-            process.terminate()
-        for process in running.values():
-            process.wait()
+        for job in running:  # all before any is waited for: a scheduler kills what is slow to save
+            job.process.terminate()
+        for job in running:
+            job.process.wait()
     return failed
+
+
+def _started(command: Command, place: int, logs: Path, environment: dict[str, str]) -> _Job:
+    name, words = command
+    print(f"$ {shown(command)}", flush=True)
+    # Appended: if another command is at work on the run, this one is refused, and that one's log stays
+    with (logs / f"{name}.log").open("a") as log:
+        begun = log.tell()
+        process = subprocess.Popen(
+            words, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_parent
+        )
+    return _Job(name, process, place, begun)
 
 
 def _end(logs: Path, name: str, begun: int, lines: int) -> list[str]:
