@@ -9,6 +9,7 @@ from trl import GRPOTrainer
 
 from ._trl import EpochSampler, WholeBatches, seed_rollouts
 from .batches import length_sorted, real_columns
+from .checkpoints import LoadsWeights
 from .checks import (
     FrozenCallback,
     HalfPrecisionCallback,
@@ -23,7 +24,7 @@ from .questions import turn_end_id
 from .rope import exact_frequencies
 
 
-class PhaseTrainer(GRPOTrainer):
+class PhaseTrainer(LoadsWeights, GRPOTrainer):
     """TRL's trainer for one phase of self-play; `args` is a [`ChallengerConfig`] or [`SolverConfig`].
 
     A phase that was killed and resumed gives the result of the undisturbed one.

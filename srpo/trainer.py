@@ -21,6 +21,7 @@ from trl import GRPOTrainer
 from . import checks, objective
 from ._trl import EpochSampler, ForwardRedirection, WholeBatches, seed_rollouts
 from .batches import length_sorted, trimmed
+from .checkpoints import LoadsWeights
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
 from .doctor import DoctorCallback, routing_figures, weight_figures
@@ -33,7 +34,7 @@ from .teacher import SelfTeacher, SelfTeacherCallback, autocast
 LOSS_FIGURES = ("entropy", "loss/grpo", "loss/sdpo")
 
 
-class SRPOTrainer(GRPOTrainer):
+class SRPOTrainer(LoadsWeights, GRPOTrainer):
     """
     Trains a policy on its own rollouts: correct ones by GRPO, failed ones with a correct sibling by distillation from
     the policy's own average, which is shown that sibling (arXiv 2604.02288).

@@ -32,6 +32,7 @@ COPIES = {
         "check_tokens",
         "watch_rewards",
     ),
+    "checkpoints": ("LoadsWeights", "load_weights"),
     "divergence": ("tile_rows",),
     "lm_head": ("lm_head", "logit_scale"),
     "rope": ("exact_frequencies",),

@@ -1,12 +1,13 @@
-"""What the paper's GRPO baseline changes in TRL's trainer: the order of the prompts survives a resumption."""
+"""What the paper's GRPO and SFT baselines change in TRL's trainers, so that a run can be killed and resumed."""
 
-from trl import GRPOTrainer
+from trl import GRPOTrainer, SFTTrainer
 
 from ._trl import EpochSampler, seed_rollouts
+from .checkpoints import LoadsWeights
 from .rope import exact_frequencies
 
 
-class ResumableGRPOTrainer(GRPOTrainer):
+class ResumableGRPOTrainer(LoadsWeights, GRPOTrainer):
     """TRL's trainer; a run that was killed and resumed sees the prompts that the uninterrupted one would have seen."""
 
     def __init__(self, *args, **kwargs):
@@ -24,3 +25,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
             epoch=lambda: int(self.state.epoch or 0),
             seed=self.args.seed,
         )
+
+
+class ResumableSFTTrainer(LoadsWeights, SFTTrainer):
+    """TRL's trainer; it resumes from all weights of a checkpoint."""

@@ -266,13 +266,15 @@ def _grpo_trainer(args: ScriptArguments, config: VAOPDConfig, parts: dict[str, A
 
 
 def _sft_trainer(args: ScriptArguments, config: VAOPDConfig, parts: dict[str, Any]) -> "Trainer":
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
+    from .baselines import ResumableSFTTrainer
     from .rope import exact_frequencies
 
     exact_frequencies(parts["model"])
     parts = {**parts, "train_dataset": teacher_rows(args, config, parts["train_dataset"])}
-    return SFTTrainer(args=on_one_gpu(SFTConfig(**shared_settings(config, SFTConfig), max_length=None)), **parts)
+    settings = SFTConfig(**shared_settings(config, SFTConfig), max_length=None)
+    return ResumableSFTTrainer(args=on_one_gpu(settings), **parts)
 
 
 def check_texts(tokenizer, rows: "Dataset") -> None:

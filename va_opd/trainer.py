@@ -20,6 +20,7 @@ from trl import DistillationTrainer
 
 from . import checks, objective, siblings
 from ._trl import EpochSampler, WholeBatches, seed_rollouts
+from .checkpoints import LoadsWeights
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
 from .doctor import DoctorCallback, va_figures
@@ -30,7 +31,7 @@ from .served import ServedTeacher
 from .teacher import Teacher
 
 
-class VAOPDTrainer(DistillationTrainer):
+class VAOPDTrainer(LoadsWeights, DistillationTrainer):
     """
     Distils a vision-language teacher into a student on the student's own rollouts, where the rollouts and tokens for
     which the teacher really needs the image count more (arXiv 2605.21924). `args.weighting="none"` is Standard OPD.
