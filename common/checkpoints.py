@@ -143,6 +143,7 @@ class ExactCheckpoints(TrainerCallback):
             setattr(self.trainer, name, sums[name])
         self.trainer._tr_loss.copy_(sums["_tr_loss"])
         self.trainer._metrics["train"].update(sums["_metrics"])
+        self.trainer._initial_global_step = 0  # transformers 5.23 takes `train_loss` over the steps since this one
 
     def _tidy(self, args: TrainingArguments, state: TrainerState) -> None:
         if self.limit and self.limit > 0:

@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from . import objective
@@ -79,13 +81,17 @@ def model_sizes(image_processor, batch: dict[str, Any], num_images: int) -> list
 
 def degrade(image: Any, size: tuple[int, int] | None, ratio: float, resample: int | None) -> Image.Image:
     """One image as RGB, brought to `size` with the processor's filter if there is a size, then pixelated."""
-    # RGB as the processor makes it, before cells are averaged: it drops alpha, which averaging would apply
     image = image if isinstance(image, Image.Image) else load_image(image)
     check_depth(image)
-    image = image.convert("RGB")
+    image = as_rgb(image)  # before cells are averaged, which would apply alpha
     if size is not None:
         image = image.resize(size, resample if isinstance(resample, int) else Image.Resampling.BICUBIC)
     return objective.pixelate(image, ratio)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A new image in RGB as processors make it: transformers 5.17 drops alpha, 5.23 puts white behind it."""
+    return Image.fromarray(np.array(convert_to_rgb(image)))
 
 
 def check_depth(image: Image.Image) -> None:

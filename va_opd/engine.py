@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .degraded import as_rgb
+
 
 class VLLMRollouts:
     """Stands before the `generate` of a TRL trainer's `vllm_generation`.
@@ -63,11 +65,7 @@ class VLLMRollouts:
 
 def in_rgb(image: Any) -> Any:
     """A PIL image in RGB as processors make it, without alpha and EXIF: vLLM would put it on white, and rotate it."""
-    if not isinstance(image, Image.Image):
-        return image
-    image = image.convert("RGB")
-    image.info = {}
-    return image
+    return as_rgb(image) if isinstance(image, Image.Image) else image
 
 
 def fold_placeholders(ids: list[int], images: list | None, token: int) -> list[int]:

@@ -229,7 +229,8 @@ def test_a_context_of_vllm_that_holds_a_rollout_or_is_not_used(make):
 def test_every_field_of_the_run_has_a_help_text_and_is_described():
     fields = dataclasses.fields(RDiverseConfig)
     assert all(field.metadata.get("help") for field in fields)
-    heads = [line for line in RDiverseConfig.__doc__.splitlines() if line.endswith(":") and line.startswith(" " * 8)]
+    lines = inspect.getdoc(RDiverseConfig).splitlines()
+    heads = [line for line in lines if line.endswith(":") and line.startswith(" " * 4)]
     described = {word.strip() for head in heads for word in head.partition("(")[0].strip(" :").split(",")}
     assert {field.name for field in fields} <= described
 

@@ -208,7 +208,7 @@ def test_a_first_image_that_cannot_be_read_is_named_too(make, tmp_path):
     [
         (image(0, (2, 900)), "absolute aspect ratio must be smaller than 200"),
         (Image.new("I;16", (40, 40), 60_000), "mode I;16"),
-        (None, "one of its images is None"),
+        (None, "(one of its images is None|no images were passed)"),
     ],
 )
 def test_an_image_that_no_prompt_can_be_made_of_is_named_with_its_row(make, shown, cause):
