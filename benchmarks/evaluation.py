@@ -12,7 +12,6 @@ any. With --real it has the layers of Qwen3-0.6B, in bfloat16. Writes benchmarks
 """
 
 import argparse
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,8 +23,8 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks import tables
 from benchmarks.machine import machine, spread
-from common import plots
 from common.evaluation import Completion, Decoding, Prompt, TransformersEngine
 from common.evaluation.sampling import seeded_sampling
 from common.runs import atomic_write_json
@@ -143,16 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         found[count] = measure(count, options.repeats, options.real, options.tokens)
         print(count, found[count], flush=True)
         atomic_write_json(options.out, {**machine("transformers"), "prompts": found})
-    print(table(found))
-
-
-def table(found: dict[int, dict[str, Any]]) -> str:
-    rows = [
-        [count, way, f"{statistics.median(result['seconds'][way]):.1f}", *result["counted"][way].values()]
-        for count, result in found.items()
-        for way in result["seconds"]
-    ]
-    return plots.table_markdown(rows, ["prompts", "way", "seconds", "forwards", "tokens"])
+    print(tables.of_file("evaluation", options.out))
 
 
 if __name__ == "__main__":

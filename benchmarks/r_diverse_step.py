@@ -10,7 +10,6 @@ among the thousands of a real batch. Writes benchmarks/results/r_diverse_step.js
 """
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +17,10 @@ from typing import Any
 import numpy as np
 from trl import GRPOTrainer
 
+from benchmarks import tables
 from benchmarks.machine import machine, spread
 from benchmarks.srpo_step import REAL, fix_rollouts, prompts, save_model, seconds_of_a_step, step_parser
 from benchmarks.va_opd_scoring import as_training_does, precision
-from common import plots
 from common.runs import atomic_write_json
 from common.tiny import char_tokenizer
 from r_diverse import PhaseTrainer, SolverConfig
@@ -112,23 +111,8 @@ def main(argv: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, tokenizer, options)
-        found = measure(folder, tokenizer, options, save)
-    print(table(found))
-
-
-def table(found: dict[int, dict[str, Any]]) -> str:
-    columns = ["longest response", "mean", "ours, s", "TRL, s", "TRL / ours", "positions, ours", "TRL"]
-    rows = [
-        [
-            longest,
-            f"{x['mean_over_longest']:.0%}",
-            *(f"{statistics.median(x['seconds'][kind]):.2f}" for kind in KINDS),
-            "{median:.2f} [{low:.2f}, {high:.2f}]".format(**x["ratio"]),
-            *(f"{x['positions'][kind]:,}" for kind in KINDS),
-        ]
-        for longest, x in found.items()
-    ]
-    return plots.table_markdown(rows, columns)
+        measure(folder, tokenizer, options, save)
+    print(tables.of_file("r_diverse_step", options.out))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ benchmarks/results/srpo_loss.json.
 
 import torch
 
+from benchmarks import tables
 from benchmarks.machine import machine
-from benchmarks.va_opd_loss import Found, child, measure, parser, table
+from benchmarks.va_opd_loss import Found, child, measure, parser
 from common.runs import atomic_write_json
 from srpo import SRPOConfig, objective
 from srpo.divergence import chunked_divergence, chunked_entropy
@@ -51,8 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         atomic_write_json(options.out, result | {"paths": found})
 
     widths = [options.student, options.teacher]
-    found = measure(loss_of, "benchmarks.srpo_loss", PATHS, options.rows, widths, options.repeats, options.most, save)
-    print(table(found, options.rows))
+    measure(loss_of, "benchmarks.srpo_loss", PATHS, options.rows, widths, options.repeats, options.most, save)
+    print(tables.of_file("srpo_loss", options.out))
 
 
 if __name__ == "__main__":

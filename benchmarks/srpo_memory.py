@@ -10,16 +10,14 @@ benchmarks/results/srpo_memory.json.
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from benchmarks import tables
 from benchmarks.machine import machine, memory
 from benchmarks.srpo_step import build, fix_rollouts, rollout_ids, save_model, seconds_of_a_step, step_parser
-from common import plots
 from common.runs import atomic_write_json
 from common.tiny import char_tokenizer
 
@@ -74,16 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         "peak": found,
     }
     atomic_write_json(options.out, result)
-    print(table(result))
-
-
-def table(result: dict[str, Any]) -> str:
-    lengths = result["settings"]["responses"]
-    peaks = {kind: [statistics.median(side[n]) / 1e9 for n in lengths] for kind, side in result["peak"].items()}
-    rows = [[kind, *(f"{value:.2f}" for value in values)] for kind, values in peaks.items()]
-    teacher = result["teacher"] / 1e9
-    rows.append(["GRPO and one teacher", *(f"{value + teacher:.2f}" for value in peaks["grpo"])])
-    return plots.table_markdown(rows, ["peak, GB", *(f"responses of up to {n}" for n in lengths)])
+    print(tables.of_file("srpo_memory", options.out))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ Each is a new process. Writes benchmarks/results/startup.json.
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+from benchmarks import tables
 from benchmarks.machine import machine
-from common import plots
 from common.runs import atomic_write_json
 
 TRL = [sys.executable, "-m", "trl.cli.main"]
@@ -48,9 +46,8 @@ def main(argv: list[str] | None = None) -> int:
                 if repeat:
                     seconds[name][side].append(taken)
         print(f"repeat {repeat} of {args.repeats}", flush=True)
-    result = {**machine("trl", "transformers"), "seconds": seconds}
-    print(table(result))
-    atomic_write_json(args.out, result)
+    atomic_write_json(args.out, {**machine("trl", "transformers"), "seconds": seconds})
+    print(tables.of_file("startup", args.out))
     return 0
 
 
@@ -58,16 +55,6 @@ def seconds_of(command: list[str]) -> float:
     start = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - start
-
-
-def table(result: dict[str, Any]) -> str:
-    rows = []
-    for name, sides in result["seconds"].items():
-        ratios = [ours / trl for ours, trl in zip(sides["ours"], sides["trl"], strict=True)]
-        medians = [f"{statistics.median(sides[side]):.2f}" for side in ("ours", "trl")]
-        ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        rows.append([name, *medians, ratio])
-    return plots.table_markdown(rows, ["command", "seconds", "TRL's", "ours / TRL's, median [min, max]"])
 
 
 if __name__ == "__main__":

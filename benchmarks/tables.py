@@ -51,9 +51,17 @@ def overview() -> str:
             if path.exists():  # the second where a GPU was at hand
                 result = json.loads(path.read_text())
                 where = result["machine"] if isinstance(result.get("machine"), dict) else result
-                rows = tables.setdefault(f"{where['processor']}, {where['date']}", [])
-                rows += [[*row, *[""] * (len(COLUMNS) - len(row))] for row in make(result)]  # some have no growth
-    return "\n\n".join(f"{where}:\n\n{plots.table_markdown(rows, COLUMNS)}" for where, rows in tables.items())
+                tables.setdefault(f"{where['processor']}, {where['date']}", []).extend(make(result))
+    return "\n\n".join(f"{where}:\n\n{_table(rows)}" for where, rows in tables.items())
+
+
+def of_file(name: str, path: Path) -> str:
+    """The rows that one results file adds to the overview; `name` is a key of `ROWS`."""
+    return _table(ROWS[name](json.loads(path.read_text())))
+
+
+def _table(rows: list[list[str]]) -> str:
+    return plots.table_markdown([[*row, *[""] * (len(COLUMNS) - len(row))] for row in rows], COLUMNS)
 
 
 def growth(sizes: list[float], *sides: list[float]) -> str:

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
+from benchmarks import tables
 from benchmarks.machine import machine, memory, seconds, unless_out_of_memory
-from common import plots
 from common.runs import atomic_write_json
 from va_opd import objective
 from va_opd.divergence import chunked_reverse_kl
@@ -148,19 +148,6 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def table(found: Found, rows: list[int]) -> str:
-    lines = []
-    for name, by_rows in found.items():
-        lines.append([name, *(_cell(by_rows.get(n)) for n in rows)])
-    return plots.table_markdown(lines, ["peak GiB / seconds", *(f"{n} rows" for n in rows)])
-
-
-def _cell(entry: dict[str, Any] | None) -> str:
-    if entry is None or "out_of_memory" in entry:
-        return "out of memory" if entry else "-"
-    return f"{entry['peak_gib']:.2f} / {statistics.median(entry['seconds']):.3g}"
-
-
 def parser(name: str, rows: list[int]) -> argparse.ArgumentParser:
     """The options of this command and of `benchmarks.srpo_loss`."""
     made = argparse.ArgumentParser(prog=f"benchmarks.{name}", formatter_class=argparse.RawTextHelpFormatter)
@@ -202,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
 
         more = (options.repeats, options.most, save)
         result[part] = measure(loss_of, "benchmarks.va_opd_loss", PATHS, rows, widths, *more)
-    print(table(result["paths"], options.rows), table(result["true heads"], options.head_rows), sep="\n\n")
+    print(tables.of_file("va_opd_loss", options.out))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Writes benchmarks/results/va_opd_scoring.json.
 
 import argparse
 import math
-import statistics
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
@@ -29,8 +28,8 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from trl import DistillationTrainer
 
+from benchmarks import tables
 from benchmarks.machine import machine, seconds, spread, unless_out_of_memory
-from common import plots
 from common.runs import atomic_write_json
 from common.tiny import tiny_qwen3_vl
 from va_opd import VAOPDConfig, VAOPDTrainer, siblings
@@ -415,7 +414,8 @@ def main(argv: list[str] | None = None) -> None:
             said = ("ratio", "largest_difference_in_logps", "loss_and_gradient_norm", "va_over_opd", "out_of_memory")
             print(name, {key: results[name][key] for key in said if key in results[name]}, flush=True)
             atomic_write_json(options.out, results)
-    print(table(results))
+    print(tables.of_file("va_opd_scoring", options.out))
+    print(*(f"{name}: {value:.3g}" for name, value in results["predicted"].items()), sep="\n")
 
 
 def sections(options: argparse.Namespace, folder: str) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -432,29 +432,6 @@ def sections(options: argparse.Namespace, folder: str) -> dict[str, Callable[[],
         arguments = ((prompt if options.real else prompt // 4) // part, response // part)
         found[f"whole step, size 1/{part}"] = partial(whole_step, options, folder, *arguments)
     return found
-
-
-def table(results: dict[str, Any]) -> str:
-    rows = []
-    for name, found in results.items():
-        if isinstance(found, dict) and "counted" in found:
-            ours, *others = found["seconds"]
-            for peer in others:
-                medians = [f"{statistics.median(found['seconds'][way]):.2f}" for way in (ours, peer)]
-                counts = [found["counted"][way] for way in (ours, peer)]
-                counts = [f"{c['forwards']} / {c['tokens']:,} / {c['patches']:,}" for c in counts]
-                ratio = "{median:.2f} [{low:.2f}, {high:.2f}]".format(**found["ratio"][peer])
-                rows.append([name, peer, *medians, ratio, *counts])
-    counted = "forwards / tokens / patches"
-    columns = ["work", "peer", "ours, s", "peer's, s", "ratio", f"ours, {counted}", f"peer's, {counted}"]
-    steps = {name: found for name, found in results.items() if name.startswith("whole step")}
-    added = {name: found["va_over_opd"] for name, found in steps.items() if "va_over_opd" in found}
-    figures = [
-        f"VA over plain OPD, {name}: {{median:.1%}} [{{low:.1%}}, {{high:.1%}}]".format(**x)
-        for name, x in added.items()
-    ]
-    figures += [f"{name}: {value:.3g}" for name, value in results["predicted"].items()]
-    return "\n".join([plots.table_markdown(rows, columns), "", *figures])
 
 
 if __name__ == "__main__":

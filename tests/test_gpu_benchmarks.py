@@ -81,7 +81,6 @@ def test_a_phase_is_measured_beside_trls_own_in_fewer_positions(tmp_path, monkey
     result = {"settings": {"real": "4B"}, "responses": {str(longest): x for longest, x in found.items()}}
     rows = tables.r_diverse_step(result)
     assert [row[0] for row in rows] == [f"R-Diverse's phase, 4B, rollouts of up to {n}, s" for n in (8, 16, 32)]
-    assert "32 | 2" in r_diverse_step.table(found)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can reset a high-water mark")
@@ -122,8 +121,6 @@ def test_the_table_of_memory_says_what_grpo_and_a_teacher_have():
     (grpo, sdpo) = tables.srpo_memory(result)
     assert grpo[1:6] == ["TRL's GRPO", "14.00", "13.00", "0.93 x", "15.00 GB, with a teacher"]
     assert sdpo[1:6] == ["trl.experimental.sdpo", "14.00", "28.00", "2.00 x", ""]
-    result["peak"] = {kind: {int(n): x for n, x in row.items()} for kind, row in result["peak"].items()}
-    assert srpo_memory.table(result).splitlines()[-1] == "| GRPO and one teacher | 12.00 | 14.00 | 15.00 |"
 
 
 def options(repeats: int = 1) -> argparse.Namespace:
@@ -205,7 +202,6 @@ def test_a_loss_that_does_not_fit_is_said_to(module, peer, tmp_path, monkeypatch
     rows = getattr(tables, module.__name__.rpartition(".")[2])(found)
     (row,) = [row for row in rows if "10 rows, s" in row[0]]
     assert row[3] == "1.00"
-    assert "out of memory" in va_opd_loss.table(found["paths"], ["10", "20", "40"])
 
 
 def test_a_step_that_does_not_fit_leaves_those_of_the_others(monkeypatch):
