@@ -2,11 +2,13 @@
 
 import datetime
 import gc
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +61,12 @@ def memory(field: str) -> int:
     """Bytes of this process under Linux: VmRSS is what is resident, VmHWM its high-water mark."""
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return 1024 * int(line.split()[1])
+
+
+def in_own_process(work: Callable[..., T], *given: Any) -> T:
+    """What `work(*given)` returns in a new process, whose memory is that of this work alone."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *given).result()
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:

@@ -11,7 +11,6 @@ of the questions.
 """
 
 import argparse
-import multiprocessing
 import random
 import shutil
 import statistics
@@ -19,14 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.machine import machine
+from benchmarks import tables
+from benchmarks.machine import in_own_process, machine
 from common.runs import atomic_write_json
 from r_diverse import MemoryBank, bleu_repetition_penalty, challenger_reward, repetition_penalty
 
@@ -73,14 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/r_diverse_reward.json"))
     args = parser.parse_args(argv)
-    try:
-        result = measure(args)
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.r_diverse_reward: {error}", file=sys.stderr)
-        return 2
-    atomic_write_json(args.out, result)
-    print(table(result))
-    print(f"Written to {args.out}")
+    atomic_write_json(args.out, measure(args))
+    if not args.no_peer:
+        print(tables.of_file("r_diverse_reward", args.out))
     return 0
 
 
@@ -97,13 +91,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ours, seconds = repeated(lambda: repetition_penalty(embeddings))
     result["p_rep"] = {"seconds": seconds, "clusters": clusters(ours)}
     for rows in args.bank_rows:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            measured = process.submit(measure_bank, rows, args.dim, embeddings, args.folder).result()
+        measured = in_own_process(measure_bank, rows, args.dim, embeddings, args.folder)
         memory = np.array(measured.pop("penalty"))
         _, rest = timed(lambda memory=memory: challenger_reward(consistency, ours, memory, valid))
         steps = [p_rep + p_map + rest for p_rep, p_map in zip(seconds, measured["penalty_seconds"], strict=True)]
         measured["reward_seconds"], measured["reward_range"] = statistics.median(steps), [min(steps), max(steps)]
         result["bank"].append(measured)
+        print(measured, flush=True)
     result["r_zero"] = {}
     r_zero_penalty(questions[:4])  # imports
     for count in (args.questions // 4, args.questions // 2, args.questions):
@@ -112,6 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if not args.no_peer:
             peer, found["pairwise_seconds"] = timed(lambda count=count: r_zero_penalty(questions[:count]))
             found["equal"] = bool(np.array_equal(peer, bleu))
+        print(f"R-Zero's penalty of {count} questions: {found}", flush=True)
     return result
 
 
@@ -212,29 +207,6 @@ def repeated(function: Callable[[], Any]) -> tuple[Any, list[float]]:
 
 def clusters(penalty: np.ndarray) -> int:
     return round(float((1 / (penalty * len(penalty))).sum()))
-
-
-def table(result: dict[str, Any]) -> str:
-    def line(name: str, seconds: float, peer: float | None) -> str:
-        return f"{name:<52}{seconds:>10.2f} s" + (f"{peer / seconds:>10.1f} x" if peer else "")
-
-    lines = [f"Reward of {result['questions']} questions (times as fast as R-Zero pair by pair)"]
-    for count, found in result["r_zero"].items():
-        peer, same = (
-            found.get("pairwise_seconds"),
-            {True: ", equal", False: ", NOT EQUAL", None: ""}[found.get("equal")],
-        )
-        if peer:
-            lines.append(line(f"R-Zero, BLEU pair by pair with nltk, {count}", peer, peer))
-        lines.append(line(f"R-Zero, bleu_repetition_penalty, {count}{same}", found["seconds"], peer))
-    for bank in result["bank"]:
-        own = ", ".join(f"{when} {size and round(size / 1e6)} MB" for when, size in bank["own_memory_bytes"].items())
-        lines.append(line(f"R-Diverse, P_rep and MAP, bank of {bank['rows']:,} rows", bank["reward_seconds"], peer))
-        lines.append(
-            f"    append {bank['append_seconds']:.2f} s, open {bank['open_seconds'] * 1e3:.0f} ms, disk "
-            f"{bank['disk_bytes'] / 1e9:.2f} GB, own memory {own}"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import tables
 from benchmarks.machine import machine
-from benchmarks.va_opd_loss import Found, child, measure, parser
+from benchmarks.va_opd_loss import Found, measure, parser
 from common.runs import atomic_write_json
 from srpo import SRPOConfig, objective
 from srpo.divergence import chunked_divergence, chunked_entropy
@@ -42,17 +42,14 @@ def main(argv: list[str] | None = None) -> None:
     asked = parser("srpo_loss", [512, 1024, 2048, 8192])
     asked.description = __doc__
     options = asked.parse_args(argv)
-    if options.child:
-        child(loss_of, options.child)
-        return
-    settings = {key: value for key, value in vars(options).items() if key not in ("child", "out")}
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
     result = {"settings": settings, **machine("trl")}
 
     def save(found: Found) -> None:
         atomic_write_json(options.out, result | {"paths": found})
 
     widths = [options.student, options.teacher]
-    measure(loss_of, "benchmarks.srpo_loss", PATHS, options.rows, widths, options.repeats, options.most, save)
+    measure(loss_of, PATHS, options.rows, widths, options.repeats, options.most, save)
     print(tables.of_file("srpo_loss", options.out))
 
 

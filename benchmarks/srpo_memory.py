@@ -9,14 +9,11 @@ benchmarks/results/srpo_memory.json.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import tables
-from benchmarks.machine import machine, memory
+from benchmarks.machine import in_own_process, machine, memory
 from benchmarks.srpo_step import build, fix_rollouts, rollout_ids, save_model, seconds_of_a_step, step_parser
 from common.runs import atomic_write_json
 from common.tiny import char_tokenizer
@@ -24,7 +21,7 @@ from common.tiny import char_tokenizer
 KINDS = ("srpo", "grpo", "sdpo (trl)")
 
 
-def child(kind: str, folder: str, options: argparse.Namespace) -> dict[str, int]:
+def measured(kind: str, folder: str, options: argparse.Namespace) -> dict[str, int]:
     """Bytes at the peak of a step, and bytes of the policy's weights."""
     tokenizer, before = char_tokenizer(), memory("VmRSS")
     trainer = build(kind, folder, tokenizer, options)
@@ -36,32 +33,17 @@ def child(kind: str, folder: str, options: argparse.Namespace) -> dict[str, int]
     return {"peak": memory("VmHWM") - before, "weights": weights}
 
 
-def measured(kind: str, folder: str, options: argparse.Namespace, response: int) -> dict[str, int]:
-    """`child` in a process of its own."""
-    sizes = {name: getattr(options, name) for name in ("rollouts", "prompt", "micro_batch")}
-    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "benchmarks.srpo_memory", "--child", kind, folder, "--responses", str(response)]
-    done = subprocess.run(
-        [*command, *flags], stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1]
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = step_parser(__doc__, "srpo_memory")
     parser.set_defaults(hidden=768, vocabulary=8192, rollouts=16, micro_batch=4)
     parser.add_argument("--responses", type=int, nargs="+", default=[64, 128, 256], help="longest response in tokens")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.child:
-        print(json.dumps(child(*options.child, argparse.Namespace(**vars(options), response=options.responses[0]))))
-        return
     found: dict[str, dict[int, list[int]]] = {kind: {n: [] for n in options.responses} for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, char_tokenizer(), argparse.Namespace(**vars(options), real=None))
         for response in options.responses:
             for kind in [kind for _ in range(options.repeats) for kind in KINDS]:
-                one = measured(kind, folder, options, response)
+                one = in_own_process(measured, kind, folder, argparse.Namespace(**vars(options), response=response))
                 found[kind][response].append(one["peak"])
                 print(f"{kind}, responses of up to {response}: {one['peak'] / 1e9:.3f} GB", flush=True)
     settings = vars(options) | {"out": options.out.name}

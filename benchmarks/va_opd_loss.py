@@ -13,10 +13,7 @@ benchmarks/results/va_opd_loss.json.
 
 import argparse
 import importlib.util
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +23,7 @@ import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from benchmarks import tables
-from benchmarks.machine import machine, memory, seconds, unless_out_of_memory
+from benchmarks.machine import in_own_process, machine, memory, seconds, unless_out_of_memory
 from common.runs import atomic_write_json
 from va_opd import objective
 from va_opd.divergence import chunked_reverse_kl
@@ -94,27 +91,23 @@ def measured(loss: Callable[..., torch.Tensor], name: str, *sizes: int) -> dict[
     return {"peak": peak, "seconds": taken, "loss": value.item(), "gradient_norm": norm}
 
 
-def child(loss: Callable[..., torch.Tensor], words: list[str]) -> None:
-    """Prints `measured` of a path; words: path, rows, widths of student and teacher."""
+def measured_alone(loss: Callable[..., torch.Tensor], name: str, rows: int, *widths: int) -> dict[str, float]:
+    """`measured` on one thread, after a small step that loads what the first call loads."""
     torch.set_num_threads(1)
-    name, rows, student, teacher = words[0], *map(int, words[1:])
-    measured(loss, name, 8, 256, student, teacher)  # loads what the first call loads
-    print(json.dumps(measured(loss, name, rows, VOCABULARY, student, teacher)))
+    measured(loss, name, 8, 256, *widths)
+    return measured(loss, name, rows, VOCABULARY, *widths)
 
 
-def run(loss: Callable[..., torch.Tensor], module: str, *words: Any) -> dict[str, float]:
-    """`child` in a process of its own; on a GPU, which records its own peak, `measured` in this one."""
+def run(loss: Callable[..., torch.Tensor], name: str, rows: int, *widths: int) -> dict[str, float]:
+    """`measured_alone` in a process of its own; on a GPU, which records its own peak, `measured` in this one."""
     if torch.cuda.is_available():
-        measured(loss, words[0], words[1], VOCABULARY, *words[2:])  # the size for which kernels are chosen
-        return measured(loss, words[0], words[1], VOCABULARY, *words[2:])
-    command = [sys.executable, "-m", module, "--child", *map(str, words)]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
-    return json.loads(output.stdout.splitlines()[-1])
+        measured(loss, name, rows, VOCABULARY, *widths)  # the size for which kernels are chosen
+        return measured(loss, name, rows, VOCABULARY, *widths)
+    return in_own_process(measured_alone, loss, name, rows, *widths)
 
 
 def measure(
     loss: Callable[..., torch.Tensor],
-    module: str,
     paths: dict[str, float],
     rows: list[int],
     widths: list[int],
@@ -131,7 +124,7 @@ def measure(
         for _ in range(repeats):
             for name, mine in runs.items():
                 if None not in mine:
-                    mine.append(unless_out_of_memory(partial(run, loss, module, name, count, *widths)))
+                    mine.append(unless_out_of_memory(partial(run, loss, name, count, *widths)))
         for name, mine in runs.items():
             found[name][count] = {"out_of_memory": True} if None in mine else summary(mine)
             print(name, count, found[name][count], flush=True)
@@ -157,7 +150,6 @@ def parser(name: str, rows: list[int]) -> argparse.ArgumentParser:
     made.add_argument("--most", type=float, default=8.0, help="GiB that a path may take")
     made.add_argument("--repeats", type=int, default=2)
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.json")
-    made.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     return made
 
 
@@ -167,16 +159,13 @@ def main(argv: list[str] | None = None) -> None:
     asked.add_argument("--heads", type=int, nargs=2, default=[2048, 4096], help="true widths: 2B and 8B")
     asked.add_argument("--head_rows", type=int, nargs="*", default=[64, 256, 1024], help="none leaves them out")
     options = asked.parse_args(argv)
-    if options.child:
-        child(loss_of, options.child)
-        return
     try:
         if "liger" in PATHS:
             measured(loss_of, "liger", 8, 256, 64, 64)
     except Exception as error:
         print(f"Liger's kernel does not run here: {error!r}")
         del PATHS["liger"]
-    settings = {key: value for key, value in vars(options).items() if key not in ("child", "out")}
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
     result = {"settings": settings, **machine("trl"), "true heads": {name: {} for name in PATHS}}
     works = {
         "paths": (options.rows, [options.student, options.teacher]),
@@ -188,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
             atomic_write_json(options.out, result | {part: found})
 
         more = (options.repeats, options.most, save)
-        result[part] = measure(loss_of, "benchmarks.va_opd_loss", PATHS, rows, widths, *more)
+        result[part] = measure(loss_of, PATHS, rows, widths, *more)
     print(tables.of_file("va_opd_loss", options.out))
 
 

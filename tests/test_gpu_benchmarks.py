@@ -24,7 +24,7 @@ from benchmarks import (
     va_opd_loss,
     va_opd_scoring,
 )
-from benchmarks.machine import unless_out_of_memory
+from benchmarks.machine import in_own_process, unless_out_of_memory
 from common.evaluation import Completion
 from common.tiny import char_tokenizer
 
@@ -90,23 +90,14 @@ def test_the_peak_of_a_step_counts_what_the_trainer_holds(saved, monkeypatch):
     monkeypatch.setattr(srpo_memory, "memory", {"VmRSS": 5, "VmHWM": 12}.__getitem__)
     monkeypatch.setattr(srpo_memory, "seconds_of_a_step", lambda trainer: lengths.append(trainer.args.routing))
     monkeypatch.setattr(srpo_memory, "fix_rollouts", lambda ids: lengths.append(max(map(len, ids)) <= 17))
-    found = srpo_memory.child("srpo", saved, argparse.Namespace(**vars(STEP) | {"response": 40}))
+    found = srpo_memory.measured("srpo", saved, argparse.Namespace(**vars(STEP) | {"response": 40}))
     weights = sum(weight.nbytes for weight in Qwen3ForCausalLM.from_pretrained(saved).float().parameters())
     assert found == {"peak": 7, "weights": weights}
     assert lengths == [True, "srpo", False, "srpo"]  # a short step first
 
 
-def test_the_process_of_a_measurement_has_its_sizes(monkeypatch, capsys):
-    def run(command, **options):
-        srpo_memory.main(command[3:])
-        return SimpleNamespace(stdout="progress\n" + capsys.readouterr().out)
-
-    def child(kind, folder, options):
-        return {kind: [folder, options.response, options.rollouts, options.prompt, options.micro_batch]}
-
-    monkeypatch.setattr(srpo_memory.subprocess, "run", run)
-    monkeypatch.setattr(srpo_memory, "child", child)
-    assert srpo_memory.measured("sdpo (trl)", "a folder", STEP, 64) == {"sdpo (trl)": ["a folder", 64, 8, 8, 4]}
+def test_a_process_of_its_own_is_another_one():
+    assert in_own_process(os.getpid) != os.getpid()
 
 
 def test_the_table_of_memory_says_what_grpo_and_a_teacher_have():
@@ -186,7 +177,7 @@ def test_what_has_been_measured_is_saved_before_the_next_section(tmp_path, monke
 
 @pytest.mark.parametrize(("module", "peer"), [(va_opd_loss, "trl"), (srpo_loss, "full logits")])
 def test_a_loss_that_does_not_fit_is_said_to(module, peer, tmp_path, monkeypatch):
-    def run(loss, module, name, count, *widths):
+    def run(loss, name, count, *widths):
         if (name, count) == (peer, 20):
             out_of_memory()
         if count == 40:
