@@ -34,6 +34,7 @@ from tqdm import tqdm
 from benchmarks.machine import machine
 from common import plots
 from common.answers import check, grade, grade_many, same_answer
+from common.cli import run_main
 from common.runs import atomic_write_json
 
 OWN_PAIRS = Path(__file__).parents[1] / "tests" / "common" / "answer_pairs.jsonl"
@@ -60,6 +61,10 @@ class Pair(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_main("benchmarks.answers", _main, argv)
+
+
+def _main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.answers", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, nargs="*", default=[OWN_PAIRS], help="JSON lines of answer pairs")
     parser.add_argument("--checkers", nargs="*", default=list(CHECKERS), choices=CHECKERS, help="default: all")
@@ -67,11 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=6.0, help="seconds for one check (6)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "answers.json")
     args = parser.parse_args(argv)
-    try:
-        files = {path.name: read_pairs(path) for path in args.data}
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.answers: {error}", file=sys.stderr)
-        return 2
+    files = {path.name: read_pairs(path) for path in args.data}
     names = [name for name in args.checkers if is_installed(name)]
     result: dict[str, Any] = {"machine": machine(*PACKAGES), "limit_seconds": args.limit, "files": {}}
     for name, pairs in files.items():
@@ -83,7 +84,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{other_table(result)}")
     atomic_write_json(args.out, result)
     print(f"\nWritten to {args.out}")
-    return 0
 
 
 def is_installed(name: str) -> bool:

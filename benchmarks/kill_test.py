@@ -26,7 +26,9 @@ from typing import Any
 
 from benchmarks.machine import machine
 from common import plots
+from common.cli import run_main
 from common.runs import append_jsonl, atomic_write_json, last_checkpoint, read_jsonl
+from common.stages import chosen
 
 ROOT = Path(__file__).parents[1]
 # Lines of the log fall between checkpoints, and kills inside accumulation windows
@@ -61,6 +63,10 @@ SINCE_START = ("train_loss", "va/null")  # of the process that ended the run: it
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_main("benchmarks.kill_test", _main, argv)
+
+
+def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.kill_test", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=30, help="killed runs, shared among the methods (30)")
     parser.add_argument("--methods", default=",".join(COMMANDS), help="comma list")
@@ -69,21 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/kill_test"), help="folder of runs and models")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/kill_test.json")
     args = parser.parse_args(argv)
-    methods = args.methods.split(",")
-    if unknown := set(methods) - set(COMMANDS):
-        print(
-            f"benchmarks.kill_test: unknown methods {sorted(unknown)}; choose among {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
-    out = args.out.resolve()
+    methods, out = chosen("methods", args.methods, COMMANDS), args.out.resolve()
     if not same_code(out):
-        print(
-            f"benchmarks.kill_test: --out {out} has runs of other code, which these cannot be compared with; "
-            "remove it or name another folder",
-            file=sys.stderr,
+        raise ValueError(
+            f"--out {out} has runs of other code, which these cannot be compared with; remove it or name another one"
         )
-        return 2
     with ThreadPoolExecutor(args.parallel) as pool:
         straight = dict(zip(methods, pool.map(lambda method: straight_run(method, out), methods), strict=True))
         done = {(r["method"], r["index"], r["seed"]) for r in results(out)}

