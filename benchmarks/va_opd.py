@@ -234,10 +234,9 @@ def accuracy_by_hours(runs: dict[str, Path], scores: dict[str, dict[str, list]])
     curves = {}
     for name, run in runs.items():
         path = run / "eval" / "selection.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
-        hours = found.get("hours", {})  # none in results of an older version
-        points = [{"hours": hours[step], "accuracy": found["accuracy"][step]} for step in sorted(hours, key=int)]
-        if points:
+        if path.exists():
+            hours, accuracy = (json.loads(path.read_text())[kind] for kind in ("hours", "accuracy"))
+            points = [{"hours": hours[step], "accuracy": accuracy[step]} for step in sorted(hours, key=int)]
             curves[name] = [*base, *points]
     return curves
 

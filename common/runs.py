@@ -286,7 +286,7 @@ def claim(path: Path, settings: dict[str, Any], has_results: bool) -> None:
         )
 
 
-FORMAT = 2  # of the manifest: 1 did not record settings that were turned off
+FORMAT = 2  # of the manifest
 
 
 class RunFolder:
@@ -325,7 +325,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if (path / "manifest.json").exists():
-                manifest = _same_run(path, config, data, seed, free or {})
+                manifest = _same_run(path, config, data, seed)
                 _check_models(path, manifest, contents)
                 manifest["resumed"] = [*manifest["resumed"], _now()]
                 manifest.pop("error", None)  # of the previous start
@@ -395,7 +395,7 @@ def trained_with(runs: Mapping[str, Path], fields: Sequence[str]) -> str:
     return f"Trained with {'; '.join(said)}." if any(kinds) else ""
 
 
-def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: dict) -> dict[str, Any]:
+def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         theirs = {
@@ -403,15 +403,13 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int, free: d
             "seed": manifest["seed"],
             **{f"data {k}": v for k, v in manifest["data"].items()},
         }
-        manifest["state"], [*manifest["resumed"]], {**manifest.get("weights", {}), **manifest.get("folders", {})}
-        recorded = manifest.get("format", 1) >= FORMAT
+        manifest["state"], manifest["resumed"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(
             f"{path}/manifest.json cannot be read ({error!r}): choose another out= or delete the folder"
         ) from error
     ours = {**config, "seed": seed, **{f"data {k}": v for k, v in data.items()}}
-    ours, theirs = _without(ours, free), _without(theirs, free)  # an older version recorded some of these
-    for name in sorted(ours.keys() | theirs.keys() if recorded else ours.keys() & theirs.keys()):
+    for name in sorted(ours.keys() | theirs.keys()):
         if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name)):
             wanted, found = (repr(side[name]) if name in side else "its default" for side in (ours, theirs))
             raise RunFolderError(
@@ -431,15 +429,6 @@ def _check_models(path: Path, manifest: dict[str, Any], contents: dict[str, dict
                     f"{path} belongs to a run that began when the folder of {name} held {held}: put back what it "
                     "held, choose another out=, or delete the folder of the run"
                 )
-
-
-def _without(settings: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Settings without those named; "section.name" names one inside a dict."""
-    kept = {name: value for name, value in settings.items() if name not in names}
-    for section, _, inner in (name.partition(".") for name in names):
-        if inner and isinstance(kept.get(section), dict):
-            kept[section] = {name: value for name, value in kept[section].items() if name != inner}
-    return kept
 
 
 def _new_manifest(config: dict, data: dict[str, str], seed: int) -> dict[str, Any]:

@@ -56,13 +56,12 @@ class RunLog(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if self.seconds is not None:
-            self.seconds += time.monotonic() - self.started
+        self.seconds += time.monotonic() - self.started
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
-        seconds = {} if self.seconds is None else {"train_seconds": self.seconds}
-        append_jsonl(self.folder / "metrics.jsonl", {"step": state.global_step, **seconds, **logs})
+        line = {"step": state.global_step, "train_seconds": self.seconds, **logs}
+        append_jsonl(self.folder / "metrics.jsonl", line)
         shown = [f"{name} {logs[name]:.4g}" for name in self.SHOWN if isinstance(logs.get(name), float)]
         if shown:
             print(f"{self.unit} {state.global_step}/{state.max_steps}  " + "  ".join(shown), flush=True)
@@ -70,19 +69,17 @@ class RunLog(TrainerCallback):
         append_jsonl(self.folder / "samples.jsonl", *({"step": state.global_step, **record} for record in rollouts))
 
     def on_save(self, args, state, control, **kwargs):
-        if self.seconds is not None:
-            newest = self.folder / f"checkpoint-{state.global_step}"
-            (newest / SECONDS).write_text(json.dumps(self.seconds))
+        newest = self.folder / f"checkpoint-{state.global_step}"
+        (newest / SECONDS).write_text(json.dumps(self.seconds))
 
     def rollouts(self) -> list[dict[str, Any]]:
         """Records of some rollouts of the step that is logged."""
         return []
 
 
-def train_seconds(checkpoint: Path) -> float | None:
-    """Seconds of training before a checkpoint; None for one of an older version, which does not say."""
-    path = checkpoint / SECONDS
-    return json.loads(path.read_text()) if path.exists() else None
+def train_seconds(checkpoint: Path) -> float:
+    """Seconds of training before a checkpoint."""
+    return json.loads((checkpoint / SECONDS).read_text())
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -195,8 +195,7 @@ def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows:
                 report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
         accuracy[step] = report["avg@k"]
     best = max(accuracy, key=lambda step: (accuracy[step], -step))
-    seconds = {step: train_seconds(run / f"checkpoint-{step}") for step in steps}
-    hours = {step: value / 3600 for step, value in seconds.items() if value is not None}
+    hours = {step: train_seconds(run / f"checkpoint-{step}") / 3600 for step in steps}
     atomic_write_json(run / "eval" / "selection.json", {"accuracy": accuracy, "hours": hours, "best": best})
     print(f"{run.name}: best of {len(steps)} checkpoints is step {best} with {accuracy[best]:.3f}", flush=True)
     return run / f"checkpoint-{best}"

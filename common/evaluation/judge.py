@@ -107,8 +107,7 @@ def judge_records(
         key = None
         if recheck == "all" or not rules_right(scored):
             version, prompt = judge_request(rows[scored["id"]], scored["response"])
-            sample = scored.get("sample")  # missing in given responses that an older version scored
-            key = (scored["id"], sample, engine.name, version, fingerprint(prompt))
+            key = (scored["id"], scored["sample"], engine.name, version, fingerprint(prompt))
             wanted[key] = prompt
         records.append((scored, key))
     replies = _replies(engine, wanted, folder / "judged.jsonl", Decoding(max_new_tokens=max_new_tokens))

@@ -287,10 +287,8 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
         atomic_write_json(path, identity)
         return
     theirs = read_identity(path.parent)
-    later = ("engine", "engine_options", "weights", "folder", "chat_template_kwargs", "stop_token_ids")
-    unrecorded = {name for name in later if theirs.get(name) is None}  # by an older version, or not known
     for name, value in identity.items():
-        if value is not None and name not in unrecorded and theirs.get(name) != value:
+        if value is not None and theirs.get(name, "nothing") not in (value, None):  # None: not known
             what = f"with {name}={theirs.get(name)!r}, this evaluation has {value!r}"
             if name == "rows":  # their digests tell a reader nothing
                 what = "of other questions: --data or --limit was another one"

@@ -77,7 +77,7 @@ def test_another_seed_draws_other_samples(tmp_path):
 
 
 def test_a_sample_has_a_seed_of_its_own_that_stays(tmp_path):
-    """A resumed evaluation of an older version draws what that one would have drawn."""
+    """A resumed evaluation draws what the straight one would have drawn."""
     engine, benchmark = Echo(), numbers(12)
     for seed in range(12):
         path = tmp_path / f"{seed}.jsonl"
@@ -274,17 +274,6 @@ def test_an_evaluation_does_not_go_on_with_other_weights_at_the_same_path(tmp_pa
     evaluate(engine(), numbers(), tmp_path / "out", decoding=SAMPLED)
 
 
-def test_a_folder_that_did_not_record_engine_and_chat_template_goes_on(tmp_path):
-    evaluate(Echo(), numbers(), tmp_path, decoding=SAMPLED)
-    path = tmp_path / "numbers/identity.json"
-    later = ("engine", "engine_options", "weights", "folder", "chat_template_kwargs", "stop_token_ids")
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in later}))
-    engine = Echo()
-    engine.template_options, engine.stops = {"enable_thinking": False}, [5]
-    evaluate(engine, numbers(), tmp_path, decoding=SAMPLED)
-    assert engine.asked == []
-
-
 def test_a_folder_without_a_record_can_be_claimed_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(Echo(fail_after=0), numbers(), tmp_path, samples=4, decoding=SAMPLED)
@@ -371,7 +360,7 @@ def test_responses_of_others_are_scored_into_the_same_table(tmp_path):
     assert len(read_jsonl(tmp_path / "out/numbers/scored.jsonl")) == 10
     assert "maj@k" not in report  # of one sample
     assert rescore(numbers(), tmp_path / "out") == report
-    (tmp_path / "out/numbers/samples.jsonl").unlink()  # as in folders of older versions
+    (tmp_path / "out/numbers/samples.jsonl").unlink()
     with pytest.raises(ValueError, match="holds no records of numbers"):
         rescore(numbers(), tmp_path / "out")
 

@@ -9,7 +9,7 @@ import pytest
 from chat_servers import chat_server
 
 from common.evaluation import Benchmark, ServerEngine, judge, score_responses
-from common.runs import exclusive, read_jsonl, write_jsonl
+from common.runs import exclusive, read_jsonl
 
 pytest.importorskip("openai")
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,16 +222,6 @@ def test_samples_of_one_question_are_one_cluster(tmp_path, server):
     responses = [r"yes \boxed{0}", r"no \boxed{1}", r"yes \boxed{9}", r"no \boxed{9}"]  # 2 questions, 2 samples
     report = judge.judge_evaluation(engine(server), evaluated(tmp_path, responses, numbers(["0", "1"])), tmp_path)
     assert (report["questions"], report["judged"], report["avg@k"]) == (2, 4, 0.5)
-
-
-def test_records_without_numbers_of_an_older_version_are_judged(tmp_path, server):
-    benchmark = evaluated(tmp_path)
-    path = tmp_path / "numbers/scored.jsonl"
-    rows = [{name: value for name, value in row.items() if name != "sample"} for row in read_jsonl(path)]
-    write_jsonl(path, rows)
-    reports = [judge.judge_evaluation(engine(server), benchmark, tmp_path) for _ in range(2)]
-    assert [report["judged"] for report in reports] == [7, 7]
-    assert len(read_jsonl(tmp_path / "numbers/judged.jsonl")) == 7  # asked once
 
 
 def test_responses_without_numbers_are_judged_one_by_one(tmp_path, server):

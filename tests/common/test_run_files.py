@@ -112,6 +112,8 @@ def test_logs_after_a_checkpoint_are_dropped(tmp_path):
         runs.append_jsonl(samples, {"step": step, "text": "\u2028 kept"})
         # closes a training: of a stopped run, or written again
         runs.append_jsonl(metrics, {"step": step, "train_runtime": 1.0})
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2/train_seconds.json").write_text("1.0")
     RunLog(tmp_path, tmp_path / "checkpoint-2", None)
     assert [record["step"] for record in runs.read_jsonl(metrics)] == [1, 2]
     assert [record["text"] for record in runs.read_jsonl(samples)] == ["\u2028 kept"] * 2

@@ -137,17 +137,6 @@ def test_a_setting_turned_off_is_not_its_default(tmp_path):
     assert opened(tmp_path / "b", top_k=None).manifest["resumed"]
 
 
-def test_a_folder_of_older_code_is_compared_by_what_both_record(tmp_path):
-    opened(tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    old = {name: value for name, value in manifest.items() if name not in ("format", "weights")}
-    (tmp_path / "manifest.json").write_text(json.dumps(old))
-    assert opened(tmp_path, top_k=None, gpus=8).manifest["resumed"]
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == CONFIG  # as it was begun
-    with pytest.raises(RunFolderError, match="learning_rate="):
-        opened(tmp_path, learning_rate=1.0)
-
-
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="no run folder"):
@@ -181,8 +170,6 @@ def test_a_broken_manifest_and_a_file_in_the_way_are_one_sentence(tmp_path):
         "[]",
         '{"config": {}, "seed": 0, "data": {}}',
         '{"config": 5, "seed": 0, "data": {}, "state": 1}',
-        '{"config": {}, "seed": 0, "data": {}, "state": "running", "resumed": null}',
-        '{"config": {}, "seed": 0, "data": {}, "state": "running", "resumed": [], "weights": null}',
     ):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(RunFolderError, match="cannot be read"):
@@ -228,21 +215,6 @@ RunFolder.open({str(tmp_path / "run")!r}, {CONFIG!r}, data={DATA!r}, seed=0)
     assert json.loads((tmp_path / "run/manifest.json").read_text())["state"] == "running"
     folder.finish()
     assert opened(tmp_path / "run").is_done
-
-
-def test_what_may_change_today_an_older_version_has_recorded(tmp_path):
-    """At the top, and in a section of the settings."""
-    old = {"rate": 1, "engine": "vllm", "solver": {"memory": 0.4, "steps": 9}}
-    with RunFolder.open(tmp_path / "run", old, data={}, seed=0):
-        pass
-    new, free = {"rate": 1, "solver": {"steps": 9}}, {"engine": "transformers", "solver.memory": 0.3}
-    with RunFolder.open(tmp_path / "run", new, data={}, seed=0, free=free):
-        assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == new | free
-    for _ in range(2):
-        with RunFolder.open(tmp_path / "without the section", {"rate": 1}, data={}, seed=0, free=free):
-            pass
-    with pytest.raises(RunFolderError, match="belongs to a run with solver="):
-        RunFolder.open(tmp_path / "run", {**new, "solver": {"steps": 8}}, data={}, seed=0, free=free)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -70,16 +70,6 @@ def test_a_step_is_over_when_the_gpu_has_done_it(tmp_path, monkeypatch):
     assert log.seconds == 5.0
 
 
-def test_lines_and_rollouts_after_the_checkpoint_are_dropped(tmp_path):
-    """They come again."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        runs.append_jsonl(tmp_path / name, *({"step": step} for step in (1, 2, 3)))
-    (tmp_path / "checkpoint-2").mkdir()
-    RunLog(tmp_path, tmp_path / "checkpoint-2", None)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert [line["step"] for line in runs.read_jsonl(tmp_path / name)] == [1, 2]
-
-
 def test_a_run_is_done_with_its_model_and_not_before(tmp_path, monkeypatch, capsys):
     """Stopped while the model is saved, and started twice more."""
     run, removed, trained, saved = tmp_path / "run", [], [], iter([KeyboardInterrupt, None])
@@ -132,19 +122,6 @@ def test_a_folder_that_cannot_be_made_and_a_missing_tracker_are_said_before_mode
     with pytest.raises(pytest.fail.Exception, match="loads"):
         start(tmp_path / "a/b", ["flyte"])
     assert not (tmp_path / "a").exists()
-
-
-def test_a_checkpoint_of_an_older_version_leaves_the_seconds_unknown(tmp_path):
-    """From 0 on they would be too few."""
-    (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-3").mkdir()
-    log, state = RunLog(tmp_path, tmp_path / "checkpoint-2", None), SimpleNamespace(global_step=3, max_steps=6)
-    log.on_step_begin(None, state, None)
-    log.on_step_end(None, state, None)
-    log.on_log(None, state, None, {"loss": 1.0})
-    log.on_save(None, state, None)
-    assert runs.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 3, "loss": 1.0}]
-    assert training.train_seconds(tmp_path / "checkpoint-3") is None
 
 
 def test_other_ids_prompts_and_answers_are_other_data():

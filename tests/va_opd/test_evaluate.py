@@ -146,12 +146,12 @@ def test_of_equal_checkpoints_the_earlier_is_chosen(config, tmp_path):
         (run / f"checkpoint-{step}" / "model.safetensors").touch()
         atomic_write_json(run / "eval" / f"checkpoint-{step}" / "digits.json", {"avg@k": value})
     (run / "checkpoint-16").mkdir()  # killed before its weights
-    for step, seconds in ((8, 5400), (12, 9000.0)):  # the first is of an older version, which did not say
+    for step, seconds in ((4, 1800.0), (8, 5400), (12, 9000.0)):
         (run / f"checkpoint-{step}" / "train_seconds.json").write_text(str(seconds))
     assert evaluate.best_checkpoint(run, args, settings, rows) == run / "checkpoint-8"
     assert json.loads((run / "eval/selection.json").read_text()) == {
         "accuracy": {str(step): value for step, value in accuracy.items()},
-        "hours": {"8": 1.5, "12": 2.5},
+        "hours": {"4": 0.5, "8": 1.5, "12": 2.5},
         "best": 8,
     }
 

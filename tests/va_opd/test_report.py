@@ -31,13 +31,13 @@ def test_the_report_shows_the_last_checkpoint_beside_the_chosen_one(tmp_path, co
 
 
 def test_accuracy_over_hours_says_when_va_opd_has_what_opd_ends_with(tmp_path):
-    """Steps sort as numbers; a run without a choice of the checkpoint, and one of an older version, have no curve."""
-    accuracy = {"opd": {"50": 0.3, "100": 0.4}, "va_opd": {"100": 0.45, "50": 0.41}, "kd": {"50": 0.3}, "sft": None}
+    """Steps sort as numbers; a run without a choice of the checkpoint has no curve."""
+    accuracy = {"opd": {"50": 0.3, "100": 0.4}, "va_opd": {"100": 0.45, "50": 0.41}, "sft": None}
     runs = {name: tmp_path / name for name in accuracy}
     for name, values in accuracy.items():
-        hours = {"hours": {step: int(step) / 20 for step in values}} if name in ("opd", "va_opd") else {}
         if values:
-            atomic_write_json(runs[name] / "eval/selection.json", {"accuracy": values, "best": 50, **hours})
+            hours = {step: int(step) / 20 for step in values}
+            atomic_write_json(runs[name] / "eval/selection.json", {"accuracy": values, "best": 50, "hours": hours})
     curves = report.accuracy_by_hours(runs, {"base": {"true": [[0, 0, 0, 1]]}})
     assert {name: [tuple(point.values()) for point in points] for name, points in curves.items()} == {
         "opd": [(0.0, 0.25), (2.5, 0.3), (5.0, 0.4)],
