@@ -15,15 +15,16 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.estimates import Estimate, cell, estimate_of, mean_of
 from common import plots
 from common.cli import run_main
-from common.estimators import mean_of_independent, over_seeds, paired_difference
-from common.evaluation import BENCHMARKS, headline, paired_scores
+from common.estimators import over_seeds, paired_difference
+from common.evaluation import paired_scores
 from common.evaluation.judge import PROTOCOLS
 from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
 from r_diverse import RDiverseConfig, analysis
@@ -281,38 +282,11 @@ def _over_seeds_lines(found: dict[tuple[str, int, str], list[float]]) -> str:
     return "\n".join(lines)
 
 
-class Estimate(NamedTuple):
-    """A score in percent and the ends of its 95 % interval; `questions` if it is of a part of the set, else None."""
-
-    value: float
-    low: float
-    high: float
-    questions: int | None = None
-
-
-def mean_of(parts: Sequence[Estimate | None]) -> Estimate | None:
-    """Mean over benchmarks with independent errors; None if one is missing."""
-    if None in parts:
-        return None
-    return Estimate(*mean_of_independent([part[:3] for part in parts]), sum(p.questions or 0 for p in parts) or None)
-
-
 def estimates(evaluation: Path, suffix: str = "") -> list[Estimate | None]:
     """Math AVG (the seven), Overall AVG (Math AVG and the three general ones, each a fourth), then each benchmark."""
-    found: dict[str, Estimate] = {}
-    for name, metrics in _metrics(evaluation, suffix).items():
-        value, ends = headline(metrics)
-        if value is not None:
-            part = metrics["questions"] if metrics["questions"] < BENCHMARKS[name].rows else None
-            found[name] = Estimate(100 * value, *(100 * end for end in ends), part)
-    math_avg = mean_of([found.get(name) for name in MATH])
-    overall = mean_of([math_avg, *(found.get(name) for name in GENERAL)])
-    return [math_avg, overall, *(found.get(name) for name in (*MATH, *GENERAL))]
-
-
-def _metrics(evaluation: Path, suffix: str) -> dict[str, dict[str, Any]]:
-    paths = {name: evaluation / f"{name}{suffix}.json" for name in (*MATH, *GENERAL)}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    each = [estimate_of(name, evaluation / f"{name}{suffix}.json") for name in (*MATH, *GENERAL)]
+    math_avg = mean_of(each[: len(MATH)])
+    return [math_avg, mean_of([math_avg, *each[len(MATH) :]]), *each]
 
 
 def beside_paper(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
@@ -368,12 +342,12 @@ def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
         folders = evaluations.get((name, t), [])
         if folders or (experiment in PAPER and name not in OTHERS):
             found = estimates(folders[0]) if folders else [None] * len(COLUMNS)
-            rows.append([f"ours: {label}", *_cells(found, known)])
-        rows += [[f"{who}: {label}", *_cells(found, known)] for who, found in judged(folders[:1])]
+            rows.append([f"ours: {label}", *cells(found, known)])
+        rows += [[f"{who}: {label}", *cells(found, known)] for who, found in judged(folders[:1])]
         if len(folders) > 1:
             seeds = zip(*(estimates(folder) for folder in folders), strict=True)
             rows.append([f"ours, {len(folders)} seeds: {label}", *(_seeds_cell(values) for values in seeds)])
-    if not any(cell for row in rows if row[0].startswith("ours") for cell in row[1:]):
+    if not any(text for row in rows if row[0].startswith("ours") for text in row[1:]):
         return ""
     return plots.table_markdown(rows, ["run", *COLUMNS])
 
@@ -391,23 +365,17 @@ def judged(folders: Sequence[Path]) -> Iterator[tuple[str, list[Estimate | None]
     """Yields (who judged and how, estimates) for each kind of verdicts found."""
     for folder in folders:
         for suffix, protocol, _ in PROTOCOLS.values():
-            if reports := _metrics(folder, f".{suffix}").values():
+            paths = [folder / f"{name}.{suffix}.json" for name in (*MATH, *GENERAL)]
+            if reports := [json.loads(path.read_text()) for path in paths if path.exists()]:
                 names = ", ".join(sorted({report["judge"] for report in reports}))
                 failures = sum(sum(report["failures"].values()) for report in reports)
                 how = f"{protocol.split(':')[0]}, {failures} failures"
                 yield f"ours, judge {names} ({how})", estimates(folder, f".{suffix}")
 
 
-def _cells(found: Sequence[Estimate | None], paper: Sequence[float]) -> list[str]:
-    return [_cell(estimate, number) for estimate, number in itertools.zip_longest(found, paper)]
-
-
-def _cell(estimate: Estimate | None, paper: float | None) -> str:
-    if estimate is None:
-        return ""
-    difference = "" if paper is None else f" ({estimate.value - paper:+.2f})"
-    part = "" if estimate.questions is None else f" n={estimate.questions}"
-    return f"{estimate.value:.2f}{difference} [{estimate.low:.1f}, {estimate.high:.1f}]{part}"
+def cells(found: Sequence[Estimate | None], paper: Sequence[float]) -> list[str]:
+    """Cells of a row with the differences from the paper's numbers, which may be fewer."""
+    return [cell(estimate, number, 2) for estimate, number in itertools.zip_longest(found, paper)]
 
 
 def _seeds_cell(values: Sequence[Estimate | None]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.estimates import decodings
 from common import plots
 from common.cli import run_main
 from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
@@ -119,11 +120,12 @@ def report(args: ScriptArguments) -> str:
     for dataset in sorted({dataset for dataset, _, _ in runs}):
         mine = {(name, seed): run for (d, name, seed), run in runs.items() if d == dataset}
         drawn = figures(folder / "figures", dataset, mine)
+        files = {_label(*key): _metrics_file(run, dataset) for key, run in mine.items()}
         parts += [
             f"## {dataset}",
             trained_with({_label(*key): run for key, run in mine.items()}, ("model",)),
-            f"{decodings(mine, dataset)} *Best*, *mean* and *last* are of a run's checkpoints; the best is chosen on "
-            "the test problems, as in the paper, and optimistic. The interval is 95 % over problems.",
+            f"{decodings(files, 'problems')}. *Best*, *mean* and *last* are of a run's checkpoints; the best is "
+            "chosen on the test problems, as in the paper, and optimistic. The interval is 95 % over problems.",
             accuracy_table(mine),
             differences(mine),
             letter_table(mine),
@@ -155,20 +157,6 @@ def _curve_points(run: Path) -> list[dict[str, Any]]:
     return [{**point, "step": point["step"] / _steps_per_batch(run)} for point in curve(run)["curve"]]
 
 
-def decodings(runs: dict[tuple[str, str], Path], dataset: str) -> str:
-    """How the runs of a data set were evaluated, by their records; a warning if not all in the same way."""
-    found: dict[str, list[str]] = {}
-    for (name, seed), run in runs.items():
-        record = _record(run, dataset)
-        used, asked = record["decoding"], f"{record['questions']} problems, {record['samples']} samples each"
-        how = f"{asked} at temperature {used['temperature']}, top-p {used['top_p']}"
-        found.setdefault(how, []).append(_label(name, seed))
-    if len(found) == 1:
-        return f"{next(iter(found))}."
-    lines = [f"{', '.join(names)}: {how}" for how, names in found.items()]
-    return f"Evaluated in different ways, so that the rows do not compare: {'; '.join(lines)}."
-
-
 def _last_evaluation(run: Path) -> Path:
     step = curve(run)["curve"][-1]["step"]
     folder = run / "eval" / f"checkpoint-{step}"
@@ -179,9 +167,9 @@ def _label(name: str, seed: str) -> str:
     return NAMES[name] + (f" seed {seed}" if name != "base" else "")
 
 
-def _record(run: Path, dataset: str) -> dict[str, Any]:
+def _metrics_file(run: Path, dataset: str) -> Path:
     """What the last evaluation wrote beside its sample records; all evaluations of a run have the same settings."""
-    return json.loads((_last_evaluation(run) / f"{dataset}.json").read_text())
+    return _last_evaluation(run) / f"{dataset}.json"
 
 
 def last_scores(run: Path, dataset: str) -> list[list[float]]:
@@ -313,7 +301,7 @@ def paper_table(experiment: str, runs: dict[tuple[str, str, str], Path]) -> str:
 
 def _part(runs: dict[str, Path]) -> str:
     """Number of problems, such as " n=20", of the data sets that were evaluated in part; "" without any."""
-    asked = {dataset: _record(run, dataset)["questions"] for dataset, run in runs.items()}
+    asked = {name: json.loads(_metrics_file(run, name).read_text())["questions"] for name, run in runs.items()}
     partial = [count for dataset, count in asked.items() if count < DATASETS[dataset].test]
     return f" n={sum(partial)}" if partial else ""
 

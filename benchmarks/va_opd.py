@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.estimates import Estimate, cell, decodings, estimate_of, mean_of, part_of
 from common import plots
 from common.cli import run_main
 from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
-from common.evaluation import BENCHMARKS, check_same_questions, headline, paired_scores, scores_by_question
+from common.evaluation import BENCHMARKS, check_same_questions, paired_scores, scores_by_question
 from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
 from va_opd.evaluate import benchmark_name
 from va_opd.objective import high_tokens
@@ -72,6 +73,7 @@ NOT_THE_PAPER = (
     "No benchmark of the paper was evaluated in this experiment, so these results do not reproduce it. Once one is, "
     "the paper's Tables 1 and 2 appear here with our numbers beside them."
 )
+Results = dict[str, dict[str, Estimate]]  # by run and benchmark
 MEANING = (
     "VA (visual advantage) of a token: what the true image adds to the teacher's log-probability of it over the "
     "pixelated image, in nats, and 0 where it adds nothing."
@@ -111,7 +113,7 @@ def report(args: ScriptArguments, seed: int) -> str:
     parts = [
         f"# VA-OPD, experiment {args.experiment}, seed {seed}",
         "" if results else NOT_THE_PAPER,
-        f"{decoding_line(named, args)}; intervals are 95 %, clustered by problem.",
+        f"{decodings(metrics_files(named, args), 'held-out problems')}; intervals are 95 %, clustered by problem.",
         trained_with(named, ("model", "teacher")),
         selection_line(last),
         measured_table(scores, rollouts, last),
@@ -137,17 +139,9 @@ def sample_scores(run: Path, args: ScriptArguments, kind: str) -> list[list[floa
     return scores_by_question(run / "eval", benchmark_name(args, kind == "pixelated"))
 
 
-def decoding_line(runs: dict[str, Path], args: ScriptArguments) -> str:
-    """How runs were evaluated on the held-out problems, by their records; a warning if not all in the same way."""
-    kinds: dict[str, list[str]] = {}
-    for label, run in runs.items():
-        record = json.loads((run / "eval" / f"{benchmark_name(args)}.json").read_text())
-        asked = f"{record['questions']} held-out problems, {record['samples']} samples each"
-        kinds.setdefault(f"{asked} at temperature {record['decoding']['temperature']}", []).append(label)
-    if len(kinds) == 1:
-        return next(iter(kinds))
-    lines = [f"{', '.join(labels)}: {kind}" for kind, labels in kinds.items()]
-    return f"Evaluated in different ways, so that accuracies do not compare: {'; '.join(lines)}"
+def metrics_files(runs: dict[str, Path], args: ScriptArguments) -> dict[str, Path]:
+    """The metrics of each run on the held-out problems."""
+    return {label: run / "eval" / f"{benchmark_name(args)}.json" for label, run in runs.items()}
 
 
 def last_checkpoint_scores(run: Path, args: ScriptArguments) -> list[list[float]] | None:
@@ -279,30 +273,26 @@ def seeds_table(folder: Path, args: ScriptArguments) -> str:
     table = plots.table_markdown(rows, columns)
     chosen = any(folder.glob("*-seed*/eval/selection.json"))
     note = "Checkpoints chosen on these problems, see above." if chosen else ""
-    return "\n\n".join(filter(None, ["## All seeds", f"{decoding_line(evaluated, args)}.", note, table]))
+    how = decodings(metrics_files(evaluated, args), "held-out problems")
+    return "\n\n".join(filter(None, ["## All seeds", f"{how}.", note, table]))
 
 
-def vision_results(folder: Path, seed: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Metrics by run and benchmark, for those of the paper's eight benchmarks that were evaluated."""
-    results: dict[str, dict[str, dict[str, Any]]] = {}
+def vision_results(folder: Path, seed: int) -> Results:
+    """Estimates by run and benchmark, for those of the paper's eight benchmarks that were evaluated."""
+    results: Results = {}
     for name in NAMES:
         for benchmark in MATH + VISUAL:
-            path = folder / f"{name}-seed{seed}" / "eval" / f"{benchmark}.json"
-            if path.exists() and headline(metrics := json.loads(path.read_text()))[0] is not None:
-                results.setdefault(name, {})[benchmark] = metrics
+            if found := estimate_of(benchmark, folder / f"{name}-seed{seed}" / "eval" / f"{benchmark}.json"):
+                results.setdefault(name, {})[benchmark] = found
     return results
 
 
-def mean_score(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...]) -> tuple[float, float, float] | None:
-    """Mean over benchmarks in percent and its interval, with independent errors; None if one is missing."""
-    if not all(benchmark in metrics for benchmark in benchmarks):
-        return None
-    found = [headline(metrics[benchmark]) for benchmark in benchmarks]
-    value, low, high = mean_of_independent([(score, *ends) for score, ends in found])
-    return 100 * value, 100 * low, 100 * high
+def mean_score(results: Results, name: str, benchmarks: tuple[str, ...]) -> Estimate | None:
+    """Mean of a run over benchmarks; None if one is missing."""
+    return mean_of([results.get(name, {}).get(benchmark) for benchmark in benchmarks])
 
 
-def beside_paper(folder: Path, seed: int, results: dict[str, dict[str, dict[str, Any]]]) -> str:
+def beside_paper(folder: Path, seed: int, results: Results) -> str:
     """The paper's tables with ours beside them, for an experiment with `vision_results`."""
     parts = [
         "## The paper's Table 1 (8B -> 2B, Geometry3K)",
@@ -317,7 +307,7 @@ def beside_paper(folder: Path, seed: int, results: dict[str, dict[str, dict[str,
     return "\n\n".join(part for part in parts if part)
 
 
-def paper_table(experiment: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
+def paper_table(experiment: str, results: Results) -> str:
     """The paper's numbers with ours beside them; differences only for the paper's experiment, since any other has
     another teacher, other data or other settings."""
     rows = []
@@ -326,7 +316,8 @@ def paper_table(experiment: str, results: dict[str, dict[str, dict[str, Any]]]) 
         for i, benchmarks in enumerate(COLUMNS.values()):
             paper = PAPER[name][i] if name in PAPER else None
             compared = paper if experiment == "geo3k" else None
-            cells += ["" if paper is None else f"{paper:.1f}", our_cell(results.get(name, {}), benchmarks, compared)]
+            ours = cell(mean_score(results, name, benchmarks), compared, 1)
+            cells += ["" if paper is None else f"{paper:.1f}", ours]
         rows.append([NAMES[name], *cells])
     return plots.table_markdown(rows, ["method", *(head for column in COLUMNS for head in (column, "ours"))])
 
@@ -349,22 +340,7 @@ def shorter_line(folder: Path, seed: int) -> str:
     return f"Trained for less than the paper's 5 epochs of all problems in {folder.name}: {said}." if said else ""
 
 
-def our_cell(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...], paper: float | None) -> str:
-    found = mean_score(metrics, benchmarks)
-    if found is None:
-        return ""
-    value, low, high = found
-    difference = "" if paper is None else f" ({value - paper:+.1f})"
-    return f"{value:.1f}{difference} [{low:.1f}, {high:.1f}]{part_of(metrics, benchmarks)}"
-
-
-def part_of(metrics: dict[str, dict[str, Any]], benchmarks: tuple[str, ...]) -> str:
-    """Number of questions, such as " n=60", of the benchmarks that were asked in part; "" without any."""
-    partial = [metrics[name]["questions"] for name in benchmarks if metrics[name]["questions"] < BENCHMARKS[name].rows]
-    return f" n={sum(partial)}" if partial else ""
-
-
-def vision_differences(folder: Path, seed: int, results: dict[str, dict[str, dict[str, Any]]]) -> str:
+def vision_differences(folder: Path, seed: int, results: Results) -> str:
     """VA-OPD minus Standard OPD, question by question, on the benchmarks that both were evaluated on, if any."""
     runs = [folder / f"{name}-seed{seed}" / "eval" for name in ("va_opd", "opd")]
     both = results.get("va_opd", {}).keys() & results.get("opd", {}).keys()
@@ -407,14 +383,13 @@ def scaling_table(experiments: Path, seed: int) -> str:
     return "\n\n".join(filter(None, ["## The paper's Table 2", table, *shorter]))
 
 
-def scaling_cell(results: dict[str, dict[str, dict[str, Any]]], benchmarks: tuple[str, ...]) -> str:
+def scaling_cell(results: Results, benchmarks: tuple[str, ...]) -> str:
     """Our cell of Table 2; empty if a benchmark of Standard OPD or VA-OPD is missing."""
-    metrics = [results.get(name, {}) for name in ("opd", "va_opd")]
-    means = [mean_score(found, benchmarks) for found in metrics]
-    if None in means:
+    opd, va_opd = (mean_score(results, name, benchmarks) for name in ("opd", "va_opd"))
+    if opd is None or va_opd is None:
         return ""
-    opd, va_opd = (f"{mean[0]:.1f}{part_of(found, benchmarks)}" for mean, found in zip(means, metrics, strict=True))
-    return f"{opd} -> {va_opd} ({means[1][0] - means[0][0]:+.1f})"
+    shown = " -> ".join(f"{mean.value:.1f}{part_of(mean)}" for mean in (opd, va_opd))
+    return f"{shown} ({va_opd.value - opd.value:+.1f})"
 
 
 def figures(folder: Path, args: ScriptArguments, runs: dict[str, Path], scores, rollouts, hours) -> list[Path]:

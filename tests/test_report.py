@@ -459,15 +459,18 @@ def test_seeds_are_in_the_order_of_their_numbers(runs):
 def test_seeds_that_were_evaluated_in_other_ways_are_named(runs):
     shutil.copytree(runs / "va_opd/mini/va_opd-seed0", runs / "va_opd/mini/va_opd-seed1")
     args, _ = parse_va_opd(["--config", str(runs / "va_opd/mini/opd-seed0/config.yaml"), f"--out={runs}", "--dry_run"])
-    equal = "6 held-out problems, 1 samples each at temperature 0.0"
+    equal = "6 held-out problems, 1 samples each at temperature 0.0, top-p 1.0"
     folder = va_opd.experiment_folder(args)
     assert va_opd.seeds_table(folder, args).startswith(f"## All seeds\n\n{equal}.\n\n| variant |")
     path = runs / "va_opd/mini/va_opd-seed1/eval/digits.json"
     record = json.loads(path.read_text())
     for change, how in (
-        ({"questions": 5}, "5 held-out problems, 1 samples each at temperature 0.0"),
-        ({"samples": 4}, "6 held-out problems, 4 samples each at temperature 0.0"),
-        ({"decoding": {"temperature": 0.6}}, "6 held-out problems, 1 samples each at temperature 0.6"),
+        ({"questions": 5}, "5 held-out problems, 1 samples each at temperature 0.0, top-p 1.0"),
+        ({"samples": 4}, "6 held-out problems, 4 samples each at temperature 0.0, top-p 1.0"),
+        (
+            {"decoding": {"temperature": 0.6, "top_p": 1.0}},
+            "6 held-out problems, 1 samples each at temperature 0.6, top-p 1.0",
+        ),
     ):
         atomic_write_json(path, {**record, **change})
         warning = f"accuracies do not compare: VA-OPD seed 0: {equal}; VA-OPD seed 1: {how}."

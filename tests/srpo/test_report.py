@@ -6,6 +6,7 @@ import shutil
 from training_runs import choices
 
 from benchmarks import srpo as report
+from benchmarks.estimates import decodings
 from common.runs import read_jsonl
 from srpo import train
 
@@ -59,12 +60,12 @@ def test_seconds_of_a_step_within_the_budgets(tmp_path):
 def test_the_report_says_what_the_records_say(evaluated, tmp_path):
     """Not the settings of its own command line; and that evaluations differ."""
     _, folder = evaluated
-    runs = {("base", "-"): folder}
-    assert report.decodings(runs, "additions") == "40 problems, 2 samples each at temperature 1.0, top-p 0.95."
+    files = {"base": report._metrics_file(folder, "additions")}
+    assert decodings(files, "problems") == "40 problems, 2 samples each at temperature 1.0, top-p 0.95"
     other = shutil.copytree(folder, tmp_path / "grpo")
     path = other / "eval/base/additions.json"
     path.write_text(path.read_text().replace('"temperature": 1.0', '"temperature": 0.6'))
-    assert report.decodings({**runs, ("grpo", "0"): other}, "additions") == (
-        "Evaluated in different ways, so that the rows do not compare: base: 40 problems, 2 samples each at "
-        "temperature 1.0, top-p 0.95; GRPO seed 0: 40 problems, 2 samples each at temperature 0.6, top-p 0.95."
+    assert decodings({**files, "GRPO seed 0": path}, "problems") == (
+        "Evaluated in different ways, so that accuracies do not compare: base: 40 problems, 2 samples each at "
+        "temperature 1.0, top-p 0.95; GRPO seed 0: 40 problems, 2 samples each at temperature 0.6, top-p 0.95"
     )

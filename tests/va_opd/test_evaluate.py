@@ -46,7 +46,9 @@ def test_results_of_other_settings_are_refused_without_loading_a_model(config, t
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
     args, _ = train.parse([*fields, "--eval_temperature", "0.5", "--eval_samples", "2"])
-    assert "8 held-out problems, 1 samples each at temperature 1.0;" in report.report(args, 0)  # of the record
+    assert "8 held-out problems, 1 samples each at temperature 1.0, top-p 1.0;" in report.report(
+        args, 0
+    )  # of the record
 
     with monkeypatch.context() as patch:
         weights = evaluate.weights_of(other=tiny_models["teacher"])["other"]

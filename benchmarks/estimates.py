@@ -1,0 +1,62 @@
+"""Our evaluations beside a paper's numbers: estimates in percent, means and cells of them, and how they were made."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from common.estimators import mean_of_independent
+from common.evaluation import BENCHMARKS, headline
+
+
+class Estimate(NamedTuple):
+    """A score in percent and the ends of its 95 % interval; `questions` if it is of a part of the set, else None."""
+
+    value: float
+    low: float
+    high: float
+    questions: int | None = None
+
+
+def estimate_of(benchmark: str, path: Path) -> Estimate | None:
+    """The headline of a metrics file; None without the file or the number."""
+    metrics = json.loads(path.read_text()) if path.exists() else {}
+    value, ends = headline(metrics) if metrics else (None, None)
+    if value is None:
+        return None
+    part = metrics["questions"] if metrics["questions"] < BENCHMARKS[benchmark].rows else None
+    return Estimate(100 * value, *(100 * end for end in ends), part)
+
+
+def mean_of(parts: Sequence[Estimate | None]) -> Estimate | None:
+    """Mean over benchmarks with independent errors; None if one is missing."""
+    if None in parts:
+        return None
+    return Estimate(*mean_of_independent([part[:3] for part in parts]), sum(p.questions or 0 for p in parts) or None)
+
+
+def part_of(estimate: Estimate) -> str:
+    """Number of questions, such as " n=60", of an estimate on a part of the set; else ""."""
+    return "" if estimate.questions is None else f" n={estimate.questions}"
+
+
+def cell(estimate: Estimate | None, paper: float | None, digits: int) -> str:
+    """`value (difference from the paper's) [low, high] n=part`; "" without an estimate."""
+    if estimate is None:
+        return ""
+    difference = "" if paper is None else f" ({estimate.value - paper:+.{digits}f})"
+    return f"{estimate.value:.{digits}f}{difference} [{estimate.low:.1f}, {estimate.high:.1f}]{part_of(estimate)}"
+
+
+def decodings(files: Mapping[str, Path], what: str) -> str:
+    """How evaluations were made, by metrics file of each label; a warning if not all in the same way."""
+    kinds: dict[str, list[str]] = {}
+    for label, file in files.items():
+        record = json.loads(file.read_text())
+        used, asked = record["decoding"], f"{record['questions']} {what}, {record['samples']} samples each"
+        how = f"{asked} at temperature {used['temperature']}, top-p {used['top_p']}"
+        kinds.setdefault(how, []).append(label)
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    lines = [f"{', '.join(labels)}: {how}" for how, labels in kinds.items()]
+    return f"Evaluated in different ways, so that accuracies do not compare: {'; '.join(lines)}"
