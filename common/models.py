@@ -105,11 +105,11 @@ def load_model(
             raise _cut(name, error) from error
     config = load_config(name)
     auto = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if load_in_4bit:
-        options["quantization_config"] = nf4_config()
+    quantization = nf4_config() if load_in_4bit else None
     try:
-        model = auto.from_pretrained(name, dtype=dtype, **options)
+        model = auto.from_pretrained(
+            name, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization
+        )
     except OSError as error:
         raise ModelNotFound(f"model {name!r}: {str(error).splitlines()[0]}") from error
     except SafetensorError as error:
@@ -192,19 +192,13 @@ def empty_model(name: str, attn_implementation: str | None = None) -> PreTrained
     """The model by its config alone, on the meta device: no weight is loaded."""
     config = load_config(name)
     auto = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
-        return auto.from_config(config, **options)
-
-
-def parameters_of_config(name: str) -> int:
-    """Number of parameters, from the config alone: no weight is loaded."""
-    return empty_model(name).num_parameters()
+        return auto.from_config(config, attn_implementation=attn_implementation)
 
 
 def guess_parameters(name: str) -> float | None:
     """Parameters of a local model, or the size in a hub id such as Qwen3-VL-8B; None if the id holds no size."""
     if Path(name).exists():
-        return parameters_of_config(name)
+        return empty_model(name).num_parameters()
     size = re.search(r"(\d+(?:\.\d+)?)B(?![a-zA-Z])", name)
     return float(size.group(1)) * 1e9 if size else None
