@@ -219,28 +219,24 @@ class VLLMEngine:
             Completion(out.outputs[0].text, len(out.outputs[0].token_ids), out.outputs[0].finish_reason)
             for out in outputs
         ]
-        self._warn_of_cuts(completions, decoding.max_new_tokens)
+        config = self.llm.model_config
+        if config.max_model_len < getattr(config.hf_text_config, "max_position_embeddings", 0):
+            why = f", since the GPU's memory holds prompts and responses of {config.max_model_len}"
+            remedy = "raise gpu_memory_utilization in engine_options"
+            _warn_of_cuts(self, completions, decoding.max_new_tokens, f"{why}: {remedy}")
         return completions
 
-    def _warn_of_cuts(self, completions: list[Completion], limit: int) -> None:
-        """Warns once, since vLLM silently cuts a response that does not fit into its memory."""
-        config = self.llm.model_config
-        own = getattr(config.hf_text_config, "max_position_embeddings", 0)
-        if not self.warns_of_cuts or config.max_model_len >= own:
-            return
-        if cut := _cut_short(completions, limit):
-            self.warns_of_cuts = False
-            print(
-                f"{self.name}: {cut} responses were cut short of {limit} tokens, since the GPU's memory holds prompts "
-                f"and responses of {config.max_model_len}: raise gpu_memory_utilization in engine_options and "
-                "evaluate into another folder: records stay",
-                file=sys.stderr,
-            )
 
-
-def _cut_short(completions: Sequence[Completion | None], limit: int) -> int:
-    """How many responses were cut before they had `limit` tokens."""
-    return sum(done is not None and done.finish_reason == "length" and done.num_tokens < limit for done in completions)
+def _warn_of_cuts(engine: Any, completions: Sequence[Completion | None], limit: int, why: str) -> None:
+    """Warns once of responses that were cut before they had `limit` tokens, which vLLM does without a word."""
+    cut = sum(done is not None and done.finish_reason == "length" and done.num_tokens < limit for done in completions)
+    if engine.warns_of_cuts and cut:
+        engine.warns_of_cuts = False
+        print(
+            f"{engine.name}: {cut} responses were cut short of {limit} tokens{why} and evaluate into another folder: "
+            "records stay",
+            file=sys.stderr,
+        )
 
 
 def deciding_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -379,13 +375,8 @@ class ServerEngine:
             for result, no in zip(results, refused, strict=True)
         ]
         # vLLM takes a prompt that leaves less room for the answer than was asked for
-        if self.warns_of_cuts and (cut := _cut_short(completions, decoding.max_new_tokens)):
-            self.warns_of_cuts = False
-            print(
-                f"{self.name}: {cut} responses were cut short of {decoding.max_new_tokens} tokens by the server at "
-                f"{self.base_url}: serve it with a longer context and evaluate into another folder: records stay",
-                file=sys.stderr,
-            )
+        why = f" by the server at {self.base_url}: serve it with a longer context"
+        _warn_of_cuts(self, completions, decoding.max_new_tokens, why)
         return completions
 
     def _one(self, prompt: Prompt, decoding: Decoding, seed: int) -> Completion | Exception:
