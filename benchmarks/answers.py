@@ -16,7 +16,6 @@ predictions as Python code: give it no file that you do not trust. Writes benchm
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -31,7 +30,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.machine import machine
+from benchmarks.machine import in_own_process, machine
 from common import plots
 from common.answers import check, grade, grade_many, same_answer
 from common.cli import run_main
@@ -280,9 +279,7 @@ def measure_batch(names: list[str], repeats: int, limit: float, size: tuple[int,
     pairs, result = batch_pairs(*size), {}
     for name in names:
         if name == "ours":
-            with contextlib.closing(multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)) as pool:
-                runs = [pool.apply(grade_batch, size) for _ in range(repeats)]
-            pool.join()
+            runs = [in_own_process(grade_batch, *size) for _ in range(repeats)]
         else:
             with Checker(name, limit) as checker:
                 answers = [
