@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.estimators import mean_of_independent
+from common.estimators import mean_of_independent, over_seeds
 from common.evaluation import BENCHMARKS, headline
 
 
@@ -46,6 +46,14 @@ def cell(estimate: Estimate | None, paper: float | None, digits: int) -> str:
         return ""
     difference = "" if paper is None else f" ({estimate.value - paper:+.{digits}f})"
     return f"{estimate.value:.{digits}f}{difference} [{estimate.low:.1f}, {estimate.high:.1f}]{part_of(estimate)}"
+
+
+def mean_sd(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean over seeds, and `± standard deviation` of several; "" if one has no value."""
+    if None in values:
+        return ""
+    mean, deviation, *_ = over_seeds(values)
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 def decodings(files: Mapping[str, Path], what: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.estimates import Estimate, cell, estimate_of, mean_of
+from benchmarks.estimates import Estimate, cell, estimate_of, mean_of, mean_sd
 from common import plots
 from common.cli import run_main
 from common.estimators import over_seeds, paired_difference
@@ -232,18 +232,11 @@ def iteration_table(histories: dict[tuple[str, str], list[dict[str, Any]]]) -> s
         seeds = [rows for (other, _), rows in histories.items() if other == name]
         for t in range(max(len(lines) for lines in seeds)):
             there = [lines[t] for lines in seeds if t < len(lines)]  # a seed may still be on its way
-            cells = [_mean_sd([line.get(column) for line in there]) for column in columns]
+            values = [[line.get(column) for line in there] for column in columns]
+            cells = [mean_sd(found, 0 if isinstance(found[0], int) else 3) for found in values]
             rows.append([f"{NAMES.get(name, name)}, {f'iteration {t}' if t else 'base'}", len(there), *cells])
     heads = [column.removeprefix("challenger/").replace("_", " ") for column in columns]
     return plots.table_markdown(rows, ["run", "seeds", *heads])
-
-
-def _mean_sd(values: Sequence[float | None]) -> str:
-    if None in values:
-        return ""
-    digits = 0 if isinstance(values[0], int) else 3
-    mean, deviation, *_ = over_seeds(values)
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 def differences(runs: dict[tuple[str, str], Path]) -> str:
@@ -346,7 +339,12 @@ def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
         rows += [[f"{who}: {label}", *cells(found, known)] for who, found in judged(folders[:1])]
         if len(folders) > 1:
             seeds = zip(*(estimates(folder) for folder in folders), strict=True)
-            rows.append([f"ours, {len(folders)} seeds: {label}", *(_seeds_cell(values) for values in seeds)])
+            rows.append(
+                [
+                    f"ours, {len(folders)} seeds: {label}",
+                    *(mean_sd([e and e.value for e in found], 2) for found in seeds),
+                ]
+            )
     if not any(text for row in rows if row[0].startswith("ours") for text in row[1:]):
         return ""
     return plots.table_markdown(rows, ["run", *COLUMNS])
@@ -376,13 +374,6 @@ def judged(folders: Sequence[Path]) -> Iterator[tuple[str, list[Estimate | None]
 def cells(found: Sequence[Estimate | None], paper: Sequence[float]) -> list[str]:
     """Cells of a row with the differences from the paper's numbers, which may be fewer."""
     return [cell(estimate, number, 2) for estimate, number in itertools.zip_longest(found, paper)]
-
-
-def _seeds_cell(values: Sequence[Estimate | None]) -> str:
-    if None in values:
-        return ""
-    mean, deviation, *_ = over_seeds([estimate.value for estimate in values])
-    return f"{mean:.2f} ± {deviation:.2f}"
 
 
 def figures(folder: Path, runs: dict[tuple[str, str], Path], histories) -> list[Path]:

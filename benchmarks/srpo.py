@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.estimates import decodings
+from benchmarks.estimates import decodings, mean_sd
 from common import plots
 from common.cli import run_main
-from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
+from common.estimators import avg_at_k, interval, mean_of_independent, paired_difference
 from common.evaluation import paired_scores, scores_by_question
 from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
 from common.verifiers import LETTERS
@@ -179,12 +179,9 @@ def last_scores(run: Path, dataset: str) -> list[list[float]]:
 
 def accuracy_table(runs: dict[tuple[str, str], Path]) -> str:
     rows = []
-    for name in NAMES:
-        seeds = [curve(run) for (other, _), run in runs.items() if other == name]
-        if not seeds:
-            continue
-        cells = [f"{_mean_sd([seed['all'][kind] for seed in seeds])}" for kind in ("best", "mean", "last")]
-        first = next(run for (other, _), run in runs.items() if other == name)
+    for name, first in _first_seeds(runs).items():
+        seeds = [curve(run)["all"] for (other, _), run in runs.items() if other == name]
+        cells = [mean_sd([seed[kind] for seed in seeds]) for kind in ("best", "mean", "last")]
         low, high = interval(last_scores(first, first.parent.name.rpartition("-")[2]))
         seconds = [line["step_time"] for line in _metrics(first) if line.get("step_time")]
         time = f"{np.mean(seconds):.2f}" if seconds else ""
@@ -192,11 +189,6 @@ def accuracy_table(runs: dict[tuple[str, str], Path]) -> str:
     columns = ["variant", "seeds", "best", "mean", "last", "95 % of last, first seed", "seconds per step"]
     note = "Trainings that ran side by side on one machine took time from each other, in seconds and in hours."
     return f"{plots.table_markdown(rows, columns)}\n\n{note}"
-
-
-def _mean_sd(values: list[float]) -> str:
-    mean, deviation, _, _ = over_seeds(values)
-    return f"{mean:.3f}" + (f" ± {deviation:.3f}" if len(values) > 1 else "")
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
@@ -236,7 +228,8 @@ def letter_table(runs: dict[tuple[str, str], Path]) -> str:
 
 def _first_seeds(runs: dict[tuple[str, str], Path]) -> dict[str, Path]:
     """Variant -> run of its first seed, in the order of `NAMES`."""
-    return {name: run for name in NAMES for run in [r for (other, _), r in runs.items() if other == name][:1]}
+    first = {name: run for (name, _), run in reversed(runs.items())}
+    return {name: first[name] for name in NAMES if name in first}
 
 
 def differences(runs: dict[tuple[str, str], Path]) -> str:
