@@ -86,7 +86,7 @@ class Written(LogitsProcessor):
 class CountingEngine(LocalCoderEngine):
     """Counts requests, forwards and tokens of the coder, padding included, in `counts`."""
 
-    def __init__(self, programs: dict[str, str], batch_size: int = 16):
+    def __init__(self, programs: dict[str, str]):
         words = tokenizer()
         torch.manual_seed(0)
         config = Qwen3Config(
@@ -101,7 +101,7 @@ class CountingEngine(LocalCoderEngine):
             pad_token_id=words.pad_token_id,
             eos_token_id=words.eos_token_id,
         )
-        super().__init__(Qwen3ForCausalLM(config), words, batch_size, name="tiny coder")
+        super().__init__(Qwen3ForCausalLM(config), words, batch_size=16, name="tiny coder")
         self.programs, self.counts = programs, Counter[str]()
         self._generate, self.model.generate = self.model.generate, self._written
         self.model.register_forward_pre_hook(self._count, with_kwargs=True)

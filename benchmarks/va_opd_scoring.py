@@ -15,6 +15,7 @@ Writes benchmarks/results/va_opd_scoring.json.
 
 import argparse
 import math
+import statistics
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
@@ -367,10 +368,11 @@ def flops(size: str, image: int, text: int, response: int) -> dict[str, float]:
     return {"vision": tower, "prompt": tokens(prompt, 0), "response": tokens(response, prompt), "head": head}
 
 
-def predicted(image: int = 960, text: int = 64, response: int = 512, mean: float = 0.6) -> dict[str, Any]:
+def predicted() -> dict[str, float]:
     """Ratios of FLOPs for the 8B teacher, and the share of VA in a step of the paper's size on eight A100."""
-    work, found = flops("8B", image, text, response), {}
-    for name, share in (("equal", 1.0), ("uneven", mean)):
+    image, text, found = 960, 64, {}
+    work = flops("8B", image, text, 512)
+    for name, share in (("equal", 1.0), ("uneven", statistics.mean(UNEVEN))):
         once, each = work["vision"] + work["prompt"], work["response"]
         ours = once + K * share * (each + work["head"])
         found[f"teacher scoring, {name} lengths"] = K * (once + each + share * work["head"]) / ours

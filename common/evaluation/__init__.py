@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .benchmarks import BENCHMARKS, Benchmark, Source, load_benchmark
+from .benchmarks import BENCHMARKS, Benchmark, load_benchmark
 from .engines import Completion, Decoding, Engine, Prompt, ServerEngine, VLLMEngine, json_options, load_engine
 from .run import (
     check_same_questions,
@@ -14,7 +14,7 @@ from .run import (
     score_responses,
     scores_by_question,
 )
-from .scoring import answer_row, headline, summarize
+from .scoring import headline, summarize
 from .vision import VISION
 
 BENCHMARKS.update(VISION)
@@ -27,10 +27,8 @@ __all__ = [
     "Engine",
     "Prompt",
     "ServerEngine",
-    "Source",
     "TransformersEngine",
     "VLLMEngine",
-    "answer_row",
     "check_same_questions",
     "evaluate",
     "generate_samples",
