@@ -15,7 +15,6 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .runs import (
     UNFINISHED,
-    RunFolderError,
     begin_checkpoint,
     checkpoint_fault,
     checkpoints,
@@ -30,7 +29,7 @@ LOG_SUMS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_token
 def resume_point(trainer: Any) -> Path | None:
     """The newest whole checkpoint of a trainer's run, None if there is nothing to resume from.
 
-    If a newer one is not whole, stderr says so. Raises `RunFolderError` if checkpoints are damaged and none is whole,
+    If a newer one is not whole, stderr says so. Raises `ValueError` if checkpoints are damaged and none is whole,
     and `ValueError` if the checkpoint is of another number of processes, or of DeepSpeed and this launch is not (or
     the reverse), and if new checkpoints would have no weights.
     """
@@ -44,7 +43,7 @@ def resume_point(trainer: Any) -> Path | None:
         faults[folder] = checkpoint_fault(folder)
     damaged = [f"{folder}: {fault}" for folder, fault in faults.items() if fault != UNFINISHED]
     if damaged and checkpoint is None:
-        raise RunFolderError(
+        raise ValueError(
             f"{damaged[0]}, and no older checkpoint can be resumed from: restore its files, or delete all checkpoint "
             "folders beside it, then the same command starts from the beginning"
         )

@@ -28,10 +28,6 @@ from common.lora import adapter_base, differentiable_after_evaluation, nf4_confi
 TOKENIZER_FILES = ("*token*", "vocab*", "tekken*", "*.model")
 
 
-class ModelNotFound(ValueError):
-    """Neither a local folder nor reachable on the hub, or a folder without a model."""
-
-
 class _ImageOnly:
     """Qwen's video processors need torchvision. A processor whose `__init__` does not name one is accepted, because
     `ProcessorMixin` reads its parts off that signature; it saves and loads by its own class."""
@@ -58,10 +54,10 @@ IMAGE_ONLY = {"qwen3_vl": ImageOnlyQwen3VLProcessor, "qwen2_5_vl": ImageOnlyQwen
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """The config of a hub id or local folder, for an adapter that of its base; raises `ModelNotFound` without one."""
+    """The config of a hub id or local folder, for an adapter that of its base; raises `ValueError` without one."""
     name = adapter_base(name) or name
     if Path(name).is_file():
-        raise ModelNotFound(f"model {name!r} is a file: pass the folder that it is in")
+        raise ValueError(f"model {name!r} is a file: pass the folder that it is in")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -71,7 +67,7 @@ def load_config(name: str) -> PretrainedConfig:
             problem = "there is no such folder"
         else:
             problem = "it is no local folder, and the hub cannot be reached or has no model of this name"
-        raise ModelNotFound(f"model {name!r}: {problem}; pass a hub id or a folder made by save_pretrained") from error
+        raise ValueError(f"model {name!r}: {problem}; pass a hub id or a folder made by save_pretrained") from error
 
 
 def is_vlm(config: PretrainedConfig) -> bool:
@@ -111,7 +107,7 @@ def load_model(
             name, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization
         )
     except OSError as error:
-        raise ModelNotFound(f"model {name!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"model {name!r}: {str(error).splitlines()[0]}") from error
     except SafetensorError as error:
         raise _cut(name, error) from error
     if load_in_4bit:
@@ -119,9 +115,9 @@ def load_model(
     return model if device is None else model.to(device)
 
 
-def _cut(name: str, error: SafetensorError) -> ModelNotFound:
+def _cut(name: str, error: SafetensorError) -> ValueError:
     """The error for a weights file that was cut off: safetensors' own names neither the file nor the model."""
-    return ModelNotFound(f"model {name!r}: its weights are not whole ({error}); copy or download it again")
+    return ValueError(f"model {name!r}: its weights are not whole ({error}); copy or download it again")
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -129,7 +125,7 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, padding_side="left")
     except Exception as error:  # for a cut file tokenizers raises a plain one, without its name
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelNotFound(
+        raise ValueError(
             f"model {name!r}: its tokenizer cannot be loaded ({cause}); copy or download it again"
         ) from error
 
@@ -145,7 +141,7 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     config = load_config(name)
     files = (file for pattern in TOKENIZER_FILES for file in Path(name).glob(pattern))
     if Path(name).is_dir() and not any(files):  # else AutoTokenizer makes one without tokens
-        raise ModelNotFound(
+        raise ValueError(
             f"model {name!r}: the folder holds no tokenizer; save that of its base model into it, as in "
             "AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER)"
         )
@@ -161,12 +157,12 @@ def load_processor(name: str) -> ProcessorMixin | PreTrainedTokenizerBase:
     try:
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ImportError, ValueError, AttributeError) as error:
-        raise ModelNotFound(
+        raise ValueError(
             f"the processor of {name!r} ({config.model_type}) cannot be loaded: {str(error).strip().splitlines()[0]}; "
             "this family may need torchvision (the build that matches torch)"
         ) from error
     if not isinstance(processor, ProcessorMixin):
-        raise ModelNotFound(
+        raise ValueError(
             f"{name!r} ({config.model_type}) reads images, but only a {type(processor).__name__} was found: save its "
             "processor into the folder, or install torchvision (the build that matches torch)"
         )

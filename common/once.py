@@ -20,10 +20,6 @@ from common.versions import installed
 SMALL = 1 << 26  # bytes up to which a finished stage's files are read again before they are trusted
 
 
-class StageError(ValueError):
-    """A stage cannot run or cannot be trusted. The message names the folder and the remedy."""
-
-
 def once(folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Does `work(folder)` unless it is done, and returns the content of DONE.json.
 
@@ -32,7 +28,7 @@ def once(folder: Path, inputs: dict[str, Any], work: Callable[[Path], dict[str, 
         inputs: what decides the result besides the run's settings: digests of earlier stages, numbers, names.
         work: makes the files of the folder and returns counts. Called again after a kill, it must end with the same.
 
-    Raises `StageError` if the folder was started from other inputs, or if a file is missing or has another size or, up
+    Raises `ValueError` if the folder was started from other inputs, or if a file is missing or has another size or, up
     to `SMALL` bytes, other content than when the stage ended.
     """
     for name in ("STARTED.json", "DONE.json"):
@@ -91,7 +87,7 @@ def _entry(path: Path) -> dict[str, Any]:
 def _check_inputs(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         if theirs.get(name) != ours.get(name):
-            raise StageError(
+            raise ValueError(
                 f"{folder} was made with {name}={theirs.get(name)!r}, now it is {ours.get(name)!r}: delete this "
                 "folder and those of the stages and iterations after it to make them anew"
             )
@@ -101,13 +97,13 @@ def _check_outputs(folder: Path, outputs: dict[str, dict[str, Any]]) -> None:
     for name, entry in outputs.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise StageError(f"{path} is missing or has another size than when its stage ended: delete {folder}")
+            raise ValueError(f"{path} is missing or has another size than when its stage ended: delete {folder}")
         if entry["bytes"] <= SMALL and _entry(path) != entry:
-            raise StageError(f"{path} was changed after its stage had ended: delete {folder} to make it anew")
+            raise ValueError(f"{path} was changed after its stage had ended: delete {folder} to make it anew")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise StageError(f"{path} is no JSON ({error}): delete {path.parent} to make it anew") from error
+        raise ValueError(f"{path} is no JSON ({error}): delete {path.parent} to make it anew") from error

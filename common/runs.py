@@ -36,10 +36,6 @@ BLOCKS, BLOCK_BYTES = 64, 1 << 16  # parts of a weights file that tell it from a
 DECIDING = ("config.json", "*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor_config.json")
 
 
-class RunFolderError(ValueError):
-    """The run folder cannot be used: it belongs to another run, or cannot be written. The message names the remedy."""
-
-
 def check_writable(folder: Path) -> None:
     """Makes the folder and a nameless file in it, so that an `OSError` comes now and not after minutes of work."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -318,34 +314,27 @@ class RunFolder:
             models: hub id or folder of each model that a run begins with, by field; the contents of folders are
                 compared.
 
-        Raises `RunFolderError` if the folder holds a run with other settings, data or models, or something else.
+        Raises `ValueError` if the folder holds a run with other settings, data or models, or something else.
         """
         path, config, models = Path(path), _plain(config), models or {}
         contents = {"weights": weights_of(**models), "folders": folders_of(**models)}
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if (path / "manifest.json").exists():
-                manifest = _same_run(path, config, data, seed)
-                _check_models(path, manifest, contents)
-                manifest["resumed"] = [*manifest["resumed"], _now()]
-                manifest.pop("error", None)  # of the previous start
-            elif any(not file.name.startswith(".") for file in path.iterdir()):  # not a killed writer's draft
-                raise RunFolderError(
-                    f"{path} holds files but no manifest.json, so it is no run folder: choose another out="
-                )
-            else:
-                manifest = _new_manifest(config, data, seed) | contents
-            folder = cls(path, manifest)
-            if not folder.is_done:
-                folder._write(state="running", ended=None)  # first, since it says whose folder this is
-            file, text = path / "config.yaml", yaml.safe_dump(config | _plain(free or {}), sort_keys=False)
-            if not file.exists() or (free is not None and file.read_text() != text):
-                atomic_write_text(file, text)
-            return folder
-        except OSError as error:
-            raise RunFolderError(
-                f"{path} cannot be written ({error.strerror or error}): choose another out="
-            ) from error
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / "manifest.json").exists():
+            manifest = _same_run(path, config, data, seed)
+            _check_models(path, manifest, contents)
+            manifest["resumed"] = [*manifest["resumed"], _now()]
+            manifest.pop("error", None)  # of the previous start
+        elif any(not file.name.startswith(".") for file in path.iterdir()):  # not a killed writer's draft
+            raise ValueError(f"{path} holds files but no manifest.json, so it is no run folder: choose another out=")
+        else:
+            manifest = _new_manifest(config, data, seed) | contents
+        folder = cls(path, manifest)
+        if not folder.is_done:
+            folder._write(state="running", ended=None)  # first, since it says whose folder this is
+        file, text = path / "config.yaml", yaml.safe_dump(config | _plain(free or {}), sort_keys=False)
+        if not file.exists() or (free is not None and file.read_text() != text):
+            atomic_write_text(file, text)
+        return folder
 
     @property
     def is_done(self) -> bool:
@@ -405,14 +394,14 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict
         }
         manifest["state"], manifest["resumed"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunFolderError(
+        raise ValueError(
             f"{path}/manifest.json cannot be read ({error!r}): choose another out= or delete the folder"
         ) from error
     ours = {**config, "seed": seed, **{f"data {k}": v for k, v in data.items()}}
     for name in sorted(ours.keys() | theirs.keys()):
         if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name)):
             wanted, found = (repr(side[name]) if name in side else "its default" for side in (ours, theirs))
-            raise RunFolderError(
+            raise ValueError(
                 f"{path} belongs to a run with {name}={found}, this one has {wanted}: give the flags that it was "
                 "begun with (its config.yaml has all), choose another out=, or delete the folder"
             )
@@ -420,12 +409,12 @@ def _same_run(path: Path, config: dict, data: dict[str, str], seed: int) -> dict
 
 
 def _check_models(path: Path, manifest: dict[str, Any], contents: dict[str, dict[str, str]]) -> None:
-    """Compares the digests of the models' folders that both sides have; raises `RunFolderError` if one differs."""
+    """Compares the digests of the models' folders that both sides have; raises `ValueError` if one differs."""
     for kind, held in {"weights": "other weights", "folders": "another config, tokenizer or template"}.items():
         ours, theirs = contents[kind], manifest.get(kind, {})
         for name in sorted(theirs.keys() & ours.keys()):
             if theirs[name] != ours[name]:
-                raise RunFolderError(
+                raise ValueError(
                     f"{path} belongs to a run that began when the folder of {name} held {held}: put back what it "
                     "held, choose another out=, or delete the folder of the run"
                 )

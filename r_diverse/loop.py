@@ -54,7 +54,7 @@ from common.cli import run_main, split_config
 from common.download import download
 from common.evaluation import BENCHMARKS, load_benchmark
 from common.lora import adapter_base
-from common.once import StageError, digest, once, read_counts, read_inputs
+from common.once import digest, once, read_counts, read_inputs
 from common.preemption import call, end_with_parent
 from common.runs import (
     RunFolder,
@@ -272,7 +272,7 @@ class SelfPlay:
             digests.append(digest(done))
             if (found := len(data.usable(files))) >= self._needed():
                 return files, digests
-        raise StageError(
+        raise ValueError(
             f"iteration {t} has {found} usable questions after {rounds} rounds of {run.candidates}, "
             f"{self._needed()} are needed: look at the drop reasons in {file.parent}/DONE.json; raise max_rounds, or "
             "begin another run with more candidates or a lower min_questions and a smaller batch of the Solver"
@@ -293,10 +293,10 @@ class SelfPlay:
         return rollouts // config.num_generations
 
     def _check_enough(self, t: int) -> None:
-        """Raises `StageError` if too few are left: those without a skill vector drop out after the last round."""
+        """Raises `ValueError` if too few are left: those without a skill vector drop out after the last round."""
         counts, needed = read_counts(self._folder(t, "filter")), self._generation_batch()
         if (rows := counts["current"] + counts["replayed"]) < needed:
-            raise StageError(
+            raise ValueError(
                 f"iteration {t} has {rows} questions with a solver program, {needed} make a batch of "
                 f"the Solver: look at the failures in {self._folder(t, 'embed')}/programs.jsonl; begin another run "
                 "with another coder or a smaller batch"
@@ -338,7 +338,7 @@ class SelfPlay:
         entropy = next((line["entropy"] for line in reversed(logged) if "entropy" in line), None)
         if problem := alarm.check(run, t, embeddings, rounds * run.candidates, labels, entropy):
             if run.alarm == "stop":
-                raise StageError(f"collapse alarm: {problem}; --alarm warn goes on")
+                raise ValueError(f"collapse alarm: {problem}; --alarm warn goes on")
             print(f"collapse alarm: {problem}", flush=True)
 
     def _evaluate(self, t: int, model: str) -> None:
@@ -424,7 +424,7 @@ class SelfPlay:
         print(f"$ {shown((phase, words))}", flush=True)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible(gpus)}
         if code := call(words, environment):
-            raise StageError(f"iteration {t}, {phase}: its command ended with exit code {code}")
+            raise ValueError(f"iteration {t}, {phase}: its command ended with exit code {code}")
 
 
 def _place(model: str, root: Path) -> str:

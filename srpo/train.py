@@ -158,7 +158,7 @@ def load_splits_of(args: ScriptArguments) -> "DatasetDict":
 
 
 def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
-    """The run's folder; `RunFolderError` where it holds a run with other settings, data or models to begin with."""
+    """The run's folder; `ValueError` where it holds a run with other settings, data or models to begin with."""
     return RunFolder.open(
         run_path(args, config),
         changed_settings(args, config, (*DERIVED, *MAY_CHANGE, *MACHINE_FIELDS)),

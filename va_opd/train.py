@@ -197,7 +197,7 @@ def row_options(args: ScriptArguments) -> dict[str, Any]:
 
 
 def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> RunFolder:
-    """The run's folder; `RunFolderError` where it holds a run with other settings, data or models to begin with."""
+    """The run's folder; `ValueError` where it holds a run with other settings, data or models to begin with."""
     settings = changed_settings(args, config, (*MAY_CHANGE, *MACHINE_FIELDS))
     free = {name: getattr(args, name) for name in MAY_CHANGE} | machine_settings(config)
     data, models = row_fingerprints(splits), {"model": args.model, "teacher": args.teacher}

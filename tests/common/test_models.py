@@ -34,19 +34,19 @@ from common.tiny import (
 )
 @pytest.mark.parametrize("load", [models.load_config, models.load_model, models.load_processor, models.empty_model])
 def test_a_missing_model_is_one_clear_sentence(name, message, load):
-    with pytest.raises(models.ModelNotFound, match=message) as error:
+    with pytest.raises(ValueError, match=message) as error:
         load(name)
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_model_or_with_a_broken_one(tmp_path):
-    with pytest.raises(models.ModelNotFound, match="no usable config.json"):
+    with pytest.raises(ValueError, match="no usable config.json"):
         models.load_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "not-a-family"}))
-    with pytest.raises(models.ModelNotFound, match="no usable config.json"):
+    with pytest.raises(ValueError, match="no usable config.json"):
         models.load_model(str(tmp_path))
     tiny_qwen3(hidden=32)[0].config.save_pretrained(tmp_path)
-    with pytest.raises(models.ModelNotFound) as error:  # a config without weights
+    with pytest.raises(ValueError, match="no file named model.safetensors|model '") as error:  # no weights
         models.load_model(str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -61,11 +61,11 @@ def test_files_that_a_copy_has_cut_are_named(tmp_path):
     peft.get_peft_model(base, lora_config(2)).save_pretrained(tmp_path / "adapter")
     for name, file in (("adapter", "adapter_model.safetensors"), ("base", "model.safetensors")):
         cut(tmp_path / name / file)
-        with pytest.raises(models.ModelNotFound, match=f"model '.*/{name}': .*; copy or download it again"):
+        with pytest.raises(ValueError, match=f"model '.*/{name}': .*; copy or download it again"):
             models.load_model(str(tmp_path / name))
     tiny_qwen3(hidden=32)[1].save_pretrained(tmp_path / "base")
     cut(tmp_path / "base" / "tokenizer.json")
-    with pytest.raises(models.ModelNotFound, match="model '.*/base': its tokenizer cannot be loaded .*; copy or "):
+    with pytest.raises(ValueError, match="model '.*/base': its tokenizer cannot be loaded .*; copy or "):
         models.load_processor(str(tmp_path / "base"))
     cut(settings := tmp_path / "adapter/adapter_config.json")
     for content in (settings.read_text(), "[]"):
@@ -79,9 +79,9 @@ def test_a_folder_without_a_tokenizer_and_a_file_are_one_clear_sentence(tmp_path
     """AutoTokenizer would make a tokenizer without tokens, in which every prompt is empty."""
     model, processor = build(hidden=32)
     model.save_pretrained(tmp_path)
-    with pytest.raises(models.ModelNotFound, match=f"model '{tmp_path}': the folder holds no tokenizer; save that of"):
+    with pytest.raises(ValueError, match=f"model '{tmp_path}': the folder holds no tokenizer; save that of"):
         models.load_processor(str(tmp_path))
-    with pytest.raises(models.ModelNotFound, match=r"config.json' is a file: pass the folder that it is in"):
+    with pytest.raises(ValueError, match=r"config.json' is a file: pass the folder that it is in"):
         models.load_config(str(tmp_path / "config.json"))
     processor.save_pretrained(tmp_path)
     models.load_processor(str(tmp_path))
@@ -152,7 +152,7 @@ def test_a_processor_of_another_family_pads_on_the_left_and_reads_images(tmp_pat
     monkeypatch.setattr(models.AutoProcessor, "from_pretrained", lambda name: processor)
     assert models.load_processor(str(tmp_path)).tokenizer.padding_side == "left"
     monkeypatch.setattr(models.AutoProcessor, "from_pretrained", lambda name: processor.tokenizer)
-    with pytest.raises(models.ModelNotFound, match=r"reads images, but only a .*Tokenizer\w* was found: save its"):
+    with pytest.raises(ValueError, match=r"reads images, but only a .*Tokenizer\w* was found: save its"):
         models.load_processor(str(tmp_path))
 
 

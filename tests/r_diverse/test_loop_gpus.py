@@ -149,7 +149,7 @@ def test_a_phase_is_a_command_on_its_gpus_that_has_to_succeed(tmp_path, monkeypa
     launched = []
     monkeypatch.setattr(loop, "call", lambda words, environment: launched.append((words, environment)) or 1)
     player = loop.SelfPlay(parse(["--model=m", "--engine=vllm", "--gpus=4", "--sharding=zero3"]), tmp_path, "base")
-    with pytest.raises(loop.StageError, match="iteration 2, challenger: its command ended with exit code 1"):
+    with pytest.raises(ValueError, match="iteration 2, challenger: its command ended with exit code 1"):
         player._launch("challenger", 2, ["--solver_url", "url"], [0, 1])
     ((words, environment),) = launched
     start = launcher(2, "zero3")
@@ -190,7 +190,7 @@ def test_a_batch_of_the_solver_is_of_all_gpus_and_replayed_questions_count(tmp_p
     monkeypatch.setattr(loop, "read_counts", lambda folder: {"current": 3, "replayed": 5})
     player._check_enough(1)
     monkeypatch.setattr(loop, "read_counts", lambda folder: {"current": 3, "replayed": 4})
-    with pytest.raises(loop.StageError, match="7 questions with a solver program, 8 make a batch"):
+    with pytest.raises(ValueError, match="7 questions with a solver program, 8 make a batch"):
         player._check_enough(1)
 
 

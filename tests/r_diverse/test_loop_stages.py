@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common.once import StageError, digest, once
+from common.once import digest, once
 from common.runs import read_jsonl
 from r_diverse import RDiverseConfig, alarm, budget, data, loop
 from r_diverse.skills import Program, SkillEncoder
@@ -28,7 +28,7 @@ def test_once_runs_a_stage_once(tmp_path):
     assert once(folder, {"a": "1"}, work) == first
     assert calls == [1]
     assert first["outputs"]["out.txt"]["bytes"] == 1
-    with pytest.raises(StageError, match="was made with a='1', now it is '2'"):
+    with pytest.raises(ValueError, match="was made with a='1', now it is '2'"):
         once(folder, {"a": "2"}, work)
 
 
@@ -56,7 +56,7 @@ def test_a_finished_stage_is_its_outputs_alone(tmp_path):
 @pytest.mark.parametrize("ours", [{}, {"a": "1", "b": "2"}])
 def test_another_number_of_inputs_is_another_stage(tmp_path, ours):
     once(tmp_path / "1/stage", {"a": "1"}, lambda folder: {})
-    with pytest.raises(StageError, match="was made with"):
+    with pytest.raises(ValueError, match="was made with"):
         once(tmp_path / "1/stage", ours, lambda folder: {})
 
 
@@ -64,7 +64,7 @@ def test_another_number_of_inputs_is_another_stage(tmp_path, ours):
 def test_a_marker_that_is_no_json_is_one_sentence(tmp_path, name):
     once(tmp_path / "1/stage", {}, lambda folder: {})
     (tmp_path / "1/stage" / name).write_text("{")
-    with pytest.raises(StageError, match=f"{name} is no JSON .*: delete .*/1/stage to make it anew"):
+    with pytest.raises(ValueError, match=f"{name} is no JSON .*: delete .*/1/stage to make it anew"):
         once(tmp_path / "1/stage", {}, lambda folder: {})
 
 
@@ -86,7 +86,7 @@ def test_a_large_file_that_was_cut_after_its_stage_is_refused(tmp_path, monkeypa
     folder = tmp_path / "1/stage"
     once(folder, {}, lambda folder: (folder / "weights").write_text("12345678") and {})
     (folder / "weights").write_text("12345")
-    with pytest.raises(StageError, match="is missing or has another size"):
+    with pytest.raises(ValueError, match="is missing or has another size"):
         once(folder, {}, lambda folder: {})
 
 
@@ -104,7 +104,7 @@ def test_only_small_files_of_a_finished_stage_are_read_again(tmp_path, monkeypat
     (folder / "weights").write_text("54321")
     assert once(folder, {}, work) == done
     (folder / "counts").write_text("4321")
-    with pytest.raises(StageError, match="counts was changed after its stage had ended: delete .*1/stage to make it"):
+    with pytest.raises(ValueError, match="counts was changed after its stage had ended: delete .*1/stage to make it"):
         once(folder, {}, work)
 
 
@@ -115,7 +115,7 @@ def test_a_stage_that_failed_starts_again_from_the_same_inputs_only(tmp_path):
     folder = tmp_path / "iteration_1" / "stage"
     with pytest.raises(OSError, match="disk full"):
         once(folder, {"a": "1"}, fail)
-    with pytest.raises(StageError, match="was made with"):
+    with pytest.raises(ValueError, match="was made with"):
         once(folder, {"a": "2"}, lambda folder: {})
     assert once(folder, {"a": "1"}, lambda folder: {"n": 2})["counts"] == {"n": 2}
 
