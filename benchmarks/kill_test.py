@@ -50,11 +50,7 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
         *("--solver.per_device_train_batch_size", "20"),
     ],
 }
-MAKE_MODELS = {
-    "va_opd": [["va_opd.data", "teacher", "teacher"], ["va_opd.data", "base", "base"]],
-    "srpo": [["srpo.data", "base", "base"]],
-    "r_diverse": [["r_diverse.data", "base", "base"]],
-}
+MODELS = {"va_opd": ("teacher", "base"), "srpo": ("base",), "r_diverse": ("base",)}
 PACKAGES, SOURCES = ("common", *COMMANDS), (".py", ".yaml")  # what the runs are made by
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGTERM")
 STOPPED = (128 + signal.SIGTERM, 0, -signal.SIGTERM)  # the last: while it imports, or when it has done its work
@@ -120,10 +116,8 @@ def straight_run(method: str, out: Path) -> dict[str, Any]:
     done = out / f"straight-{method}.json"
     if not done.exists():
         say(f"{method}: its models and a straight run")
-        for module, what, name in MAKE_MODELS[method]:
-            folder = out / "models" / method / name
-            if not (folder / "config.json").exists():
-                check([module, what, str(folder)], out / f"models-{method}.log")
+        for name in MODELS[method]:
+            check([f"{method}.data", name, str(out / "models" / method / name)], out / f"models-{method}.log")
         folder = out / f"straight-{method}"
         shutil.rmtree(folder, ignore_errors=True)
         seconds = check([*COMMANDS[method](out / "models"), "--out", str(folder)], out / f"straight-{method}.log")
