@@ -104,13 +104,9 @@ def r_diverse_reward(result: Result) -> list[list[str]]:
 
 
 def evaluation(result: Result) -> list[list[str]]:
-    sizes, found = list(map(int, result["prompts"])), list(result["prompts"].values())
-    ours, theirs = ([statistics.median(entry["seconds"][way]) for entry in found] for way in ("ours", "naive"))
-    slopes, rows = growth(sizes, ours, theirs), []
-    for size, entry, *pair in zip(sizes, found, ours, theirs, strict=True):
-        figures = [*_pair(*pair), _spread(entry["ratio"]), "2 x", slopes]
-        rows.append([f"evaluation, {size} prompts, s", "padded batches", *figures])
-    return rows
+    found = {int(count): entry["seconds"] for count, entry in result["prompts"].items()}
+    works = [f"evaluation, {count} prompts, s" for count in found]
+    return _timed(works, "padded batches", list(found.values()), ("ours", "naive"), list(found), "2 x")
 
 
 def srpo_step(result: Result) -> list[list[str]]:
@@ -145,14 +141,10 @@ def srpo_memory(result: Result) -> list[list[str]]:
 
 
 def r_diverse_step(result: Result) -> list[list[str]]:
-    found = {int(longest): x for longest, x in result["responses"].items()}
-    sides = [[statistics.median(x["seconds"][kind]) for x in found.values()] for kind in ("ours", "trl")]
+    found = {int(longest): entry["seconds"] for longest, entry in result["responses"].items()}
     size = f"{result['settings']['real']}, " if result["settings"].get("real") else ""
-    rows, slopes = [], growth(list(found), *sides)
-    for longest, entry, *pair in zip(found, found.values(), *sides, strict=True):
-        work = f"R-Diverse's phase, {size}rollouts of up to {longest}, s"
-        rows.append([work, "TRL's GRPOTrainer", *_pair(*pair), _spread(entry["ratio"]), "", slopes])
-    return rows
+    works = [f"R-Diverse's phase, {size}rollouts of up to {longest}, s" for longest in found]
+    return _timed(works, "TRL's GRPOTrainer", list(found.values()), ("ours", "trl"), list(found), "")
 
 
 def startup(result: Result) -> list[list[str]]:
@@ -169,14 +161,11 @@ def va_opd_scoring(result: Result) -> list[list[str]]:
     for work, way, aim in (("equal lengths", "shared", "2.5 x"), ("uneven lengths", "shared", "2.5 x"),
                            ("student", "trimmed", "")):  # fmt: skip
         found = {name: x for name, x in result.items() if name.startswith(f"{work}, size") and "seconds" in x}
-        for peer in dict.fromkeys(name for x in found.values() for name in x["seconds"] if name != way):
-            sides = [[statistics.median(x["seconds"][side]) for x in found.values()] for side in (way, peer)]
-            slopes = growth([x["counted"][peer]["tokens"] for x in found.values()], *sides)
-            for (name, entry), ours, theirs in zip(found.items(), *sides, strict=True):
-                what = name.replace("student", "student, uneven rollouts")
-                what = what if work == "student" else f"teacher scoring, {name}"
-                figures = [*_pair(ours, theirs), _ratio(entry["seconds"][way], entry["seconds"][peer]), aim, slopes]
-                rows.append([f"{what}, s", peer, *figures])
+        label = "student, uneven rollouts" if work == "student" else f"teacher scoring, {work}"
+        works, seconds = [f"{name.replace(work, label)}, s" for name in found], [x["seconds"] for x in found.values()]
+        for peer in dict.fromkeys(name for taken in seconds for name in taken if name != way):
+            tokens = [x["counted"][peer]["tokens"] for x in found.values()]
+            rows += _timed(works, peer, seconds, (way, peer), tokens, aim)
     found = {name: entry for name, entry in result.items() if name.startswith("whole step") and "steps" in entry}
     ours = [statistics.median(step["step"] for step in entry["steps"]) for entry in found.values()]
     added = [entry["va_over_opd"] for entry in found.values()]
@@ -238,6 +227,18 @@ def r_diverse_sam(result: Result) -> list[list[str]]:
         cells = [f"{mine:,}", f"{theirs:,}", f"{theirs / mine:.1f} x", "", ""]
         rows.append([f"{work}, {what}", "one request a question", *cells])
     return rows
+
+
+def _timed(
+    works: list[str], peer: str, seconds: list[dict], ways: tuple[str, str], sizes: list[float], aim: str
+) -> list[list[str]]:
+    """A row for each size: medians of the repeats of two `ways`, ours and the peer's, their ratio, their growth."""
+    sides = [[statistics.median(taken[way]) for taken in seconds] for way in ways]
+    ratios, slopes = [_ratio(*(taken[way] for way in ways)) for taken in seconds], growth(sizes, *sides)
+    return [
+        [work, peer, *_pair(ours, theirs), ratio, aim, slopes]
+        for work, ours, theirs, ratio in zip(works, *sides, ratios, strict=True)
+    ]
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> str:
