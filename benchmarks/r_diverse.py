@@ -26,7 +26,7 @@ from common.cli import run_main
 from common.estimators import over_seeds, paired_difference
 from common.evaluation import paired_scores
 from common.evaluation.judge import PROTOCOLS
-from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
+from common.runs import atomic_write_text, by_number, read_jsonl, settings_of, trained_with
 from r_diverse import RDiverseConfig, analysis
 from r_diverse.config import UPDATES, ChallengerConfig, PhaseConfig, SolverConfig
 from r_diverse.loop import VARIANT_FLAGS, finished_iterations
@@ -298,8 +298,7 @@ def shorter_line(runs: dict[tuple[str, str], Path]) -> str:
     """Runs whose phases have fewer generation batches than the paper's, by their manifests."""
     shorter = []
     for (name, seed), run in runs.items():
-        path = run / "manifest.json"
-        config = json.loads(path.read_text())["config"] if path.exists() else {}
+        config = settings_of(run)
         for phase, (kind, batches) in PHASES.items():
             if (found := _generation_batches(kind, config.get(phase, {}))) < batches:
                 label = f"{NAMES.get(name, name)} seed {seed}"

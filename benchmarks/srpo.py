@@ -21,7 +21,7 @@ from common import plots
 from common.cli import run_main
 from common.estimators import avg_at_k, interval, mean_of_independent, paired_difference
 from common.evaluation import paired_scores, scores_by_question
-from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
+from common.runs import atomic_write_text, by_number, read_jsonl, settings_of, trained_with
 from common.verifiers import LETTERS
 from srpo.data import DATASETS
 from srpo.evaluate import BUDGETS
@@ -204,8 +204,7 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 def _steps_per_batch(run: Path) -> int:
     """Optimizer steps that a run takes on one generation batch: four for the paper's GRPO."""
-    path = run / "manifest.json"
-    config = json.loads(path.read_text())["config"] if path.exists() else {}
+    config = settings_of(run)
     micro_batches = config.get("num_iterations", 1) * config.get("steps_per_generation", 1)
     return micro_batches // config.get("gradient_accumulation_steps", 1) or 1
 

@@ -20,7 +20,7 @@ from common import plots
 from common.cli import run_main
 from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
 from common.evaluation import BENCHMARKS, check_same_questions, paired_scores, scores_by_question
-from common.runs import atomic_write_text, by_number, read_jsonl, trained_with
+from common.runs import atomic_write_text, by_number, read_jsonl, settings_of, trained_with
 from va_opd.evaluate import benchmark_name
 from va_opd.objective import high_tokens
 from va_opd.train import GIVEN_RESPONSES, ScriptArguments, load_splits_of, parse
@@ -326,8 +326,7 @@ def shorter_line(folder: Path, seed: int) -> str:
     """Names trainings that were shorter than the paper's of this experiment, by the settings in their manifests."""
     shorter = {}
     for name in NAMES:
-        path = folder / f"{name}-seed{seed}" / "manifest.json"
-        config = json.loads(path.read_text())["config"] if path.exists() else {}
+        config = settings_of(folder / f"{name}-seed{seed}")
         updates = UPDATES[folder.name.split("_")[0]] / (4 if name in GIVEN_RESPONSES else 1)  # one response a prompt
         cut = {
             "max_steps": 0 < config.get("max_steps", 0) < int(updates),

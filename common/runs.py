@@ -371,13 +371,18 @@ def is_done(run: Path) -> bool:
         return False  # opening the folder says what is wrong with it
 
 
+def settings_of(run: Path) -> dict[str, Any]:
+    """Settings of a training by its manifest; {} for a model that was evaluated without one."""
+    manifest = run / "manifest.json"
+    return json.loads(manifest.read_text())["config"] if manifest.exists() else {}
+
+
 def trained_with(runs: Mapping[str, Path], fields: Sequence[str]) -> str:
     """A sentence with settings of trainings, from their manifests, such as "Trained with model `a`, teacher `b`.";
     runs are named if their settings differ. "" without any training."""
     kinds: dict[str, list[str]] = {}
     for name, run in runs.items():
-        if (run / "manifest.json").exists():
-            config = json.loads((run / "manifest.json").read_text())["config"]
+        if config := settings_of(run):
             kind = ", ".join(f"{field} `{config[field]}`" for field in fields if field in config)
             kinds.setdefault(kind, []).append(name)
     said = [kind if len(kinds) == 1 else f"{kind} ({', '.join(names)})" for kind, names in kinds.items()]
