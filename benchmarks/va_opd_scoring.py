@@ -181,7 +181,7 @@ def padded_inputs(batch: dict[str, Any], multiple: int | None = None) -> tuple[d
         inputs = {key: value for key, value in inputs.items() if key.endswith("token_type_ids")}
     inputs["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     inputs["attention_mask"] = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    return inputs, torch.cat([torch.zeros_like(batch["prompt_mask"]).bool(), siblings.loss_mask(batch)], dim=1)
+    return inputs, torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]], dim=1).bool()
 
 
 def trl_micro_batches(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:

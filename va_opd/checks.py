@@ -266,10 +266,10 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
 
 
 def check_teacher(
-    args: VAOPDConfig, student: str | PreTrainedModel, teacher_model: str | PreTrainedModel | None, tools: list | None
+    args: VAOPDConfig, student: str | PreTrainedModel, teacher_model: str | PreTrainedModel | None
 ) -> None:
     """Raises `ValueError` where no teacher is named, where it is the student itself, where it is blind and the student
-    is not or reads other patches, where one in shards is to be offloaded, and for what a served one cannot score."""
+    is not or reads other patches, where one in shards is to be offloaded, and for shards with a served one."""
     if teacher_model is None and not args.teacher_server:
         raise ValueError("teacher_model is required: pass the teacher, or set teacher_server to a server of it")
     if student is teacher_model and not isinstance(student, str):
@@ -291,8 +291,6 @@ def check_teacher(
             f"teacher_offload=True needs a loaded teacher, got the name {teacher_model!r}: load it with "
             "from_pretrained, in the dtype in which it shall score, and pass the model"
         )
-    if args.teacher_server and tools:
-        raise ValueError("tools need a local teacher: their results may hold images, which a served one does not get")
     if args.teacher_server and (is_deepspeed_zero3_enabled() or is_fsdp_enabled()):
         raise ValueError(
             "teacher_server needs the student whole on each GPU: use the accelerate config multi_gpu or zero2, not "
@@ -435,22 +433,11 @@ def check_all_or_none(has_image: torch.Tensor) -> None:
         )
 
 
-def check_images_kept(batch: dict[str, Any]) -> None:
-    """Raises `ValueError` where TRL has dropped the images of a batch. It does so silently if a row's number of image
-    tokens differs from the number of its images' features, which images from tools can cause."""
-    if batch.get("num_images", ()) is None:
-        raise ValueError(
-            "TRL has dropped the images of a batch, because a prompt and its rollout have another number of image "
-            "tokens than their images: an image that a tool returns must stand once in its result, and no text of a "
-            "result may spell the image token"
-        )
-
-
-def sibling_fingerprints(batch: dict[str, Any], with_images: bool = True) -> torch.Tensor:
-    """(B, 2) integers, equal in rows with the same prompt and (with `with_images`) the same images."""
+def sibling_fingerprints(batch: dict[str, Any]) -> torch.Tensor:
+    """(B, 2) integers, equal in rows with the same prompt and the same images."""
     ids = batch["prompt_ids"] * batch["prompt_mask"]
     position = torch.arange(ids.size(1), 0, -1, device=ids.device)  # padding is on the left: count from the end
-    pixels = split_pixel_values_by_grid(batch).get("pixel_values") if with_images else None
+    pixels = split_pixel_values_by_grid(batch).get("pixel_values")
     if pixels is None or len(pixels) != len(ids):
         pixels = torch.zeros(len(ids), 1)
     # Sums of integers, which the order of summation does not change

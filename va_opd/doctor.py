@@ -67,17 +67,15 @@ def va_figures(
     has_image: torch.Tensor,
     num_generations: int,
 ) -> dict[str, float]:
-    """The `va/` metrics of an optimizer step, of rows with an image.
-
-    `va/group_sigma` only where all siblings of a prompt have one, as a tool may give it to some, and `va/zero_in_high`
-    only where some rollout has a high-VA group.
+    """The `va/` metrics of an optimizer step, of rows with an image; `va/zero_in_high` only where some rollout has a
+    high-VA group.
 
     Args:
         va, mask, high: (B, T) VA, response tokens, high-VA groups (empty in a row without one).
         weights, has_image: (B,) rollout weights, and bool, which rows have an image: some of them.
         num_generations: K; siblings are consecutive rows.
     """
-    tokens = va[mask.bool() & has_image[:, None]]
+    tokens, means = va[mask.bool() & has_image[:, None]], mean_over_tokens(va, mask)[has_image]
     sorted_va = tokens.sort(descending=True).values
     top = sorted_va[: max(1, round(0.1 * len(sorted_va)))].sum() / sorted_va.sum().clamp(min=1e-12)
     figures = {
@@ -86,11 +84,8 @@ def va_figures(
         "va/top10_mass": top,
         "va/weight_min": weights[has_image].min(),
         "va/weight_max": weights[has_image].max(),
+        "va/group_sigma": means.view(-1, num_generations).std(1, correction=0).mean(),
     }
-    whole = has_image.view(-1, num_generations).all(1)
-    if whole.any():
-        means = mean_over_tokens(va, mask).view(-1, num_generations)[whole]
-        figures["va/group_sigma"] = means.std(1, correction=0).mean()
     if high.any():
         figures["va/zero_in_high"] = (va[high] == 0).float().mean()
     return {name: value.item() for name, value in figures.items()}

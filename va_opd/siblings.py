@@ -37,11 +37,6 @@ def take_rows(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
     return unsplit_pixel_values_by_grid({k: take(v) for k, v in split_pixel_values_by_grid(batch).items()})
 
 
-def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
-    """(B, T) bool, the tokens that the student wrote: no padding, no result of a tool."""
-    return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
-
-
 def sequence_lengths(batch: dict[str, Any]) -> list[int]:
     """Tokens of prompt and rollout together, a number a row."""
     return (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).tolist()
@@ -61,7 +56,7 @@ def trimmed_inputs(batch: dict[str, Any], multiple: int | None = None) -> tuple[
     Args:
         multiple: the width is rounded up to a multiple of it.
 
-    Returns the inputs, (B, L) where they are a token each, and the (B, L) bool mask of the tokens of `loss_mask`.
+    Returns the inputs, (B, L) where they are a token each, and the (B, L) bool mask of the response tokens.
     """
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     width = -(-int(attention.sum(1).max()) // (multiple or 1)) * (multiple or 1)
@@ -74,8 +69,8 @@ def trimmed_inputs(batch: dict[str, Any], multiple: int | None = None) -> tuple[
     fields |= {key: value.gather(1, order) for key, value in fields.items() if key.endswith("token_type_ids")}
     fields["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).gather(1, order)
     fields["attention_mask"] = attention.gather(1, order)
-    mask = torch.cat([torch.zeros_like(batch["prompt_mask"]).bool(), loss_mask(batch)], dim=1)
-    return fields, mask.gather(1, order)
+    mask = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]], dim=1)
+    return fields, mask.gather(1, order).bool()
 
 
 def sibling_groups(num_rows: int, num_generations: int, rank: int = 0, num_ranks: int = 1) -> list[range]:
@@ -142,7 +137,7 @@ def sibling_hidden_states(
     pass_tokens: float = PASS_TOKENS["cpu"],
     most: float = MOST_TOKENS,
 ) -> list[torch.Tensor]:
-    """For each view, hidden states (N, H) from which the tokens of `loss_mask` are predicted, without gradient.
+    """For each view, hidden states (N, H) from which the response tokens are predicted, without gradient.
 
     A view is a batch whose rows have the same prompt and images; the views differ in pixels only. One pass reads the
     prompt in all views; further passes read the rollouts, those of similar length together (see `cheapest_runs`), each
@@ -170,7 +165,7 @@ def sibling_hidden_states(
         for of_view, rows in zip(states, hidden.split(len(run)), strict=True):
             for rollout, row in zip(run, rows, strict=True):
                 of_view[rollout] = torch.cat([of_view[rollout], row[: counts[rollout] - 1]])
-    mask = loss_mask(views[0])[:, : max(counts)]
+    mask = views[0]["completion_mask"][:, : max(counts)].bool()
     return [pad_sequence(rows, batch_first=True)[mask] for rows in states]
 
 

@@ -66,7 +66,7 @@ class Teacher:
             hidden,
             trainer._head(trainer.accelerator.unwrap_model(trainer.teacher_model)),
             torch.cat(batch["teacher_hidden_states"]),
-            batch["coefficients"][siblings.loss_mask(batch)],
+            batch["coefficients"][batch["completion_mask"].bool()],
             trainer.args.kl_temperature,
         )
 
@@ -77,7 +77,7 @@ class Teacher:
         `has_image` is (B,) bool. All ranks decide alike.
         """
         trainer = self.trainer
-        if num_generations == 1 or trainer.tools:  # results of tools may hold images
+        if num_generations == 1:
             return False
         kind = bool(trainer.accelerator.gather(has_image).any())
         if kind not in self.shares:
@@ -125,7 +125,7 @@ class Teacher:
         logps: list[dict[range, torch.Tensor]] = [{} for _ in views]
         for rows in parts:  # one that is repeated, so that all ranks make as many passes, counts once
             part = [siblings.take_rows(view, list(rows)) for view in views]
-            mask = siblings.loss_mask(part[0])
+            mask = part[0]["completion_mask"].bool()
             states = trainer._forward_redirection(trainer.teacher_model, model, self._states, model, part, shared)
             head, tokens = lm_head(model), part[0]["completion_ids"][mask]
             for found, of_view in zip(logps, states, strict=True):

@@ -39,8 +39,8 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
     Arguments are those of [`~trl.DistillationTrainer`]; `args` is a [`VAOPDConfig`]. Rows of `train_dataset` have
     `prompt` (messages or text) and, for rows with images, `image` or `images`. With `args.teacher_server`,
     `teacher_model` may be None; else it is compared with the server before the first update. Raises `ValueError` for a
-    batch that does not divide into groups of `num_generations`, an iterable dataset, a teacher with fewer vocabulary
-    rows than tokens, and a teacher given by its name with another tokenizer (a loaded teacher has none).
+    batch that does not divide into groups of `num_generations`, an iterable dataset, `tools`, a teacher with fewer
+    vocabulary rows than tokens, and a teacher given by its name with another tokenizer (a loaded teacher has none).
     """
 
     _tag_names: ClassVar = ["trl", "va-opd"]
@@ -63,6 +63,8 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         processing_class=None,
         **kwargs,
     ):
+        if kwargs.get("tools"):
+            raise ValueError("VAOPDTrainer takes no tools: rollouts of a prompt must have the same images")
         checks.check_inputs(args, train_dataset, eval_dataset)
         checks.check_processor(processing_class, train_dataset)
         if train_dataset is not None:
@@ -72,7 +74,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         tokenizer.padding_side = "left"
         if isinstance(teacher_model, str):
             checks.check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(teacher_model))
-        checks.check_teacher(args, model, teacher_model, kwargs.get("tools"))
+        checks.check_teacher(args, model, teacher_model)
         if teacher_model is not None:
             checks.match_vocabulary_size(model, teacher_model, len(tokenizer))
         super().__init__(
@@ -129,16 +131,13 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         )
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        first, self._is_first_turn = self._is_first_turn, False
-        if first:  # in later ones a prompt holds the rollout so far and the results of its tools
-            checks.check_prompts(prompt_ids, self.args, self.model.config)
-        with self._timed("generation", add=not first):
+        checks.check_prompts(prompt_ids, self.args, self.model.config)
+        with self._timed("generation"):
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         checks.check_rollouts(completion_ids, self.banned_ids)
         return completion_ids
 
     def _generate(self, prompts: list):
-        self._is_first_turn = True
         prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
         # A row without an image beside rows with one: the processor, which TRL calls next, takes [] but not None
         self._rollout_images = images and [row or [] for row in images]
@@ -146,22 +145,19 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         checks.check_one_image_column(inputs, "a batch")
-        self._check_images([checks.has_images(row) for row in inputs])
+        self._check_images(inputs)
         batch = super()._generate_and_score_completions(inputs)
-        checks.check_images_kept(batch)
-        if self.tools:  # which may have shown an image to some rollouts
-            self._check_images(self._rollout_images or [None] * len(inputs))
         batch.update(self._score(batch))
-        if self.engine and self.model.training and not self.tools:  # tools: several generations make a rollout
+        if self.engine and self.model.training:
             self._record("sampling/logps_gap", self._engine_gap(batch))
         return batch
 
-    def _check_images(self, images: list[Any]) -> None:
+    def _check_images(self, rows: list[dict[str, Any]]) -> None:
         """`checks.check_all_or_none` over the rows of all ranks, where weights or gradients are sharded."""
         sharded = is_deepspeed_zero3_enabled() or self.is_fsdp_enabled
         # ZeRO-2 shards gradients only, and there are none in evaluation
         if self.accelerator.num_processes > 1 and (sharded or (self.is_deepspeed_enabled and self.model.training)):
-            has_image = torch.tensor([bool(of_row) for of_row in images], device=self.accelerator.device)
+            has_image = torch.tensor([checks.has_images(row) for row in rows], device=self.accelerator.device)
             checks.check_all_or_none(self._gather(has_image))
 
     @torch.no_grad()
@@ -171,7 +167,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         part, student = siblings.take_rows(batch, list(range(count))), self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast():
             hidden = self._forward_redirection(self.model_wrapped, student, self._hidden_states, student, part)
-        head, tokens = lm_head(student), part["completion_ids"][siblings.loss_mask(part)]
+        head, tokens = lm_head(student), part["completion_ids"][part["completion_mask"].bool()]
         softcap = head.softcap and head.softcap / self.temperature  # the temperature comes after the cap
         head = head._replace(scale=head.scale / self.temperature, softcap=softcap)
         logps = sampled_logps(head, hidden, tokens, self.vocab_size)
@@ -202,11 +198,10 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         Names that end in `_all` have the rows of all ranks."""
         args, train = self.args, self.model.training
         num_generations, weighting = (args.num_generations, args.weighting) if train else (1, "none")
-        mask = siblings.loss_mask(batch).long()
+        mask = batch["completion_mask"]
         images = self._rollout_images or [[]] * len(mask)
         has_image = torch.tensor([bool(row) for row in images], device=mask.device)
-        # A tool may return images to one of the siblings only
-        checks.check_siblings(self._gather(checks.sibling_fingerprints(batch, not self.tools)), num_generations)
+        checks.check_siblings(self._gather(checks.sibling_fingerprints(batch)), num_generations)
 
         for_loss, logps, logps_degraded = self.teacher.views(batch, images, has_image, num_generations)
         logps, logps_degraded = (
@@ -256,8 +251,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
 
     def _degraded_pixel_values(self, batch: dict[str, Any], images: list, num_generations: int) -> torch.Tensor:
         args, processor = self.args, self.processing_class.image_processor
-        # What a tool returns belongs to one rollout
-        groups = self._prompt_numbers(len(images), 1 if self.tools else num_generations)
+        groups = self._prompt_numbers(len(images), num_generations)
         with self._timed("degraded_images"):
             pixels, cells = degraded_pixel_values(
                 processor, batch, images, groups, args.degradation_ratio, args.pixelate_at
@@ -266,7 +260,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         return pixels
 
     def _hidden_states(self, model, batch: dict[str, Any]) -> torch.Tensor:
-        """Hidden states (N, H) from which the tokens of `loss_mask` are predicted, row by row."""
+        """Hidden states (N, H) from which the response tokens are predicted, row by row."""
         inputs, mask = siblings.trimmed_inputs(batch, self.pad_to_multiple_of)
         hidden = self._get_last_hidden_state(model, logits_to_keep=mask.size(1) - 1, **inputs)
         return hidden[mask[:, 1:]]
@@ -277,7 +271,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         """Sum of coefficient * KL over the rows of a micro-batch, divided by the prompts of the step."""
         # Not those of `inputs`: FSDP rounds what a forward is given to bfloat16
         inputs, num_prompts = {**inputs, "coefficients": self._coefficients}, self._num_prompts
-        mask = siblings.loss_mask(inputs)
+        mask = inputs["completion_mask"].bool()
         # The redirected forward, in which this runs, bypasses the autocast that accelerate puts around a model's own
         with self.accelerator.autocast():
             hidden = self._hidden_states(unwrapped_student, inputs)
@@ -322,10 +316,9 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         seed = self.args.seed + self.state.global_step
         return torch.Generator().manual_seed(seed) if self.args.random_ties else None
 
-    def _record(self, name: str, value: float, add: bool = False) -> None:
-        """Logs the mean over calls; with `add`, the value counts to the call before."""
-        values = self._metrics["train" if self.model.training else "eval"][name]
-        values.append(values.pop() + value if add else value)
+    def _record(self, name: str, value: float) -> None:
+        """Logs the mean over calls."""
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def _measures_null(self) -> bool:
         """True once, at the first training batch: the doctor would not see the figure of an evaluation before it."""
@@ -334,7 +327,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         return due
 
     @contextmanager
-    def _timed(self, part: str, add: bool = False) -> Iterator[None]:
+    def _timed(self, part: str) -> Iterator[None]:
         """Logs the seconds of a part of the step as `time/<part>`; waits for the GPU so that they are its own."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -342,4 +335,4 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._record(f"time/{part}", time.perf_counter() - start, add)
+        self._record(f"time/{part}", time.perf_counter() - start)

@@ -111,16 +111,6 @@ def test_rounding_of_a_cached_prompt_is_that_of_full_forwards(family, dtype, bou
     assert shared.max() <= bound
 
 
-def test_tokens_of_tools_are_read_but_not_scored():
-    _, teacher, processor = tests.models()
-    batch = group(processor, [tests.image(0)], [6, 4])
-    whole = siblings.sibling_hidden_states(teacher, [batch])[0]
-    batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
-    batch["tool_mask"][:, 1:3] = 0
-    kept = batch["tool_mask"][batch["completion_mask"].bool()].bool()
-    torch.testing.assert_close(siblings.sibling_hidden_states(teacher, [batch])[0], whole[kept])
-
-
 # --- which models ----------------------------------------------------------------
 
 

@@ -108,8 +108,8 @@ def test_figures_of_va_by_hand():
     assert doctor.va_figures(va, mask, weights, high, seen, 2) == pytest.approx(expected)
     blind = doctor.va_figures(torch.zeros(2, 3), mask, weights, torch.zeros(2, 3).bool(), seen, 2)
     assert blind["va/top10_mass"] == 0 and "va/zero_in_high" not in blind
-    half = doctor.va_figures(va, mask, weights, torch.zeros_like(high), torch.tensor([True, False]), 2)
-    expected = {"va/mean": 2.0, "va/positive_share": 0.5, "va/top10_mass": 1.0}
+    half = doctor.va_figures(va, mask, weights, torch.zeros_like(high), torch.tensor([True, False]), 1)
+    expected = {"va/mean": 2.0, "va/positive_share": 0.5, "va/top10_mass": 1.0, "va/group_sigma": 0.0}
     assert half == pytest.approx(expected | {"va/weight_min": 0.9, "va/weight_max": 0.9})
 
 

@@ -82,6 +82,7 @@ def test_what_no_trainer_can_be_built_of_is_one_clear_sentence(make):
     )
     refused("pass the student's processor, loaded by AutoProcessor", processing_class="org/model")
     refused("student and teacher are one object", teacher=student)
+    refused("VAOPDTrainer takes no tools", tools=[print])
     trainer = VAOPDTrainer(student, teacher, make().args, **{**good, "train_dataset": None})
     with pytest.raises(ValueError, match="training requires a train_dataset"):
         trainer.train()
@@ -421,27 +422,6 @@ def test_mixed_rows_stop_evaluation_only_where_weights_are_sharded(make, monkeyp
         for rows in (mixed_rows(2), listed, within):
             with pytest.raises(error, match=message):
                 trainer._generate_and_score_completions(rows)
-
-
-@pytest.mark.parametrize(("shown", "stops"), [((1, 0), True), ((1, 1), False), (None, False)])
-def test_a_tool_that_shows_some_rollouts_an_image_stops_sharded_training(make, monkeypatch, shown, stops):
-    """As rows of the data do: ranks would wait for each other's gradients of the vision tower."""
-    trainer = make()
-
-    def generate(self, inputs):
-        self._rollout_images = shown and [[image(row)] * number for row, number in enumerate(shown)]
-        return {}
-
-    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    monkeypatch.setattr(trainer, "_gather", lambda tensor: tensor)
-    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
-    monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", generate)
-    monkeypatch.setattr(trainer, "_score", lambda batch: pytest.fail("scores"))
-    trainer.tools = [print]
-    stopped, goes_on = (ValueError, "1 of the 2 rollouts of a step have images"), (pytest.fail.Exception, "scores")
-    error, message = stopped if stops else goes_on
-    with pytest.raises(error, match=message):
-        trainer._generate_and_score_completions([{"prompt": prompt(i)} for i in range(2)])
 
 
 def other_tokenizer():

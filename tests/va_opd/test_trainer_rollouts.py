@@ -66,7 +66,7 @@ def test_fingerprints_are_of_the_order_of_tokens_and_not_of_the_padding():
     def fingerprint(ids, width):
         pad = width - len(ids)
         batch = {"prompt_ids": [[99] * pad + ids], "prompt_mask": [[0] * pad + [1] * len(ids)]}
-        return sibling_fingerprints({k: torch.tensor(v) for k, v in batch.items()}, False)
+        return sibling_fingerprints({k: torch.tensor(v) for k, v in batch.items()})
 
     assert torch.equal(fingerprint([1, 2, 3], 3), fingerprint([1, 2, 3], 5))  # as on two ranks
     assert not torch.equal(fingerprint([1, 2, 3], 3), fingerprint([2, 1, 3], 3))
@@ -179,32 +179,6 @@ def test_a_bad_rollout_of_the_engine_is_one_clear_sentence(make, monkeypatch, ro
     assert "\n" not in str(error.value)
 
 
-def test_the_seconds_of_generation_are_those_of_all_turns(make, monkeypatch):
-    """With tools TRL generates once a turn, and averages what is logged."""
-    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda self, *arguments: [[11]])
-    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0, 30.0, 38.0])
-    trainer = make()
-    # The name in the trainer's module and not the function in `time`, which other threads call too
-    monkeypatch.setattr("va_opd.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    trainer.model.train()
-    for turns in (3, 1):  # generation batches
-        trainer._is_first_turn = True
-        for _ in range(turns):
-            trainer._generate_single_turn([[11]], None, {})
-    assert trainer._metrics["train"]["time/generation"] == [1.0 + 2.0 + 4.0, 8.0]
-
-
-def test_the_results_of_tools_are_no_part_of_the_prompts_limit(make, monkeypatch):
-    """TRL's loop of tool calls generates again with the whole conversation as prompt."""
-    fixed_rollouts(monkeypatch)
-    trainer = make(max_prompt_length=60)
-    trainer._is_first_turn = True
-    trainer._generate_single_turn([[11] * 60] * 8, None, {})
-    trainer._generate_single_turn([[11] * 70] * 8, None, {})
-    with pytest.raises(ValueError, match="above max_prompt_length=5"):
-        step(make(max_prompt_length=5))
-
-
 def test_a_prompt_over_the_limit_is_one_clear_sentence(make):
     with pytest.raises(ValueError, match=r"row 0 of train_dataset has \d+ tokens, above max_prompt_length=12"):
         step(make(max_prompt_length=12))
@@ -255,16 +229,14 @@ def test_the_gap_to_the_engine_is_of_a_micro_batch_and_within_the_nucleus(make, 
     assert seen == {(torch.bfloat16, False)}
 
 
-@pytest.mark.parametrize(
-    ("training", "tools", "logged"), [(True, None, [0.5]), (False, None, []), (True, [print], [])]
-)
-def test_the_gap_to_the_engine_is_logged_in_training_without_tools(make, monkeypatch, training, tools, logged):
-    """An evaluation has batches of another size, and with tools several generations make a rollout."""
+@pytest.mark.parametrize(("training", "logged"), [(True, [0.5]), (False, [])])
+def test_the_gap_to_the_engine_is_logged_in_training(make, monkeypatch, training, logged):
+    """An evaluation has batches of another size."""
     trainer = make()
     monkeypatch.setattr(DistillationTrainer, "_generate_and_score_completions", lambda self, inputs: {})
     monkeypatch.setattr(trainer, "_score", lambda batch: {})
     monkeypatch.setattr(trainer, "_engine_gap", lambda batch: 0.5)
-    trainer.engine, trainer.tools, trainer._rollout_images = object(), tools, None
+    trainer.engine = object()
     trainer.model.train(training)
     trainer._generate_and_score_completions([])
     assert [x for mode in ("train", "eval") for x in trainer._metrics[mode]["sampling/logps_gap"]] == logged

@@ -1,6 +1,5 @@
 """`VAOPDTrainer`: the teacher and the two views that it scores, true and pixelated, of images of all kinds."""
 
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -8,20 +7,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trl import DistillationTrainer
 from va_opd_trainers import (
     FAMILIES,
     fixed_rollouts,
     image,
     image_rows,
     models,
-    pixelated_pixels,
     prompt,
-    response_logits,
     step,
 )
 
-from va_opd import degraded, siblings
+from va_opd import degraded
 
 
 def test_teacher_is_frozen_and_nothing_but_the_student_carries_gradient(make, monkeypatch):
@@ -249,75 +245,3 @@ def test_all_images_of_a_row_are_pixelated(make, monkeypatch):
     for true, other in zip(seen["true"]["pixel_values"].split(sizes), seen["other"].split(sizes), strict=True):
         assert (true != other).float().mean() > 0.9
     assert len({other.sum().item() for other in seen["other"].split(sizes)}) == 3 * 2  # three images, two prompts
-
-
-def zoom(box: str) -> list:
-    """Shows a part of the image.
-
-    Args:
-        box: which part.
-    """
-
-
-def rollouts_with_tool_images(monkeypatch, image_tokens: int = 4, rows_without: tuple[int, ...] = ()) -> None:
-    """Each rollout: some letters, the result of a tool with an image of its own, some letters."""
-
-    def generate(self, prompts):
-        prompt_ids, images, _ = self._tokenize_prompts(prompts)
-        tokens, rollouts, masks = self.processing_class.tokenizer.get_vocab(), [], []
-        for row in range(len(prompts)):
-            letters = np.random.default_rng(row).integers(10, 100, 3 + row % 3).tolist()
-            result = [tokens["<|vision_start|>"], *[tokens["<|image_pad|>"]] * image_tokens, tokens["<|vision_end|>"]]
-            result = result[:1] if row in rows_without else result
-            rollouts.append([*letters, *result, *letters[::-1], self.eos_token_ids[0]])
-            masks.append([1] * len(letters) + [0] * len(result) + [1] * (len(letters) + 1))
-        shown = [[] if row in rows_without else [image(100 + row, (32, 32))] for row in range(len(prompts))]
-        merged = [(own or []) + new for own, new in zip(images or [None] * len(prompts), shown, strict=True)]
-        return prompt_ids, rollouts, masks, merged, shown
-
-    monkeypatch.setattr(DistillationTrainer, "_generate", generate)
-
-
-def test_siblings_with_other_images_from_tools(make, monkeypatch):
-    """VA against an independent computation: each rollout has degraded images of its own."""
-    rollouts_with_tool_images(monkeypatch)
-    monkeypatch.setattr(siblings, "length_sorted", lambda batch, parts: [batch])
-    trainer = make()
-    trainer.tools = [zoom]
-    loss, _, (batch,) = step(trainer)
-    assert math.isfinite(loss)
-    images = trainer.last_rollouts["images"]
-    assert [len(row) for row in images] == [2] * 8
-    degraded = pixelated_pixels(trainer.processing_class, batch, list(itertools.chain(*images)))
-    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    with torch.no_grad():
-        true, other = (
-            response_logits(trainer.teacher_model, batch, **extra)
-            .log_softmax(-1)
-            .gather(-1, batch["completion_ids"][..., None])[..., 0]
-            for extra in ({}, {"pixel_values": degraded})
-        )
-    va = (true - other).clamp(min=0) * mask
-    torch.testing.assert_close(trainer.last_rollouts["va"].double(), va, atol=2e-5, rtol=0)
-    assert va.max() > 0.01
-
-
-def test_a_tool_that_shows_some_of_the_siblings_an_image(make, monkeypatch):
-    """Prompts of text: no row of the second prompt has an image, and of the first one two have."""
-    rollouts_with_tool_images(monkeypatch, rows_without=(1, 2, 4, 5, 6, 7))
-    trainer = make(rows=[{"prompt": prompt(i)} for i in range(2)], shuffle_dataset=False)
-    trainer.tools = [zoom]
-    loss, _, _ = step(trainer)
-    assert math.isfinite(loss)
-    assert trainer.last_rollouts["va"].any(1).tolist() == [True, False, False, True] + [False] * 4
-    logged = trainer._metrics["train"]
-    assert logged["va/mean"][0] > 0 and "va/group_sigma" not in logged
-
-
-def test_images_that_trl_drops_are_one_clear_sentence(make, monkeypatch):
-    """It does so without a word where a batch has more or fewer image tokens than its images."""
-    rollouts_with_tool_images(monkeypatch, image_tokens=3)
-    trainer = make()
-    trainer.tools = [zoom]
-    with pytest.raises(ValueError, match="TRL has dropped the images of a batch"):
-        step(trainer)
