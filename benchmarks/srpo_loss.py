@@ -28,7 +28,7 @@ def loss_of(name: str, s_hidden, s_weight, t_hidden, t_weight) -> torch.Tensor:
         student, teacher = (LMHead(weight, None, 1.0, None) for weight in (s_weight, t_weight))
         entropy = chunked_entropy(teacher, t_hidden)
         weights = objective.entropy_weights(entropy, torch.ones_like(entropy))
-        divergence = chunked_divergence(student, s_hidden, teacher, t_hidden, weights, top_k=top_k)
+        divergence, _ = chunked_divergence(student, s_hidden, teacher, t_hidden, weights, top_k=top_k)
     else:
         with torch.no_grad():
             teacher_logits = t_hidden @ t_weight.T

@@ -1,7 +1,6 @@
 """Divergence between student and teacher from hidden states, with its gradient, and entropy, in tiles of logits."""
 
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -10,15 +9,6 @@ from .lm_head import LMHead
 
 TILE_BYTES = 3 * 2**28  # for logits
 AUTOGRAD_TENSORS = 12  # of (R, V) alive at once in autograd, for a divergence over the whole vocabulary
-
-
-class Options(NamedTuple):
-    """Which divergence: `chunked_divergence` describes these."""
-
-    temperature: float
-    top_k: int | None
-    alpha: float
-    tail: bool
 
 
 @torch.no_grad()
@@ -45,9 +35,9 @@ def chunked_divergence(
     top_k: int | None = 100,
     alpha: float = 0.5,
     tail: bool = True,
-    student_entropy: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`objective.jsd_topk_tail` of each token from hidden states, (N,) in nats.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`objective.jsd_topk_tail` and the student's entropy over the whole vocabulary from hidden states, (N,) each in
+    nats.
 
     No (N, V) tensor exists: at any N the logits take less than 1 GB. They are computed once, and the gradient is made
     in the forward pass, from the logits that are there. So the loss must be the sum of coefficients * divergence times
@@ -60,8 +50,6 @@ def chunked_divergence(
         coefficients: (N,), what each divergence is multiplied by in the loss.
         temperature: by which both models' logits are divided.
         top_k, alpha, tail: as in `objective.jsd_topk_tail`.
-        student_entropy: (N,) float32 to which the student's entropy in nats over the whole vocabulary is written; it
-            takes one more pass over the logits that are there.
     """
     return _ChunkedDivergence.apply(
         student_hidden,
@@ -71,8 +59,10 @@ def chunked_divergence(
         teacher,
         teacher_hidden,
         _near_one(coefficients.detach().float()),
-        Options(temperature, top_k, alpha, tail),
-        student_entropy,
+        temperature,
+        alpha,
+        top_k,
+        tail,
     )
 
 
@@ -81,8 +71,10 @@ class _ChunkedDivergence(torch.autograd.Function):
     tuple. `coefficients` are float32, the largest near 1."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, student, teacher, teacher_hidden, coefficients, options, student_entropy):
-        divergence = torch.empty(len(hidden), device=hidden.device)
+    def forward(
+        ctx, hidden, weight, bias, student, teacher, teacher_hidden, coefficients, temperature, alpha, top_k, tail
+    ):
+        divergence, entropy = torch.empty(2, len(hidden), device=hidden.device)
         with student.gathered(), teacher.gathered():
             grads = [
                 torch.zeros_like(tensor, dtype=torch.float32) if needed else None
@@ -90,24 +82,23 @@ class _ChunkedDivergence(torch.autograd.Function):
             ]
             grad_hidden, *grads_of_head = grads
             vocab_size = len(student.weight)
-            whole = options.top_k is None or options.top_k >= vocab_size
-            fold, num_buffers = (over_vocabulary, 2 + AUTOGRAD_TENSORS) if whole else (over_support, 2)
-            rows = tile_rows(len(hidden), vocab_size, num_buffers + (student.softcap is not None))
+            whole = top_k is None or top_k >= vocab_size
+            num_buffers = 2 + AUTOGRAD_TENSORS * whole + (student.softcap is not None)
+            rows = tile_rows(len(hidden), vocab_size, num_buffers)
             buffers = torch.empty(2, rows, vocab_size, device=hidden.device)
             for part in _parts(len(hidden), rows):
                 tile, states = buffers[:, : len(hidden[part])], (hidden[part], teacher_hidden[part])
-                entropy = None if student_entropy is None else student_entropy[part]
-                divergence[part], gradient = fold(
-                    tile, student, teacher, *states, coefficients[part], options, entropy
-                )
+                given = (tile, student, teacher, *states, coefficients[part], temperature, alpha)
+                found = over_vocabulary(*given) if whole else over_support(*given, top_k, tail)
+                divergence[part], entropy[part], gradient = found
                 into = None if grad_hidden is None else grad_hidden[part]
                 student.pull_back(gradient, hidden[part], into, *grads_of_head)
         ctx.save_for_backward(coefficients, *grads)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        return divergence
+        ctx.mark_non_differentiable(entropy)
+        return divergence, entropy
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, _):
         coefficients, *grads = ctx.saved_tensors
         squares = coefficients.square().sum()
         factor = torch.where(squares > 0, (upstream * coefficients).sum() / squares, 0)
@@ -116,11 +107,8 @@ class _ChunkedDivergence(torch.autograd.Function):
             raise RuntimeError(
                 "the loss is not the sum of coefficients * divergence for which chunked_divergence was called"
             )
-        gradients = [
-            None if grad is None else grad.mul_(factor).to(dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return *gradients, *(None,) * 6
+        # Autograd rounds them to the dtype of what they are the gradients of
+        return *(None if grad is None else grad.mul_(factor) for grad in grads), *(None,) * 8
 
 
 def over_support(
@@ -130,16 +118,17 @@ def over_support(
     hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     coefficients: torch.Tensor,
-    options: Options,
-    entropy: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergences (R,) over the student's top-k and the tail, and the gradient (R, V) of the sum of coefficients *
-    divergence with respect to the student's products with its head. Both are made in `tile`, scratch space (2, R, V).
-    The student's entropy is written to `entropy` (R,), if given.
+    temperature: float,
+    alpha: float,
+    top_k: int,
+    tail: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Divergences (R,) over the student's top-k and the tail, the student's entropy (R,) over the whole vocabulary,
+    and the gradient (R, V) of the sum of coefficients * divergence with respect to the student's products with its
+    head. `tile` is scratch space (2, R, V).
 
     A divergence depends on K logits and on the logsumexp of all V, whose gradient is the probabilities.
     """
-    temperature, top_k, alpha, tail = options
     logits, probabilities = tile
     student.logits(hidden, logits, temperature)
     support = objective.student_support(logits, top_k)
@@ -147,8 +136,7 @@ def over_support(
     chosen = logits.gather(1, support)
     log_sum = chosen[:, :1] - probabilities.gather(1, support[:, :1]).log()  # of the likeliest token: far from 0
     slope = _slope(student, logits, temperature)
-    if entropy is not None:
-        entropy.copy_(torch.special.entr(probabilities, out=logits).sum(1))
+    entropy = torch.special.entr(probabilities, out=logits).sum(1)
     teacher.logits(teacher_hidden, logits, temperature)
     target = objective.kept_logps(logits.gather(1, support), _log_sum(logits), tail)
     with torch.enable_grad():
@@ -157,7 +145,7 @@ def over_support(
     scaled = coefficients * (student.scale / temperature)
     of_chosen, of_sum = torch.autograd.grad(value, inputs, scaled, materialize_grads=True)
     gradient = probabilities.mul_(of_sum).scatter_add_(1, support, of_chosen)
-    return value.detach(), gradient if slope is None else gradient.mul_(slope)
+    return value.detach(), entropy, gradient if slope is None else gradient.mul_(slope)
 
 
 def over_vocabulary(
@@ -167,22 +155,20 @@ def over_vocabulary(
     hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     coefficients: torch.Tensor,
-    options: Options,
-    entropy: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    temperature: float,
+    alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`over_support` with the whole vocabulary as support, by autograd."""
-    temperature, alpha = options.temperature, options.alpha
     logits = student.logits(hidden, tile[0], temperature)
     target = teacher.logits(teacher_hidden, tile[1], temperature).log_softmax(1)
-    if entropy is not None:
-        probabilities = torch.softmax(logits, 1, out=tile[1])
-        entropy.copy_(torch.special.entr(probabilities, out=probabilities).sum(1))
+    probabilities = torch.softmax(logits, 1, out=tile[1])
+    entropy = torch.special.entr(probabilities, out=probabilities).sum(1)
     slope = _slope(student, logits, temperature)
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
         value = objective.jensen_shannon(logits.log_softmax(1), target, alpha)
     (gradient,) = torch.autograd.grad(value, logits, coefficients * (student.scale / temperature))
-    return value.detach(), gradient if slope is None else gradient.mul_(slope)
+    return value.detach(), entropy, gradient if slope is None else gradient.mul_(slope)
 
 
 def _near_one(coefficients: torch.Tensor) -> torch.Tensor:

@@ -297,16 +297,13 @@ class SRPOTrainer(LoadsWeights, GRPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """On the tokens of the distilled `rows`, divergence (N,) between student and self-teacher, and the student's
         entropy (N,)."""
-        entropy = torch.zeros(len(hidden), device=hidden.device)
         if not rows and not self.teacher.sharded:  # a sharded head is gathered by all ranks or by none
-            return hidden.new_zeros(0, dtype=torch.float32), entropy
+            return hidden.new_zeros(2, 0, dtype=torch.float32).unbind()
         args, teacher = self.args, self._teacher_head
         teacher_hidden = torch.cat([self._teacher_hidden[row] for row in rows] or [hidden.detach()])  # else empty
-        options = {"temperature": self.temperature, "top_k": args.distillation_topk, "tail": args.tail}
-        options |= {"alpha": ALPHAS[args.divergence], "student_entropy": entropy}
+        options = {"top_k": args.distillation_topk, "alpha": ALPHAS[args.divergence], "tail": args.tail}
         with autocast(self.accelerator, teacher.weight.dtype):
-            divergence = chunked_divergence(head, hidden, teacher, teacher_hidden, coefficients, **options)
-        return divergence, entropy
+            return chunked_divergence(head, hidden, teacher, teacher_hidden, coefficients, self.temperature, **options)
 
     # Checkpoints
 

@@ -59,15 +59,17 @@ CASES = [
 ]
 
 
+def divergences(*given, **settings) -> torch.Tensor:
+    return chunked_divergence(*given, **settings)[0]
+
+
 @pytest.mark.parametrize(("settings", "head"), CASES)
 def test_divergence_and_gradient_against_float64(tiles, settings, head):
     given = heads(**head)
     student, hidden, teacher, teacher_hidden = given
     settings = {"temperature": 1.0, "top_k": 100, "alpha": 0.5, "tail": True, **settings}
     coefficients = torch.linspace(-1, 2, N)
-    entropy = torch.empty(N)
-    got = chunked_divergence(*given, coefficients, **settings, student_entropy=entropy)
-    assert torch.equal(got, chunked_divergence(*given, coefficients, **settings))
+    got, entropy = chunked_divergence(*given, coefficients, **settings)
     temperature = settings.pop("temperature")
     probabilities = naive_logits(student, hidden, temperature).softmax(-1)
     torch.testing.assert_close(entropy.double(), torch.special.entr(probabilities).sum(-1), rtol=1e-4, atol=1e-5)
@@ -88,7 +90,7 @@ def test_a_student_that_is_all_but_certain(top_k):
     with torch.no_grad():
         student.bias[7] += 150
         student.bias[9] = -math.inf  # ruled out
-    value = chunked_divergence(*given, torch.ones(N), top_k=top_k, student_entropy=(entropy := torch.empty(N)))
+    value, entropy = chunked_divergence(*given, torch.ones(N), top_k=top_k)
     assert (entropy < 1e-20).all()  # and no nan of what is ruled out
     naive = objective.jsd_topk_tail(naive_logits(student, hidden, 1), naive_logits(teacher, teacher_hidden, 1), top_k)
     torch.testing.assert_close(value.double(), naive, rtol=1e-4, atol=1e-5)
@@ -100,7 +102,7 @@ def test_a_student_that_is_all_but_certain(top_k):
 def test_logits_whose_exponential_overflows(top_k):
     student, hidden, teacher, teacher_hidden = heads()
     hidden, teacher_hidden = 100 * hidden.detach(), 100 * teacher_hidden
-    value = chunked_divergence(student, hidden, teacher, teacher_hidden, torch.ones(N), top_k=top_k)
+    value = divergences(student, hidden, teacher, teacher_hidden, torch.ones(N), top_k=top_k)
     naive = objective.jsd_topk_tail(naive_logits(student, hidden, 1), naive_logits(teacher, teacher_hidden, 1), top_k)
     torch.testing.assert_close(value.double(), naive, rtol=1e-4, atol=1e-4)
 
@@ -111,7 +113,7 @@ def test_only_what_wants_a_gradient_gets_one(top_k):
     for tensor in (teacher.weight, teacher.bias, teacher_hidden):
         tensor.requires_grad_()
     student = student._replace(weight=student.weight.detach())
-    chunked_divergence(student, hidden, teacher, teacher_hidden, torch.ones(N), top_k=top_k).sum().backward()
+    divergences(student, hidden, teacher, teacher_hidden, torch.ones(N), top_k=top_k).sum().backward()
     assert hidden.grad.any() and student.bias.grad.any()
     assert teacher.weight.grad is teacher.bias.grad is teacher_hidden.grad is None
     assert student.weight.grad is None  # a frozen head
@@ -120,7 +122,7 @@ def test_only_what_wants_a_gradient_gets_one(top_k):
 def test_a_tied_head_gets_the_gradients_of_both_its_uses():
     student, _, teacher, teacher_hidden = heads(2)
     ids = torch.arange(N)
-    got = chunked_divergence(student, student.weight[ids], teacher, teacher_hidden, torch.ones(N), top_k=5)
+    got = divergences(student, student.weight[ids], teacher, teacher_hidden, torch.ones(N), top_k=5)
     naive = objective.jsd_topk_tail(
         naive_logits(student, student.weight[ids], 1), naive_logits(teacher, teacher_hidden, 1), 5
     )
@@ -130,7 +132,7 @@ def test_a_tied_head_gets_the_gradients_of_both_its_uses():
 
 def test_half_precision_states_have_float32_logits():
     student, hidden, teacher, teacher_hidden = given = heads(2, torch.bfloat16)
-    got = chunked_divergence(*given, torch.ones(N), top_k=10)
+    got = divergences(*given, torch.ones(N), top_k=10)
     naive = objective.jsd_topk_tail(naive_logits(student, hidden, 1), naive_logits(teacher, teacher_hidden, 1), 10)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), naive, rtol=1e-4, atol=1e-6)  # inputs are half precision, logits are not
@@ -143,7 +145,7 @@ def test_half_precision_states_have_float32_logits():
 @pytest.mark.parametrize("top_k", [5, None])
 def test_no_token(top_k):
     student, hidden, teacher, teacher_hidden = heads(3)
-    value = chunked_divergence(student, hidden[:0], teacher, teacher_hidden[:0], torch.ones(0), top_k=top_k)
+    value = divergences(student, hidden[:0], teacher, teacher_hidden[:0], torch.ones(0), top_k=top_k)
     assert value.shape == (0,)
     value.sum().backward()
     assert not hidden.grad.any() and not student.weight.grad.any()
@@ -151,16 +153,16 @@ def test_no_token(top_k):
 
 def test_the_loss_must_be_the_one_that_was_announced():
     student, hidden, *_ = given = heads()
-    value = chunked_divergence(*given, torch.rand(N))
+    value = divergences(*given, torch.rand(N))
     with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
         value.mean().backward()
     coefficients = torch.ones(N)
     with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
-        (chunked_divergence(*given, coefficients) * torch.linspace(1, 1.02, N)).sum().backward()
-    value = chunked_divergence(*given, torch.zeros(N))
+        (divergences(*given, coefficients) * torch.linspace(1, 1.02, N)).sum().backward()
+    value = divergences(*given, torch.zeros(N))
     (value * 0).sum().backward()
     assert not hidden.grad.any() and not student.weight.grad.any()
-    value = chunked_divergence(*given, torch.zeros(N))
+    value = divergences(*given, torch.zeros(N))
     with pytest.raises(RuntimeError, match="^the loss is not the sum of coefficients"):
         value.sum().backward()
 
@@ -170,7 +172,7 @@ def test_coefficients_of_both_signs():
     coefficients, gradients = torch.tensor([1.0, -1.0] + [0.0] * (N - 2)), []  # whose sum is 0
     for part in (coefficients, coefficients.relu(), (-coefficients).relu()):
         leaf = hidden.detach().requires_grad_()
-        (chunked_divergence(student, leaf, teacher, teacher_hidden, part, top_k=5) * part).sum().backward()
+        (divergences(student, leaf, teacher, teacher_hidden, part, top_k=5) * part).sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(gradients[0], gradients[1] - gradients[2], rtol=1e-4, atol=1e-6)
 
@@ -179,7 +181,7 @@ def test_coefficients_of_both_signs():
 def test_tiles_have_room_for_all_that_is_alive_at_once(monkeypatch, top_k, softcap, expected):
     asked = []
     monkeypatch.setattr(divergence, "tile_rows", lambda rows, size, buffers: asked.append(buffers) or rows)
-    chunked_divergence(*heads(softcap=softcap), torch.ones(N), top_k=top_k)
+    divergences(*heads(softcap=softcap), torch.ones(N), top_k=top_k)
     assert asked == [expected]
 
 
@@ -188,11 +190,11 @@ def test_tiny_coefficients_are_no_error(size):
     """As entropy weights with a large beta are."""
     student, hidden, teacher, teacher_hidden = heads()
     coefficients = size * torch.rand(N)
-    value = chunked_divergence(student, hidden, teacher, teacher_hidden, coefficients, top_k=5)
+    value = divergences(student, hidden, teacher, teacher_hidden, coefficients, top_k=5)
     (value * coefficients).sum().backward()
     assert hidden.grad.isfinite().all()
     if size > 1e-30:
-        plain = chunked_divergence(
+        plain = divergences(
             student, again := hidden.detach().requires_grad_(), teacher, teacher_hidden, coefficients / size, top_k=5
         )
         (plain * coefficients / size).sum().backward()
@@ -207,7 +209,7 @@ def test_logits_are_computed_once_and_only_for_what_is_needed(top_k):
         student = student._replace(weight=student.weight.detach().requires_grad_(trained))
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
             given = (student, hidden, teacher, teacher_hidden, torch.ones(N))
-            chunked_divergence(*given, top_k=top_k, student_entropy=torch.empty(N)).sum().backward()
+            divergences(*given, top_k=top_k).sum().backward()
         products = 6 + 8 + 6 * (2 if trained else 1)
         assert counter.get_total_flops() == 2 * N * VOCAB * products, trained
 
@@ -221,7 +223,7 @@ def test_heads_are_gathered_once(monkeypatch):
     for count in (N, 0):
         entered.clear()
         given = (hidden[:count], teacher, teacher_hidden[:count], torch.ones(count))
-        chunked_divergence(student, *given, top_k=5).sum().backward()
+        divergences(student, *given, top_k=5).sum().backward()
         assert len(entered) == 2
 
 
@@ -314,10 +316,7 @@ def test_on_a_gpu_as_on_the_cpu(tiles, dtype, settings, softcap):
         )
         hidden, teacher_hidden, given = (tensor.detach().to(device) for tensor in (*made[1::2], coefficients))
         wanted = [tensor.requires_grad_() for tensor in (hidden, *student[:2])]
-        own = torch.empty(N, device=device)
-        value = chunked_divergence(
-            student, hidden, teacher, teacher_hidden, given, 0.7, **settings, student_entropy=own
-        )
+        value, own = chunked_divergence(student, hidden, teacher, teacher_hidden, given, 0.7, **settings)
         gradients = torch.autograd.grad((value * given).sum(), wanted)
         entropy = chunked_entropy(teacher, teacher_hidden, 0.7)
         return [tensor.detach().float().cpu() for tensor in (value, entropy, own, *gradients)]
