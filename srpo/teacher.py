@@ -319,14 +319,8 @@ class SelfTeacher:
         if self.kind != "ema":
             return
         path = self._file(folder)
-        name, older = path.relative_to(folder), folder / path.name.replace("average", "self_teacher")
-        if older.exists():  # where vLLM takes it for the policy, and an evaluation would
-            others = ", those of the other processes likewise" if self.sharded else ""
-            raise ValueError(
-                f"{older} is the self-teacher's average where older versions had it: move it to {path}{others}, and "
-                "delete complete.json beside it, which lists it at the old place; then the same command goes on"
-            )
         if not path.exists():
+            name = path.relative_to(folder)
             raise ValueError(f"{folder} holds no {name}: it is no checkpoint of SRPO with teacher='ema'")
         saved = load_file(path)
         if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in self.average.items()}:

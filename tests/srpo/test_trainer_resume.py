@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.runs import checkpoint_fault, complete_checkpoint
 from common.tiny import tiny_qwen3
 from srpo.teacher import SelfTeacher
 
@@ -38,34 +37,6 @@ def test_a_checkpoint_without_its_teacher_is_refused(make, tmp_path):
     (checkpoint / "self_teacher/average.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no self_teacher/average.safetensors: .*teacher='ema'"):
         make(**settings).train(resume_from_checkpoint=str(checkpoint))
-
-
-def test_a_checkpoint_of_an_older_version_says_where_its_average_goes(make, tmp_path):
-    """The remedy is all that it takes: what lists the files of a checkpoint no longer names the old place."""
-    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    make(**settings).train()
-    checkpoint = tmp_path / "run" / "checkpoint-1"
-    now, older = checkpoint / "self_teacher/average.safetensors", checkpoint / "self_teacher.safetensors"
-    now.rename(older)
-    now.parent.rmdir()
-    complete_checkpoint(checkpoint)
-    trainer = make(**settings)
-    with pytest.raises(ValueError, match=f"^{older} is .*: move it to {now}, and delete complete.json beside it"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-    now.parent.mkdir()
-    older.rename(now)
-    assert checkpoint_fault(checkpoint) == "self_teacher.safetensors is missing"
-    (checkpoint / "complete.json").unlink()
-    assert checkpoint_fault(checkpoint) is None
-    make(**settings).train(resume_from_checkpoint=str(checkpoint))
-
-
-def test_each_process_names_its_own_share_of_an_older_average(make, tmp_path):
-    teacher = make().teacher
-    teacher.sharded = True
-    (tmp_path / "self_teacher-00000.safetensors").touch()
-    with pytest.raises(ValueError, match="average-00000.safetensors, those of the other processes likewise, and"):
-        teacher.load(tmp_path)
 
 
 def test_a_checkpoint_is_read_as_the_policy_by_what_loads_all_weights_of_a_folder(make, tmp_path):
