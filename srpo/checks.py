@@ -242,14 +242,7 @@ def check_support(trainer) -> None:
     """Raises `ValueError` for a model, data or a sharding with which the routed loss would be wrong; warns of
     settings."""
     if is_peft_model(trainer.model) and trainer.model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"peft_config is a {type(trainer.model.active_peft_config).__name__}, whose learned prompt the loss would "
-            "not see: use LoRA"
-        )
-    if is_peft_model(trainer.model) and hasattr(trainer.model.get_output_embeddings(), "base_layer"):
-        raise ValueError(
-            "a LoRA adapter on lm_head is never trained: the loss reads its weight; remove it from target_modules"
-        )
+        raise ValueError("peft_config makes a learned prompt, which the loss would not see: use LoRA")
     if trainer._is_vlm:
         raise ValueError("SRPOTrainer is for text: the self-teacher's prompt would lose the images")
     if trainer.environment_factories is not None:
