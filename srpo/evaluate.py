@@ -5,11 +5,10 @@
 
 Writes `eval/<checkpoint>/<benchmark>.json` with the sample records beside it, and `eval/curve.json`: accuracy over
 steps and over hours of training, from which the paper's numbers come (best within 1, 5 and 10 hours; also last and
-mean). Interrupted, it goes on where it stopped; finished, it does nothing, and refuses settings that are not the
-record's.
+mean). Interrupted, it goes on where it stopped; finished, it does nothing. It refuses other settings than those of the
+results (`eval/<checkpoint>/settings.json`), so that no old number passes for a new one.
 """
 
-import dataclasses
 import json
 import sys
 from contextlib import closing
@@ -25,7 +24,7 @@ from common.cli import run_main, split_first
 from common.evaluation import Benchmark, Decoding, evaluate, question_fingerprint
 from common.evaluation.engines import build_engine
 from common.evaluation.scoring import reward_scorer
-from common.runs import atomic_write_json, folders_of, is_done, weights_of
+from common.runs import atomic_write_json, claim, folders_of, is_done, weights_of
 from common.training import SECONDS, train_seconds
 
 WHAT = ("run", "base")
@@ -70,13 +69,15 @@ def evaluate_run(run: Path, args: ScriptArguments, config: SRPOConfig) -> list[d
 
 
 def score(model: str, args: ScriptArguments, config: SRPOConfig, out: Path) -> dict[str, Any]:
-    """Accuracy, interval, length and truncation of a model on the test problems."""
+    """Accuracy, interval, length and truncation of a model on the test problems.
+
+    Raises `ValueError` where `out` holds results of other settings; known before a model is loaded.
+    """
     benchmark = benchmark_of(args, config)
     path = out / f"{benchmark.name}.json"
-    settings = settings_of(model, benchmark, args, config)
+    claim(out / "settings.json", settings_of(model, benchmark, args, config, out), any(out.rglob("*.jsonl")))
     if path.exists():
         report = json.loads(path.read_text())
-        check_settings(report, settings, out)
     else:
         with closing(build_engine(args, model, config)) as engine:
             report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
@@ -88,55 +89,23 @@ def score(model: str, args: ScriptArguments, config: SRPOConfig, out: Path) -> d
     }
 
 
-def settings_of(model: str, benchmark: Benchmark, args: ScriptArguments, config: SRPOConfig) -> dict[str, Any]:
-    """What the record of an evaluation must agree with, under the record's names; known before a model is loaded."""
-    return {
-        "model": model,
-        "rows": question_fingerprint(benchmark.rows),
-        "decoding": dataclasses.asdict(benchmark.decoding),
-        "samples": args.eval_samples,
-        "seed": config.seed,
-        "chat_template_kwargs": config.chat_template_kwargs,
-        **weights_of(weights=model),
-        **folders_of(folder=model),
-        **benchmark.settings,
-    }
+def settings_of(
+    model: str, benchmark: Benchmark, args: ScriptArguments, config: SRPOConfig, out: Path
+) -> dict[str, Any]:
+    """What decides the results in `out`.
 
-
-def check_settings(record: dict[str, Any], settings: dict[str, Any], out: Path) -> None:
-    """Raises `ValueError` where the record of a finished evaluation is one of other settings.
-
-    Of the model of a run's own checkpoint the name is not compared: its folder may have been moved. The policy before
-    training is evaluated once for all seeds of training. Older records lack some settings.
+    The name of a run's own checkpoint does not: its folder may have been moved. The policy before training is
+    evaluated once for all seeds of training.
     """
-    theirs, ours = (_by_field({**found.pop("decoding", {}), **found}) for found in (dict(record), dict(settings)))
-    if Path(ours["model"]).is_relative_to(out.parents[1]):
-        del ours["model"]
-    if out.name == "base":
-        del ours["seed"]
-    differences = [
-        f"{name}={theirs[name]!r} and not {value!r}"
-        for name, value in ours.items()
-        if name in theirs and theirs[name] != value
-    ]
-    if differences:
-        raise ValueError(
-            f"{out} holds an evaluation with {', '.join(differences)}: give the settings of the record, or move the "
-            f"folder {out.parent} away to evaluate anew"
-        )
-
-
-def _by_field(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under the names of the fields that the user gives."""
-    names = {
-        "samples": "eval_samples",
-        "temperature": "eval_temperature",
-        "top_p": "eval_top_p",
-        "max_new_tokens": "max_completion_length",
-        "rows": "test problems (data, eval_limit)",
-        "folder": "config, tokenizer and template in the model's folder",
+    names = ("eval_samples", "eval_temperature", "eval_top_p", "strict")
+    return {
+        **({"model": model} if out.name == "base" else {"seed": config.seed}),
+        **{name: getattr(args, name) for name in names},
+        **{name: getattr(config, name) for name in ("max_completion_length", "chat_template_kwargs")},
+        "test problems (data, eval_limit)": question_fingerprint(benchmark.rows),
+        **weights_of(weights=model),
+        **folders_of(**{"config, tokenizer and template in the model's folder": model}),
     }
-    return {names.get(name, name): value for name, value in settings.items()}
 
 
 def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:

@@ -43,14 +43,14 @@ def test_evaluation_of_every_checkpoint_and_the_budgets(config, tmp_path, easy):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (["--eval_temperature", "0.6"], "eval_temperature=1.0 and not 0.6"),
-        (["--eval_top_p", "0.5"], "eval_top_p=0.95 and not 0.5"),
-        (["--eval_samples", "3"], "eval_samples=2 and not 3"),
+        (["--eval_temperature", "0.6"], "eval_temperature=1.0, these settings have 0.6"),
+        (["--eval_top_p", "0.5"], "eval_top_p=0.95, these settings have 0.5"),
+        (["--eval_samples", "3"], "eval_samples=2, these settings have 3"),
         (["--eval_limit", "30"], "test problems (data, eval_limit)="),
-        (["--max_completion_length", "5"], "max_completion_length=4 and not 5"),
+        (["--max_completion_length", "5"], "max_completion_length=4, these settings have 5"),
         (["--chat_template_kwargs", '{"enable_thinking": true}'], "chat_template_kwargs={'enable_thinking': False}"),
-        (["--strict", "true"], "strict=False and not True"),
-        (["--model", "{other}"], "and not"),
+        (["--strict", "true"], "strict=False, these settings have True"),
+        (["--model", "{other}"], "results of model="),
     ],
 )
 def test_a_result_of_other_settings_is_refused(evaluated, other_policy, capsys, monkeypatch, fields, message):
@@ -63,18 +63,18 @@ def test_a_result_of_other_settings_is_refused(evaluated, other_policy, capsys, 
     fields = [field.replace("{other}", other_policy) for field in fields]
     assert evaluate.main(["base", "--config", str(config), *fields]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line and f"move the folder {folder / 'eval'} away" in line
+    assert message in line and f"{folder / 'eval/base'} holds results of" in line
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_result_of_other_weights_at_the_same_path_is_refused(evaluated, capsys, monkeypatch):
     config, folder = evaluated
     assert evaluate.main(["base", "--config", str(config)]) == 0
-    record = json.loads((folder / "eval/base/additions.json").read_text())
-    assert record["weights"] == evaluate.weights_of(weights=record["model"])["weights"]
+    settings = json.loads((folder / "eval/base/settings.json").read_text())
+    assert settings["weights"] == evaluate.weights_of(weights=settings["model"])["weights"]
     monkeypatch.setattr(evaluate, "weights_of", lambda **models: dict.fromkeys(models, "other"))
     assert evaluate.main(["base", "--config", str(config)]) == 2
-    assert f"weights={record['weights']!r} and not 'other'" in capsys.readouterr().err
+    assert f"weights={settings['weights']!r}, these settings have 'other'" in capsys.readouterr().err
 
 
 def test_a_result_of_another_template_at_the_same_path_is_refused(config, policy, tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_a_result_of_another_template_at_the_same_path_is_refused(config, policy
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     capsys.readouterr()
     assert evaluate.main(fields) == 2
-    assert "an evaluation with config, tokenizer and template in the model's folder=" in capsys.readouterr().err
+    assert "results of config, tokenizer and template in the model's folder=" in capsys.readouterr().err
 
 
 def test_the_policy_before_training_is_evaluated_once_for_all_seeds(evaluated, monkeypatch):
@@ -93,9 +93,15 @@ def test_the_policy_before_training_is_evaluated_once_for_all_seeds(evaluated, m
     assert evaluate.main(["base", "--config", str(evaluated[0]), "--seed", "1"]) == 0
 
 
-def test_a_run_is_evaluated_with_the_seed_of_its_record(tmp_path):
-    with pytest.raises(ValueError, match="seed=0 and not 1"):
-        evaluate.check_settings({"seed": 0}, {"model": "m", "seed": 1}, tmp_path / "run/eval/checkpoint-2")
+def test_a_run_is_evaluated_with_the_seed_of_its_record(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *given, **options: pytest.fail("evaluated"))
+    out = tmp_path / "run/eval/checkpoint-2"
+    args, settings = train.parse(["--config", str(config)])
+    settings.seed = 1
+    evaluate.claim(out / "settings.json", {"seed": 0}, False)
+    (out / "samples.jsonl").touch()
+    with pytest.raises(ValueError, match="seed=0, these settings have 1"):
+        evaluate.score(args.model, args, settings, out)
 
 
 def test_an_adapters_folder_is_its_own_model(evaluated, policy, tmp_path):
@@ -180,7 +186,7 @@ def test_a_record_names_its_scorer_from_the_start(config, tmp_path, monkeypatch)
         with pytest.raises(InterruptedError):
             evaluate.score("policy", args, settings, tmp_path / "eval/base")
     assert closed == [True]
-    with pytest.raises(ValueError, match="strict=False and not True"):
+    with pytest.raises(ValueError, match="strict=False, these settings have True"):
         evaluate.score("policy", replace(args, strict=True), settings, tmp_path / "eval/base")
     assert 0 <= evaluate.score("policy", args, settings, tmp_path / "eval/base")["accuracy"] <= 1
 
