@@ -3,6 +3,8 @@
 `tests/srpo/test_trainer.py` pins the signatures of these names and of the trainer's private methods.
 """
 
+# ruff: noqa: E402, F401 - other modules import these names from here, behind the check
+
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
@@ -13,13 +15,13 @@ SUPPORTED_TRL = ">=1.16,<1.17"
 if version("trl") not in SpecifierSet(SUPPORTED_TRL):
     raise ImportError(f"srpo overrides private methods of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}")
 
-from trl.kernels.chunked_divergence import _addmm_fp32 as addmm_fp32  # noqa: E402
-from trl.kernels.chunked_divergence import _compute_dtype as compute_dtype  # noqa: E402
-from trl.kernels.chunked_divergence import _project as project  # noqa: E402
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
-from trl.models import prepare_deepspeed  # noqa: E402
-from trl.models.utils import _ForwardRedirection as ForwardRedirection  # noqa: E402
-from trl.trainer.utils import (  # noqa: E402
+from trl.kernels.chunked_divergence import _addmm_fp32 as addmm_fp32
+from trl.kernels.chunked_divergence import _compute_dtype as compute_dtype
+from trl.kernels.chunked_divergence import _project as project
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.models import prepare_deepspeed
+from trl.models.utils import _ForwardRedirection as ForwardRedirection
+from trl.trainer.utils import (
     RepeatSampler,
     create_model_from_path,
     is_async_callable,
@@ -27,24 +29,6 @@ from trl.trainer.utils import (  # noqa: E402
     pad,
     split_tensor_dict,
 )
-
-__all__ = [
-    "SUPPORTED_TRL",
-    "ChunkedLogProbFunction",
-    "EpochSampler",
-    "ForwardRedirection",
-    "WholeBatches",
-    "addmm_fp32",
-    "compute_dtype",
-    "create_model_from_path",
-    "is_async_callable",
-    "maybe_gather_lm_head_ctx",
-    "pad",
-    "prepare_deepspeed",
-    "project",
-    "seed_rollouts",
-    "split_tensor_dict",
-]
 
 
 class EpochSampler(RepeatSampler):

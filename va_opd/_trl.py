@@ -3,6 +3,8 @@
 `tests/va_opd/test_trainer.py` pins the signatures of these names and of the trainer's private methods.
 """
 
+# ruff: noqa: E402, F401 - other modules import these names from here, behind the check
+
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
@@ -13,31 +15,16 @@ SUPPORTED_TRL = ">=1.16,<1.17"
 if version("trl") not in SpecifierSet(SUPPORTED_TRL):
     raise ImportError(f"va_opd overrides private methods of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}")
 
-from trl.kernels import chunked_divergence  # noqa: E402
-from trl.kernels.chunked_divergence import _addmm_fp32 as addmm_fp32  # noqa: E402
-from trl.kernels.chunked_divergence import _compute_dtype as compute_dtype  # noqa: E402
-from trl.kernels.chunked_divergence import _project as project  # noqa: E402
-from trl.trainer.utils import (  # noqa: E402
+from trl.kernels import chunked_divergence
+from trl.kernels.chunked_divergence import _addmm_fp32 as addmm_fp32
+from trl.kernels.chunked_divergence import _compute_dtype as compute_dtype
+from trl.kernels.chunked_divergence import _project as project
+from trl.trainer.utils import (
     RepeatSampler,
     maybe_gather_lm_head_ctx,
     split_pixel_values_by_grid,
     unsplit_pixel_values_by_grid,
 )
-
-__all__ = [
-    "MULTIMODAL_KEYS",
-    "SUPPORTED_TRL",
-    "EpochSampler",
-    "WholeBatches",
-    "addmm_fp32",
-    "chunked_divergence",
-    "compute_dtype",
-    "maybe_gather_lm_head_ctx",
-    "project",
-    "seed_rollouts",
-    "split_pixel_values_by_grid",
-    "unsplit_pixel_values_by_grid",
-]
 
 # What `DistillationTrainer._get_last_hidden_state` accepts beside ids and masks
 MULTIMODAL_KEYS = (
