@@ -128,13 +128,7 @@ def has_images(row: dict[str, Any]) -> bool:
     return in_columns or any(part.get("type") == "image" for part in _parts(row["prompt"]))
 
 
-def check_row(
-    args: VAOPDConfig,
-    processing_class,
-    config: PretrainedConfig,
-    row: dict[str, Any],
-    name: str = "row 0 of train_dataset",
-) -> None:
+def check_row(args: VAOPDConfig, processing_class, row: dict[str, Any], name: str = "row 0 of train_dataset") -> None:
     """Raises `ValueError` where a row cannot be made into the student's input. TRL would fail only at the first step,
     after all models and the engine have been loaded."""
     images = row.get("images") or ([] if row.get("image") is None else [row["image"]])
@@ -156,7 +150,7 @@ def check_row(
                 check_depth(image)
     except Exception as error:  # whatever template, processor and PIL have
         raise ValueError(f"{name} makes no prompt ({_cause(error)}): mend such rows, or processing_class") from error
-    check_prompts(ids, args, config, f"the prompt of {name}")
+    check_prompts(ids, args, f"the prompt of {name}")
 
 
 def _cause(error: Exception) -> str:
@@ -164,7 +158,7 @@ def _cause(error: Exception) -> str:
 
 
 @contextmanager
-def naming_rows(args: VAOPDConfig, processing_class, config: PretrainedConfig, rows: list[dict]) -> Iterator[None]:
+def naming_rows(args: VAOPDConfig, processing_class, rows: list[dict]) -> Iterator[None]:
     """If the code inside fails because of one of the `rows` of a step, raises `ValueError` that names the row."""
     try:
         yield
@@ -173,7 +167,7 @@ def naming_rows(args: VAOPDConfig, processing_class, config: PretrainedConfig, r
     except Exception:
         for row in rows:
             name = f"the row with id {row['id']!r}" if "id" in row else f"the row with prompt {row['prompt']!r:.200}"
-            check_row(args, processing_class, config, row, name)
+            check_row(args, processing_class, row, name)
         raise
 
 
@@ -381,12 +375,9 @@ def ban_tokens(args: VAOPDConfig, processing_class, model: str | PreTrainedModel
     return args
 
 
-def check_prompts(
-    prompt_ids: list[list[int]], args: VAOPDConfig, config: PretrainedConfig, name: str = "a prompt"
-) -> None:
-    """Raises `ValueError` for a prompt over the limit. Warns once of a colocated vLLM whose context does not hold a
-    prompt and its rollout, and of rollouts that may end beyond the positions that the student's configuration names.
-    """
+def check_prompts(prompt_ids: list[list[int]], args: VAOPDConfig, name: str = "a prompt") -> None:
+    """Raises `ValueError` for a prompt over the limit; warns once of a colocated vLLM whose context does not hold a
+    prompt and its rollout."""
     longest = max(len(ids) for ids in prompt_ids)
     if longest > args.max_prompt_length:
         raise ValueError(
@@ -399,12 +390,6 @@ def check_prompts(
             f"vllm_max_model_length={context} is for a prompt and its rollout, and some prompts leave less than "
             f"max_completion_length={args.max_completion_length}: vLLM cuts their rollouts short; raise the first, or "
             "lower max_completion_length, or max_prompt_length to refuse such prompts"
-        )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and longest + args.max_completion_length > positions:
-        logger.warning_once(  # no error: some models scale their positions
-            f"prompts and rollouts may be longer than the student's max_position_embeddings={positions}: lower "
-            "max_completion_length or the image budget, or set max_prompt_length to refuse such prompts"
         )
 
 

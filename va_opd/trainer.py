@@ -68,7 +68,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         checks.check_inputs(args, train_dataset, eval_dataset)
         checks.check_processor(processing_class, train_dataset)
         if train_dataset is not None:
-            checks.check_row(args, processing_class, checks.config_of(model), train_dataset[0])
+            checks.check_row(args, processing_class, train_dataset[0])
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         # TRL pads prompts itself, on the left, but takes which of their tokens are an image's from the processor
         tokenizer.padding_side = "left"
@@ -131,7 +131,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         )
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        checks.check_prompts(prompt_ids, self.args, self.model.config)
+        checks.check_prompts(prompt_ids, self.args)
         with self._timed("generation"):
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         checks.check_rollouts(completion_ids, self.banned_ids)
@@ -179,7 +179,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
 
     def _prepare_inputs(self, generation_batch):
         """TRL's, but micro-batches are sorted by length instead of drawn: the same sum, less padding."""
-        with checks.naming_rows(self.args, self.processing_class, self.model.config, generation_batch):
+        with checks.naming_rows(self.args, self.processing_class, generation_batch):
             if not self.model.training:
                 return super()._prepare_inputs(generation_batch)
             parts = self.args.gradient_accumulation_steps

@@ -243,7 +243,7 @@ def test_an_error_that_is_of_no_row_is_raised_as_it_is(make, monkeypatch):
         monkeypatch.setattr(DistillationTrainer, name, fails)
         with pytest.raises(KeyError, match="of the engine"):
             trainer.train()
-    with pytest.raises(torch.OutOfMemoryError), naming_rows(None, None, None, [{}]):  # in which no row is read
+    with pytest.raises(torch.OutOfMemoryError), naming_rows(None, None, [{}]):  # in which no row is read
         raise torch.OutOfMemoryError
 
 
@@ -261,15 +261,15 @@ def test_the_search_for_a_row_that_cannot_be_read_says_why_and_ends(monkeypatch)
 
 
 def test_a_context_of_vllm_that_cuts_rollouts_is_warned_of(make, monkeypatch):
-    said, args, config = [], make().args, models()[0].config  # max_completion_length=6
+    said, args = [], make().args  # max_completion_length=6
     monkeypatch.setattr("va_opd.checks.logger.warning_once", said.append)
     for use_vllm, mode, context in ((False, "colocate", 10), (True, "server", 10), (True, "colocate", None)):
         args.use_vllm, args.vllm_mode, args.vllm_max_model_length = use_vllm, mode, context
-        check_prompts([[1] * 20], args, config)
+        check_prompts([[1] * 20], args)
     args.vllm_max_model_length = 26
-    check_prompts([[1] * 20], args, config)
+    check_prompts([[1] * 20], args)
     assert not said
-    check_prompts([[1] * 20, [1] * 21], args, config)
+    check_prompts([[1] * 20, [1] * 21], args)
     assert "vllm_max_model_length=26 is for a prompt and its rollout" in said[0]
 
 

@@ -184,16 +184,6 @@ def test_a_prompt_over_the_limit_is_one_clear_sentence(make):
         step(make(max_prompt_length=12))
 
 
-def test_rollouts_beyond_the_positions_of_the_student_are_warned_of(make, monkeypatch):
-    said = []
-    monkeypatch.setattr("va_opd.checks.logger.warning_once", said.append)
-    trainer = make()
-    room = trainer.model.config.get_text_config().max_position_embeddings - trainer.args.max_completion_length
-    for length, words in ((room, []), (room + 1, ["longer than the student's max_position_embeddings="])):
-        checks.check_prompts([[11], [11] * length], trainer.args, trainer.model.config)
-        assert len(said) == len(words) and all(map(str.__contains__, said, words))
-
-
 @pytest.mark.parametrize("softcap", [None, 0.5])
 def test_the_gap_to_the_engine_divides_soft_capped_logits_by_the_temperature(make, monkeypatch, softcap):
     """The engine has sampled by these very probabilities: the gap is 0."""
