@@ -28,10 +28,11 @@ def check_inputs(args: SRPOConfig, train_dataset) -> None:
     generation batch."""
     if not isinstance(args, SRPOConfig):
         raise ValueError(f"args must be an SRPOConfig, got {type(args).__name__}; routing='grpo' makes it GRPO")
-    if isinstance(train_dataset, dict):  # DatasetDict, what load_dataset gives without split=
-        raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
-    if isinstance(train_dataset, IterableDataset):
-        raise ValueError("SRPOTrainer repeats each prompt num_generations times and needs a map-style Dataset")
+    if isinstance(train_dataset, dict | IterableDataset):
+        raise ValueError(
+            "train_dataset must be a map-style Dataset, as each prompt is repeated num_generations times, and one "
+            f"split of a DatasetDict; got {type(train_dataset).__name__}"
+        )
     if not isinstance(train_dataset, Dataset):
         return  # none, and lists and the like, which TRL refuses
     prompts = args.generation_batch_size // args.num_generations

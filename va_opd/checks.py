@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from PIL import Image
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -31,13 +31,12 @@ def check_inputs(args: VAOPDConfig, train_dataset, eval_dataset=None) -> None:
     holds whole groups of siblings and the data set fills it."""
     if not isinstance(args, VAOPDConfig):
         raise ValueError(f"args must be a VAOPDConfig, got {type(args).__name__}; weighting='none' makes it plain OPD")
-    if isinstance(train_dataset, dict):  # DatasetDict, what load_dataset gives without split=
-        raise ValueError(f"train_dataset holds the splits {', '.join(train_dataset)}: pass one of them")
-    if isinstance(train_dataset, IterableDataset):
-        raise ValueError("VAOPDTrainer repeats each prompt num_generations times and needs a map-style Dataset")
-    methods = () if train_dataset is None else ("__len__", "__getitem__")  # all that a map-style data set has to have
-    if isinstance(train_dataset, str) or not all(hasattr(train_dataset, name) for name in methods):
-        raise ValueError(f"train_dataset must be a Dataset or a list of rows, got {type(train_dataset).__name__}")
+    is_map_style = hasattr(train_dataset, "__len__") and hasattr(train_dataset, "__getitem__")
+    if isinstance(train_dataset, str | dict) or not (is_map_style or train_dataset is None):
+        raise ValueError(
+            "train_dataset must be a map-style Dataset or a list of rows, as each prompt is repeated num_generations "
+            f"times, and one split of a DatasetDict; got {type(train_dataset).__name__}"
+        )
     prompts = args.prompts_of_a_step(args.world_size)
     if isinstance(eval_dataset, Dataset | list) and len(eval_dataset):  # else the first evaluation would say so
         check_rows(eval_dataset, "eval_dataset")

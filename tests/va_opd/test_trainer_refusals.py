@@ -73,9 +73,9 @@ def test_what_no_trainer_can_be_built_of_is_one_clear_sentence(make):
             VAOPDTrainer(student, teacher, make().args, **{**good, **changes})
 
     endless = IterableDataset.from_generator(lambda: iter(image_rows(2)))
-    refused("needs a map-style Dataset", train_dataset=endless)
+    refused("must be a map-style Dataset .* got IterableDataset", train_dataset=endless)
     splits = DatasetDict(train=rows, test=rows)
-    refused("train_dataset holds the splits train, test: pass one of them", train_dataset=splits)
+    refused("and one split of a DatasetDict; got DatasetDict", train_dataset=splits)
     refused(
         "train_dataset has the columns problem, .*it needs `prompt`",
         train_dataset=rows.rename_column("prompt", "problem"),
@@ -343,8 +343,8 @@ def test_rows_in_a_list_are_looked_at(make):
     for rows, message in (
         ([{"problem": "?"}] * 4, "train_dataset has the columns problem: it needs `prompt`"),
         ([*image_rows(3), {"prompt": []}], "the prompt of row 3 of train_dataset is "),
-        ("org/data", "train_dataset must be a Dataset or a list of rows, got str"),
-        (iter(image_rows(4)), "train_dataset must be a Dataset or a list of rows, got list_iterator"),
+        ("org/data", "train_dataset must be a map-style Dataset or a list of rows, .* got str"),
+        (iter(image_rows(4)), "train_dataset must be a map-style Dataset .* got list_iterator"),
     ):
         with pytest.raises(ValueError, match=message):
             VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
