@@ -194,43 +194,19 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
 
     def _score(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What the loss needs beside the batch: what `teacher.views` keeps, lists of B tensors; (B, T) coefficients,
-        and bool masks of the tokens inside and outside the high-VA groups; P as `num_items_in_batch`.
-        Names that end in `_all` have the rows of all ranks."""
-        args, train = self.args, self.model.training
-        num_generations, weighting = (args.num_generations, args.weighting) if train else (1, "none")
-        mask = batch["completion_mask"]
-        images = self._rollout_images or [[]] * len(mask)
+        and bool masks of the tokens inside and outside the high-VA groups; P as `num_items_in_batch`."""
+        num_generations = self.args.num_generations if self.model.training else 1
+        mask, images = batch["completion_mask"], self._rollout_images or [[]] * len(batch["completion_mask"])
         has_image = torch.tensor([bool(row) for row in images], device=mask.device)
         checks.check_siblings(self._gather(checks.sibling_fingerprints(batch)), num_generations)
 
-        for_loss, logps, logps_degraded = self.teacher.views(batch, images, has_image, num_generations)
+        for_loss, *logps = self.teacher.views(batch, images, has_image, num_generations)
         logps, logps_degraded = (
-            torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask.bool(), x) for x in (logps, logps_degraded)
+            torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask.bool(), x) for x in logps
         )
         va = objective.visual_advantage(logps, logps_degraded, mask * has_image[:, None])
-        va_all, mask_all, has_image_all = self._gather(va), self._gather(mask), self._gather(has_image)
-        ungrouped = ~has_image_all
-        if args.va_floor is not None:
-            ungrouped = ungrouped | (objective.mean_over_tokens(va_all, mask_all) < args.va_floor)
-        weights, coefficients = objective.coefficients(
-            va_all,
-            mask_all,
-            num_generations,
-            weighting=weighting,
-            weight_temperature=args.weight_temperature,
-            eps=args.va_eps,
-            top_fraction=args.top_fraction,
-            high_weight=args.high_weight,
-            ungrouped=ungrouped,
-            generator=self._ties(),
-        )
-        # For the logs only, where a row without groups has neither high nor low tokens
-        grouped = mask_all.bool() & ~ungrouped[:, None]
-        high = grouped & objective.high_tokens(va_all, mask_all, args.top_fraction, self._ties())
-        if has_image_all.any():  # a row without an image has no VA that could be 0
-            figures = va_figures(va_all, mask_all, weights, high, has_image_all, num_generations)
-            for name, value in figures.items():
-                self._record(name, value)
+        of_all_ranks = self._gather(va), self._gather(mask), self._gather(has_image)
+        weights, coefficients, high, low = self._coefficients_of(*of_all_ranks, num_generations)
         start = len(mask) * self.accelerator.process_index
         own = slice(start, start + len(mask)), slice(mask.size(1))  # rows and columns of this rank
         self.last_rollouts = {
@@ -245,9 +221,42 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
             **for_loss,
             "coefficients": coefficients[own],
             "high_tokens": high[own],
-            "low_tokens": (grouped & ~high)[own],
-            "num_items_in_batch": torch.tensor(len(va_all) / num_generations, device=mask.device),
+            "low_tokens": low[own],
+            "num_items_in_batch": torch.tensor(len(weights) / num_generations, device=mask.device),
         }
+
+    def _coefficients_of(
+        self, va: torch.Tensor, mask: torch.Tensor, has_image: torch.Tensor, num_generations: int
+    ) -> tuple[torch.Tensor, ...]:
+        """Rollout weights (B,), token coefficients (B, T), and (B, T) bool masks of the tokens inside and outside the
+        high-VA groups, of the rollouts of all ranks; logs the figures of their VA.
+
+        Args:
+            va, mask: (B, T) VA and response tokens.
+            has_image: (B,) bool; a row without an image is weighted as in Standard OPD.
+        """
+        args, ungrouped = self.args, ~has_image
+        if args.va_floor is not None:
+            ungrouped = ungrouped | (objective.mean_over_tokens(va, mask) < args.va_floor)
+        weights, coefficients = objective.coefficients(
+            va,
+            mask,
+            num_generations,
+            weighting=args.weighting if self.model.training else "none",
+            weight_temperature=args.weight_temperature,
+            eps=args.va_eps,
+            top_fraction=args.top_fraction,
+            high_weight=args.high_weight,
+            ungrouped=ungrouped,
+            generator=self._ties(),
+        )
+        # For the logs only, where a row without groups has neither high nor low tokens
+        grouped = mask.bool() & ~ungrouped[:, None]
+        high = grouped & objective.high_tokens(va, mask, args.top_fraction, self._ties())
+        if has_image.any():  # a row without an image has no VA that could be 0
+            for name, value in va_figures(va, mask, weights, high, has_image, num_generations).items():
+                self._record(name, value)
+        return weights, coefficients, high, grouped & ~high
 
     def _degraded_pixel_values(self, batch: dict[str, Any], images: list, num_generations: int) -> torch.Tensor:
         args, processor = self.args, self.processing_class.image_processor
