@@ -64,7 +64,6 @@ def load_rows(
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
     template: str = "{problem}",
-    num_proc: int | None = None,
     check_images: bool = True,
 ) -> Dataset:
     """Rows of a split of `source`: a hub id, or a local folder or file (parquet, json, jsonl) of the same columns.
@@ -82,7 +81,7 @@ def load_rows(
     dataset = _standard_columns(dataset, source)
     if check_images:
         _report_golds(dataset, source)
-        check_readable(dataset, source, min_pixels, max_pixels, num_proc)
+        check_readable(dataset, source, min_pixels, max_pixels)
 
     def messages(row: dict) -> dict:
         where = f"data {source!r}, row {row['id']}"
@@ -476,7 +475,7 @@ def sample_teacher(args: ScriptArguments, config: VAOPDConfig, rows: Dataset) ->
     cache = Path(args.out) / "va_opd" / args.experiment / f"teacher-seed{config.seed}" / "responses.jsonl"
     claim(cache.with_name("settings.json"), teacher_settings(args, config, rows), cache.exists())
     found = read_jsonl(cache) if cache.exists() else []
-    done = {record["id"] for record in found if "finish_reason" in record}  # older ones do not say if they are whole
+    done = {record["id"] for record in found}
     missing = [index for index, row_id in enumerate(ids) if row_id not in done]
     if not missing:
         return cache

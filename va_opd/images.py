@@ -43,7 +43,7 @@ def _opened(data: bytes | None, path: str | None) -> PILImage.Image:
     return PILImage.open(io.BytesIO(data) if data else path)
 
 
-def check_readable(dataset: Dataset, source: str, min_pixels: int, max_pixels: int, num_proc: int | None) -> None:
+def check_readable(dataset: Dataset, source: str, min_pixels: int, max_pixels: int) -> None:
     """Decodes every image once, so that a broken file stops the run at its start and not in step 900.
 
     `dataset` has the columns `id` and `images`, lists of {"bytes", "path"}.
@@ -52,7 +52,6 @@ def check_readable(dataset: Dataset, source: str, min_pixels: int, max_pixels: i
     checked = dataset.map(
         lambda row: {"fault": _fault(row["images"], min_pixels, max_pixels)},
         remove_columns=dataset.column_names,
-        num_proc=num_proc,
         load_from_cache_file=False,  # a cached verdict would not notice that a file has changed
         desc="checking images",
     )
