@@ -142,29 +142,21 @@ class SelfTeacher:
         return prepare_deepspeed(teacher, self.accelerator)
 
     def _check_start(self, teacher: nn.Module, policy: nn.Module, name: str) -> None:
-        """Raises `ValueError` on all ranks if what was loaded from the policy's name is not the policy."""
+        """Raises `ValueError` if what was loaded from the policy's name is not the policy, up to rounding."""
+        import deepspeed
+
         own, loaded = dict(policy.named_parameters()), dict(teacher.named_parameters())
-        shapes = [{key: tuple(getattr(p, "ds_shape", p.shape)) for key, p in x.items()} for x in (own, loaded)]
-        differ = torch.tensor([int(shapes[0] != shapes[1])], device=self.accelerator.device)
-        if not differ:
-            differ += sum(not self._is_same(own[key], weight) for key, weight in loaded.items())
-        if self.accelerator.gather(differ).any():
+        same = own.keys() == loaded.keys()
+        for key, weight in loaded.items() if same else ():
+            with deepspeed.zero.GatheredParameters([own[key], weight]):  # collective: on all ranks for every weight
+                dtype = min(own[key].dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+                same &= torch.equal(own[key].to(weight.device, dtype), weight.to(dtype))
+        if not same:
             raise ValueError(
                 f"under ZeRO-3 the self-teacher is loaded from the policy's name, {name!r}, and its weights are not "
                 "the policy's (changed after loading, another revision, an adapter merged in): save the policy and "
                 "pass its folder as model, or set model_init_kwargs to how it was loaded"
             )
-
-    def _is_same(self, own: nn.Parameter, loaded: nn.Parameter) -> bool:
-        """Whether this rank's shards of two weights are equal up to rounding; the first weight may be whole."""
-        share = self._shard(loaded)
-        if hasattr(own, "ds_tensor"):
-            part = self._shard(own)
-        else:
-            start = self.accelerator.process_index * loaded.ds_tensor.numel()
-            part = own.detach().flatten()[start : start + share.numel()]
-        dtype = min(part.dtype, share.dtype, key=lambda dtype: dtype.itemsize)
-        return torch.equal(part.to(share.device, dtype), share.to(dtype))
 
     @contextmanager
     def view(self, policy: nn.Module) -> Iterator[nn.Module]:

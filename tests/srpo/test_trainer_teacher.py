@@ -4,7 +4,8 @@ import copy
 import dataclasses
 import math
 import os
-from contextlib import nullcontext, suppress
+import sys
+from contextlib import contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 
 import peft
@@ -521,13 +522,22 @@ def test_the_options_of_loading_reach_the_teacher(make, monkeypatch):
 
 
 def in_shards(weight: torch.Tensor, partitioned: bool = True) -> torch.nn.Linear:
-    """A layer of 2 x 3 as on the last of two ranks under ZeRO-3, where one value fills up the share."""
+    """A layer of 2 x 3 as under ZeRO-3: its weight is empty, but inside `gathered`."""
     layer = torch.nn.Linear(3, 2, bias=False, dtype=weight.dtype)
-    layer.weight.data = torch.empty(0) if partitioned else weight
-    if partitioned:
-        layer.weight.ds_tensor = torch.cat([weight.flatten()[4:], weight.new_full((2,), math.nan)])
-        layer.weight.ds_numel, layer.weight.ds_shape = 6, weight.shape
+    layer.weight.data = weight.new_empty(0) if partitioned else weight
+    layer.weight.whole = weight
     return layer
+
+
+@contextmanager
+def gathered(weights: list[torch.nn.Parameter]):
+    """In place of DeepSpeed's, which needs several processes (`test_sharding.py` has them)."""
+    held = [weight.data for weight in weights]
+    for weight in weights:
+        weight.data = weight.whole
+    yield
+    for weight, data in zip(weights, held, strict=True):
+        weight.data = data
 
 
 def zero3_copy(monkeypatch, policy: torch.nn.Linear, loaded: torch.nn.Linear, **loading):
@@ -535,11 +545,12 @@ def zero3_copy(monkeypatch, policy: torch.nn.Linear, loaded: torch.nn.Linear, **
     seen = {}
     monkeypatch.setattr(teacher, "create_model_from_path", lambda name, **options: seen.update(options) or loaded)
     monkeypatch.setattr(teacher, "prepare_deepspeed", lambda model, accelerator: model)
+    zero = SimpleNamespace(GatheredParameters=gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
     policy.config = SimpleNamespace(_name_or_path="m", _attn_implementation="flash_attention_2")
     policy.dtype = torch.bfloat16
     owner = object.__new__(SelfTeacher)
-    owner.accelerator = SimpleNamespace(process_index=1, device="cpu", gather=lambda tensor: tensor)
-    owner.loading, owner.zero3 = loading, True
+    owner.accelerator, owner.loading = None, loading
     return owner._zero3_copy(policy), seen
 
 
