@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 WHAT = ("run", "base", "teacher")
-MODELS = ("model", "teacher")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,7 +110,7 @@ def check_trained(run: Path, args: ScriptArguments) -> None:
     if not is_done(run):
         raise ValueError(f"{run} holds no finished run: run va_opd.train with the same settings first")
     trained = json.loads((run / "manifest.json").read_text())["config"]
-    for name in MODELS:
+    for name in ("model", "teacher"):
         ours = getattr(args, name)
         if trained.get(name, ours) != ours:
             raise ValueError(
@@ -125,16 +124,13 @@ def settings_of(what: str, args: ScriptArguments, config: VAOPDConfig, rows: "Da
 
     The model of a run is in its folder; which of its checkpoints, the settings decide.
     """
-    models_of = {
-        "run": ("model", "teacher", "select_checkpoint"),
-        "base": ("model", "teacher"),
-        "teacher": ("teacher",),
-    }
+    loaded = {"teacher": args.teacher} if what == "teacher" else {"model": args.model, "teacher": args.teacher}
+    chosen = ("eval_samples", "eval_temperature", *(["select_checkpoint"] if what == "run" else []))
     names = ("temperature", "top_p", "max_completion_length", "chat_template_kwargs", "degradation_ratio")
     names += ("pixelate_at", "seed")
-    loaded = {name: getattr(args, name) for name in models_of[what] if name in MODELS}
     return {
-        **{name: getattr(args, name) for name in (*models_of[what], "eval_samples", "eval_temperature")},
+        **loaded,
+        **{name: getattr(args, name) for name in chosen},
         **{name: getattr(config, name) for name in names},
         **data_settings(args),
         "validation_size": args.validation_size,

@@ -96,7 +96,6 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         self.banned_ids = checks.banned_ids(processing_class, self.model.config)
         self.last_rollouts: dict[str, Any] = {}
         self._kl_sums: torch.Tensor | None = None
-        self._null_is_due = args.doctor_steps > 0
         self.teacher = ServedTeacher(self) if args.teacher_server else Teacher(self)
         self.engine = VLLMRollouts(self.vllm_generation) if self.use_vllm else None
         seed_rollouts(self)
@@ -330,10 +329,8 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def _measures_null(self) -> bool:
-        """True once, at the first training batch: the doctor would not see the figure of an evaluation before it."""
-        due = self._null_is_due and self.model.training
-        self._null_is_due &= not due
-        return due
+        """At the first training batch: the doctor would not see the figure of an evaluation before it."""
+        return self.args.doctor_steps > 0 and self.model.training and self._step == 0
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
