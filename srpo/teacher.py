@@ -67,20 +67,12 @@ class SelfTeacher:
         self.average = dict(self._parameters(averaged, trained=self.factors)) if kind == "ema" else {}
         if self.zero3 or self.factors:
             self.average = {name: tensor.detach().float().clone() for name, tensor in self.average.items()}
-        self.offloaded = self._offload() if offload else None
-
-    def _offload(self) -> Offloaded:
-        if self.sharded:
+        if offload and self.sharded:
             raise ValueError(
                 "teacher_offload=True has nothing to do under ZeRO-3 and FSDP, which shard the self-teacher: leave it "
                 "out, or set offload_param_device: cpu (fsdp_offload_params: true) in the accelerate config"
             )
-        if self.model is None:
-            raise ValueError(
-                f"teacher_offload=True has nothing to do with teacher={self.kind!r} here, which is the policy itself: "
-                "leave it out"
-            )
-        return Offloaded(self.model, self.accelerator.device)
+        self.offloaded = Offloaded(self.model, accelerator.device) if offload and self.model is not None else None
 
     def _needs_copy(self, policy: nn.Module) -> bool:
         """Whether the teacher has to be a model of its own, not the policy with its own adapter, the averaged one or

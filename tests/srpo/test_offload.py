@@ -66,6 +66,6 @@ def test_only_the_head_stays_on_the_gpu():
 @pytest.mark.parametrize(
     "settings", [{"teacher": "current"}, {"teacher": "frozen", "peft_config": LoraConfig(target_modules="all-linear")}]
 )
-def test_a_teacher_that_is_the_policy_is_refused(settings, tmp_path):
-    with pytest.raises(ValueError, match="^teacher_offload=True has nothing to do with teacher="):
-        tests.build(tmp_path, teacher_offload=True, **settings)
+def test_a_teacher_that_is_the_policy_stays_where_it_is(settings, tmp_path):
+    trainer = tests.build(tmp_path, teacher_offload=True, **settings)
+    assert trainer.teacher.model is trainer.teacher.offloaded is None
