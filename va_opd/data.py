@@ -364,8 +364,9 @@ class Reader:
 READERS = {"teacher": Reader(hidden=128, max_steps=600), "base": Reader(hidden=64, max_steps=900, until=0.5)}
 
 
-def train_reader(name: str, out: Path, seed: int = 0) -> float:
-    """Trains READERS[name] with TRL's `SFTTrainer` into `out`; returns its greedy accuracy on fresh rows of "train".
+def train_reader(name: str, out: Path, seed: int) -> str:
+    """Trains READERS[name] with TRL's `SFTTrainer` into `out`; returns what to say of it: its greedy accuracy on fresh
+    rows of "train".
 
     Raises `ValueError` for one that did not learn to read: less than half of the rows right.
     """
@@ -408,7 +409,7 @@ def train_reader(name: str, out: Path, seed: int = 0) -> float:
     if stop.accuracy < 0.5:
         raise ValueError(f"the {name} reads {stop.accuracy:.0%} after {reader.max_steps} steps; try another --seed")
     save_whole(out, model, processor)
-    return stop.accuracy
+    return f"accuracy {stop.accuracy:.2f}"
 
 
 class StopAtAccuracy(TrainerCallback):
@@ -561,8 +562,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code of the commands at the top of this file."""
     from common.cli import make_model_main
 
-    makers = {name: lambda out, seed, name=name: f"accuracy {train_reader(name, out, seed):.2f}" for name in READERS}
-    return make_model_main("va_opd.data", makers, argv)
+    return make_model_main("va_opd.data", {name: partial(train_reader, name) for name in READERS}, argv)
 
 
 if __name__ == "__main__":
