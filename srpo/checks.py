@@ -24,8 +24,8 @@ OF_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extr
 
 
 def check_inputs(args: SRPOConfig, train_dataset) -> None:
-    """Raises `ValueError` for another configuration class, for data without prompts, and unless the data set fills a
-    generation batch."""
+    """Raises `ValueError` for another configuration class, for data that are no map-style data set, and unless they
+    fill a generation batch."""
     if not isinstance(args, SRPOConfig):
         raise ValueError(f"args must be an SRPOConfig, got {type(args).__name__}; routing='grpo' makes it GRPO")
     if isinstance(train_dataset, dict | IterableDataset):
@@ -41,8 +41,6 @@ def check_inputs(args: SRPOConfig, train_dataset) -> None:
             f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts} of one generation batch: add "
             "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
-    if "prompt" not in train_dataset[0]:
-        raise ValueError(f"train_dataset has the columns {', '.join(train_dataset[0])}: it needs `prompt`, messages")
 
 
 def check_calls(reward_funcs: Any, processing_class: Any, dataset: Any, name: str = "train_dataset") -> None:
