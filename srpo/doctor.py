@@ -91,10 +91,6 @@ def diagnose(logs: Mapping[str, float], first_length: float = 0.0) -> list[str]:
         ),
         (logs.get("entropy", 1.0) < 0.01, "the policy's entropy has collapsed: lower learning_rate"),
         (
-            logs.get("teacher/scored_over_needed", 1.0) > 1.0,
-            "the self-teacher scored tokens that the loss does not use",
-        ),
-        (
             logs.get("sampling/sampling_logp_difference/mean", 0.0) > 0.1,
             "trainer and generation engine disagree on the rollouts' log-probabilities: check the weight sync and, on "
             "a vLLM server, --logprobs-mode processed_logprobs",

@@ -15,7 +15,6 @@ from srpo import doctor
         ({"completions/clipped_ratio": 0.6}, "truncated"),
         ({"completions/mean_length": 10.0}, "five times shorter"),
         ({"entropy": 0.001}, "entropy has collapsed"),
-        ({"teacher/scored_over_needed": 1.5}, "does not use"),
         ({"sampling/sampling_logp_difference/mean": 0.2}, "disagree"),
     ],
 )
@@ -30,7 +29,6 @@ def test_the_doctor_warns_beyond_its_bounds_only():
         "route/all_wrong_groups": 0.8,
         "route/all_correct_groups": 0.9,
         "completions/clipped_ratio": 0.5,
-        "teacher/scored_over_needed": 1.0,
         "sampling/sampling_logp_difference/mean": 0.1,
         "entropy": 0.01,  # these two warn below it
         "completions/mean_length": 20.0,
