@@ -142,19 +142,21 @@ def make_model_main(name: str, makers: dict[str, Callable[[Path, int], str]], ar
     return run_main(name, make, [])
 
 
-def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tuple:
+def parse_fields(
+    argv: list[str], classes: tuple[type, ...], configs: str, section: dict[str, Any] | None = None
+) -> tuple:
     """One instance of each dataclass from `--config FILE.yaml` and `--field value`, the latter winning.
 
-    Raises `ValueError` for an unknown key, with the nearest known one, and for a config file that is not there;
-    `configs` says where the project's are.
+    `section` holds fields from a file that has been read, in place of `--config`. Raises `ValueError` for an unknown
+    key, with the nearest known one, and for a config file that is not there; `configs` says where the project's are.
     """
     from trl import TrlParser
 
     path, argv = split_config(argv)
     known = {f.name for cls in classes for f in dataclasses.fields(cls)}
     keys = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
-    given = {} if path is None else read_config(path, configs)
-    keys += [str(key) for key in given if key != "env"]
+    given = (section or {}) if path is None else read_config(path, configs)
+    keys += [str(key) for key in given if key != "env" or path is None]  # of a file, TRL sets these variables
     for key in keys:
         if key not in known | {"help"}:
             close = difflib.get_close_matches(key, known, n=1)
@@ -167,6 +169,7 @@ def parse_fields(argv: list[str], classes: tuple[type, ...], configs: str) -> tu
     module = getattr(sys.modules["__main__"], "__spec__", None)  # argparse alone says "train.py"
     parser = TrlParser(classes, **({"prog": f"python -m {module.name}"} if module else {}))
     parser.usage = "%(prog)s [--config FILE.yaml] [--FIELD VALUE ...]; --help explains the fields"  # there are 200
+    parser.set_defaults_with_config(**(section or {}))
     try:
         parsed = parser.parse_args_and_config(argv if path is None else ["--config", path, *argv])
     except ValueError as error:
@@ -198,30 +201,27 @@ def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return (paths[0] if paths else None), others
 
 
-def check_types(given: dict[str, Any], classes: tuple[type, ...], prefix: str = "") -> None:
+def check_types(given: dict[str, Any], classes: tuple[type, ...]) -> None:
     """`ValueError` for a value of a YAML file that its field cannot hold: argparse looks at texts and flags only,
-    and at choices in flags only.
-
-    `prefix` stands before the names in the error.
-    """
+    and at choices in flags only."""
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
     fields = [field for cls in classes for field in dataclasses.fields(cls)]
     required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
     choices = {field.name: field.metadata["choices"] for field in fields if "choices" in field.metadata}
     for name, value in given.items():
         if isinstance(value, str) and name in choices and value not in choices[name]:
-            raise ValueError(f"{prefix}{name} must be one of {', '.join(choices[name])}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(choices[name])}, got {value!r}")
         hint = hints.get(name)
         kinds = (set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}) - {NoneType}
         takes_mapping = dict in {get_origin(kind) or kind for kind in kinds}
         if takes_mapping and not (value is None or list in kinds or isinstance(value, dict | str)):
-            raise ValueError(f"{prefix}{name} must be a mapping, got {value!r}")
+            raise ValueError(f"{name} must be a mapping, got {value!r}")
         if not kinds <= {str, int, float, bool} or (value is None and name not in required):
             continue
         converts = type(value) is int and kinds & {float, bool}  # 1 for 1.0 or true
         if not (isinstance(value, str) or type(value) in kinds or converts):
             wanted = "a text (in quotes)" if str in kinds else " or ".join(sorted(kind.__name__ for kind in kinds))
-            raise ValueError(f"{prefix}{name} must be {wanted}, got {value!r}")
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _is_dry_run(argument: str, following: str) -> bool:

@@ -105,6 +105,7 @@ class PhaseConfig(GRPOConfig):
                 "per_device_train_batch_size": _COUNT,
                 "gradient_accumulation_steps": _COUNT,
                 "num_iterations": _COUNT,
+                "max_steps": (lambda value: value >= 1, "must be at least 1: a phase has a fixed length"),
                 "max_completion_length": _COUNT,
                 **dict.fromkeys(("steps_per_generation", "generation_batch_size"), _or_none(_COUNT)),
                 "num_generations": (_GROUP[0], "must be at least 2, and whole: a group needs siblings"),
@@ -126,8 +127,6 @@ class PhaseConfig(GRPOConfig):
         if self.generation_batch_size is None and self.steps_per_generation is None:
             self.steps_per_generation = UPDATES * self.gradient_accumulation_steps
         super().__post_init__()
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}: a phase has a fixed length")
         context = self.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None
         if context is not None and context <= self.max_completion_length:
             raise ValueError(

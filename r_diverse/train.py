@@ -11,16 +11,14 @@ Deviations from the paper (arXiv 2602.13103): r_diverse/README.md; its numbers: 
 from __future__ import annotations  # the trainer is imported where it is used: `--help` needs none
 
 import argparse
-import copy
 import dataclasses
-import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 try:
     from common import models, plan, preemption
@@ -28,7 +26,6 @@ try:
     from common.cli import (
         MACHINE_FIELDS,
         changed_fields,
-        check_types,
         machine_settings,
         parse_fields,
         read_config,
@@ -73,6 +70,7 @@ if TYPE_CHECKING:
     from .trainer import PhaseTrainer
 
 PHASES = ("challenger", "solver")
+CONFIGS = "r_diverse/configs/"
 
 
 class Settings(NamedTuple):
@@ -128,22 +126,19 @@ def parse(argv: list[str], phase: str = "challenger") -> Settings:
     `phase` is the one that this process trains: what is made first sets up the processes, with its `ddp_timeout`.
     """
     if {"-h", "--help"}.intersection(argv):
-        parse_fields(["--help"], (RDiverseConfig,), "r_diverse/configs/")
+        parse_fields(["--help"], (RDiverseConfig,), CONFIGS)
     path, argv = split_config(argv)
-    config = {} if path is None else read_config(path, "r_diverse/configs/")
-    flags = _flags_of_config(copy.deepcopy(config))
-    for name, flag in _flags_by_section(argv):
-        flags[name].append(flag)
+    config = {} if path is None else read_config(path, CONFIGS)
+    given, flags = _fields_by_section(config), _flags_by_section(argv)
     known, of_phases = ({f.name for f in dataclasses.fields(cls)} for cls in (RDiverseConfig, PhaseConfig))
-    for key in map(_field_of, flags["run"]):
-        if key in of_phases - known:
-            raise ValueError(f"{key} is a field of the phases: set challenger.{key} or solver.{key}, or both")
-    (run,) = parse_fields(flags["run"], (RDiverseConfig,), "r_diverse/configs/")
+    for key in _names(given["run"], flags["run"]) & (of_phases - known):
+        raise ValueError(f"{key} is a field of the phases: set challenger.{key} or solver.{key}, or both")
+    (run,) = parse_fields(flags["run"], (RDiverseConfig,), CONFIGS, given["run"])
     check_lora(run.lora_rank, run.load_in_4bit)
     _check_adapter(run, run.gpus > 1 and run.sharding == "zero3")
     kinds = {"challenger": ChallengerConfig, "solver": SolverConfig}
     order = sorted(PHASES, key=lambda name: name != phase)
-    phases = {name: _phase(name, kinds[name], flags[name], run) for name in order}
+    phases = {name: _phase(name, kinds[name], given[name], flags[name], run) for name in order}
     return Settings(run, phases["challenger"], phases["solver"], argv, config)
 
 
@@ -156,12 +151,14 @@ def _check_adapter(run: RDiverseConfig, zero3: bool) -> None:
         )
 
 
-def _phase(name: str, kind: type[PhaseConfig], flags: list[str], run: RDiverseConfig) -> PhaseConfig:
+def _phase(
+    name: str, kind: type[PhaseConfig], given: dict[str, Any], flags: list[str], run: RDiverseConfig
+) -> PhaseConfig:
     """Settings of a phase. `ValueError`, with its name, for what it cannot be in this run."""
-    _check_of_the_run(name, flags, run)
+    _check_of_the_run(name, _names(given, flags), run)
     flags += [] if torch.cuda.is_available() else ["--use_cpu=true"]  # bf16 settings can be looked at
     try:
-        (phase,) = parse_fields(flags, (kind,), "r_diverse/configs/")
+        (phase,) = parse_fields(flags, (kind,), CONFIGS, given)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     # The phases render prompts as the engines do: else the Solver would be asked otherwise than it is trained
@@ -175,23 +172,25 @@ def _phase(name: str, kind: type[PhaseConfig], flags: list[str], run: RDiverseCo
     return phase
 
 
-def _flags_of_config(content: dict[str, Any]) -> dict[str, list[str]]:
-    """A config file as flags of the run and of each phase. `ValueError` for a value that its field cannot hold."""
-    flags = {}
-    for name in PHASES:
-        section = content.pop(name, None) or {}
-        if not isinstance(section, dict):
-            raise ValueError(f"section {name!r} of the config must map fields to values, got {section!r}")
-        section |= {key: content.pop(f"{name}.{key}") for key in MACHINE_FIELDS if f"{name}.{key}" in content}
-        check_types(section, (PhaseConfig,), f"{name}.")
-        flags[name] = _flags({key: _turned_off(key) if value is None else value for key, value in section.items()})
-    check_types(content, (RDiverseConfig,))
-    return flags | {"run": _flags(content)}
+def _fields_by_section(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The fields of a config file: of the run, and of each phase, in its section or under dotted names."""
+    fields = {name: {} for name in ("run", *PHASES)}
+    for key, value in config.items():
+        section, _, field = str(key).rpartition(".")
+        if key in PHASES:
+            if not isinstance(value, dict | None):
+                raise ValueError(f"section {key!r} of the config must map fields to values, got {value!r}")
+            fields[key] |= value or {}
+        elif section in PHASES:
+            fields[section][field] = value
+        else:
+            fields["run"][key] = value
+    return fields
 
 
-def _flags_by_section(argv: list[str]) -> Iterator[tuple[str, str]]:
-    """("run" or the phase, `--field=value`) of each flag of a command line, where a phase's is `--phase.field`."""
-    rest = list(argv)
+def _flags_by_section(argv: list[str]) -> dict[str, list[str]]:
+    """The flags `--field=value` of a command line: of the run, and of each phase, whose are `--phase.field`."""
+    flags, rest = {name: [] for name in ("run", *PHASES)}, list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -199,20 +198,20 @@ def _flags_by_section(argv: list[str]) -> Iterator[tuple[str, str]]:
         key, equals, value = word[2:].partition("=")
         if not equals and rest and not rest[0].startswith("--"):
             equals, value = "=", rest.pop(0)  # else no value: true for a switch, an error for other fields
-        section, dot, field = key.partition(".")
+        section, dot, field = key.rpartition(".")
         if dot and section not in PHASES:
             raise ValueError(f"unknown section {section!r} in --{key}; choose among {', '.join(PHASES)}")
-        yield section if dot else "run", f"--{field if dot else key}{equals}{value}"
+        flags[section or "run"].append(f"--{field}{equals}{value}")
+    return flags
 
 
-def _field_of(flag: str) -> str:
-    """The field of a flag `--field=value`; "" for a value of a list, which stands behind its flag."""
-    return flag[2:].partition("=")[0].replace("-", "_") if flag.startswith("--") else ""
+def _names(given: dict[str, Any], flags: list[str]) -> set[str]:
+    """The fields that a config file or flags set."""
+    return {*given, *(flag[2:].partition("=")[0].replace("-", "_") for flag in flags)}
 
 
-def _check_of_the_run(name: str, flags: list[str], run: RDiverseConfig) -> None:
+def _check_of_the_run(name: str, given: set[str], run: RDiverseConfig) -> None:
     """`ValueError` for fields of a phase that would be ignored, or be counted on another number of processes."""
-    given = set(map(_field_of, flags))
     for field in OF_THE_RUN.keys() & given:
         raise ValueError(f"{name}.{field} cannot be set: {OF_THE_RUN[field]}")
     if "generation_batch_size" in given and run.gpus > 1:
@@ -220,23 +219,6 @@ def _check_of_the_run(name: str, flags: list[str], run: RDiverseConfig) -> None:
             f"{name}.generation_batch_size with gpus={run.gpus}: set {name}.steps_per_generation instead, which does "
             "not depend on the number of processes"
         )
-
-
-def _turned_off(key: str) -> str | None:
-    """What turns off a field of a phase that is on by default; None for one that cannot be none."""
-    default = next((f.default for f in dataclasses.fields(PhaseConfig) if f.name == key), None)
-    hint = get_type_hints(PhaseConfig).get(key)
-    return "none" if default is not None and hint in (int | None, float | None) else None
-
-
-def _flags(section: dict[str, Any]) -> list[str]:
-    flags = []
-    for key, value in section.items():
-        if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)] if value else []
-        elif value is not None:
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
 
 
 # ---------------------------------------------------------------------------------------------------------------------

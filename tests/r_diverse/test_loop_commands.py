@@ -31,7 +31,11 @@ CONFIGS = sorted((ROOT / "r_diverse" / "configs").glob("*.yaml"))
     ("content", "message"),
     [
         ("benchmarks: [a, b]", r"benchmarks must be a text \(in quotes\), got \['a', 'b'\]"),
-        ("solver: {max_steps: 2.5}", "solver.max_steps must be int, got 2.5"),
+        ("solver: {max_steps: 2.5}", "solver: max_steps must be int, got 2.5"),
+        ("solver: {max_steps: null}", "solver: max_steps must be at least 1: a phase has a fixed length, got None"),
+        ("solver: {betas: null}", "solver: unknown field 'betas'; did you mean 'beta'"),
+        ("solver: [1]", r"section 'solver' of the config must map fields to values, got \[1\]"),
+        ("env: {A: 1}", "unknown field 'env'"),
     ],
 )
 def test_a_value_in_yaml_of_another_type_is_one_clear_sentence(tmp_path, content, message):
@@ -52,12 +56,11 @@ def test_flags_win_over_the_config(tmp_path):
 def test_the_recorded_settings_are_the_same_run_again(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(
-        "model: m\nsolver:\n  delta: null\n  steps_per_generation: 2\n  save_steps: 2\n  scale_rewards: null\n"
-        "  optim: null\n  max_steps: null\n"
+        "model: m\nsolver:\n  delta: null\n  steps_per_generation: 2\n  save_steps: 2\nsolver.top_k: 3\n"
     )
     settings = parse(["--config", str(config), "--challenger.epsilon_high=none"])
     assert settings.solver.delta is settings.challenger.epsilon_high is None
-    assert settings.solver.scale_rewards == "group"  # which cannot be none
+    assert settings.solver.top_k == 3
     assert settings.plain()["solver"]["steps_per_generation"] == 2
     config.write_text(yaml.safe_dump(settings.plain()))
     assert parse(["--config", str(config)]).plain() == settings.plain()
