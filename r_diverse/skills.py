@@ -128,20 +128,11 @@ class SkillEncoder:
             `bleu_repetition_penalty` on the programs' text.
         cache: folder that keeps written programs, by coder and question. Several processes may share it.
         chunk_size: questions between two writes to the cache.
-
-    Raises `ValueError` for a coder or encoder that lacks a part of `Coder` or `Encoder`.
     """
 
     def __init__(
         self, coder: Coder | None, encoder: Encoder, cache: str | os.PathLike | None = None, chunk_size: int = 512
     ):
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size} must be at least 1")
-        if coder is not None:
-            _check_part("coder", coder, "write")
-        _check_part("encoder", encoder, "encode")
-        if not isinstance(dim := getattr(encoder, "dim", None), int | np.integer) or dim < 1:
-            raise ValueError(f"encoder {encoder.name} has dim={dim!r}: it must be the length of its vectors, an int")
         self.coder, self.encoder, self.chunk_size = coder, encoder, chunk_size
         self.cache = None if cache is None or coder is None else _ProgramCache(Path(cache), coder.name)
         self.name = f"{'question text' if coder is None else coder.name} > {encoder.name}"
@@ -152,7 +143,8 @@ class SkillEncoder:
 
     def programs(self, questions: Sequence[str]) -> list[Program]:
         """The program of each question, (B,). With `coder=None` the cleaned question stands in its place."""
-        _check_questions(questions)
+        if isinstance(questions, str):
+            raise ValueError("questions is one text: pass a list of texts")
         screened = [_screen(question) for question in questions]
         texts = sorted({text for text, failure in screened if failure is None}, key=_by_length)
         written = {text: Program(text) for text in texts} if self.coder is None else self._written(texts)
@@ -186,32 +178,16 @@ class SkillEncoder:
         starts = range(0, len(missing), self.chunk_size)
         for start in tqdm(starts, desc="programs", unit="chunk", disable=len(starts) < 2):
             chunk = missing[start : start + self.chunk_size]
-            for text, program in zip(chunk, self._programs_of(chunk), strict=True):
+            for text, program in zip(chunk, self.coder.write(chunk), strict=True):
+                if not isinstance(program, Program):
+                    raise ValueError(
+                        f"coder {self.coder.name} gave {program!r} for {text!r}: a Program is needed, which "
+                        "r_diverse.skills.read_answer makes of a model's answer"
+                    )
                 written[text] = program
                 if self.cache is not None and program.failure != ENGINE:
                     self.cache.put(text, program)
         return written
-
-    def _programs_of(self, questions: list[str]) -> list[Program]:
-        programs = list(self.coder.write(questions))
-        if len(programs) != len(questions):
-            raise ValueError(f"coder {self.coder.name} gave {len(programs)} programs for {len(questions)} questions")
-        for question, program in zip(questions, programs, strict=True):
-            if not isinstance(program, Program):
-                raise ValueError(
-                    f"coder {self.coder.name} gave {program!r} for {question!r}: a Program is needed, which "
-                    "r_diverse.skills.read_answer makes of a model's answer"
-                )
-        return programs
-
-
-def _check_part(role: str, part: Any, method: str) -> None:
-    name = getattr(part, "name", None)
-    if not (isinstance(name, str) and name and callable(getattr(part, method, None))):
-        raise ValueError(
-            f"{role} is a {type(part).__name__} with name={name!r}: it needs a `name`, a text that tells it from "
-            f"others, and a method `{method}`; see `{role.title()}` in r_diverse/skills.py"
-        )
 
 
 def _by_length(text: str) -> tuple[int, str]:
@@ -263,14 +239,6 @@ def _sha256(content: Any) -> str:
 
 
 # --- hostile text ---
-
-
-def _check_questions(questions: Sequence[str]) -> None:
-    if isinstance(questions, str):
-        raise ValueError("questions is one text: pass a list of texts")
-    for i, question in enumerate(questions):
-        if not isinstance(question, str):
-            raise ValueError(f'question {i} is {type(question).__name__}: pass "" for an output without a question')
 
 
 def _screen(question: str) -> tuple[str, str | None]:
@@ -522,8 +490,6 @@ class SentenceEncoder:
         **options: Any,
     ):
         library = need("sentence_transformers", "sentence-transformers", "skills")
-        if max_tokens < 1 or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} and max_tokens={max_tokens} must be at least 1")
         given = isinstance(model, library.SentenceTransformer)
         if given and name is None:
             raise ValueError("name the encoder: a SentenceTransformer does not say where it is from")
