@@ -7,16 +7,6 @@ from collections.abc import Sequence
 from .skills import CHECKS, MAX_NESTING, Program, check_program, nesting
 
 _SCANNER = re.compile(r"(?P<number>\d+(?:,\d{3})*(?:\.\d+)?)|(?P<sign>\*\*|[-+*/%^()])|(?P<space>\s+)|(?P<other>.)")
-_SIGNS = str.maketrans("×·÷−–", "**/--")
-_WORDS = (
-    (r"\bplus\b", "+"),
-    (r"\bminus\b", "-"),
-    (r"\b(?:times|multiplied by)\b", "*"),
-    (r"\bdivided by\b", "/"),
-    (r"\bsquared\b", "**2"),
-)
-_PHRASE = re.compile(r"\b(sum|difference|product|quotient) (?:of|between) (\d[\d,.]*) and (\d[\d,.]*\d|\d)")
-_PHRASES = {"sum": "+", "difference": "-", "product": "*", "quotient": "/"}
 _CALLS = {
     ast.Add: "add",
     ast.Sub: "subtract",
@@ -33,9 +23,8 @@ class ArithmeticCoder:
     """Rules for questions that hold one arithmetic expression: `What is 12 + 7 * 3?` is `add(n1, multiply(n2, n3))`.
 
     Numbers become arguments without a value, so questions that differ only in their numbers share one program.
-    Operations are calls by name, because small sentence encoders hardly see signs. Takes + - * / % ^ with brackets,
-    the usual signs and words for them, and phrases such as "the sum of 3 and 4". Any other question, and one with a
-    number outside its expression, fails as "not_arithmetic".
+    Operations are calls by name, because small sentence encoders hardly see signs. Takes + - * / % ^ with brackets.
+    Any other question, and one with a number outside its expression, fails as "not_arithmetic".
     """
 
     name = f"arithmetic rules {CHECKS}"
@@ -63,12 +52,8 @@ def arithmetic_programs() -> list[str]:
 
 def _expression(question: str) -> tuple[str, int]:
     """The only run of numbers and signs of a question, with n1, n2, ... for its numbers, and how many there are."""
-    text = question.lower().translate(_SIGNS)
-    for pattern, sign in _WORDS:
-        text = re.sub(pattern, sign, text)
-    text = _PHRASE.sub(lambda match: f"({match[2]} {_PHRASES[match[1]]} {match[3]})", text)
     runs, numbers = [""], 0
-    for token in _SCANNER.finditer(text):
+    for token in _SCANNER.finditer(question):
         if token.lastgroup == "number":
             numbers += 1
             runs[-1] += f" n{numbers}"
