@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from numpy.typing import ArrayLike
 
 from . import _scan
@@ -46,7 +46,6 @@ LOCK_SECONDS = 300
 class _Segment:
     """The rows of one iteration, mapped into memory."""
 
-    folder: str
     sha256: str
     embeddings: np.ndarray
     codes: np.ndarray
@@ -143,7 +142,7 @@ class MemoryBank:
             questions: B texts.
             embeddings: (B, D) unit vectors; may be a memory-mapped array larger than memory.
             answers: B pseudo-labels, none of them missing.
-            iteration: 0 or more.
+            iteration: its number.
 
         Raises `ValueError`, leaving the bank as it was, for rows that do not match each other or the bank, and
         `TimeoutError` if another writer holds it for `LOCK_SECONDS`. After an `OSError`, such as a full disk, every
@@ -153,17 +152,12 @@ class MemoryBank:
             raise ValueError(
                 f"this view of the rows before iteration {self._end} is read-only: add to the bank itself"
             )
-        if (iteration := operator.index(iteration)) < 0:
-            raise ValueError(f"iteration={iteration} must be 0 or more")
+        iteration = operator.index(iteration)
         embeddings = _checked_columns(questions, embeddings, answers)
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.path / ".lock", timeout=LOCK_SECONDS):
                 self._add(questions, embeddings, answers, iteration)
-        except Timeout as error:
-            raise TimeoutError(
-                f"{self.path} has been locked by another writer for {LOCK_SECONDS} s: end that process, then try again"
-            ) from error
         except OSError as error:
             if error.errno is None or error.filename is not None:
                 raise
@@ -254,8 +248,6 @@ class MemoryBank:
 
         The same seed and rows give the same sample. Returns records as `records` does, none if the bank is empty.
         """
-        if n < 0:
-            raise ValueError(f"n={n} must be 0 or more")
         if len(self) == 0:
             return []
         rng = np.random.default_rng(operator.index(seed))  # None would draw another sample each time
@@ -269,12 +261,6 @@ class MemoryBank:
             for row, (t, local) in zip(np.asarray(rows), self._places(rows), strict=True)
         ]
 
-    def embeddings(self, iteration: int) -> np.ndarray:
-        """(rows, D) float32 of one iteration, read-only, memory-mapped; `ValueError` if the bank does not have it."""
-        if iteration not in self._segments:
-            raise ValueError(f"{self.path} has no iteration {iteration}; it has {list(self._segments)}")
-        return self._segments[iteration].embeddings
-
     def _rows(self, rows: np.ndarray) -> np.ndarray:
         result = np.empty((len(rows), self.dim))
         for i, (t, local) in enumerate(self._places(rows)):
@@ -282,31 +268,13 @@ class MemoryBank:
         return result
 
     def _places(self, rows: ArrayLike) -> list[tuple[int, int]]:
-        """(iteration, index within it) of each row number; `ValueError` for one that the bank does not have."""
+        """(iteration, index within it) of each row number."""
         rows = np.asarray(rows, np.int64)
-        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
-            raise ValueError(f"row numbers reach from {rows.min()} to {rows.max()}; the bank has 0 to {len(self) - 1}")
         iterations = list(self._segments)
         ends = np.cumsum([len(self._segments[t].embeddings) for t in iterations])
         which = np.searchsorted(ends, rows, side="right")
         starts = np.concatenate([[0], ends])[which]
         return [(iterations[w], int(row - start)) for w, row, start in zip(which, rows, starts, strict=True)]
-
-    def verify(self) -> None:
-        """Reads every byte; raises `ValueError` if a row is not what was added."""
-        for segment in self._segments.values():
-            digest, total, whole = hashlib.sha256(), np.zeros(self.dim), True
-            for i, block in enumerate(segment.blocks):
-                part = slice(i * CHUNK, (i + 1) * CHUNK)
-                digest.update(segment.embeddings[part].tobytes())
-                total += segment.embeddings[part].sum(0, dtype=np.float64)
-                codes, expected = _scan.encode(segment.embeddings[part])
-                whole &= np.array_equal(codes, segment.codes[part]) and np.allclose(block, expected, rtol=1e-9, atol=0)
-            digest.update(segment.records.tobytes())
-            ends = np.flatnonzero(segment.records == ord("\n")) + 1
-            whole &= np.array_equal(segment.offsets, [0, *ends]) and np.array_equal(segment.total, total)
-            if digest.hexdigest() != segment.sha256 or not whole:
-                raise ValueError(f"{self.path / segment.folder} changed after it was written: restore it from a copy")
 
 
 def _highest_products(queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -336,8 +304,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if path.is_dir() and any(path.glob("iteration_*")):
             raise ValueError(f"{path} has rows but no manifest.json: restore it, or choose another folder") from None
         return copy.deepcopy(_EMPTY)
-    except NotADirectoryError:
-        raise ValueError(f"{path} is a file, a bank is a folder: choose another path") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no manifest of a bank ({error}): restore it, or choose another folder") from error
     for name in ("format", "normalized"):
@@ -376,7 +342,7 @@ def _open_segment(path: Path, entry: dict[str, Any], dim: int) -> _Segment:
     found = tuple((array.shape, array.dtype) for array in (embeddings, codes, offsets, blocks, total))
     if found != expected or offsets[-1] != len(records):
         raise ValueError(f"{folder} holds {found}, not {expected}: restore it from a copy")
-    return _Segment(entry["folder"], entry["sha256"], embeddings, codes, blocks, offsets, records, total)
+    return _Segment(entry["sha256"], embeddings, codes, blocks, offsets, records, total)
 
 
 def _write_segment(path: Path, questions, embeddings: np.ndarray, answers, iteration: int) -> dict[str, Any]:

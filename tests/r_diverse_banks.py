@@ -1,11 +1,13 @@
 """For the tests of the memory bank: its rows, all that is in it, a program beside it."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from r_diverse import _scan, memory
 from r_diverse.memory import MemoryBank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +39,24 @@ def exact_multiplier(codes: np.ndarray):
 def everything(bank: MemoryBank) -> list[tuple]:
     records = bank.records(range(len(bank)))
     return [(r["iteration"], r["question"], r["answer"], bytes(bank._rows([r["row"]]))) for r in records]
+
+
+def verify(bank: MemoryBank) -> None:
+    """Reads every byte: each row is as it was added, in all of its files."""
+    for segment in bank._segments.values():
+        digest, total = hashlib.sha256(), np.zeros(bank.dim)
+        for i, block in enumerate(segment.blocks):
+            part = slice(i * memory.CHUNK, (i + 1) * memory.CHUNK)
+            digest.update(segment.embeddings[part].tobytes())
+            total += segment.embeddings[part].sum(0, dtype=np.float64)
+            codes, expected = _scan.encode(segment.embeddings[part])
+            np.testing.assert_array_equal(codes, segment.codes[part])
+            np.testing.assert_allclose(block, expected, rtol=1e-9, atol=0)
+        digest.update(segment.records.tobytes())
+        ends = np.flatnonzero(segment.records == ord("\n")) + 1
+        np.testing.assert_array_equal(segment.offsets, [0, *ends])
+        np.testing.assert_array_equal(segment.total, total)
+        assert digest.hexdigest() == segment.sha256
 
 
 def files(path: Path) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from r_diverse_banks import TOY, content, everything, exact_multiplier, files, fill, unit
+from r_diverse_banks import TOY, content, everything, exact_multiplier, files, fill, unit, verify
 
 from r_diverse import memory, objective
 from r_diverse.memory import MemoryBank
@@ -33,8 +33,8 @@ def test_similarity_is_exact_over_iterations_and_chunks(tmp_path, monkeypatch, e
         monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(memory, "CHUNK", 64)
     bank = fill(MemoryBank(tmp_path), {1: 200, 2: 1, 3: 129, 7: 64})
-    bank.verify()
-    rows = np.concatenate([bank.embeddings(t) for t in (1, 2, 3, 7)]).astype(np.float64)
+    verify(bank)
+    rows = np.concatenate([bank._segments[t].embeddings for t in (1, 2, 3, 7)]).astype(np.float64)
     queries = unit(np.random.default_rng(5), 50).astype(np.float64)
     queries[7] = rows[300]  # a question asked before
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
@@ -57,7 +57,7 @@ def test_an_empty_bank_penalises_nothing(tmp_path):
     assert np.isnan(bank.similarity(TOY)).all()
     assert bank.sample(5, seed=0) == []
     assert bank.dim is None
-    bank.verify()
+    verify(bank)
     assert not bank.path.exists()  # looking writes nothing
     reward = objective.challenger_reward([0.5] * 3, [0.2] * 3, bank.penalty(TOY), [True] * 3)
     assert reward == pytest.approx([0.3] * 3)
@@ -148,7 +148,7 @@ def test_an_iteration_without_rows_removes_its_rows(tmp_path):
 
 def test_a_view_of_earlier_iterations_never_meets_its_own_rows(tmp_path):
     bank = fill(MemoryBank(tmp_path), {1: 5, 2: 7, 3: 4})
-    own = bank.embeddings(2)
+    own = bank._segments[2].embeddings
     view = bank.before(2)
     assert bank.similarity(own)[0] == pytest.approx(np.ones(7))
     assert view.similarity(own)[0].max() < 0.99
