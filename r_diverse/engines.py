@@ -116,7 +116,7 @@ class ServedCoderEngine:
         retries: int = 4,
         name: str | None = None,
     ):
-        self._openai = need("openai", "openai", "skills")
+        self._openai = need("openai")
         self._client = self._openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
         self.base_url, self.model, self.workers, self.name = base_url, model, workers, name or model
         self._answered: set[int] = set()  # token limits of requests that were answered
@@ -171,12 +171,13 @@ class ServedCoderEngine:
             return error
 
 
-def need(module: str, package: str, extra: str) -> ModuleType:
-    """Imports the module of an optional package; `ImportError` names the extra to install."""
+def need(module: str) -> ModuleType:
+    """Imports the module of a package of the extra `skills`; `ImportError` says how to install it."""
+    package = module.replace("_", "-")
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
             f"{package} cannot be imported ({error}): pip install {package}, or all that this needs with "
-            f"pip install '.[{extra}]'"
+            "pip install '.[skills]'"
         ) from error

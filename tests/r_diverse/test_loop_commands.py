@@ -189,8 +189,8 @@ def test_a_hub_id_has_the_commit_that_is_loaded(monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"coder": "Qwen/Qwen2.5-Codr"}, "coder: model 'Qwen/Qwen2.5-Codr': it is no local folder, and the hub"),
-        ({"coder": "/nowhere"}, "coder: model '/nowhere': there is no such folder"),
+        ({"coder": "Qwen/Qwen2.5-Codr"}, "model 'Qwen/Qwen2.5-Codr': it is no local folder, and the hub"),
+        ({"coder": "/nowhere"}, "model '/nowhere': there is no such folder"),
         ({"encoder": "Qwen/Qwen3-Embeding"}, "encoder 'Qwen/Qwen3-Embeding': it is no folder with"),
         ({"encoder": "allMiniLM"}, "encoder 'allMiniLM': it is no folder with"),
         ({"encoder": "/nowhere"}, "encoder '/nowhere': it is no folder with"),
@@ -238,7 +238,7 @@ def test_coders_and_encoders_that_are_there(base, tmp_path):
 
 def test_a_short_name_of_an_encoder_is_looked_for_as_its_library_does(monkeypatch):
     asked = []
-    monkeypatch.setattr(loop, "_has", lambda model, file: asked.append(model))
+    monkeypatch.setattr(loop, "cached_file", lambda model, file: asked.append(model))
     for name in ("short", "org/full"):
         assert not loop._is_encoder(name)
     assert list(dict.fromkeys(asked)) == ["short", "sentence-transformers/short", "org/full"]
@@ -276,9 +276,8 @@ def test_an_attention_that_cannot_be_had_is_said_before_there_is_a_run(tmp_path,
     fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--model", str(base), "--out", str(tmp_path)]
     assert loop.main([*fields, "--attn_implementation", name]) == 2
     message = capsys.readouterr().err
-    assert f"attn_implementation='{name}' cannot be used (" in message and cause in message
+    assert cause in message
     assert not (tmp_path / "r_diverse").exists()
-    loop.check_attention(parse([*fields[2:], "--attn_implementation", "eager"]).run)
 
 
 def test_a_dry_run_names_an_unknown_benchmark(capsys):
