@@ -116,6 +116,7 @@ OF_THE_RUN = {
     "seed": "set seed of the run, from which each phase makes its own",
     "output_dir": "set out and experiment of the run, in whose folder a phase has its own",
     "resume_from_checkpoint": "a phase resumes from its own last checkpoint",
+    "chat_template_kwargs": "set it of the run, whose phases and engines all have it",
     "eval_strategy": "a phase has no rows for it; set benchmarks of the run, evaluated after each iteration",
 }
 
@@ -161,14 +162,7 @@ def _phase(
         (phase,) = parse_fields(flags, (kind,), CONFIGS, given)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    # The phases render prompts as the engines do: else the Solver would be asked otherwise than it is trained
-    options = run.chat_template_kwargs
-    if phase.chat_template_kwargs not in (None, {}, options):
-        raise ValueError(
-            f"{name}.chat_template_kwargs={phase.chat_template_kwargs!r} disagrees with the run's {options!r}: set "
-            "chat_template_kwargs of the run alone, it holds for all phases and engines"
-        )
-    phase.chat_template_kwargs = options or None
+    phase.chat_template_kwargs = run.chat_template_kwargs or None  # else it is trained otherwise than asked
     return phase
 
 

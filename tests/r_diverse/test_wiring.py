@@ -277,12 +277,12 @@ def test_processes_wait_as_long_as_the_phase_that_they_train_says(monkeypatch, p
     assert made[0] == made[-1] == seconds
 
 
-def test_a_phase_with_other_template_options_is_refused():
-    with pytest.raises(ValueError, match=r"solver.chat_template_kwargs=\{'a': 1\} disagrees with the run's \{\}"):
+def test_the_template_options_of_the_run_are_those_of_its_phases():
+    with pytest.raises(ValueError, match=r"solver.chat_template_kwargs cannot be set: set it of the run"):
         parse(["--model=m", '--solver.chat_template_kwargs={"a": 1}'])
-    agreed = parse(["--model=m", '--chat_template_kwargs={"a": 1}', '--solver.chat_template_kwargs={"a": 1}'])
-    assert agreed.challenger.chat_template_kwargs == agreed.solver.chat_template_kwargs == {"a": 1}
-    assert "chat_template_kwargs" not in agreed.plain()["solver"]
+    settings = parse(["--model=m", '--chat_template_kwargs={"a": 1}'])
+    assert settings.challenger.chat_template_kwargs == settings.solver.chat_template_kwargs == {"a": 1}
+    assert "chat_template_kwargs" not in settings.plain()["solver"]
 
 
 def test_a_model_without_a_template_gets_r_zeros_form(tmp_path):
