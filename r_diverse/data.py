@@ -371,10 +371,6 @@ def base_shares(model, tokenizer, rows: Sequence[dict[str, str]]) -> dict[str, f
     return {"accuracy": sum(right) / len(right), "form": sum(form) / len(form)}
 
 
-def _base(out: Path, seed: int) -> str:
-    return _shares(train_base(out, seed=seed))
-
-
 def _shares(shares: dict[str, float]) -> str:
     return f"greedy accuracy {shares['accuracy']:.2f}, questions in the right form {shares['form']:.2f}"
 
@@ -383,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code of the command at the top of this file."""
     from common.cli import make_model_main
 
-    return make_model_main("r_diverse.data", {"base": _base}, argv)
+    return make_model_main("r_diverse.data", {"base": lambda out, seed: _shares(train_base(out, seed=seed))}, argv)
 
 
 if __name__ == "__main__":

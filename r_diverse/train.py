@@ -16,7 +16,6 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -385,9 +384,8 @@ def phase_config(settings: Settings, name: str, iteration: int) -> PhaseConfig:
     """The settings of a phase with its folder and its own seed."""
     config, folder = getattr(settings, name), stage_path(settings.run, iteration, name)
     seed = zlib.crc32(f"{settings.run.seed}/{iteration}/{name}".encode()) % 2**31
-    changes = {"output_dir": str(folder), "seed": seed, "generation_batch_size": None}  # TRL refuses both batch fields
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-    return on_one_gpu(type(config)(**{**fields, **changes}))
+    # Made anew, TRL refuses both batch fields
+    return on_one_gpu(dataclasses.replace(config, output_dir=str(folder), seed=seed, generation_batch_size=None))
 
 
 def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: Callable[[], list] = list) -> None:
@@ -404,8 +402,9 @@ def train_phase(config, model: str, reward, rows, run: RDiverseConfig, samples: 
         )
         tokenizer, lora = load_tokenizer(model), lora_config(run.lora_rank)
         options = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
-        build = partial(PhaseTrainer, policy, reward, config, **options)
-        trainer = with_adapters(build, run.lora_rank, run.load_in_4bit)
+        trainer = with_adapters(
+            lambda: PhaseTrainer(policy, reward, config, **options), run.lora_rank, run.load_in_4bit
+        )
         checkpoint = resume_point(trainer)
         trainer.remove_callback(PrinterCallback)
         if main:
