@@ -293,85 +293,73 @@ class RDiverseConfig:
             lower token entropy of the Challenger in nats.
     """
 
-    model: str = field(metadata={"help": "Base of both roles: hub id or local folder."})
-    experiment: str = field(default="qwen3_4b", metadata={"help": "Name of the folder that holds the runs."})
-    out: str = field(default="runs", metadata={"help": "Folder of all runs."})
-    seed: int = field(default=0, metadata={"help": "Seed of the run."})
-    iterations: int = field(default=5, metadata={"help": "T, how far the run goes."})
-    chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Of the base's chat template, such as '{\"enable_thinking\": false}'."}
-    )
+    model: str
+    experiment: str = "qwen3_4b"
+    out: str = "runs"
+    seed: int = 0
+    iterations: int = 5
+    chat_template_kwargs: dict | str | None = None
 
-    penalty: str = field(default="r_diverse", metadata={"help": f"One of {', '.join(PENALTIES)}."})
-    measure: str = field(default="sam", metadata={"help": f"What similarity compares: one of {', '.join(MEASURES)}."})
-    alpha: float = field(default=1.0, metadata={"help": "Weight of P_rep."})
-    beta: float = field(default=1.0, metadata={"help": "Weight of P_MAP."})
-    gamma: float = field(default=0.5, metadata={"help": "Share of the highest similarity in P_MAP."})
-    tau_max: float = field(default=0.5, metadata={"help": "Highest similarity that is free."})
-    tau_mean: float = field(default=0.25, metadata={"help": "Mean similarity that is free."})
-    distance_threshold: float = field(default=0.5, metadata={"help": "1 - cosine from which clusters stay apart."})
-    m_reward: int = field(default=10, metadata={"help": "Answers a question in the reward."})
-    boxed_only: bool = field(default=True, metadata={"help": "Only a box holds an answer, in rewards and labels."})
+    penalty: str = "r_diverse"
+    measure: str = "sam"
+    alpha: float = 1.0
+    beta: float = 1.0
+    gamma: float = 0.5
+    tau_max: float = 0.5
+    tau_mean: float = 0.25
+    distance_threshold: float = 0.5
+    m_reward: int = 10
+    boxed_only: bool = True
 
-    candidates: int = field(default=8000, metadata={"help": "Outputs of the Challenger in a round."})
-    min_questions: int = field(default=512, metadata={"help": "Usable questions that an iteration needs."})
-    max_rounds: int = field(default=4, metadata={"help": "Rounds of candidates before giving up."})
-    m_label: int = field(default=10, metadata={"help": "Answers a question for its label."})
-    low: float = field(default=0.3, metadata={"help": "Lowest self-consistency kept."})
-    high: float = field(default=0.8, metadata={"help": "Highest self-consistency kept."})
-    r_zero_words: bool = field(default=True, metadata={"help": "R-Zero's word rules."})
-    replay_fraction: float | None = field(default=None, metadata={"help": "rho; 0.3 with r_diverse, else 0."})
+    candidates: int = 8000
+    min_questions: int = 512
+    max_rounds: int = 4
+    m_label: int = 10
+    low: float = 0.3
+    high: float = 0.8
+    r_zero_words: bool = True
+    replay_fraction: float | None = None
 
-    gate_samples: int = field(default=0, metadata={"help": "Answers of the base in the validity gate; 0 = no gate."})
-    alarm: str = field(default="off", metadata={"help": f"At a collapse: one of {', '.join(ALARMS)}."})
-    alarm_duplicates: float = field(default=0.9, metadata={"help": "Alarm above this share of repeated questions."})
-    alarm_cluster: float = field(
-        default=0.9, metadata={"help": "Alarm above this share of questions in one skill cluster."}
-    )
-    alarm_yield: float = field(default=0.02, metadata={"help": "Alarm below this share of usable candidates."})
-    alarm_labels: float = field(
-        default=0.0, metadata={"help": "Alarm below this share of right labels, where it can be known."}
-    )
-    alarm_entropy: float = field(
-        default=0.0, metadata={"help": "Alarm below so many nats a token of the Challenger's rollouts."}
-    )
+    gate_samples: int = 0
+    alarm: str = "off"
+    alarm_duplicates: float = 0.9
+    alarm_cluster: float = 0.9
+    alarm_yield: float = 0.02
+    alarm_labels: float = 0.0
+    alarm_entropy: float = 0.0
 
-    question_temperature: float = field(default=1.0, metadata={"help": "Temperature of the frozen Challenger."})
-    question_top_p: float = field(default=0.95, metadata={"help": "Top-p of the frozen Challenger."})
-    question_tokens: int = field(default=4096, metadata={"help": "Longest output of the frozen Challenger."})
-    answer_temperature: float = field(default=1.0, metadata={"help": "Temperature of the Solver's answers."})
-    answer_top_p: float = field(default=1.0, metadata={"help": "Top-p of the Solver's answers."})
-    answer_top_k: int = field(default=40, metadata={"help": "Top-k of the Solver's answers; 0 = off."})
-    answer_tokens: int = field(default=4096, metadata={"help": "Longest answer of the Solver."})
-    challenger_system: str = field(default=CHALLENGER_SYSTEM, metadata={"help": "System message of the Challenger."})
-    challenger_user: str = field(default=CHALLENGER_USER, metadata={"help": "User message of the Challenger."})
-    solver_system: str = field(default=SOLVER_SYSTEM, metadata={"help": "System message of the Solver."})
+    question_temperature: float = 1.0
+    question_top_p: float = 0.95
+    question_tokens: int = 4096
+    answer_temperature: float = 1.0
+    answer_top_p: float = 1.0
+    answer_top_k: int = 40
+    answer_tokens: int = 4096
+    challenger_system: str = CHALLENGER_SYSTEM
+    challenger_user: str = CHALLENGER_USER
+    solver_system: str = SOLVER_SYSTEM
 
-    coder: str = field(default=CODER, metadata={"help": "Hub id or folder; rules: arithmetic without a model."})
-    coder_chat: bool = field(default=True, metadata={"help": "False: completion, for base models."})
-    encoder: str = field(default=ENCODER, metadata={"help": "Hub id or folder; minilm: the model in its package."})
+    coder: str = CODER
+    coder_chat: bool = True
+    encoder: str = ENCODER
 
-    engine: str = field(
-        default="transformers", metadata={"help": "Who generates outside of training: transformers or vllm."}
-    )
-    engine_memory: float = field(default=0.85, metadata={"help": "Share of GPU memory of a vLLM engine on its own."})
-    reward_memory: float = field(default=0.3, metadata={"help": "The same beside the Challenger's trainer."})
-    server_tensor_parallel: int = field(default=1, metadata={"help": "GPUs of one replica of a vLLM server."})
-    max_model_len: int | None = field(default=None, metadata={"help": "Longest prompt and answer of vLLM servers."})
-    engine_batch: int = field(default=64, metadata={"help": "Prompts at once with transformers."})
-    policy_dtype: str = field(default="float32", metadata={"help": "Weights in training: float32 or bfloat16."})
-    lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0 trains all weights."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: the frozen weights in 4 bits; with lora_rank."}
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
-    gpus: int = field(default=0, metadata={"help": "Processes of the training phases; 0 runs all in one process."})
-    sharding: str = field(default="zero2", metadata={"help": "accelerate config of TRL for several GPUs."})
-    benchmarks: str = field(default=MATH, metadata={"help": "Evaluated after each iteration, comma list; none."})
-    data: str | None = field(default=None, metadata={"help": "Folder of local copies of the benchmarks."})
-    eval_samples: int = field(default=4, metadata={"help": "Samples a question of the embedded test."})
-    eval_limit: int | None = field(default=None, metadata={"help": "Only the first questions of each benchmark."})
-    dry_run: bool = field(default=False, metadata={"help": "Print settings, memory and stages; run nothing."})
+    engine: str = "transformers"
+    engine_memory: float = 0.85
+    reward_memory: float = 0.3
+    server_tensor_parallel: int = 1
+    max_model_len: int | None = None
+    engine_batch: int = 64
+    policy_dtype: str = "float32"
+    lora_rank: int = 0
+    load_in_4bit: bool = False
+    attn_implementation: str | None = None
+    gpus: int = 0
+    sharding: str = "zero2"
+    benchmarks: str = MATH
+    data: str | None = None
+    eval_samples: int = 4
+    eval_limit: int | None = None
+    dry_run: bool = False
 
     def __post_init__(self):
         if self.replay_fraction is None:

@@ -12,6 +12,7 @@ from __future__ import annotations  # the trainer is imported where it is used: 
 
 import argparse
 import dataclasses
+import inspect
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +127,8 @@ def parse(argv: list[str], phase: str = "challenger") -> Settings:
     `phase` is the one that this process trains: what is made first sets up the processes, with its `ddp_timeout`.
     """
     if {"-h", "--help"}.intersection(argv):
-        parse_fields(["--help"], (RDiverseConfig,), CONFIGS)
+        print(inspect.cleandoc(RDiverseConfig.__doc__))
+        sys.exit(0)
     path, argv = split_config(argv)
     config = {} if path is None else read_config(path, CONFIGS)
     given, flags = _fields_by_section(config), _flags_by_section(argv)

@@ -63,4 +63,4 @@ def test_the_fields_of_a_self_play_run_can_be_listed(capsys):
     """The loop's own `--help` has no room for them, and said nowhere where they are."""
     with pytest.raises(SystemExit):
         importlib.import_module("r_diverse.train").main(["--help"])
-    assert "--replay_fraction" in capsys.readouterr().out
+    assert "replay_fraction (`float`" in capsys.readouterr().out

@@ -71,7 +71,7 @@ def test_the_recorded_settings_are_the_same_run_again(tmp_path):
 def test_help_is_about_the_fields_of_a_run(words, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(words)
-    assert ended.value.code == 0 and "--iterations" in capsys.readouterr().out
+    assert ended.value.code == 0 and "iterations (`int`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--model"], ["--model=m", "--out", "--dry_run"], ["--model=m", "--solver.optim"]])
