@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,11 +27,11 @@ from common.runs import read_jsonl, write_jsonl
 from common.verifiers import completion_text, math_reward
 
 from . import analysis, objective
-from .budget import Budget
 from .config import RDiverseConfig
 from .memory import MemoryBank, save_array
 from .questions import Challenge, challenger_prompt, last_box, read_challenge, solver_prompt
 from .skills import ENGINE, SkillEncoder
+from .votes import Vote, timed_vote
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -162,15 +162,6 @@ def gate(folder: Path, engine: Engine, run: RDiverseConfig, labelled: Path) -> d
     return {"questions": len(rows), "usable": sum(row["drop"] is None for row in rows)} | _late_of(votes)
 
 
-class Vote(NamedTuple):
-    """Answers to one question, their majority and its share; `late` if time ran out before all were compared."""
-
-    answers: list[str | None]
-    majority: str | None
-    consistency: float
-    late: bool
-
-
 def _votes(
     folder: Path, engine: Engine, run: RDiverseConfig, rows: Sequence[dict[str, Any]], samples: int, seed: int
 ) -> list[Vote]:
@@ -180,12 +171,7 @@ def _votes(
     ready_to_compare()
     for record in read_jsonl(path) if rows else ():
         answers[record["id"]].append(answer_of(record["response"], run))
-    return [_vote(answers[row["id"]]) for row in rows]
-
-
-def _vote(answers: list[str | None]) -> Vote:
-    budget = Budget(same)
-    return Vote(answers, *objective.self_consistency(answers, budget), budget.cut > 0)
+    return [timed_vote(answers[row["id"]], same) for row in rows]
 
 
 def _late_of(votes: Sequence[Vote]) -> dict[str, int]:

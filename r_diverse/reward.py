@@ -14,11 +14,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from . import analysis, objective
-from .budget import Budget
 from .config import RDiverseConfig
 from .memory import MemoryBank
 from .questions import Challenge, read_challenge
 from .skills import ENGINE, Program, SkillEncoder
+from .votes import timed_vote
 
 # m extracted answers to each question (None: no answer); None in place of a list where the engine failed
 Solver = Callable[[Sequence[str], int], Sequence[Sequence[str | None] | None]]
@@ -50,7 +50,7 @@ class ChallengerReward:
         solver: the frozen Solver, called on each process with the valid questions of its slice and a seed. m is as
             many as it answers, whatever `config.m_reward` says.
         same: whether two answers mean the same. It must bound its own time; all comparisons of a question have
-            `budget.QUESTION_SECONDS`, after which answers count as different.
+            `votes.QUESTION_SECONDS`, after which answers count as different.
         skills: SAM. Needed with `penalty="r_diverse"`, but not by the measure "question_text".
         bank: M_t; it is read and not written. Needed with `penalty="r_diverse"`, but not with `beta=0`.
 
@@ -114,14 +114,9 @@ class ChallengerReward:
         questions = sorted({challenge.question for challenge in challenges if challenge.valid})
         answers = self.solver(questions, step) if questions else []
         _check_answers(questions, answers)
-        found = {question: self._consistency(row) for question, row in zip(questions, answers, strict=True)}
-        return [Asked(c, *found[c.question]) if c.valid else Asked(c) for c in challenges]
-
-    def _consistency(self, answers: Sequence[str | None] | None) -> tuple[float, bool]:
-        if answers is None:
-            return np.nan, False
-        same = Budget(self.same)
-        return objective.self_consistency(answers, same)[1], same.cut > 0
+        votes = {q: timed_vote(row, self.same) for q, row in zip(questions, answers, strict=True) if row is not None}
+        found = {question: (vote.consistency, vote.late) for question, vote in votes.items()}
+        return [Asked(c, *found.get(c.question, ())) if c.valid else Asked(c) for c in challenges]
 
     def score(self, challenges: Sequence[Challenge], consistency: Sequence[float]) -> dict[str, Any]:
         """Parts of the reward of a whole batch, without any process group: arrays (B,) and lists by name."""

@@ -10,7 +10,7 @@ import pytest
 
 from common.once import digest, once
 from common.runs import read_jsonl
-from r_diverse import RDiverseConfig, alarm, budget, data, loop
+from r_diverse import RDiverseConfig, alarm, data, loop, votes
 from r_diverse.skills import Program, SkillEncoder
 from r_diverse.train import parse
 
@@ -260,7 +260,7 @@ def test_labels_of_hostile_answers_are_bounded_and_counted(tmp_path, monkeypatch
     from common.runs import write_jsonl
     from r_diverse import data
 
-    monkeypatch.setattr(data, "Budget", lambda same: budget.Budget(same, seconds=0.0))
+    monkeypatch.setattr(votes, "QUESTION_SECONDS", 0.0)
     run = parse(["--model=m", "--m_label=3"]).run
     write_jsonl(tmp_path / "raw.jsonl", [{"sample": 0, "response": "<question>q</question>\\boxed{1}"}])
     engine = SimpleNamespace(name="e", generate=lambda p, d, s: [Completion(f"\\boxed{{{i}}}", 1, "stop") for i in s])
@@ -278,7 +278,8 @@ def test_each_label_has_a_budget_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "ready_to_compare", lambda: None)
     monkeypatch.setattr(data, "same", slow)
-    monkeypatch.setattr(data, "Budget", lambda same: budget.Budget(same, 4.0, lambda: now[0]))
+    monkeypatch.setattr(votes, "QUESTION_SECONDS", 4.0)
+    monkeypatch.setattr(votes, "time", SimpleNamespace(monotonic=lambda: now[0]))
     run = parse(["--model=m", "--m_label=2", "--high=1", "--gate_samples=2"]).run
     raw = [{"sample": i, "response": f"<question>{q}</question>\\boxed{{1}}"} for i, q in enumerate("ab")]
     (tmp_path / "raw.jsonl").write_text("".join(json.dumps(record) + "\n" for record in raw))

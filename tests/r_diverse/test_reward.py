@@ -1,13 +1,13 @@
 """The Challenger's reward over a whole batch."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from r_diverse_rewards import Table, bank, output, reward_of, skills, solver
 
-from r_diverse import ChallengerReward, MemoryBank, RDiverseConfig, SkillEncoder, objective
-from r_diverse.budget import Budget
+from r_diverse import ChallengerReward, MemoryBank, RDiverseConfig, SkillEncoder, objective, votes
 from r_diverse.questions import Challenge
 
 # --- Eq. 11 on the batch ---
@@ -319,7 +319,7 @@ def test_breaking_the_form_does_not_pay_with_a_heavier_r_zero_penalty():
     assert rewards[4] < min(rewards[:4]) == pytest.approx(-3 * 0.8)
 
 
-def test_the_time_of_a_question_is_bounded_and_counted():
+def test_the_time_of_a_question_is_bounded_and_told(monkeypatch):
     now, calls = [0.0], []
 
     def slow(first, second):
@@ -327,30 +327,22 @@ def test_the_time_of_a_question_is_bounded_and_counted():
         now[0] += 1.0
         return False
 
-    budget = Budget(slow, seconds=10, clock=lambda: now[0])
-    assert objective.self_consistency([str(i) for i in range(10)], budget) == ("0", 0.1)
-    assert (now[0], len(calls), budget.cut) == (10, 10, 80)
-    fresh = Budget(slow, seconds=10, clock=lambda: now[0])
-    assert objective.self_consistency(["1", "2"], fresh)[1] == 0.5
-    assert fresh.cut == 0
+    monkeypatch.setattr(votes, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    answers = [str(i) for i in range(10)]
+    assert votes.timed_vote(answers, slow) == (answers, "0", 0.1, True)
+    assert (now[0], len(calls)) == (10, 10)
+    assert votes.timed_vote(["1", "2"], slow)[1:] == ("1", 0.5, False)  # with a time of its own
 
 
-def test_each_question_has_a_budget_of_its_own(monkeypatch):
-    budgets = []
-
-    class Short(Budget):
-        def __init__(self, same):
-            super().__init__(same, seconds=0.0)
-            budgets.append(self)
-
+def test_late_questions_are_counted(monkeypatch):
     def late() -> float:
         figures, outputs = {}, [output("a"), output("b"), "none"]
         reward_of(RDiverseConfig("m", penalty="none"), outputs, skills=None, log_metric=figures.__setitem__)
         return figures["challenger/late"]
 
     assert late() == 0
-    monkeypatch.setattr("r_diverse.reward.Budget", Short)
-    assert late() == 1 and len(budgets) == 2
+    monkeypatch.setattr(votes, "QUESTION_SECONDS", 0.0)
+    assert late() == 1
     monkeypatch.setattr("r_diverse.reward.gather_object", lambda rows: rows * 2)  # another process with the same
     assert late() == 1
 
