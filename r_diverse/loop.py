@@ -32,6 +32,7 @@ from .train import (  # first: it says in one line what is missing without commo
     dry_run,
     local_engine,
     parse,
+    prompts_of_a_batch,
     revised,
     run_path,
     server_engine,
@@ -259,9 +260,7 @@ class SelfPlay:
 
     def _generation_batch(self) -> int:
         """Prompts in a generation batch of the Solver."""
-        config, processes = self.settings.solver, max(1, self.run_config.gpus)
-        rollouts = config.per_device_train_batch_size * config.steps_per_generation * processes
-        return rollouts // config.num_generations
+        return prompts_of_a_batch(self.settings.solver, max(1, self.run_config.gpus))
 
     def _check_enough(self, t: int) -> None:
         """Raises `ValueError` if too few are left: those without a skill vector drop out after the last round."""

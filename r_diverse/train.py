@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import inspect
 import sys
+import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -440,6 +441,11 @@ def _challenger_samples(reward: ChallengerReward) -> list[dict[str, Any]]:
     ]
 
 
+def prompts_of_a_batch(config: PhaseConfig, processes: int) -> int:
+    """Prompts in a generation batch of a phase."""
+    return config.per_device_train_batch_size * config.steps_per_generation * processes // config.num_generations
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The dry run
 
@@ -451,16 +457,14 @@ def dry_run(settings: Settings) -> str:
     shown = settings.plain() | settings.free()
     phases = {f"{phase}.{name}": value for phase in PHASES for name, value in shown.pop(phase, {}).items()}
     for name, value in (shown | phases).items():
-        text = " ".join(str(value).split())
-        lines.append(f"  {name}: {text if len(text) < 100 else text[:97] + '...'}")
+        lines.append(f"  {name}: {textwrap.shorten(str(value), 100, placeholder=' ...')}")
     trainers = {"challenger": run.trainer_gpus, "solver": max(1, run.gpus)}
     for phase in PHASES:
         config, processes = getattr(settings, phase), trainers[phase]
         update = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-        batch = config.per_device_train_batch_size * config.steps_per_generation * processes
         lines.append(
             f"{phase}: {config.max_steps} optimizer steps of {update} rollouts on {processes} processes; a generation "
-            f"batch has {batch // config.num_generations} prompts x {config.num_generations} rollouts"
+            f"batch has {prompts_of_a_batch(config, processes)} prompts x {config.num_generations} rollouts"
         )
     parameters = models.guess_parameters(run.model)
     if parameters is None:
