@@ -40,7 +40,6 @@ from .train import (  # first: it says in one line what is missing without commo
     sources_of,
     train_challenger,
     train_solver,
-    variant,
 )
 
 # isort: split
@@ -440,8 +439,9 @@ def _main(argv: list[str]) -> int:
     launcher(settings.run.gpus, settings.run.sharding)  # else a wrong name shows after the base's evaluation
     variants = chosen("variants", known.variants, VARIANT_FLAGS) if known.variants else [""]
     seeds = chosen_seeds(known.seeds or str(settings.run.seed))
-    goals = goals_of(fields, variants, seeds, known.more)
-    stages = experiment(settings, fields, variants, seeds, goals) if known.variants or known.seeds else []
+    flags = flags_of(fields, variants, seeds)
+    goals = {} if known.more is None else {root: goal_of(root, known.more) for root in flags}
+    stages = experiment(settings.run, fields, flags, goals) if known.variants or known.seeds else []
     if known.dry_run or settings.run.dry_run:
         print(dry_run(settings), *(f"$ {shown(command)}" for stage in stages for command in stage), sep="\n")
         return 0
@@ -506,21 +506,14 @@ def check_context(run: RDiverseConfig) -> None:
             )
 
 
-def goals_of(fields: list[str], variants: list[str], seeds: list[str], more: int | None) -> dict[Path, int]:
-    """The iteration that `--more` ends with, by run folder; empty without `--more`.
+def goal_of(root: Path, more: int) -> int:
+    """The iteration that `--more` ends with in a run folder.
 
     That is `more` beyond the finished ones; an iteration that has begun is the first of these. A command that was
     stopped before its end (the report of an experiment is part of it) keeps its goal when it is given again.
     """
-    if more is None:
-        return {}
     if more < 1:
         raise ValueError(f"more must be at least 1, got {more}")
-    roots = [run_path(parse(_flags_of(fields, *run)).run) for run in itertools.product(variants, seeds)]
-    return {root: _goal(root, more) for root in roots}
-
-
-def _goal(root: Path, more: int) -> int:
     finished, begun = finished_iterations(root), _begun(root)
     before = json.loads(begun.read_text()) if begun.exists() else {}
     same = before.get("more") == more and finished <= before["iterations"] <= finished + more  # else of another folder
@@ -532,28 +525,31 @@ def _begun(root: Path) -> Path:
     return root.with_name(f".{root.name}.more.json")
 
 
-def _flags_of(fields: list[str], name: str, seed: str) -> list[str]:
-    return [*fields, *VARIANT_FLAGS.get(name, []), "--seed", seed]
+def flags_of(fields: list[str], variants: list[str], seeds: list[str]) -> dict[Path, list[str]]:
+    """Flags of each run of an experiment by its folder. Variant "" is the one of the fields."""
+    flags = {}
+    for seed, name in itertools.product(seeds, variants):
+        words = [*fields, *VARIANT_FLAGS.get(name, []), "--seed", seed]
+        folder = run_path(parse(words).run)
+        if folder in flags:
+            raise ValueError(
+                f"{name}-seed{seed} and another variant are one run with these settings, {folder}: leave out one of "
+                "them, or the field that makes them alike"
+            )
+        flags[folder] = words
+    return flags
 
 
 def experiment(
-    settings: Settings, fields: list[str], variants: list[str], seeds: list[str], goals: dict[Path, int]
+    run: RDiverseConfig, fields: list[str], flags: dict[Path, list[str]], goals: dict[Path, int]
 ) -> list[list[Command]]:
-    """Stages in order: the base of the embedded task, all runs, the report. Variant "" is the one of the fields."""
-    python, run = [sys.executable, "-m"], settings.run
-    runs, folders = [], {}
-    for seed, name in itertools.product(seeds, variants):
-        flags, label = _flags_of(fields, name, seed), f"{name or variant(run)}-seed{seed}"
-        folder = run_path(parse(flags).run)
-        if (other := folders.setdefault(folder, label)) != label:
-            raise ValueError(
-                f"{other} and {label} are one run with these settings, {folder}: leave out one of them, or the field "
-                "that makes them alike"
-            )
-        if goals:
-            flags += ["--iterations", str(goals[folder])]
-        runs.append((label, [*python, "r_diverse.loop", *flags]))
-    stages = [runs, [("report", [*python, "benchmarks.r_diverse", *fields])]]
+    """Stages in order: the base of the embedded task, all runs, the report."""
+    python = [sys.executable, "-m"]
+    commands = []
+    for folder, words in flags.items():
+        goal = ["--iterations", str(goals[folder])] if goals else []
+        commands.append((folder.name, [*python, "r_diverse.loop", *words, *goal]))
+    stages = [commands, [("report", [*python, "benchmarks.r_diverse", *fields])]]
     if Path(run.model).parts[-3:] == ("tiny", "models", "base"):  # taught here, and none under another model's name
         stages.insert(0, [("make-base", [*python, "r_diverse.data", "base", run.model])])
     return stages

@@ -104,10 +104,9 @@ def test_another_iteration_goes_on(base, finished, tmp_path):
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["state"] == "done" and manifest["ended"] > ended
     assert yaml.safe_load((finished / "config.yaml").read_text())["iterations"] == 3
-    fields = small(base, finished.parents[2])
-    assert loop.goals_of(fields, [""], ["0"], 1) == {finished: 4}
+    assert loop.goal_of(finished, 1) == 4
     with pytest.raises(ValueError, match="more must be at least 1"):
-        loop.goals_of(fields, [""], ["0"], 0)
+        loop.goal_of(finished, 0)
 
 
 def test_the_report_has_every_iteration(base, finished, capsys):

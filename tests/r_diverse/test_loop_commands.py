@@ -16,9 +16,9 @@ from common import models
 from common.evaluation import Decoding
 from common.lora import lora_config
 from r_diverse import RDiverseConfig, evaluate, loop, train
-from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, main, run_path, variant
+from r_diverse.loop import VARIANT_FLAGS, dry_run, experiment, main, run_path
 from r_diverse.questions import solver_prompt
-from r_diverse.train import parse
+from r_diverse.train import parse, variant
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "r_diverse" / "configs").glob("*.yaml"))
@@ -438,7 +438,8 @@ def test_variants_name_their_folders(name):
 def test_an_experiment_is_a_list_of_commands(tmp_path):
     fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--out", str(tmp_path)]  # runs/ may hold a demo's
     names = ["r_diverse", "r_zero"], ["0", "1"]
-    (make_base,), runs, (report,) = experiment(parse(fields), fields, *names, loop.goals_of(fields, *names, 1))
+    flags = loop.flags_of(fields, *names)
+    (make_base,), runs, (report,) = experiment(parse(fields).run, fields, flags, dict.fromkeys(flags, 1))
     assert make_base[1][-2:] == ["base", "runs/r_diverse/tiny/models/base"]
     assert [name for name, _ in runs] == ["r_diverse-seed0", "r_zero-seed0", "r_diverse-seed1", "r_zero-seed1"]
     assert runs[1][1][-6:] == ["--replay_fraction", "0", "--seed", "0", "--iterations", "1"]
@@ -449,7 +450,7 @@ def test_an_experiment_is_a_list_of_commands(tmp_path):
 def test_two_variants_that_a_field_makes_one_run_are_refused(capsys):
     fields = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--dry_run", "--variants"]
     assert main([*fields, "r_diverse,no_map_penalty", "--beta", "0"]) == 2
-    assert "r_diverse-seed0 and no_map_penalty-seed0 are one run with these settings" in capsys.readouterr().err
+    assert "no_map_penalty-seed0 and another variant are one run with these settings" in capsys.readouterr().err
     assert main([*fields, "r_diverse,no_sam", "--beta", "0"]) == 0  # two ablations together
 
 
@@ -457,7 +458,8 @@ def test_an_experiment_makes_no_model_under_the_name_of_a_published_one():
     tiny = ["--config", str(ROOT / "r_diverse/configs/tiny.yaml")]
     for more, made in (([], True), (["--benchmarks=none"], True), (["--model=Qwen/Qwen3-0.6B-Base"], False)):
         fields = [*tiny, *more]
-        assert ("make-base" in str(experiment(parse(fields), fields, [""], ["0"], {}))) == made
+        stages = experiment(parse(fields).run, fields, loop.flags_of(fields, [""], ["0"]), {})
+        assert ("make-base" in str(stages)) == made
 
 
 def test_one_more_iteration_that_was_stopped_is_not_two(tmp_path, monkeypatch):
@@ -512,9 +514,9 @@ def test_a_new_folder_under_the_name_of_a_stopped_run_begins_anew(tmp_path, monk
     root = run_path(parse(fields).run)
     root.mkdir(parents=True)
     loop._begun(root).write_text('{"more": 1, "iterations": 4}')
-    assert loop.goals_of(fields, [""], ["0"], 1) == {root: 1}
+    assert loop.goal_of(root, 1) == 1
     for t in (1, 2):  # or one that went on beyond it by --iterations
         (root / f"iteration_{t}/evaluate").mkdir(parents=True)
         (root / f"iteration_{t}/evaluate/DONE.json").touch()
     loop._begun(root).write_text('{"more": 1, "iterations": 1}')
-    assert loop.goals_of(fields, [""], ["0"], 1) == {root: 3}
+    assert loop.goal_of(root, 1) == 3
