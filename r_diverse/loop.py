@@ -533,8 +533,8 @@ def flags_of(fields: list[str], variants: list[str], seeds: list[str]) -> dict[P
         folder = run_path(parse(words).run)
         if folder in flags:
             raise ValueError(
-                f"{name}-seed{seed} and another variant are one run with these settings, {folder}: leave out one of "
-                "them, or the field that makes them alike"
+                f"two of the variants are one run with these settings, {folder}: leave out one of them, or the field "
+                "that makes them alike"
             )
         flags[folder] = words
     return flags
