@@ -22,7 +22,6 @@ from .train import (  # first: it says in one line what is missing without commo
     dry_run,
     load_splits_of,
     parse,
-    steps_per_batch,
 )
 
 # isort: split
@@ -69,8 +68,11 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--download", action="store_true", help="fetch model and data into the caches; run nothing")
     known, rest = parser.parse_known_args(argv)
     fields = ["--config", split_config(argv)[0], *rest]
-    args, config = parse([*fields, "--dry_run"] if known.dry_run or known.download else fields)
+    look = ["--dry_run"] if known.dry_run or known.download else []
+    args, config = parse([*fields, *look])
     variants = chosen("variants", known.variants, VARIANT_FLAGS)
+    for name in variants:  # settings that one of them refuses would show only after the trainings before
+        parse([*fields, *look, *VARIANT_FLAGS[name]])
     own = known.datasets in (None, args.dataset)
     datasets = [args.dataset] if own else chosen("datasets", known.datasets, DATASETS)
     seeds = chosen_seeds(known.seeds or str(config.seed))
@@ -84,7 +86,7 @@ def _main(argv: list[str]) -> int:
             raise ValueError(missing[0])
         for _, load in sources:
             load()
-    stages = plan(fields, args, config, variants, datasets, seeds, launcher(known.gpus, known.sharding))
+    stages = plan(fields, args, variants, datasets, seeds, launcher(known.gpus, known.sharding))
     if known.dry_run:
         print(
             dry_run(args, config, max(1, known.gpus), known.sharding),
@@ -106,7 +108,7 @@ def disk_of_all(args: ScriptArguments, config, runs: int, gpus: int, sharding: s
     return f"{said}: {runs * (count * each + resume) / GIB:,.0f} GiB; a larger save_steps keeps fewer"
 
 
-def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[Command]]:
+def plan(fields, args, variants, datasets, seeds, launch) -> list[list[Command]]:
     """Stages in order; the commands of one stage do not need each other."""
     python = [sys.executable, "-m"]
     trainings, evaluations = [], []
@@ -115,8 +117,7 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
         evaluations.append((f"evaluate-base-{dataset}", [*python, "srpo.evaluate", "base", *shared]))
         for seed in seeds:
             for name in variants:
-                steps = _split_batch(config, args.grpo_steps) if name == "grpo" else []
-                flags = [*shared, "--seed", seed, *VARIANT_FLAGS[name], *steps]
+                flags = [*shared, "--seed", seed, *VARIANT_FLAGS[name]]
                 label = f"{name}-{dataset}-seed{seed}"
                 trainings.append((f"train-{label}", [*launch, "srpo.train", *flags]))
                 evaluations.append((f"evaluate-{label}", [*python, "srpo.evaluate", "run", *flags]))
@@ -126,34 +127,6 @@ def plan(fields, args, config, variants, datasets, seeds, launch) -> list[list[C
     if (place := Path(args.model).parts[-3:]) in (("tiny", "models", "base"), ("small", "models", "smollm2")):
         stages.insert(0, [("make-policy", [*python, "srpo.data", place[-1], args.model])])  # none under another's name
     return stages
-
-
-def _split_batch(config, steps: int) -> list[str]:
-    """Flags for `steps` optimizer steps a generation batch, if it has others; the batch stays as it is.
-
-    The paper's steps, of warm-up too, are batches; TRL's are optimizer steps. `ValueError` where it does not divide.
-    """
-    accumulation, rows = config.gradient_accumulation_steps, config.per_device_train_batch_size
-    now = steps_per_batch(config)
-    if now == steps:
-        return []
-    if now != 1:
-        raise ValueError(
-            f"the config's batch takes {now:g} optimizer steps already, grpo_steps={steps}: set steps_per_generation "
-            f"to gradient_accumulation_steps={accumulation}, or grpo_steps"
-        )
-    if accumulation % steps == 0:
-        split = {"steps_per_generation": accumulation, "gradient_accumulation_steps": accumulation // steps}
-    elif rows % steps == 0:
-        split = {"steps_per_generation": steps * accumulation, "per_device_train_batch_size": rows // steps}
-    else:
-        raise ValueError(
-            f"neither gradient_accumulation_steps={accumulation} nor per_device_train_batch_size={rows} is a multiple "
-            f"of grpo_steps={steps}, which GRPO takes a generation batch: change one of them"
-        )
-    counts = {name: getattr(config, name) for name in ("max_steps", "save_steps", "warmup_steps")}
-    split |= {name: int(steps * count) for name, count in counts.items() if count >= 1}  # below, a share of all steps
-    return [word for name, value in split.items() for word in (f"--{name}", str(value))]
 
 
 if __name__ == "__main__":

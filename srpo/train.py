@@ -92,8 +92,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     args, config = parse(argv)
-    if config.routing == "grpo":
-        check_grpo_steps(args, config)
     if args.dry_run:
         print(dry_run(args, config, *plan.launched()))
     else:
@@ -101,8 +99,11 @@ def _main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
-    """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
+    """Arguments from `--config FILE.yaml` and `--field value`, the latter winning; with routing grpo in `grpo_steps`
+    steps a batch. `ValueError` for unknown keys."""
     args, config = parse_fields(argv, (ScriptArguments, SRPOConfig), "srpo/configs/")
+    if config.routing == "grpo" and (split := split_batch(config, args.grpo_steps)):
+        args, config = parse_fields([*argv, *split], (ScriptArguments, SRPOConfig), "srpo/configs/")
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
     check_dataset(args.dataset)
@@ -112,19 +113,32 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     return args, config
 
 
-def check_grpo_steps(args: ScriptArguments, config: SRPOConfig) -> None:
-    """Raises `ValueError` for GRPO with other steps a generation batch than it is said to have."""
-    steps = steps_per_batch(config)
-    if steps != args.grpo_steps:
+def split_batch(config: SRPOConfig, steps: int) -> list[str]:
+    """Flags for `steps` optimizer steps a generation batch, if it has others; the batch stays as it is.
+
+    The paper's steps, of warm-up too, are batches; TRL's are optimizer steps. `ValueError` where it does not divide.
+    """
+    accumulation, rows = config.gradient_accumulation_steps, config.per_device_train_batch_size
+    now = config.num_iterations * config.steps_per_generation / accumulation
+    if now == steps:
+        return []
+    if now != 1:
         raise ValueError(
-            f"routing grpo would take {steps:g} optimizer steps a generation batch, grpo_steps={args.grpo_steps}: "
-            "python -m srpo.loop --variants grpo splits the batch (its --dry_run shows the flags), or set grpo_steps"
+            f"the config's batch takes {now:g} optimizer steps already, grpo_steps={steps}: set steps_per_generation "
+            f"to gradient_accumulation_steps={accumulation}, or grpo_steps"
         )
-
-
-def steps_per_batch(config: SRPOConfig) -> float:
-    """Optimizer steps a generation batch."""
-    return config.num_iterations * config.steps_per_generation / config.gradient_accumulation_steps
+    if accumulation % steps == 0:
+        split = {"steps_per_generation": accumulation, "gradient_accumulation_steps": accumulation // steps}
+    elif rows % steps == 0:
+        split = {"steps_per_generation": steps * accumulation, "per_device_train_batch_size": rows // steps}
+    else:
+        raise ValueError(
+            f"neither gradient_accumulation_steps={accumulation} nor per_device_train_batch_size={rows} is a multiple "
+            f"of grpo_steps={steps}, which GRPO takes a generation batch: change one of them"
+        )
+    counts = {name: getattr(config, name) for name in ("max_steps", "save_steps", "warmup_steps")}
+    split |= {name: int(steps * count) for name, count in counts.items() if count >= 1}  # below, a share of all steps
+    return [word for name, value in split.items() for word in (f"--{name}", str(value))]
 
 
 def variant(config: SRPOConfig) -> str:

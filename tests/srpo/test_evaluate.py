@@ -218,7 +218,7 @@ def test_options_of_the_engine_reach_it(config, monkeypatch, capsys):
     args, settings = train.parse([*fields, '{"tensor_parallel_size": 2}'])
     evaluate.build_engine(args, args.model, settings)
     assert made[0].items() >= {"tensor_parallel_size": 2}.items()
-    plan = loop.plan(fields, args, settings, ["srpo"], ["additions"], ["0"], [])
+    plan = loop.plan(fields, args, ["srpo"], ["additions"], ["0"], [])
     assert not any(isinstance(stage, stages.OneGPUEach) for stage in plan)
     assert train.main([*fields, "2", "--dry_run", "true"]) == 2
     assert 'engine_options must be JSON such as {"tensor_parallel_size": 2}, got 2' in capsys.readouterr().err
