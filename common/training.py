@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,30 @@ if TYPE_CHECKING:
 
 
 SECONDS = "train_seconds.json"  # in a checkpoint
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """What to train on what, as far as VA-OPD and SRPO have it in common; each adds its own."""
+
+    model: str = field(metadata={"help": "Student (VA-OPD) or policy (SRPO): hub id or local folder."})
+    data: str | None = field(default=None, metadata={"help": "Hub id or local folder to read the data set from."})
+    out: str = field(default="runs", metadata={"help": "Folder of all runs."})
+    limit: int | None = field(default=None, metadata={"help": "Use only so many training prompts."})
+    lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0 trains all weights."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: frozen weights in 4 bits; with lora_rank."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of all models, such as flash_attention_2."}
+    )
+    eval_limit: int | None = field(default=None, metadata={"help": "Use only so many questions of each benchmark."})
+    eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once in evaluation with transformers."})
+    engine: str = field(
+        default="transformers", metadata={"help": "What generates in evaluation.", "choices": ["transformers", "vllm"]}
+    )
+    engine_options: str = field(
+        default="{}", metadata={"help": 'JSON for engine vllm: options of `vllm.LLM`, as {"tensor_parallel_size": 2}.'}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print settings and a memory estimate; train nothing."})
 
 
 class RunLog(TrainerCallback):

@@ -22,7 +22,7 @@ try:
     from common.lora import check_lora, lora_config, with_adapters
     from common.runs import RunFolder
     from common.stages import on_one_gpu
-    from common.training import RunLog, row_fingerprints, train_run
+    from common.training import RunArguments, RunLog, row_fingerprints, train_run
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "common":
         raise
@@ -48,41 +48,23 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-@dataclass
-class ScriptArguments:
-    """What to train on what; the settings of the training itself are [`SRPOConfig`]'s."""
+@dataclass(kw_only=True)
+class ScriptArguments(RunArguments):
+    """What to train on what, beside `RunArguments`; the settings of the training itself are [`SRPOConfig`]'s."""
 
-    model: str = field(metadata={"help": "Policy: hub id or local folder."})
     experiment: str = field(default="qwen3_8b", metadata={"help": "Name of the folder that holds the variants' runs."})
     dataset: str = field(
         default="chemistry",
         metadata={"help": "chemistry, physics, biology, materials, tooluse or additions (embedded)."},
     )
-    data: str | None = field(default=None, metadata={"help": "Hub id or folder of a copy; its rows are counted."})
-    out: str = field(default="runs", metadata={"help": "Folder of all runs."})
-    limit: int | None = field(default=None, metadata={"help": "Use only so many training prompts."})
     strict: bool = field(default=False, metadata={"help": "Strict scorer in place of the one of the SDPO release."})
-    lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0 trains all weights."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: the frozen weights in 4 bits; with lora_rank."}
-    )
     policy_dtype: str = field(default="float32", metadata={"help": "Weights of the policy: float32 or bfloat16."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
     grpo_steps: int = field(
         default=4, metadata={"help": "Optimizer steps a generation batch of routing grpo (Table 3: 4)."}
     )
     eval_samples: int = field(default=16, metadata={"help": "Samples a problem in evaluation (paper: avg@16)."})
     eval_temperature: float = field(default=0.6, metadata={"help": "Temperature in evaluation (paper: 0.6)."})
     eval_top_p: float = field(default=0.95, metadata={"help": "Top-p in evaluation (paper: 0.95)."})
-    eval_limit: int | None = field(default=None, metadata={"help": "Evaluate on so many test problems only."})
-    eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once with transformers."})
-    engine: str = field(
-        default="transformers", metadata={"help": "What generates in evaluation.", "choices": ["transformers", "vllm"]}
-    )
-    engine_options: str = field(
-        default="{}", metadata={"help": 'JSON for engine vllm: options of `vllm.LLM`, as {"tensor_parallel_size": 2}.'}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print settings and a memory estimate; train nothing."})
 
 
 def main(argv: list[str] | None = None) -> int:

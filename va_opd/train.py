@@ -24,7 +24,7 @@ try:
     from common.lora import adapter_base, check_lora, lora_config, with_adapters
     from common.runs import RunFolder
     from common.stages import on_one_gpu
-    from common.training import RunLog, row_fingerprints, train_run
+    from common.training import RunArguments, RunLog, row_fingerprints, train_run
 
     from .data import SOURCES, check_dataset, load_splits, load_validation, reward_of, sample_teacher, teacher_rows
 except ModuleNotFoundError as error:
@@ -53,25 +53,21 @@ MAY_CHANGE = (
 VARIANTS = {"va": "va_opd", "none": "opd", "rollout": "rollout_only", "token": "token_only"}
 
 
-@dataclass
-class ScriptArguments:
-    """What to train on what; the settings of the training itself are [`VAOPDConfig`]'s."""
+@dataclass(kw_only=True)
+class ScriptArguments(RunArguments):
+    """What to train on what, beside `RunArguments`; the settings of the training itself are [`VAOPDConfig`]'s."""
 
-    model: str = field(metadata={"help": "Student: hub id or local folder."})
     teacher: str = field(metadata={"help": "Teacher: hub id or local folder; same tokenizer."})
     teacher_parity: bool = field(
         default=True, metadata={"help": "With teacher_server: also load the teacher here and compare both once."}
     )
     experiment: str = field(default="geo3k", metadata={"help": "Name of the folder that holds the variants' runs."})
     dataset: str = field(default="geo3k", metadata={"help": "geo3k, virl39k or digits (embedded)."})
-    data: str | None = field(default=None, metadata={"help": "Hub id or local folder to read the data set from."})
     validation_data: str | None = field(
         default=None, metadata={"help": "Hub id or local folder of the validation problems."}
     )
     method: str = field(default="va_opd", metadata={"help": "Training method.", "choices": list(METHODS)})
-    out: str = field(default="runs", metadata={"help": "Folder of all runs."})
     template: str = field(default="{problem}", metadata={"help": "Prompt; the paper adds nothing to the problem."})
-    limit: int | None = field(default=None, metadata={"help": "Use only so many training prompts."})
     validation_size: int = field(default=200, metadata={"help": "Held-out problems (paper: 200)."})
     select_checkpoint: bool = field(
         default=True,
@@ -83,36 +79,18 @@ class ScriptArguments:
     max_pixels: int = field(
         default=MAX_PIXELS, metadata={"help": "Largest area of an image in pixels; larger ones are reduced."}
     )
-    lora_rank: int = field(default=0, metadata={"help": "Train a LoRA adapter of this rank; 0 trains all weights."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: the frozen weights in 4 bits; with lora_rank."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of student and teacher, such as flash_attention_2."}
-    )
     grpo_beta: float = field(default=0.01, metadata={"help": "KL weight of the GRPO baseline (EasyR1's)."})
     eval_samples: int = field(default=8, metadata={"help": "Samples a problem in evaluation (paper: avg@8)."})
     eval_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature in evaluation (paper: 1.0)."})
-    eval_batch_size: int = field(default=16, metadata={"help": "Prompts at once in evaluation with transformers."})
     benchmarks: str = field(
         default="", metadata={"help": "Comma list of benchmarks to evaluate on besides the held-out problems."}
     )
     benchmark_data: str | None = field(
         default=None, metadata={"help": "Folder of local benchmark files such as wemath.parquet."}
     )
-    eval_limit: int | None = field(
-        default=None, metadata={"help": "Evaluate on only so many questions of each benchmark."}
-    )
-    engine: str = field(
-        default="transformers", metadata={"help": "What generates in evaluation.", "choices": ["transformers", "vllm"]}
-    )
-    engine_options: str = field(
-        default="{}", metadata={"help": 'JSON for engine vllm: options of `vllm.LLM`, as {"tensor_parallel_size": 2}.'}
-    )
     sample_only: bool = field(
         default=False, metadata={"help": "Sample the teacher's responses for methods sft and kd; train nothing."}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Print settings and a memory estimate; train nothing."})
 
 
 def main(argv: list[str] | None = None) -> int:
