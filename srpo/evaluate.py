@@ -24,7 +24,7 @@ from common.cli import run_main, split_first
 from common.evaluation import Benchmark, Decoding, evaluate, question_fingerprint
 from common.evaluation.engines import build_engine
 from common.evaluation.scoring import reward_scorer
-from common.runs import atomic_write_json, claim, folders_of, is_done, weights_of
+from common.runs import atomic_write_json, checkpoints, claim, folders_of, is_done, weights_of
 from common.training import SECONDS, train_seconds
 
 WHAT = ("run", "base")
@@ -55,16 +55,16 @@ def evaluate_run(run: Path, args: ScriptArguments, config: SRPOConfig) -> list[d
     """One point of the curve for each checkpoint that has its weights."""
     if not is_done(run):
         raise ValueError(f"{run} holds no finished run: run srpo.train with the same settings first")
-    steps = sorted(int(path.parent.name.split("-")[1]) for path in run.glob(f"checkpoint-*/{SECONDS}"))
-    if not steps:
+    found = {step: folder for step, folder in checkpoints(run).items() if (folder / SECONDS).exists()}
+    if not found:
         raise ValueError(f"{run} holds no checkpoint: set save_steps to at most max_steps={config.max_steps}")
     return [
         {
             "step": step,
-            "hours": train_seconds(run / f"checkpoint-{step}") / 3600,
-            **score(str(run / f"checkpoint-{step}"), args, config, run / "eval" / f"checkpoint-{step}"),
+            "hours": train_seconds(folder) / 3600,
+            **score(str(folder), args, config, run / "eval" / folder.name),
         }
-        for step in steps
+        for step, folder in found.items()
     ]
 
 

@@ -43,6 +43,7 @@ from common.evaluation.engines import build_engine
 from common.runs import (
     append_jsonl,
     atomic_write_json,
+    checkpoints,
     claim,
     exclusive,
     folders_of,
@@ -175,26 +176,23 @@ def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows:
     Its own accuracy there is then too good by chance: selection.json holds those of all checkpoints, and the hours of
     training before each.
     """
-    steps = sorted(
-        int(path.name.split("-")[1]) for path in run.glob("checkpoint-*") if any(path.glob("*.safetensors"))
-    )
-    if not steps:  # shorter than save_steps
+    found = {step: folder for step, folder in checkpoints(run).items() if any(folder.glob("*.safetensors"))}
+    if not found:  # shorter than save_steps
         return run / "model"
     accuracy = {}
-    for step in steps:
-        checkpoint, out = run / f"checkpoint-{step}", run / "eval" / f"checkpoint-{step}"
-        benchmark = benchmark_of(args, rows)
+    for step, folder in found.items():
+        benchmark, out = benchmark_of(args, rows), run / "eval" / folder.name
         if (out / f"{benchmark.name}.json").exists():
             report = json.loads((out / f"{benchmark.name}.json").read_text())
         else:
-            with closing(build_engine(args, str(checkpoint), config)) as engine:
+            with closing(build_engine(args, str(folder), config)) as engine:
                 report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
         accuracy[step] = report["avg@k"]
     best = max(accuracy, key=lambda step: (accuracy[step], -step))
-    hours = {step: train_seconds(run / f"checkpoint-{step}") / 3600 for step in steps}
+    hours = {step: train_seconds(folder) / 3600 for step, folder in found.items()}
     atomic_write_json(run / "eval" / "selection.json", {"accuracy": accuracy, "hours": hours, "best": best})
-    print(f"{run.name}: best of {len(steps)} checkpoints is step {best} with {accuracy[best]:.3f}", flush=True)
-    return run / f"checkpoint-{best}"
+    print(f"{run.name}: best of {len(found)} checkpoints is step {best} with {accuracy[best]:.3f}", flush=True)
+    return found[best]
 
 
 def benchmark_name(args: ScriptArguments, pixelated: bool = False) -> str:
