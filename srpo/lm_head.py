@@ -34,6 +34,12 @@ class LMHead(NamedTuple):
             return out.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / temperature)
         return out if self.scale == temperature else out.mul_(self.scale / temperature)
 
+    def whole_logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """(N, V) float32 logits of (N, H) hidden states, with gradient: for a loss of one's own."""
+        bias = None if self.bias is None else self.bias.float()
+        logits = self.scale * torch.nn.functional.linear(hidden.float(), self.weight.float(), bias)
+        return (logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)) / temperature
+
     def pull_back(
         self,
         grad_logits: torch.Tensor,

@@ -132,7 +132,7 @@ def grpo_token_loss(
 def teacher_entropy(logits: torch.Tensor) -> torch.Tensor:
     """Entropy of the teacher in nats over the full vocabulary (Section 3.2): logits (..., V) -> (...).
 
-    In float32 or wider. The trainer has the same from hidden states (`divergence.chunked_entropy`).
+    In float32 or wider. The reference: the trainer has the same from hidden states (`divergence.chunked_entropy`).
     """
     logps = logits.to(_wide(logits)).log_softmax(-1)
     # A logit of -inf has probability 0 and adds nothing
@@ -170,8 +170,10 @@ def jsd_topk_tail(
 
     (1 - alpha) KL(P || M) + alpha KL(Q || M) with M = (1 - alpha) P + alpha Q, P the student, Q the teacher. This is 0
     at alpha 0 and 1. There, as in SDPO's release and TRL, it is KL(Q || P), the limit of the divergence / alpha, and
-    KL(P || Q), the limit of the divergence / (1 - alpha). The trainer computes the same from hidden states and never
-    holds (B, T, V) logits (`divergence.chunked_divergence`).
+    KL(P || Q), the limit of the divergence / (1 - alpha).
+
+    The reference: the trainer computes the same number and its gradient from hidden states, without ever holding
+    (B, T, V) logits (`divergence.chunked_divergence`). README.md, "Another loss", says how to train on this one.
 
     Args:
         top_k: support, the student's most likely tokens; none or V for the whole vocabulary.

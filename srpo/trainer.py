@@ -54,6 +54,8 @@ class SRPOTrainer(LoadsWeights, GRPOTrainer):
         "    journal = {arXiv preprint arXiv:2604.02288},\n    year = {2026}\n}",
     }
 
+    divergence = staticmethod(chunked_divergence)  # a subclass may have another: README.md, "Another loss"
+
     def __init__(self, model, reward_funcs=None, args: SRPOConfig | None = None, train_dataset=None, **kwargs):
         args = SRPOConfig() if args is None else args
         checks.check_inputs(args, train_dataset)
@@ -303,7 +305,7 @@ class SRPOTrainer(LoadsWeights, GRPOTrainer):
         teacher_hidden = torch.cat([self._teacher_hidden[row] for row in rows] or [hidden.detach()])  # else empty
         options = {"top_k": args.distillation_topk, "alpha": ALPHAS[args.divergence], "tail": args.tail}
         with autocast(self.accelerator, teacher.weight.dtype):
-            return chunked_divergence(head, hidden, teacher, teacher_hidden, coefficients, self.temperature, **options)
+            return self.divergence(head, hidden, teacher, teacher_hidden, coefficients, self.temperature, **options)
 
     # Checkpoints
 

@@ -91,7 +91,10 @@ class _ReverseKL(torch.autograd.Function):
         factor = torch.where(weight_sum > 0, upstream.sum() / weight_sum, 0)
         # Coefficients below 1e-30, to which extreme settings can lead, count as 0
         if not torch.allclose(upstream, factor * coefficients, rtol=1e-3, atol=1e-6 * factor.abs().item() + 1e-30):
-            raise RuntimeError("the loss is not the sum of coefficients * KL for which chunked_reverse_kl was called")
+            raise RuntimeError(
+                "the loss is not the sum of coefficients * KL for which chunked_reverse_kl was called, and there is "
+                "no gradient of another one: README.md, 'Another loss', says how to train on it"
+            )
         # Autograd rounds them to the dtype of what they are the gradients of
         return *(None if grad is None else grad.mul_(factor) for grad in grads), *(None,) * 6
 

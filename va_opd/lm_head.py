@@ -32,6 +32,10 @@ class LMHead(NamedTuple):
         for start, end in self._slices():
             project(out[:, start:end], hidden, self.weight, self.bias, start, end, dtype)
 
+    def whole_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, V) float32 logits of (N, H) hidden states, with gradient: for a loss of one's own."""
+        return objective.head_logits(hidden, self.weight, self.bias, self.scale, self.softcap)
+
     def pull_back(
         self,
         grad_logits: torch.Tensor,

@@ -22,7 +22,8 @@ WEIGHTINGS = ("va", "rollout", "token", "none")
 def reverse_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """KL(student || teacher) over the full vocabulary (Eq. 1): logits (..., V) -> nats (...), in float32 or wider.
 
-    The trainer computes the same number from hidden states without ever holding (B, T, V) logits.
+    The reference: the trainer computes the same number and its gradient from hidden states, without ever holding
+    (B, T, V) logits (`divergence.chunked_reverse_kl`). README.md, "Another loss", says how to train on this one.
     """
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     student = student_logits.to(wide).log_softmax(-1)
@@ -248,7 +249,7 @@ def sampled_logps(
     if not _wide_product(hidden, weight):
         weight = weight.float()
     logps = [
-        _logits(hidden[i : i + rows], weight, bias, logit_scale, softcap)
+        head_logits(hidden[i : i + rows], weight, bias, logit_scale, softcap)
         .log_softmax(-1)
         .gather(1, tokens[i : i + rows, None])
         for i in range(0, len(hidden), rows)
@@ -271,7 +272,7 @@ def token_logps(
     """
 
     def part(hidden, tokens, weight, bias):
-        logps = _logits(hidden, weight, bias, logit_scale, softcap).log_softmax(-1)
+        logps = head_logits(hidden, weight, bias, logit_scale, softcap).log_softmax(-1)
         constant = logps.detach()
         return logps.gather(1, tokens), -(constant.exp() * constant).sum(-1)
 
@@ -284,8 +285,8 @@ def token_logps(
     return torch.cat(logps), torch.cat(entropy)
 
 
-def _logits(hidden, weight, bias, logit_scale, softcap) -> torch.Tensor:
-    """(R, V) float32 logits of (R, H) states, scaled and then capped."""
+def head_logits(hidden, weight, bias, logit_scale, softcap) -> torch.Tensor:
+    """(R, V) float32 logits of (R, H) states, scaled and then capped; with gradient, at R * V * 4 bytes."""
     with torch.autocast(hidden.device.type, enabled=False):
         if _wide_product(hidden, weight):
             logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)

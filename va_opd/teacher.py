@@ -9,7 +9,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from . import siblings
-from .divergence import chunked_reverse_kl
 from .lm_head import lm_head, sampled_logps
 from .offload import Offloaded
 
@@ -61,7 +60,7 @@ class Teacher:
     def divergence(self, student, hidden: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """KL(student || teacher) and the student's entropy, (N,) each, from its hidden states (N, H)."""
         trainer = self.trainer
-        return chunked_reverse_kl(
+        return trainer.divergence(
             trainer._head(student),
             hidden,
             trainer._head(trainer.accelerator.unwrap_model(trainer.teacher_model)),

@@ -23,6 +23,7 @@ from ._trl import EpochSampler, WholeBatches, seed_rollouts
 from .checkpoints import LoadsWeights
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
+from .divergence import chunked_reverse_kl
 from .doctor import DoctorCallback, va_figures
 from .engine import VLLMRollouts
 from .lm_head import lm_head, sampled_logps, without_padding
@@ -52,6 +53,8 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         "Models},\n    author = {R. Liu and others},\n    journal = {arXiv preprint arXiv:2605.21924},\n"
         "    year = {2026}\n}",
     }
+
+    divergence = staticmethod(chunked_reverse_kl)  # a subclass may have another: README.md, "Another loss"
 
     def __init__(
         self,
