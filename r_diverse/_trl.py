@@ -3,11 +3,17 @@
 `tests/r_diverse/test_trainer.py` pins the signatures.
 """
 
+# ruff: noqa: E402, F401 - other modules import these names from here, behind the check
+
+import logging
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
+from accelerate.utils import is_peft_model
 from packaging.specifiers import SpecifierSet
 from transformers import Trainer, TrainerCallback, set_seed
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_TRL = ">=1.16,<1.17"
 if version("trl") not in SpecifierSet(SUPPORTED_TRL):
@@ -15,9 +21,7 @@ if version("trl") not in SpecifierSet(SUPPORTED_TRL):
         f"r_diverse overrides private methods of trl and needs trl{SUPPORTED_TRL}; found {version('trl')}"
     )
 
-from trl.trainer.utils import RepeatSampler, is_async_callable, split_tensor_dict  # noqa: E402
-
-__all__ = ["SUPPORTED_TRL", "EpochSampler", "WholeBatches", "is_async_callable", "seed_rollouts", "split_tensor_dict"]
+from trl.trainer.utils import RepeatSampler, is_async_callable, split_tensor_dict
 
 
 class EpochSampler(RepeatSampler):
@@ -58,3 +62,24 @@ class WholeBatches(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step, self.trainer._buffered_inputs = 0, None
+
+
+class AdapterSync(TrainerCallback):
+    """Warns at the start of training where frozen weights in half precision will drift: TRL adds an adapter to them,
+    sends them to vLLM and takes it out again, and each time both round. Not earlier: once a trainer is built, its way
+    may still be replaced (`common.lora.with_adapters`)."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        generation = getattr(self.trainer, "vllm_generation", None)  # of a trainer with `use_vllm`
+        if not is_peft_model(self.trainer.model) or generation is None or "_iter_named_params" in vars(generation):
+            return
+        frozen = [p.dtype for p in self.trainer.model.parameters() if not p.requires_grad]
+        if any(dtype.itemsize < 4 for dtype in frozen) and state.is_world_process_zero:
+            logger.warning(
+                "with LoRA and use_vllm, TRL rounds the frozen weights at each sync (in a hundred by a third of what "
+                "the adapter changes): build the trainer with `with_adapters` of common/lora.py, or load the "
+                'model with dtype="float32"'
+            )

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 
-from ._trl import EpochSampler, WholeBatches, seed_rollouts
+from ._trl import AdapterSync, EpochSampler, WholeBatches, seed_rollouts
 from .batches import length_sorted, real_columns
 from .checkpoints import LoadsWeights
 from .checks import (
@@ -55,6 +55,7 @@ class PhaseTrainer(LoadsWeights, GRPOTrainer):
             self.add_callback(DoctorCallback(steps))
         self.add_callback(FrozenCallback())
         self.add_callback(WholeBatches(self))
+        self.add_callback(AdapterSync(self))
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(HalfPrecisionCallback())
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None

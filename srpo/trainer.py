@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from . import checks, objective
-from ._trl import EpochSampler, ForwardRedirection, WholeBatches, seed_rollouts
+from ._trl import AdapterSync, EpochSampler, ForwardRedirection, WholeBatches, seed_rollouts
 from .batches import length_sorted, trimmed
 from .checkpoints import LoadsWeights
 from .config import ALPHAS, SRPOConfig
@@ -69,6 +69,7 @@ class SRPOTrainer(LoadsWeights, GRPOTrainer):
         seed_rollouts(self)
         self.add_callback(checks.FrozenCallback())
         self.add_callback(WholeBatches(self))
+        self.add_callback(AdapterSync(self))
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(checks.HalfPrecisionCallback())
         self._forward_redirection = ForwardRedirection()

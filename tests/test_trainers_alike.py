@@ -14,14 +14,19 @@ import torch
 from accelerate import PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import is_async_callable
+
+from common.lora import sync_merged_weights
+from common.tiny import tiny_qwen3
 
 METHODS = ("va_opd", "srpo", "r_diverse")
 # A method's folder has to work alone, so these stand in several
 COPIES = {
-    "_trl": ("EpochSampler", "WholeBatches", "seed_rollouts"),
+    "_trl": ("AdapterSync", "EpochSampler", "WholeBatches", "seed_rollouts"),
     "checks": (
         "_check_reward",
         "_is_said",
@@ -294,3 +299,26 @@ def test_training_after_an_interruption_within_a_step_starts_with_new_rollouts(m
     )
     trainer.train()
     assert sampled_at == [0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("dtype", "lora", "vllm", "replaced", "warned"),
+    [
+        (torch.bfloat16, True, True, False, True),
+        (torch.float32, True, True, False, False),
+        (torch.bfloat16, False, True, False, False),
+        (torch.bfloat16, True, False, False, False),
+        (torch.bfloat16, True, True, True, False),
+    ],
+)
+def test_weights_that_drift_at_each_sync(method, dtype, lora, vllm, replaced, warned, caplog):
+    model = tiny_qwen3(hidden=32)[0].to(dtype)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear")) if lora else model
+    generation = VLLMGeneration.__new__(VLLMGeneration)
+    if replaced:
+        sync_merged_weights(generation)
+    trainer = SimpleNamespace(model=model, **({"vllm_generation": generation} if vllm else {}))
+    callback = importlib.import_module(f"{method}._trl").AdapterSync(trainer)
+    callback.on_train_begin(None, SimpleNamespace(is_world_process_zero=True), None)
+    assert ("rounds the frozen weights at each sync" in caplog.text) == warned

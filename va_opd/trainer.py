@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import checks, objective, siblings
-from ._trl import EpochSampler, WholeBatches, seed_rollouts
+from ._trl import AdapterSync, EpochSampler, WholeBatches, seed_rollouts
 from .checkpoints import LoadsWeights
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
@@ -91,6 +91,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         )
         self.add_callback(checks.FrozenCallback())
         self.add_callback(WholeBatches(self))
+        self.add_callback(AdapterSync(self))
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(checks.HalfPrecisionCallback())
         self._place_teacher(teacher_model)
