@@ -72,7 +72,7 @@ class SRPOConfig(GRPOConfig):
         > Parameters that control prompts and logs
 
         max_prompt_length (`int`, *optional*, defaults to `2048`):
-            A longer prompt is an error: prompts are never cut.
+            A longer prompt is an error: prompts are never cut. `srpo.train` leaves such rows out before it starts.
         doctor_steps (`int`, *optional*, defaults to `50`):
             Print the line of health figures at the first log and about every so many steps. `0` turns it off.
     """  # noqa: E501

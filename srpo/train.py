@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 ROUTES = {"grpo": "grpo", "sdpo": "distill"}  # label in samples.jsonl: rows with the loss
 # TRL sets the first from the batch, and refuses both; the second only says what a GRPO batch's own fields have to be
 DERIVED = ("generation_batch_size", "grpo_steps")
-# May change without another training; evaluation ties its results to those that decide them
+# May change without another training; evaluation ties its results to those that decide them. Not max_prompt_length,
+# which decides what rows `short_prompts` keeps
 MAY_CHANGE = (
     "engine", "engine_options", "eval_batch_size", "eval_samples", "eval_temperature", "eval_top_p", "eval_limit",
 )  # fmt: skip

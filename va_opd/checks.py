@@ -380,8 +380,9 @@ def check_prompts(prompt_ids: list[list[int]], args: VAOPDConfig, name: str = "a
     longest = max(len(ids) for ids in prompt_ids)
     if longest > args.max_prompt_length:
         raise ValueError(
-            f"{name} has {longest} tokens, above max_prompt_length={args.max_prompt_length}: raise the limit, lower "
-            "the image budget, or filter the data set (prompts are never cut)"
+            f"{name} has {longest} tokens, above max_prompt_length={args.max_prompt_length}: raise the limit, with "
+            "which a run that has begun goes on, or begin a new run with a lower image budget or without such rows "
+            "(prompts are never cut)"
         )
     context = args.vllm_max_model_length if args.use_vllm and args.vllm_mode == "colocate" else None
     if context and longest + args.max_completion_length > context:

@@ -74,7 +74,7 @@ class VAOPDConfig(DistillationConfig):
         > Parameters that control prompts and logs
 
         max_prompt_length (`int`, *optional*, defaults to `8192`):
-            A longer prompt is an error: cutting it would cut image tokens.
+            A longer prompt is an error: cutting it would cut image tokens. It may be raised in a run that has begun.
         doctor_steps (`int`, *optional*, defaults to `50`):
             Print the line of health figures at the first log and about every so many steps. `0` turns it off.
     """

@@ -49,6 +49,7 @@ GIVEN_RESPONSES = ("sft", "kd")  # of the teacher; the others train on rollouts
 MAY_CHANGE = (
     "benchmarks", "benchmark_data", "eval_limit", "eval_samples", "eval_temperature", "eval_batch_size", "engine",
     "engine_options", "select_checkpoint",
+    "max_prompt_length", "teacher_parity", "teacher_parity_limit",  # at most they end a run
 )  # fmt: skip
 VARIANTS = {"va": "va_opd", "none": "opd", "rollout": "rollout_only", "token": "token_only"}
 
@@ -177,7 +178,8 @@ def row_options(args: ScriptArguments) -> dict[str, Any]:
 def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> RunFolder:
     """The run's folder; `ValueError` where it holds a run with other settings, data or models to begin with."""
     settings = changed_settings(args, config, (*MAY_CHANGE, *MACHINE_FIELDS))
-    free = {name: getattr(args, name) for name in MAY_CHANGE} | machine_settings(config)
+    free = {name: getattr(args if hasattr(args, name) else config, name) for name in MAY_CHANGE}
+    free |= machine_settings(config)
     data, models = row_fingerprints(splits), {"model": args.model, "teacher": args.teacher}
     return RunFolder.open(run_path(args, config), settings, data=data, seed=config.seed, free=free, models=models)
 

@@ -11,7 +11,7 @@ import yaml
 from training_runs import fails, run_until
 from transformers import TrainingArguments
 
-from common.runs import exclusive, read_jsonl
+from common.runs import exclusive, last_checkpoint, read_jsonl
 from va_opd import train
 
 
@@ -87,6 +87,26 @@ def test_killed_and_started_again_a_run_ends_as_if_nothing_had_been(config):
     assert curves[0] == curves[1] and len(curves[0]) == 10
 
 
+def test_a_run_that_died_of_a_long_prompt_goes_on_with_a_higher_limit(config, capsys, tmp_path):
+    """To the end that it would have had with it: the limit only refuses."""
+    rows = [{"problem": f"Find {i}." + " Now" * 9 * (i == 10), "images": [], "answer": "1"} for i in range(12)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = ["--dataset", "geo3k", "--data", str(tmp_path), "--save_steps", "1"]
+    straight = ["--experiment", "straight", *fields]
+    assert train.main(["--config", str(config), *straight]) == 0
+    said = fails(train, capsys, config, *fields, "--max_prompt_length", "50")
+    assert "the prompt of the row with id '10' has 63 tokens, above max_prompt_length=50: raise the limit" in said
+    run = train.run_path(*train.parse(["--config", str(config), *fields]))
+    assert last_checkpoint(run).name == "checkpoint-3"
+    assert train.main(["--config", str(config), *fields, "--max_prompt_length", "63"]) == 0
+    other, curves = train.run_path(*train.parse(["--config", str(config), *straight])), []
+    for folder in (run, other):
+        lines = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
+        curves.append([(line["step"], line["loss"], line["grad_norm"]) for line in lines])
+    assert curves[0] == curves[1] and len(curves[0]) == 6
+
+
 def test_benchmarks_may_be_added_to_a_finished_run(config, tmp_path, capsys):
     assert train.main(["--config", str(config), "--max_steps", "1"]) == 0
     capsys.readouterr()
@@ -99,6 +119,7 @@ def test_benchmarks_may_be_added_to_a_finished_run(config, tmp_path, capsys):
     [
         *(["--engine", "vllm"], ["--eval_batch_size", "3"], ["--eval_samples", "2"], ["--eval_temperature", "0.5"]),
         *(["--vllm_gpu_memory_utilization", "0.4"], ["--teacher_offload", "True"], ["--run_name", "again"]),
+        *(["--max_prompt_length", "300"], ["--teacher_parity", "False"], ["--teacher_parity_limit", "0.1"]),
     ],
 )
 def test_how_to_evaluate_and_what_fits_a_machine_may_change(config, capsys, fields):
