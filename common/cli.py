@@ -206,7 +206,6 @@ def check_types(given: dict[str, Any], classes: tuple[type, ...]) -> None:
     and at choices in flags only."""
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
     fields = [field for cls in classes for field in dataclasses.fields(cls)]
-    required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
     choices = {field.name: field.metadata["choices"] for field in fields if "choices" in field.metadata}
     for name, value in given.items():
         if isinstance(value, str) and name in choices and value not in choices[name]:
@@ -216,7 +215,7 @@ def check_types(given: dict[str, Any], classes: tuple[type, ...]) -> None:
         takes_mapping = dict in {get_origin(kind) or kind for kind in kinds}
         if takes_mapping and not (value is None or list in kinds or isinstance(value, dict | str)):
             raise ValueError(f"{name} must be a mapping, got {value!r}")
-        if not kinds <= {str, int, float, bool} or (value is None and name not in required):
+        if not kinds <= {str, int, float, bool} or (value is None and NoneType in get_args(hint)):
             continue
         converts = type(value) is int and kinds & {float, bool}  # 1 for 1.0 or true
         if not (isinstance(value, str) or type(value) in kinds or converts):

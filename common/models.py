@@ -101,11 +101,10 @@ def load_model(
             raise _cut(name, error) from error
     config = load_config(name)
     auto = AutoModelForImageTextToText if is_vlm(config) else AutoModelForCausalLM
-    quantization = nf4_config() if load_in_4bit else None
+    # Not None in place of it: transformers would take that for the model's own, and read weights in FP8 without scales
+    quantization = {"quantization_config": nf4_config()} if load_in_4bit else {}
     try:
-        model = auto.from_pretrained(
-            name, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization
-        )
+        model = auto.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation, **quantization)
     except OSError as error:
         raise ValueError(f"model {name!r}: {str(error).splitlines()[0]}") from error
     except SafetensorError as error:

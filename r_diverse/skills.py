@@ -178,7 +178,8 @@ class SkillEncoder:
         starts = range(0, len(missing), self.chunk_size)
         for start in tqdm(starts, desc="programs", unit="chunk", disable=len(starts) < 2):
             chunk = missing[start : start + self.chunk_size]
-            for text, program in zip(chunk, self.coder.write(chunk), strict=True):
+            # All before the first is in the cache: if one is left out, others stand beside a wrong question
+            for text, program in list(zip(chunk, self.coder.write(chunk), strict=True)):
                 if not isinstance(program, Program):
                     raise ValueError(
                         f"coder {self.coder.name} gave {program!r} for {text!r}: a Program is needed, which "

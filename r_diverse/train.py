@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import inspect
 import sys
-import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -457,7 +456,8 @@ def dry_run(settings: Settings) -> str:
     shown = settings.plain() | settings.free()
     phases = {f"{phase}.{name}": value for phase in PHASES for name, value in shown.pop(phase, {}).items()}
     for name, value in (shown | phases).items():
-        lines.append(f"  {name}: {textwrap.shorten(str(value), 100, placeholder=' ...')}")
+        text = " ".join(str(value).split())
+        lines.append(f"  {name}: {text if len(text) <= 100 else text[:97] + '...'}")
     trainers = {"challenger": run.trainer_gpus, "solver": max(1, run.gpus)}
     for phase in PHASES:
         config, processes = getattr(settings, phase), trainers[phase]

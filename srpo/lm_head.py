@@ -37,7 +37,8 @@ class LMHead(NamedTuple):
     def whole_logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """(N, V) float32 logits of (N, H) hidden states, with gradient: for a loss of one's own."""
         bias = None if self.bias is None else self.bias.float()
-        logits = self.scale * torch.nn.functional.linear(hidden.float(), self.weight.float(), bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.scale * torch.nn.functional.linear(hidden.float(), self.weight.float(), bias)
         return (logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)) / temperature
 
     def pull_back(

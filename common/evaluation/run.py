@@ -249,8 +249,8 @@ def _generate(
 
 
 def _opened(images: Sequence[Any]) -> list[Any]:
-    """PIL images in RGB, with alpha dropped as in training and transformers' processors: vLLM would put white behind
-    transparent pixels, and PNG, in which a server gets images, has no CMYK."""
+    """PIL images in RGB, with alpha dropped as in the data of training: vLLM and transformers 5.23's processors put
+    white behind transparent pixels, and PNG, in which a server gets images, has no CMYK."""
     from datasets import Image
 
     opened = (Image().decode_example(image) if isinstance(image, dict) else image for image in images)

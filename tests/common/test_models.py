@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common import models
 from common.lora import lora_config
@@ -119,6 +120,21 @@ def test_a_tiny_model_comes_back_from_its_folder(tmp_path, build):
     assert models.guess_parameters(str(tmp_path)) == model.num_parameters()
     assert models.is_vlm(model.config) == (build is not tiny_qwen3)
     assert models.load_model(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_weights_in_fp8_are_read_with_their_scales(tmp_path):
+    model = tiny_qwen3(hidden=32)[0]
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj.weight")]:  # each smaller than a block of 128 x 128
+        weights[name] = (weights[name] / 0.01).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = torch.full((1, 1), 0.01)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    for name, weight in models.load_model(str(tmp_path)).named_parameters():
+        torch.testing.assert_close(weight, model.get_parameter(name), rtol=0.07, atol=1e-4, msg=name)
 
 
 def test_an_adapter_is_not_merged_into_weights_in_4_bits(tmp_path):

@@ -32,7 +32,9 @@ CONFIGS = sorted((ROOT / "r_diverse" / "configs").glob("*.yaml"))
     [
         ("benchmarks: [a, b]", r"benchmarks must be a text \(in quotes\), got \['a', 'b'\]"),
         ("solver: {max_steps: 2.5}", "solver: max_steps must be int, got 2.5"),
-        ("solver: {max_steps: null}", "solver: max_steps must be at least 1: a phase has a fixed length, got None"),
+        ("solver: {max_steps: 0}", "solver: max_steps must be at least 1: a phase has a fixed length, got 0"),
+        ("solver: {warmup_steps: null}", "solver: warmup_steps must be float, got None"),
+        ("boxed_only: null", "boxed_only must be bool, got None"),
         ("solver: {betas: null}", "solver: unknown field 'betas'; did you mean 'beta'"),
         ("solver: [1]", r"section 'solver' of the config must map fields to values, got \[1\]"),
         ("env: {A: 1}", "unknown field 'env'"),
@@ -386,6 +388,12 @@ def test_the_paper_presets_have_the_papers_batches():
         assert "a generation batch has 512 prompts x 4 rollouts" in text
         assert "60 optimizer steps of 640 rollouts" in text
         assert "a generation batch has 512 prompts x 5 rollouts" in text
+
+
+def test_a_dry_run_shows_where_a_long_name_begins():
+    path = "/data/" + 200 * "x"
+    text = dry_run(parse(["--config", str(ROOT / "r_diverse/configs/tiny.yaml"), "--data", path]))
+    assert f"  data: {path[:97]}...\n" in text
 
 
 def test_the_readmes_flags_are_the_optimizer_batch_of_r_zeros_script():

@@ -90,6 +90,16 @@ def test_a_coder_gives_programs_not_texts():
         SkillEncoder(coder, HashEncoder()).encode(["1 + 2", "3 + 4"])
 
 
+def test_a_coder_that_leaves_out_a_question_spoils_no_cache(tmp_path):
+    def coder(write):
+        return SimpleNamespace(name="own", write=write)
+
+    with pytest.raises(ValueError, match="shorter"):
+        SkillEncoder(coder(lambda questions: [Program(questions[1])]), HashEncoder(), tmp_path).programs(["1", "2"])
+    mended = SkillEncoder(coder(lambda questions: list(map(Program, questions))), HashEncoder(), tmp_path)
+    assert [program.code for program in mended.programs(["1", "2"])] == ["1", "2"]
+
+
 def test_one_text_is_no_list_of_texts():
     with pytest.raises(ValueError, match="pass a list"):
         SkillEncoder(ArithmeticCoder(), HashEncoder()).encode("1 + 2")

@@ -290,6 +290,16 @@ def test_logits_from_hidden_states_are_the_models(config):
     torch.testing.assert_close(logits.view(2, 8, 64)[mask.bool()], whole[mask.bool()])
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_whole_logits_are_float32_in_autocast_too(softcap):
+    """Where a loss of one's own calls them."""
+    head, hidden, *_ = heads(softcap=softcap)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head.whole_logits(hidden, 0.7)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), naive_logits(head, hidden, 0.7), rtol=1e-5, atol=1e-5)
+
+
 def test_entropy_is_exact(tiles):
     *_, teacher, hidden = heads(4)
     teacher.bias[3] = -math.inf  # ruled out: adds nothing
