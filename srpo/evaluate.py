@@ -43,7 +43,8 @@ def _main(argv: list[str]) -> None:
         raise ValueError("dry_run is not for evaluations: leave it out, or ask srpo.loop, which shows all commands")
     if what == "base":
         out = run_path(args, config).with_name("base")
-        curve = [{"step": 0, "hours": 0.0, **score(args.model, args, config, out / "eval" / "base")}]
+        policy = score(args.model, benchmark_of(args, config), args, config, out / "eval" / "base")
+        curve = [{"step": 0, "hours": 0.0, **policy}]
     else:
         out = run_path(args, config)
         curve = evaluate_run(out, args, config)
@@ -58,24 +59,26 @@ def evaluate_run(run: Path, args: ScriptArguments, config: SRPOConfig) -> list[d
     found = {step: folder for step, folder in checkpoints(run).items() if (folder / SECONDS).exists()}
     if not found:
         raise ValueError(f"{run} holds no checkpoint: set save_steps to at most max_steps={config.max_steps}")
+    benchmark, results = benchmark_of(args, config), run / "eval"
+    for folder in found.values():  # all, before hours go into the first
+        claim_results(str(folder), benchmark, args, config, results / folder.name)
     return [
         {
             "step": step,
             "hours": train_seconds(folder) / 3600,
-            **score(str(folder), args, config, run / "eval" / folder.name),
+            **score(str(folder), benchmark, args, config, results / folder.name),
         }
         for step, folder in found.items()
     ]
 
 
-def score(model: str, args: ScriptArguments, config: SRPOConfig, out: Path) -> dict[str, Any]:
+def score(model: str, benchmark: Benchmark, args: ScriptArguments, config: SRPOConfig, out: Path) -> dict[str, Any]:
     """Accuracy, interval, length and truncation of a model on the test problems.
 
     Raises `ValueError` where `out` holds results of other settings; known before a model is loaded.
     """
-    benchmark = benchmark_of(args, config)
+    claim_results(model, benchmark, args, config, out)
     path = out / f"{benchmark.name}.json"
-    claim(out / "settings.json", settings_of(model, benchmark, args, config, out), any(out.rglob("*.jsonl")))
     if path.exists():
         report = json.loads(path.read_text())
     else:
@@ -87,6 +90,11 @@ def score(model: str, args: ScriptArguments, config: SRPOConfig, out: Path) -> d
         "mean_tokens": report["mean_tokens"],
         "truncated": report["truncated"],
     }
+
+
+def claim_results(model: str, benchmark: Benchmark, args: ScriptArguments, config: SRPOConfig, out: Path) -> None:
+    """Ties `out` to what decides its results; raises `ValueError` where it holds others."""
+    claim(out / "settings.json", settings_of(model, benchmark, args, config, out), any(out.rglob("*.jsonl")))
 
 
 def settings_of(

@@ -40,6 +40,17 @@ def test_evaluation_of_every_checkpoint_and_the_budgets(config, tmp_path, easy):
     assert evaluate.main(["nothing"]) == 2
 
 
+def test_all_checkpoints_are_looked_at_before_the_first_is_evaluated(config, tmp_path, easy, capsys, monkeypatch):
+    assert train.main(["--config", str(config)]) == 0
+    assert evaluate.main(["run", "--config", str(config)]) == 0
+    folder = tmp_path / "runs/srpo/small-additions/srpo-seed0/eval"
+    shutil.rmtree(folder / "checkpoint-2")  # moved away, as the refusal of the first one says
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: pytest.fail("a model was loaded"))
+    capsys.readouterr()
+    assert evaluate.main(["run", "--config", str(config), "--eval_temperature", "0.6"]) == 2
+    assert "checkpoint-4 holds results of eval_temperature=1.0, these settings have 0.6" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -101,7 +112,7 @@ def test_a_run_is_evaluated_with_the_seed_of_its_record(config, tmp_path, monkey
     evaluate.claim(out / "settings.json", {"seed": 0}, False)
     (out / "samples.jsonl").touch()
     with pytest.raises(ValueError, match="seed=0, these settings have 1"):
-        evaluate.score(args.model, args, settings, out)
+        evaluate.score(args.model, evaluate.benchmark_of(args, settings), args, settings, out)
 
 
 def test_an_adapters_folder_is_its_own_model(evaluated, policy, tmp_path):
@@ -129,7 +140,7 @@ def test_a_point_of_the_curve_is_of_its_checkpoint(config, tmp_path, monkeypatch
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "train_seconds.json").write_text(str(seconds))
     monkeypatch.setattr(evaluate, "is_done", lambda run: True)
-    monkeypatch.setattr(evaluate, "score", lambda model, args, config, out: {"model": model, "out": out})
+    monkeypatch.setattr(evaluate, "score", lambda model, *others: {"model": model, "out": others[-1]})
     assert evaluate.evaluate_run(tmp_path, args, settings) == [
         {"step": step, "hours": hours, "model": str(tmp_path / name), "out": tmp_path / "eval" / name}
         for step, hours, name in ((2, 0.5, "checkpoint-2"), (10, 2.5, "checkpoint-10"))
@@ -158,7 +169,8 @@ def test_answers_are_sampled_by_the_seed_of_the_run(config, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: engine)
     for seed in ("3", "4"):
         args, settings = train.parse(["--config", str(config), "--seed", seed, "--eval_samples", "1"])
-        figures = evaluate.score("policy", args, settings, tmp_path / seed / "eval" / "base")
+        benchmark = evaluate.benchmark_of(args, settings)
+        figures = evaluate.score("policy", benchmark, args, settings, tmp_path / seed / "eval" / "base")
     assert len(asked[3]) == len(asked[4]) == 40 and asked[3].isdisjoint(asked[4])
     assert figures["mean_tokens"] == 1 and figures["truncated"] == 39 / 40
     low, high = figures["interval"]
@@ -184,11 +196,14 @@ def test_a_record_names_its_scorer_from_the_start(config, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "evaluate", killed)
         with pytest.raises(InterruptedError):
-            evaluate.score("policy", args, settings, tmp_path / "eval/base")
+            evaluate.score("policy", evaluate.benchmark_of(args, settings), args, settings, tmp_path / "eval/base")
     assert closed == [True]
+    strict = replace(args, strict=True)
+    benchmark = evaluate.benchmark_of(strict, settings)
     with pytest.raises(ValueError, match="strict=False, these settings have True"):
-        evaluate.score("policy", replace(args, strict=True), settings, tmp_path / "eval/base")
-    assert 0 <= evaluate.score("policy", args, settings, tmp_path / "eval/base")["accuracy"] <= 1
+        evaluate.score("policy", benchmark, strict, settings, tmp_path / "eval/base")
+    figures = evaluate.score("policy", evaluate.benchmark_of(args, settings), args, settings, tmp_path / "eval/base")
+    assert 0 <= figures["accuracy"] <= 1
 
 
 def test_budgets_leave_out_what_came_later():
