@@ -34,6 +34,7 @@ _WHOLE = (lambda value: value >= 0 and value == int(value), "must be at least 0,
 _AMOUNT = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
 _SHARE = (lambda value: 0 < value <= 1, "must be in (0, 1]")
 _FRACTION = (lambda value: 0 <= value <= 1, "must be in [0, 1]")
+_SWITCH = (lambda value: isinstance(value, bool), "must be true or false")
 _TEXT = (lambda value: isinstance(value, str), "must be a text")
 
 
@@ -106,6 +107,7 @@ class PhaseConfig(GRPOConfig):
                 "num_iterations": _COUNT,
                 "max_steps": (lambda value: value >= 1, "must be at least 1: a phase has a fixed length"),
                 "max_completion_length": _COUNT,
+                **dict.fromkeys(("steps_per_generation", "generation_batch_size"), _or_none(_COUNT)),
                 "num_generations": (_GROUP[0], "must be at least 2, and whole: a group needs siblings"),
                 "auto_find_batch_size": (
                     lambda value: not value,
@@ -114,7 +116,8 @@ class PhaseConfig(GRPOConfig):
                 "temperature": (lambda value: 0 < value < math.inf, "must be above 0 and finite"),
                 "top_p": _SHARE,
                 "delta": (lambda value: value is None or value > 1, "must be above 1, or none"),
-                "save_steps": _AMOUNT,
+                **dict.fromkeys(("learning_rate", "save_steps", "beta", "epsilon"), _AMOUNT),
+                "epsilon_high": _or_none(_AMOUNT),
                 "loss_type": _one_of(LOSSES),
                 "scale_rewards": _one_of(("group", "batch", "none", True, False)),
                 "importance_sampling_level": _one_of(("token", "sequence")),
@@ -392,6 +395,7 @@ class RDiverseConfig:
                 "answer_top_k": (_WHOLE[0], "must be at least 0, which is off, and whole"),
                 "high": (lambda value: value <= 1, "must be at most 1"),
                 "low": (lambda value: 0 <= value <= self.high, f"must be in [0, high], with high={self.high!r}"),
+                **dict.fromkeys(("boxed_only", "r_zero_words", "coder_chat", "load_in_4bit", "dry_run"), _SWITCH),
                 "replay_fraction": (lambda value: 0 <= value < 1, "must be in [0, 1)"),
                 "distance_threshold": (lambda value: 0 < value <= 2, "must be in (0, 2], the range of 1 - cosine"),
             },
