@@ -2,8 +2,8 @@
 
     python -m benchmarks.vllm_on_cpu srpo.train --config srpo/configs/tiny.yaml --use_vllm true ...    # any command
 
-- Its linear layers repack their weights and drop the plain ones, so that a weight sync could not write to them. Here
-  they stay. vLLM loads `register` in each of its processes.
+- Its linear layers repack their weights and drop the plain ones, so that a weight sync could not write to them; so do
+  its experts. Here they stay. vLLM loads `register` in each of its processes.
 - Weights reach a server over NCCL, which needs CUDA. Here the trainer leaves them in a file that the server loads.
 - Its attention does not support heads of width 16. `widened` gives a tiny model heads of 32 that compute the same.
 """
@@ -80,6 +80,20 @@ def register() -> None:
     )
     if "file" not in factory.WeightTransferEngineFactory._registry:
         factory.WeightTransferEngineFactory.register_engine("file", FileTransfer)
+        _keep_experts()
+
+
+def _keep_experts() -> None:
+    """Repacks the weights of experts at each use, in a copy."""
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    experts, pack = cpu_moe.CPUUnquantizedExperts, cpu_moe.cpu_prepack_moe_weight
+    apply = experts.apply
+
+    def packed(self, output, hidden_states, w1, w2, *arguments, **options):
+        apply(self, output, hidden_states, pack(w1, self.isa), pack(w2, self.isa), *arguments, **options)
+
+    experts.apply, experts.process_weights_after_loading = packed, lambda self, layer: None
 
 
 def weights_by_file(path: Path, patch: Callable[[type, str, Callable], None] = setattr) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from accelerate.utils import is_peft_model
 from packaging.specifiers import SpecifierSet
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.core_model_loading import WeightRenaming
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,29 @@ def seed_rollouts(trainer: Trainer) -> None:
     if trainer.use_vllm and args.vllm_mode == "colocate":
         group = trainer.accelerator.process_index // args.vllm_tensor_parallel_size
         set_seed(args.seed + group)  # the same where several processes are one engine
+
+
+def send_names_of_files(trainer: Trainer) -> None:
+    """Lets a trainer send its weights to vLLM by the names that they have in the model's files.
+
+    vLLM knows those in every family, but not all that transformers gives them: in LLaVA and Gemma 3 the vision tower
+    has another, at which the first weight sync would end the training. Where files hold a weight in parts (the experts
+    of a layer), it is sent as it is, which vLLM takes too.
+    """
+    if not trainer.use_vllm:
+        return
+    conversions = getattr(trainer.model, "_weight_conversions", None) or []  # a model made from a config has none
+    renamings = [c.reverse_transform() for c in reversed(conversions) if isinstance(c, WeightRenaming)]
+    generation = trainer.vllm_generation
+    own_name = generation._fix_param_name_to_vllm  # what TRL and common.lora pass each name through
+
+    def name_of_file(name: str, extra_prefixes: list[str] | None = None) -> str:
+        name = own_name(name, extra_prefixes)
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    generation._fix_param_name_to_vllm = name_of_file
 
 
 class WholeBatches(TrainerCallback):

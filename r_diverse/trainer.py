@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 from trl import GRPOTrainer
 
-from ._trl import AdapterSync, EpochSampler, WholeBatches, seed_rollouts
+from ._trl import AdapterSync, EpochSampler, WholeBatches, seed_rollouts, send_names_of_files
 from .batches import length_sorted, real_columns
 from .checkpoints import LoadsWeights
 from .checks import (
@@ -51,6 +51,7 @@ class PhaseTrainer(LoadsWeights, GRPOTrainer):
             )
         self._stop_at_the_end_of_a_turn()
         seed_rollouts(self)
+        send_names_of_files(self)
         if steps := getattr(self.args, "doctor_steps", 0):  # TRL's own config has none
             self.add_callback(DoctorCallback(steps))
         self.add_callback(FrozenCallback())

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from . import checks, objective
-from ._trl import AdapterSync, EpochSampler, ForwardRedirection, WholeBatches, seed_rollouts
+from ._trl import AdapterSync, EpochSampler, ForwardRedirection, WholeBatches, seed_rollouts, send_names_of_files
 from .batches import length_sorted, trimmed
 from .checkpoints import LoadsWeights
 from .config import ALPHAS, SRPOConfig
@@ -67,6 +67,7 @@ class SRPOTrainer(LoadsWeights, GRPOTrainer):
         checks.check_tokens(self.model, self._tokenizer)
         exact_frequencies(self.model, self.ref_model)
         seed_rollouts(self)
+        send_names_of_files(self)
         self.add_callback(checks.FrozenCallback())
         self.add_callback(WholeBatches(self))
         self.add_callback(AdapterSync(self))

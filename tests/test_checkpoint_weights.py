@@ -1,24 +1,32 @@
-"""All trainers: a checkpoint's weights are read back whole in every family of models, or the run ends."""
+"""All trainers: a checkpoint is read back whole in every family of models, or the run ends; vLLM gets all weights."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 import va_opd_trainers
+from accelerate import Accelerator
 from datasets import Dataset
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer
 from trl import DistillationTrainer
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
+from common.lora import lora_config, sync_merged_weights
 from common.tiny import tiny_qwen3
 from r_diverse import PhaseTrainer, SolverConfig
 from srpo import SRPOConfig, SRPOTrainer
 from va_opd import VAOPDTrainer
+from va_opd._trl import send_names_of_files
 from va_opd.baselines import ResumableGRPOTrainer, ResumableSFTTrainer
 from va_opd.checkpoints import LoadsWeights
 
 FAMILIES = sorted(va_opd_trainers.FAMILIES)
 WITH_OTHER_NAMES = {"gemma3", "internvl", "llava", "qwen2_5_vl"}  # in their files than in the model
+TOWERS = {"gemma3", "llava"}  # whose names vLLM does not know as the model has them
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -119,6 +127,36 @@ def test_dtypes_stay(tmp_path):
     check(trainer, str(tmp_path / "saved"))
     assert {name: p.dtype for name, p in trainer.model.named_parameters()} == dtypes
     assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_weight_sync_with_vllm_sends_the_names_of_the_files(tmp_path, family, rank):
+    model, _ = va_opd_trainers.FAMILIES[family]()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = {name: weight + 1 for name, weight in load_file(file).items()}
+    if family in TOWERS:  # on the hub
+        weights = {name.replace("vision_tower.", "vision_tower.vision_model."): w for name, w in weights.items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    model, loaded = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not loaded["missing_keys"]
+    generation = object.__new__(VLLMGeneration)
+    generation.model = get_peft_model(model, lora_config(rank)) if rank else model
+    generation.accelerator = Accelerator()
+    generation._dist = DistributedBackend(generation.accelerator)
+    if rank:
+        sync_merged_weights(generation)
+        for name, weight in generation.model.named_parameters():
+            weight.data += 1.0 * ("lora_B" in name)
+    send_names_of_files(SimpleNamespace(use_vllm=True, model=generation.model, vllm_generation=generation))
+    sent = {name: weight.clone() for name, weight in generation._iter_named_params()}
+    assert sent.keys() == weights.keys()
+    trained = generation.model.merge_and_unload() if rank else model
+    trained.save_pretrained(tmp_path / "trained")
+    weights = load_file(tmp_path / "trained" / "model.safetensors")
+    for name, weight in sent.items():
+        torch.testing.assert_close(weight, weights[name])
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from common.tiny import tiny_qwen3
 METHODS = ("va_opd", "srpo", "r_diverse")
 # A method's folder has to work alone, so these stand in several
 COPIES = {
-    "_trl": ("AdapterSync", "EpochSampler", "WholeBatches", "seed_rollouts"),
+    "_trl": ("AdapterSync", "EpochSampler", "WholeBatches", "seed_rollouts", "send_names_of_files"),
     "checks": (
         "_check_reward",
         "_is_said",

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import checks, objective, siblings
-from ._trl import AdapterSync, EpochSampler, WholeBatches, seed_rollouts
+from ._trl import AdapterSync, EpochSampler, WholeBatches, seed_rollouts, send_names_of_files
 from .checkpoints import LoadsWeights
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
@@ -103,6 +103,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         self.teacher = ServedTeacher(self) if args.teacher_server else Teacher(self)
         self.engine = VLLMRollouts(self.vllm_generation) if self.use_vllm else None
         seed_rollouts(self)
+        send_names_of_files(self)
         if args.doctor_steps:
             self.add_callback(DoctorCallback(args.doctor_steps))
 

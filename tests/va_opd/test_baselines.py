@@ -165,7 +165,8 @@ def test_grpo_samples_no_image_token_under_vllm(config, monkeypatch):
     class Fake:
         def __init__(self, model, args, **given):
             self.model, self.args = model, args
-            self.vllm_generation = SimpleNamespace(generate=None, sync_weights=None, mode="colocate")
+            hooks = {"generate": None, "sync_weights": None, "_fix_param_name_to_vllm": None}
+            self.use_vllm, self.vllm_generation = True, SimpleNamespace(**hooks, mode="colocate")
 
     monkeypatch.setattr(baselines, "ResumableGRPOTrainer", Fake)
     trainer = grpo_trainer(config, "--use_vllm", "true")
