@@ -187,10 +187,7 @@ def accuracy_table(runs: dict[tuple[str, str], Path]) -> str:
         time = f"{np.mean(seconds):.2f}" if seconds else ""
         rows.append([NAMES[name], len(seeds), *cells, f"[{low:.3f}, {high:.3f}]", time])
     columns = ["variant", "seeds", "best", "mean", "last", "95 % of last, first seed", "seconds per step"]
-    note = (
-        "Trainings that ran side by side on one machine took time from each other, in seconds and in hours. GRPO's "
-        "batches are padded as TRL's, the others' are not: with uneven lengths its times are too high beside theirs."
-    )
+    note = "Trainings that ran side by side on one machine took time from each other, in seconds and in hours."
     return f"{plots.table_markdown(rows, columns)}\n\n{note}"
 
 

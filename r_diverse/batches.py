@@ -1,28 +1,118 @@
-"""Work in proportion to real tokens: rows of like length together, and a forward no wider than its longest row.
-
-TRL pads all rows to the longest rollout of a generation batch, among thousands nearly always `max_completion_length`.
-"""
+"""Work in proportion to real tokens: rows of like length together, and a forward no wider than its longest row."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import pad
 
 from ._trl import split_tensor_dict
 
 
-def length_sorted(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `micro_batches` in as many others of like lengths, the longest first, so that what does not fit
-    shows in the first one. Their values are tensors, with a row each or of no dimension, or None."""
-    first = micro_batches[0]
-    rows = {
+class SortsByLength:
+    """A trainer with this base, named before TRL's `GRPOTrainer`, makes the updates of that one on the same rollouts,
+    in micro-batches of like length instead of drawn ones, each without the columns that are padding in all its rows.
+
+    TRL pads all rows to the longest rollout of a generation batch, among thousands nearly always
+    `max_completion_length`. Rows with images are left to it: their pixels have no row each.
+    """
+
+    # What TRL logs as the mean over micro-batches of a mean over tokens; the ratios, with one a token only
+    _token_means: ClassVar = ("entropy", "kl")
+    _ratio_means: ClassVar = (*(f"clip_ratio/{kind}_mean" for kind in ("low", "high", "region")), "cispo_clip_ratio")
+    _token_shares: Sequence[float] = ()  # by micro-batch: its tokens over their mean in its update
+
+    def _prepare_inputs(self: Any, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:
+            return inputs
+        self._token_shares = ()
+        if not self._is_sum_over_rows() or "pixel_values" in inputs:
+            return inputs
+        batches, parts = self._buffered_inputs, self.args.steps_per_generation
+        size = math.gcd(parts, self.args.gradient_accumulation_steps)  # so many are never of two updates
+        updates = [joined(batches[start : start + size]) for start in range(0, parts, size)]
+        self._buffered_inputs = [batch for update in updates for batch in length_sorted(update, size)]
+        tokens = torch.stack([loss_mask(batch).sum() for batch in self._buffered_inputs]).float()
+        tokens = self.accelerator.reduce(tokens, "sum").view(-1, size)
+        self._token_shares = (tokens / tokens.mean(1, keepdim=True).clamp(min=1)).flatten().tolist()
+        return self._buffered_inputs[self._step % parts]
+
+    def _is_sum_over_rows(self: Any) -> bool:
+        """Whether an update is the same in any micro-batches: else a part of it is a mean or a quantile of each."""
+        of_a_micro_batch = (
+            self.loss_type == "bnpo",
+            self.top_entropy_quantile < 1,
+            self._entropy_bonus_enabled,
+            self.aux_loss_enabled,
+        )
+        return not any(of_a_micro_batch)
+
+    def _compute_loss(self: Any, model, inputs):
+        """TRL's. What it logs as a mean over tokens becomes one of the whole update: micro-batches of long rollouts
+        have more of them."""
+        loss = super()._compute_loss(model, inputs)
+        if self.model.training and self._token_shares:
+            share = self._token_shares[self._step % len(self._token_shares)]
+            ratios = self._ratio_means if self.importance_sampling_level == "token" else ()
+            for name in {*self._token_means, *ratios} & self._metrics["train"].keys():
+                self._metrics["train"][name][-1] *= share
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self: Any,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **images,
+    ):
+        compute = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+        upstream = super()._get_per_token_logps_and_entropies
+        if any(value is not None for value in images.values()):
+            return upstream(model, input_ids, attention_mask, logits_to_keep, batch_size, **compute, **images)
+        order = attention_mask.sum(1).argsort(descending=True, stable=True)
+        found = []
+        for rows in order.split(batch_size or len(order)):
+            columns, kept = real_columns(attention_mask[rows], logits_to_keep, self.pad_to_multiple_of)
+            logps, entropies, aux_loss = upstream(
+                model, input_ids[rows, columns], attention_mask[rows, columns], kept, **compute
+            )
+            padding = (0, logits_to_keep - kept)
+            found.append((pad(logps, padding), pad(entropies, padding) if compute_entropy else None, aux_loss))
+        (logps, entropies, aux_losses), back = zip(*found, strict=True), order.argsort()
+        return (
+            torch.cat(logps)[back],
+            torch.cat(entropies)[back] if compute_entropy else None,
+            torch.stack(aux_losses).mean() if compute_aux_loss else None,
+        )
+
+
+def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
+    """(B, T): 1 for a token that the loss sees."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def joined(micro_batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """One batch of the rows of several. Values are tensors, with a row each or of no dimension, or None."""
+    return {
         name: torch.cat([batch[name] for batch in micro_batches]) if _has_rows(value) else value
-        for name, value in first.items()
+        for name, value in micro_batches[0].items()
     }
-    lengths = rows["prompt_mask"].sum(1) + rows["completion_mask"].sum(1)
+
+
+def length_sorted(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """`parts` micro-batches of equally many rows of a batch and of like lengths, the longest first, so that what does
+    not fit shows in the first one. Values of `batch` are those of `joined`."""
+    lengths = batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)
     order = lengths.argsort(descending=True, stable=True)
     return split_tensor_dict(
-        {name: value[order] if _has_rows(value) else value for name, value in rows.items()}, len(micro_batches)
+        {name: value[order] if _has_rows(value) else value for name, value in batch.items()}, parts
     )
 
 

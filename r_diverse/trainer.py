@@ -4,11 +4,10 @@ import math
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from trl import GRPOTrainer
 
 from ._trl import AdapterSync, EpochSampler, WholeBatches, seed_rollouts, send_names_of_files
-from .batches import length_sorted, real_columns
+from .batches import SortsByLength
 from .checkpoints import LoadsWeights
 from .checks import (
     FrozenCallback,
@@ -24,7 +23,7 @@ from .questions import turn_end_id
 from .rope import exact_frequencies
 
 
-class PhaseTrainer(LoadsWeights, GRPOTrainer):
+class PhaseTrainer(LoadsWeights, SortsByLength, GRPOTrainer):
     """TRL's trainer for one phase of self-play; `args` is a [`ChallengerConfig`] or [`SolverConfig`].
 
     A phase that was killed and resumed gives the result of the undisturbed one.
@@ -99,62 +98,6 @@ class PhaseTrainer(LoadsWeights, GRPOTrainer):
             gap = gaps.nanmean().item()  # a rank whose rollouts are all masked has none
             self._metrics["train" if self.model.training else "eval"]["sampling/logps_gap"].append(gap)
         return batch
-
-    def _prepare_inputs(self, generation_batch):
-        """TRL's, but the micro-batches of an update are of like length instead of drawn: the same sum with less
-        padding."""
-        before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before or not self._is_sum_over_rows() or "pixel_values" in inputs:
-            return inputs
-        batches, parts = self._buffered_inputs, self.args.steps_per_generation
-        size = math.gcd(parts, self.args.gradient_accumulation_steps)  # so many are never of two updates
-        self._buffered_inputs = [
-            batch for start in range(0, parts, size) for batch in length_sorted(batches[start : start + size])
-        ]
-        return self._buffered_inputs[self._step % parts]
-
-    def _is_sum_over_rows(self) -> bool:
-        """Whether an update is the same in any micro-batches: else a part of it is a mean or a quantile of each."""
-        of_a_micro_batch = (
-            self.loss_type == "bnpo",
-            self.top_entropy_quantile < 1,
-            self._entropy_bonus_enabled,
-            self.aux_loss_enabled,
-        )
-        return not any(of_a_micro_batch)
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        **images,
-    ):
-        """TRL's in micro-batches of like length, each without the columns that are padding in all its rows."""
-        compute = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-        upstream = super()._get_per_token_logps_and_entropies
-        if any(value is not None for value in images.values()):
-            return upstream(model, input_ids, attention_mask, logits_to_keep, batch_size, **compute, **images)
-        order = attention_mask.sum(1).argsort(descending=True, stable=True)
-        found = []
-        for rows in order.split(batch_size or len(order)):
-            columns, kept = real_columns(attention_mask[rows], logits_to_keep, self.pad_to_multiple_of)
-            logps, entropies, aux_loss = upstream(
-                model, input_ids[rows, columns], attention_mask[rows, columns], kept, **compute
-            )
-            padding = (0, logits_to_keep - kept)
-            found.append((pad(logps, padding), pad(entropies, padding) if compute_entropy else None, aux_loss))
-        (logps, entropies, aux_losses), back = zip(*found, strict=True), order.argsort()
-        return (
-            torch.cat(logps)[back],
-            torch.cat(entropies)[back] if compute_entropy else None,
-            torch.stack(aux_losses).mean() if compute_aux_loss else None,
-        )
 
 
 def logps_gap(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Tensor, top_p: float) -> torch.Tensor:

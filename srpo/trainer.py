@@ -5,7 +5,7 @@ rewards of all ranks, each rollout is routed (Section 3.1). Teacher phase (`_sel
 rows only): the self-teacher reads the plain prompt, a correct sibling and the rollout; its last hidden states are
 kept, from which both the entropy weights and the divergence are computed. Loss (`_compute_loss`, micro-batches): one
 forward of the student, clipped surrogate on the rows of the GRPO branch, weighted divergence on the others, and one
-denominator for both. `routing="grpo"` is TRL's trainer untouched.
+denominator for both. `routing="grpo"` is TRL's trainer, on micro-batches of like length (`batches.SortsByLength`).
 """
 
 import time
@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 from . import checks, objective
 from ._trl import AdapterSync, EpochSampler, ForwardRedirection, WholeBatches, seed_rollouts, send_names_of_files
-from .batches import length_sorted, trimmed
+from .batches import SortsByLength, length_sorted, loss_mask, trimmed
 from .checkpoints import LoadsWeights
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
@@ -34,7 +34,7 @@ from .teacher import SelfTeacher, SelfTeacherCallback, autocast
 LOSS_FIGURES = ("entropy", "loss/grpo", "loss/sdpo")
 
 
-class SRPOTrainer(LoadsWeights, GRPOTrainer):
+class SRPOTrainer(LoadsWeights, SortsByLength, GRPOTrainer):
     """
     Trains a policy on its own rollouts: correct ones by GRPO, failed ones with a correct sibling by distillation from
     the policy's own average, which is shown that sibling (arXiv 2604.02288).
@@ -141,7 +141,7 @@ class SRPOTrainer(LoadsWeights, GRPOTrainer):
         return batch
 
     def _prepare_inputs(self, generation_batch):
-        """TRL's, but micro-batches of a routed update are sorted by length, not drawn: the same sum, less padding."""
+        """A generation batch of a routed update is one update: sorted by length as it is, not drawn before."""
         if self.args.routing == "grpo" or not self.model.training:
             return super()._prepare_inputs(generation_batch)
         parts = self.args.steps_per_generation
@@ -160,7 +160,7 @@ class SRPOTrainer(LoadsWeights, GRPOTrainer):
         if args.routing == "grpo" and not rewards.isfinite().all():
             return {}  # TRL leaves such a rollout out of its group, and it cannot be routed
         routes = objective.route(rewards, self.num_generations, args.reward_threshold)
-        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        mask = loss_mask(batch)
         counts = self.accelerator.gather(mask.sum(1)) > 0  # no token counts in a truncated row that is masked
         distill = objective.distilled_rows(routes, args.routing) & counts
         grpo = objective.grpo_rows(distill, args.routing) & counts
@@ -262,7 +262,7 @@ class SRPOTrainer(LoadsWeights, GRPOTrainer):
         """
         inputs = trimmed(inputs, self.pad_to_multiple_of)
         args, distill, advantages = self.args, inputs["distill"], inputs["advantages"]
-        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        mask = loss_mask(inputs).bool()
         hidden = last_hidden_states(model, inputs["input_ids"], inputs["attention_mask"])
         hidden, head = hidden[:, -mask.size(1) - 1 : -1], lm_head(model)  # states before each response token
         tis = inputs.get("importance_sampling_ratio", torch.ones_like(mask, dtype=torch.float32))

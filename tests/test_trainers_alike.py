@@ -27,6 +27,7 @@ METHODS = ("va_opd", "srpo", "r_diverse")
 # A method's folder has to work alone, so these stand in several
 COPIES = {
     "_trl": ("AdapterSync", "EpochSampler", "WholeBatches", "seed_rollouts", "send_names_of_files"),
+    "batches": ("SortsByLength", "_has_rows", "joined", "length_sorted", "loss_mask", "real_columns"),
     "checks": (
         "_check_reward",
         "_is_said",

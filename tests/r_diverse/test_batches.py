@@ -3,15 +3,17 @@
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
 
 from common.tiny import tiny_qwen3
 from r_diverse import PhaseTrainer, SolverConfig
-from r_diverse.batches import length_sorted, real_columns
+from r_diverse.batches import joined, length_sorted, real_columns
 
 LENGTHS = (40, 3, 5, 4, 9, 2, 6, 5, 31, 3, 4, 2, 7, 8, 2, 3)  # of one generation batch: 2 updates of 4 micro-batches
 
@@ -43,7 +45,7 @@ def test_rows_stay_whole_and_the_longest_come_first():
         }
         for row in lengths
     ]
-    found = length_sorted(batches)
+    found = length_sorted(joined(batches), 3)
     assert [batch["row"].tolist() for batch in found] == [[50, 50], [40, 30], [20, 10]]
     assert [batch["completion_mask"].sum(1).tolist() for batch in found] == [[5, 5], [4, 3], [2, 1]]
     assert all(batch["nothing"] is None and batch["num_items_in_batch"] == 20 for batch in found)
@@ -125,11 +127,24 @@ def test_the_update_is_trls(tmp_path, monkeypatch, options):
     for name, value in expected.items():
         torch.testing.assert_close(step[name], value, rtol=1e-3, atol=5e-9)  # rounding of the weights
     for ours_line, line in zip(ours.state.log_history, theirs.state.log_history, strict=True):
-        for name in {"loss", "kl", "reward", "grad_norm"} & line.keys():
+        for name in {"loss", "reward", "grad_norm"} & line.keys():
             assert ours_line[name] == pytest.approx(line[name], rel=1e-3, abs=1e-6)
     for name, rows in padded.items():
         assert len(shapes[name]) == len(rows)  # as many forwards
         assert not rows or area(shapes[name]) < area(rows)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_what_is_logged_is_a_mean_over_the_tokens_of_the_update(tmp_path, monkeypatch, level):
+    """Not over micro-batches, of which the first has most tokens; as TRL logs it of an update in one micro-batch."""
+    options = {"num_iterations": 2, "max_steps": 4, "epsilon": 1e-6, "importance_sampling_level": level}
+    ours, _, _ = trained(PhaseTrainer, tmp_path, monkeypatch, **options)
+    whole = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "steps_per_generation": 2}
+    theirs, _, _ = trained(GRPOTrainer, tmp_path, monkeypatch, **options, **whole)
+    names = ("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/region_mean")
+    found, expected = ([[line[n] for n in names] for line in t.state.log_history[:4]] for t in (ours, theirs))
+    assert np.array(expected)[-1].min() > 0
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
 
 
 def test_rows_with_images_go_to_trl_as_they_are(monkeypatch):
@@ -159,6 +174,7 @@ def test_micro_batches_with_images_are_left_as_they_were_drawn(monkeypatch, imag
     monkeypatch.setattr(GRPOTrainer, "_prepare_inputs", prepared)
     trainer = object.__new__(PhaseTrainer)
     trainer.args = SimpleNamespace(steps_per_generation=3, gradient_accumulation_steps=3)
+    trainer.accelerator = Accelerator(cpu=True)
     trainer.loss_type, trainer.top_entropy_quantile, trainer._step, trainer._buffered_inputs = "grpo", 1.0, 0, None
     trainer._entropy_bonus_enabled = trainer.aux_loss_enabled = False
     first = trainer._prepare_inputs([])

@@ -16,6 +16,7 @@ from trl.trainer.utils import RepeatSampler, is_async_callable, split_tensor_dic
 
 from common.tiny import tiny_qwen3
 from r_diverse import PhaseTrainer, doctor
+from r_diverse.batches import SortsByLength
 from r_diverse.checks import check_data
 from r_diverse.config import ChallengerConfig, SolverConfig
 from r_diverse.trainer import logps_gap
@@ -25,16 +26,17 @@ def test_what_is_overridden_in_trl():
     assert list(inspect.signature(GRPOTrainer._get_train_sampler).parameters) == ["self", "dataset"]
     parameters = ["data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"]
     assert list(inspect.signature(RepeatSampler.__init__).parameters)[1:] == parameters
-    own = {name for name, value in vars(PhaseTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)}
-    assert own == {
-        "__init__",
-        "_get_train_sampler",
-        "_generate_and_score_completions",
-        "_prepare_inputs",
-        "_get_per_token_logps_and_entropies",
-    }
+    own = [
+        {name for name, value in vars(kind).items() if callable(value) and hasattr(GRPOTrainer, name)} - {"__init__"}
+        for kind in (PhaseTrainer, SortsByLength)
+    ]
+    assert own == [
+        {"_get_train_sampler", "_generate_and_score_completions"},
+        {"_prepare_inputs", "_compute_loss", "_get_per_token_logps_and_entropies"},
+    ]
     for function, parameters in (
         (GRPOTrainer._prepare_inputs, "self generation_batch"),
+        (GRPOTrainer._compute_loss, "self model inputs"),
         (
             GRPOTrainer._get_per_token_logps_and_entropies,
             "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss "

@@ -17,7 +17,7 @@ from srpo.batches import length_sorted, sequence_batches, trimmed
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_routing_grpo_is_trls_trainer_bit_for_bit(make, fixed, accumulation):
+def test_routing_grpo_is_trls_trainer(make, fixed, accumulation):
     batch = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     ours = step(make(routing="grpo", **batch))
     plain = {
@@ -30,9 +30,8 @@ def test_routing_grpo_is_trls_trainer_bit_for_bit(make, fixed, accumulation):
         "temperature": 1.0,
     }
     theirs = step(make(cls=GRPOTrainer, config=GRPOConfig, **plain, **batch))
-    assert ours[0] == theirs[0]
     assert ours[0] != 0
-    assert all(torch.equal(gradient, theirs[1][name]) for name, gradient in ours[1].items())
+    assert_same_step(ours, theirs)
 
 
 def test_routing_grpo_leaves_out_a_rollout_without_reward_as_trl_does(make, fixed):
@@ -42,7 +41,8 @@ def test_routing_grpo_leaves_out_a_rollout_without_reward_as_trl_does(make, fixe
     plain = {"loss_type": "dapo", "scale_rewards": "none", "epsilon_high": 0.28, "delta": 3.0, "temperature": 1.0}
     ours = step(make(routing="grpo", reward=reward))
     theirs = step(make(cls=GRPOTrainer, config=GRPOConfig, reward=reward, **plain))
-    assert ours[0] == theirs[0] != 0
+    assert ours[0] != 0
+    assert_same_step(ours, theirs)
 
 
 def test_without_an_upper_clip_range_the_lower_one_is_taken(make, fixed):
@@ -373,10 +373,26 @@ def test_micro_batches_are_of_like_length():
             assert part[name].equal(batch[name][part["row"]])
 
 
-def test_plain_grpo_has_trls_micro_batches(make, monkeypatch):
-    """Several updates follow from a generation batch, and each wants a random part of it."""
-    monkeypatch.setattr("srpo.trainer.length_sorted", lambda *_: pytest.fail("sorted"))
-    step(make(routing="grpo"))
+@pytest.mark.parametrize("updates", [1, 4])
+def test_plain_grpo_has_micro_batches_of_like_length_within_an_update(make, updates):
+    """Of several updates that follow from a generation batch each has the random part that TRL gives it."""
+    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8 // updates, "steps_per_generation": 8}
+    parts = {}
+    for cls in (SRPOTrainer, GRPOTrainer):
+        trainer = make(cls=cls, **({"routing": "grpo"} if cls is SRPOTrainer else {"config": GRPOConfig}), **batch)
+        widths = []
+        trainer.model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs, widths=widths: widths.append(kwargs["input_ids"].size(1)), with_kwargs=True
+        )
+        torch.manual_seed(0)
+        step(trainer)
+        rows = [int(part["prompt_mask"].sum() + part["completion_mask"].sum()) for part in trainer._buffered_inputs]
+        parts[cls] = torch.tensor(rows).view(updates, -1)
+        padded = sum(trainer._buffered_inputs[0][name].size(1) for name in ("prompt_ids", "completion_ids"))
+        now = 8 // updates
+        assert widths[-now:] == (rows[:now] if cls is SRPOTrainer else [padded] * now)
+    ours, theirs = parts[SRPOTrainer], parts[GRPOTrainer]
+    assert ours.unique().numel() > 1 and ours.equal(theirs.sort(1, descending=True).values)
 
 
 @pytest.mark.parametrize("routing", ROUTED)
