@@ -167,12 +167,13 @@ def va_opd_scoring(result: Result) -> list[list[str]]:
             tokens = [x["counted"][peer]["tokens"] for x in found.values()]
             rows += _timed(works, peer, seconds, (way, peer), tokens, aim)
     found = {name: entry for name, entry in result.items() if name.startswith("whole step") and "steps" in entry}
-    ours = [statistics.median(step["step"] for step in entry["steps"]) for entry in found.values()]
-    added = [entry["va_over_opd"] for entry in found.values()]
-    plain = [step / (1 + more["median"]) for step, more in zip(ours, added, strict=True)]
+    ours, plain = (
+        [statistics.median(step["step"] for step in entry["steps"][weighting]) for entry in found.values()]
+        for weighting in ("va", "none")
+    )
     slopes = growth([entry["response"] for entry in found.values()], ours, plain)
-    for name, more, *pair in zip(found, added, ours, plain, strict=True):
-        share = "{median:+.1%} [{low:.1%}, {high:.1%}]".format(**more)
+    for (name, entry), *pair in zip(found.items(), ours, plain, strict=True):
+        share = "{median:+.1%} [{low:.1%}, {high:.1%}]".format(**entry["va_over_opd"])
         rows.append([f"VA-OPD's {name}, s", "our own OPD", *_pair(*pair), share, "+3 %", slopes])
     return rows
 

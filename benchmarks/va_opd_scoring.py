@@ -7,9 +7,9 @@ Three works. Teacher scoring of a prompt's siblings in both views: for each view
 one over the rollouts, beside TRL's way, a micro-batch of whole padded rows for each view, and beside 2 x K whole
 forwards, one for each rollout and view. Student forward and backward of uneven rollouts: micro-batches sorted by
 length and cut to their own tokens, beside TRL's, padded to the longest rollout of the step. A whole step with
-generation: the share of visual advantage, where plain OPD's step is this one less the degraded images, the second view
-and the log-probabilities in both. Random weights; at the full size the vision tower takes about 0.4 of the text
-tower's FLOPs for an image token, as in Qwen3-VL-8B. `predicted` holds FLOPs of the published sizes.
+generation, of VA-OPD and of plain OPD (`measure_va=False`). Random weights; at the full size the vision tower takes
+about 0.4 of the text tower's FLOPs for an image token, as in Qwen3-VL-8B. `predicted` holds FLOPs of the published
+sizes.
 Writes benchmarks/results/va_opd_scoring.json.
 """
 
@@ -214,13 +214,6 @@ def shared_scoring(trainer: VAOPDTrainer, views: list[dict[str, Any]]) -> list[t
     return trainer.teacher.score(views, parts, True)[1]
 
 
-@torch.no_grad()
-def plain_pass(trainer: VAOPDTrainer, batch: dict[str, Any]) -> None:
-    """What plain OPD needs from the teacher before the loss: hidden states in one view, no log-probabilities."""
-    for rows in trainer.teacher.parts(len(batch["prompt_ids"]), K, True):
-        trainer.teacher._states(trainer.teacher_model, [siblings.take_rows(batch, list(rows))], True)
-
-
 # Measuring
 
 
@@ -320,26 +313,21 @@ def student(options: argparse.Namespace, folder: str, prompt: int, response: int
 
 
 def whole_step(options: argparse.Namespace, folder: str, prompt: int, response: int) -> dict[str, Any]:
-    """Two prompts times four rollouts that the student really samples: what visual advantage adds to plain OPD."""
+    """Two prompts times four rollouts that the student really samples: a step of VA-OPD and one of plain OPD, in
+    turn."""
     trainer = build(folder, options, prompt, None, response=response)
-    parts, rollouts = ("time/generation", "time/degraded_images", "time/teacher"), []
-    views = trainer.teacher.views
-    trainer.teacher.views = lambda batch, *others: (rollouts.append(batch), views(batch, *others))[1]
-    added, found = [], []
-    for repeat in range(1 if options.real else options.repeats + 1):  # with --real all was warmed up by other works
-        trainer._step = 0
-        trainer._metrics["train"].clear()
-        inputs = trainer_inputs(trainer)
-        total, _ = seconds(lambda inputs=inputs: optimizer_step(trainer, inputs))
-        times = {part: sum(trainer._metrics["train"][part]) for part in parts}
-        batch = rollouts[-1]
-        plain, _ = seconds(lambda batch=batch: plain_pass(trainer, batch))
-        both, _ = seconds(lambda batch=batch: shared_scoring(trainer, [batch, dict(batch)]))
-        extra = times["time/degraded_images"] + both - plain
-        if repeat or options.real:
-            added.append(extra / (total - extra))
-            found.append(times | {"step": total, "teacher, plain OPD": plain, "teacher, both views": both})
-    return {"prompt": prompt, "response": response, "va_over_opd": spread(added), "steps": found}
+    steps: dict[str, list[dict[str, float]]] = {"va": [], "none": []}
+    for repeat in range(options.repeats + 1):  # the first warms up
+        for weighting, found in steps.items():
+            trainer.args.weighting, trainer.args.measure_va = weighting, weighting == "va"
+            trainer._step = 0
+            trainer._metrics["train"].clear()
+            inputs = trainer_inputs(trainer)
+            total, _ = seconds(lambda inputs=inputs: optimizer_step(trainer, inputs))
+            times = {part: sum(x) for part, x in trainer._metrics["train"].items() if part.startswith("time/")}
+            found += [{"step": total, **times}] if repeat else []
+    more = spread(va["step"] / opd["step"] - 1 for va, opd in zip(*steps.values(), strict=True))
+    return {"prompt": prompt, "response": response, "va_over_opd": more, "steps": steps}
 
 
 def optimizer_step(trainer: VAOPDTrainer, inputs: list[dict[str, Any]]) -> None:

@@ -136,17 +136,6 @@ def test_trls_way_is_one_forward_of_all_rows_a_view(tmp_path):
     assert found["largest_difference_in_logps"] < 1e-5
 
 
-def test_plain_opd_asks_the_teacher_for_no_log_probabilities(tmp_path, monkeypatch):
-    """They counted to OPD, so that VA looked cheaper than it is."""
-    trainer = va_opd_scoring.build(str(tmp_path), options(), 16, [6, 4, 3, 2])
-    inputs = va_opd_scoring.trainer_inputs(trainer)
-    batch = va_opd_scoring.DistillationTrainer._generate_and_score_completions(trainer, inputs)
-    monkeypatch.setattr("va_opd.teacher.sampled_logps", lambda *given: pytest.fail("log-probabilities"))
-    with va_opd_scoring.Counter(trainer.teacher_model) as counted:
-        va_opd_scoring.plain_pass(trainer, batch)
-    assert counted["forwards"] >= 2 and counted["patches"] == len(batch["pixel_values"]) // va_opd_scoring.K
-
-
 def entry(*ways: str) -> dict:
     counts = {"forwards": 1, "tokens": 10, "patches": 0}
     return {"seconds": {way: [i + 1.0] for i, way in enumerate(ways)}, "counted": dict.fromkeys(ways, counts)}

@@ -25,6 +25,9 @@ class VAOPDConfig(DistillationConfig):
         weighting (`str`, *optional*, defaults to `"va"`):
             `"va"` is VA-OPD; `"rollout"` and `"token"` keep only rollout weights or only token groups (Fig. 4a);
             `"none"` is Standard OPD, which also scores and logs VA but does not use it.
+        measure_va (`bool`, *optional*, defaults to `True`):
+            `False`, for `weighting="none"` only, leaves out what Standard OPD does not need: the teacher's pass over
+            the degraded images, its log-probabilities, and the figures of VA in the logs.
         num_generations (`int`, *optional*, defaults to `4`):
             K, rollouts of one prompt (Eq. 3).
         degradation_ratio (`float`, *optional*, defaults to `0.1`):
@@ -81,6 +84,9 @@ class VAOPDConfig(DistillationConfig):
 
     weighting: str = field(
         default="va", metadata={"help": "Weights of rollouts and tokens.", "choices": list(WEIGHTINGS)}
+    )
+    measure_va: bool = field(
+        default=True, metadata={"help": "False leaves VA out, which Standard OPD logs but does not use."}
     )
     num_generations: int = field(default=4, metadata={"help": "K, rollouts of one prompt."})
     degradation_ratio: float = field(
@@ -140,6 +146,11 @@ class VAOPDConfig(DistillationConfig):
             raise ValueError(
                 f"num_generations=1 leaves rollout weights without siblings to compare: set num_generations to 2 or "
                 f"more, or weighting to 'token' or 'none' (got weighting={self.weighting!r})"
+            )
+        if not self.measure_va and self.weighting != "none":
+            raise ValueError(
+                f"measure_va=False leaves no VA for weighting={self.weighting!r}: set weighting to 'none', or "
+                "measure_va to True"
             )
         self._check_teacher()
 

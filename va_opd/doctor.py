@@ -64,26 +64,26 @@ def va_figures(
     mask: torch.Tensor,
     weights: torch.Tensor,
     high: torch.Tensor,
-    has_image: torch.Tensor,
+    has_va: torch.Tensor,
     num_generations: int,
 ) -> dict[str, float]:
-    """The `va/` metrics of an optimizer step, of rows with an image; `va/zero_in_high` only where some rollout has a
+    """The `va/` metrics of an optimizer step, of rows with a VA; `va/zero_in_high` only where some rollout has a
     high-VA group.
 
     Args:
         va, mask, high: (B, T) VA, response tokens, high-VA groups (empty in a row without one).
-        weights, has_image: (B,) rollout weights, and bool, which rows have an image: some of them.
+        weights, has_va: (B,) rollout weights, and bool, which rows have a VA, those with an image: some of them.
         num_generations: K; siblings are consecutive rows.
     """
-    tokens, means = va[mask.bool() & has_image[:, None]], mean_over_tokens(va, mask)[has_image]
+    tokens, means = va[mask.bool() & has_va[:, None]], mean_over_tokens(va, mask)[has_va]
     sorted_va = tokens.sort(descending=True).values
     top = sorted_va[: max(1, round(0.1 * len(sorted_va)))].sum() / sorted_va.sum().clamp(min=1e-12)
     figures = {
         "va/mean": tokens.mean(),
         "va/positive_share": (tokens > 0).float().mean(),
         "va/top10_mass": top,
-        "va/weight_min": weights[has_image].min(),
-        "va/weight_max": weights[has_image].max(),
+        "va/weight_min": weights[has_va].min(),
+        "va/weight_max": weights[has_va].max(),
         "va/group_sigma": means.view(-1, num_generations).std(1, correction=0).mean(),
     }
     if high.any():

@@ -225,6 +225,7 @@ def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfi
     """One rollout of the model for each held-out problem and the teacher's VA on it (Figs. 2a and 4b)."""
     config = on_one_gpu(copy.copy(config))
     config.doctor_steps, config.use_vllm, config.output_dir = 0, False, str(out / "trainer")
+    config.measure_va = True
     # The trainer checks the batch of a training, which had more processes
     config.per_device_train_batch_size, config.gradient_accumulation_steps = config.num_generations, 1
     local = loads_teacher(args, config)

@@ -134,9 +134,10 @@ class ServedTeacher:
 
     def views(
         self, batch: dict[str, Any], images: list[list[Any]], has_image: torch.Tensor, num_generations: int
-    ) -> tuple[dict[str, list[torch.Tensor]], torch.Tensor, torch.Tensor]:
+    ) -> tuple[dict[str, list[torch.Tensor]], tuple[torch.Tensor, ...]]:
         """See `Teacher.views`; a row without an image is scored once."""
-        trainer = self.trainer
+        trainer, measure = self.trainer, self.trainer.args.measure_va
+        both = measure or self.local is not None  # whose comparison with the server is one of both views
         with trainer._timed("degraded_images"):
             urls = self._image_urls(batch, images, num_generations)
         everything = range(len(images))
@@ -153,13 +154,13 @@ class ServedTeacher:
             trainer._record("va/null", max(gaps).item())
         degraded = list(true)
         with trainer._timed("teacher_degraded"):
-            rows = [row for row in everything if images[row]]
+            rows = [row for row in everything if images[row] and both]
             for row, (_, logps) in zip(rows, self._scores(batch, images, urls, rows, 0, degraded=True), strict=True):
                 degraded[row] = logps[:, 0]
         if self.local is not None:
             self._check_parity(batch, images, has_image, num_generations, true, degraded)
         kept = {"teacher_tokens": [t for t, _ in scores], "teacher_logps": [logps for _, logps in scores]}
-        return kept, torch.cat(true), torch.cat(degraded)
+        return kept, (torch.cat(true), torch.cat(degraded)) if measure else ()
 
     def divergence(self, student, hidden: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """The mode's approximation of KL(student || teacher) and the student's entropy, (N,) each, from its hidden

@@ -33,10 +33,10 @@ class Teacher:
 
     def views(
         self, batch: dict[str, Any], images: list[list[Any]], has_image: torch.Tensor, num_generations: int
-    ) -> tuple[dict[str, list[torch.Tensor]], torch.Tensor, torch.Tensor]:
+    ) -> tuple[dict[str, list[torch.Tensor]], tuple[torch.Tensor, ...]]:
         """What `divergence` needs of each rollout, and (N,) log-probabilities of their tokens given the true and given
-        the degraded images. `has_image` is (B,) bool."""
-        trainer = self.trainer
+        the degraded images, which `measure_va=False` leaves out. `has_image` is (B,) bool."""
+        trainer, measure = self.trainer, self.trainer.args.measure_va
         with ExitStack() as stack:
             if self.offloaded:
                 with trainer._timed("teacher_transfer"):
@@ -46,16 +46,16 @@ class Teacher:
             trainer._record("teacher/shared_prompts", float(shared))
             views = [batch]
             # On all ranks or on none: the forward of a sharded teacher is a collective
-            if trainer.accelerator.gather(has_image).any():
+            if measure and trainer.accelerator.gather(has_image).any():
                 views.append(dict(batch))
                 if has_image.any():
                     views[1]["pixel_values"] = trainer._degraded_pixel_values(batch, images, num_generations)
             with trainer._timed("teacher"):
-                hidden, logps = self.score(views, parts, shared)
+                hidden, logps = self.score(views, parts, shared, measure)
             if trainer._measures_null():  # equal images must give VA 0, else it is noise
                 _, (a, b) = self.score([batch, dict(batch)], [first_with_image(parts, has_image)], shared)
                 trainer._record("va/null", (a - b).abs().max().item())
-        return {"teacher_hidden_states": hidden}, logps[0], logps[-1]
+        return {"teacher_hidden_states": hidden}, (logps[0], logps[-1]) if measure else ()
 
     def divergence(self, student, hidden: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """KL(student || teacher) and the student's entropy, (N,) each, from its hidden states (N, H)."""
@@ -113,21 +113,21 @@ class Teacher:
 
     @torch.no_grad()
     def score(
-        self, views: list[dict[str, Any]], parts: list[range], shared: bool
+        self, views: list[dict[str, Any]], parts: list[range], shared: bool, with_logps: bool = True
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The teacher's hidden states of each rollout in the first view, (T_i, H), and for each view (N,)
+        """The teacher's hidden states of each rollout in the first view, (T_i, H), and `with_logps` for each view (N,)
         log-probabilities of their tokens. The views differ in pixels only. The teacher computes in its own dtype."""
         trainer = self.trainer
         trainer.teacher_model.eval()
         model = trainer.accelerator.unwrap_model(trainer.teacher_model)
         hidden: dict[range, tuple[torch.Tensor, ...]] = {}
-        logps: list[dict[range, torch.Tensor]] = [{} for _ in views]
+        logps: list[dict[range, torch.Tensor]] = [{} for _ in views if with_logps]
         for rows in parts:  # one that is repeated, so that all ranks make as many passes, counts once
             part = [siblings.take_rows(view, list(rows)) for view in views]
             mask = part[0]["completion_mask"].bool()
             states = trainer._forward_redirection(trainer.teacher_model, model, self._states, model, part, shared)
             head, tokens = lm_head(model), part[0]["completion_ids"][mask]
-            for found, of_view in zip(logps, states, strict=True):
+            for found, of_view in zip(logps, states, strict=with_logps):
                 found[rows] = sampled_logps(head, of_view, tokens, trainer.vocab_size)
             hidden[rows] = states[0].split(mask.sum(1).tolist())
         return [row for rows in hidden.values() for row in rows], [torch.cat(list(x.values())) for x in logps]

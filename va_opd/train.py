@@ -311,8 +311,9 @@ class VAOPDLog(RunLog):
 
 
 def rollout_records(rollouts: dict[str, Any], tokenizer, count: int) -> list[dict[str, Any]]:
-    """The first `count` rollouts of `VAOPDTrainer.last_rollouts` as plain records: prompt, tokens, VA, weight."""
-    records = []
+    """The first `count` rollouts of `VAOPDTrainer.last_rollouts` as plain records: prompt, tokens, VA if it was
+    measured, weight."""
+    records, va = [], rollouts["va"]
     for row in range(min(count, len(rollouts["mask"]))):
         valid = rollouts["mask"][row].bool()
         ids = rollouts["completion_ids"][row][valid].tolist()
@@ -321,7 +322,7 @@ def rollout_records(rollouts: dict[str, Any], tokenizer, count: int) -> list[dic
                 "prompt": tokenizer.decode(rollouts["prompt_ids"][row], skip_special_tokens=True),
                 "response": tokenizer.decode(ids, skip_special_tokens=True),
                 "tokens": [tokenizer.decode([i]) for i in ids],
-                "va": [round(v, 5) for v in rollouts["va"][row][valid].tolist()],
+                **({} if va is None else {"va": [round(v, 5) for v in va[row][valid].tolist()]}),
                 "weight": round(rollouts["weights"][row].item(), 5),
             }
         )

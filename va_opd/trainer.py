@@ -204,12 +204,12 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         has_image = torch.tensor([bool(row) for row in images], device=mask.device)
         checks.check_siblings(self._gather(checks.sibling_fingerprints(batch)), num_generations)
 
-        for_loss, *logps = self.teacher.views(batch, images, has_image, num_generations)
-        logps, logps_degraded = (
-            torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask.bool(), x) for x in logps
-        )
-        va = objective.visual_advantage(logps, logps_degraded, mask * has_image[:, None])
-        of_all_ranks = self._gather(va), self._gather(mask), self._gather(has_image)
+        for_loss, logps = self.teacher.views(batch, images, has_image, num_generations)
+        va, has_va = torch.zeros_like(mask, dtype=torch.float32), has_image & self.args.measure_va
+        if logps:
+            given_true, given_degraded = (va.masked_scatter(mask.bool(), x) for x in logps)
+            va = objective.visual_advantage(given_true, given_degraded, mask * has_image[:, None])
+        of_all_ranks = self._gather(va), self._gather(mask), self._gather(has_va)
         weights, coefficients, high, low = self._coefficients_of(*of_all_ranks, num_generations)
         start = len(mask) * self.accelerator.process_index
         own = slice(start, start + len(mask)), slice(mask.size(1))  # rows and columns of this rank
@@ -217,7 +217,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
             "prompt_ids": batch["prompt_ids"],
             "completion_ids": batch["completion_ids"],
             "mask": mask,
-            "va": va,
+            "va": va if logps else None,
             "weights": weights[own[0]],
             "images": images,
         }
@@ -230,16 +230,16 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         }
 
     def _coefficients_of(
-        self, va: torch.Tensor, mask: torch.Tensor, has_image: torch.Tensor, num_generations: int
+        self, va: torch.Tensor, mask: torch.Tensor, has_va: torch.Tensor, num_generations: int
     ) -> tuple[torch.Tensor, ...]:
         """Rollout weights (B,), token coefficients (B, T), and (B, T) bool masks of the tokens inside and outside the
         high-VA groups, of the rollouts of all ranks; logs the figures of their VA.
 
         Args:
             va, mask: (B, T) VA and response tokens.
-            has_image: (B,) bool; a row without an image is weighted as in Standard OPD.
+            has_va: (B,) bool; a row without, such as one without an image, is weighted as in Standard OPD.
         """
-        args, ungrouped = self.args, ~has_image
+        args, ungrouped = self.args, ~has_va
         if args.va_floor is not None:
             ungrouped = ungrouped | (objective.mean_over_tokens(va, mask) < args.va_floor)
         weights, coefficients = objective.coefficients(
@@ -257,8 +257,8 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         # For the logs only, where a row without groups has neither high nor low tokens
         grouped = mask.bool() & ~ungrouped[:, None]
         high = grouped & objective.high_tokens(va, mask, args.top_fraction, self._ties())
-        if has_image.any():  # a row without an image has no VA that could be 0
-            for name, value in va_figures(va, mask, weights, high, has_image, num_generations).items():
+        if has_va.any():  # a row without an image has no VA that could be 0
+            for name, value in va_figures(va, mask, weights, high, has_va, num_generations).items():
                 self._record(name, value)
         return weights, coefficients, high, grouped & ~high
 
@@ -335,7 +335,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
 
     def _measures_null(self) -> bool:
         """At the first training batch: the doctor would not see the figure of an evaluation before it."""
-        return self.args.doctor_steps > 0 and self.model.training and self._step == 0
+        return self.args.measure_va and self.args.doctor_steps > 0 and self.model.training and self._step == 0
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

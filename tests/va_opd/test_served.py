@@ -5,6 +5,7 @@ with a tiny teacher from the ids and images that it gets. tests/test_vllm.py has
 """
 
 import base64
+import copy
 import io
 import json
 import math
@@ -315,6 +316,26 @@ def test_what_is_sent_holds_ids_and_two_views_and_no_more(make, teacher_server, 
     for request in teacher_server.requests:
         assert set(request) <= {"model", "token_ids", "sampling_params", "return_token_ids", "content_parts"}
         assert [len(list(run)) for token, run in groupby(request["token_ids"]) if token == pad] in ([], [1])
+
+
+def test_without_measuring_va_only_true_views_are_sent(make, teacher_server, monkeypatch):
+    tests.fixed_rollouts(monkeypatch)
+    measured = tests.step(make(weighting="none"))
+    sent = len(teacher_server.requests)
+    teacher_server.requests.clear()
+    tests.assert_same_step(tests.step(make(weighting="none", measure_va=False)), measured)
+    assert (sent, len(teacher_server.requests)) == (16, 8)
+
+
+def test_the_comparison_with_a_local_teacher_has_both_views_all_the_same(make, parts, teacher_server, monkeypatch):
+    tests.fixed_rollouts(monkeypatch)
+    trainer = make(teacher_model=copy.deepcopy(parts[1]), weighting="none", measure_va=False)
+    for expected in (16, 8):  # the first step compares
+        teacher_server.requests.clear()
+        trainer._step = 0
+        tests.step(trainer)
+        assert len(teacher_server.requests) == expected
+    assert last_line(trainer)["teacher/parity_mean"] < 1e-4
 
 
 def test_log_probabilities_are_not_rounded_by_autocast(make, monkeypatch):

@@ -211,9 +211,9 @@ def test_both_views_are_checked_on_a_prompt_with_an_image(make, monkeypatch):
     trainer = make(rows=tests.mixed_rows(2), shuffle_dataset=False)
     checked, score = [], trainer.teacher.score
 
-    def wrong(views, parts, shared):
+    def wrong(views, parts, shared, *others):
         checked.extend(parts)
-        hidden, logps = score(views, parts, shared)
+        hidden, logps = score(views, parts, shared, *others)
         return hidden, [logps[0], *(x + shared for x in logps[1:])]
 
     monkeypatch.setattr(trainer.teacher, "score", wrong)
@@ -229,8 +229,8 @@ def test_a_hundredth_of_a_nat_is_rounding_of_a_bfloat16_teacher_only(make, monke
     trainer = make(parts=(student, teacher.to(dtype), processor))
     score = trainer.teacher.score
 
-    def rounded(views, parts, shared):
-        hidden, logps = score(views, parts, shared)
+    def rounded(views, parts, shared, *others):
+        hidden, logps = score(views, parts, shared, *others)
         return hidden, [x + 0.01 * shared for x in logps]
 
     monkeypatch.setattr(trainer.teacher, "score", rounded)

@@ -27,6 +27,7 @@ from va_opd_trainers import (
 )
 
 from va_opd import lm_head, objective, siblings
+from va_opd.train import rollout_records
 
 # --- against references ----------------------------------------------------------------
 
@@ -43,6 +44,30 @@ def test_weighting_none_is_standard_opd(make, monkeypatch, family):
     assert lengths.unique().numel() > 1
     expected = ((kl * batch["completion_mask"]).sum(1) / lengths).mean()
     assert_same_step(got, (expected.item(), gradients_of(expected, trainer.model), None), 1e-5, 2e-5)
+
+
+@pytest.mark.parametrize("kind", [image_rows, mixed_rows])
+def test_without_measuring_va_standard_opd_is_the_same_and_the_teacher_reads_one_view(make, monkeypatch, kind):
+    fixed_rollouts(monkeypatch)
+    found, images = {}, []
+    for measure in (True, False):
+        trainer = make(weighting="none", measure_va=measure, rows=kind(4), doctor_steps=0)
+        images.clear()
+        trainer.teacher_model.model.visual.register_forward_pre_hook(
+            lambda module, args, kwargs: images.append(len(kwargs["grid_thw"])), with_kwargs=True
+        )
+        step(trainer)  # the first checks the sharing of prompts
+        images.clear()
+        if not measure:
+            monkeypatch.setattr("va_opd.teacher.sampled_logps", lambda *given: pytest.fail("log-probabilities"))
+        trainer._step = 0
+        found[measure] = step(trainer)[:2], sum(images)
+        logged = {name for name in trainer._metrics["train"] if name.startswith(("va/", "kl/"))}
+        assert bool(logged - {"va/null"}) == measure and (trainer.last_rollouts["va"] is not None) == measure
+        assert len(rollout_records(trainer.last_rollouts, trainer.processing_class.tokenizer, 2)) == 2
+    (ours, seen), (both, seen_of_both) = found[False], found[True]
+    assert ours[0] == both[0] != 0 and all(gradient.equal(both[1][name]) for name, gradient in ours[1].items())
+    assert seen > 0 and seen_of_both == 2 * seen
 
 
 def test_weighting_none_equals_trls_own_loss_when_all_rollouts_are_equally_long(make, monkeypatch):
@@ -266,8 +291,8 @@ def test_rounding_between_the_views_gives_a_row_without_an_image_no_va(make, mon
     views = trainer.teacher.views
 
     def noisy(*arguments):
-        kept, logps, degraded = views(*arguments)
-        return kept, logps, degraded - 1e-3 * torch.arange(len(degraded)) / len(degraded)
+        kept, (logps, degraded) = views(*arguments)
+        return kept, (logps, degraded - 1e-3 * torch.arange(len(degraded)) / len(degraded))
 
     trainer.teacher.views = noisy
     step(trainer)

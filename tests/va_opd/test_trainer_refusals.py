@@ -38,6 +38,7 @@ from va_opd.checks import check_prompts, check_same_tokens, naming_rows, naming_
         ({"num_train_epochs": math.nan}, "num_train_epochs must be above 0 and finite, got nan"),
         ({"weight_decay": math.nan}, "weight_decay must be at least 0 and finite"),
         ({"weighting": "vaopd"}, "weighting must be one of va, rollout, token, none, got 'vaopd'"),
+        ({"measure_va": False}, "measure_va=False leaves no VA for weighting='va': set weighting to 'none'"),
         ({"pixelate_at": "before"}, "pixelate_at must be one of model, raw"),
         ({"degradation_ratio": 0.0}, "degradation_ratio must be in"),
         ({"top_fraction": 0.0}, "top_fraction must be in"),
