@@ -29,12 +29,14 @@ class SortsByLength:
         if self._buffered_inputs is before:
             return inputs
         self._token_shares = ()
-        if not self._is_sum_over_rows() or "pixel_values" in inputs:
+        if not self._is_sum_over_rows():
             return inputs
-        batches, parts = self._buffered_inputs, self.args.steps_per_generation
+        parts = self.args.steps_per_generation
         size = math.gcd(parts, self.args.gradient_accumulation_steps)  # so many are never of two updates
-        updates = [joined(batches[start : start + size]) for start in range(0, parts, size)]
-        self._buffered_inputs = [batch for update in updates for batch in length_sorted(update, size)]
+        if "pixel_values" not in inputs:
+            updates = [joined(self._buffered_inputs[start : start + size]) for start in range(0, parts, size)]
+            self._buffered_inputs = [batch for update in updates for batch in length_sorted(update, size)]
+        # On all ranks, of which some may have images
         tokens = torch.stack([loss_mask(batch).sum() for batch in self._buffered_inputs]).float()
         tokens = self.accelerator.reduce(tokens, "sum").view(-1, size)
         self._token_shares = (tokens / tokens.mean(1, keepdim=True).clamp(min=1)).flatten().tolist()
