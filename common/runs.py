@@ -33,7 +33,10 @@ COMPLETE = "complete.json"  # in a checkpoint: false while it is written, then t
 UNFINISHED = "it was not saved to its end"
 BLOCKS, BLOCK_BYTES = 64, 1 << 16  # parts of a weights file that tell it from another: how many, and their size
 # Files beside a model's weights that determine its answers; none that differs between equal trainings
-DECIDING = ("config.json", "*token*", "vocab*", "merges.txt", "*.model", "chat_template*", "*processor_config.json")
+DECIDING = (
+    "config.json", "adapter_config.json", "*token*", "vocab*", "merges.txt", "*.model", "chat_template*",
+    "*processor_config.json",
+)  # fmt: skip
 
 
 def check_writable(folder: Path) -> None:
@@ -160,7 +163,8 @@ def weights_fingerprint(model: str) -> str | None:
 
 
 def folder_fingerprint(model: str) -> str | None:
-    """Digest of config, tokenizer, chat template and image processor in a local folder; None for any other name."""
+    """Digest of the configs of model and adapter, tokenizer, chat template and image processor in a local folder; None
+    for any other name."""
     files = {file for pattern in DECIDING for file in Path(model).glob(pattern) if file.is_file()}
     return fingerprint({file.name: fingerprint(file) for file in files}) if files else None
 

@@ -214,7 +214,10 @@ def test_an_evaluation_does_not_go_on_with_options_of_the_engine_that_change_ans
     assert second.asked == []
 
 
-@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "tokenizer.json", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "adapter_config.json", "chat_template.jinja", "tokenizer.json", "preprocessor_config.json"],
+)
 def test_an_evaluation_does_not_go_on_with_another_file_of_the_model_that_changes_answers(tmp_path, name):
     engine, model = Echo(), tmp_path / "model"
     model.mkdir()
