@@ -58,13 +58,22 @@ def mean_sd(values: Sequence[float | None], digits: int = 3) -> str:
 
 def decodings(files: Mapping[str, Path], what: str) -> str:
     """How evaluations were made, by metrics file of each label; a warning if not all in the same way."""
+    kinds = ways(files, what)
+    return next(iter(kinds)) if len(kinds) == 1 else unlike(kinds)
+
+
+def ways(files: Mapping[str, Path], what: str) -> dict[str, list[str]]:
+    """Labels of metrics files by how the evaluations were made."""
     kinds: dict[str, list[str]] = {}
     for label, file in files.items():
         record = json.loads(file.read_text())
         used, asked = record["decoding"], f"{record['questions']} {what}, {record['samples']} samples each"
         how = f"{asked} at temperature {used['temperature']}, top-p {used['top_p']}"
         kinds.setdefault(how, []).append(label)
-    if len(kinds) == 1:
-        return next(iter(kinds))
+    return kinds
+
+
+def unlike(kinds: Mapping[str, Sequence[str]]) -> str:
+    """A warning of the different `ways`."""
     lines = [f"{', '.join(labels)}: {how}" for how, labels in kinds.items()]
     return f"Evaluated in different ways, so that accuracies do not compare: {'; '.join(lines)}"

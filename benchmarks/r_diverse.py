@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.estimates import Estimate, cell, estimate_of, mean_of, mean_sd
+from benchmarks.estimates import Estimate, cell, estimate_of, mean_of, mean_sd, unlike, ways
 from common import plots
 from common.cli import run_main
 from common.estimators import over_seeds, paired_difference
@@ -291,7 +291,22 @@ def beside_paper(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
         "questions; n is the number of questions where it is not the full set. *Judge*: by a model's verdicts, never "
         "mixed with the rules'; the paper's numbers have R-Zero's re-check by GPT-4o. An empty cell was not run."
     )
-    return "\n\n".join(filter(None, [heading, note, table, shorter_line(runs)])) if table else ""
+    return "\n\n".join(filter(None, [heading, note, table, *unlike_lines(runs), shorter_line(runs)])) if table else ""
+
+
+def unlike_lines(runs: dict[tuple[str, str], Path]) -> list[str]:
+    """A warning of each benchmark that was not evaluated in the same way in all runs and iterations."""
+    said = []
+    for name in (*MATH, *GENERAL):
+        files = {
+            f"{run.name} iteration {t}": path
+            for run in runs.values()
+            for t in range(finished_iterations(run) + 1)
+            if (path := run / f"iteration_{t}" / "evaluate" / f"{name}.json").exists()
+        }
+        kinds = ways(files, f"questions of {name}")
+        said += [unlike(kinds)] if len(kinds) > 1 else []
+    return said
 
 
 def shorter_line(runs: dict[tuple[str, str], Path]) -> str:

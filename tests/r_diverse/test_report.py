@@ -14,7 +14,9 @@ FULL = [(e, key) for e, table in report.PAPER.items() for key, row in table.item
 SCORES = {name: 0.2 + 0.06 * i for i, name in enumerate(TEN)}
 
 
-def evaluated(run: Path, iterations: dict[int, dict[str, float]], questions: int | None = None) -> Path:
+def evaluated(
+    run: Path, iterations: dict[int, dict[str, float]], questions: int | None = None, temperature: float = 1.0
+) -> Path:
     """A run folder with the metrics of its evaluations; intervals of 10 points below and 20 above."""
     for t, scores in iterations.items():
         folder = run / f"iteration_{t}" / "evaluate"
@@ -23,6 +25,7 @@ def evaluated(run: Path, iterations: dict[int, dict[str, float]], questions: int
         for name, score in scores.items():
             metrics = {"questions": questions or BENCHMARKS[name].rows, "avg@k": score}
             metrics["interval"] = [score - 0.1, score + 0.2]
+            metrics |= {"samples": 32, "decoding": {"temperature": temperature, "top_p": 1.0}}
             (folder / f"{name}.json").write_text(json.dumps(metrics))
     return run
 
@@ -73,9 +76,9 @@ def test_all_rows_of_the_paper_are_there_and_ours_is_empty_where_nothing_ran(tmp
 
 @pytest.mark.parametrize("experiment", ["qwen3_4b", "tiny"])
 def test_without_a_cell_of_ours_there_is_no_table(tmp_path, experiment):
-    run = evaluated(tmp_path / "r_diverse-seed0", {0: {}, 1: {}})
+    run = evaluated(tmp_path / "none/r_diverse-seed0", {0: {}, 1: {}})
     assert report.beside_paper(experiment, {("r_diverse", "0"): run}) == ""
-    (run / "iteration_0/evaluate/math500.json").write_text('{"questions": 500, "avg@k": 0.5, "interval": [0.4, 0.6]}')
+    run = evaluated(tmp_path / "r_diverse-seed0", {0: {"math500": 0.5}, 1: {}})
     text = report.beside_paper(experiment, {("r_diverse", "0"): run})
     assert text.startswith("## Beside the paper's Tables 1 and 2 and Fig. 3\n") and "| paper: SPIRAL | 47.00 |" in text
 
@@ -150,6 +153,19 @@ def test_several_seeds_have_a_row_of_their_mean(tmp_path):
     table = rows("qwen3_4b", runs)
     assert table["ours: R-Diverse, 1 iteration"][2] == "50.00 [40.0, 70.0]"
     assert table["ours, 2 seeds: R-Diverse, 1 iteration"] == ["", "", "55.00 ± 7.07", *[""] * 9]
+
+
+def test_seeds_that_were_evaluated_in_different_ways_are_named(tmp_path):
+    found = {0: {"amc23": 0.5, "gsm8k": 0.5}}
+    runs = {
+        ("r_diverse", str(seed)): evaluated(tmp_path / f"r_diverse-seed{seed}", found, temperature=temperature)
+        for seed, temperature in enumerate((1.0, 1.0, 0.6))
+    }
+    said = "Evaluated in different ways, so that accuracies do not compare: r_diverse-seed0 iteration 0, "
+    said += "r_diverse-seed1 iteration 0: 40 questions of amc23, 32 samples each at temperature 1.0, top-p 1.0; "
+    text = report.beside_paper("qwen3_4b", runs)
+    assert text.count("Evaluated in different ways") == 2 and said in text
+    assert "Evaluated" not in report.beside_paper("qwen3_4b", dict(list(runs.items())[:2]))
 
 
 def test_a_judges_verdicts_have_a_row_of_their_own(tmp_path):
