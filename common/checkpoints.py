@@ -7,6 +7,7 @@ last log line, and trains one step too many when it resumes at the last one.
 
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .runs import (
+    COMPLETE,
     UNFINISHED,
+    WEIGHTS,
+    atomic_write_json,
     begin_checkpoint,
     checkpoint_fault,
     checkpoints,
@@ -85,6 +89,30 @@ def _check_processes(checkpoint: Path, trainer: Any) -> None:
         )
 
 
+def thin_out(checkpoint: Path, weights: bool) -> None:
+    """Deletes from a checkpoint of a finished run what only resuming needs, and with `weights` its weights too.
+
+    The other small files stay. A second call ends what a kill has cut short; until then the rest of the weights does
+    not count as weights. A checkpoint that is a link, or holds one in their place, is left as it is.
+    """
+    paths = _matching(checkpoint, (*ONLY_TO_RESUME, *([WEIGHTS] if weights else [])))
+    if checkpoint.is_symlink() or any(path.is_symlink() for path in paths):
+        print(f"{checkpoint} is a link or holds one: nothing in it is deleted", file=sys.stderr)
+        return
+    if weights and paths:
+        atomic_write_json(checkpoint / COMPLETE, False)
+    _delete(paths)
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 class ExactCheckpoints(TrainerCallback):
     """Marks whole checkpoints, deletes older ones only then, saves in them the sums for the next log line, and stops a
     run that has done all its steps.
@@ -153,8 +181,7 @@ class ExactCheckpoints(TrainerCallback):
             if args.save_strategy == "steps" and (not state.save_steps or step % state.save_steps):
                 shutil.rmtree(folder)  # SIGTERM's: it would be evaluated among the scheduled ones
             elif self.keep_weights:
-                for path in [path for pattern in ONLY_TO_RESUME for path in folder.glob(pattern)]:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _delete(_matching(folder, ONLY_TO_RESUME))
 
     def _rotate(self, args: TrainingArguments, state: TrainerState) -> None:
         """Keeps the newest `limit` and the best. Checkpoints beyond this step are not whole: else the run would have

@@ -29,8 +29,9 @@ from filelock import FileLock, Timeout
 
 from common.versions import TESTED, installed
 
-COMPLETE = "complete.json"  # in a checkpoint: false while it is written, then the size of each of its files
+COMPLETE = "complete.json"  # in a checkpoint: the size of each of its files; false while it is written or thinned out
 UNFINISHED = "it was not saved to its end"
+WEIGHTS = "*model*.safetensors"  # of a model or an adapter, in its folder
 BLOCKS, BLOCK_BYTES = 64, 1 << 16  # parts of a weights file that tell it from another: how many, and their size
 # Files beside a model's weights that determine its answers; none that differs between equal trainings
 DECIDING = (
@@ -148,9 +149,10 @@ def weights_fingerprint(model: str) -> str | None:
     """Digest of the weights in a local folder, which may be replaced under the same path; None for any other name.
 
     It covers the sizes and evenly spread blocks: to read a large model's files whole would take minutes. The
-    self-teacher in a checkpoint does not count: it is deleted when the run goes on.
+    self-teacher in a checkpoint does not count: it is deleted when the run goes on. Nor does what a kill has left in a
+    checkpoint while its weights were written or deleted.
     """
-    files = sorted(Path(model).glob("*model*.safetensors"))
+    files = [] if _json(Path(model) / COMPLETE) is False else sorted(Path(model).glob(WEIGHTS))
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,16 @@ Command = tuple[str, list[str]]  # a name for its log, and its words
 
 class OneGPUEach(list):
     """A stage of commands that use one GPU each: on several they run side by side."""
+
+
+class RunByRun(list):
+    """A stage of runs, each a list of stages of its own: a run begins when the one before has ended or failed."""
+
+
+def commands_of(stages: Iterable[list]) -> Iterator[Command]:
+    """All commands of the stages, in their order."""
+    for stage in stages:
+        yield from commands_of(itertools.chain(*stage)) if isinstance(stage, RunByRun) else stage
 
 
 def chosen(name: str, text: str, known: Collection[str] = ()) -> list[str]:
@@ -73,10 +83,10 @@ def check_packages(vllm: bool, gpus: int, sharding: str, report_to: Collection[s
         )
 
 
-def check_modules(stages: list[list[Command]]) -> None:
+def check_modules(stages: list[list]) -> None:
     """Raises `ValueError` for a command `python -m MODULE` whose module is missing: that of the report, which comes
     last, would be noticed only after all trainings."""
-    for _, words in itertools.chain(*stages):
+    for _, words in commands_of(stages):
         for flag, module in itertools.pairwise(words):
             if flag == "-m" and not _is_module(module):
                 raise ValueError(
@@ -151,37 +161,63 @@ def launcher(gpus: int, sharding: str) -> list[str]:
     return [*launch, "--num_processes", str(gpus), "-m"]
 
 
-def run_stages(stages: list[list[Command]], logs: Path, gpus: int = 1) -> int:
+def run_stages(stages: list[list], logs: Path, gpus: int = 1) -> int:
     """Runs the stages; returns the exit code of the first command that failed, else 0. Without a GPU two commands of a
     stage run at a time, each with one core and a log file; of a stage `OneGPUEach` one on each of the first `gpus`.
 
     When a command fails, for lack of memory say, the others go on, unless none of its stage has succeeded or it was
-    told to end. Raises `OSError` if no log can be written, and `ValueError` for a command whose module is missing, and
-    if another process runs the same commands: each would go on past what the other is at work on, on the same GPUs.
+    told to end. In a stage `RunByRun` that ends a run, and the others go on, unless none gets through its stages.
+    Raises `OSError` if no log can be written, and `ValueError` for a command whose module is missing, and if another
+    process runs the same commands: each would go on past what the other is at work on, on the same GPUs.
     """
     check_modules(stages)
     check_writable(logs)
-    with exclusive(logs, f".{fingerprint([name for name, _ in itertools.chain(*stages)])[:12]}.lock"):
+    with exclusive(logs, f".{fingerprint([name for name, _ in commands_of(stages)])[:12]}.lock"):
         return _run_stages(stages, logs, gpus)
 
 
-def _run_stages(stages: list[list[Command]], logs: Path, gpus: int) -> int:
-    cpu, gpus = not torch.cuda.is_available(), min(gpus, torch.cuda.device_count())
-    # One thread each: two processes of two threads hinder each other, and sums would depend on the number of threads
-    environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if cpu else {})}
-    failed: dict[str, int] = {}
-    for stage in stages:
-        each = not cpu and isinstance(stage, OneGPUEach)
-        width = min(2, os.cpu_count() or 1) if cpu else gpus if each else 1
-        side_by_side = min(width, len(stage)) > 1
-        now = _pool(stage, width, logs, environment, each) if side_by_side else _in_turn(stage, environment)
-        failed |= now
-        if now and (len(now) == len(stage) or STOPPED.intersection(now.values())):
-            break
+def _run_stages(stages: list[list], logs: Path, gpus: int) -> int:
+    failed, _ = _failures(stages, logs, gpus)
     if failed:
         said = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
         print(f"failed: {said}; the same command tries them again", flush=True)
     return next(iter(failed.values()), 0)
+
+
+def _failures(stages: list[list], logs: Path, gpus: int) -> tuple[dict[str, int], bool]:
+    """Exit codes of the commands that failed, by name, and whether something of every stage succeeded."""
+    failed: dict[str, int] = {}
+    for stage in stages:
+        if isinstance(stage, RunByRun):
+            now, succeeded = _runs(stage, logs, gpus)
+        else:
+            now = _stage(stage, logs, gpus)
+            succeeded = len(now) < len(stage)
+        failed |= now
+        if now and (not succeeded or STOPPED.intersection(now.values())):
+            return failed, False
+    return failed, True
+
+
+def _runs(runs: RunByRun, logs: Path, gpus: int) -> tuple[dict[str, int], bool]:
+    """The same, and whether one of the runs got through its stages."""
+    failed, succeeded = dict[str, int](), False
+    for stages in runs:
+        now, whole = _failures(stages, logs, gpus)
+        failed, succeeded = failed | now, succeeded or whole
+        if STOPPED.intersection(now.values()):
+            break
+    return failed, succeeded
+
+
+def _stage(stage: list[Command], logs: Path, gpus: int) -> dict[str, int]:
+    cpu, gpus = not torch.cuda.is_available(), min(gpus, torch.cuda.device_count())
+    # One thread each: two processes of two threads hinder each other, and sums would depend on the number of threads
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if cpu else {})}
+    each = not cpu and isinstance(stage, OneGPUEach)
+    width = min(2, os.cpu_count() or 1) if cpu else gpus if each else 1
+    side_by_side = min(width, len(stage)) > 1
+    return _pool(stage, width, logs, environment, each) if side_by_side else _in_turn(stage, environment)
 
 
 def _in_turn(commands: list[Command], environment: dict[str, str]) -> dict[str, int]:

@@ -2,14 +2,22 @@
 
     python -m srpo.evaluate run  --config srpo/configs/tiny.yaml --routing srpo     # every checkpoint of a training
     python -m srpo.evaluate base --config srpo/configs/tiny.yaml                    # the policy before training
+    python -m srpo.evaluate run  --config srpo/configs/qwen3_8b.yaml --part 3/8     # of these the 3rd, 11th, 19th, ...
 
 Writes `eval/<checkpoint>/<benchmark>.json` with the sample records beside it, and `eval/curve.json`: accuracy over
 steps and over hours of training, from which the paper's numbers come (best within 1, 5 and 10 hours; also last and
 mean). Interrupted, it goes on where it stopped; finished, it does nothing. It refuses other settings than those of the
 results (`eval/<checkpoint>/settings.json`), so that no old number passes for a new one.
+
+`--part I/N` shares the checkpoints of a run among N processes, such as one on each GPU. A part writes no curve: the
+command without `--part` does, after all of them, from their results. `--drop_evaluated true` deletes the weights of a
+checkpoint, except the last one's, once its result is written: it can then be evaluated with these settings only.
 """
 
+import argparse
+import itertools
 import json
+import re
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +28,7 @@ from .data import DATASETS, reward_of
 from .train import ScriptArguments, load_splits_of, parse, run_path
 
 # isort: split
+from common.checkpoints import thin_out
 from common.cli import run_main, split_first
 from common.evaluation import Benchmark, Decoding, evaluate, question_fingerprint
 from common.evaluation.engines import build_engine
@@ -38,38 +47,68 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     what, fields = split_first(argv, WHAT, __doc__)
+    part, fields = split_part(fields)
     args, config = parse(fields)
     if args.dry_run:
         raise ValueError("dry_run is not for evaluations: leave it out, or ask srpo.loop, which shows all commands")
     if what == "base":
+        if part:
+            raise ValueError("part shares the checkpoints of a run, and base is one model: leave it out")
         out = run_path(args, config).with_name("base")
         policy = score(args.model, benchmark_of(args, config), args, config, out / "eval" / "base")
         curve = [{"step": 0, "hours": 0.0, **policy}]
     else:
         out = run_path(args, config)
-        curve = evaluate_run(out, args, config)
-    atomic_write_json(out / "eval" / "curve.json", {"curve": curve, **within_budgets(curve)})
-    print(f"{out.name}: " + ", ".join(f"step {point['step']}: {point['accuracy']:.3f}" for point in curve), flush=True)
+        curve = evaluate_run(out, args, config, *(part or (1, 1)))
+    if not part:
+        atomic_write_json(out / "eval" / "curve.json", {"curve": curve, **within_budgets(curve)})
+    said = ", ".join(f"step {point['step']}: {point['accuracy']:.3f}" for point in curve)
+    print(f"{out.name}: {said or 'no checkpoint in this part'}", flush=True)
 
 
-def evaluate_run(run: Path, args: ScriptArguments, config: SRPOConfig) -> list[dict[str, Any]]:
-    """One point of the curve for each checkpoint that has its weights."""
+def split_part(words: list[str]) -> tuple[tuple[int, int] | None, list[str]]:
+    """(I, N) of `--part I/N`, if it is there, and the other words; `ValueError` unless 1 <= I <= N."""
+    parser = argparse.ArgumentParser(prog="srpo.evaluate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--part")
+    known, others = parser.parse_known_args(words)
+    if known.part is None:
+        return None, others
+    numbers = re.fullmatch(r"([0-9]+)/([0-9]+)", known.part)
+    if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise ValueError(f"part must be I/N with I from 1 to N, such as 3/8, got {known.part!r}")
+    return (int(numbers[1]), int(numbers[2])), others
+
+
+def evaluate_run(
+    run: Path, args: ScriptArguments, config: SRPOConfig, part: int = 1, parts: int = 1
+) -> list[dict[str, Any]]:
+    """One point of the curve for each checkpoint, or for every `parts`-th, from the `part`-th on (from 1)."""
     if not is_done(run):
         raise ValueError(f"{run} holds no finished run: run srpo.train with the same settings first")
     found = {step: folder for step, folder in checkpoints(run).items() if (folder / SECONDS).exists()}
     if not found:
         raise ValueError(f"{run} holds no checkpoint: set save_steps to at most max_steps={config.max_steps}")
-    benchmark, results = benchmark_of(args, config), run / "eval"
+    benchmark, results, last = benchmark_of(args, config), run / "eval", max(found)
+    found = dict(itertools.islice(found.items(), part - 1, None, parts))
     for folder in found.values():  # all, before hours go into the first
+        check_weights(folder, results / folder.name / f"{benchmark.name}.json")
         claim_results(str(folder), benchmark, args, config, results / folder.name)
-    return [
-        {
-            "step": step,
-            "hours": train_seconds(folder) / 3600,
-            **score(str(folder), benchmark, args, config, results / folder.name),
-        }
-        for step, folder in found.items()
-    ]
+    curve = []
+    for step, folder in found.items():
+        point = score(str(folder), benchmark, args, config, results / folder.name)
+        curve.append({"step": step, "hours": train_seconds(folder) / 3600, **point})
+        if args.drop_evaluated:
+            thin_out(folder, weights=step < last)
+    return curve
+
+
+def check_weights(checkpoint: Path, result: Path) -> None:
+    """Raises `ValueError` for a checkpoint that has neither its weights nor a result."""
+    if not result.exists() and not weights_of(weights=str(checkpoint)):
+        raise ValueError(
+            f"{checkpoint} has no weights (drop_evaluated deletes them after evaluation), and {result} is not there: "
+            "put its folder back, or train again under another experiment"
+        )
 
 
 def score(model: str, benchmark: Benchmark, args: ScriptArguments, config: SRPOConfig, out: Path) -> dict[str, Any]:

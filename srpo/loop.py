@@ -6,8 +6,9 @@
     python -m srpo.loop --config srpo/configs/qwen3_8b.yaml --download     # model and data into the caches
 
 Each step is a command of its own that is printed before it runs and does nothing when its result is there already:
-started again after a kill, the experiment goes on. Other `--field value` pairs are passed on to every command;
-`python -m srpo.train --help` explains the fields.
+started again after a kill, the experiment goes on. With `--drop_evaluated true` each run is evaluated before the next
+one trains, and the disk has to hold one run's checkpoints only. Other `--field value` pairs are passed on to every
+command; `python -m srpo.train --help` explains the fields.
 """
 
 import argparse
@@ -31,7 +32,18 @@ from common.download import download
 from common.evaluation import json_options
 from common.models import guess_parameters
 from common.plan import GIB
-from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_stages, shown
+from common.stages import (
+    Command,
+    OneGPUEach,
+    RunByRun,
+    check_packages,
+    chosen,
+    chosen_seeds,
+    commands_of,
+    launcher,
+    run_stages,
+    shown,
+)
 
 from .data import DATASETS, missing_source
 
@@ -86,11 +98,11 @@ def _main(argv: list[str]) -> int:
             raise ValueError(missing[0])
         for _, load in sources:
             load()
-    stages = plan(fields, args, variants, datasets, seeds, launcher(known.gpus, known.sharding))
+    stages = plan(fields, args, variants, datasets, seeds, launcher(known.gpus, known.sharding), known.gpus)
     if known.dry_run:
         print(
             dry_run(args, config, max(1, known.gpus), known.sharding),
-            *(f"$ {shown(c)}" for stage in stages for c in stage),
+            *(f"$ {shown(command)}" for command in commands_of(stages)),
             disk_of_all(args, config, len(variants) * len(datasets) * len(seeds), known.gpus, known.sharding),
             *(f"missing: {problem}" for problem in missing),
             sep="\n",
@@ -100,33 +112,51 @@ def _main(argv: list[str]) -> int:
 
 
 def disk_of_all(args: ScriptArguments, config, runs: int, gpus: int, sharding: str) -> str:
-    """What the runs leave on the disk together, as a line."""
-    said, parameters = f"the disk has to hold the checkpoints of {runs} runs", guess_parameters(args.model)
+    """What the runs have on the disk together, as a line."""
+    held = f"one run and two models of each of {runs}" if args.drop_evaluated else f"{runs} runs"
+    said, parameters = f"the disk has to hold the checkpoints of {held}", guess_parameters(args.model)
     if parameters is None or config.max_steps < 1:
         return said
     count, each, resume = checkpoint_sizes(args, config, parameters, sharding if gpus > 1 else "none")
-    return f"{said}: {runs * (count * each + resume) / GIB:,.0f} GiB; a larger save_steps keeps fewer"
+    one = count * each + resume
+    # A finished run keeps its last checkpoint, which is in `one`, and model/
+    size, fewer = (one + (2 * runs - 1) * each, "") if args.drop_evaluated else (runs * one, ", drop_evaluated too")
+    return f"{said}: {size / GIB:,.0f} GiB; a larger save_steps keeps fewer{fewer}"
 
 
-def plan(fields, args, variants, datasets, seeds, launch) -> list[list[Command]]:
-    """Stages in order; the commands of one stage do not need each other."""
+def plan(fields, args, variants, datasets, seeds, launch, gpus: int = 1) -> list[list]:
+    """Stages in order; the commands of one stage do not need each other. With `drop_evaluated` the runs take turns,
+    each evaluated in as many parts as there are GPUs."""
     python = [sys.executable, "-m"]
-    trainings, evaluations = [], []
+    bases, runs, evaluations = [], [], []
     for dataset in datasets:
         shared = [*fields, "--dataset", dataset]
-        evaluations.append((f"evaluate-base-{dataset}", [*python, "srpo.evaluate", "base", *shared]))
+        bases.append((f"evaluate-base-{dataset}", [*python, "srpo.evaluate", "base", *shared]))
+        evaluations.append(bases[-1])
         for seed in seeds:
             for name in variants:
                 flags = [*shared, "--seed", seed, *VARIANT_FLAGS[name]]
                 label = f"{name}-{dataset}-seed{seed}"
-                trainings.append((f"train-{label}", [*launch, "srpo.train", *flags]))
                 evaluations.append((f"evaluate-{label}", [*python, "srpo.evaluate", "run", *flags]))
+                runs.append(((f"train-{label}", [*launch, "srpo.train", *flags]), evaluations[-1]))
     several = json_options("engine_options", args.engine_options).get("tensor_parallel_size", 1) > 1  # GPUs for each
-    report = [("report", [*python, "benchmarks.srpo", *fields])]
-    stages = [trainings, evaluations if several else OneGPUEach(evaluations), report]
+    each = list if several else OneGPUEach
+    if args.drop_evaluated:  # the base first: if evaluation cannot work, it shows before the disk fills up
+        parts = 1 if several else gpus
+        stages = [each(bases), RunByRun([[train], *in_parts(run, parts), [run]] for train, run in runs)]
+    else:
+        stages = [[train for train, _ in runs], each(evaluations)]
+    stages.append([("report", [*python, "benchmarks.srpo", *fields])])
     if (place := Path(args.model).parts[-3:]) in (("tiny", "models", "base"), ("small", "models", "smollm2")):
         stages.insert(0, [("make-policy", [*python, "srpo.data", place[-1], args.model])])  # none under another's name
     return stages
+
+
+def in_parts(evaluation: Command, parts: int) -> list[OneGPUEach]:
+    """A stage that evaluates a run's checkpoints in several parts; none for a single one."""
+    name, words = evaluation
+    numbers = range(1, parts + 1)
+    return [OneGPUEach((f"{name}-part{i}", [*words, "--part", f"{i}/{parts}"]) for i in numbers)] if parts > 1 else []
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ DERIVED = ("generation_batch_size", "grpo_steps")
 # which decides what rows `short_prompts` keeps
 MAY_CHANGE = (
     "engine", "engine_options", "eval_batch_size", "eval_samples", "eval_temperature", "eval_top_p", "eval_limit",
+    "drop_evaluated",
 )  # fmt: skip
 
 
@@ -66,6 +67,13 @@ class ScriptArguments(RunArguments):
     eval_samples: int = field(default=16, metadata={"help": "Samples a problem in evaluation (paper: avg@16)."})
     eval_temperature: float = field(default=0.6, metadata={"help": "Temperature in evaluation (paper: 0.6)."})
     eval_top_p: float = field(default=0.95, metadata={"help": "Top-p in evaluation (paper: 0.95)."})
+    drop_evaluated: bool = field(
+        default=False,
+        metadata={
+            "help": "Once a checkpoint of a finished run is evaluated, delete its weights, except the last one's, and "
+            "what only resuming needs; `srpo.loop` then evaluates each run before the next one trains."
+        },
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

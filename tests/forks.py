@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import itertools
 import multiprocessing
 import os
 import runpy
@@ -35,8 +34,10 @@ def call(words: list[str], log: Path, folder: Path, **environment: str) -> int:
 
 def run_stages(stages, logs: Path, gpus: int = 1) -> int:
     """`common.stages.run_stages` with forks, one after the other."""
+    from common.stages import commands_of  # not above: a fork imports this file, and has to import `common` anew
+
     logs.mkdir(parents=True, exist_ok=True)
-    for name, (python, *words) in itertools.chain(*stages):
+    for name, (python, *words) in commands_of(stages):
         assert python == sys.executable
         if code := call(words, logs / f"{name}.log", Path.cwd()):
             print((logs / f"{name}.log").read_text()[-3000:])

@@ -17,7 +17,7 @@ from trl import DistillationTrainer, GRPOTrainer, SFTTrainer
 import r_diverse.train
 import srpo.train
 import va_opd.train
-from common.checkpoints import LOG_SUMS, ExactCheckpoints, check_saves_weights, resume_point
+from common.checkpoints import LOG_SUMS, ExactCheckpoints, check_saves_weights, resume_point, thin_out
 from common.preemption import SaveOnSigterm
 from common.runs import (
     atomic_write_text,
@@ -26,6 +26,7 @@ from common.runs import (
     complete_checkpoint,
     last_checkpoint,
     read_jsonl,
+    weights_fingerprint,
 )
 from common.tiny import tiny_qwen3, tiny_qwen3_vl
 from common.training import train_seconds
@@ -355,6 +356,57 @@ def test_two_processes_stop_at_the_same_step_and_go_on(sharding, models, tmp_pat
     for rank in two_processes(__file__, tmp_path, sharding):
         assert rank["codes"] == [143, 0]
         assert rank["stopped"] == rank["straight"]
+
+
+def saved_checkpoint(folder: Path) -> Path:
+    """With weights in two files, what resuming needs, and what an evaluation looks at."""
+    (folder / "self_teacher").mkdir(parents=True)
+    for name in ("model-1.safetensors", "model-2.safetensors", "optimizer.pt", "self_teacher/average.safetensors"):
+        (folder / name).write_text(name)
+    (folder / "config.json").write_text("{}")
+    complete_checkpoint(folder)
+    return folder
+
+
+def test_what_is_deleted_of_an_evaluated_checkpoint(tmp_path):
+    older, newest = (saved_checkpoint(tmp_path / f"checkpoint-{step}") for step in (2, 4))
+    whole = weights_fingerprint(str(newest))
+    for _ in range(2):
+        thin_out(older, weights=True)
+        thin_out(newest, weights=False)
+        assert sorted(path.name for path in older.iterdir()) == ["complete.json", "config.json"]
+        names = ["complete.json", "config.json", "model-1.safetensors", "model-2.safetensors"]
+        assert sorted(path.name for path in newest.iterdir()) == names
+        assert weights_fingerprint(str(newest)) == whole and weights_fingerprint(str(older)) is None
+
+
+def test_what_a_kill_leaves_of_weights_does_not_pass_for_them(tmp_path, monkeypatch):
+    checkpoint, unlink = saved_checkpoint(tmp_path / "checkpoint-2"), Path.unlink
+
+    def killed(path: Path) -> None:
+        unlink(path)
+        if path.name == "model-1.safetensors":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            thin_out(checkpoint, weights=True)
+    assert len(list(checkpoint.glob("*.safetensors"))) == 1 and weights_fingerprint(str(checkpoint)) is None
+    thin_out(checkpoint, weights=True)
+    assert not list(checkpoint.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("linked", [".", "model-2.safetensors", "self_teacher"])
+def test_nothing_is_deleted_through_a_link(tmp_path, capsys, linked):
+    """A checkpoint that was moved to another disk, say, or shares a file with another run."""
+    checkpoint = saved_checkpoint(tmp_path / "run/checkpoint-2")
+    shutil.move(checkpoint / linked, tmp_path / "elsewhere")
+    (checkpoint / linked).symlink_to(tmp_path / "elsewhere")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    thin_out(checkpoint, weights=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert f"{checkpoint} is a link or holds one: nothing in it is deleted" in capsys.readouterr().err
 
 
 def test_the_older_checkpoint_goes_only_when_the_newer_one_is_whole(models, tmp_path, monkeypatch):

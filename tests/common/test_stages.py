@@ -152,6 +152,59 @@ def test_a_stage_without_success_ends_the_experiment(tmp_path, two_cores):
     assert not (tmp_path / "later").exists()
 
 
+def runs_that_log(tmp_path, codes: dict[str, int]) -> list[list]:
+    """A base, then runs of a training and an evaluation in two parts, then a report; each logs its name and ends with
+    its code."""
+    write = "import sys; open({!r}, 'a').write({!r}); sys.exit({})"
+
+    def command(name: str) -> stages.Command:
+        return python(name, write.format(str(tmp_path / "order"), f"{name} ", codes.get(name, 0)))
+
+    runs = []
+    for i in "12":
+        parts = stages.OneGPUEach([command(f"part{i}1"), command(f"part{i}2")])
+        runs.append([[command(f"train{i}")], parts, [command(f"curve{i}")]])
+    return [[command("base")], stages.RunByRun(runs), [command("report")]]
+
+
+@pytest.mark.parametrize(
+    ("codes", "begun"),
+    [
+        ({}, "base train1 part11 part12 curve1 train2 part21 part22 curve2 report"),
+        ({"train1": 3}, "base train1 train2 part21 part22 curve2 report"),  # nothing of it is there to evaluate
+        (
+            {"part12": 3},
+            "base train1 part11 part12 curve1 train2 part21 part22 curve2 report",
+        ),  # `curve` tries it again
+        ({"part11": 3, "part12": 4}, "base train1 part11 part12 train2 part21 part22 curve2 report"),
+        ({"train1": 3, "curve2": 4}, "base train1 train2 part21 part22 curve2"),  # no run is whole
+        ({"train1": 143}, "base train1"),
+        ({"part11": 130}, "base train1 part11"),
+        ({"base": 3}, "base"),
+    ],
+)
+def test_a_run_begins_when_the_one_before_is_evaluated_or_has_failed(tmp_path, monkeypatch, codes, begun):
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)
+    plan = runs_that_log(tmp_path, codes)
+    assert stages.run_stages(plan, tmp_path / "logs") == next(iter(codes.values()), 0)
+    assert (tmp_path / "order").read_text().split() == begun.split()
+
+
+def test_every_failed_command_of_a_run_is_named(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)
+    assert stages.run_stages(runs_that_log(tmp_path, {"train1": 3, "part22": 4}), tmp_path / "logs") == 3
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last == "failed: train1 (exit code 3), part22 (exit code 4); the same command tries them again"
+
+
+def test_a_missing_module_of_a_run_shows_before_the_first_command(tmp_path):
+    plan = runs_that_log(tmp_path, {})
+    plan[1][1].append([("late", [sys.executable, "-m", "no_package.report"])])
+    with pytest.raises(ValueError, match="no_package.report is not to be found from here"):
+        stages.run_stages(plan, tmp_path / "logs")
+    assert not (tmp_path / "order").exists()
+
+
 def test_all_commands_are_told_to_end_before_one_is_waited_for(tmp_path, two_cores, monkeypatch):
     """A scheduler leaves them seconds, all of which each may need to save."""
     child = """

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 from peft import get_peft_model
 from training_runs import choices
 
+from benchmarks import srpo
 from common import models, stages
 from common.answers import Verdict
 from common.evaluation import Completion, engines
@@ -134,17 +138,176 @@ def test_a_run_folder_that_was_moved_keeps_its_results(config, tmp_path, easy, m
     assert evaluate.main(["run", *fields, "--eval_samples", "3"]) == 2
 
 
+def made_up_checkpoint(run: Path, step: int, seconds: float = 1.0) -> Path:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "train_seconds.json").write_text(str(seconds))
+    (folder / "model.safetensors").write_text(f"weights of {step}")
+    return folder
+
+
 def test_a_point_of_the_curve_is_of_its_checkpoint(config, tmp_path, monkeypatch):
     args, settings = train.parse(["--config", str(config)])
     for step, seconds in ((10, 9000.0), (2, 1800.0)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "train_seconds.json").write_text(str(seconds))
+        made_up_checkpoint(tmp_path, step, seconds)
     monkeypatch.setattr(evaluate, "is_done", lambda run: True)
     monkeypatch.setattr(evaluate, "score", lambda model, *others: {"model": model, "out": others[-1]})
     assert evaluate.evaluate_run(tmp_path, args, settings) == [
         {"step": step, "hours": hours, "model": str(tmp_path / name), "out": tmp_path / "eval" / name}
         for step, hours, name in ((2, 0.5, "checkpoint-2"), (10, 2.5, "checkpoint-10"))
     ]
+
+
+# --- Parts ---
+
+
+def test_parts_share_the_checkpoints_and_the_curve_comes_from_their_results(config, tmp_path, easy, monkeypatch):
+    loaded, build_engine = [], evaluate.build_engine
+
+    def build(args, model, settings):
+        loaded.append(Path(model).name)
+        return build_engine(args, model, settings)
+
+    monkeypatch.setattr(evaluate, "build_engine", build)
+    assert train.main(["--config", str(config)]) == 0
+    curve = tmp_path / "runs/srpo/small-additions/srpo-seed0/eval/curve.json"
+    words = ["run", "--config", str(config)]
+    assert [evaluate.main([*words, "--part", part]) for part in ("2/2", "1/2", "4/4")] == [0, 0, 0]
+    assert loaded == ["checkpoint-4", "checkpoint-2", "checkpoint-6"] and not curve.exists()
+    assert evaluate.main(words) == 0
+    assert [point["step"] for point in json.loads(curve.read_text())["curve"]] == [2, 4, 6] and len(loaded) == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8])
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_every_checkpoint_is_in_one_part(config, tmp_path, monkeypatch, count, parts):
+    args, settings = train.parse(["--config", str(config)])
+    steps = [5 * i for i in range(1, count + 1)]
+    for step in steps:
+        made_up_checkpoint(tmp_path, step)
+    monkeypatch.setattr(evaluate, "is_done", lambda run: True)
+    monkeypatch.setattr(evaluate, "score", lambda *_: {})
+    curves = [evaluate.evaluate_run(tmp_path, args, settings, part, parts) for part in range(1, parts + 1)]
+    assert sorted(point["step"] for curve in curves for point in curve) == steps
+    assert max(map(len, curves)) - min(map(len, curves)) <= 1
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1/0", "2", "1/2/3", "a/2", "1.0/2", "1/-2", ""])
+def test_a_malformed_part_is_one_sentence(config, capsys, part):
+    assert evaluate.main(["run", "--config", str(config), f"--part={part}"]) == 2
+    assert f"part must be I/N with I from 1 to N, such as 3/8, got {part!r}" in capsys.readouterr().err
+
+
+def test_the_policy_before_training_has_no_parts(config, capsys):
+    assert evaluate.main(["base", "--config", str(config), "--part", "1/2"]) == 2
+    assert "part shares the checkpoints of a run, and base is one model: leave it out" in capsys.readouterr().err
+
+
+# --- Checkpoints without weights ---
+
+
+def weights_in(run: Path) -> list[str]:
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*model*.safetensors"))
+
+
+def test_the_curve_is_the_same_when_evaluated_checkpoints_lose_their_weights(
+    config, tmp_path, easy, capsys, monkeypatch
+):
+    assert train.main(["--config", str(config)]) == 0
+    shutil.copytree(tmp_path / "runs", tmp_path / "dropping")
+    kept, run = (tmp_path / out / "srpo/small-additions/srpo-seed0" for out in ("runs", "dropping"))
+    words = ["run", "--config", str(config), "--out", str(tmp_path / "dropping")]
+    drop = [*words, "--drop_evaluated", "true"]
+    assert evaluate.main(["run", "--config", str(config)]) == 0
+    assert evaluate.main([*drop, "--part", "1/2"]) == 0
+    assert weights_in(run) == [f"{name}/model.safetensors" for name in ("checkpoint-4", "checkpoint-6", "model")]
+    assert evaluate.main(drop) == 0
+    assert weights_in(run) == ["checkpoint-6/model.safetensors", "model/model.safetensors"]
+    assert not [*run.rglob("optimizer*"), *run.rglob("self_teacher*")] and len(weights_in(kept)) == 4
+    curve = (run / "eval/curve.json").read_bytes()
+    assert curve == (kept / "eval/curve.json").read_bytes()
+
+    monkeypatch.setattr(evaluate, "build_engine", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(train, "build_trainer", lambda *arguments: pytest.fail("a training has begun"))
+    for again in (drop, words):
+        (run / "eval/curve.json").unlink()
+        assert train.main(again[1:]) == evaluate.main(again) == 0
+        assert (run / "eval/curve.json").read_bytes() == curve
+    assert srpo.main(words[1:]) == 0
+    assert evaluate.main([*drop, "--eval_samples", "3"]) == 2
+    shutil.move(run / "eval/checkpoint-4", tmp_path)
+    capsys.readouterr()
+    assert evaluate.main(drop) == 2
+    said = capsys.readouterr().err
+    assert f"{run}/checkpoint-4 has no weights (drop_evaluated deletes them after evaluation), and {run}/eval" in said
+    assert not (run / "eval/checkpoint-4").exists()
+    shutil.move(tmp_path / "checkpoint-4", run / "eval")
+    assert evaluate.main(drop) == 0 and (run / "eval/curve.json").read_bytes() == curve
+
+
+KILLED = """
+import os, signal, sys
+from common import checkpoints
+from srpo import evaluate
+delete = checkpoints._delete
+def killed(paths):
+    delete(paths[:{count}])
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoints._delete = killed
+sys.exit(evaluate.main({words!r}))
+"""
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_killed_between_result_and_deletion_or_within_it_evaluation_goes_on(config, tmp_path, count):
+    assert train.main(["--config", str(config), "--max_steps", "4"]) == 0
+    run = tmp_path / "runs/srpo/small-additions/srpo-seed0"
+    models.load_model(str(run / "checkpoint-2")).save_pretrained(run / "checkpoint-2", max_shard_size="20KB")
+    shards = len(list(run.glob("checkpoint-2/*.safetensors")))
+    shutil.copytree(tmp_path / "runs", tmp_path / "kept")
+    words = ["run", "--config", str(config), "--max_steps", "4"]
+    assert evaluate.main([*words, "--out", str(tmp_path / "kept")]) == 0
+    words += ["--drop_evaluated", "true"]
+    code = forks.call(["-c", KILLED.format(count=count, words=words)], tmp_path / "log.txt", Path.cwd())
+    assert code == -signal.SIGKILL and (run / "eval/checkpoint-2/additions.json").exists()
+    assert len(list(run.glob("checkpoint-2/*.safetensors"))) == shards - count > 0
+    assert evaluate.main(words) == 0
+    assert weights_in(run) == ["checkpoint-4/model.safetensors", "model/model.safetensors"]
+    curve = (tmp_path / "kept/srpo/small-additions/srpo-seed0/eval/curve.json").read_bytes()
+    assert (run / "eval/curve.json").read_bytes() == curve
+
+
+def test_only_evaluated_checkpoints_of_a_finished_run_lose_their_weights(config, tmp_path, monkeypatch):
+    args, settings = train.parse(["--config", str(config), "--drop_evaluated", "true"])
+    for step in (2, 4, 10):
+        made_up_checkpoint(tmp_path, step)
+    (made_up_checkpoint(tmp_path, 3) / "train_seconds.json").unlink()  # somebody else's
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "model")
+    before = weights_in(tmp_path)
+
+    def score(model, *_):
+        if model.endswith("checkpoint-4"):
+            raise InterruptedError
+        return {}
+
+    monkeypatch.setattr(evaluate, "score", score)
+    with pytest.raises(ValueError, match="holds no finished run"):
+        evaluate.evaluate_run(tmp_path, args, settings)
+    assert weights_in(tmp_path) == before
+    monkeypatch.setattr(evaluate, "is_done", lambda run: True)
+    with pytest.raises(InterruptedError):
+        evaluate.evaluate_run(tmp_path, args, settings)
+    left = ["checkpoint-10", "checkpoint-3", "checkpoint-4", "model"]
+    assert weights_in(tmp_path) == [f"{name}/model.safetensors" for name in left]
+    evaluate.evaluate_run(tmp_path, args, settings, 3, 3)  # the last one keeps its weights in a part too
+    assert len(weights_in(tmp_path)) == 4
+
+
+def test_a_policy_keeps_its_weights(config, policy, tmp_path):
+    model = shutil.copytree(policy, tmp_path / "policy")
+    before = weights_in(tmp_path)
+    assert evaluate.main(["base", "--config", str(config), "--model", str(model), "--drop_evaluated", "true"]) == 0
+    assert weights_in(tmp_path) == before
 
 
 def test_a_run_without_a_checkpoint_to_evaluate_is_one_sentence(config, tmp_path, monkeypatch):

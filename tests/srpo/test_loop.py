@@ -1,11 +1,13 @@
 """SRPO's experiment: GRPO's several steps a batch, memory, its stages end to end, what stops it at its start."""
 
+import json
 from pathlib import Path
 
 import forks
 import pytest
 from training_runs import fails
 
+from common import stages
 from srpo import evaluate, loop, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +75,40 @@ def test_no_policy_is_made_under_the_name_of_another_model(config, model, made):
     stages = loop.plan(fields, args, ["srpo"], [args.dataset], ["0"], ["python", "-m"])
     makers = [words[-2:] for stage in stages for name, words in stage if name.startswith("make-")]
     assert makers == ([[made, args.model]] if made else [])
+
+
+def test_with_drop_evaluated_a_run_is_evaluated_on_all_gpus_before_the_next_one_trains(capsys):
+    fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--drop_evaluated", "true", "--dry_run"]
+    assert loop.main([*fields, "--variants", "sdpo,srpo", "--gpus", "2"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    words = [line.split() for line in lines]
+    said = [
+        [w[w.index("-m", 4 if "accelerate" in line else 0) + 1], *(w[-1:] if "--part" in w else [])]
+        for line, w in zip(lines, words, strict=True)
+    ]
+    run = [["srpo.train"], ["srpo.evaluate", "1/2"], ["srpo.evaluate", "2/2"], ["srpo.evaluate"]]
+    assert said == [["srpo.evaluate"], *run, *run, ["benchmarks.srpo"]]
+    routes = [w[w.index("--routing") + 1] for w in words if "--routing" in w]
+    assert routes == ["sdpo"] * 4 + ["srpo"] * 4 and all("--drop_evaluated true" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "kinds"),
+    [
+        (1, {}, [list, list]),
+        (8, {}, [list, stages.OneGPUEach, list]),
+        (8, {"tensor_parallel_size": 2}, [list, list]),  # each evaluation has several GPUs
+    ],
+)
+def test_a_run_is_evaluated_in_parts_where_there_are_gpus_for_them(gpus, options, kinds):
+    fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--use_cpu", "--drop_evaluated", "true"]
+    args, _ = train.parse([*fields, "--engine_options", json.dumps(options)])
+    _, runs, _ = loop.plan(fields, args, ["srpo"], ["physics"], ["0"], ["python", "-m"], gpus)
+    assert isinstance(runs, stages.RunByRun) and [type(stage) for stage in runs[0]] == kinds
+    parts = [words[-1] for stage in runs[0] for _, words in stage if "--part" in words]
+    assert parts == [f"{i}/{gpus}" for i in range(1, gpus + 1) if len(kinds) == 3]
+    names = [name for name, _ in stages.commands_of([runs])]
+    assert len(set(names)) == len(names)  # each part has a log of its own
 
 
 def test_a_batch_that_is_split_already_is_not_split_again():
@@ -179,6 +215,15 @@ def test_the_disk_of_all_runs_is_that_of_their_checkpoints(capsys, sharding):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "the disk has to hold" in line]
     count, each, resume = train.checkpoint_sizes(*train.parse(fields), 8e9, "none")
     assert f"checkpoints of 2 runs: {2 * (count * each + resume) / 2**30:,.0f} GiB;" in line
+
+
+def test_the_disk_of_all_runs_whose_evaluated_checkpoints_are_dropped(capsys):
+    """One run whole, beside it of each run the model twice: its last checkpoint and model/."""
+    fields = ["--config", str(ROOT / "srpo/configs/qwen3_8b.yaml"), "--dry_run", "--drop_evaluated", "true"]
+    assert loop.main([*fields, "--variants", "srpo", "--seeds", "0,1,2"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "the disk has to hold" in line]
+    count, each, resume = train.checkpoint_sizes(*train.parse(fields), 8e9, "none")
+    assert f"one run and two models of each of 3: {((count + 5) * each + resume) / 2**30:,.0f} GiB;" in line
 
 
 def test_the_self_teacher_is_cut_under_fsdp_too(capsys):

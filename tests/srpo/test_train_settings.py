@@ -131,7 +131,7 @@ def test_the_policy_is_loaded_and_placed_by_the_settings(config, monkeypatch):
 
 def test_all_settings_of_the_evaluation_may_change():
     names = {field.name for field in dataclasses.fields(train.ScriptArguments)}
-    assert {name for name in names if name.startswith(("eval_", "engine"))} == set(train.MAY_CHANGE)
+    assert {name for name in names if name.startswith(("eval_", "engine", "drop_"))} == set(train.MAY_CHANGE)
 
 
 def test_the_seed_is_set_before_the_policy_is_built(config, monkeypatch):
