@@ -155,11 +155,11 @@ def check_tokens(model, tokenizer) -> None:
         )
 
 
-def check_reference(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+def check_reference(model: PreTrainedModel, reference: PreTrainedModel | None) -> None:
     """Raises `ValueError` for a model in memory that is not its KL reference, as after training: TRL loads that from
     where the model was first loaded."""
-    loaded = dict(reference.named_parameters())
-    for name, weight in model.named_parameters():
+    loaded = dict(reference.named_parameters()) if reference is not None else {}
+    for name, weight in model.named_parameters() if loaded else ():
         other = loaded.get(name, weight.new_empty(0))
         narrow = min(weight.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
         if not torch.equal(weight.to(other.device, narrow), other.to(narrow)):

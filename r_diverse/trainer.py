@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
-from ._trl import AdapterSync, EpochSampler, WholeBatches, seed_rollouts, send_names_of_files
+from ._trl import AdapterSync, EpochSampler, WholeBatches, prepare_rollouts
 from .batches import SortsByLength
 from .checkpoints import LoadsWeights
 from .checks import (
@@ -19,6 +19,7 @@ from .checks import (
     watch_rewards,
 )
 from .doctor import DoctorCallback
+from .logps import check_logps
 from .questions import turn_end_id
 from .rope import exact_frequencies
 
@@ -38,8 +39,9 @@ class PhaseTrainer(LoadsWeights, SortsByLength, GRPOTrainer):
         watch_rewards(self)
         check_tokens(self.model, self._tokenizer)
         exact_frequencies(self.model, self.ref_model)
+        check_logps(self)
         whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)  # no process has a shard only
-        if self.ref_model is not None and not isinstance(model, str) and whole:
+        if not isinstance(model, str) and whole:
             check_reference(self.model, self.ref_model)
         prompts = self.args.generation_batch_size // self.num_generations
         if self.train_dataset is not None and len(self.train_dataset) < prompts:
@@ -49,8 +51,7 @@ class PhaseTrainer(LoadsWeights, SortsByLength, GRPOTrainer):
                 "steps_per_generation"
             )
         self._stop_at_the_end_of_a_turn()
-        seed_rollouts(self)
-        send_names_of_files(self)
+        prepare_rollouts(self)
         if steps := getattr(self.args, "doctor_steps", 0):  # TRL's own config has none
             self.add_callback(DoctorCallback(steps))
         self.add_callback(FrozenCallback())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -152,6 +152,20 @@ def check_tokens(model, tokenizer) -> None:
             "model.resize_token_embeddings(len(tokenizer))",
             beyond[min(beyond)],
         )
+
+
+def check_reference(model: PreTrainedModel, reference: PreTrainedModel | None) -> None:
+    """Raises `ValueError` for a model in memory that is not its KL reference, as after training: TRL loads that from
+    where the model was first loaded."""
+    loaded = dict(reference.named_parameters()) if reference is not None else {}
+    for name, weight in model.named_parameters() if loaded else ():
+        other = loaded.get(name, weight.new_empty(0))
+        narrow = min(weight.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(weight.to(other.device, narrow), other.to(narrow)):
+            raise ValueError(
+                f"the KL reference, which TRL loads from {model.config._name_or_path}, is not this model ({name} "
+                "differs): save the model and pass its folder, or set beta=0"
+            )
 
 
 def check_prompts(dataset: Dataset, tokenizer) -> None:

@@ -280,9 +280,10 @@ class SelfTeacher:
                 yield name.replace("_checkpoint_wrapped_module.", ""), self._shard(parameter)
 
     def _policy_values(self, policy: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's weights that training can change, under the average's names; merged, if the average is so."""
+        """The policy's weights under the average's names; merged, if the average is so. Those that are frozen now
+        may have been trained before, by a callback that trains layers in turn."""
         if self.factors or not is_peft_model(policy):
-            return self._parameters(policy, trained=True)
+            return self._parameters(policy, trained=self.factors)
         return merged_weights(policy, self.average)
 
     def save(self, folder: Path) -> None:

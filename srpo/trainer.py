@@ -19,13 +19,14 @@ from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
 from . import checks, objective
-from ._trl import AdapterSync, EpochSampler, ForwardRedirection, WholeBatches, seed_rollouts, send_names_of_files
+from ._trl import AdapterSync, EpochSampler, ForwardRedirection, WholeBatches, prepare_rollouts
 from .batches import SortsByLength, length_sorted, loss_mask, trimmed
 from .checkpoints import LoadsWeights
 from .config import ALPHAS, SRPOConfig
 from .divergence import chunked_divergence, chunked_entropy
 from .doctor import DoctorCallback, routing_figures, weight_figures
 from .lm_head import last_hidden_states, lm_head, sampled_logps
+from .logps import check_logps
 from .reprompt import teacher_prompt_ids
 from .rope import exact_frequencies
 from .teacher import SelfTeacher, SelfTeacherCallback, autocast
@@ -66,8 +67,10 @@ class SRPOTrainer(LoadsWeights, SortsByLength, GRPOTrainer):
         checks.watch_rewards(self)
         checks.check_tokens(self.model, self._tokenizer)
         exact_frequencies(self.model, self.ref_model)
-        seed_rollouts(self)
-        send_names_of_files(self)
+        check_logps(self)
+        if not (isinstance(model, str) or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            checks.check_reference(self.model, self.ref_model)
+        prepare_rollouts(self)
         self.add_callback(checks.FrozenCallback())
         self.add_callback(WholeBatches(self))
         self.add_callback(AdapterSync(self))

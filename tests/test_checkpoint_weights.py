@@ -4,11 +4,12 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+import srpo_trainers
 import torch
 import va_opd_trainers
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer
 from trl import DistillationTrainer
@@ -120,6 +121,67 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
         trainer._load_from_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_all_adapters_are_read_back(tmp_path, active):
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)
+    trainer = va_opd_trainers.build(tmp_path / "run", peft_config=lora)
+    trainer.model.add_adapter("other", lora)
+    trainer.model.set_adapter(active)
+    trained = [p.requires_grad for p in trainer.model.parameters()]
+    weights = weights_of(trainer)
+    trainer.save_model(str(tmp_path / "saved"))
+    trainer.state.best_model_checkpoint = str(tmp_path / "saved")
+    for load in (lambda: trainer._load_from_checkpoint(str(tmp_path / "saved")), trainer._load_best_model):
+        with torch.no_grad():
+            for name, p in trainer.model.named_parameters():
+                p.add_("lora_" in name)
+        training = trainer.model.training
+        load()
+        assert all(equal(trainer, weights))
+        assert [p.requires_grad for p in trainer.model.parameters()] == trained
+        assert trainer.model.training == training
+    (tmp_path / "saved" / "other" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no adapter_model.safetensors of the adapter 'other'"):
+        trainer._load_from_checkpoint(str(tmp_path / "saved"))
+
+
+def test_a_resumed_run_of_an_adapter_with_a_reference_equals_the_straight_run(tmp_path):
+    """TRL keeps the start of a given adapter as a second one, named "ref", if beta is above 0."""
+
+    def run(folder, **options):
+        model, tokenizer = srpo_trainers.policy()
+        torch.manual_seed(3)
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        settings = {"routing": "grpo", "beta": 0.5, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        trainer = srpo_trainers.build(folder, model=(adapted, tokenizer), reward=by_length, **settings)
+        trainer.train(**options)
+        return trainer
+
+    straight = run(tmp_path / "straight")
+    resumed = run(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert all(equal(resumed, weights_of(straight)))
+
+
+def by_length(completions, **columns) -> list[float]:
+    return [float(len(c[0]["content"]) % 2) for c in completions]
+
+
+def test_what_a_checkpoint_does_not_hold_is_said_when_a_run_is_resumed(tmp_path):
+    """Else the optimizer or the KL reference would begin anew, silently."""
+    lacking = {"save_only_model": "holds no optimizer.pt, as with save_only_model=True", "sync_ref_model": "has moved"}
+    model, tokenizer = srpo_trainers.policy()
+    for field, message in lacking.items():
+        folder, start = tmp_path / field, str(tmp_path / "start")
+        model.save_pretrained(start)
+        settings = {"routing": "grpo", "save_strategy": "steps", "save_steps": 1, "max_steps": 1, field: True}
+        settings |= {"beta": 0.5} if field == "sync_ref_model" else {}
+        parts = type(model).from_pretrained(start, dtype=torch.float32), tokenizer
+        trainer = srpo_trainers.build(folder, model=parts, reward=by_length, **settings)
+        trainer.train()
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+
+
 def test_dtypes_stay(tmp_path):
     trainer = va_opd_trainers.build(tmp_path / "run")
     trainer.model.bfloat16().lm_head.float()
@@ -167,3 +229,5 @@ def test_whose_methods_are_called(trainer):
         assert inspect.getsource(getattr(trainer, name)) == inspect.getsource(getattr(LoadsWeights, name))
         ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (LoadsWeights, DistillationTrainer))
         assert list(ours.parameters) == list(theirs.parameters)
+    for cls in (LoadsWeights, Trainer):
+        assert list(inspect.signature(cls._load_optimizer_and_scheduler).parameters) == ["self", "checkpoint"]

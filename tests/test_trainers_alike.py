@@ -26,7 +26,16 @@ from common.tiny import tiny_qwen3
 METHODS = ("va_opd", "srpo", "r_diverse")
 # A method's folder has to work alone, so these stand in several
 COPIES = {
-    "_trl": ("AdapterSync", "EpochSampler", "WholeBatches", "seed_rollouts", "send_names_of_files"),
+    "_trl": (
+        "AdapterSync",
+        "AskedSampling",
+        "EpochSampler",
+        "WholeBatches",
+        "disable_functional_dropout",
+        "prepare_rollouts",
+        "seed_rollouts",
+        "send_names_of_files",
+    ),
     "batches": ("SortsByLength", "_has_rows", "joined", "length_sorted", "loss_mask", "real_columns"),
     "checks": (
         "_check_reward",
@@ -34,13 +43,15 @@ COPIES = {
         "_lacks_template",
         "_watched",
         "check_calls",
+        "check_reference",
         "check_rewards",
         "check_tokens",
         "watch_rewards",
     ),
-    "checkpoints": ("LoadsWeights", "load_weights"),
+    "checkpoints": ("LoadsWeights", "load_adapters", "load_weights"),
     "divergence": ("tile_rows",),
     "lm_head": ("lm_head", "logit_scale"),
+    "logps": ("_is_callable", "check_logps", "count_positions"),
     "rope": ("exact_frequencies",),
 }
 
@@ -106,7 +117,7 @@ def test_the_seed_decides_what_a_colocated_engine_samples(method):
     assert drawn(1, use_vllm=False) == drawn(2, use_vllm=False) == drawn(1, mode="server")
     trainers = {"va_opd": ("trainer", "baselines"), "srpo": ("trainer",), "r_diverse": ("trainer",)}[method]
     for name in trainers:
-        assert "seed_rollouts(self)" in inspect.getsource(importlib.import_module(f"{method}.{name}"))
+        assert "prepare_rollouts(self)" in inspect.getsource(importlib.import_module(f"{method}.{name}"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -263,10 +274,11 @@ def test_rewards_of_all_kinds_of_functions_are_watched(method):
     assert watched[3] is functions[3]
 
 
-def trainer_of(method: str, folder):
+def trainer_of(method: str, folder, **options):
     """Of one update in several micro-batches."""
     if method != "r_diverse":
-        return importlib.import_module(f"{method}_trainers").build(folder, max_steps=1, gradient_accumulation_steps=2)
+        build = importlib.import_module(f"{method}_trainers").build
+        return build(folder, max_steps=1, gradient_accumulation_steps=2, **options)
     from common.tiny import tiny_qwen3
     from r_diverse import PhaseTrainer
     from r_diverse.config import SolverConfig
@@ -274,12 +286,61 @@ def trainer_of(method: str, folder):
     model, tokenizer = tiny_qwen3(hidden=32)
     config = SolverConfig(
         str(folder), per_device_train_batch_size=5, gradient_accumulation_steps=2, max_steps=1, beta=0.0,
-        max_completion_length=4, bf16=False, use_cpu=True, report_to="none",
+        max_completion_length=4, bf16=False, use_cpu=True, report_to="none", **options,
     )  # fmt: skip
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}] * 8)
     return PhaseTrainer(
         model, lambda completions, **_: [0.0] * len(completions), config, rows, processing_class=tokenizer
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("min_p", 0.99), ("num_beams", 3), ("no_repeat_ngram_size", 1), ("suppress_tokens", [*range(40, 99)])],
+)
+def test_what_a_model_declares_does_not_change_rollouts(method, tmp_path, monkeypatch, name, value):
+    """Neither the loss nor vLLM knows of it."""
+
+    def sampled(declared) -> list[list[int]]:
+        trainer, ids = trainer_of(method, tmp_path, seed=1, save_strategy="no"), []
+        setattr(trainer.model.generation_config, name, declared)
+        generate = trainer._generate_single_turn
+
+        def kept(*arguments, **options):
+            found = generate(*arguments, **options)
+            ids.extend(found if method == "va_opd" else found[0])
+            return found
+
+        monkeypatch.setattr(trainer, "_generate_single_turn", kept)
+        trainer.train()
+        assert getattr(trainer.model.generation_config, name) == declared  # what is saved with the model
+        return ids
+
+    assert sampled(None) == sampled(value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_disable_dropout_reaches_what_is_no_module(method, tmp_path):
+    def rates(**options) -> list[float]:
+        monkeypatch.setattr(attention, "__init__", with_dropout)
+        model = trainer_of(method, tmp_path, **options).model
+        return [m.attention_dropout for m in model.modules() if hasattr(m, "attention_dropout")]
+
+    attention = {
+        "va_opd": "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLTextAttention",
+    }.get(method, "transformers.models.qwen3.modeling_qwen3.Qwen3Attention")
+    module, _, name = attention.rpartition(".")
+    attention = getattr(importlib.import_module(module), name)
+    build = attention.__init__
+
+    def with_dropout(self, *arguments, **options):
+        build(self, *arguments, **options)
+        self.attention_dropout = 0.5
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert 0.5 in rates()
+        assert set(rates(disable_dropout=True)) == {0.0}
 
 
 class Interruption(TrainerCallback):

@@ -11,7 +11,8 @@ from importlib.metadata import version
 
 from accelerate.utils import is_peft_model
 from packaging.specifiers import SpecifierSet
-from transformers import Trainer, TrainerCallback, set_seed
+from torch import nn
+from transformers import GenerationConfig, Trainer, TrainerCallback, set_seed
 from transformers.core_model_loading import WeightRenaming
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,35 @@ class EpochSampler(RepeatSampler):
         if self.shuffle:
             self.generator.manual_seed((self.seed or 0) + self.epoch())
         return super().__iter__()
+
+
+class AskedSampling(GenerationConfig):
+    """Sampling settings that stay as they are in `generate`, which else fills those that are None with what the model
+    declares, such as `min_p`, `num_beams` or `suppress_tokens`: neither the loss nor vLLM knows of these."""
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **settings) -> dict:
+        if allow_custom_entries:  # so come the model's own
+            return {}
+        return super().update(defaults_only=defaults_only, **settings)
+
+
+def prepare_rollouts(trainer: Trainer) -> None:
+    """Lets a trainer's seed, settings and weights alone decide what its engine samples."""
+    seed_rollouts(trainer)
+    send_names_of_files(trainer)
+    if trainer.args.disable_dropout:
+        disable_functional_dropout(trainer.model)
+    if not trainer.use_vllm:
+        trainer.generation_config = AskedSampling.from_dict(trainer.generation_config.to_dict())
+
+
+def disable_functional_dropout(model: nn.Module) -> None:
+    """Sets the dropout that modules keep as a number, such as `attention_dropout` of Llama, Qwen and Granite, to 0.
+    TRL's `disable_dropout` reaches modules of the class `Dropout` only."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def seed_rollouts(trainer: Trainer) -> None:

@@ -2,7 +2,7 @@
 
 from trl import GRPOTrainer, SFTTrainer
 
-from ._trl import EpochSampler, seed_rollouts
+from ._trl import EpochSampler, prepare_rollouts
 from .checkpoints import LoadsWeights
 from .rope import exact_frequencies
 
@@ -13,7 +13,7 @@ class ResumableGRPOTrainer(LoadsWeights, GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         exact_frequencies(self.model, self.ref_model)
-        seed_rollouts(self)
+        prepare_rollouts(self)
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         return EpochSampler(

@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.utils import logging
 from trl import prepare_multimodal_messages
 
-from ._trl import split_pixel_values_by_grid
 from .config import VAOPDConfig
 from .degraded import check_depth
+from .lm_head import lm_head
+from .siblings import backbone, split_images
 
 logger = logging.get_logger(__name__)
 
@@ -374,6 +376,37 @@ def ban_tokens(args: VAOPDConfig, processing_class, model: str | PreTrainedModel
     return args
 
 
+@torch.no_grad()
+def check_logits(trainer) -> None:
+    """Raises `ValueError` if the loss makes other logits of the student's hidden states than its own forward does, by
+    which transformers samples: LLaVA-NeXT, Aya Vision and PaliGemma leave out the scale or soft cap of the language
+    models of Granite, Cohere and Gemma 2. (vLLM does not; with it the gap is logged.)
+
+    DeepSpeed and FSDP have not moved the weights to their devices yet, and those in 4 bits may not be called in
+    evaluation: they are not looked at.
+    """
+    model = trainer.model
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if sharded or trainer.use_vllm or getattr(model, "is_quantized", False):
+        return
+    free = (i for i in range(trainer.vocab_size) if i not in trainer.banned_ids)
+    ids = torch.tensor([list(islice(free, 8))], device=model.device)
+    training = model.training
+    model.eval()
+    with trainer.accelerator.autocast():
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+        logits = lm_head(model).whole_logits(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
+    model.train(training)
+    exact = trainer.accelerator.mixed_precision == "no" and model.dtype == torch.float32
+    gap, size = (logits - own).abs().max().item(), own.abs().max().item()
+    if not gap <= size * (1e-4 if exact else 0.02):  # a soft cap of 30 changes a logit of 10 by 0.04 of its size
+        raise ValueError(
+            f"the loss would not be that of the student that samples: logits of {type(model).__name__} are not the "
+            "product of its last hidden states and its head, with the scale and soft cap that its config names (they "
+            f"are {gap:.2g} away); train another family, or let a vLLM that applies both sample (use_vllm)"
+        )
+
+
 def check_prompts(prompt_ids: list[list[int]], args: VAOPDConfig, name: str = "a prompt") -> None:
     """Raises `ValueError` for a prompt over the limit; warns once of a colocated vLLM whose context does not hold a
     prompt and its rollout."""
@@ -422,7 +455,7 @@ def sibling_fingerprints(batch: dict[str, Any]) -> torch.Tensor:
     """(B, 2) integers, equal in rows with the same prompt and the same images."""
     ids = batch["prompt_ids"] * batch["prompt_mask"]
     position = torch.arange(ids.size(1), 0, -1, device=ids.device)  # padding is on the left: count from the end
-    pixels = split_pixel_values_by_grid(batch).get("pixel_values")
+    pixels = split_images(batch).get("pixel_values")
     if pixels is None or len(pixels) != len(ids):
         pixels = torch.zeros(len(ids), 1)
     # Sums of integers, which the order of summation does not change

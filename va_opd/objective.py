@@ -291,7 +291,7 @@ def head_logits(hidden, weight, bias, logit_scale, softcap) -> torch.Tensor:
         if _wide_product(hidden, weight):
             logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
         else:
-            logits = hidden.float() @ weight.T
+            logits = hidden.float() @ weight.float().T
         if bias is not None:
             logits += bias.float()
         logits *= logit_scale

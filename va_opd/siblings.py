@@ -34,7 +34,16 @@ def take_rows(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
             return [value[row] for row in rows]
         return value[rows] if isinstance(value, torch.Tensor) and value.ndim else value
 
-    return unsplit_pixel_values_by_grid({k: take(v) for k, v in split_pixel_values_by_grid(batch).items()})
+    return unsplit_pixel_values_by_grid({k: take(v) for k, v in split_images(batch).items()})
+
+
+def split_images(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with a list of what belongs to the images of each row. Idefics3 and SmolVLM have a row each already,
+    which TRL would cut once more where a batch has as many images as rows."""
+    pixels = batch.get("pixel_values")
+    if pixels is not None and pixels.ndim == 5 and "image_sizes" not in batch:  # which LLaVA-NeXT has
+        return batch
+    return split_pixel_values_by_grid(batch)
 
 
 def sequence_lengths(batch: dict[str, Any]) -> list[int]:

@@ -219,7 +219,6 @@ def _distillation_trainer(args: ScriptArguments, config: VAOPDConfig, parts: dic
 def _grpo_trainer(args: ScriptArguments, config: VAOPDConfig, parts: dict[str, Any]) -> "Trainer":
     from trl import GRPOConfig
 
-    from ._trl import send_names_of_files
     from .baselines import ResumableGRPOTrainer
     from .checks import ban_tokens
     from .engine import VLLMRollouts
@@ -241,7 +240,6 @@ def _grpo_trainer(args: ScriptArguments, config: VAOPDConfig, parts: dict[str, A
     )
     # TRL loads the KL reference by the name of the student, with its dtype and attention
     trainer = ResumableGRPOTrainer(args=on_one_gpu(grpo), reward_funcs=[reward_of(args)], **parts)
-    send_names_of_files(trainer)
     if config.use_vllm:
         VLLMRollouts(trainer.vllm_generation)  # replaces its generate and sync_weights
     return trainer

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import checks, objective, siblings
-from ._trl import AdapterSync, EpochSampler, WholeBatches, seed_rollouts, send_names_of_files
+from ._trl import AdapterSync, EpochSampler, WholeBatches, prepare_rollouts
 from .checkpoints import LoadsWeights
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
@@ -98,12 +98,12 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         exact_frequencies(self.model, self.teacher_model)
         self.vocab_size = len(tokenizer)
         self.banned_ids = checks.banned_ids(processing_class, self.model.config)
+        checks.check_logits(self)
         self.last_rollouts: dict[str, Any] = {}
         self._kl_sums: torch.Tensor | None = None
         self.teacher = ServedTeacher(self) if args.teacher_server else Teacher(self)
         self.engine = VLLMRollouts(self.vllm_generation) if self.use_vllm else None
-        seed_rollouts(self)
-        send_names_of_files(self)
+        prepare_rollouts(self)
         if args.doctor_steps:
             self.add_callback(DoctorCallback(args.doctor_steps))
 

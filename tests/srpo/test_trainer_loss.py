@@ -8,6 +8,17 @@ import pytest
 import torch
 from srpo_trainers import ROUTED, always, assert_same_step, mixed_reward, policy, reference_loss, step
 from torch.utils._pytree import tree_map
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    HunYuanDenseV1Config,
+    Mamba2Config,
+    ModernBertDecoderConfig,
+    PhiConfig,
+    RwkvConfig,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from srpo import SRPOTrainer, lm_head, objective
@@ -99,6 +110,66 @@ def test_loss_and_gradients_against_float64(make, fixed, routing, beta, temperat
     move_teacher(trainer)
     loss, gradients = step(trainer)
     assert_step_is(trainer, reference_loss(trainer, routing, beta, temperature), loss, gradients)
+
+
+def of_family(config, tokenizer, **settings):
+    """A tiny random policy of another family; of its settings those that the family has."""
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n_layer": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+        "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None,
+        **settings,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**{k: v for k, v in sizes.items() if hasattr(config(), k)}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        model.get_output_embeddings().weight.mul_(6.0)
+    return model, tokenizer
+
+
+UNEVEN = [{"prompt": [{"role": "user", "content": "Q" + "?" * (1 + 5 * i)}], "answer": i} for i in range(4)]
+NO_DROPOUT = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (GPT2Config, {**NO_DROPOUT, "n_head": 4}),  # absolute positions
+        (HunYuanDenseV1Config, {}),  # queries and keys are scaled after the rotation
+        (Gemma2Config, {"final_logit_softcapping": 5.0, "sliding_window": 8}),
+        (GraniteConfig, {"logits_scaling": 4.0}),
+        (PhiConfig, {"partial_rotary_factor": 0.5, "head_dim": None}),  # a head with biases
+        (Mamba2Config, {"state_size": 8, "num_heads": 8, "n_groups": 2, "chunk_size": 8}),
+    ],
+)
+def test_families_against_float64(make, fixed, config, settings):
+    trainer = make(data=UNEVEN, model=of_family(config, policy()[1], **settings))
+    move_teacher(trainer)
+    loss, gradients = step(trainer)
+    trainer.model.eval()
+    reference = reference_loss(trainer, "srpo", beta=1.0)
+    assert loss == pytest.approx(reference.item(), rel=1e-4)
+    expected = torch.autograd.grad(reference, [*trainer.model.parameters()], allow_unused=True)
+    for (name, _), gradient in zip(trainer.model.named_parameters(), expected, strict=True):
+        if gradient is not None and gradient.norm() > 1e-6:
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=2e-5)
+
+
+def test_a_head_that_is_more_than_its_weight_is_refused(make):
+    ids = {"bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 2}
+    parts = of_family(ModernBertDecoderConfig, policy()[1], local_attention=8, **ids)
+    for routing in ("srpo", "grpo"):
+        with pytest.raises(ValueError, match="logits of ModernBertDecoderForCausalLM are not the product"):
+            make(model=parts, routing=routing)
+
+
+def test_rows_that_depend_on_their_padding_are_warned_of(make, warned):
+    make(routing="grpo")
+    assert not warned("depend on the padding")
+    make(routing="grpo", model=of_family(RwkvConfig, policy()[1], attention_hidden_size=32))
+    assert warned("RwkvForCausalLM depend on the padding") == 1
 
 
 @pytest.mark.parametrize(
@@ -219,6 +290,7 @@ def test_bf16_reaches_student_teacher_and_heads(make, fixed, monkeypatch, bf16):
     monkeypatch.setattr(lm_head, "project", record)
     monkeypatch.setattr(lm_head.ChunkedLogProbFunction, "apply", autocast)
     trainer = make(bf16=bf16)
+    seen.clear()  # of `check_logps`
     for name, model in (("student", trainer.model), ("teacher", trainer.teacher.model)):
         layer = model.model.layers[0].mlp.down_proj
         layer.register_forward_hook(lambda m, a, out, name=name: seen.add((name, out.dtype)))

@@ -27,6 +27,19 @@ def test_wrong_settings_are_one_clear_sentence(make, field, value, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_model_that_is_not_its_kl_reference_is_refused(make, tmp_path):
+    """TRL loads the reference from where the model was first loaded, which may hold other weights."""
+    model, tokenizer = policy()
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+    make(model=(model, tokenizer), routing="grpo", beta=0.1)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    with pytest.raises(ValueError, match=r"is not this model \(model.norm.weight differs\): save the model"):
+        make(model=(model, tokenizer), routing="grpo", beta=0.1)
+    make(model=(model, tokenizer), routing="grpo")
+
+
 def test_another_configuration_and_an_iterable_data_set_are_one_clear_sentence(make, tmp_path):
     model, tokenizer = policy()
     plain = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)

@@ -55,6 +55,18 @@ def test_the_average_follows_the_policy_by_hand(make, fixed):
     assert not torch.equal(history[1]["model.norm.weight"], start["model.norm.weight"])
 
 
+def test_the_average_follows_layers_that_are_trained_in_turn(make):
+    """As a callback does it that freezes a layer again."""
+    model, _ = policy()
+    average = SelfTeacher(model, make().accelerator, rate=0.5)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    average.update(model)
+    model.model.norm.requires_grad_(False)
+    average.update(model)
+    torch.testing.assert_close(average.average["model.norm.weight"], model.model.norm.weight - 0.25)
+
+
 def test_the_distance_is_relative_to_the_policy(make):
     model, _ = policy()
     average = SelfTeacher(model, make().accelerator, rate=0.5)

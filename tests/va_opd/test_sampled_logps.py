@@ -81,3 +81,11 @@ def test_sampled_logps_carry_no_gradient():
     weight = torch.randn(9, 6, requires_grad=True)
     logps = objective.sampled_logps(hidden, weight, torch.zeros(4, dtype=torch.long))
     assert not logps.requires_grad
+
+
+def test_whole_logits_of_half_precision_are_multiplied_in_float32():
+    """As of a teacher in bfloat16, in a loss of one's own."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 24).bfloat16(), torch.randn(53, 24).bfloat16()
+    logits = objective.head_logits(hidden, weight, None, 1.0, None)
+    torch.testing.assert_close(logits, hidden.float() @ weight.float().T)

@@ -363,12 +363,13 @@ def test_padding_does_not_change_the_step(make, monkeypatch, multiple):
     assert widths == {0}
 
 
-def soon_ending(student, teacher, processor):
+def soon_ending(trainer):
     """Drawn rollouts end early; the loss does not call the head."""
-    boost = torch.zeros(student.get_output_embeddings().weight.size(0))
-    boost[processor.tokenizer.eos_token_id] = 3.0
-    student.get_output_embeddings().register_forward_hook(lambda m, a, out: out + boost)
-    return student, teacher, processor
+    head = trainer.model.get_output_embeddings()
+    boost = torch.zeros(head.weight.size(0))
+    boost[trainer.processing_class.tokenizer.eos_token_id] = 3.0
+    head.register_forward_hook(lambda m, a, out: out + boost)
+    return trainer
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -378,10 +379,10 @@ def test_a_tokenizer_that_pads_with_its_end_of_sequence_gives_the_same_step(make
         fixed_rollouts(monkeypatch)
     steps = []
     for same in (False, True):
-        student, teacher, processor = soon_ending(*models())
+        student, teacher, processor = models()
         if same:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-        trainer = make(parts=(student, teacher, processor))
+        trainer = soon_ending(make(parts=(student, teacher, processor)))
         assert (processor.tokenizer.pad_token_id == processor.tokenizer.eos_token_id) is same
         steps.append(step(trainer))
     masks = [micro[0]["completion_mask"] for *_, micro in steps]
@@ -390,8 +391,8 @@ def test_a_tokenizer_that_pads_with_its_end_of_sequence_gives_the_same_step(make
 
 
 def test_a_rollout_counts_to_its_first_end_of_sequence_and_a_truncated_one_whole(make):
-    parts = soon_ending(*models())
-    (batch,), end = step(make(parts=parts))[2], parts[2].tokenizer.eos_token_id
+    trainer = soon_ending(make())
+    (batch,), end = step(trainer)[2], trainer.processing_class.tokenizer.eos_token_id
     masks = batch["completion_mask"].bool()
     rollouts = [ids[mask].tolist() for ids, mask in zip(batch["completion_ids"], masks, strict=True)]
     assert {rollout[-1] == end for rollout in rollouts} == {True, False}

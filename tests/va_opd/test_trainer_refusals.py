@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from datasets import Image as ImageColumn
 from PIL import Image
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Cohere2Config, Gemma2Config, GraniteConfig, Qwen3Config, Qwen3ForCausalLM
 from trl import DistillationConfig, DistillationTrainer
 from va_opd_trainers import image, image_rows, mixed_rows, models, prompt, step, text_config
 
@@ -473,3 +473,24 @@ def test_a_teacher_with_nan_is_one_clear_sentence(make):
         teacher.get_output_embeddings().weight[7] = float("nan")
     with pytest.raises(ValueError, match="teacher log-probability of rollout 0, token 0 is not finite"):
         step(make(parts=(student, teacher, processor)))
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (GraniteConfig, {"logits_scaling": 4.0}),
+        (Cohere2Config, {"logit_scale": 0.25}),
+        (Gemma2Config, {"final_logit_softcapping": 5.0}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_family_whose_forward_leaves_out_a_scale_or_cap_of_its_logits_is_refused(make, config, settings, dtype):
+    """As LLaVA-NeXT does around Granite, Aya Vision around Cohere, PaliGemma around Gemma 2."""
+    student, teacher, processor = models("llava")
+    text = config(**text_config(student.config.text_config.vocab_size, hidden=32, layers=2), **settings)
+    torch.manual_seed(0)
+    student = type(student)(type(student.config)(**{**student.config.to_dict(), "text_config": text}))
+    with torch.no_grad():
+        student.lm_head.weight.mul_(20.0)
+    with pytest.raises(ValueError, match="logits of LlavaForConditionalGeneration are not the product of its last"):
+        make(parts=(student.to(dtype), teacher, processor))

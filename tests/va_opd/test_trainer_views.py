@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from va_opd_trainers import (
     FAMILIES,
+    assert_same_step,
     fixed_rollouts,
     image,
     image_rows,
@@ -226,6 +227,20 @@ def test_siblings_share_a_degraded_image(make, monkeypatch):
     monkeypatch.setattr(processor, "__call__", counted)
     step(trainer)
     assert len(calls) == 2 and processed == [2]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_as_many_images_as_rows_in_a_batch_stay_with_their_rows(make, monkeypatch, family):
+    """Two for every other prompt. Micro-batches order and cut the rows."""
+    fixed_rollouts(monkeypatch)
+    rows = [{"prompt": prompt(i), "images": [image(2 * i), image(2 * i + 1)][: 2 - i % 3 * 2]} for i in (0, 1, 3, 4)]
+    assert [len(row["images"]) for row in rows] == [2, 0, 2, 0]
+    settings = {"family": family, "rows": rows, "shuffle_dataset": False, "weighting": "none"}
+    whole, cut = (
+        step(make(**settings)),
+        step(make(**settings, per_device_train_batch_size=2, gradient_accumulation_steps=4)),
+    )
+    assert_same_step(whole, cut, gradient_tolerance=1e-5)
 
 
 def test_all_images_of_a_row_are_pixelated(make, monkeypatch):
