@@ -317,8 +317,8 @@ def whole_step(options: argparse.Namespace, folder: str, prompt: int, response: 
     turn."""
     trainer = build(folder, options, prompt, None, response=response)
     steps: dict[str, list[dict[str, float]]] = {"va": [], "none": []}
-    # The first warms up; with --real, where a step is half a minute, other works have done so
-    for repeat in range(1, 2) if options.real else range(options.repeats + 1):
+    # The first warms up; with --real a step takes half a minute
+    for repeat in range(2 if options.real else options.repeats + 1):
         for weighting, found in steps.items():
             trainer.args.weighting, trainer.args.measure_va = weighting, weighting == "va"
             trainer._step = 0

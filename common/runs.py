@@ -33,7 +33,8 @@ COMPLETE = "complete.json"  # in a checkpoint: the size of each of its files; fa
 UNFINISHED = "it was not saved to its end"
 WEIGHTS = "*model*.safetensors"  # of a model or an adapter, in its folder
 BLOCKS, BLOCK_BYTES = 64, 1 << 16  # parts of a weights file that tell it from another: how many, and their size
-# Files beside a model's weights that determine its answers; none that differs between equal trainings
+# Files beside a model's weights that determine its answers; none that differs between equal trainings, but for the
+# order of modules in adapter_config.json: PEFT writes a set, whose order depends on PYTHONHASHSEED
 DECIDING = (
     "config.json", "adapter_config.json", "*token*", "vocab*", "merges.txt", "*.model", "chat_template*",
     "*processor_config.json",

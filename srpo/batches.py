@@ -24,25 +24,22 @@ class SortsByLength:
     # What TRL logs as the mean over micro-batches of a mean over tokens; the ratios, with one a token only
     _token_means: ClassVar = ("entropy", "kl")
     _ratio_means: ClassVar = (*(f"clip_ratio/{kind}_mean" for kind in ("low", "high", "region")), "cispo_clip_ratio")
-    _token_shares: Sequence[float] = ()  # by micro-batch: its tokens over their mean in its update
+    _token_shares: Sequence[float] = (1.0,)  # by micro-batch: its tokens over their mean in its update
 
     def _prepare_inputs(self: Any, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is before:
             return inputs
-        self._token_shares = ()
-        if not self._is_sum_over_rows():
-            return inputs
         parts = self.args.steps_per_generation
         size = math.gcd(parts, self.args.gradient_accumulation_steps)  # so many are never of two updates
-        if "pixel_values" not in inputs:
+        if self._is_sum_over_rows() and "pixel_values" not in inputs:
             updates = [joined(self._buffered_inputs[start : start + size]) for start in range(0, parts, size)]
             self._buffered_inputs = [batch for update in updates for batch in length_sorted(update, size)]
         # On all ranks, of which some may have images
         tokens = torch.stack([loss_mask(batch).sum() for batch in self._buffered_inputs]).float()
         tokens = self.accelerator.reduce(tokens, "sum").view(-1, size)
-        self._token_shares = (tokens / tokens.mean(1, keepdim=True).clamp(min=1)).flatten().tolist()
+        self._token_shares = (tokens / tokens.mean(1, keepdim=True).clamp(min=1 / size)).flatten().tolist()
         return self._buffered_inputs[self._step % parts]
 
     def _is_sum_over_rows(self: Any) -> bool:
@@ -58,12 +55,13 @@ class SortsByLength:
     def _compute_loss(self: Any, model, inputs):
         """TRL's. What it logs as a mean over tokens becomes one of the whole update: micro-batches of long rollouts
         have more of them."""
+        ratios = self._ratio_means if self.importance_sampling_level == "token" else ()
+        metrics = self._metrics["train"]
+        before = {name: len(metrics.get(name, ())) for name in (*self._token_means, *ratios)}
         loss = super()._compute_loss(model, inputs)
-        if self.model.training and self._token_shares:
-            share = self._token_shares[self._step % len(self._token_shares)]
-            ratios = self._ratio_means if self.importance_sampling_level == "token" else ()
-            for name in {*self._token_means, *ratios} & self._metrics["train"].keys():
-                self._metrics["train"][name][-1] *= share
+        for name, count in before.items():
+            if len(metrics.get(name, ())) > count:  # not so in evaluation, or where only a reward logs under the name
+                metrics[name][-1] *= self._token_shares[self._step % len(self._token_shares)]
         return loss
 
     def _get_per_token_logps_and_entropies(

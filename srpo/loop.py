@@ -7,8 +7,8 @@
 
 Each step is a command of its own that is printed before it runs and does nothing when its result is there already:
 started again after a kill, the experiment goes on. With `--drop_evaluated true` each run is evaluated before the next
-one trains, and the disk has to hold one run's checkpoints only. Other `--field value` pairs are passed on to every
-command; `python -m srpo.train --help` explains the fields.
+one trains, and the disk has to hold all checkpoints of one run only, of the others the last. Other `--field value`
+pairs are passed on to every command; `python -m srpo.train --help` explains the fields.
 """
 
 import argparse

@@ -27,6 +27,7 @@ from benchmarks import (
 from benchmarks.machine import in_own_process, unless_out_of_memory
 from common.evaluation import Completion
 from common.tiny import char_tokenizer
+from va_opd.teacher import Teacher
 
 STEP = argparse.Namespace(
     hidden=64, layers=2, vocabulary=128, real=None, kinds=srpo_step.PAIR, rollouts=8, prompt=8, response=8,
@@ -134,6 +135,24 @@ def test_trls_way_is_one_forward_of_all_rows_a_view(tmp_path):
     assert counted[va_opd_scoring.TRL]["tokens"] == counted[va_opd_scoring.ALONE]["tokens"] == 8 * width
     assert list(found["ratio"]) == [va_opd_scoring.TRL, va_opd_scoring.ALONE]
     assert found["largest_difference_in_logps"] < 1e-5
+
+
+def test_a_whole_step_of_plain_opd_has_one_view_and_no_log_probabilities(tmp_path, monkeypatch):
+    scored, views, score, logps = [], [], Teacher.score, va_opd_scoring.sampled_logps
+
+    def noted(self, given, *others):
+        views.append(len(given))
+        return score(self, given, *others)
+
+    monkeypatch.setattr(Teacher, "score", noted)
+    monkeypatch.setattr("va_opd.teacher.sampled_logps", lambda *given: scored.append(len(views)) or logps(*given))
+    found = va_opd_scoring.whole_step(options(), str(tmp_path), 16, 4)
+    assert views == [2, 1, 2, 1] and set(scored) == {1, 3}  # a pair to warm up, and the measured one
+    (va,), (plain,) = found["steps"]["va"], found["steps"]["none"]
+    assert found["va_over_opd"]["median"] == va["step"] / plain["step"] - 1
+    ((work, _, ours, theirs, *_),) = tables.va_opd_scoring({"whole step, size 1/1": found})
+    seconds = [va["step"], plain["step"]]
+    assert work == "VA-OPD's whole step, size 1/1, s" and [float(ours), float(theirs)] == pytest.approx(seconds, 0.1)
 
 
 def entry(*ways: str) -> dict:

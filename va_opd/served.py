@@ -139,7 +139,7 @@ class ServedTeacher:
         trainer, measure = self.trainer, self.trainer.args.measure_va
         both = measure or self.local is not None  # whose comparison with the server is one of both views
         with trainer._timed("degraded_images"):
-            urls = self._image_urls(batch, images, num_generations)
+            urls = self._image_urls(batch, images, num_generations, both)
         everything = range(len(images))
         with trainer._timed("teacher"):
             scores = self._scores(batch, images, urls, everything, self.top_k)
@@ -153,9 +153,11 @@ class ServedTeacher:
             ]
             trainer._record("va/null", max(gaps).item())
         degraded = list(true)
-        with trainer._timed("teacher_degraded"):
-            rows = [row for row in everything if images[row] and both]
-            for row, (_, logps) in zip(rows, self._scores(batch, images, urls, rows, 0, degraded=True), strict=True):
+        if both:
+            rows = [row for row in everything if images[row]]
+            with trainer._timed("teacher_degraded"):
+                scores_degraded = self._scores(batch, images, urls, rows, 0, degraded=True)
+            for row, (_, logps) in zip(rows, scores_degraded, strict=True):
                 degraded[row] = logps[:, 0]
         if self.local is not None:
             self._check_parity(batch, images, has_image, num_generations, true, degraded)
@@ -178,7 +180,7 @@ class ServedTeacher:
         self,
         batch: dict[str, Any],
         images: list[list[Any]],
-        urls: list[list[tuple[str, str]]],
+        urls: list[list[tuple[str, ...]]],
         rows: Sequence[int],
         top_k: int,
         degraded: bool = False,
@@ -201,25 +203,26 @@ class ServedTeacher:
         ]
 
     def _image_urls(
-        self, batch: dict[str, Any], images: list[list[Any]], num_generations: int
-    ) -> list[list[tuple[str, str]]]:
-        """The true and the degraded view of each image as a PNG, at the size at which the model sees it: the server
-        then has nothing to resize."""
+        self, batch: dict[str, Any], images: list[list[Any]], num_generations: int, both: bool
+    ) -> list[list[tuple[str, ...]]]:
+        """The true and, with `both`, the degraded view of each image as a PNG, at the size at which the model sees it:
+        the server then has nothing to resize."""
         trainer, args = self.trainer, self.trainer.args
         processor = getattr(trainer.processing_class, "image_processor", None)
         resample, flat = getattr(processor, "resample", None), [image for row in images for image in row]
         groups = trainer._prompt_numbers(len(images), num_generations)
         keys, sizes = image_keys(images, groups), model_sizes(processor, batch, len(flat))
-        urls: dict[tuple[int, int], tuple[str, str]] = {}
+        urls: dict[tuple[int, int], tuple[str, ...]] = {}
         for key, image, size in zip(keys, flat, sizes, strict=True):
             if key in urls:
                 continue
-            early = size if args.pixelate_at == "model" else None
-            low = degrade(image, early, args.degradation_ratio, resample)
-            trainer._record("va/cells", math.prod(objective.cells(low.size, args.degradation_ratio)))
+            views = [image]
+            if both:
+                early = size if args.pixelate_at == "model" else None
+                views.append(degrade(image, early, args.degradation_ratio, resample))
+                trainer._record("va/cells", math.prod(objective.cells(views[1].size, args.degradation_ratio)))
             # A ratio of 1 brings an image to its size and leaves it as it is
-            true, degraded = degrade(image, size, 1.0, resample), degrade(low, size, 1.0, resample)
-            urls[key] = png_url(true), png_url(degraded)
+            urls[key] = tuple(png_url(degrade(view, size, 1.0, resample)) for view in views)
         return [[urls[group, i] for i in range(len(row))] for group, row in zip(groups, images, strict=True)]
 
     def _check_parity(

@@ -16,6 +16,7 @@ from r_diverse import PhaseTrainer, SolverConfig
 from r_diverse.batches import joined, length_sorted, real_columns
 
 LENGTHS = (40, 3, 5, 4, 9, 2, 6, 5, 31, 3, 4, 2, 7, 8, 2, 3)  # of one generation batch: 2 updates of 4 micro-batches
+EIGHT = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "steps_per_generation": 16}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,11 @@ def mixture(tokenizer) -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(config)
 
 
-def trained(kind, folder, monkeypatch, experts=False, **options):
+def some_reward(completions, **columns) -> list[float]:
+    return [float(i % 3) for i in range(len(completions))]
+
+
+def trained(kind, folder, monkeypatch, experts=False, reward=some_reward, **options):
     """A trainer after one generation batch of `LENGTHS`, and the (rows, columns) of each forward of its policy and of
     the KL reference."""
     model, tokenizer = tiny_qwen3(hidden=32)
@@ -80,7 +85,11 @@ def trained(kind, folder, monkeypatch, experts=False, **options):
     model = type(model).from_pretrained(folder / "base")
     generator = torch.Generator().manual_seed(0)
     ids = [[*torch.randint(10, 100, (n - 1,), generator=generator).tolist(), tokenizer.eos_token_id] for n in LENGTHS]
-    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, *args, **kwargs: (ids, None))
+
+    def generate(self, *args, **kwargs):
+        return [row[: self.max_completion_length] for row in ids], None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
     settings |= {"num_generations": 4, "max_steps": 2, "max_completion_length": 40, "learning_rate": 1e-3}
     settings |= {"beta": 0.1, "weight_decay": 0.0, "adam_epsilon": 1.0}  # a step is linear in the gradient, or nearly
@@ -91,7 +100,7 @@ def trained(kind, folder, monkeypatch, experts=False, **options):
     rows = Dataset.from_list([{"prompt": f"{'1' * (7 * i)}+{i}="} for i in range(4)])
     trainer = kind(
         model,
-        lambda completions, **columns: [float(i % 3) for i in range(len(completions))],
+        reward,
         config,
         train_dataset=rows,
         processing_class=tokenizer,
@@ -134,10 +143,18 @@ def test_the_update_is_trls(tmp_path, monkeypatch, options):
         assert not rows or area(shapes[name]) < area(rows)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_what_is_logged_is_a_mean_over_the_tokens_of_the_update(tmp_path, monkeypatch, level):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"importance_sampling_level": "sequence"},
+        {"entropy_coef": 1e-9},  # with which micro-batches stay as they were drawn
+    ],
+    ids=str,
+)
+def test_what_is_logged_is_a_mean_over_the_tokens_of_the_update(tmp_path, monkeypatch, more):
     """Not over micro-batches, of which the first has most tokens; as TRL logs it of an update in one micro-batch."""
-    options = {"num_iterations": 2, "max_steps": 4, "epsilon": 1e-6, "importance_sampling_level": level}
+    options = {"num_iterations": 2, "max_steps": 4, "epsilon": 1e-6, **more}
     ours, _, _ = trained(PhaseTrainer, tmp_path, monkeypatch, **options)
     whole = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "steps_per_generation": 2}
     theirs, _, _ = trained(GRPOTrainer, tmp_path, monkeypatch, **options, **whole)
@@ -145,6 +162,27 @@ def test_what_is_logged_is_a_mean_over_the_tokens_of_the_update(tmp_path, monkey
     found, expected = ([[line[n] for n in names] for line in t.state.log_history[:4]] for t in (ours, theirs))
     assert np.array(expected)[-1].min() > 0
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_an_update_with_fewer_tokens_than_micro_batches_logs_their_mean(tmp_path, monkeypatch):
+    """All rollouts but those of two tokens are truncated and masked: six tokens in two updates of eight."""
+    options = {"mask_truncated_completions": True, "max_completion_length": 2, "max_steps": 2}
+    ours, _, _ = trained(PhaseTrainer, tmp_path, monkeypatch, **options, **EIGHT)
+    whole = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "steps_per_generation": 2}
+    theirs, _, _ = trained(GRPOTrainer, tmp_path, monkeypatch, **options, **whole)
+    found, expected = ([line["entropy"] for line in t.state.log_history[:2]] for t in (ours, theirs))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_reward_may_log_a_figure_under_a_name_of_trl(tmp_path, monkeypatch):
+    """Which TRL itself does not log here, as without a KL there is no `kl`."""
+
+    def reward(completions, log_metric, **columns):
+        log_metric("kl", 0.7)
+        return some_reward(completions)
+
+    trainer, _, _ = trained(PhaseTrainer, tmp_path, monkeypatch, reward=reward, beta=0.0)
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(0.7)
 
 
 def test_rows_with_images_go_to_trl_as_they_are(monkeypatch):

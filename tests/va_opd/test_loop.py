@@ -3,10 +3,12 @@
 import importlib
 import itertools
 import json
+import re
 from pathlib import Path
 
 import forks
 
+from common.runs import read_jsonl
 from va_opd import loop, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,3 +96,13 @@ def test_an_unknown_benchmark_stops_the_experiment_at_its_start(config, capsys, 
     assert loop.main(["--config", str(config), "--benchmarks", "mmstar,mathvista2"]) == 2
     assert "unknown benchmarks mathvista2; choose among" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_plain_opd_runs_end_to_end_as_the_readme_says(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "run_stages", in_this_process)
+    (words,) = set(re.findall(r"--variants opd [^`]*false", (ROOT / "va_opd/README.md").read_text()))
+    assert loop.main(["--config", str(config), *words.split()]) == 0
+    experiment = tmp_path / "runs/va_opd/small"
+    logged = {name for line in read_jsonl(experiment / "opd-seed0/metrics.jsonl") for name in line}
+    assert "loss" in logged and not [name for name in logged if name.startswith(("va/", "kl/"))]
+    assert "| Standard OPD |" in (experiment / "report.md").read_text()

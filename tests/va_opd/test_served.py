@@ -323,8 +323,11 @@ def test_without_measuring_va_only_true_views_are_sent(make, teacher_server, mon
     measured = tests.step(make(weighting="none"))
     sent = len(teacher_server.requests)
     teacher_server.requests.clear()
-    tests.assert_same_step(tests.step(make(weighting="none", measure_va=False)), measured)
+    trainer = make(weighting="none", measure_va=False)
+    tests.assert_same_step(tests.step(trainer), measured)
     assert (sent, len(teacher_server.requests)) == (16, 8)
+    logged = {name for name in trainer._metrics["train"] if name.startswith(("va/", "kl/")) or "degraded" in name}
+    assert logged == {"time/degraded_images"}  # of the PNGs of the true ones
 
 
 def test_the_comparison_with_a_local_teacher_has_both_views_all_the_same(make, parts, teacher_server, monkeypatch):
