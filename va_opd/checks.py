@@ -397,7 +397,8 @@ def check_logits(trainer) -> None:
         own = model(input_ids=ids, use_cache=False).logits[0].float()
         logits = lm_head(model).whole_logits(backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
     model.train(training)
-    exact = trainer.accelerator.mixed_precision == "no" and model.dtype == torch.float32
+    # A GPU may multiply float32 as TF32
+    exact = trainer.accelerator.mixed_precision == "no" and model.dtype == torch.float32 and model.device.type == "cpu"
     gap, size = (logits - own).abs().max().item(), own.abs().max().item()
     if not gap <= size * (1e-4 if exact else 0.02):  # a soft cap of 30 changes a logit of 10 by 0.04 of its size
         raise ValueError(
