@@ -82,10 +82,14 @@ def answer_of(response: str, run: RDiverseConfig) -> str | None:
 def label_reward(completions, answer=None, log_metric=None, **columns) -> list[float]:
     """The Solver's reward: 1 for a response that gives the label, else 0.
 
-    `math_reward` gives None where it cannot read the gold answer. Here that is the label, the majority's answer even
-    if unreadable: any other text is wrong, as in the vote, and None beside 1 would leave the group without a gradient.
+    As in the vote, two answers are equal in either direction: the label may be a form such as "a+b=42", whose part 42
+    most of the majority gave. And where `math_reward` cannot read the gold answer it gives None, here 0: any other
+    text than such a label is wrong, and None beside 1 would leave the group without a gradient.
     """
-    return [reward or 0.0 for reward in math_reward(completions, answer, log_metric, **columns)]
+    forward = math_reward(completions, answer, log_metric, **columns)
+    own = [extract_answer(completion_text(completion)) for completion in completions]
+    back = math_reward([f"\\boxed{{{label}}}" for label in answer], own)
+    return [float(1.0 in pair) for pair in zip(forward, back, strict=True)]
 
 
 def boxed_reward(completions, answer=None, log_metric=None, **columns) -> list[float]:

@@ -10,6 +10,17 @@ from typing import NamedTuple, Protocol
 logger = logging.getLogger(__name__)
 
 CODER = "Qwen/Qwen2.5-Coder-7B-Instruct"
+# Settings that a model may declare for its own generation, off here: the paper's coder is plainly greedy
+UNDECLARED = {
+    **dict.fromkeys(("temperature", "top_p", "top_k", "min_new_tokens", "max_time", "guidance_scale")),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    "prompt_lookup_num_tokens": None,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "num_beams": 1,
+}
 
 
 class Generation(NamedTuple):
@@ -70,14 +81,11 @@ class LocalCoderEngine:
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,  # some models declare another one
             stop_strings=[stop],
             tokenizer=self.tokenizer,
             eos_token_id=self._stops,
             pad_token_id=self.tokenizer.pad_token_id,
+            **UNDECLARED,
         )
         return output[:, inputs["input_ids"].size(1) :].tolist()
 

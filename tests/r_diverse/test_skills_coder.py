@@ -147,11 +147,25 @@ def test_a_turn_ends_at_all_that_model_and_tokenizer_declare(tokenizer):
         assert engine._stops == sorted(ends | {tokenizer.eos_token_id})
 
 
-def test_a_penalty_that_a_model_declares_is_not_applied(tokenizer):
-    engine = LocalCoderEngine(causal_lm(tokenizer), tokenizer, name="tiny")
-    plain = engine.generate([[1, 2, 3]], 20, "</CODE>")
-    engine.model.generation_config.repetition_penalty = 100.0
-    assert engine.generate([[1, 2, 3]], 20, "</CODE>") == plain
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 100.0),
+        ("no_repeat_ngram_size", 1),
+        ("num_beams", 4),
+        ("min_new_tokens", 60),
+        ("suppress_tokens", "first"),
+        ("begin_suppress_tokens", "first"),
+    ],
+)
+def test_what_a_model_declares_for_its_own_generation_is_not_applied(tokenizer, name, value):
+    model = causal_lm(tokenizer)
+    engine = LocalCoderEngine(model, tokenizer, name="tiny")
+    own = engine._batch([[1, 2, 3]], 20, "</CODE>")[0]
+    engine._stops = sorted({*engine._stops, own[9]})  # an end that min_new_tokens would forbid
+    plain = engine._batch([[1, 2, 3]], 20, "</CODE>")
+    setattr(model.generation_config, name, [own[0]] if value == "first" else value)
+    assert engine._batch([[1, 2, 3]], 20, "</CODE>") == plain
 
 
 def test_a_local_engine_is_named_by_the_commit_of_its_model(tokenizer):

@@ -14,7 +14,7 @@ from common import models
 from common.evaluation import Completion, Decoding, Prompt
 from common.runs import read_jsonl
 from common.tiny import tiny_qwen3
-from r_diverse import MemoryBank, SkillEncoder, loop, reward, train, trainer
+from r_diverse import MemoryBank, SkillEncoder, data, loop, reward, self_consistency, train, trainer
 from r_diverse.config import PhaseConfig
 from r_diverse.questions import PLAIN_TEMPLATE
 from r_diverse.skills import Program
@@ -332,6 +332,24 @@ def test_the_solvers_reward_needs_a_box():
 
 
 @pytest.mark.parametrize("reward", [train.boxed_reward, train.label_reward])
+@pytest.mark.parametrize(
+    ("answers", "majority"),
+    [
+        (["a+b=42", "42", "42", "42", "40"], 4),
+        (["42", "a+b=42", "42", "42", "40"], 4),
+        (["\\pi r^2", "\\pi r^2", "\\pi r^2 m/s", "\\pi r", "2\\pi r"], 3),
+        (["Option B", "B", "B", "C", "A"], 3),
+        (["5", "5 or 7", "7", "6", None], 1),
+    ],
+)
+def test_the_solver_is_rewarded_for_each_answer_that_counts_as_the_label(reward, answers, majority):
+    label, share = self_consistency(answers, data.same)
+    assert share == majority / 5 and label == answers[0]
+    completions = ["" if answer is None else f"\\boxed{{{answer}}}" for answer in answers]
+    assert reward(completions, answer=[label] * 5) == [1.0] * majority + [0.0] * (5 - majority)
+
+
+@pytest.mark.parametrize("reward", [train.boxed_reward, train.label_reward])
 def test_another_answer_than_a_label_that_cannot_be_read_is_wrong(reward):
     """And not left out: the group would have one reward, 1, and no gradient."""
     completions = ["\\boxed{Na^+}", "\\boxed{7}", "\\boxed{Na^+}", "no answer"]
@@ -373,7 +391,7 @@ def test_the_iteration_of_the_readme_runs(tmp_path, monkeypatch):
     readme = (Path(train.__file__).parent / "README.md").read_text()
     code = readme.split("## On your own engines")[1].split("```python\n")[1].split("```")[0]
     quiet = {**QUIET, "use_cpu": True, "gradient_checkpointing": False, "save_strategy": "no"}
-    asked, starts = [], []
+    asked, starts, seeds = [], [], []
 
     def ask_solver(questions, seed):
         asked.append(seed)
@@ -398,6 +416,7 @@ def test_the_iteration_of_the_readme_runs(tmp_path, monkeypatch):
     def phase(*args, **kwargs):
         made = trainer.PhaseTrainer(*args, **kwargs)
         starts.append([[p.detach().clone() for p in m.parameters()] for m in (made.model, made.ref_model)])
+        seeds.append(made.args.seed)
         return made
 
     given["PhaseTrainer"] = phase
@@ -411,3 +430,4 @@ def test_the_iteration_of_the_readme_runs(tmp_path, monkeypatch):
     assert given["bank"].iterations == {1: 5, 2: 5}
     assert {row["answer"] for row in given["bank"].sample(10, seed=0)} == {"1"}
     assert asked[-1] == 2
+    assert seeds == [1, 1, 2, 2]  # with one seed, models that hardly differ would draw the same rollouts again
