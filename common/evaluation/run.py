@@ -228,7 +228,7 @@ def _generate(
     done: set[tuple[str, int]],
     keep_refused: bool,
 ) -> None:
-    prompts = [Prompt(rows[key]["prompt"], _opened(rows[key].get("images") or ())) for key, _ in part]
+    prompts = [Prompt(rows[key]["prompt"], _opened(rows[key].get("images") or (), key)) for key, _ in part]
     seeds = [_sample_seed(seed, key, sample) for key, sample in part]
     completions, records = engine.generate(prompts, decoding, seeds), []
     for (key, sample), completion in zip(part, completions, strict=True):
@@ -248,12 +248,21 @@ def _generate(
         )
 
 
-def _opened(images: Sequence[Any]) -> list[Any]:
+def _opened(images: Sequence[Any], key: str) -> list[Any]:
     """PIL images in RGB, with alpha dropped as in the data of training: vLLM and transformers 5.23's processors put
-    white behind transparent pixels, and PNG, in which a server gets images, has no CMYK."""
+    white behind transparent pixels, and PNG, in which a server gets images, has no CMYK.
+
+    Raises `ValueError` for an image of more than 8 bits, which names the question.
+    """
     from datasets import Image
 
-    opened = (Image().decode_example(image) if isinstance(image, dict) else image for image in images)
+    opened = [Image().decode_example(image) if isinstance(image, dict) else image for image in images]
+    for image in opened:
+        if (image.mode in ("I", "F") or image.mode.startswith("I;16")) and (highest := image.getextrema()[1]) > 255:
+            raise ValueError(
+                f"question {key} has an image of mode {image.mode} and values up to {highest:g}, of which all above "
+                "255 would turn white: scale it to 8 bits in the data"
+            )
     return [image.convert("RGB") for image in opened]
 
 

@@ -1,11 +1,14 @@
 """Generation by transformers, with rows that leave and join one batch."""
 
 import functools
+import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch.nn.functional import pad
 
 from .engines import Completion, Decoding, Prompt, never_sampled, stop_ids
@@ -37,13 +40,22 @@ class _Work:
     decoding: Decoding
 
 
+@dataclass(frozen=True)
+class _Greedy:
+    """The first token of a greedy answer, and the logits (2, V) of its first two."""
+
+    token: torch.Tensor
+    logits: torch.Tensor
+
+
 class TransformersEngine:
     """Generates with `model.generate`, `batch_size` prompts at once, longest prompts first.
 
     After every 32 tokens the rows that have stopped leave the batch and the next prompts take their places, so that
     the work follows the tokens that are kept and not the longest response of a batch. Memory is that of `batch_size`
     rows of the longest prompt and `max_new_tokens`. Where a model's cache allows no such exchange (`is_joinable`), or
-    the positions after an image are unknown here, batches are fixed.
+    the positions after an image are unknown here, batches are fixed. Where the rows of a batch would change each other
+    (see `_shared_length`), a batch is one prompt.
 
     Each prompt is sampled by its own seed: up to rounding, the other prompts and `batch_size` change nothing.
     `chat_template_kwargs` go to the chat template, such as `enable_thinking`.
@@ -60,6 +72,7 @@ class TransformersEngine:
         self.name = model.name_or_path
         self.stops = stop_ids(model.generation_config.eos_token_id, self.tokenizer)
         self.banned = never_sampled(processor, model.config)  # once: it reads the whole vocabulary
+        self.said = False  # why prompts are answered one at a time
         # In Qwen's and GLM's vision families: what a row's images add to the positions of later tokens, as (B, 1)
         self.offsets = next((module for module in model.modules() if "rope_deltas" in vars(module)), None)
 
@@ -109,18 +122,62 @@ class TransformersEngine:
     def _fixed(self, order: list[int], work: _Work) -> Iterator[tuple[int, list[int]]]:
         """The same by batches that stay together until their last row stops."""
         for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+            rows, count = order[start : start + self.batch_size], work.decoding.max_new_tokens
             given = self._inputs(rows, work)
-            ids = self._tokens(given, rows, work, work.decoding.max_new_tokens).sequences
-            yield from zip(rows, ids[:, given["input_ids"].size(1) :].tolist(), strict=True)
+            alone = len(rows) > 1 and given["input_ids"].size(1) + count > self._shared_length
+            if alone and not self.said:
+                self.said = True
+                why = (
+                    "the frequencies of its RoPE follow the longest row" if self._shared_length else "it reads padding"
+                )
+                print(f"{self.name}: {why}, so prompts are answered one at a time", file=sys.stderr)
+            for part in [[row] for row in rows] if alone else [rows]:
+                given = self._inputs(part, work) if alone else given
+                ids = self._tokens(given, part, work, count).sequences
+                yield from zip(part, ids[:, given["input_ids"].size(1) :].tolist(), strict=True)
 
     @functools.cached_property
     def _rows_are_exchangeable(self) -> bool:
         """Whether rows can leave and join a batch, as the cache of one token shows."""
+        if self._shared_length < math.inf:
+            return False
         one = torch.zeros((1, 1), dtype=torch.long, device=self.model.device)
         given = {"input_ids": one, "attention_mask": torch.ones_like(one)}
         output = self._tokens(given, [0], _Work([""], [()], [0], Decoding()), 1)
         return is_joinable(output.get("past_key_values"))
+
+    @functools.cached_property
+    def _shared_length(self) -> float:
+        """Tokens of prompt and answer up to which rows of a batch do not change each other; 0 where they always do.
+
+        Some recurrent models read padding as text; a prompt beside a longer one shows it. bfloat16 moves logits by a
+        hundredth of their spread, padding that is read by a tenth and more. The RoPE types `dynamic` and `longrope`
+        change the frequencies of all rows when the longest one passes the length of pretraining.
+        """
+        config = self.model.config.get_text_config()
+        parameters = getattr(config, "rope_parameters", None) or {}
+        of_kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+        lengths = [
+            kind.get("original_max_position_embeddings") or config.max_position_embeddings
+            for kind in of_kinds
+            if kind.get("rope_type") in ("dynamic", "longrope")
+        ]
+        ids = self.tokenizer("What is the sum of 1 and 2?", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        padded = torch.cat([torch.full((1, 5), self.tokenizer.pad_token_id), ids[:, 5:]], 1)
+        mask = torch.ones_like(ids).repeat(2, 1)
+        mask[0, :5] = 0
+        alone, beside = self._two_tokens(ids[:, 5:], mask[1:, 5:]), self._two_tokens(torch.cat([padded, ids]), mask)
+        moved = (alone.logits - beside.logits).square().mean(-1).sqrt() / alone.logits.std(-1)
+        same = torch.equal(alone.token, beside.token)  # else the second logits follow another one, as in a near tie
+        return 0 if moved[: 1 + same].max() > 0.05 else min(lengths, default=math.inf)
+
+    def _two_tokens(self, ids: torch.Tensor, mask: torch.Tensor) -> _Greedy:
+        """What follows the first row; the cache has its part in the second."""
+        given = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+        given |= {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": None, "suppress_tokens": None}
+        options = {"do_sample": False, "use_cache": True, "output_logits": True, "return_dict_in_generate": True}
+        output = self.model.generate(**given, **options, **UNDECLARED, max_new_tokens=2)
+        return _Greedy(output.sequences[0, -2], torch.stack([step[0].float() for step in output.logits]))
 
     def _inputs(self, rows: list[int], work: _Work):
         images = [list(work.images[i]) for i in rows]
@@ -161,18 +218,30 @@ class TransformersEngine:
 
     def _render(self, prompt: Prompt) -> str:
         messages = [dict(message) for message in prompt.messages]
-        for message in messages:
-            if prompt.images and message["role"] == "user" and isinstance(message["content"], str):
-                message["content"] = [{"type": "image"}] * len(prompt.images) + [
-                    {"type": "text", "text": message["content"]}
-                ]
-                break
+        if prompt.images or self._reads_parts:
+            from trl import prepare_multimodal_messages  # seconds that `--help` need not wait
+
+            messages = prepare_multimodal_messages(messages, images=list(prompt.images))
         return self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self.template_options
         )
 
+    @functools.cached_property
+    def _reads_parts(self) -> bool:
+        """Whether a content is given to the chat template in parts, as TRL and vLLM do for vision-language models: the
+        templates of SmolVLM and LLaVA leave a plain text out. That of Phi-4-multimodal takes nothing else."""
+        if self.processor is self.tokenizer:
+            return False
+        turn = {"role": "user", "content": [{"type": "text", "text": "@question@"}]}
+        try:
+            text = self.processor.apply_chat_template([turn], tokenize=False, **self.template_options)
+        except (TemplateError, TypeError):
+            return False
+        return "@question@" in text and "'type'" not in text  # else it prints the list
+
     def _completion(self, ids: list[int]) -> Completion:
         length = next((i + 1 for i, token in enumerate(ids) if token in self.stops), None)
-        kept = ids if length is None else ids[:length]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Completion(text=text, num_tokens=len(kept), finish_reason="length" if length is None else "stop")
+        if length is None:
+            return Completion(self.tokenizer.decode(ids, skip_special_tokens=True), len(ids), "length")
+        # Without the end itself, as by vLLM: not every tokenizer marks it as special
+        return Completion(self.tokenizer.decode(ids[: length - 1], skip_special_tokens=True), length, "stop")

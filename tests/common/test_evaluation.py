@@ -247,6 +247,14 @@ def test_every_engine_is_shown_the_same_pixels(tmp_path, mode):
     assert [(picture.mode, picture.getextrema()) for picture in shown] == [("RGB", ((0, 0),) * 3)]
 
 
+def test_an_image_of_more_than_8_bits_is_refused(tmp_path):
+    """Converted to RGB, all of it but the darkest 255 of 65,536 values would be white."""
+    Image.fromarray(np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)).save(tmp_path / "deep.png")
+    rows = [{**row, "images": [{"path": str(tmp_path / "deep.png"), "bytes": None}]} for row in numbers(1).rows]
+    with pytest.raises(ValueError, match="question 0 has an image of mode I;16 and values up to 65280.* 8 bits"):
+        evaluate(Echo(), Benchmark("pictures", rows), tmp_path, decoding=SAMPLED)
+
+
 def test_an_evaluation_does_not_go_on_with_other_weights_at_the_same_path(tmp_path):
     model, rng = tmp_path / "model", np.random.default_rng(0)
     model.mkdir()

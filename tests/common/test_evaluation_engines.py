@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from common.evaluation import Decoding, Prompt, TransformersEngine
+from common.evaluation import Completion, Decoding, Prompt, TransformersEngine
 from common.evaluation.engines import (
     _merged,
     deciding_options,
@@ -206,6 +206,15 @@ def test_the_end_of_a_turn_stops_a_base_model_too(monkeypatch):
     assert completion.text == r"So \boxed{5}" and completion.finish_reason == "stop"
 
 
+def test_the_end_of_a_response_is_no_part_of_its_text():
+    """Not every tokenizer marks it as special; vLLM leaves it out, too."""
+    model, tokenizer = tiny_qwen3(hidden=32)
+    end = tokenizer.convert_tokens_to_ids("~")
+    model.generation_config.eos_token_id = end
+    ids = [*tokenizer("5", add_special_tokens=False)["input_ids"], end]
+    assert TransformersEngine(model, tokenizer)._completion([*ids, 0]) == Completion("5", 2, "stop")
+
+
 def test_a_template_that_reads_content_as_parts_has_an_end_of_turn_too():
     tokenizer = tiny_qwen3()[1]
     tokenizer.chat_template = (
@@ -249,6 +258,27 @@ def test_the_chat_template_gets_its_options(engine):
         assert [e._render(prompts(1)[0]) for e in (plain, off)] == ["on", "off"]
     finally:
         tokenizer.chat_template = kept
+
+
+SMOLVLM = (
+    "{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}{{ '\n' }}{% endfor %}"
+)
+PHI4 = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+PRINTS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [SMOLVLM, PHI4, PRINTS])
+def test_a_vision_template_gets_a_text_in_the_form_that_it_reads(template):
+    """SmolVLM's and LLaVA's read parts only: a plain text is a row of letters without a type, and nothing is left."""
+    model, processor = tiny_qwen3_vl(hidden=32)
+    processor.chat_template = template
+    turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
+    ours = TransformersEngine(model, processor)
+    assert ours._render(Prompt(turns)) == "system: Add.\nuser: 1+1?\n"
+    if template is SMOLVLM:
+        assert ours._render(Prompt(turns, [None])) == "system: Add.\nuser: <image>1+1?\n"
+    assert turns == [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
 
 
 def test_vllm_without_its_package_names_the_extra():

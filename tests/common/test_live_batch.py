@@ -4,13 +4,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import DynamicCache, Gemma3TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MiniMaxConfig,
+    Phi3Config,
+    RwkvConfig,
+)
 
 from common.evaluation import Decoding, Prompt, TransformersEngine
 from common.evaluation.engines import never_sampled
 from common.evaluation.live_batch import is_joinable
 from common.evaluation.sampling import seeded_sampling
-from common.tiny import tiny_qwen2_5_vl, tiny_qwen3, tiny_qwen3_vl
+from common.tiny import char_tokenizer, tiny_qwen2_5_vl, tiny_qwen3, tiny_qwen3_vl
 
 GREEDY = Decoding(max_new_tokens=100)
 SAMPLED = Decoding(temperature=1.2, top_p=0.9, top_k=40, max_new_tokens=100)
@@ -82,6 +90,48 @@ def test_fixed_batches_give_the_same(monkeypatch):
     monkeypatch.setattr(TransformersEngine, "_live", None)
     monkeypatch.setattr(ours, "_rows_are_exchangeable", False)
     assert [ours.generate(prompts, decoding, range(9)) for decoding in (GREEDY, SAMPLED)] == live
+
+
+SMALL = {"vocab_size": 103, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "bos_token_id": None}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 2}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+LONG |= {"original_max_position_embeddings": 64, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+MINIMAX = {"head_dim": 16, "block_size": 16, "layer_types": ["linear_attention", "full_attention"]}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (Phi3Config(**SMALL, original_max_position_embeddings=64, rope_parameters=LONG), "RoPE"),
+        (LlamaConfig(**SMALL, max_position_embeddings=64, rope_parameters=DYNAMIC), "RoPE"),
+        (RwkvConfig(**SMALL, attention_hidden_size=64), "padding"),  # takes no mask
+        (MiniMaxConfig(**SMALL, **MINIMAX), "padding"),  # reads it from the second token on
+    ],
+)
+def test_rows_that_would_change_each_other_are_answered_alone(config, why, capsys):
+    ours = engine(lambda: (AutoModelForCausalLM.from_config(config), char_tokenizer()), 4)
+    prompts = questions(7, False)
+    together = ours.generate(prompts, GREEDY, [0] * 7)
+    assert why in (said := capsys.readouterr().err) and said.count("one at a time") == 1
+    for prompt, completion in zip(prompts, together, strict=True):
+        given = ours.processor(ours._render(prompt), return_tensors="pt")
+        ids = ours.model.generate(**given, max_new_tokens=100, do_sample=False, pad_token_id=0)
+        assert completion == ours._completion(ids[0, given["input_ids"].size(1) :].tolist())
+
+
+def test_short_answers_by_longrope_share_a_batch(monkeypatch):
+    """Phi-4-mini as published: the length of pretraining stands beside the factors."""
+    factors = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    config = Phi3Config(**SMALL, original_max_position_embeddings=64, rope_scaling=factors)
+    ours, sizes = engine(lambda: (AutoModelForCausalLM.from_config(config), char_tokenizer()), 4), []
+    take = ours._tokens
+    monkeypatch.setattr(
+        ours, "_tokens", lambda given, rows, *rest: sizes.append(len(rows)) or take(given, rows, *rest)
+    )
+    for tokens in (8, 40):
+        ours.generate(questions(7, False), Decoding(max_new_tokens=tokens), [0] * 7)
+    assert sizes == [4, 3, *[1] * 7]
 
 
 def test_the_vocabulary_is_read_once(monkeypatch):
