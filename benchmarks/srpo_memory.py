@@ -1,4 +1,4 @@
-"""Peak memory of one SRPO step beside GRPO, whose step is TRL's, and TRL's SDPO, on a CPU under Linux.
+"""Peak memory of one SRPO step beside our own GRPO and TRL's SDPO, on a CPU under Linux.
 
     python -m benchmarks.srpo_memory            # about 10 minutes
 

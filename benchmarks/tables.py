@@ -132,7 +132,7 @@ def srpo_memory(result: Result) -> list[list[str]]:
     lengths, rows = result["settings"]["responses"], []
     peaks = {kind: [statistics.median(by[str(n)]) / 1e9 for n in lengths] for kind, by in result["peak"].items()}
     work, teacher = f"SRPO step, responses of up to {lengths[-1]}, peak GB", result["teacher"] / 1e9
-    for kind, label in (("grpo", "TRL's GRPO"), ("sdpo (trl)", "trl.experimental.sdpo")):
+    for kind, label in (("grpo", "our own GRPO"), ("sdpo (trl)", "trl.experimental.sdpo")):
         ours, theirs = peaks["srpo"][-1], peaks[kind][-1]
         aim = f"{theirs + teacher:.2f} GB, with a teacher" if kind == "grpo" else ""
         cells = [*_pair(ours, theirs), f"{theirs / ours:.2f} x", aim, growth(lengths, peaks["srpo"], peaks[kind])]
