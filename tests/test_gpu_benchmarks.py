@@ -111,7 +111,7 @@ def test_the_table_of_memory_says_what_grpo_and_a_teacher_have():
         },
     }
     (grpo, sdpo) = tables.srpo_memory(result)
-    assert grpo[1:6] == ["TRL's GRPO", "14.00", "13.00", "0.93 x", "15.00 GB, with a teacher"]
+    assert grpo[1:6] == ["our own GRPO", "14.00", "13.00", "0.93 x", "15.00 GB, with a teacher"]
     assert sdpo[1:6] == ["trl.experimental.sdpo", "14.00", "28.00", "2.00 x", ""]
 
 
