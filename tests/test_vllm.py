@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import signal
 import sys
 import weakref
@@ -368,7 +369,8 @@ def test_a_rollout_server_that_is_killed_while_it_generates(model_path, tmp_path
     with serving_student(model_path, tmp_path, monkeypatch) as other:
         assert other != url
         assert train.main([*command, other.removesuffix("/v1")]) == 0
-    assert "resuming at step 2" in capfd.readouterr().out
+    # At 4 where the fourth generation takes less than a tenth of a second
+    assert re.search("resuming at step [24]$", capfd.readouterr().out, re.MULTILINE)
     lines = read_jsonl(tmp_path / "runs/srpo/tiny-additions/srpo-seed0/metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
 
