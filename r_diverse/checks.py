@@ -158,7 +158,8 @@ def check_tokens(model, tokenizer) -> None:
 def check_reference(model: PreTrainedModel, reference: PreTrainedModel | None) -> None:
     """Raises `ValueError` for a model in memory that is not its KL reference, as after training: TRL loads that from
     where the model was first loaded."""
-    loaded = dict(reference.named_parameters()) if reference is not None else {}
+    weights = reference.named_parameters() if reference is not None else ()
+    loaded = {name.replace("_orig_mod.", ""): weight for name, weight in weights}  # the prefix is of torch.compile
     for name, weight in model.named_parameters() if loaded else ():
         other = loaded.get(name, weight.new_empty(0))
         narrow = min(weight.dtype, other.dtype, key=lambda dtype: dtype.itemsize)

@@ -45,7 +45,8 @@ def check_logps(trainer: GRPOTrainer) -> None:
     def differs(ids: torch.Tensor, mask: torch.Tensor) -> bool:
         with autocast():
             output = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
-        return not (output.log_probs[0, -len(own) :] - own).abs().mean() <= rounding
+        logps = output.log_probs[0, -len(own) :].to(own.device)  # of a model on several GPUs: made beside its head
+        return not (logps - own).abs().mean() <= rounding
 
     if differs(alone, torch.ones_like(alone)):
         raise ValueError(

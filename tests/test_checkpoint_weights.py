@@ -180,6 +180,9 @@ def test_what_a_checkpoint_does_not_hold_is_said_when_a_run_is_resumed(tmp_path)
         trainer.train()
         with pytest.raises(ValueError, match=message):
             trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    trainer.is_deepspeed_enabled = True  # then no weights pass through `_load_from_checkpoint`
+    with pytest.raises(ValueError, match="has moved"):
+        trainer._load_optimizer_and_scheduler(str(folder / "checkpoint-1"))
 
 
 def test_dtypes_stay(tmp_path):

@@ -19,11 +19,6 @@ class LoadsWeights:
     """
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint, model=None):
-        if getattr(self.args, "sync_ref_model", False):
-            raise ValueError(
-                "a run with sync_ref_model=True cannot be resumed: its KL reference has moved, and checkpoints do not "
-                "hold it; begin a new run, or set sync_ref_model to false, which leaves the reference at the start"
-            )
         if not self._loads_its_weights(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -32,6 +27,11 @@ class LoadsWeights:
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint):
+        if checkpoint is not None and getattr(self.args, "sync_ref_model", False):
+            raise ValueError(
+                "a run with sync_ref_model=True cannot be resumed: its KL reference has moved, and checkpoints do not "
+                "hold it; begin a new run, or set sync_ref_model to false, which leaves the reference at the start"
+            )
         if checkpoint is not None and not self._is_sharded() and not (Path(checkpoint) / "optimizer.pt").is_file():
             raise ValueError(
                 f"{checkpoint} holds no optimizer.pt, as with save_only_model=True, so that a run cannot go on from "

@@ -96,8 +96,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 def check_depth(image: Image.Image) -> None:
     """Raises `ValueError` for an image of more than 8 bits: processors turn all values above 255 white."""
-    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
-    if deep and (highest := image.getextrema()[1]) > 255:
+    deep = image.convert("I") if image.mode.startswith("I;16") else image  # I;16B cannot say its extrema
+    if deep.mode in ("I", "F") and (highest := deep.getextrema()[1]) > 255:
         raise ValueError(
             f"an image has mode {image.mode} and values up to {highest:g}, and processors turn all above 255 "
             "white: scale it to 8 bits"

@@ -258,7 +258,8 @@ def _opened(images: Sequence[Any], key: str) -> list[Any]:
 
     opened = [Image().decode_example(image) if isinstance(image, dict) else image for image in images]
     for image in opened:
-        if (image.mode in ("I", "F") or image.mode.startswith("I;16")) and (highest := image.getextrema()[1]) > 255:
+        deep = image.convert("I") if image.mode.startswith("I;16") else image  # I;16B cannot say its extrema
+        if deep.mode in ("I", "F") and (highest := deep.getextrema()[1]) > 255:
             raise ValueError(
                 f"question {key} has an image of mode {image.mode} and values up to {highest:g}, of which all above "
                 "255 would turn white: scale it to 8 bits in the data"

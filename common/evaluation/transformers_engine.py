@@ -42,10 +42,16 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Greedy:
-    """The first token of a greedy answer, and the logits (2, V) of its first two."""
+    """The first tokens (B,) of greedy answers, and the logits (2, B, V) of their first two."""
 
-    token: torch.Tensor
+    tokens: torch.Tensor
     logits: torch.Tensor
+
+    def moved(self, row: int, alone: "_Greedy") -> float:
+        """By how much of their spread a row's logits differ from those of the same prompt alone."""
+        gap = (self.logits[:, row] - alone.logits[:, 0]).square().mean(-1).sqrt() / alone.logits[:, 0].std(-1)
+        same = torch.equal(self.tokens[row], alone.tokens[0])  # else the second follow another one, as in a near tie
+        return gap[: 1 + same].max().item()
 
 
 class TransformersEngine:
@@ -151,8 +157,9 @@ class TransformersEngine:
         """Tokens of prompt and answer up to which rows of a batch do not change each other; 0 where they always do.
 
         Some recurrent models read padding as text; a prompt beside a longer one shows it. bfloat16 moves logits by a
-        hundredth of their spread, padding that is read by a tenth and more. The RoPE types `dynamic` and `longrope`
-        change the frequencies of all rows when the longest one passes the length of pretraining.
+        hundredth of their spread, padding that is read by a tenth and more. Between, as by the rounding of many
+        layers or experts, the longer prompt decides, which moves by rounding alone. The RoPE types `dynamic` and
+        `longrope` change the frequencies of all rows when the longest one passes the length of pretraining.
         """
         config = self.model.config.get_text_config()
         parameters = getattr(config, "rope_parameters", None) or {}
@@ -166,18 +173,18 @@ class TransformersEngine:
         padded = torch.cat([torch.full((1, 5), self.tokenizer.pad_token_id), ids[:, 5:]], 1)
         mask = torch.ones_like(ids).repeat(2, 1)
         mask[0, :5] = 0
-        alone, beside = self._two_tokens(ids[:, 5:], mask[1:, 5:]), self._two_tokens(torch.cat([padded, ids]), mask)
-        moved = (alone.logits - beside.logits).square().mean(-1).sqrt() / alone.logits.std(-1)
-        same = torch.equal(alone.token, beside.token)  # else the second logits follow another one, as in a near tie
-        return 0 if moved[: 1 + same].max() > 0.05 else min(lengths, default=math.inf)
+        beside = self._two_tokens(torch.cat([padded, ids]), mask)
+        moved = beside.moved(0, alone=self._two_tokens(ids[:, 5:], mask[1:, 5:]))
+        by_rounding = beside.moved(1, alone=self._two_tokens(ids, mask[1:]))
+        return 0 if moved > max(0.05, min(2 * by_rounding, 0.1)) else min(lengths, default=math.inf)
 
     def _two_tokens(self, ids: torch.Tensor, mask: torch.Tensor) -> _Greedy:
-        """What follows the first row; the cache has its part in the second."""
+        """What follows each row; the cache has its part in the second token."""
         given = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
         given |= {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": None, "suppress_tokens": None}
         options = {"do_sample": False, "use_cache": True, "output_logits": True, "return_dict_in_generate": True}
         output = self.model.generate(**given, **options, **UNDECLARED, max_new_tokens=2)
-        return _Greedy(output.sequences[0, -2], torch.stack([step[0].float() for step in output.logits]))
+        return _Greedy(output.sequences[:, -2], torch.stack(output.logits).float())
 
     def _inputs(self, rows: list[int], work: _Work):
         images = [list(work.images[i]) for i in rows]

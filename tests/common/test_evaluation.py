@@ -253,6 +253,9 @@ def test_an_image_of_more_than_8_bits_is_refused(tmp_path):
     rows = [{**row, "images": [{"path": str(tmp_path / "deep.png"), "bytes": None}]} for row in numbers(1).rows]
     with pytest.raises(ValueError, match="question 0 has an image of mode I;16 and values up to 65280.* 8 bits"):
         evaluate(Echo(), Benchmark("pictures", rows), tmp_path, decoding=SAMPLED)
+    rows = [{**row, "images": [Image.new("I;16B", (4, 4), 300)]} for row in numbers(1).rows]  # a TIFF may be so
+    with pytest.raises(ValueError, match="image of mode I;16B and values up to 300"):
+        evaluate(Echo(), Benchmark("pictures", rows), tmp_path, decoding=SAMPLED)
 
 
 def test_an_evaluation_does_not_go_on_with_other_weights_at_the_same_path(tmp_path):

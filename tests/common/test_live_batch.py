@@ -1,5 +1,7 @@
 """Generation in which rows leave and join: the tokens of one prompt at a time, in few forwards."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,18 @@ def test_rows_that_would_change_each_other_are_answered_alone(config, why, capsy
         given = ours.processor(ours._render(prompt), return_tensors="pt")
         ids = ours.model.generate(**given, max_new_tokens=100, do_sample=False, pad_token_id=0)
         assert completion == ours._completion(ids[0, given["input_ids"].size(1) :].tolist())
+
+
+def test_coarse_rounding_is_not_taken_for_padding_that_is_read():
+    """As of many layers and experts in bfloat16, whose rounding depends on the shape of the batch."""
+    ours = engine(tiny_qwen3, 4)
+    noise = torch.Generator().manual_seed(0)
+
+    def rounded(module, args, hidden):
+        return hidden * (1 + 0.05 * torch.randn(hidden.shape, generator=noise))
+
+    ours.model.model.norm.register_forward_hook(rounded)
+    assert ours._shared_length == math.inf
 
 
 def test_short_answers_by_longrope_share_a_batch(monkeypatch):
