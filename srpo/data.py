@@ -103,8 +103,17 @@ def check_dataset(name: str, source: str | None = None) -> None:
 
 
 def missing_source(dataset: str, source: str | None = None) -> str | None:
-    """The remedy for a data set that is only in a release's files, if none are given; else None."""
-    if source is not None or dataset not in DATASETS or DATASETS[dataset].domain is not None:
+    """The remedy for a data set whose files are not in the given folder, or for one that is only in a release's files,
+    if none are given; else None."""
+    if dataset not in DATASETS:
+        return None
+    if source is not None:
+        try:
+            _folder(Path(source).expanduser(), DATASETS[dataset].folder)
+        except ValueError as error:
+            return str(error)
+        return None
+    if DATASETS[dataset].domain is not None:
         return None
     return (
         f"{dataset} is on no hub: set data to a folder with the train.json and test.json of the SDPO release, or "

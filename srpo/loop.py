@@ -91,7 +91,7 @@ def _main(argv: list[str]) -> int:
     sources = [(name, partial(load_splits_of, dataclasses.replace(args, dataset=name))) for name in datasets]
     if known.download:
         return download([args.model], sources)
-    missing = [problem for dataset in datasets if (problem := missing_source(dataset, args.data))]
+    missing = list(dict.fromkeys(filter(None, (missing_source(dataset, args.data) for dataset in datasets))))
     if not known.dry_run:
         check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding, config.report_to)
         if missing:  # it would show only after the trainings on the data sets before

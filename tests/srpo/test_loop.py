@@ -263,6 +263,8 @@ def test_data_that_is_missing_is_said_before_the_first_training(config, capsys, 
     assert "tooluse is on no hub" in capsys.readouterr().err
     assert loop.main([*paper, "--dry_run"]) == 0
     assert "missing: tooluse is on no hub" in capsys.readouterr().out
+    assert loop.main([*paper, "--dry_run", "--data", str(tmp_path / "nowhere")]) == 0
+    assert capsys.readouterr().out.count("nowhere': there is no such folder") == 1  # and not for each data set
     monkeypatch.setattr(loop, "run_stages", lambda *_: pytest.fail("a training has begun"))
     (tmp_path / "data/chemistry").mkdir(parents=True)
     assert loop.main([*paper, "--data", str(tmp_path / "data")]) == 2
