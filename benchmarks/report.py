@@ -234,7 +234,7 @@ def experiment_name(method: str, folder: str) -> str | None:
     if method != "srpo":
         return folder
     name, _, dataset = folder.rpartition("-")
-    return name if name and dataset in (*srpo.DATASETS, "additions") else None
+    return name if name and dataset in srpo.DATASET_NAMES else None
 
 
 def read_run(method: str, path: Path) -> Run:

@@ -23,7 +23,7 @@ from common.estimators import avg_at_k, interval, mean_of_independent, paired_di
 from common.evaluation import paired_scores, scores_by_question
 from common.runs import atomic_write_text, by_number, read_jsonl, settings_of, trained_with
 from common.verifiers import LETTERS
-from srpo.data import DATASETS
+from srpo.data import DATASET_NAMES, DATASETS
 from srpo.evaluate import BUDGETS
 from srpo.train import ScriptArguments, parse
 
@@ -144,7 +144,7 @@ def find_runs(args: ScriptArguments) -> dict[tuple[str, str, str], Path]:
         run = path.parents[1]
         dataset = run.parent.name.removeprefix(f"{args.experiment}-")
         name, _, seed = run.name.partition("-seed")
-        if name in NAMES and dataset in (*DATASETS, "additions"):  # else its experiment has a longer name
+        if name in NAMES and dataset in DATASET_NAMES:  # else its experiment has a longer name
             runs[dataset, name, seed or "-"] = run
     return runs
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,10 +162,11 @@ def train_run(
                 folder.finish()
 
 
-def row_fingerprints(splits: Mapping[str, "Dataset"]) -> dict[str, str]:
-    """A fingerprint of each split's ids, prompts and answers; not of images, which would have to be decoded."""
-    columns = ["id", "prompt", "answer"]
-    return {
-        name: fingerprint([[row[column] for column in columns] for row in rows.select_columns(columns)])
-        for name, rows in splits.items()
-    }
+def row_fingerprints(splits: Mapping[str, "Dataset"], others: Collection[str] = ()) -> dict[str, str]:
+    """A fingerprint of each split's ids, prompts and answers, and of those of its columns that are in `others`; not of
+    images, which would have to be decoded."""
+    found = {}
+    for name, rows in splits.items():
+        columns = ["id", "prompt", "answer", *(column for column in others if column in rows.column_names)]
+        found[name] = fingerprint([[row[column] for column in columns] for row in rows.select_columns(columns)])
+    return found

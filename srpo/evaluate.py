@@ -19,12 +19,14 @@ import itertools
 import json
 import re
 import sys
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .config import SRPOConfig
-from .data import DATASETS, reward_of
+from .data import DATASETS, reward_file, reward_of
 from .train import ScriptArguments, load_splits_of, parse, run_path
 
 # isort: split
@@ -33,7 +35,7 @@ from common.cli import run_main, split_first
 from common.evaluation import Benchmark, Decoding, evaluate, question_fingerprint
 from common.evaluation.engines import build_engine
 from common.evaluation.scoring import reward_scorer
-from common.runs import atomic_write_json, checkpoints, claim, folders_of, is_done, weights_of
+from common.runs import atomic_write_json, checkpoints, claim, fingerprint, folders_of, is_done, weights_of
 from common.training import SECONDS, train_seconds
 
 WHAT = ("run", "base")
@@ -145,11 +147,15 @@ def settings_of(
     evaluated once for all seeds of training.
     """
     names = ("eval_samples", "eval_temperature", "eval_top_p", "strict")
+    # A reward of own data may read every column
+    problems = fingerprint(benchmark.rows) if args.reward else question_fingerprint(benchmark.rows)
     return {
         **({"model": model} if out.name == "base" else {"seed": config.seed}),
         **{name: getattr(args, name) for name in names},
+        **({"reward": args.reward} if args.reward else {}),
+        **({"the reward's file": fingerprint(file)} if (file := reward_file(args.reward)) else {}),
         **{name: getattr(config, name) for name in ("max_completion_length", "chat_template_kwargs")},
-        "test problems (data, eval_limit)": question_fingerprint(benchmark.rows),
+        "test problems (data, eval_limit)": problems,
         **weights_of(weights=model),
         **folders_of(**{"config, tokenizer and template in the model's folder": model}),
     }
@@ -157,21 +163,33 @@ def settings_of(
 
 def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
     """The test problems with the reward of the training as their scorer."""
-    reward, rows = reward_of(args.dataset, args.strict), load_splits_of(args)["test"]
+    reward, rows = reward_of(args.dataset, args.strict, args.reward), load_splits_of(args)["test"]
     rows = rows.select(range(min(args.eval_limit or len(rows), len(rows))))
-
-    def exact(response: str, row: dict[str, Any]) -> float:
-        return reward([response], answer=[row["answer"]])[0]
-
+    threshold = config.reward_threshold if args.dataset == "own" else None
     return Benchmark(
         name=args.dataset,
-        rows=[{"id": r["id"], "prompt": r["prompt"], "answer": r["answer"]} for r in rows],
-        score=reward_scorer(reward) if args.dataset in DATASETS else exact,
+        rows=list(rows),
+        score=reward_scorer(reward) if args.dataset in DATASETS else partial(rewarded, reward, threshold),
         decoding=Decoding(
             temperature=args.eval_temperature, top_p=args.eval_top_p, max_new_tokens=config.max_completion_length
         ),
-        settings={"strict": args.strict},
+        settings={"reward": args.reward} if args.reward else {"strict": args.strict},
     )
+
+
+def rewarded(reward: Callable[..., list[float | None]], threshold: float | None, response: str, row: dict) -> float:
+    """The reward of one response, called as TRL calls it; with a threshold 1.0 for a correct response, as in routing.
+
+    Raises `ValueError` where there is none (None or nan).
+    """
+    columns = {name: [value] for name, value in row.items() if name != "prompt"}
+    completions = [[{"role": "assistant", "content": response}]]
+    (value,) = reward(prompts=[row["prompt"]], completions=completions, **columns)
+    if value is None or value != value:
+        raise ValueError(
+            f"the reward of test row {row['id']} is {value}: give failed checks 0.0, or leave the row out"
+        )
+    return float(value) if threshold is None else float(value >= threshold)
 
 
 def within_budgets(curve: list[dict[str, Any]]) -> dict[str, Any]:

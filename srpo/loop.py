@@ -45,7 +45,7 @@ from common.stages import (
     shown,
 )
 
-from .data import DATASETS, missing_source
+from .data import DATASETS, missing_reward, missing_source
 
 VARIANT_FLAGS = {
     "srpo": ["--routing", "srpo"],
@@ -91,7 +91,8 @@ def _main(argv: list[str]) -> int:
     sources = [(name, partial(load_splits_of, dataclasses.replace(args, dataset=name))) for name in datasets]
     if known.download:
         return download([args.model], sources)
-    missing = list(dict.fromkeys(filter(None, (missing_source(dataset, args.data) for dataset in datasets))))
+    problems = [*(missing_source(dataset, args.data) for dataset in datasets), missing_reward(args.reward)]
+    missing = list(dict.fromkeys(filter(None, problems)))
     if not known.dry_run:
         check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding, config.report_to)
         if missing:  # it would show only after the trainings on the data sets before

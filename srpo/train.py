@@ -20,7 +20,7 @@ try:
     from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
     from common.evaluation import json_options
     from common.lora import check_lora, lora_config, with_adapters
-    from common.runs import RunFolder
+    from common.runs import RunFolder, fingerprint
     from common.stages import on_one_gpu
     from common.training import RunArguments, RunLog, row_fingerprints, train_run
 except ModuleNotFoundError as error:
@@ -32,7 +32,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from .config import SRPOConfig
-from .data import check_dataset, load_splits, reward_of
+from .data import REWARDS, check_dataset, check_reward, load_splits, others, reward_file, reward_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -57,7 +57,10 @@ class ScriptArguments(RunArguments):
     experiment: str = field(default="qwen3_8b", metadata={"help": "Name of the folder that holds the variants' runs."})
     dataset: str = field(
         default="chemistry",
-        metadata={"help": "chemistry, physics, biology, materials, tooluse or additions (embedded)."},
+        metadata={"help": "chemistry, physics, biology, materials, tooluse, additions (embedded) or own (in `data`)."},
+    )
+    reward: str | None = field(
+        default=None, metadata={"help": f"Of dataset own: {', '.join(REWARDS)} or FILE.py:FUNCTION."}
     )
     strict: bool = field(default=False, metadata={"help": "Strict scorer in place of the one of the SDPO release."})
     policy_dtype: str = field(default="float32", metadata={"help": "Weights of the policy: float32 or bfloat16."})
@@ -98,6 +101,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
     check_dataset(args.dataset)
+    check_reward(args.dataset, args.reward, args.strict)
     check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
     config.output_dir = str(run_path(args, config))
@@ -159,15 +163,19 @@ def train(args: ScriptArguments, config: SRPOConfig) -> None:
 
 def load_splits_of(args: ScriptArguments) -> "DatasetDict":
     """The data of a run: the same rows whatever the seed of the training."""
-    return load_splits(args.dataset, args.data, limit=args.limit)
+    return load_splits(args.dataset, args.data, limit=args.limit, reward=args.reward)
 
 
 def open_run(args: ScriptArguments, config: SRPOConfig, splits) -> RunFolder:
     """The run's folder; `ValueError` where it holds a run with other settings, data or models to begin with."""
+    data = row_fingerprints(splits, others(splits))
+    if file := reward_file(args.reward):
+        data["reward's file"] = fingerprint(file)
+    unset = () if args.reward else ("reward",)  # runs that began before there was this field have none
     return RunFolder.open(
         run_path(args, config),
-        changed_settings(args, config, (*DERIVED, *MAY_CHANGE, *MACHINE_FIELDS)),
-        data=row_fingerprints(splits),
+        changed_settings(args, config, (*DERIVED, *MAY_CHANGE, *MACHINE_FIELDS, *unset)),
+        data=data,
         seed=config.seed,
         free={name: getattr(args, name) for name in ("grpo_steps", *MAY_CHANGE)} | machine_settings(config),
         models={"model": args.model},
@@ -191,7 +199,7 @@ def build_trainer(args: ScriptArguments, config: SRPOConfig, splits) -> "SRPOTra
     build = partial(
         SRPOTrainer,
         policy,
-        reward_of(args.dataset, args.strict),
+        reward_of(args.dataset, args.strict, args.reward),
         on_one_gpu(config),
         train_dataset=rows,
         processing_class=tokenizer,

@@ -34,6 +34,7 @@ from common import verifiers
 from common.evaluation import Decoding, Prompt, question_fingerprint
 from common.evaluation.engines import build_engine
 from common.runs import append_jsonl, claim, exclusive, folders_of, read_jsonl, weights_of
+from common.tables import load_split
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -76,7 +77,7 @@ def load_rows(
     """
     if "{problem}" not in template:
         raise ValueError(f"template must hold {{problem}}, which each row's problem replaces, got {template!r}")
-    dataset = _load_split(source, split)
+    dataset = load_split(source, split)
     dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     dataset = _standard_columns(dataset, source)
     if check_images:
@@ -117,35 +118,6 @@ def _in_budget(batch: dict, min_pixels: int, max_pixels: int) -> dict:
 def _without_nulls(message: dict) -> dict:
     """Behind a thousand rows of text alone, image parts come back with "text": None."""
     return {**message, "content": [{k: v for k, v in part.items() if v is not None} for part in message["content"]]}
-
-
-def _load_split(source: str, split: str) -> Dataset:
-    from datasets import load_dataset
-
-    path = Path(source).expanduser()
-    try:
-        if files := _tables(path, split):
-            builder = "parquet" if files[0].suffix == ".parquet" else "json"
-            return load_dataset(builder, data_files=[str(file) for file in files], split="train")
-        return load_dataset(str(path) if path.is_dir() else source, split=split)
-    except StopIteration as error:  # of datasets, for files without a row
-        raise ValueError(f"data {source!r}, split {split!r}: there are no rows; set data to other files") from error
-    except Exception as error:
-        where = "local data" if path.exists() else "no local path, and the hub gave no data set of this name"
-        cause = str(error.__cause__ or error).strip()  # of a file that cannot be read datasets says why in the cause
-        remedy = "parquet, json or jsonl file" if path.is_file() else f"folder with the split {split!r}"
-        raise ValueError(
-            f"data {source!r}, split {split!r}: {where} ({cause.splitlines()[0] if cause else type(error).__name__}); "
-            f"set data to a hub id or a {remedy}"
-        ) from error
-
-
-def _tables(path: Path, split: str) -> list[Path]:
-    """The files of a split: the path itself, or what lies in the folder under the split's name, where `datasets` would
-    take the folder for images without columns if it holds more of these than tables."""
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.glob(f"{split}[-._0-9]*") if file.suffix in (".parquet", ".json", ".jsonl"))
 
 
 def _standard_columns(dataset: Dataset, source: str) -> Dataset:

@@ -258,7 +258,7 @@ ROW = json.dumps({"prompt": "p", "answer": "A", "idx": 0, "system": None})
 @pytest.mark.parametrize(
     ("dataset", "source", "message"),
     [
-        ("chemstry", None, "dataset must be additions, chemistry"),
+        ("chemstry", None, "dataset must be one of chemistry"),
         ("chemistry", "/nowhere/at/all", "there is no such folder"),
         ("chemistry", "empty", "holds no test.json"),
         ("chemistry", "cut", r"train.json, line 2 is no JSON.*cut off"),

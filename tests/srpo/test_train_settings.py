@@ -56,8 +56,8 @@ def test_a_variant_is_named_as_its_row_in_the_report(name):
         (["--learning_rat", "1e-3"], "did you mean 'learning_rate'"),
         (["--num_generations", "3"], "divisible by num_generations"),
         (["--model", "nowhere/at/all"], "no such folder"),
-        (["--dataset", "subtractions"], "dataset must be additions"),
-        (["--dataset", "subtractions", "--dry_run"], "dataset must be additions"),
+        (["--dataset", "subtractions"], "dataset must be one of chemistry"),
+        (["--dataset", "subtractions", "--dry_run"], "dataset must be one of chemistry"),
         (["--dataset", "chemistry", "--data", "/nowhere"], "no such folder"),
         (["--data", "/my/sums"], "additions is made in code, data '/my/sums' would not be read: set dataset to"),
         (["--max_prompt_length", "5"], "no prompt fits max_prompt_length=5"),
@@ -116,7 +116,7 @@ def test_the_strict_scorer_is_that_of_the_training(config, monkeypatch):
     for strict in (True, False):
         args, settings = train.parse(["--config", str(config), "--strict", str(strict)])
         train.build_trainer(args, settings, train.load_splits_of(args))
-    assert asked == [("additions", True), ("additions", False)]
+    assert asked == [("additions", True, None), ("additions", False, None)]
 
 
 def test_the_policy_is_loaded_and_placed_by_the_settings(config, monkeypatch):
