@@ -11,7 +11,6 @@ your own (`own`) come with a reward of your own. Needs `common/` for the rewards
 from __future__ import annotations  # datasets is imported where it is used: `--help` does without
 
 import importlib.util
-import inspect
 import json
 import random
 import sys
@@ -65,7 +64,6 @@ DATASETS = {
     "tooluse": Subject("tooluse", None, 4046, 68),
 }
 DATASET_NAMES = (*DATASETS, "additions", "own")
-REWARDS = ("math", "choice", "numeric", "tool_call")  # of `common.verifiers`, by which own data may be rewarded
 
 
 def load_splits(
@@ -79,7 +77,7 @@ def load_splits(
             `system`, `answer`, `idx`), itself or in a folder of the subject's name. By default the hub, from which
             the split is made by the rule of the SDPO release. For own data see `own`.
         limit: use only so many training rows.
-        reward: of own data: one of `REWARDS`, or FILE.py:FUNCTION.
+        reward: of own data: one of `common.rewards.REWARDS`, or FILE.py:FUNCTION.
 
     Raises `ValueError` naming the file, column or count that is at fault, and the remedy.
     """
@@ -261,7 +259,9 @@ def reward_of(dataset: str, strict: bool = False, own: str | None = None) -> Cal
     if dataset == "additions":
         return exact_reward
     if dataset == "own":
-        return getattr(verifiers, f"{own}_reward") if own in REWARDS else reward_from_file(own)
+        from common.rewards import load_reward
+
+        return load_reward(own)
     reward = verifiers.tool_call_reward if dataset == "tooluse" else verifiers.choice_reward
 
     def scored(completions, answer=None, **columns) -> list[float | None]:
@@ -280,14 +280,15 @@ def own(source: str, reward: str) -> DatasetDict:
 
     Args:
         source: hub id, or folder with the splits `train` and `test` (jsonl, json, parquet, csv). A row has `prompt`: a
-            text, beside which `system` may be one too, or messages of texts. It may have `answer`, which the rewards
-            of `REWARDS` need as a text, and `id` or `idx`; every other column reaches the reward as it is.
-        reward: one of `REWARDS`, or FILE.py:FUNCTION.
+            text, beside which `system` may be one too, or messages of texts. It may have `answer`, which our
+            rewards need as a text, and `id` or `idx`; every other column reaches the reward as it is.
+        reward: one of `common.rewards.REWARDS`, or FILE.py:FUNCTION.
 
     Raises `ValueError` naming the split, the row or the column that is at fault.
     """
     from datasets import Dataset, DatasetDict, concatenate_datasets
 
+    from common.rewards import REWARDS, check_parameters
     from common.tables import load_split
 
     if problem := missing_source("own", source):
@@ -312,7 +313,7 @@ def own(source: str, reward: str) -> DatasetDict:
         if reward in REWARDS:
             check_answers("own", {split: splits[split]}, function)
         else:
-            _check_parameters(function, reward, splits[split].column_names)
+            check_parameters(function, reward, splits[split].column_names)
     both = {str(prompt) for prompt in splits["train"]["prompt"]} & set(map(str, splits["test"]["prompt"]))
     if both:
         print(f"own: {len(both)} prompts of test are also in train")
@@ -337,61 +338,6 @@ def _own_row(row: dict[str, Any], index: int, where: str) -> dict[str, Any]:
 def others(splits: DatasetDict) -> list[str]:
     """Columns of own data that only the reward reads."""
     return sorted({name for rows in splits.values() for name in rows.column_names} - {"id", "prompt", "answer"})
-
-
-def check_reward(dataset: str, reward: str | None, strict: bool) -> None:
-    """Raises `ValueError` unless own data, and no others, come with a reward."""
-    if dataset != "own":
-        if reward is not None:
-            raise ValueError(f"reward={reward!r} is for dataset=own, and {dataset} has its own reward: leave it out")
-        return
-    if reward is None or not (reward in REWARDS or ".py:" in reward):
-        raise ValueError(f"dataset=own needs reward: {', '.join(REWARDS)} or FILE.py:FUNCTION; got {reward!r}")
-    if strict:
-        raise ValueError("strict chooses between the scorers of the paper's sets: leave it out with dataset=own")
-
-
-def reward_from_file(name: str) -> Callable[..., list[float | None]]:
-    """The reward function FUNCTION of "FILE.py:FUNCTION", in TRL's signature. Runs the file.
-
-    Raises `ValueError` where there is no such file or plain function.
-    """
-    if problem := missing_reward(name):
-        raise ValueError(problem)
-    path, function = reward_file(name), name.rpartition(":")[2]
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    reward = getattr(module, function, None)
-    if not inspect.isfunction(reward) or inspect.iscoroutinefunction(reward):
-        raise ValueError(f"reward {name!r}: {path} has no plain function {function!r}")
-    return reward
-
-
-def reward_file(name: str | None) -> Path | None:
-    """The file of "FILE.py:FUNCTION"; None for a reward of `REWARDS`, or none."""
-    return Path(name.rpartition(":")[0]).expanduser() if name and name not in REWARDS else None
-
-
-def missing_reward(name: str | None) -> str | None:
-    """What to say of a reward whose file is not there; else None."""
-    file = reward_file(name)
-    return f"reward {name!r}: there is no file {str(file)!r}" if file and not file.is_file() else None
-
-
-def _check_parameters(reward: Callable, name: str, columns: list[str]) -> None:
-    """Raises `ValueError` for a parameter that is no column, and for columns that the function would not take."""
-    parameters = inspect.signature(reward).parameters.values()
-    known = {"prompts", "completions", *columns} - {"prompt"}
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    unknown = [parameter for parameter in needed if parameter not in known]
-    if unknown:
-        raise ValueError(
-            f"reward {name!r} asks for {', '.join(unknown)}, and there is prompts, completions and the columns "
-            f"{', '.join(sorted(known - {'prompts', 'completions'}))}: give it a default, or rename the column"
-        )
-    if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-        raise ValueError(f"reward {name!r} must take **columns too: TRL passes every column, and more, by name")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,14 +19,12 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .config import SRPOConfig
-from .data import DATASETS, reward_file, reward_of
+from .data import DATASETS, reward_of
 from .train import ScriptArguments, load_splits_of, parse, run_path
 
 # isort: split
@@ -35,6 +33,7 @@ from common.cli import run_main, split_first
 from common.evaluation import Benchmark, Decoding, evaluate, question_fingerprint
 from common.evaluation.engines import build_engine
 from common.evaluation.scoring import reward_scorer
+from common.rewards import reward_file, reward_of_response
 from common.runs import atomic_write_json, checkpoints, claim, fingerprint, folders_of, is_done, weights_of
 from common.training import SECONDS, train_seconds
 
@@ -165,31 +164,20 @@ def benchmark_of(args: ScriptArguments, config: SRPOConfig) -> Benchmark:
     """The test problems with the reward of the training as their scorer."""
     reward, rows = reward_of(args.dataset, args.strict, args.reward), load_splits_of(args)["test"]
     rows = rows.select(range(min(args.eval_limit or len(rows), len(rows))))
-    threshold = config.reward_threshold if args.dataset == "own" else None
+
+    def score(response: str, row: dict[str, Any]) -> float:
+        value = reward_of_response(reward, response, row)
+        return float(value >= config.reward_threshold)  # what is correct in routing
+
     return Benchmark(
         name=args.dataset,
         rows=list(rows),
-        score=reward_scorer(reward) if args.dataset in DATASETS else partial(rewarded, reward, threshold),
+        score=reward_scorer(reward) if args.dataset in DATASETS else score,
         decoding=Decoding(
             temperature=args.eval_temperature, top_p=args.eval_top_p, max_new_tokens=config.max_completion_length
         ),
         settings={"reward": args.reward} if args.reward else {"strict": args.strict},
     )
-
-
-def rewarded(reward: Callable[..., list[float | None]], threshold: float | None, response: str, row: dict) -> float:
-    """The reward of one response, called as TRL calls it; with a threshold 1.0 for a correct response, as in routing.
-
-    Raises `ValueError` where there is none (None or nan).
-    """
-    columns = {name: [value] for name, value in row.items() if name != "prompt"}
-    completions = [[{"role": "assistant", "content": response}]]
-    (value,) = reward(prompts=[row["prompt"]], completions=completions, **columns)
-    if value is None or value != value:
-        raise ValueError(
-            f"the reward of test row {row['id']} is {value}: give failed checks 0.0, or leave the row out"
-        )
-    return float(value) if threshold is None else float(value >= threshold)
 
 
 def within_budgets(curve: list[dict[str, Any]]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from common.download import download
 from common.evaluation import json_options
 from common.models import guess_parameters
 from common.plan import GIB
+from common.rewards import missing_reward
 from common.stages import (
     Command,
     OneGPUEach,
@@ -45,7 +46,7 @@ from common.stages import (
     shown,
 )
 
-from .data import DATASETS, missing_reward, missing_source
+from .data import DATASETS, missing_source
 
 VARIANT_FLAGS = {
     "srpo": ["--routing", "srpo"],

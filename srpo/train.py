@@ -20,6 +20,7 @@ try:
     from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
     from common.evaluation import json_options
     from common.lora import check_lora, lora_config, with_adapters
+    from common.rewards import REWARDS, check_reward, reward_file
     from common.runs import RunFolder, fingerprint
     from common.stages import on_one_gpu
     from common.training import RunArguments, RunLog, row_fingerprints, train_run
@@ -32,7 +33,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from .config import SRPOConfig
-from .data import REWARDS, check_dataset, check_reward, load_splits, others, reward_file, reward_of
+from .data import check_dataset, load_splits, others, reward_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -101,7 +102,9 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, SRPOConfig]:
     if args.policy_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"policy_dtype must be float32 or bfloat16, got {args.policy_dtype!r}")
     check_dataset(args.dataset)
-    check_reward(args.dataset, args.reward, args.strict)
+    check_reward(args.dataset, args.reward)
+    if args.dataset == "own" and args.strict:
+        raise ValueError("strict chooses between the scorers of the paper's sets: leave it out with dataset=own")
     check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
     config.output_dir = str(run_path(args, config))

@@ -171,5 +171,5 @@ def test_a_response_is_correct_in_evaluation_where_it_is_in_routing(config, tmp_
     fields = ["--dataset", "own", "--data", source, "--reward", reward(tmp_path, half)]
     benchmark = evaluate.benchmark_of(*train.parse(["--config", str(config), *fields]))
     assert [benchmark.score("", row) for row in benchmark.rows[:2]] == [1.0, 0.0]
-    with pytest.raises(ValueError, match="the reward of test row 2 is nan: give failed checks 0.0"):
+    with pytest.raises(ValueError, match="the reward of row 2 is nan: give failed checks 0.0"):
         benchmark.score("", benchmark.rows[2])
