@@ -30,10 +30,10 @@ from .config import VAOPDConfig
 from .images import MAX_PIXELS, MIN_PIXELS, check_readable, decoded
 
 # isort: split
-from common import verifiers
+from common import rewards, verifiers
 from common.evaluation import Decoding, Prompt, question_fingerprint
 from common.evaluation.engines import build_engine
-from common.runs import append_jsonl, claim, exclusive, folders_of, read_jsonl, weights_of
+from common.runs import append_jsonl, claim, exclusive, fingerprint, folders_of, read_jsonl, weights_of
 from common.tables import load_split
 
 if TYPE_CHECKING:
@@ -66,13 +66,14 @@ def load_rows(
     max_pixels: int = MAX_PIXELS,
     template: str = "{problem}",
     check_images: bool = True,
+    reward: str | None = None,
 ) -> Dataset:
     """Rows of a split of `source`: a hub id, or a local folder or file (parquet, json, jsonl) of the same columns.
 
     Columns read: `problem` (or `question`; `<image>` marks where an image stands), `images` (or `image`; paths are
     relative to the folder), `answer`, `id` (else the row number). `template` wraps the problem; the paper has none.
     `check_images` decodes all of them once, and prints how many answers cannot be read; of several processes one is
-    enough.
+    enough. `reward`: what own data are scored by, which has to be able to use the answers.
     Raises `ValueError` naming the source, the column, the row or the image that is at fault, and the remedy.
     """
     if "{problem}" not in template:
@@ -80,8 +81,11 @@ def load_rows(
     dataset = load_split(source, split)
     dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     dataset = _standard_columns(dataset, source)
-    if check_images:
+    if reward not in (None, "math"):
+        _check_answers(dataset, reward)
+    elif check_images:
         _report_golds(dataset, source)
+    if check_images:
         check_readable(dataset, source, min_pixels, max_pixels)
 
     def messages(row: dict) -> dict:
@@ -185,6 +189,14 @@ def _report_golds(dataset: Dataset, source: str) -> None:
         )
 
 
+def _check_answers(dataset: Dataset, reward: str) -> None:
+    function = rewards.load_reward(reward)
+    if reward in rewards.REWARDS:
+        verifiers.check_gold(function, dataset.select_columns(["id", "answer"]))
+    else:
+        rewards.check_parameters(function, reward, ("id", "answer"))
+
+
 def _as_files(images, folder: Path, where: str) -> list[dict]:
     images = [] if images is None else images if isinstance(images, list) else [images]
     if wrong := [image for image in images if not isinstance(image, str | dict | None)]:
@@ -267,7 +279,7 @@ def load_splits(
     validation_size: int = 200,
     **options,
 ) -> DatasetDict:
-    """`train` and `validation` rows of "geo3k", "virl39k" or "digits"; the sources override the hub ids.
+    """`train` and `validation` rows of "geo3k", "virl39k", "own" or "digits"; the sources override the hub ids.
 
     As in the paper, the validation problems are Geometry3K's for both data sets. `options` go to `load_rows`.
     """
@@ -278,7 +290,7 @@ def load_splits(
         return DatasetDict(train=digit_rows("train", limit or 2000, seed=0), validation=validation)
     source = source or SOURCES[dataset].hub_id
     train = load_rows(source, "train", limit, **options)
-    if limit is None:
+    if limit is None and dataset != "own":
         _check_count(dataset, source, "train", train)
     return DatasetDict(train=train, validation=validation)
 
@@ -291,26 +303,29 @@ def load_validation(
     if dataset == "digits":
         return digit_rows("test", size, seed=0)
     geo3k = SOURCES["geo3k"].hub_id
-    validation_source = validation_source or (source if dataset == "geo3k" and source else geo3k)
+    validation_source = validation_source or (source if dataset in ("geo3k", "own") and source else geo3k)
     if validation_source == source and Path(source).expanduser().is_file():
         raise ValueError(
             f"data {source!r} is one file, whose rows would be trained on and held out: name a file or folder of the "
             "problems to hold out as validation_data, or a folder with both splits as data"
         )
     rows = load_rows(validation_source, "validation", **options)
-    _check_count("geo3k", validation_source, "validation", rows)  # of others the same seed draws other problems
+    if dataset != "own":
+        _check_count("geo3k", validation_source, "validation", rows)  # of others the seed draws other problems
     return rows.select(validation_ids(rows, size))
 
 
 def check_dataset(name: str, source: str | None = None) -> None:
     """`ValueError` for a data set that is not there, and for a source of the digits, which would not be read."""
-    if name not in (*SOURCES, "digits"):
-        raise ValueError(f"dataset must be digits, {' or '.join(SOURCES)}; got {name!r}")
+    if name not in (*SOURCES, "own", "digits"):
+        raise ValueError(f"dataset must be digits, own, {' or '.join(SOURCES)}; got {name!r}")
     if name == "digits" and source is not None:
         raise ValueError(
-            f"dataset=digits is made in code, data {source!r} would not be read: set dataset to geo3k for data of "
-            "your own, or leave data out"
+            f"dataset=digits is made in code, data {source!r} would not be read: set dataset to own for data of your "
+            "own, or leave data out"
         )
+    if name == "own" and source is None:
+        raise ValueError("dataset=own needs data: set it to a hub id or a folder with the splits train and validation")
 
 
 def _check_count(dataset: str, source: str, split: str, rows: Dataset) -> None:
@@ -422,9 +437,11 @@ def teacher_rows(args: ScriptArguments, config: VAOPDConfig, rows: Dataset) -> D
     """
     records = {record["id"]: record for record in read_jsonl(sample_teacher(args, config, rows))}
     complete = [index for index, row_id in enumerate(rows["id"]) if records[row_id]["finish_reason"] != "length"]
-    responses, answers = [records[row_id]["response"] for row_id in rows["id"]], rows["answer"]
-    reward = reward_of(args)
-    keep = [i for i in complete if args.method == "kd" or reward([responses[i]], answer=[answers[i]])[0] == 1.0]
+    responses = [records[row_id]["response"] for row_id in rows["id"]]
+    reward, asked = reward_of(args), rows.select_columns(["id", "prompt", "answer"])
+    keep = [
+        i for i in complete if args.method == "kd" or rewards.reward_of_response(reward, responses[i], asked[i]) == 1.0
+    ]
     if not keep:
         raise ValueError(
             f"method {args.method} has nothing to train on: of the teacher's {len(rows)} responses {len(complete)} "
@@ -488,8 +505,13 @@ def teacher_settings(args: ScriptArguments, config: VAOPDConfig, rows: Dataset) 
 
 
 def data_settings(args: ScriptArguments) -> dict[str, Any]:
-    """What is made of a row's text and images."""
-    return {name: getattr(args, name) for name in ("dataset", "template", "min_pixels", "max_pixels")}
+    """What is made of a row's text and images, and how own data are scored."""
+    names = ("dataset", "template", "min_pixels", "max_pixels", *(["reward"] if args.reward else []))
+    file = rewards.reward_file(args.reward)
+    return {
+        **{name: getattr(args, name) for name in names},
+        **({"the reward's file": fingerprint(file)} if file else {}),
+    }
 
 
 def fingerprint_of(rows: Dataset) -> str:
@@ -499,7 +521,9 @@ def fingerprint_of(rows: Dataset) -> str:
 
 def reward_of(args: ScriptArguments) -> Callable[..., list[float]]:
     """GRPO's reward: the first answer counts, as in the paper's monitoring reward and in evaluation; for digits the
-    exact sentence."""
+    exact sentence, for own data what they name."""
+    if args.reward not in (None, "math"):
+        return rewards.load_reward(args.reward)
     if args.dataset != "digits":
         return first_answer_reward
 
@@ -517,8 +541,8 @@ def first_answer_reward(completions, answer, **columns) -> list[float]:
     the paper's monitoring reward, this is 0: TRL leaves None out of its group, where the same text, 1, would be alone
     and without an advantage.
     """
-    rewards = verifiers.math_reward(completions, answer, which="first", whole=True, **columns)
-    return [reward or 0.0 for reward in rewards]
+    scores = verifiers.math_reward(completions, answer, which="first", whole=True, **columns)
+    return [score or 0.0 for score in scores]
 
 
 def with_completions(rows: Dataset, responses: list[str]) -> Dataset:

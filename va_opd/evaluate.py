@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from .config import VAOPDConfig
-from .objective import pixelate
+from .degraded import degrade, model_sizes
 from .train import (
     ScriptArguments,
     load_teacher,
@@ -40,6 +40,7 @@ from common.answers import grade
 from common.cli import run_main, split_first
 from common.evaluation import BENCHMARKS, Benchmark, Decoding, evaluate, headline, load_benchmark
 from common.evaluation.engines import build_engine
+from common.rewards import reward_of_response
 from common.runs import (
     append_jsonl,
     atomic_write_json,
@@ -54,7 +55,7 @@ from common.runs import (
 from common.stages import on_one_gpu
 from common.training import train_seconds
 
-from .data import data_settings, digits_correct, fingerprint_of
+from .data import data_settings, digits_correct, fingerprint_of, reward_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,11 +93,12 @@ def evaluate_model(what: str, args: ScriptArguments, config: VAOPDConfig) -> Non
         model = str(best_checkpoint(run, args, config, rows) if args.select_checkpoint else run / "model")
     else:
         model = args.model if what == "base" else args.teacher
-    held_out = (benchmark_of(args, rows), benchmark_of(args, rows, config.degradation_ratio))
-    missing = [benchmark for benchmark in held_out if not (out / f"{benchmark.name}.json").exists()]
+    views = {benchmark_name(args): None, benchmark_name(args, True): config}
+    missing = [view for name, view in views.items() if not (out / f"{name}.json").exists()]
+    held_out = [benchmark_of(args, rows, view) for view in missing]
     if missing or names:
         with closing(build_engine(args, model, config)) as engine:
-            for benchmark in (*missing, *(paper_benchmark(args, name) for name in names)):  # one at a time in memory
+            for benchmark in (*held_out, *(paper_benchmark(args, name) for name in names)):  # one at a time in memory
                 report = evaluate(engine, benchmark, out, samples=args.eval_samples, seed=config.seed)
                 score = headline(report)[0]
                 shown = "not defined on so few questions" if score is None else f"{score:.3f}"
@@ -197,28 +199,41 @@ def best_checkpoint(run: Path, args: ScriptArguments, config: VAOPDConfig, rows:
 
 def benchmark_name(args: ScriptArguments, pixelated: bool = False) -> str:
     """Name of the held-out problems in result files."""
-    return ("digits" if args.dataset == "digits" else "geo3k_validation") + ("_pixelated" if pixelated else "")
+    names = {"digits": "digits", "own": "own_validation"}
+    return names.get(args.dataset, "geo3k_validation") + ("_pixelated" if pixelated else "")
 
 
-def benchmark_of(args: ScriptArguments, rows: "Dataset", ratio: float | None = None) -> Benchmark:
-    """The held-out problems as a benchmark, with images pixelated if a ratio is given. The first answer counts."""
+def benchmark_of(args: ScriptArguments, rows: "Dataset", pixelated: VAOPDConfig | None = None) -> Benchmark:
+    """The held-out problems as a benchmark, with images pixelated if there are settings for it. The first answer
+    counts, or what own data's reward says."""
+    own = reward_of(args) if args.reward not in (None, "math") else None
+    part = models.load_processor(args.model).image_processor if pixelated else None
 
     def images(row: dict[str, Any]) -> list:
-        return row["images"] if ratio is None else [pixelate(image, ratio) for image in row["images"]]
+        return row["images"] if part is None else [pixelated_view(image, part, pixelated) for image in row["images"]]
 
     def score(response: str, row: dict[str, Any]) -> float:
         if args.dataset == "digits":
             return float(digits_correct(response, row))
+        if own:
+            return reward_of_response(own, response, row)
         return float(grade(response, row["answer"], which="first", whole=True))  # as the rules of Table 1 do
 
     return Benchmark(
-        name=benchmark_name(args, ratio is not None),
+        name=benchmark_name(args, part is not None),
         rows=[{"id": r["id"], "prompt": r["prompt"], "images": images(r), "answer": r["answer"]} for r in rows],
         score=score,
         decoding=Decoding(
             temperature=args.eval_temperature, top_p=1.0, max_new_tokens=24 if args.dataset == "digits" else 4096
         ),
     )
+
+
+def pixelated_view(image: Any, image_processor: Any, config: VAOPDConfig) -> Any:
+    """An image as the teacher's second view has it in training: pixelated at the size at which the model sees it."""
+    seen = image_processor(images=[image], return_tensors="pt") if config.pixelate_at == "model" else {}
+    size = model_sizes(image_processor, seen, 1)[0]
+    return degrade(image, size, config.degradation_ratio, getattr(image_processor, "resample", None))
 
 
 def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfig, rows: "Dataset", out: Path) -> None:

@@ -22,7 +22,8 @@ try:
     from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
     from common.evaluation import json_options
     from common.lora import adapter_base, check_lora, lora_config, with_adapters
-    from common.runs import RunFolder
+    from common.rewards import REWARDS, check_reward, reward_file
+    from common.runs import RunFolder, fingerprint
     from common.stages import on_one_gpu
     from common.training import RunArguments, RunLog, row_fingerprints, train_run
 
@@ -63,7 +64,10 @@ class ScriptArguments(RunArguments):
         default=True, metadata={"help": "With teacher_server: also load the teacher here and compare both once."}
     )
     experiment: str = field(default="geo3k", metadata={"help": "Name of the folder that holds the variants' runs."})
-    dataset: str = field(default="geo3k", metadata={"help": "geo3k, virl39k or digits (embedded)."})
+    dataset: str = field(default="geo3k", metadata={"help": "geo3k, virl39k, digits (embedded) or own (in `data`)."})
+    reward: str | None = field(
+        default=None, metadata={"help": f"What scores dataset own: {', '.join(REWARDS)} or FILE.py:FUNCTION."}
+    )
     validation_data: str | None = field(
         default=None, metadata={"help": "Hub id or local folder of the validation problems."}
     )
@@ -113,6 +117,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
     args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
     check_dataset(args.dataset, args.data or args.validation_data)
+    check_reward(args.dataset, args.reward)
     check_lora(args.lora_rank, args.load_in_4bit)
     json_options("engine_options", args.engine_options)
     if args.method in GIVEN_RESPONSES and config.chat_template_kwargs:
@@ -171,16 +176,24 @@ def load_validation_of(args: ScriptArguments) -> "Dataset":
 
 
 def row_options(args: ScriptArguments) -> dict[str, Any]:
-    """What is made of the text and the images of each row."""
-    return {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "template": args.template}
+    """What is made of the text and the images of each row, and what has to be able to use its answer."""
+    return {
+        "min_pixels": args.min_pixels,
+        "max_pixels": args.max_pixels,
+        "template": args.template,
+        "reward": args.reward,
+    }
 
 
 def open_run(args: ScriptArguments, config: VAOPDConfig, splits: "DatasetDict") -> RunFolder:
     """The run's folder; `ValueError` where it holds a run with other settings, data or models to begin with."""
-    settings = changed_settings(args, config, (*MAY_CHANGE, *MACHINE_FIELDS))
+    unset = () if args.reward else ("reward",)  # runs that began before there was this field have none
+    settings = changed_settings(args, config, (*MAY_CHANGE, *MACHINE_FIELDS, *unset))
     free = {name: getattr(args if hasattr(args, name) else config, name) for name in MAY_CHANGE}
     free |= machine_settings(config)
     data, models = row_fingerprints(splits), {"model": args.model, "teacher": args.teacher}
+    if file := reward_file(args.reward):
+        data["reward's file"] = fingerprint(file)
     return RunFolder.open(run_path(args, config), settings, data=data, seed=config.seed, free=free, models=models)
 
 

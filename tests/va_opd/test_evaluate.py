@@ -14,6 +14,8 @@ from common import stages
 from common.evaluation import BENCHMARKS, Decoding, engines
 from common.runs import atomic_write_json, claim, read_jsonl
 from va_opd import VAOPDTrainer, data, evaluate, loop, train
+from va_opd.degraded import degraded_pixel_values
+from va_opd.objective import pixelate
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "va_opd" / "configs").glob("*.yaml"))
@@ -160,13 +162,27 @@ def test_of_equal_checkpoints_the_earlier_is_chosen(config, tmp_path):
 
 @pytest.mark.parametrize(("dataset", "length"), [("digits", 24), ("geo3k", 4096)])
 def test_held_out_problems_are_sampled_as_the_config_says(config, dataset, length):
-    args, _ = train.parse(["--config", str(config), "--eval_temperature", "0.5"])
+    args, settings = train.parse(["--config", str(config), "--eval_temperature", "0.5"])
     rows = train.load_splits_of(args)["validation"]
     args.dataset = dataset
-    true, pixelated = evaluate.benchmark_of(args, rows), evaluate.benchmark_of(args, rows, 0.1)
+    true, pixelated = evaluate.benchmark_of(args, rows), evaluate.benchmark_of(args, rows, settings)
     assert true.decoding == pixelated.decoding == Decoding(temperature=0.5, top_p=1.0, max_new_tokens=length)
     assert true.rows[0]["images"] == rows[0]["images"] != pixelated.rows[0]["images"]
-    assert pixelated.rows[0]["images"][0].tobytes() == evaluate.pixelate(rows[0]["images"][0], 0.1).tobytes()
+    assert pixelated.rows[0]["images"][0].tobytes() == pixelate(rows[0]["images"][0], 0.1).tobytes()
+
+
+@pytest.mark.parametrize("pixelate_at", ["model", "raw"])
+def test_pixelated_problems_are_the_second_view_of_training(config, pixelate_at):
+    """Also where the processor shows the model a smaller image, in which the same ratio leaves fewer cells."""
+    args, settings = train.parse(["--config", str(config), "--pixelate_at", pixelate_at])
+    part = train.models.load_processor(args.model).image_processor
+    image = train.load_splits_of(args)["validation"][0]["images"][0].resize((960, 320))
+    seen = part(images=[image], return_tensors="pt")
+    assert seen["image_grid_thw"].prod() * part.patch_size**2 < image.width * image.height / 4
+    trained, _ = degraded_pixel_values(part, seen, [[image]], [0], settings.degradation_ratio, pixelate_at)
+    row = {"id": "0", "prompt": [], "images": [image], "answer": "1"}
+    (view,) = evaluate.benchmark_of(args, [row], settings).rows[0]["images"]
+    assert torch.equal(part(images=[view], return_tensors="pt")["pixel_values"], trained)
 
 
 def test_benchmarks_are_sampled_at_the_temperature_of_the_config(config, vision_data):

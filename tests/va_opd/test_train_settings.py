@@ -192,7 +192,8 @@ def test_problems_are_held_out_of_the_data_that_are_named_for_it(config, tmp_pat
     template = ["--template", "Please: {problem}"]
     pixels = ["--min_pixels", "16", "--max_pixels", "400"]
     args, _ = train.parse(["--config", str(config), "--dataset", "geo3k", *sources, *template, *pixels])
-    assert train.row_options(args) == {"min_pixels": 16, "max_pixels": 400, "template": "Please: {problem}"}
+    options = {"min_pixels": 16, "max_pixels": 400, "template": "Please: {problem}", "reward": None}
+    assert train.row_options(args) == options
     splits = train.load_splits_of(args)
     for rows, name in (
         (splits["train"], "data"),
