@@ -157,12 +157,26 @@ def tool_call_reward(
     With `compatible` as in the release of SDPO (arXiv 2601.20802), for ToolAlpaca: the names after `Action:` are the
     gold ones in any order, and all inputs, each read up to its first closing brace, merge to the merged gold inputs.
     Nested inputs cannot be right there, and with several calls their order may matter.
+
+    Raises `ValueError` for gold objects with an argument that is None, which `datasets` puts where another row has it.
     """
     golds = _column("answer", answer, completions)
+    for gold in golds:
+        _check_arguments(gold)
     pairs = zip(completions, golds, strict=True)
     verdict = _compatible_tools if compatible else _tool_verdict
     verdicts = [verdict(completion, gold) for completion, gold in pairs]
     return _rewards(verdicts, golds, log_metric)
+
+
+def _check_arguments(gold: str | list | dict | None) -> None:
+    for call in gold if isinstance(gold, list) else [gold]:
+        given = (call.get("arguments") or call.get("Action_Input")) if isinstance(call, dict) else None
+        if isinstance(given, dict) and None in given.values():
+            raise ValueError(
+                f"the gold call {call!r:.200} has an argument that is None, which datasets adds where another row has "
+                'it, and no right response could equal it: give the column "answer" as JSON text (json.dumps)'
+            )
 
 
 def _compatible_tools(completion: Completion, gold: str | list | None) -> Verdict:

@@ -25,6 +25,8 @@ if version("trl") not in SpecifierSet(SUPPORTED_TRL):
 
 from trl.trainer.utils import RepeatSampler, is_async_callable, split_tensor_dict
 
+from .turns import stop_at_the_end_of_a_turn
+
 
 class EpochSampler(RepeatSampler):
     """TRL's sampler, with an order of each epoch that depends on seed and epoch only: a resumed run sees the prompts
@@ -55,8 +57,9 @@ class AskedSampling(GenerationConfig):
 
 
 def prepare_rollouts(trainer: Trainer) -> None:
-    """Lets a trainer's seed, settings and weights alone decide what its engine samples."""
+    """Lets a trainer's seed, settings and weights alone decide what its engine samples, up to the end of a turn."""
     seed_rollouts(trainer)
+    stop_at_the_end_of_a_turn(trainer)
     send_names_of_files(trainer)
     if trainer.args.disable_dropout:
         disable_functional_dropout(trainer.model)

@@ -7,8 +7,6 @@ Everything that is read here was written by a model: it is cut out as text, neve
 import re
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from .skills import MAX_QUESTION, clean, neutralise
 
 Messages = list[dict[str, Any]]
@@ -61,26 +59,6 @@ def solver_prompt(question: str, system: str = SOLVER_SYSTEM) -> Messages:
 
 def _messages(system: str, user: str) -> Messages:
     return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": user}]
-
-
-def turn_end_id(tokenizer: Any) -> int | None:
-    """The special token that closes an assistant's turn in the chat template, if there is one.
-
-    The models of the papers are base models, which declare `<|endoftext|>` only, while their template ends a turn with
-    `<|im_end|>`: a rollout would go on with turns that it makes up, and the last question in it would be read.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    turns = [*_messages("", "?"), {"role": "assistant", "content": "@answer@"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (TemplateError, TypeError, ValueError):  # it asks for more than two turns, or content as parts
-        return None
-    if "@answer@" not in text:
-        return None
-    ids = tokenizer(text.rpartition("@answer@")[2], add_special_tokens=False)["input_ids"]
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((index for index in ids if index in special), None)
 
 
 def read_challenge(output: str) -> Challenge:

@@ -62,8 +62,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import UPDATES, ChallengerConfig, PhaseConfig, RDiverseConfig, SolverConfig
 from .memory import MemoryBank
-from .questions import PLAIN_TEMPLATE, solver_prompt, turn_end_id
+from .questions import PLAIN_TEMPLATE, solver_prompt
 from .skills import ModelCoder, SentenceEncoder, SkillEncoder, minilm
+from .turns import turn_end_id
 
 if TYPE_CHECKING:
     from .reward import ChallengerReward

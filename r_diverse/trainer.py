@@ -20,7 +20,6 @@ from .checks import (
 )
 from .doctor import DoctorCallback
 from .logps import check_logps
-from .questions import turn_end_id
 from .rope import exact_frequencies
 
 
@@ -50,7 +49,6 @@ class PhaseTrainer(LoadsWeights, SortsByLength, GRPOTrainer):
                 "batch: add prompts, or lower per_device_train_batch_size, gradient_accumulation_steps or "
                 "steps_per_generation"
             )
-        self._stop_at_the_end_of_a_turn()
         prepare_rollouts(self)
         if steps := getattr(self.args, "doctor_steps", 0):  # TRL's own config has none
             self.add_callback(DoctorCallback(steps))
@@ -65,19 +63,6 @@ class PhaseTrainer(LoadsWeights, SortsByLength, GRPOTrainer):
                 "under FSDP every rank must load the KL reference, which else is zeros on all but the first: add "
                 "--fsdp_cpu_ram_efficient_loading false to accelerate launch"
             )
-
-    def _stop_at_the_end_of_a_turn(self) -> None:
-        """TRL knows the ends that the model and its tokenizer declare; base models leave out that of a turn."""
-        end = turn_end_id(self._tokenizer)
-        if end is None or end in self.eos_token_ids:
-            return
-        self.eos_token_ids = [*self.eos_token_ids, end]
-        if self.use_vllm:
-            own = self.vllm_generation.generation_kwargs or {}
-            stops = sorted({*own.get("stop_token_ids", []), *self.eos_token_ids})
-            self.vllm_generation.generation_kwargs = {**own, "stop_token_ids": stops}
-        else:
-            self.generation_config.eos_token_id = self.eos_token_ids
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         return EpochSampler(

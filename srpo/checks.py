@@ -24,8 +24,8 @@ OF_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extr
 
 
 def check_inputs(args: SRPOConfig, train_dataset) -> None:
-    """Raises `ValueError` for another configuration class, for data that are no map-style data set, and unless they
-    fill a generation batch."""
+    """Raises `ValueError` for another configuration class, for data that are no map-style data set, unless they fill a
+    generation batch, and for calls of tools that nobody made."""
     if not isinstance(args, SRPOConfig):
         raise ValueError(f"args must be an SRPOConfig, got {type(args).__name__}; routing='grpo' makes it GRPO")
     if isinstance(train_dataset, dict | IterableDataset):
@@ -41,6 +41,7 @@ def check_inputs(args: SRPOConfig, train_dataset) -> None:
             f"train_dataset has {len(train_dataset)} prompts, fewer than the {prompts} of one generation batch: add "
             "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
+    check_calls_of_tools(train_dataset, "train_dataset")
 
 
 def check_calls(reward_funcs: Any, processing_class: Any, dataset: Any, name: str = "train_dataset") -> None:
@@ -65,6 +66,26 @@ def check_calls(reward_funcs: Any, processing_class: Any, dataset: Any, name: st
                 f"{type(reward).__name__}"
             )
         _check_reward(reward, columns, name)
+
+
+def check_calls_of_tools(dataset: Dataset, name: str) -> None:
+    """Raises `ValueError` where Arrow has put arguments into the calls of tools in prompts: in a table all have the
+    same keys, and those that a call lacks are None. The model would read calls that nobody made."""
+    try:
+        arguments = dataset.features["prompt"].feature["tool_calls"].feature["function"]["arguments"]
+    except (AttributeError, KeyError, TypeError):  # no messages with calls, or Json, which keeps each as it is
+        return
+    if not isinstance(arguments, dict) or dataset.format["type"] == "custom":  # a transform may leave them out
+        return
+    for row, prompt in enumerate(dataset.with_format(None)["prompt"]):
+        functions = (call["function"] or {} for message in prompt for call in message["tool_calls"] or [])
+        for function in functions:
+            if empty := [key for key, value in (function.get("arguments") or {}).items() if value is None]:
+                raise ValueError(
+                    f"a call of {function.get('name')} in row {row} of {name} has {empty[0]}=None, which Arrow adds "
+                    "where another call has this argument: drop it from the rows, and make the data set by "
+                    "Dataset.from_list(rows, on_mixed_types='use_json')"
+                )
 
 
 def _lacks_template(processing_class: Any) -> bool:

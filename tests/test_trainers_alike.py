@@ -43,6 +43,7 @@ COPIES = {
         "_lacks_template",
         "_watched",
         "check_calls",
+        "check_calls_of_tools",
         "check_reference",
         "check_rewards",
         "check_tokens",
@@ -53,6 +54,7 @@ COPIES = {
     "lm_head": ("lm_head", "logit_scale"),
     "logps": ("_is_callable", "check_logps", "count_positions"),
     "rope": ("exact_frequencies",),
+    "turns": ("stop_at_the_end_of_a_turn", "turn_end_id"),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
     CLIPVisionConfig,
@@ -220,6 +220,16 @@ def models(family: str = "qwen3_vl", sharp: float = 6.0):
         teacher.get_output_embeddings().weight.mul_(sharp)
         student.get_output_embeddings().weight.mul_(sharp / 2)
     return student, teacher, processor
+
+
+def write_first_token(processor) -> None:
+    """Lets template and tokenizer both begin with `bos_token`, as those of Gemma 3 do."""
+    tokenizer = processor.tokenizer
+    tokenizer.bos_token = bos = "<|video_pad|>"
+    processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
 
 
 def build(

@@ -2,6 +2,7 @@
 
 from trl import GRPOTrainer, SFTTrainer
 
+from . import siblings
 from ._trl import EpochSampler, prepare_rollouts
 from .checkpoints import LoadsWeights
 from .rope import exact_frequencies
@@ -25,6 +26,12 @@ class ResumableGRPOTrainer(LoadsWeights, GRPOTrainer):
             epoch=lambda: int(self.state.epoch or 0),
             seed=self.args.seed,
         )
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, *arguments, **fields):
+        # Gemma 3's have one more place, in front: see `siblings.with_token_types`
+        width, types = input_ids.size(1), siblings.token_types(fields)
+        fields |= {key: value[:, -width:] for key, value in types.items() if value is not None}
+        return super()._get_per_token_logps_and_entropies(model, input_ids, *arguments, **fields)
 
 
 class ResumableSFTTrainer(LoadsWeights, SFTTrainer):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from PIL import Image
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
@@ -77,6 +76,28 @@ def check_rows(dataset, name: str = "train_dataset") -> None:
                     "rollouts are scored: write {'type': 'image', 'image': ...}, or leave such rows out"
                 )
     check_one_image_column(dataset if isinstance(dataset, list | tuple) else [row], name)
+    if isinstance(dataset, Dataset):
+        check_calls_of_tools(dataset, name)
+
+
+def check_calls_of_tools(dataset: Dataset, name: str) -> None:
+    """Raises `ValueError` where Arrow has put arguments into the calls of tools in prompts: in a table all have the
+    same keys, and those that a call lacks are None. The model would read calls that nobody made."""
+    try:
+        arguments = dataset.features["prompt"].feature["tool_calls"].feature["function"]["arguments"]
+    except (AttributeError, KeyError, TypeError):  # no messages with calls, or Json, which keeps each as it is
+        return
+    if not isinstance(arguments, dict) or dataset.format["type"] == "custom":  # a transform may leave them out
+        return
+    for row, prompt in enumerate(dataset.with_format(None)["prompt"]):
+        functions = (call["function"] or {} for message in prompt for call in message["tool_calls"] or [])
+        for function in functions:
+            if empty := [key for key, value in (function.get("arguments") or {}).items() if value is None]:
+                raise ValueError(
+                    f"a call of {function.get('name')} in row {row} of {name} has {empty[0]}=None, which Arrow adds "
+                    "where another call has this argument: drop it from the rows, and make the data set by "
+                    "Dataset.from_list(rows, on_mixed_types='use_json')"
+                )
 
 
 def check_one_image_column(rows: Sequence[dict[str, Any]], name: str) -> None:
@@ -84,12 +105,19 @@ def check_one_image_column(rows: Sequence[dict[str, Any]], name: str) -> None:
     of `IMAGE_COLUMNS` that the batch's first row has."""
     columns = [[column for column in IMAGE_COLUMNS if column in row] for row in rows]
     for i, row in enumerate(rows):
-        passed_by = len(columns[i]) == 2 and not row["images"] and row["image"] is not None
+        passed_by = len(columns[i]) == 2 and row["image"] is not None and row["image"] not in (row["images"] or [])
         if passed_by or columns[i] != columns[0]:
             raise ValueError(
                 f"images of {name} are not in one column (row {i} differs), so that some would not be read: give all "
                 "rows one column `images`, lists that are empty where there is no image"
             )
+
+
+def check_batch_images(rows: Sequence[dict[str, Any]]) -> None:
+    """Raises `ValueError` for `rows` of a step whose images are in several columns, or turn white or black."""
+    check_one_image_column(rows, "a batch")
+    for image in (image for row in rows for image in images_of(row)):
+        check_depth(image)
 
 
 def check_image_columns(args: VAOPDConfig, row: dict[str, Any]) -> None:
@@ -129,6 +157,13 @@ def has_images(row: dict[str, Any]) -> bool:
     return in_columns or any(part.get("type") == "image" for part in _parts(row["prompt"]))
 
 
+def images_of(row: dict[str, Any]) -> list[Any]:
+    """The images of a row, those of its columns first."""
+    in_columns = row.get("images") or ([] if row.get("image") is None else [row["image"]])
+    in_parts = [part.get("image") for part in _parts(row["prompt"]) if part.get("type") == "image"]
+    return [*in_columns, *(image for image in in_parts if image is not None)]
+
+
 def check_row(args: VAOPDConfig, processing_class, row: dict[str, Any], name: str = "row 0 of train_dataset") -> None:
     """Raises `ValueError` where a row cannot be made into the student's input. TRL would fail only at the first step,
     after all models and the engine have been loaded."""
@@ -144,11 +179,10 @@ def check_row(args: VAOPDConfig, processing_class, row: dict[str, Any], name: st
             options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
             options |= args.chat_template_kwargs or {}
             ids = processing_class.apply_chat_template([prompt], **options)["input_ids"]
-        for image in images:
+        for image in images_of(row):
             if image is None:
                 raise ValueError("one of its images is None")
-            if isinstance(image, Image.Image):
-                check_depth(image)
+            check_depth(image)
     except Exception as error:  # whatever template, processor and PIL have
         raise ValueError(f"{name} makes no prompt ({_cause(error)}): mend such rows, or processing_class") from error
     check_prompts(ids, args, f"the prompt of {name}")

@@ -1,6 +1,9 @@
 """The degraded view of a batch: the same model inputs, only `pixel_values` are those of pixelated images."""
 
+import base64
+import io
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -81,8 +84,8 @@ def model_sizes(image_processor, batch: dict[str, Any], num_images: int) -> list
 
 def degrade(image: Any, size: tuple[int, int] | None, ratio: float, resample: int | None) -> Image.Image:
     """One image as RGB, brought to `size` with the processor's filter if there is a size, then pixelated."""
-    image = image if isinstance(image, Image.Image) else load_image(image)
     check_depth(image)
+    image = image if isinstance(image, Image.Image) else load_image(image)
     image = as_rgb(image)  # before cells are averaged, which would apply alpha
     if size is not None:
         image = image.resize(size, resample if isinstance(resample, int) else Image.Resampling.BICUBIC)
@@ -94,11 +97,23 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.array(convert_to_rgb(image)))
 
 
-def check_depth(image: Image.Image) -> None:
-    """Raises `ValueError` for an image of more than 8 bits: processors turn all values above 255 white."""
-    deep = image.convert("I") if image.mode.startswith("I;16") else image  # I;16B cannot say its extrema
-    if deep.mode in ("I", "F") and (highest := deep.getextrema()[1]) > 255:
-        raise ValueError(
-            f"an image has mode {image.mode} and values up to {highest:g}, and processors turn all above 255 "
-            "white: scale it to 8 bits"
-        )
+def check_depth(image: Any) -> None:
+    """Raises `ValueError` for an image of which processors turn all above 255 white (more than 8 bits), or all below 1
+    black (floats up to 1).
+
+    Looks at PIL images and, as `load_image` reads them, paths and base64; an address is not fetched for this.
+    """
+    if isinstance(image, str) and not image.startswith(("http://", "https://")):
+        file = image if os.path.isfile(image) else io.BytesIO(base64.decodebytes(image.split(",")[-1].encode()))
+        with Image.open(file) as opened:
+            check_depth(opened)
+    elif isinstance(image, Image.Image) and image.mode.startswith(("I", "F")):
+        # I;16B cannot say its extrema
+        highest = (image.convert("I") if ";" in image.mode else image).getextrema()[1]
+        dark = image.mode == "F" and 0 < highest <= 1
+        if highest > 255 or dark:
+            turned = "below 1 black" if dark else "above 255 white"
+            raise ValueError(
+                f"an image has mode {image.mode} and values up to {highest:g}, and processors turn all {turned}: "
+                "scale it to 8 bits"
+            )

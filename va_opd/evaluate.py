@@ -237,7 +237,7 @@ def pixelated_view(image: Any, image_processor: Any, config: VAOPDConfig) -> Any
 
 
 def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfig, rows: "Dataset", out: Path) -> None:
-    """One rollout of the model for each held-out problem and the teacher's VA on it (Figs. 2a and 4b)."""
+    """One rollout of the model for each held-out problem with an image, and the teacher's VA on it (Figs. 2a, 4b)."""
     config = on_one_gpu(copy.copy(config))
     config.doctor_steps, config.use_vllm, config.output_dir = 0, False, str(out / "trainer")
     config.measure_va = True
@@ -256,6 +256,8 @@ def score_visual_advantage(model: str, args: ScriptArguments, config: VAOPDConfi
         processing_class=models.load_processor(args.model),
     )
     trainer.model.eval()
+    with_images = [i for i, row in enumerate(rows) if row["images"]]
+    rows = rows.select(with_images) if with_images else rows  # the VA of others is 0 whatever the model
     path, tokenizer = out / "va_tokens.jsonl", trainer.processing_class.tokenizer
     size = config.per_device_eval_batch_size
     path.unlink(missing_ok=True)

@@ -46,6 +46,26 @@ def split_images(batch: dict[str, Any]) -> dict[str, Any]:
     return split_pixel_values_by_grid(batch)
 
 
+def token_types(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of what a processor makes of prompts, what says for each token whether it stands for an image."""
+    return {key: value for key, value in fields.items() if key.endswith("token_type_ids")}
+
+
+def with_token_types(batch: dict[str, Any], types: dict[str, list[list[int]]]) -> dict[str, Any]:
+    """The batch with the given token types of its prompts, lists of B lists, and 0 for rollouts.
+
+    TRL makes those of the loss anew from the rendered prompts, which its rollouts do not: there a processor adds
+    another token in front of a template's own `bos_token` (Gemma 3), and an answer at the end stays open. Then each
+    type is that of a token before or behind.
+    """
+    for key in types.keys() & batch.keys():
+        mask = batch["prompt_mask"]
+        of_prompts = torch.zeros_like(mask)
+        of_prompts[mask.bool()] = torch.cat([mask.new_tensor(row) for row in types[key]])
+        batch = {**batch, key: torch.cat([of_prompts, torch.zeros_like(batch["completion_mask"])], dim=1)}
+    return batch
+
+
 def sequence_lengths(batch: dict[str, Any]) -> list[int]:
     """Tokens of prompt and rollout together, a number a row."""
     return (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).tolist()
@@ -74,8 +94,8 @@ def trimmed_inputs(batch: dict[str, Any], multiple: int | None = None) -> tuple[
     pixels = fields.get("pixel_values")
     # No row of this batch has an image; where the tiles of a row stand together, missing ones are 0
     if pixels is not None and (not len(pixels) or (pixels.ndim == 5 and not pixels.any())):
-        fields = {key: value for key, value in fields.items() if key.endswith("token_type_ids")}
-    fields |= {key: value.gather(1, order) for key, value in fields.items() if key.endswith("token_type_ids")}
+        fields = token_types(fields)
+    fields |= {key: value.gather(1, order) for key, value in token_types(fields).items()}
     fields["input_ids"] = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).gather(1, order)
     fields["attention_mask"] = attention.gather(1, order)
     mask = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]], dim=1)

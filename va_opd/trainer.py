@@ -73,8 +73,6 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         if train_dataset is not None:
             checks.check_row(args, processing_class, train_dataset[0])
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        # TRL pads prompts itself, on the left, but takes which of their tokens are an image's from the processor
-        tokenizer.padding_side = "left"
         if isinstance(teacher_model, str):
             checks.check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(teacher_model))
         checks.check_teacher(args, model, teacher_model)
@@ -100,6 +98,7 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         self.banned_ids = checks.banned_ids(processing_class, self.model.config)
         checks.check_logits(self)
         self.last_rollouts: dict[str, Any] = {}
+        self._token_types: dict[str, Any] = {}
         self._kl_sums: torch.Tensor | None = None
         self.teacher = ServedTeacher(self) if args.teacher_server else Teacher(self)
         self.engine = VLLMRollouts(self.vllm_generation) if self.use_vllm else None
@@ -121,21 +120,21 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
     # Generation
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
-        args = self.args
         if dataset is None and self.train_dataset is None:
             raise ValueError("training requires a train_dataset")
         return EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=args.num_generations,
-            batch_size=args.prompts_of_a_step(self.accelerator.num_processes),
-            repeat_count=args.gradient_accumulation_steps,
+            mini_repeat_count=self.args.num_generations,
+            batch_size=self.args.prompts_of_a_step(self.accelerator.num_processes),
+            repeat_count=self.args.gradient_accumulation_steps,
             shuffle=self.shuffle_dataset,
             epoch=lambda: int(self.state.epoch or 0),
-            seed=args.seed,
+            seed=self.args.seed,
         )
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         checks.check_prompts(prompt_ids, self.args)
+        self._token_types = siblings.token_types(multimodal_fields)
         with self._timed("generation"):
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         checks.check_rollouts(completion_ids, self.banned_ids)
@@ -148,9 +147,9 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
         return prompt_ids, completion_ids, tool_mask, self._rollout_images, tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        checks.check_one_image_column(inputs, "a batch")
+        checks.check_batch_images(inputs)
         self._check_images(inputs)
-        batch = super()._generate_and_score_completions(inputs)
+        batch = siblings.with_token_types(super()._generate_and_score_completions(inputs), self._token_types)
         batch.update(self._score(batch))
         if self.engine and self.model.training:
             self._record("sampling/logps_gap", self._engine_gap(batch))

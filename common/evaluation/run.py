@@ -252,17 +252,20 @@ def _opened(images: Sequence[Any], key: str) -> list[Any]:
     """PIL images in RGB, with alpha dropped as in the data of training: vLLM and transformers 5.23's processors put
     white behind transparent pixels, and PNG, in which a server gets images, has no CMYK.
 
-    Raises `ValueError` for an image of more than 8 bits, which names the question.
+    Raises `ValueError`, which names the question, for an image of more than 8 bits, and for one of floats up to 1.
     """
     from datasets import Image
 
     opened = [Image().decode_example(image) if isinstance(image, dict) else image for image in images]
     for image in opened:
         deep = image.convert("I") if image.mode.startswith("I;16") else image  # I;16B cannot say its extrema
-        if deep.mode in ("I", "F") and (highest := deep.getextrema()[1]) > 255:
+        highest = deep.getextrema()[1] if deep.mode in ("I", "F") else 0
+        dark = deep.mode == "F" and 0 < highest <= 1
+        if highest > 255 or dark:
+            turned = "below 1 would turn black" if dark else "above 255 would turn white"
             raise ValueError(
-                f"question {key} has an image of mode {image.mode} and values up to {highest:g}, of which all above "
-                "255 would turn white: scale it to 8 bits in the data"
+                f"question {key} has an image of mode {image.mode} and values up to {highest:g}, of which all "
+                f"{turned}: scale it to 8 bits in the data"
             )
     return [image.convert("RGB") for image in opened]
 

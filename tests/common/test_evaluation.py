@@ -256,6 +256,9 @@ def test_an_image_of_more_than_8_bits_is_refused(tmp_path):
     rows = [{**row, "images": [Image.new("I;16B", (4, 4), 300)]} for row in numbers(1).rows]  # a TIFF may be so
     with pytest.raises(ValueError, match="image of mode I;16B and values up to 300"):
         evaluate(Echo(), Benchmark("pictures", rows), tmp_path, decoding=SAMPLED)
+    rows = [{**row, "images": [Image.new("F", (4, 4), 0.5)]} for row in numbers(1).rows]
+    with pytest.raises(ValueError, match="mode F and values up to 0.5, of which all below 1 would turn black"):
+        evaluate(Echo(), Benchmark("pictures", rows), tmp_path, decoding=SAMPLED)
 
 
 def test_an_evaluation_does_not_go_on_with_other_weights_at_the_same_path(tmp_path):

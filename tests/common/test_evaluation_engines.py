@@ -27,7 +27,7 @@ from common.evaluation.engines import (
 from common.lora import lora_config
 from common.models import load_model
 from common.tiny import tiny_qwen3, tiny_qwen3_vl
-from r_diverse import questions as questions_of_r_diverse
+from r_diverse import turns
 
 SAMPLED = Decoding(temperature=1.0, max_new_tokens=6)
 
@@ -230,7 +230,7 @@ def test_a_token_of_the_text_before_the_end_of_a_turn_does_not_end_it():
     tokenizer.add_tokens(["</note>"])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</note><|im_end|>{% endfor %}"
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert turn_end_id(tokenizer) == questions_of_r_diverse.turn_end_id(tokenizer) == turn_end
+    assert turn_end_id(tokenizer) == turns.turn_end_id(tokenizer) == turn_end
 
 
 # None, one that shows the question only, one that wants three turns, one without text, one that cannot be rendered
@@ -245,7 +245,7 @@ def test_a_template_without_an_end_of_turn_adds_none(template):
     tokenizer = tiny_qwen3()[1]
     tokenizer.chat_template = template
     assert turn_end_id(tokenizer) is None
-    assert questions_of_r_diverse.turn_end_id(tokenizer) is None
+    assert turns.turn_end_id(tokenizer) is None
 
 
 def test_the_chat_template_gets_its_options(engine):

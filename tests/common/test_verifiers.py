@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from common.verifiers import (
     check_gold,
@@ -200,6 +201,21 @@ def test_tool_calls_match_in_every_form():
 )
 def test_other_tool_calls_are_wrong(response):
     assert tool_call_reward([response], answer=[CALL]) == [0.0]
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("name", "arguments"), ("Action", "Action_Input")])
+def test_gold_calls_with_arguments_of_other_rows_are_refused(name, arguments):
+    """So come objects out of a table of Arrow; the right response would have reward 0."""
+    golds = [[{name: "f", arguments: {"x": 1}}], [{name: "g", arguments: {"y": "q"}}]]
+    stored = list(Dataset.from_list([{"answer": gold} for gold in golds])["answer"])
+    assert stored[0][0][arguments] == {"x": 1, "y": None}
+    responses = [json.dumps(gold) for gold in golds]
+    for compatible in (False, True):
+        with pytest.raises(ValueError, match="has an argument that is None, .* as JSON text"):
+            tool_call_reward(responses, answer=stored, compatible=compatible)
+    assert tool_call_reward(responses, answer=golds) == tool_call_reward(responses, answer=responses) == [1.0, 1.0]
+    null = json.dumps([{name: "f", arguments: {"x": None}}])
+    assert tool_call_reward([null], answer=[null]) == [1.0]
 
 
 def test_a_tool_call_that_is_no_object_is_wrong():

@@ -20,6 +20,7 @@ from r_diverse.batches import SortsByLength
 from r_diverse.checks import check_data
 from r_diverse.config import ChallengerConfig, SolverConfig
 from r_diverse.trainer import logps_gap
+from r_diverse.turns import stop_at_the_end_of_a_turn
 
 
 def test_what_is_overridden_in_trl():
@@ -162,7 +163,7 @@ def test_rollouts_of_a_base_model_stop_at_the_end_of_a_turn(tmp_path):
     assert trainer.generation_config.eos_token_id == trainer.eos_token_ids  # TRL only masks what comes behind an end
     trainer.use_vllm, trainer.eos_token_ids = True, [tokenizer.eos_token_id]
     trainer.vllm_generation = SimpleNamespace(generation_kwargs={"stop_token_ids": [77], "min_p": 0.1})
-    trainer._stop_at_the_end_of_a_turn()
+    stop_at_the_end_of_a_turn(trainer)
     assert set(trainer.vllm_generation.generation_kwargs.pop("stop_token_ids")) == {77, *trainer.eos_token_ids}
     assert trainer.vllm_generation.generation_kwargs == {"min_p": 0.1} and turn_end in trainer.eos_token_ids
     trainer.use_vllm = False

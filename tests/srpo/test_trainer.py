@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from srpo_trainers import mixed_reward, policy, rows
+from srpo_trainers import mixed_reward, policy, rows, step
 from transformers import Trainer
 from trl import GRPOTrainer
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -65,6 +65,21 @@ def test_the_data_set_is_taken_where_trls_trainer_takes_it(make):
     assert len(SRPOTrainer(*arguments, processing_class=tokenizer).train_dataset) == 4
     with pytest.raises(ValueError, match="train_dataset has 1 prompts, fewer than the 2"):
         SRPOTrainer(*arguments[:3], Dataset.from_list(rows(1)), processing_class=tokenizer)
+
+
+def test_rollouts_of_a_base_model_end_with_their_turn(make):
+    """As Qwen3-4B-Base has it: `<|endoftext|>` is the only end that model and tokenizer declare. What follows would be
+    rewarded, and shown to the self-teacher."""
+    model, tokenizer = policy()
+    turn_end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    trainer = make(model=(model, tokenizer), max_completion_length=64)
+    step(trainer)
+    rollouts = trainer._rollouts["completion_ids"]
+    assert trainer.eos_token_ids == [tokenizer.eos_token_id, turn_end]
+    assert any(ids[-1] == turn_end for ids in rollouts)
+    assert not any(turn_end in ids[:-1] for ids in rollouts)
 
 
 # --- learning ----------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from srpo_trainers import LORA, always, mixed_reward, policy, rows, step
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import remove_none_values
 
 from srpo import SRPOConfig, SRPOTrainer
 from srpo.checks import check_longest_prompts, check_prompt_lengths, check_support
@@ -258,3 +259,21 @@ def test_adapters_that_are_made_float32_after_the_constructor_are_not_warned_of(
         p.data = p.data.float() if p.requires_grad else p.data
     begin(trainer)
     assert warned("in half precision") == 1
+
+
+def test_arguments_that_arrow_adds_to_calls_of_tools_are_refused(make):
+    """Where another call has a city, the prompt of this one would read {"unit": "C", "city": null}."""
+
+    def row(arguments):
+        calls = [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
+        turns = [{"role": "user", "content": "Warm?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+        return {"prompt": [*turns, {"role": "tool", "content": "9"}, {"role": "user", "content": "And?"}]}
+
+    model, tokenizer = policy()
+    data, alike = [row({"city": "Rome"}), row({"unit": "C"})] * 2, [row({"city": "Rome"})] * 4
+    with pytest.raises(ValueError, match="of weather in row 0 of train_dataset has unit=None, which Arrow adds"):
+        make(data=data)
+    for good in (Dataset.from_list(data, on_mixed_types="use_json"), Dataset.from_list(alike)):
+        SRPOTrainer(model, mixed_reward, make().args, train_dataset=good, processing_class=tokenizer)
+    without = Dataset.from_list(data).with_transform(remove_none_values)
+    SRPOTrainer(model, mixed_reward, make().args, train_dataset=without, processing_class=tokenizer)

@@ -9,7 +9,9 @@ import peft
 import pytest
 import torch
 import trl
+from datasets import Dataset
 from training_runs import Parrot, fails
+from va_opd_trainers import image_rows, models, write_first_token
 
 from common.evaluation import Completion
 from common.runs import read_jsonl
@@ -185,7 +187,32 @@ def test_a_resumed_grpo_sees_the_prompts_of_the_uninterrupted_one(config):
 
     assert order(None) == order(0.5) != order(1.0) == order(1.75)
     own = {name for name, value in vars(baselines.ResumableGRPOTrainer).items() if callable(value)}
-    assert own == {"__init__", "_get_train_sampler"} and hasattr(trl.GRPOTrainer, "_get_train_sampler")
+    assert own == {"__init__", "_get_train_sampler", "_get_per_token_logps_and_entropies"}
+    assert all(hasattr(trl.GRPOTrainer, name) for name in own)
+
+
+def test_a_token_in_front_of_the_templates_own_moves_no_image_in_grpo(tmp_path):
+    """Of the loss and of the KL reference."""
+    student, _, processor = models("gemma3")
+    write_first_token(processor)
+    seen = []
+
+    def look(module, arguments, given):
+        if given["input_ids"].size(1) > 1 and given.get("past_key_values") is None:  # none of generation's own passes
+            seen.append((given["token_type_ids"], given["input_ids"] == student.config.image_token_id))
+
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
+    trainer = baselines.ResumableGRPOTrainer(
+        student,
+        lambda completions, **columns: [float(i) for i in range(len(completions))],
+        args=trl.GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no", **settings),
+        train_dataset=Dataset.from_list(image_rows(1)),
+        processing_class=processor,
+    )
+    trainer.generation_config.suppress_tokens = sorted(banned_ids(processor, student.config))
+    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    trainer.train()
+    assert seen and all(torch.equal(types == 1, images) for types, images in seen)
 
 
 def test_grpo_refuses_a_reference_that_would_lack_the_students_adapter(config, tmp_path, tiny_models):

@@ -183,6 +183,11 @@ def test_an_image_of_more_than_8_bits_is_found_at_the_start(tmp_path):
             data.load_rows(str(tmp_path), "train")
     with pytest.raises(ValueError, match=r"unreadable images .*id 0: .*mode I;16 and values up to 65535.*8 bits"):
         data.load_rows(str(tmp_path), "train")
+    row["images"] = ["floats.tiff"]
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    PILImage.new("F", (64, 64), 0.5).save(tmp_path / "floats.tiff")
+    with pytest.raises(ValueError, match="id 0: .*mode F and values up to 0.5, and processors turn all below 1 black"):
+        data.load_rows(str(tmp_path), "train")
 
 
 def test_a_truncated_image_is_found_at_the_start_and_again_after_a_good_run(tmp_path):

@@ -206,6 +206,25 @@ def test_va_is_of_one_rollout_a_problem_and_0_where_images_are_as_they_were(conf
     assert json.loads((out / "va.json").read_text()) == {"mean": 0.0, "positive_share": 0.0, "tokens": tokens}
 
 
+def test_a_problem_without_an_image_has_no_part_in_va(config, tmp_path):
+    args, settings = train.parse(["--config", str(config)])
+    rows = train.load_splits_of(args)["validation"].select(range(4))
+    draw = rows.format["format_kwargs"]["transform"]
+
+    def every_other(batch):
+        batch = draw(batch)
+        if "images" in batch:
+            batch["images"] = [
+                images if int(name[-1]) % 2 else [] for name, images in zip(batch["id"], batch["images"], strict=True)
+            ]
+        return batch
+
+    out = tmp_path / "eval"
+    out.mkdir()
+    evaluate.score_visual_advantage(args.model, args, settings, rows.with_transform(every_other), out)
+    assert [record["id"] for record in read_jsonl(out / "va_tokens.jsonl")] == rows["id"][1::2]
+
+
 @pytest.mark.parametrize(
     ("what", "dataset", "scored"), [("base", "geo3k", True), ("teacher", "geo3k", False), ("teacher", "digits", True)]
 )

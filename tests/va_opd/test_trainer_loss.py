@@ -24,6 +24,7 @@ from va_opd_trainers import (
     reference_kl,
     response_logits,
     step,
+    write_first_token,
 )
 
 from va_opd import lm_head, objective, siblings
@@ -314,7 +315,7 @@ def test_a_mixed_batch_is_the_mean_of_its_prompts(make, monkeypatch):
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "gemma3"])
 def test_a_processor_that_pads_on_the_right_trains_the_same(tmp_path, monkeypatch, family):
-    """TRL pads prompts on the left, and takes from the processor's padding which of their tokens are an image's."""
+    """TRL pads prompts on the left, and would take which of their tokens are an image's from another padding."""
     fixed_rollouts(monkeypatch)
     runs = {}
     for side in ("left", "right"):
@@ -330,6 +331,35 @@ def test_a_processor_that_pads_on_the_right_trains_the_same(tmp_path, monkeypatc
             assert torch.equal(batch[name] == 1, ids == parts[0].config.image_token_id)
     assert runs["left"][0] == runs["right"][0]
     assert_same_step(runs["left"], runs["right"])
+
+
+def test_a_token_in_front_of_the_templates_own_moves_no_image(make, monkeypatch):
+    """Gemma 3's template begins with `bos_token`, and its tokenizer adds one: TRL's token types of the loss, from the
+    rendered prompts, stand one place behind the ids, which have no second one."""
+    fixed_rollouts(monkeypatch)
+    student, teacher, processor = models("gemma3")
+    write_first_token(processor)
+    trainer = make(parts=(student, teacher, processor), weighting="none")
+    loss, _, (batch,) = step(trainer)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    assert (ids == processor.tokenizer.bos_token_id).sum(1).tolist() == [1] * 8
+    batch["token_type_ids"] = (ids == student.config.image_token_id).long()
+    kl = reference_kl(student, teacher, batch, len(processor.tokenizer))
+    assert loss == pytest.approx(objective.mean_over_tokens(kl, batch["completion_mask"]).mean().item(), abs=1e-6)
+
+
+def test_a_prompt_that_ends_with_an_answer_moves_no_image(make, monkeypatch):
+    """Rollouts begin a turn behind it. TRL's token types of the loss are of a prompt in which it goes on."""
+    fixed_rollouts(monkeypatch)
+    rows = image_rows(2)
+    rows[0]["prompt"] += [{"role": "assistant", "content": "A."}]
+    rows[1]["prompt"][0]["content"] += "?" * 40
+    student, teacher, processor = models()
+    loss, _, (batch,) = step(make(rows=rows, parts=(student, teacher, processor), weighting="none"))
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    batch["mm_token_type_ids"] = (ids == processor.image_token_id).long()
+    kl = reference_kl(student, teacher, batch, len(processor.tokenizer))
+    assert loss == pytest.approx(objective.mean_over_tokens(kl, batch["completion_mask"]).mean().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("weighting", objective.WEIGHTINGS)

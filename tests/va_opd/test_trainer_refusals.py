@@ -15,11 +15,12 @@ from datasets import Image as ImageColumn
 from PIL import Image
 from transformers import Cohere2Config, Gemma2Config, GraniteConfig, Qwen3Config, Qwen3ForCausalLM
 from trl import DistillationConfig, DistillationTrainer
+from trl.trainer.utils import remove_none_values
 from va_opd_trainers import image, image_rows, mixed_rows, models, prompt, step, text_config
 
 from va_opd import VAOPDTrainer
 from va_opd import trainer as va_opd_trainer
-from va_opd.checks import check_prompts, check_same_tokens, naming_rows, naming_unread_rows
+from va_opd.checks import check_prompts, check_rows, check_same_tokens, naming_rows, naming_unread_rows
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,23 @@ def test_an_image_that_no_prompt_can_be_made_of_is_named_with_its_row(make, show
         trainer.train()
 
 
+@pytest.mark.parametrize("place", ["image", "message"])
+def test_a_white_image_is_refused_where_nothing_is_pixelated(make, place):
+    """Standard OPD without VA never opens images itself."""
+    rows = [{"id": i, **row} for i, row in enumerate(image_rows(4))]
+    deep = Image.new("I;16", (40, 40), 60_000)
+    rows[3]["image"] = deep
+    if place == "message":
+        for row in rows:
+            part = {"type": "image", "image": row.pop("image")}
+            row["prompt"] = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
+    student, teacher, processor = models()
+    args = make(weighting="none", measure_va=False).args
+    trainer = VAOPDTrainer(student, teacher, args, rows, processing_class=processor)
+    with pytest.raises(ValueError, match="^the row with id 3 makes no prompt .*mode I;16 and values up to 60000"):
+        trainer.train()
+
+
 def test_a_long_prompt_is_named_with_its_row(make):
     rows = [{"id": i, **row} for i, row in enumerate(image_rows(4))]
     rows[2]["prompt"] = [{"role": "user", "content": "?" * 100}]
@@ -302,6 +320,7 @@ IN_IMAGE, IN_IMAGES, NOWHERE = ({"image": image(0)}, {"images": [image(0)]}, {})
         ((IN_IMAGE, NOWHERE), 1),
         ((IN_IMAGES, IN_IMAGES, IN_IMAGE), 2),
         (({"images": [], **IN_IMAGE},), 0),
+        (({"images": [image(1)], **IN_IMAGE},), 0),
     ],
 )
 def test_images_in_several_columns_are_one_clear_sentence(make, parts, row):
@@ -311,6 +330,13 @@ def test_images_in_several_columns_are_one_clear_sentence(make, parts, row):
     rows = [{"prompt": prompt(i), **part} for i, part in enumerate(parts)] * 2
     with pytest.raises(ValueError, match=rf"images of train_dataset are not in one column \(row {row} differs\)"):
         VAOPDTrainer(student, teacher, make().args, rows, processing_class=processor)
+
+
+def test_the_same_image_in_both_columns_trains(make):
+    rows = [{"prompt": prompt(i), "images": [image(i), image(i + 1)], "image": image(i)} for i in range(4)]
+    trainer = make(rows=rows)
+    step(trainer)
+    assert [len(images) for images in trainer.last_rollouts["images"]] == [2] * 8
 
 
 def test_images_of_data_sets_that_were_joined_are_one_clear_sentence(make):
@@ -494,3 +520,20 @@ def test_a_family_whose_forward_leaves_out_a_scale_or_cap_of_its_logits_is_refus
         student.lm_head.weight.mul_(20.0)
     with pytest.raises(ValueError, match="logits of LlavaForConditionalGeneration are not the product of its last"):
         make(parts=(student.to(dtype), teacher, processor))
+
+
+def test_arguments_that_arrow_adds_to_calls_of_tools_are_refused():
+    """Where another call has a city, the prompt of this one would read {"unit": "C", "city": null}."""
+
+    def row(arguments):
+        calls = [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
+        turns = [{"role": "user", "content": "Warm?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+        return {"prompt": [*turns, {"role": "tool", "content": "9"}, {"role": "user", "content": "And?"}]}
+
+    data, alike = [row({"city": "Rome"}), row({"unit": "C"})] * 2, [row({"city": "Rome"})] * 4
+    with pytest.raises(ValueError, match="of weather in row 0 of train_dataset has unit=None, which Arrow adds"):
+        check_rows(Dataset.from_list(data))
+    for good in (Dataset.from_list(data, on_mixed_types="use_json"), Dataset.from_list(alike)):
+        check_rows(good)
+    without = Dataset.from_list(data).with_transform(remove_none_values)
+    check_rows(without)

@@ -85,6 +85,22 @@ def test_siblings_that_were_reordered_are_noticed(make):
         step(trainer, same_question[::2] + same_question[1::2])
 
 
+def test_rollouts_of_a_base_model_end_with_their_turn(make):
+    """`<|endoftext|>` is the only end that model and tokenizer declare, as in those that no chat was trained into."""
+    student, teacher, processor = models()
+    tokenizer = processor.tokenizer
+    turn_end = tokenizer.eos_token_id
+    tokenizer.eos_token = "<|endoftext|>"
+    student.generation_config.eos_token_id = tokenizer.eos_token_id
+    trainer = make(parts=(student, teacher, processor), max_completion_length=64, temperature=1.0, top_p=1.0)
+    _, _, (batch,) = step(trainer)
+    rollouts = [
+        ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+    ]
+    assert any(ids[-1] == turn_end for ids in rollouts)
+    assert not any(turn_end in ids[:-1] for ids in rollouts)
+
+
 # --- sampling ----------------------------------------------------------------
 
 

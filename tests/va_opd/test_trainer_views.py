@@ -1,5 +1,6 @@
 """`VAOPDTrainer`: the teacher and the two views that it scores, true and pixelated, of images of all kinds."""
 
+import base64
 import math
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import load_image
 from va_opd_trainers import (
     FAMILIES,
     assert_same_step,
@@ -207,6 +209,27 @@ def test_an_image_of_more_than_8_bits_is_refused_before_it_is_made_white(mode):
     deep = Image.new(mode, (4, 4), 300)
     with pytest.raises(ValueError, match=f"mode {mode} and values up to 300, .* scale it to 8 bits"):
         degraded.degrade(deep, None, 0.1, None)
+
+
+@pytest.mark.parametrize("form", ["file", "base64", "url"])
+def test_an_image_of_more_than_8_bits_is_refused_as_a_text_too(tmp_path, form):
+    """`load_image` gives it back in RGB, all but its darkest values white."""
+    deep = tmp_path / "deep.png"
+    Image.new("I;16", (4, 4), 300).save(deep)
+    encoded = base64.b64encode(deep.read_bytes()).decode()
+    text = {"file": str(deep), "base64": encoded, "url": f"data:image/png;base64,{encoded}"}[form]
+    assert load_image(text).getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(ValueError, match="mode I;16 and values up to 300"):
+        degraded.degrade(text, None, 0.1, None)
+
+
+def test_an_image_of_floats_up_to_1_is_refused_before_it_is_made_black():
+    floats = Image.new("F", (4, 4), 0.9)
+    assert degraded.as_rgb(floats).getpixel((0, 0)) == (0, 0, 0)
+    with pytest.raises(ValueError, match="mode F and values up to 0.9, and processors turn all below 1 black"):
+        degraded.check_depth(floats)
+    for usual in (Image.new("F", (4, 4), 200.0), Image.new("F", (4, 4), 0), Image.new("I", (4, 4), 1)):
+        degraded.check_depth(usual)
 
 
 def test_siblings_share_a_degraded_image(make, monkeypatch):

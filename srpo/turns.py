@@ -1,0 +1,43 @@
+"""Where a rollout ends: at the ends that model and tokenizer declare, and at that of a turn in the chat template."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+
+
+def stop_at_the_end_of_a_turn(trainer: Any) -> None:
+    """TRL knows the ends that the model and its tokenizer declare; base models leave out that of a turn."""
+    end = turn_end_id(trainer._tokenizer)
+    if end is None or end in trainer.eos_token_ids:
+        return
+    trainer.eos_token_ids = [*trainer.eos_token_ids, end]
+    if trainer.use_vllm:
+        own = trainer.vllm_generation.generation_kwargs or {}
+        stops = sorted({*own.get("stop_token_ids", []), *trainer.eos_token_ids})
+        trainer.vllm_generation.generation_kwargs = {**own, "stop_token_ids": stops}
+    else:
+        trainer.generation_config.eos_token_id = trainer.eos_token_ids
+
+
+def turn_end_id(tokenizer: Any) -> int | None:
+    """The special token that closes an assistant's turn in the chat template, if there is one.
+
+    Base models such as Qwen3-4B-Base declare `<|endoftext|>` only, while their template ends a turn with `<|im_end|>`:
+    a rollout would go on with turns that it makes up, and what is read in it would be of these.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    texts = {"user": "?", "assistant": "@answer@"}
+    for as_content in (str, lambda text: [{"type": "text", "text": text}]):  # some VLMs' templates read only parts
+        turns = [{"role": role, "content": as_content(text)} for role, text in texts.items()]
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+        except (TemplateError, TypeError, ValueError):  # it asks for more than two turns, or for the other form
+            continue
+        if "@answer@" in text:
+            break
+    else:
+        return None
+    ids = tokenizer(text.rpartition("@answer@")[2], add_special_tokens=False)["input_ids"]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((index for index in ids if index in special), None)
