@@ -7,6 +7,9 @@ import re
 from common._normalise import MAX_CHARS, normalise
 
 _GOLD_CHOICE = re.compile(r"\(?([A-Ja-j])\)?|(?:\(([A-J])\)|([A-J])[.:)]) .+|([A-J]) [A-Z][a-z]+")
+_OPTION_TEXT = re.compile(r"(?:\([A-J]\)|[A-J][.:)]) (.+)")
+_LABELLED = re.compile(r"(?:\(([A-J])\)|([A-J])[.)]) ?((?=[-\d\\(¤.]).+)")
+LABEL_START = "(ABCDEFGHIJ"
 _CHOICE = re.compile(
     r"(?i:(?:the )?(?:correct )?(?:option|choice|answer|letter)(?: is)?:? ?)?[(\[]?(?:([A-J])|([a-j])(?=\W*$))[)\]]?"
     r"(?P<rest>(?:[.,:;)]| (?:because|since|as|non|not|is (?:the )?(?:correct|right|best|true)|[(-])(?!\w)).*)?",
@@ -36,6 +39,20 @@ def gold_letter(gold: str) -> str | None:
     """The choice letter that a gold answer is, or begins with ("C", "(C)", "C. Neon", "(C) Neon"); else None."""
     found = _GOLD_CHOICE.fullmatch(normalise(gold)) if len(gold) <= MAX_CHARS else None
     return next(filter(None, found.groups())).upper() if found and found[0] != "e" else None  # Euler's number
+
+
+def option_text(gold: str) -> str | None:
+    """`Neon` from the normalised gold answer `(C) Neon`; None where it is a letter alone."""
+    found = _OPTION_TEXT.fullmatch(gold)
+    return found[1] if found else None
+
+
+def without_label(answer: str, other: str) -> str:
+    """`12` from the normalised `(B) 12`; unchanged where the answer that it is compared with has a label or that
+    letter, too."""
+    found = _LABELLED.fullmatch(answer)
+    is_label = found and (found[1] or found[2]) not in other and not _LABELLED.fullmatch(other)
+    return found[3] if is_label else answer
 
 
 def chosen_letter(answer: str) -> str | None:

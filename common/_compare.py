@@ -82,6 +82,7 @@ _APART = re.compile(  # "500 m" and "15 m^2" are lengths and areas, "500m" may b
 )
 _CAPITALS = re.compile(r"(?:\\text\{ ?)?([A-Z]{3,}) ?\}?")  # an order of letters: THT is not HTT
 _CLOCK = re.compile(r"(?i)(?:\\text\{)?(\d{1,2})(?::(\d\d))? ?(?:\\text\{)? ?([ap])\.? ?m\.?\}?")
+_AFTER_NOON = re.compile(r"(1[3-9]|2[0-3]):(\d\d)()")  # 15:30; a smaller number of hours may be of either half
 _INFINITE = re.compile(r"[+-]? ?\\infty")
 _MAX_ITEMS = 64  # larger collections are compared by their sorted texts
 _MEMBER = re.compile(r"\\in(?![a-z])")
@@ -106,6 +107,7 @@ class Comparison:
         self.unreadable: set[str] = set()
         self.kind = self.rule = ""
         self.depth = 0
+        self.inside = 0  # collections around the two texts
 
     def same(self, p: str, g: str) -> bool:
         if time.monotonic() > self.deadline:
@@ -156,6 +158,9 @@ class Comparison:
         if g_date or (p_date and number(g) is not None):
             return p_date == g_date
         p_time, g_time = _CLOCK.fullmatch(p), _CLOCK.fullmatch(g)
+        if not p_time and not g_time:
+            return None
+        p_time, g_time = p_time or _AFTER_NOON.fullmatch(p), g_time or _AFTER_NOON.fullmatch(g)
         if not p_time or not g_time:
             return None
         return _time_of_day(*p_time.groups()) == _time_of_day(*g_time.groups())
@@ -237,21 +242,34 @@ class Comparison:
         if not p_items or not g_items:  # only separators, as of an "or" with nothing before it
             return False
         if "one" in (p_kind, g_kind):
-            return p_kind + g_kind in ("onelist", "listone") and self._named_tuple(p_items, g_items)
+            if p_kind == "set" or g_kind == "set":  # the solution set {5} says 5
+                return len(p_items) == len(g_items) == 1 and not self.inside and self.same(p_items[0], g_items[0])
+            return self._named_tuple(p_items, g_items)
+        if "=" in p + g and (ordered := self._by_order(p, g)) is not None:
+            return ordered
         return self._match(p_items, g_items) or (
             bool(_THOUSANDS.search(p) or _THOUSANDS.search(g))
             and self._match(*(_notation.items_of(_THOUSANDS.sub("", x))[1] for x in (p, g)))
         )
 
+    def _by_order(self, p: str, g: str) -> bool | None:
+        """Where one side alone gives its values different names: "1, 2" is x=1, y=2, but "2, 1" and {1, 2} are not."""
+        (p_kind, p_items), (g_kind, g_items) = _notation.items_of(p), _notation.items_of(g)
+        p_names, g_names = (set(map(_notation.unnumbered_name, items)) for items in (p_items, g_items))
+        named, other, text = (p_names, g_names, g) if g_names == {None} else (g_names, p_names, p)
+        if other != {None} or len(named - {None}) < 2:
+            return None
+        has_order = ";" not in text and "set" not in (p_kind, g_kind) and len(p_items) == len(g_items)
+        p_items, g_items = (_notation.values_by_name(items) or items for items in (p_items, g_items))
+        return has_order and all(map(self._same_member, p_items, g_items))
+
     def _named_tuple(self, p_items: list[str], g_items: list[str]) -> bool:
         """`x = 1, y = 2` is the pair (1, 2); other names have no order that a reader knows."""
         named, (pair, *_) = (p_items, g_items) if len(p_items) > 1 else (g_items, p_items)
-        assignments = [assignment(item) for item in named]
-        names = "".join(name or "?" for name, _ in assignments)
-        if not names.isalpha() or ("xyz".find(names) and "abcd".find(names)):
+        if (values := _notation.values_by_name(named)) is None:
             return False
-        values = f"({','.join(parts[-1] for _, parts in assignments)})"
-        return bool(self._by_brackets(*((values, pair) if named is p_items else (pair, values))))
+        point = f"({','.join(values)})"
+        return bool(self._by_brackets(*((point, pair) if named is p_items else (pair, point))))
 
     def _conjunctions(self, p: str, g: str) -> tuple[str, str]:
         """`_conjunction` of both; both unchanged where only one is one, of the other's items in another order."""
@@ -292,6 +310,13 @@ class Comparison:
             return False
         return low_is_first if len(found) > 1 else found == {True}
 
+    def _same_member(self, p: str, g: str) -> bool:
+        """`same` for what is inside a collection, where {5} is not 5."""
+        self.inside += 1
+        same = self.same(p, g)
+        self.inside -= 1
+        return same
+
     def _match(self, p_items: list[str], g_items: list[str]) -> bool:
         """Equal as multisets. Equality is an equivalence, so that taking the first match is enough."""
         if len(p_items) != len(g_items) or len(g_items) > _MAX_ITEMS:
@@ -300,7 +325,7 @@ class Comparison:
         for item in _notation.carried(g_items):
             text = key(item)
             tried = [i for i, other in enumerate(left) if key(other) == text] or range(len(left))
-            found = next((i for i in tried if self.same(left[i], item)), None)
+            found = next((i for i in tried if self._same_member(left[i], item)), None)
             if found is None:
                 return False
             del left[found]
@@ -353,7 +378,7 @@ class Comparison:
                 return self._ask_algebra(p, g)
             return None if "\\begin" in p + g else False
         p_items, g_items = split(p[1:-1], COMMA)[::2], split(g[1:-1], COMMA)[::2]
-        return len(p_items) == len(g_items) and all(map(self.same, p_items, g_items))
+        return len(p_items) == len(g_items) and all(map(self._same_member, p_items, g_items))
 
     def _by_matrix(self, p: str, g: str) -> bool | None:
         tables = [_notation.matrix_of(x) for x in (p, g)]
@@ -483,5 +508,5 @@ def _percent_as_value(value: str, unit) -> tuple[str, object]:
 
 
 def _time_of_day(hours: str, minutes: str | None, half: str) -> tuple[int, int, str]:
-    """06:00 AM and 6 a.m. are the same time."""
-    return int(hours), int(minutes or 0), half.lower()
+    """06:00 AM and 6 a.m. are the same time, and so are 15:30 and 3:30 p.m."""
+    return (int(hours), int(minutes or 0), half.lower()) if half else (int(hours) - 12, int(minutes), "p")

@@ -18,8 +18,10 @@ _BOX_JOIN = re.compile(
     r"(?:[\s$,;}]|\\[,;:!()\[\]]|\\q?quad|\\text\w*\s*\{|\b(?:and|or|for\spart\s\(\w\))(?!\w)|[,、和或])*",
     re.IGNORECASE,
 )
+_BOX_NAME = re.compile(r"([A-Za-z])(?:_\{?\w+\}?)?\s*=\s*$")
 _LIST_SIGN = re.compile(r"(?i),|;|\band\b|\bor\b|[、和或]")
 _TAG = re.compile(r"</?(?:final_)?answer>", re.IGNORECASE)
+_BULLETS = ("- ", "• ")
 _MAX_MARKS = 20  # markers tried before giving up, when the nearest ones are followed by nothing
 _ABOUT = (  # what is said of an answer that stands elsewhere
     r"[\s*_]+(?:(?:also|indeed|therefore|thus|then|now|both|very|the\s+same)\s+)*"
@@ -52,10 +54,11 @@ _SENTENCE_END = re.compile(  # behind a formula, "!" is no factorial
 )
 _FORMULA_START = re.compile(r"\$\$|\$|\\\(|\\\[|\\begin\{")
 _REASON = re.compile(
-    r"(?i)(?:,\s*(?:it|i|we|you|that|this)\b|,?(?<!\s)\s+(?:because|since|which|as(?! well)|so)\b).*", re.DOTALL
+    r"(?i)(?:,\s*(?:it|i|we|you|that|this|not)\b|,?(?<!\s)\s+(?:because|since|which|as(?! well)|so)\b).*", re.DOTALL
 )
 _COPULA = re.compile(r"(?i)(?:the|this|that|there|its|our)\b.*\b(?:is|are|equals|equal to)\b\s*(.+)", re.DOTALL)
 _DENIAL = re.compile(r"(?i)\b(?:no (?:way|chance)|not (?:true|the case|possible)|impossible|never the case)\b")
+_COPULA_END = re.compile(r"(?:です|である|だ|입니다|이다)$")
 _COPULA_ZH = re.compile(r"[\u4e00-\u9fff].*(?:是|为|等于)\s*(.+)", re.DOTALL)
 
 
@@ -123,6 +126,9 @@ def _join_boxes(text: str, boxes: list[tuple[int, int, str]]) -> list[tuple[int,
     for start, end, content in boxes:
         between = text[joined[-1][1] : start] if joined else ""
         is_list = 0 < len(between) <= 60 and _LIST_SIGN.search(between)
+        if is_list and (name := _BOX_NAME.search(between)):  # x = \boxed{1} or x = \boxed{2}
+            first = _BOX_NAME.search(text, max(0, joined[-1][0] - 20), joined[-1][0])
+            between = between[: name.start()] if first and first[1] == name[1] else between
         if is_list and _BOX_JOIN.fullmatch(between):
             start, content = joined[-1][0], f"{joined.pop()[2]}, {content}"
         joined.append((start, end, content))
@@ -179,6 +185,8 @@ def _marked(text: str, which: str) -> tuple[int, str] | None:
         (m.start(), m.end(), -1) for m in _matches(_REMARK, text, ("answer",))
     ]
     for start, content, end in marks[: -_MAX_MARKS - 1 : -1] if which == "last" else marks[:_MAX_MARKS]:
+        if text.startswith(_BULLETS, content) and "\n" in text[start:content]:  # "The answer is:\n- 5"
+            content += 2
         clause = text[content:end] if end >= 0 else _clause(text[content : content + _MAX_CHARS])
         if answer := _clean_clause(clause, is_sentence=end < 0):
             return start, answer
@@ -197,7 +205,7 @@ def _clean_clause(clause: str, is_sentence: bool) -> str | None:
         clause = _REASON.sub("", clause, count=1)
         copula = _COPULA.match(clause) or _COPULA_ZH.match(clause)
         denied = copula and _DENIAL.search(clause, 0, copula.start(1))  # "there is no way it is 5"
-        clause = copula[1] if copula and not denied else clause
+        clause = _COPULA_END.sub("", copula[1] if copula and not denied else clause)
     return clause.strip(" \t\n*_`") or None
 
 

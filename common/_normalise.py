@@ -151,6 +151,7 @@ class _Rules:
 
 
 _LATEX_RULES = _Rules(  # only where there is a backslash; behind a rule stands a text that it changes
+    ("{$|{ $", r"\\(?:text\w*|mbox|hbox|emph) ?\{ ?\$([^$]*)\$ ?\}", r"\1"),  # \textbf{$x+1$}
     (r"\!", r"(\d), ?\\! ?(?=\d{3})", r"\1"),  # 1,\!000
     ("{}", r"(?<=[\d)\]]) ?\{\} ?(?=\^)", ""),  # 45{}^\circ
     ("%|#|&|_", _O + r"\\([%#&_])", r"\1"),  # 50\%
@@ -158,8 +159,10 @@ _LATEX_RULES = _Rules(  # only where there is a backslash; behind a rule stands 
     ("pounds|sterling", r"\\(?:pounds|textsterling)" + _A, "£"),  # \pounds 5
     ("euro", r"\\(?:euro|texteuro)" + _A, "€"),  # \euro 5
     (r"\cr|\\", r"\\cr" + _A + r"|\\\\ ?\[[^][{}]*\]", r"\\\\"),  # 1&2\cr3&4
+    ("quad", r"(=[^=,;]*[^=,;\s(]) ?(?:\\q?quad ?)+(?=[A-Za-z](?:_\{?\w\}?)? ?=)", r"\1, "),  # x=1 \quad y=2
     ("\\", _O + r"\\[,;:> ]|\\(?:q?quad|thinspace|enspace)" + _A + r"|\\[hv]space\*?\{[^{}]*\}", " "),  # 3\,cm
     (r"\(|\)|\[|\]|\!", _O + r"(?:\\[()\[\]!])", ""),  # \(5\)
+    ("color", r"(?<![\^_])\\(?:text)?color ?\{[^{}]*\} ?\{(" + _NESTED + r")\}", r"\1"),  # \textcolor{red}{1,234}
     (
         "phantom|tag|label|color",
         r"\\[hv]?phantom ?\{[^{}]*\}|\\(?:tag\*?|label) ?\{[^{}]*\}|\\(?:text)?color(?:box)? ?\{[^{}]*\}",
@@ -202,6 +205,11 @@ _LATEX_RULES = _Rules(  # only where there is a backslash; behind a rule stands 
     (r"\text", r"((?<=[\d}]) *\\text\{[A-Za-z ]+)\} ?\\cdot ?\\text\{ ?", r"\1 "),  # 5\text{ kJ}\cdot\text{mol}^{-1}
     (r"\text", r"^\\text\{ ?([A-Z]{2,}) ?\} ?= ?\\text\{ ?([A-Z]{2,}) ?\}$", r"\1=\2"),  # names of quantities: MR=MC
     (r"\odot", _QUANTITY + r" *(?:\\text\{ ?)?([MLR]) ?\}? ?_ ?(?:\\odot|\{ ?\\odot ?\})$", r"\1\\text{ solar\2}"),
+    (
+        "Omega",
+        _QUANTITY + r" *(?:\\text\{ ?)?([kM]?) ?\}? ?(?:\\text\{ ?)?\\Omega ?\}?$",
+        r"\1\\text{ \2ohm}",
+    ),  # 5\,k\Omega
     (r"\text", r"\\text\{ ?(?i:([+-]|positive |negative )? ?infinity) ?\}", r"\1 infinity "),  # \text{infinity}
     (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),  # \text{Answer:}
     (r"\frac{\text", r"(\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*)\} ?\^ ?\{? ?(\d) ?\}?\}", r"\1^\2}}"),

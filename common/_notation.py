@@ -19,6 +19,10 @@ _QUANTITY = re.compile(  # a name in an equation, not in an inequality: m\angle 
     r"|\\(?:widehat|overset|frown|overrightarrow|odot|bar|hat|max|min|sin|cos|tan)(?![a-zA-Z])"
     rf"|{_NAME_PART})++"
 )
+_VECTOR = re.compile(  # of unknowns in their order
+    r"\\begin ?\{[pb]?matrix\} ?(?:x ?\\\\ ?y(?: ?\\\\ ?z)?|a ?\\\\ ?b(?: ?\\\\ ?c)?) ?\\end ?\{[pb]?matrix\}"
+)
+_LONE_NAME = re.compile(r"[A-Za-df-hj-z](?: ?_ ?(?:\w|\{ ?\w+ ?\}))?")  # neither e nor i
 _NEGATION = re.compile(r"\b(?:not|never|isn'?t|doesn'?t|wrong|false|but)\b")
 _MEASURE = re.compile(r"^m ?(?=\\(?:angle|widehat|overset))")
 RELATION = re.compile(r"[=<>]|\\(?:leq|geq|neq|in(?![a-z])|subset|equiv|to(?![a-z]))")
@@ -105,9 +109,26 @@ def assignment(text: str) -> tuple[str | None, list[str]]:
         return None, [text]
     if len(parts) > 3 and len(split(text, COMMA)) > 1:  # "x=1, y=2" is a list of assignments
         return None, [text]
-    is_name = (_QUANTITY.fullmatch(parts[0]) or parts[0].startswith("\\lim")) and not _NEGATION.search(parts[0])
+    is_name = _QUANTITY.fullmatch(parts[0]) or parts[0].startswith("\\lim") or _VECTOR.fullmatch(parts[0])
+    is_name = is_name and not _NEGATION.search(parts[0])
+    if not is_name and parts[1:2] == ["="] and _LONE_NAME.fullmatch(parts[-1]) and not _LETTER.search(parts[0]):
+        return key(parts[-1]), parts[:-2:2]  # 5 = x
     name = _MEASURE.sub("", key(parts[0])) if is_name else None
     return name, parts[2::2] if name else parts[::2]
+
+
+def unnumbered_name(item: str) -> str | None:
+    """The name of `x = 5`, that of `x_1 = 5` without its number; None without a name."""
+    name = assignment(item)[0]
+    return name and name.partition("_")[0]
+
+
+def values_by_name(items: list[str]) -> list[str] | None:
+    """`["1", "2"]` from `y = 2` and `x = 1`: in the order of x, y, z or of a, b, c, d; None for other names."""
+    found = sorted((name or "?", parts[-1]) for name, parts in map(assignment, items))
+    names = "".join(name for name, _ in found)
+    is_known = names.isalpha() and ("xyz".startswith(names) or "abcd".startswith(names))
+    return [value for _, value in found] if is_known else None
 
 
 def same_name(p: str, g: str) -> bool:
@@ -199,12 +220,14 @@ def is_text(text: str) -> bool:
 
 
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d])-(?=[^\W\d])|[\s_.,;:!?'\"()\[\]{}$]+")
+_PLURAL = re.compile(r"(?<=[a-z]{3})(?<!s)s$")  # no real solutions
 _ORDINAL_OR_ARTICLE = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|^(?:an?|the) (?=[a-z])")
 
 
 def fold_text(text: str) -> str:
     words = _BETWEEN_WORDS.sub(" ", text.replace("\\text", " ")).split()
-    return _ORDINAL_OR_ARTICLE.sub("", " ".join(words).casefold())
+    text = _ORDINAL_OR_ARTICLE.sub("", " ".join(words).casefold())
+    return _PLURAL.sub("", text) if " " in text else text
 
 
 _CHEMICAL = re.compile(r"(?:[A-Z][a-z]?\d*|\((?:[A-Z][a-z]?\d*)+\)\d*)++(?:\^\d?[+-])?")

@@ -106,6 +106,8 @@ um = 1/1000000 m: micrometer micrometre micron | us = 1/1000000 s: microsecond |
 Å = 1/10000000000 m: angstrom
 K = 1 K: kelvin | N = 1 N: newton | J = 1 J: joule | kJ = 1000 J: kilojoule | W = 1 W: watt | kW = 1000 W: kilowatt
 V = 1 V: volt | A = 1 A: amp ampere | Hz = 1 Hz: hertz | Pa = 1 Pa: pascal | mol = 1 mol: mole | C = 1 C: coulomb
+eV = 1 eV: electronvolt | keV = 1000 eV | MeV = 1000000 eV | GeV = 1000000000 eV
+ohm = 1 ohm | kohm = 1000 ohm | Mohm = 1000000 ohm
 person = 1 person: people person | unit = 1 unit | point = 1 point: pt pts
 """
 
@@ -137,7 +139,10 @@ _NO_UNIT = re.compile(  # words that change the value before them, and hedges
 _UNIT_TEXT = re.compile(r"[^\W_][\w ./^{},'%$-]*|[%$¤€£¥₹¢]")
 _FACTOR = re.compile(r"(per\b|/|[^\s/^\d.,]+)\.?(?: ?\^\{?(-?\d)\}?|([23])(?!\d))?")  # a name of a unit and its power
 _WRAPPED, _DIGIT, _NO_BRACES = re.compile(r"\\text\{([^{}]*)\}"), re.compile(r"\d"), str.maketrans("", "", " {}")
-_TRIGONOMETRIC = re.compile(r"(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])")  # their degrees are no unit of the result
+_NOT_MEASURED = re.compile(  # degrees of a sine are no unit of the result, nor is odd in \text{even}\text{odd}
+    r"(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])|(?:^|[,;(] ?)\\text\{[^{}\d]*\}$"
+)
+_VARIABLE = re.compile(r"\\pi ?[dhtl]$|(?<![A-Za-z/])[shgtLJNWVACKdl] ?\^ ?(?:\{ ?\d ?\}|\d)$")  # \pi d and 3t^2
 _MAGNITUDE = re.compile(r"\d ?[KkMmBb]$")
 _PREFIXED = re.compile(r"(-? ?)([¤€£¥₹]|(?:USD|EUR|GBP|INR|RMB|CNY|Rs)\.?(?= ?\d)) ?(.+)")
 _TRAILING = re.compile(
@@ -169,7 +174,9 @@ def split_unit(text: str, keep: frozenset[str] = frozenset()) -> tuple[str, Unit
     if both := _two_units(text):
         return both
     part = _TRAILING.fullmatch(text) if _ENDS_LIKE_UNIT.search(text[-2:]) else None
-    if not part or part["unit"].replace(" ", "") in keep or _TRIGONOMETRIC.search(part["value"]):
+    if not part or part["unit"].replace(" ", "") in keep or _NOT_MEASURED.search(part["value"]):
+        return text, None
+    if _VARIABLE.search(text):
         return text, None
     unit = _parse_unit(_words(part["unit"]) + (part["power"] or "").translate(_NO_BRACES))
     apart = text[part.end("value")] == " "

@@ -342,6 +342,7 @@ _ARITHMETIC = {
 
 _MARGIN = 40  # digits beyond those in which two texts of their length can differ
 _WHOLE = frozenset("nkmN")  # where every name is one of these, whole numbers are points too
+_STEPPED = frozenset(["floor", "ceil"])
 _BOUNDS = (7, 4, 11, 3, 9, 2, 12, 6, 8, 5)  # of sums, one for each point
 _MAX_NAMES = 16
 _NEEDED = 3  # points at which both formulas have values
@@ -384,6 +385,14 @@ def scattered_points() -> list[list[Fraction]]:
     ]
 
 
+@lru_cache(maxsize=1)
+def whole_points() -> list[list[int]]:
+    """Sixty points of positive whole coordinates: floors that differ anywhere, as a rule differ at one of them."""
+    rng = random.Random(2605)
+    first = [*range(1, 41), 48, 60, 63, 64, 65, 80, 81, 99, 100, 101, 120, 121, 125, 127, 128, 129, 210, 243, 255, 256]
+    return [[n, *(rng.randint(1, 40) for _ in range(_MAX_NAMES - 1))] for n in first]
+
+
 class _Pair:
     """Two formulas and the points at which to compare them."""
 
@@ -412,8 +421,12 @@ class _Pair:
 
     def points(self) -> Iterator[_Point]:
         coordinates = scattered_points() if self.names else [[]]
-        if self.names and not self.whole and _WHOLE.issuperset(self.names):
-            coordinates = coordinates + [[i + j for j in range(len(self.names))] for i in range(1, 5)]
+        if self.names and not self.whole:
+            are_whole, are_stepped = _WHOLE.issuperset(self.names), not self.operators.isdisjoint(_STEPPED)
+            if are_whole and are_stepped:  # of \lceil n/2 \rceil nobody asks the value at n = 1/2
+                coordinates = whole_points()
+            elif are_whole or are_stepped:
+                coordinates = coordinates + [[i + j for j in range(len(self.names))] for i in range(1, 5)]
         for i, values in enumerate(coordinates):
             whole = {name: _BOUNDS[(i + 3 * j) % len(_BOUNDS)] for j, name in enumerate(self.whole)}
             yield _Point(dict(zip(self.names, values, strict=False)) | whole, self.deadline)

@@ -8,12 +8,13 @@ Policy, in one place (the tests hold a table of it):
   one list.
 * Value decides, not spelling: 0.5 = 1/2, 1{,}000 = 1000, sqrt(8) = 2 sqrt(2). Decimals are exact: 0.333 is not 1/3.
 * Order is free in sets and lists ("2 or 3"), not in tuples. Bracket kinds must match. Variable names must match.
-  "x = 1, y = 2" is the pair (1, 2). "x > 1 and x < 4" is the interval (1, 4), with "or" a union; |x| < 2 is (-2, 2).
-  Conditions are on real numbers, R^+ is (0, infinity).
+  "x = 1, y = 2" is the pair (1, 2) and "1, 2", not "2, 1"; the set {5} is 5. "x > 1 and x < 4" is the interval
+  (1, 4), with "or" a union; |x| < 2 is (-2, 2).
+  Conditions are on real numbers, R^+ is (0, infinity); floors of n, k, m and N are compared at whole numbers.
 * A unit, currency or degree sign may be missing on one side; two of them must agree (5 km is 5000 m, never 5 cm).
   A percent sign is such a unit: 50% equals 50 and 50 percent, never 0.5. "7 feet 6 inches" is 90 inches.
 * Times, dates and words are compared as such, words without case, punctuation and an article. "four" alone is 4.
-* A gold letter A-J is a choice letter. Hedges ("5 or 7", "A or B", "5=7") are wrong.
+* A gold letter A-J is a choice letter. "(B) 12" is B and 12. Hedges ("5 or 7", "A or B", "5=7") are wrong.
 * An equality chain ("x = 5 + 6 = 11") is right when every part of it equals the gold answer.
 
 `Policy` sets what graders disagree on: percent, units, rounded gold answers, fractions in lowest terms.
@@ -38,7 +39,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from common import _worker
-from common._choice import chosen_letter, gold_letter
+from common._choice import LABEL_START, chosen_letter, gold_letter, option_text, without_label
 from common._compare import NeedsAlgebra, Outcome, Policy, compare
 from common._extract import boxes_of, extract_answer, own_words
 from common._normalise import MAX_CHARS, key, normalise, within_limits
@@ -235,9 +236,12 @@ def _settle(answer: str | None, gold: str, deadline: float, policy: Policy) -> C
     if not p or not g:
         return Check(Verdict.NO_ANSWER if g else Verdict.GOLD_UNPARSEABLE, answer)
     if letter := gold_letter(g):
-        chosen = chosen_letter(stated)  # in normal form "or" may be a semicolon
-        if chosen or g.isupper():  # a small letter may be a variable
+        chosen, text = chosen_letter(stated), option_text(g)  # in normal form "or" may be a semicolon
+        if chosen or (g.isupper() and not text):  # a small letter may be a variable
             return Check(Verdict.CORRECT if chosen == letter else Verdict.WRONG, answer, "choice", "choice")
+        g = text or g
+    if p[0] in LABEL_START or g[0] in LABEL_START:
+        p, g = without_label(p, g), without_label(g, p)
     if key(p) != key(g) and not (within_limits(p) and within_limits(g)):
         return Check(Verdict.UNPARSEABLE if within_limits(g) else Verdict.GOLD_UNPARSEABLE, answer, "", "size")
     try:
@@ -267,6 +271,11 @@ def _decimal(numeral: re.Match[str]) -> Decimal:
     return Decimal(numeral["value"].replace(",", ""))
 
 
+_FRACTION = re.compile(
+    r"(-?)(?:\\[dt]?frac\{(-?\d{1,20})\}\{(-?\d{1,20})\}|(\d{1,20})(?:/(\d{1,20}))?)", re.ASCII
+)  # or a whole number
+
+
 def _settle_numerals(answer: str, gold: str) -> Check | None:
     """The result of the long way in `_settle` for two plain numerals, in a tenth of its time; None for other answers.
 
@@ -274,14 +283,43 @@ def _settle_numerals(answer: str, gold: str) -> Check | None:
     """
     p, g = _NUMERAL.fullmatch(answer), _NUMERAL.fullmatch(gold)
     if not p or not g:
-        return None
+        plain_p = _undelimited(answer) if answer[0] == "$" else answer
+        plain_g = _undelimited(gold) if gold[0] == "$" else gold
+        if plain_p is answer and plain_g is gold:
+            return _settle_fractions(answer, gold)
+        settled = _settle_numerals(plain_p, plain_g)
+        return settled and settled._replace(answer=answer)
     units = [found[name] for found in (p, g) for name in ("currency", "sign", "roman", "word") if found[name]]
     if len(units) > 1 or (units and units[0].isalpha() and not is_unit_word(units[0])):
         return None
     by_text = p["value"] == g["value"]
     same = by_text or _decimal(p) == _decimal(g)
     verdict = Verdict.CORRECT if same else Verdict.WRONG
-    return Check(verdict, answer, "unit" if units else "number", "text" if by_text else "number")
+    rule = "text" if by_text else "number"
+    return Check(verdict, answer, "unit" if units else rule, rule)
+
+
+def _undelimited(text: str) -> str:
+    """`42` from `$42$`; any other text as it is."""
+    return text[1:-1] if text[-1] == "$" and text.count("$") == 2 and len(text) > 2 else text
+
+
+def _settle_fractions(answer: str, gold: str) -> Check | None:
+    r"""As `_settle_numerals`, for two fractions such as `\frac{3}{4}` and 3/4, or a fraction and a whole number."""
+    if not (p := _FRACTION.fullmatch(answer)) or not (g := _FRACTION.fullmatch(gold)):
+        return None
+    if p.groups() == g.groups():
+        return Check(Verdict.CORRECT, answer, "text", "text")
+    (top, bottom), (gold_top, gold_bottom) = _ratio(p), _ratio(g)
+    if not bottom or not gold_bottom:
+        return None
+    same = top * gold_bottom == gold_top * bottom
+    return Check(Verdict.CORRECT if same else Verdict.WRONG, answer, "number", "number")
+
+
+def _ratio(fraction: re.Match[str]) -> tuple[int, int]:
+    sign, top, bottom, plain_top, plain_bottom = fraction.groups()
+    return int(f"{sign}1") * int(top or plain_top), int(bottom or plain_bottom or 1)
 
 
 def _verdict(outcome: Outcome, answer: str | None = None) -> Check:

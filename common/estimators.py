@@ -138,7 +138,7 @@ def _majority_is(row: Sequence[Any], gold: Any, same: Callable[[Any, Any], bool]
     classes: list[list[Any]] = []  # of answers that mean the same
     for answer in (answer for answer in row if answer is not None):
         for members in classes:
-            if same(answer, members[0]):
+            if same(answer, members[0]) or same(members[0], answer):  # as in R-Diverse's vote: their order is chance
                 members.append(answer)
                 break
         else:

@@ -75,6 +75,13 @@ EXTRACTION = [
     ("**Final Answer**\n\n5", "5", "5"),
     ("The answer would be 5.", "5", "5"),
     (r"\boxed{(3, 3)} for part (a) and \boxed{(1, 1)}", "(3, 3), (1, 1)", "(3, 3), (1, 1)"),
+    (r"$x=\boxed{1}$ or $x_2 = \boxed{2}$", "1, 2", "1, 2"),  # two values of one name
+    (r"$x=\boxed{1}$ and $y=\boxed{2}$", "2", "1"),
+    ("The answer is 5, not 6.", "5", "5"),
+    ("The answer is:\n- 5", "5", "5"),  # an item of a list
+    ("The answer is:\n-5", "-5", "-5"),
+    ("答えは5です。", "5", "5"),
+    ("정답은 5입니다.", "5", "5"),
     ("so it is 42", None, None),
     ("The answer is", None, None),
     ("", None, None),
@@ -162,6 +169,73 @@ def test_table_of_pairs(row):
     wrong = [answer for answer in row["same"] if not same_answer(answer, row["gold"])]
     accepted = [answer for answer in row["different"] if same_answer(answer, row["gold"])]
     assert (wrong, accepted) == ([], [])
+
+
+VECTOR = r"\begin{pmatrix}1\\2\end{pmatrix}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        # Names say which value is which
+        ("2, 1", "x=1, y=2", False), (r"\{2, 1\}", "x=1, y=2", False), (r"\{1, 2\}", "x=1, y=2", False),
+        ("1 or 2", "x=1, y=2", False), ("1/3, 2/3", "p=2/3, q=1/3", False), ("3, 2", "f(1)=2, f(2)=3", False),
+        ("1, 2", "x=1, y=2", True), ("2/3, 1/3", "p=2/3, q=1/3", True), ("1, 2", "y=2, x=1", True),
+        ("2, 1", "x_1=1, x_2=2", True), ("2, 1", "x=1, x=2", True), ("2, 1", "x=1, 2", True),
+        ("(1,2)", "y=2, x=1", True), ("(1,2,3)", "z=3, x=1, y=2", True), ("(2,1)", "y=2, x=1", False),
+        ("(1,2)", "q=2, p=1", False), (r"x=1 \quad y=2", "(1,2)", True),
+        # One value in braces, or before its name
+        (r"\{5\}", "5", True), (r"\{5\}", "x=5", True), (r"\{(1,2)\}", "(1,2)", True), (r"\{5\}", "6", False),
+        (r"\{\{5\}\}", r"\{5\}", False), (r"(\{1\},2)", "(1,2)", False), (r"\{0\}", r"\emptyset", False),
+        ("5=x", "5", True), ("5=x", "x=5", True), ("5=x", "6", False), ("5=7", "5", False), ("2x+3=x", "2x+3", False),
+        ("a+b=c", "c", True), ("AB=x", "AB", False),
+        *(
+            (rf"\begin{{pmatrix}}{names}\end{{pmatrix}}=\begin{{bmatrix}}1\\2\end{{bmatrix}}", VECTOR, same)
+            for names, same in ((r"x\\y", True), (r" a \\ b ", True), (r"y\\x", False), (r"x\\1", False))
+        ),
+        # Words are no unit of words, and powers of variables no unit of a number
+        (r"\text{Evelyn}\text{ Navin}", r"\text{Evelyn}", False), (r"\text{even} \text{odd}", r"\text{even}", False),
+        (r"\text{Evelyn}\text{ Navin}", "Evelyn Navin", True), (r"5\text{ cm}\text{ long}", "5", True),
+        (r"\pi d^2", r"\pi", False), (r"\pi d", r"\pi", False), ("3t^2", "3", False), ("5 s^2", "5", False),
+        ("15 m^2", "15", True), ("9.8 m/s^2", "9.8", True), (r"2\text{ s}^2", "2", True),
+        (r"5\,\Omega", "5", True), (r"5\ \text{k}\Omega", "5000 Ω", True), ("13.6 eV", r"13.6\text{ keV}", False),
+        (r"x\Omega", "x", False), (r"5\,\Omega", r"5\text{ cm}", False), ("2 keV", "2000 eV", True),
+        # A letter before an option's text
+        (r"\textbf{(B)}\ 12", "12", True), ("B. 12", "12", True), (r"(B)\ 12 \text{ or } (C)\ 13", "12", False),
+        ("(B) 13", "12", False), ("12", "(B) 12", True), ("13", "(B) 12", False), ("neon", "(C) Neon", True),
+        ("(C)12", "(B)12", False), ("(B) 12", "12B", True), ("(B) 12", "6B", False),
+        # The same in other spellings
+        (r"\textcolor{red}{1,234}", "1234", True), (r"\textbf{$(-1,2)$}", "(-1,2)", True),
+        (r"\text{$5$ or $6$}", "5", False), (r"\frac{\color{red}{1}}{2}", "0.5", True),
+        ("15:30", "3:30 p.m.", True), ("15:30", "3:30 a.m.", False), ("3:30", "3:30 p.m.", False),
+        ("No real solutions", "no real solution", True), ("no solution", "one solution", False),
+    ],
+)  # fmt: skip
+def test_names_labels_and_words(answer, gold, same):
+    assert same_answer(answer, gold) is same
+    assert grade(rf"So it is \boxed{{{answer}}}.", gold) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        (r"\lceil\frac{n}{2}\rceil", r"\lfloor\frac{n+1}{2}\rfloor", True),
+        (r"\lceil\frac{n}{3}\rceil", r"\lfloor\frac{n+1}{3}\rfloor", False),
+        (r"\lfloor\frac{n}{2}\rfloor", r"\frac{2n-1+(-1)^n}{4}", True),
+        (r"\lfloor\log_2 n\rfloor+1", r"\lceil\log_2(n+1)\rceil", True),
+        (r"\lfloor\log_2 n\rfloor+1", r"\lceil\log_2 n\rceil", False),  # other at powers of two
+        (r"\lfloor\sqrt{n-1}\rfloor", r"\lceil\sqrt{n}\rceil-1", True),
+        (r"\lfloor\sqrt{n-1}\rfloor", r"\lfloor\sqrt{n}\rfloor", False),  # other at squares
+        (r"mn-\lfloor\frac{m}{2}\rfloor", r"mn-\lceil\frac{m-1}{2}\rceil", True),
+        (r"mn-\lfloor\frac{m}{2}\rfloor", r"mn-\lfloor\frac{n}{2}\rfloor", False),
+        (r"\lceil x\rceil", r"\lfloor x\rfloor+1", False),  # other at whole numbers
+        (r"\lceil\frac{x}{2}\rceil", r"\lfloor\frac{x+1}{2}\rfloor", False),
+        (r"\lfloor x+1\rfloor", r"\lfloor x\rfloor+1", True),
+        (r"\lfloor -x\rfloor", r"-\lceil x\rceil", True),
+    ],
+)
+def test_floors_of_whole_numbers_and_of_others(answer, gold, same):
+    assert same_answer(answer, gold) is same and same_answer(gold, answer) is same
 
 
 VANISHING = [  # prediction, gold: a part of the prediction is 0, which no number of digits shows

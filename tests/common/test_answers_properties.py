@@ -357,6 +357,25 @@ NUMERAL_FORMS = (
     "{} °",
 )
 NUMERAL_FORMS += ("{} degrees", r"\${}%", "{}^{{ \\circ }}", " {} ", "${}$", "{}.", ".{}", "{}/7", r"\$ {}")
+NUMERAL_FORMS += (
+    r"\frac{{{}}}{{7}}",
+    r"\dfrac{{{}}}{{14}}",
+    r"-\tfrac{{-{}}}{{7}}",
+    r"$\frac{{7}}{{{}}}$",
+    "7/{}",
+    "-{}/7",
+)
+NUMERAL_FORMS += (
+    r"$\${}$",
+    "$${}$$",
+    r"${}\%$",
+    "${} cm$",
+    "$-{}$",
+    r"\frac{{{0}}}{{{0}}}",
+    "${}/7$",
+    "$ {} $",
+    "{}$",
+)
 UNIT_WORDS = ("cm", "m", "miles", "USD", "percent", "degrees", "in", "am", "pi", "dozen", "or", "apples", "cm^2", "KM")
 NUMERAL_FORMS += tuple(f"{{}}{f.replace('w', w)}" for f in (" w", r"\text{{ w}}", r"\mathrm{{w}}") for w in UNIT_WORDS)
 numerals = st.builds(

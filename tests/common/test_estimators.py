@@ -59,6 +59,11 @@ def test_maj_at_k_with_the_callers_equality():
     assert maj_at_k([["0.5", "1", ".50"], ["1", "2", "2"]], ["0.5", "1"], same) == 0.5
 
 
+@pytest.mark.parametrize("answers", [["a+b=42", "42", "7"], ["42", "a+b=42", "7"], ["7", "42", "a+b=42"]])
+def test_maj_at_k_does_not_depend_on_the_order_where_equality_has_a_direction(answers):
+    assert maj_at_k([answers], ["42"], lambda answer, gold: answer == gold or answer == f"a+b={gold}") == 1.0
+
+
 @pytest.mark.parametrize("n", range(1, 6))
 def test_maj_at_k_of_every_order_is_that_of_a_plain_count(n):
     for row in itertools.product(["a", "b", None], repeat=n):
