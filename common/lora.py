@@ -128,6 +128,7 @@ def sync_merged_weights(generation) -> None:
 def _with_adapter(layer: LoraLayer, weight: torch.Tensor) -> torch.Tensor:
     """This layer's unsharded `weight` plus the active adapters' scale B A, rounded once."""
     delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+    delta = delta.to(weight.device)  # from host memory, where FSDP keeps it with fsdp_offload_params
     if isinstance(delta, DTensor):
         delta = delta.full_tensor()
     if not weight.is_floating_point():

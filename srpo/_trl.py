@@ -9,9 +9,11 @@ import logging
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
+import torch
 from accelerate.utils import is_peft_model
 from packaging.specifiers import SpecifierSet
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, Trainer, TrainerCallback, set_seed
 from transformers.core_model_loading import WeightRenaming
 
@@ -72,6 +74,7 @@ def prepare_rollouts(trainer: Trainer) -> None:
     seed_rollouts(trainer)
     stop_at_the_end_of_a_turn(trainer)
     send_names_of_files(trainer)
+    reshard_before_syncs(trainer)
     if trainer.args.disable_dropout:
         disable_functional_dropout(trainer.model)
     if not trainer.use_vllm:
@@ -121,6 +124,26 @@ def send_names_of_files(trainer: Trainer) -> None:
     generation._fix_param_name_to_vllm = name_of_file
 
 
+def reshard_before_syncs(trainer: Trainer) -> None:
+    """Under FSDP2, lets a trainer send its weights to vLLM after an evaluation too.
+
+    A forward without a backward leaves some weights whole, at which TRL's sync would end the training. It comes then
+    with the next rollouts where the engine sleeps.
+    """
+    if not trainer.use_vllm:
+        return
+    generation = trainer.vllm_generation
+    iterate = generation._iter_fsdp2_params
+
+    def of_shards(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        yield from iterate(model)
+
+    generation._iter_fsdp2_params = of_shards
+
+
 class WholeBatches(TrainerCallback):
     """Starts each call of `train` with new rollouts. After a call that was interrupted within a step, TRL would go on
     in the middle of that step's rollouts, while the optimizer starts a new step."""
@@ -130,6 +153,7 @@ class WholeBatches(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step, self.trainer._buffered_inputs = 0, None
+        self.trainer._last_loaded_step = -1  # of another call: vLLM would go on with the weights that it left
 
 
 class AdapterSync(TrainerCallback):

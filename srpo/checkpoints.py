@@ -23,6 +23,7 @@ class LoadsWeights:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self: Any):
+        self._last_loaded_step = -1  # else vLLM would go on with the weights of the last step
         if not self._loads_its_weights(self.state.best_model_checkpoint):
             super()._load_best_model()
 

@@ -121,6 +121,38 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
         trainer._load_from_checkpoint(str(tmp_path))
 
 
+def with_engine(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Gives a trainer a stand-in for vLLM, which answers with one token; returns the weights that it has."""
+    weights: dict[str, torch.Tensor] = {}
+
+    def generate(prompts, **options):
+        return prompts, [[20, trainer.eos_token_ids[0]]] * len(prompts), None, None
+
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    sync = lambda: weights.update(weights_of(trainer))  # noqa: E731
+    trainer.vllm_generation = SimpleNamespace(sync_weights=sync, generate=generate)
+    return weights
+
+
+def test_an_engine_gets_the_best_model_and_what_an_earlier_training_left(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    settings |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    trainer = va_opd_trainers.build(tmp_path, eval_rows=va_opd_trainers.image_rows(8), **settings)
+    sent = with_engine(trainer)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")  # the loss falls
+    trainer.evaluate()
+    assert all(equal(trainer, sent))
+    again = va_opd_trainers.build(tmp_path / "again", max_steps=1, lr_scheduler_type="constant", warmup_steps=0)
+    sent = with_engine(again)
+    again.train()
+    before = weights_of(again)
+    again.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in sent.items())
+    assert not all(equal(again, sent))
+
+
 @pytest.mark.parametrize("active", ["default", "other"])
 def test_all_adapters_are_read_back(tmp_path, active):
     lora = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)

@@ -266,6 +266,15 @@ def test_a_weight_sync_sends_the_trained_model_and_leaves_its_weights(make, load
     assert (got - expected).norm() < 0.02 * (got - base).norm()
 
 
+def test_an_adapter_in_host_memory_is_added_on_the_device_of_the_weight():
+    """As with `fsdp_offload_params`, where TRL brings the frozen weight alone to the device."""
+    generation = weight_sync(get_peft_model(tiny.tiny_qwen3(hidden=32)[0], lora.lora_config(4)))
+    iterate = generation._iter_named_params
+    generation._iter_named_params = lambda: ((name, weight.to("meta")) for name, weight in iterate())
+    lora.sync_merged_weights(generation)
+    assert {weight.device.type for _, weight in generation._iter_named_params()} == {"meta"}
+
+
 def test_trained_weights_of_a_bfloat16_model_are_made_float32_and_no_others():
     model = get_peft_model(tiny.tiny_qwen3(hidden=32)[0], lora.lora_config(4)).bfloat16()
     lora.float32_adapters(model)

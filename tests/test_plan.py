@@ -521,7 +521,7 @@ def test_two_nodes_meet_beside_two_servers(cluster, tmp_path):
     done = bash(
         "train.sbatch",
         **cluster,
-        COMMAND="seen --solver_url http://SERVER_1:8000/v1\n --coder_url http://SERVER_2:8000/v1",
+        COMMAND="seen --seed 7 --solver_url http://SERVER_1:8000/v1\n --coder_url http://SERVER_2:8000/v1",
         SERVE="the/solver the/coder",
         SHARDING="multi_gpu",
         SLURM_JOB_NODELIST="127.0.0.1,node2,node3,node4",
@@ -530,10 +530,11 @@ def test_two_nodes_meet_beside_two_servers(cluster, tmp_path):
         OMP_NUM_THREADS="1",
     )
     assert done.returncode == 0, done.stderr
-    words = "2 0 --solver_url http://node3:8000/v1 --coder_url http://node4:8000/v1\n"
+    words = "2 0 --seed 7 --solver_url http://node3:8000/v1 --coder_url http://node4:8000/v1\n"
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == [words, words]
     log = (tmp_path / "log").read_text()
     assert "serve the/solver" in log and "serve the/coder" in log and "VLLM_SERVER_DEV_MODE=1" in log
+    assert log.count("--seed 7\n") == 2  # else servers would sample alike for all seeds of training
 
 
 @pytest.mark.parametrize("path", ["docs/many_nodes.md", "scripts/slurm/train.sbatch"])

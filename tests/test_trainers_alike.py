@@ -33,6 +33,7 @@ COPIES = {
         "WholeBatches",
         "disable_functional_dropout",
         "prepare_rollouts",
+        "reshard_before_syncs",
         "seed_rollouts",
         "send_names_of_files",
     ),

@@ -1,5 +1,6 @@
 """All that goes through vLLM, on its CPU build: evaluation, colocated rollouts, a server. `make test-vllm` runs it."""
 
+import inspect
 import io
 import itertools
 import os
@@ -200,6 +201,26 @@ def test_vllm_sees_images_as_a_processor_does():
         seen = np.asarray(image.convert("RGB"))  # by a trainer's processor
         assert np.array_equal(as_vllm(in_rgb(image)), seen)
         assert image.mode == "L" or not np.array_equal(as_vllm(image), seen)
+
+
+def test_what_sleep_loses_is_where_it_is_looked_for():
+    """Of the runner for GPUs, which a CPU does not run: made within `load_model`, whose tensors sleep discards."""
+    from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
+    from vllm.v1.worker.gpu.mm.rope import RopeState
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+    for where, text in {
+        gpu_worker.Worker.load_model: 'self._maybe_get_memory_pool_context(tag="weights")',
+        GPUModelRunner.load_model: "self.model_state = init_model_state(",
+        DefaultModelState: "self.rope_state = get_rope_state(",
+        ModelState: "self.encoder_runner = EncoderRunner(",
+        RopeState: "self.positions = torch.zeros(",
+        EncoderRunner: "self.inputs_embeds = torch.zeros(",
+    }.items():
+        assert text in inspect.getsource(where), where
 
 
 # --- training ---

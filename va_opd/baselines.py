@@ -3,7 +3,7 @@
 from trl import GRPOTrainer, SFTTrainer
 
 from . import siblings
-from ._trl import EpochSampler, prepare_rollouts
+from ._trl import EpochSampler, prepare_rollouts, reach_adapters_of_vision
 from .checkpoints import LoadsWeights
 from .rope import exact_frequencies
 
@@ -15,6 +15,7 @@ class ResumableGRPOTrainer(LoadsWeights, GRPOTrainer):
         super().__init__(*args, **kwargs)
         exact_frequencies(self.model, self.ref_model)
         prepare_rollouts(self)
+        reach_adapters_of_vision(self)
 
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         return EpochSampler(
@@ -36,3 +37,7 @@ class ResumableGRPOTrainer(LoadsWeights, GRPOTrainer):
 
 class ResumableSFTTrainer(LoadsWeights, SFTTrainer):
     """TRL's trainer; it resumes from all weights of a checkpoint."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        reach_adapters_of_vision(self)

@@ -17,8 +17,8 @@ class VLLMRollouts:
     already expanded, which would then be expanded once more (huggingface/trl#6294): here they are folded first, and
     the engine must make the same prompts of them. A server takes them as TRL passes them. After each weight sync an
     engine forgets what the older weights of the vision tower made of its last images, which TRL leaves in its cache;
-    in a colocated one what Qwen3-VL adds to the states of text is 0 again, which vLLM's sleep leaves undefined. Images
-    go to it as the trainer's processor sees them (`in_rgb`).
+    in a colocated one what vLLM's sleep leaves undefined is 0 again (`lost_in_sleep`). Images go to it as the
+    trainer's processor sees them (`in_rgb`).
 
     After each generation `logps` has B lists: the log-probabilities in nats with which vLLM sampled the T_i tokens.
     """
@@ -38,8 +38,7 @@ class VLLMRollouts:
             return
         engine = self._generation.llm.llm_engine
         engine.reset_encoder_cache()
-        model = engine.model_executor.driver_worker.model_runner.model  # the way by which TRL loads weights
-        for tensor in getattr(model, "deepstack_input_embeds", None) or ():  # no buffers, so that sleep loses them
+        for tensor in lost_in_sleep(engine.model_executor.driver_worker.model_runner):  # as TRL finds the model
             tensor.zero_()
 
     def _rollouts(self, prompts, images, *arguments, **options):
@@ -61,6 +60,18 @@ class VLLMRollouts:
         rows = [float("nan") if logp is None else logp for row in self.logps[:count] for logp in row]
         difference = torch.tensor(rows, device=logps_N.device) - logps_N
         return (difference - difference.clamp(0, -math.log(top_p))).abs().nanmean()
+
+
+def lost_in_sleep(runner: Any) -> list[torch.Tensor]:
+    """Tensors of vLLM's model runner that it makes while it loads the model, fills with zeros, and may read where it
+    has not written: what Qwen3-VL adds to the states of text, and the positions of M-RoPE and the embeddings of the
+    places that only fill a CUDA graph, of which a position beyond the table ends the process. vLLM's sleep discards
+    them with the weights, and restores buffers alone."""
+    state = getattr(runner, "model_state", None)  # of the runner for GPUs
+    rope, encoder = (getattr(state, name, None) for name in ("rope_state", "encoder_runner"))
+    found = [getattr(rope, "positions", None), getattr(encoder, "inputs_embeds", None)]
+    found += getattr(runner.model, "deepstack_input_embeds", None) or []
+    return [tensor for tensor in found if tensor is not None]
 
 
 def in_rgb(image: Any) -> Any:

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationTrainer
 
 from . import checks, objective, siblings
-from ._trl import AdapterSync, EpochSampler, WholeBatches, prepare_rollouts
+from ._trl import AdapterSync, EpochSampler, WholeBatches, prepare_rollouts, reach_adapters_of_vision
 from .checkpoints import LoadsWeights
 from .config import VAOPDConfig
 from .degraded import degraded_pixel_values
@@ -87,9 +87,9 @@ class VAOPDTrainer(LoadsWeights, DistillationTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.add_callback(checks.FrozenCallback())
-        self.add_callback(WholeBatches(self))
-        self.add_callback(AdapterSync(self))
+        for callback in (checks.FrozenCallback(), WholeBatches(self), AdapterSync(self)):
+            self.add_callback(callback)
+        reach_adapters_of_vision(self)
         if not self.is_deepspeed_enabled:  # which keeps float32 copies
             self.add_callback(checks.HalfPrecisionCallback())
         self._place_teacher(teacher_model)

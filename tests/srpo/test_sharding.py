@@ -21,6 +21,7 @@ from processes import PROCESSES, ZERO, assert_same_run, run, two_processes  # no
 
 from common import models  # noqa: E402
 from common.lora import lora_config, sync_merged_weights  # noqa: E402
+from srpo._trl import reshard_before_syncs  # noqa: E402
 from srpo.checks import check_fsdp  # noqa: E402
 
 pytestmark = pytest.mark.timeout(600)
@@ -104,10 +105,13 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
 
 
 def sent_to_an_engine(trainer) -> dict[str, torch.Tensor]:
-    """What a weight sync to vLLM sends from this process, twice, since it must leave the weights as they are."""
+    """What a weight sync to vLLM sends from this process after an evaluation, which leaves weights whole under FSDP2;
+    twice, since it must leave the weights as they are."""
+    trainer.evaluate(trainer.train_dataset)
     generation = object.__new__(VLLMGeneration)
     generation.model, generation.accelerator = trainer.model, trainer.accelerator
     generation._dist = DistributedBackend(trainer.accelerator)
+    reshard_before_syncs(SimpleNamespace(use_vllm=True, vllm_generation=generation))
     sync_merged_weights(generation)
     first, second = ({n: w.detach().clone() for n, w in generation._iter_named_params()} for _ in range(2))
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())

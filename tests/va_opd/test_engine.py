@@ -27,7 +27,11 @@ def generation(mode: str, expanded: list[list[int]] | None = None) -> SimpleName
         return expanded or prompts, [[5, 6]] * rows, [[[-1.0], [None]]] * rows, [[[5], [6]]] * rows
 
     tokens, model = SimpleNamespace(image_token_id=PAD), SimpleNamespace(deepstack_input_embeds=[torch.ones(2, 3)])
-    executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model)))
+    rope, encoder = SimpleNamespace(positions=torch.ones(3, 5)), SimpleNamespace(inputs_embeds=torch.ones(2, 3))
+    state = SimpleNamespace(rope_state=rope, encoder_runner=encoder)
+    executor = SimpleNamespace(
+        driver_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model, model_state=state))
+    )
     engine = SimpleNamespace(reset_encoder_cache=lambda: seen.append("reset"), model_executor=executor)
     reply = SimpleNamespace(raise_for_status=lambda: None)
     session = SimpleNamespace(post=lambda url: seen.append(url) or reply)
@@ -47,9 +51,14 @@ def test_images_are_encoded_anew_after_a_weight_sync(mode, reset):
     VLLMRollouts(fake)
     fake.sync_weights()
     assert fake.seen == ["sync", reset]
-    model = fake.llm.llm_engine.model_executor.driver_worker.model_runner.model
-    assert model.deepstack_input_embeds[0].any() == (mode == "server")  # of a level of sleep that only the former has
-    del model.deepstack_input_embeds  # other families have none
+    runner = fake.llm.llm_engine.model_executor.driver_worker.model_runner
+    lost = [*runner.model.deepstack_input_embeds, runner.model_state.rope_state.positions]
+    for tensor in (*lost, runner.model_state.encoder_runner.inputs_embeds):
+        assert tensor.any() == (mode == "server")  # of a level of sleep that only the former has
+    del runner.model.deepstack_input_embeds  # other families have none
+    runner.model_state.rope_state = None  # nor M-RoPE
+    fake.sync_weights()
+    del runner.model_state  # of the runner for GPUs
     fake.sync_weights()
     fake.accelerator.is_main_process, fake.seen[:] = mode == "colocate", []
     fake.sync_weights()

@@ -27,6 +27,7 @@ from va_opd_trainers import (
     write_first_token,
 )
 
+from common.lora import lora_config
 from va_opd import lm_head, objective, siblings
 from va_opd.train import rollout_records
 
@@ -241,7 +242,21 @@ def test_lora_student(make, monkeypatch):
 
 def test_gradient_checkpointing(make, monkeypatch):
     fixed_rollouts(monkeypatch)
-    assert_same_step(step(make(gradient_checkpointing=True)), step(make()))
+    trainer = make(gradient_checkpointing=True)
+    trainer.model.gradient_checkpointing_enable()  # as `train` does, which `step` is not
+    assert trainer.model.is_gradient_checkpointing
+    assert_same_step(step(trainer), step(make()))
+
+
+def test_reentrant_checkpoints_train_the_adapters_of_the_vision_tower(make, monkeypatch):
+    """TRL sets them for LoRA under ZeRO-3."""
+    fixed_rollouts(monkeypatch)
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = make(peft_config=lora_config(4), max_steps=1, warmup_steps=0, **options)
+    trainer.train()
+    trained = {name: bool(w.any()) for name, w in trainer.model.named_parameters() if "lora_B" in name}
+    assert any("visual.blocks" in name for name in trained)
+    assert all(trained.values())
 
 
 # --- text-only rows ----------------------------------------------------------------
