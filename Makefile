@@ -32,6 +32,7 @@ help: ## This list
 	@echo "  MODEL= DATA=                   hub id or local path in place of the paper's; TEACHER= too for VA-OPD"
 	@echo "  SEED= OUT= GPUS=               seed, folder of all runs (runs), number of GPUs (the preset's)"
 	@echo "  ARGS='--field value'           any other setting; --dry_run prints settings, memory and commands"
+	@echo "  GPU_GIB=                       memory of the GPU that a dry run plans for (this one's, or 80)"
 	@echo "Other: PYTHON=python3.12 makes .venv with that Python; PY=python runs in an environment of yours;"
 	@echo "       make test ARGS='-k name' WORKERS=0"
 

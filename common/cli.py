@@ -173,6 +173,9 @@ def parse_fields(
     try:
         parsed = parser.parse_args_and_config(argv if path is None else ["--config", path, *argv])
     except ValueError as error:
+        if "not used by the HfArgumentParser" in str(error):
+            words = str(error).split(": ", 1)[1].strip("[]")
+            raise ValueError(f"{words} is no flag: write --field value, and lists without spaces") from error
         if "bf16/gpu" not in str(error):
             raise
         raise ValueError(

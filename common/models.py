@@ -63,11 +63,27 @@ def load_config(name: str) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         if Path(name).is_dir():
             problem = "the folder holds no model that transformers knows (no usable config.json)"
-        elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
-            problem = "there is no such folder"
+        elif is_path(name):
+            problem = "there is no such folder" + (" (write ~ as a whole path)" if name.startswith("~") else "")
         else:
             problem = "it is no local folder, and the hub cannot be reached or has no model of this name"
         raise ValueError(f"model {name!r}: {problem}; pass a hub id or a folder made by save_pretrained") from error
+
+
+def is_path(name: str) -> bool:
+    """Whether a name of a model or data set has the form of a path, and not that of a hub id."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def check_at_hand(ask_hub: bool, **names: str) -> None:
+    """Raises `ValueError` that names the field, for a model that is no folder where its name is a path or, with
+    `ask_hub`, is nowhere: each run of an experiment would say so, and a dry run would not."""
+    for field, name in names.items():
+        if ask_hub or (is_path(name) and not Path(name).exists()):
+            try:
+                load_config(name)
+            except ValueError as error:
+                raise ValueError(f"{field}{str(error).removeprefix('model')}") from error
 
 
 def is_vlm(config: PretrainedConfig) -> bool:

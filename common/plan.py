@@ -6,7 +6,7 @@ top.
 
 import os
 from collections.abc import Iterable
-from math import ceil, log, prod
+from math import ceil, inf, log, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,17 +180,34 @@ def generation_bytes(config: Any, shape: Shape, size: int, gpu_gib: float | None
 
 def engine_bytes(config: Any, gpu_gib: float | None = None) -> dict[str, float]:
     """What a colocated vLLM takes of each training GPU: its share of all memory, for weights and cache. By default the
-    memory is that of this process's GPU or, without one, of the GPUs that the presets are made for."""
+    memory is GPU_GIB of the environment, else that of this process's GPU or, without one, of the GPUs that the presets
+    are made for."""
     if not config.use_vllm or config.vllm_mode != "colocate":
         return {}
     which = ""
+    if gpu_gib is None:
+        gpu_gib = _asked_gib()
     if gpu_gib is None and torch.cuda.is_available():
         gpu_gib, which = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB, ", this GPU"
     elif gpu_gib is None:
-        gpu_gib, which = GPU_GIB, ", no GPU being here"
+        gpu_gib, which = GPU_GIB, ", no GPU being here and no GPU_GIB"
     share = config.vllm_gpu_memory_utilization
     asleep = ", asleep while training" if config.vllm_enable_sleep_mode else ""
     return {f"rollout engine, {share:.0%} of {gpu_gib:.4g} GiB{which}{asleep}": share * gpu_gib * GIB}
+
+
+def _asked_gib() -> float | None:
+    """GPU_GIB of the environment, by which a dry run plans for another machine: no field, as no run depends on it."""
+    text = os.environ.get("GPU_GIB")
+    if not text:
+        return None
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < inf:
+        raise ValueError(f"GPU_GIB must be the memory of a GPU in GiB, such as 24, got {text!r}")
+    return gib
 
 
 def checkpoint_count(steps: int | None, save_steps: float) -> int | None:

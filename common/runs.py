@@ -262,10 +262,12 @@ def exclusive(folder: Path, name: str = ".lock") -> Iterator[None]:
         lock.release()
 
 
-def claim(path: Path, settings: dict[str, Any], has_results: bool) -> None:
+def claim(
+    path: Path, settings: dict[str, Any], has_results: bool, anew: str = "move the folder away to make them anew"
+) -> None:
     """Ties a folder of results to the settings that decide them, which the first call writes to `path`.
 
-    `has_results` is whether the folder holds results: without any it is claimed anew.
+    `has_results` is whether the folder holds results: without any it is claimed anew. `anew` is how others are made.
     Raises `ValueError` if the results are of other settings, or if nothing records their settings.
     """
     if not has_results:
@@ -278,14 +280,13 @@ def claim(path: Path, settings: dict[str, Any], has_results: bool) -> None:
         theirs = {}
     if not theirs:
         raise ValueError(
-            f"{path.parent} holds results, but no readable {path.name} that says of which settings: move the folder "
-            "away to make them anew"
+            f"{path.parent} holds results, but no readable {path.name} that says of which settings: {anew}"
         )
     if differing:
         name = differing[0]
         raise ValueError(
             f"{path.parent} holds results of {name}={theirs[name]!r}, these settings have {settings[name]!r}: set "
-            f"{name} back, or move the folder away to make them anew"
+            f"{name} back, or {anew}"
         )
 
 

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers.integrations import get_available_reporting_integrations
 
+from .models import is_path
 from .preemption import EXIT_CODE, call, end_with_parent
 from .runs import check_writable, exclusive, fingerprint
 
 SIGN_OF_LIFE = 20  # seconds between two lines about commands that run side by side
+MISTAKE = 2  # exit code of a command that says in a sentence what the user has to mend
 # Exit codes of commands that were told to end, by Ctrl-C or SIGTERM: no failure after which the others go on
 STOPPED = {130, EXIT_CODE, -signal.SIGINT, -signal.SIGTERM}
 
@@ -30,8 +32,14 @@ class OneGPUEach(list):
     """A stage of commands that use one GPU each: on several they run side by side."""
 
 
+class Trainings(list):
+    """A stage of trainings that share model, data and most settings: where the first to end has exit code 2, for what
+    the user has to mend, the others would say the same, and the experiment ends."""
+
+
 class RunByRun(list):
-    """A stage of runs, each a list of stages of its own: a run begins when the one before has ended or failed."""
+    """A stage of runs, each a list of stages of its own, the first of which is the training: a run begins when the one
+    before has ended or failed. The first training's exit code 2 ends the experiment, as in `Trainings`."""
 
 
 def commands_of(stages: Iterable[list]) -> Iterator[Command]:
@@ -102,6 +110,13 @@ def _is_module(name: str) -> bool:
         return False
 
 
+def check_path(field: str, path: str | None, or_hub_id: bool = False) -> None:
+    """Raises `ValueError` for the path of data where there is nothing; with `or_hub_id` it may name a data set."""
+    if path and not Path(path).expanduser().exists() and not (or_hub_id and not is_path(path)):
+        known = "a hub id or one" if or_hub_id else "one"
+        raise ValueError(f"{field} {path!r}: there is no such file or folder; set {field} to {known}, or leave it out")
+
+
 def check_report_to(names: Collection[str]) -> None:
     """Raises `ValueError` for a tracker whose package is missing: transformers says so after all models are loaded."""
     # It never lists flyte, nor azure_ml beside mlflow, nor comet_ml without a key, although that can run offline
@@ -144,7 +159,8 @@ def visible(gpus: Iterable[int]) -> str:
 
 
 def launcher(gpus: int, sharding: str) -> list[str]:
-    """Start of a training command: plain Python, or accelerate with one of the configs that TRL ships."""
+    """Start of a training command: plain Python, or accelerate (`common.launch`) with one of the configs that TRL
+    ships."""
     if gpus < 0:
         raise ValueError(f"gpus must be at least 0, got {gpus}")
     if gpus <= 1:
@@ -155,7 +171,7 @@ def launcher(gpus: int, sharding: str) -> list[str]:
     if not config.is_file():
         names = sorted(path.name.removesuffix(".yaml") for path in (files("trl") / "accelerate_configs").iterdir())
         raise ValueError(f"sharding {sharding!r} is no accelerate config of TRL; choose among {', '.join(names)}")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launch = [sys.executable, "-m", "common.launch", "--config_file", str(config)]
     if sharding.startswith("fsdp"):  # else every rank but the first starts with zeros for a teacher or reference
         launch += ["--fsdp_cpu_ram_efficient_loading", "false"]
     return [*launch, "--num_processes", str(gpus), "-m"]
@@ -167,6 +183,7 @@ def run_stages(stages: list[list], logs: Path, gpus: int = 1) -> int:
 
     When a command fails, for lack of memory say, the others go on, unless none of its stage has succeeded or it was
     told to end. In a stage `RunByRun` that ends a run, and the others go on, unless none gets through its stages.
+    `Trainings` end with the mistake of the first.
     Raises `OSError` if no log can be written, and `ValueError` for a command whose module is missing, and if another
     process runs the same commands: each would go on past what the other is at work on, on the same GPUs.
     """
@@ -191,8 +208,8 @@ def _failures(stages: list[list], logs: Path, gpus: int) -> tuple[dict[str, int]
         if isinstance(stage, RunByRun):
             now, succeeded = _runs(stage, logs, gpus)
         else:
-            now = _stage(stage, logs, gpus)
-            succeeded = len(now) < len(stage)
+            codes = _stage(stage, logs, gpus)
+            now, succeeded = {name: code for name, code in codes.items() if code}, 0 in codes.values()
         failed |= now
         if now and (not succeeded or STOPPED.intersection(now.values())):
             return failed, False
@@ -202,15 +219,26 @@ def _failures(stages: list[list], logs: Path, gpus: int) -> tuple[dict[str, int]
 def _runs(runs: RunByRun, logs: Path, gpus: int) -> tuple[dict[str, int], bool]:
     """The same, and whether one of the runs got through its stages."""
     failed, succeeded = dict[str, int](), False
-    for stages in runs:
+    for number, stages in enumerate(runs):
         now, whole = _failures(stages, logs, gpus)
         failed, succeeded = failed | now, succeeded or whole
-        if STOPPED.intersection(now.values()):
+        training = now.get(stages[0][0][0], 0)
+        if STOPPED.intersection(now.values()) or _is_shared(training, first=number == 0, others=len(runs) - 1):
             break
     return failed, succeeded
 
 
+def _is_shared(code: int, first: bool, others: int) -> bool:
+    """Whether a training's exit code is that of a mistake which the others share; says so."""
+    shared = first and code == MISTAKE
+    if shared and others:
+        said = "share model, data and settings: none goes on"
+        print(f"the other trainings of this experiment ({others}) {said}", flush=True)
+    return shared
+
+
 def _stage(stage: list[Command], logs: Path, gpus: int) -> dict[str, int]:
+    """Exit codes of the commands that ended, by name."""
     cpu, gpus = not torch.cuda.is_available(), min(gpus, torch.cuda.device_count())
     # One thread each: two processes of two threads hinder each other, and sums would depend on the number of threads
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} if cpu else {})}
@@ -221,15 +249,20 @@ def _stage(stage: list[Command], logs: Path, gpus: int) -> dict[str, int]:
 
 
 def _in_turn(commands: list[Command], environment: dict[str, str]) -> dict[str, int]:
-    """One after the other, writing to the terminal; exit codes of those that failed, by name."""
-    failed = {}
+    """One after the other, writing to the terminal."""
+    codes = dict[str, int]()
     for name, words in commands:
         print(f"$ {shown((name, words))}", flush=True)
-        if code := call(words, environment):
-            failed[name] = code
-            if code in STOPPED:
-                break
-    return failed
+        codes[name] = call(words, environment)
+        if _ends_all(commands, codes, name):
+            break
+    return codes
+
+
+def _ends_all(commands: list[Command], codes: dict[str, int], name: str) -> bool:
+    """Whether the command that has just ended is the last one."""
+    shared = isinstance(commands, Trainings) and _is_shared(codes[name], len(codes) == 1, len(commands) - 1)
+    return codes[name] in STOPPED or shared
 
 
 class _Job(NamedTuple):
@@ -244,9 +277,9 @@ class _Job(NamedTuple):
 def _pool(
     commands: list[Command], width: int, logs: Path, environment: dict[str, str], one_gpu_each: bool = False
 ) -> dict[str, int]:
-    """`width` at a time, each writing to its log, and each on a GPU of its own if asked for; exit codes of those that
-    failed, by name. When one was told to end the others are stopped."""
-    waiting, running, failed = list(commands), list[_Job](), dict[str, int]()
+    """`width` at a time, each writing to its log, and each on a GPU of its own if asked for. After one that was told
+    to end, or has a mistake of all, the others are stopped."""
+    waiting, running, codes = list(commands), list[_Job](), dict[str, int]()
     started = spoken = time.monotonic()
     try:
         while waiting or running:
@@ -261,9 +294,9 @@ def _pool(
                 if code := job.process.returncode:
                     said = f"{job.name} failed with exit code {code}. The end of {logs / job.name}.log:"
                     print(said, *_end(logs, job.name, job.begun, 15), sep="\n", flush=True)
-                    failed[job.name] = code
-                    if code in STOPPED:
-                        return failed
+                codes[job.name] = code
+                if _ends_all(commands, codes, job.name):
+                    return codes
             if time.monotonic() - spoken > SIGN_OF_LIFE:
                 spoken = time.monotonic()
                 for job in running:
@@ -274,7 +307,7 @@ def _pool(
             job.process.terminate()
         for job in running:
             job.process.wait()
-    return failed
+    return codes
 
 
 def _started(command: Command, place: int, logs: Path, environment: dict[str, str]) -> _Job:

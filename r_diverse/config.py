@@ -65,6 +65,27 @@ def _or_none(rule: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], b
     return lambda value: value is None or rule[0](value), f"{rule[1]}, or none"
 
 
+def check_init_kwargs(config) -> None:
+    """Raises `ValueError` for the old name of `dtype`: TRL would load the model in its own default beside it."""
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        if "torch_dtype" in (getattr(config, name, None) or {}):
+            raise ValueError(f"{name} has torch_dtype, which would be ignored: write dtype")
+
+
+def in_our_fields(config, error: ValueError) -> ValueError:
+    """TRL's error about a generation batch that holds no whole groups with the fields it is made of; others as they
+    are."""
+    if "divisible by num_generations" not in str(error):
+        return error
+    rollouts, steps, groups_of = config.generation_batch_size, config.steps_per_generation, config.num_generations
+    whole = groups_of // math.gcd(rollouts // steps, groups_of)
+    return ValueError(
+        f"per_device_train_batch_size * processes * steps_per_generation = {rollouts} rollouts of a generation batch "
+        f"do not divide into groups of num_generations={groups_of}: set steps_per_generation (now {steps}), or "
+        f"gradient_accumulation_steps, of which it is made if it is not given, to a multiple of {whole}"
+    )
+
+
 @dataclass
 class PhaseConfig(GRPOConfig):
     """TRL's configuration with the values that both phases share. The KL reference is the model at the phase's start.
@@ -125,7 +146,11 @@ class PhaseConfig(GRPOConfig):
         )
         if self.generation_batch_size is None and self.steps_per_generation is None:
             self.steps_per_generation = UPDATES * self.gradient_accumulation_steps
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise in_our_fields(self, error) from error
+        check_init_kwargs(self)
         context = self.vllm_max_model_length if self.use_vllm and self.vllm_mode == "colocate" else None
         if context is not None and context <= self.max_completion_length:
             raise ValueError(

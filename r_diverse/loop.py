@@ -55,7 +55,7 @@ from common.download import download
 from common.evaluation import BENCHMARKS, load_benchmark
 from common.lora import adapter_base
 from common.once import digest, once, read_counts, read_inputs
-from common.preemption import call, end_with_parent
+from common.preemption import Preempted, call, end_with_parent
 from common.runs import (
     RunFolder,
     atomic_write_json,
@@ -65,7 +65,18 @@ from common.runs import (
     fingerprint,
     read_jsonl,
 )
-from common.stages import Command, check_packages, chosen, chosen_seeds, launcher, run_stages, shown, visible
+from common.stages import (
+    STOPPED,
+    Command,
+    check_packages,
+    check_path,
+    chosen,
+    chosen_seeds,
+    launcher,
+    run_stages,
+    shown,
+    visible,
+)
 
 from . import alarm, data, evaluate
 from .config import RDiverseConfig
@@ -392,7 +403,9 @@ class SelfPlay:
         words += [*flags, *self.settings.argv, "--config", str(config)]
         print(f"$ {shown((phase, words))}", flush=True)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible(gpus)}
-        if code := call(words, environment):
+        if (code := call(words, environment)) in STOPPED:
+            raise Preempted("SIGTERM")
+        if code:
             raise ValueError(f"iteration {t}, {phase}: its command ended with exit code {code}")
 
 
@@ -442,6 +455,7 @@ def _main(argv: list[str]) -> int:
     flags = flags_of(fields, variants, seeds)
     goals = {} if known.more is None else {root: goal_of(root, known.more) for root in flags}
     stages = experiment(settings.run, fields, flags, goals) if known.variants or known.seeds else []
+    check_names(settings.run)
     if known.dry_run or settings.run.dry_run:
         print(dry_run(settings), *(f"$ {shown(command)}" for stage in stages for command in stage), sep="\n")
         return 0
@@ -466,6 +480,18 @@ def _main(argv: list[str]) -> int:
     for root in [] if code else goals:
         _begun(root).unlink(missing_ok=True)
     return code
+
+
+def check_names(run: RDiverseConfig) -> None:
+    """Raises `ValueError` for the path of a model or of data where there is nothing."""
+    made = ["model"] if is_made_here(run.model) else []
+    models.check_at_hand(False, **{field: name for field, name in models_of(run).items() if field not in made})
+    check_path("data", run.data)
+
+
+def is_made_here(model: str) -> bool:
+    """Whether the base is that of the embedded task; none is taught under another model's name."""
+    return Path(model).parts[-3:] == ("tiny", "models", "base")
 
 
 def fetch(run: RDiverseConfig) -> int:
@@ -550,7 +576,7 @@ def experiment(
         goal = ["--iterations", str(goals[folder])] if goals else []
         commands.append((folder.name, [*python, "r_diverse.loop", *words, *goal]))
     stages = [commands, [("report", [*python, "benchmarks.r_diverse", *fields])]]
-    if Path(run.model).parts[-3:] == ("tiny", "models", "base"):  # taught here, and none under another model's name
+    if is_made_here(run.model):
         stages.insert(0, [("make-base", [*python, "r_diverse.data", "base", run.model])])
     return stages
 

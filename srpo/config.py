@@ -15,6 +15,27 @@ LEARNING_RATES = {"srpo": 5e-6, "grpo": 1e-6, "sdpo": 1e-5, "sdpo_incorrect": 1e
 ALPHAS = {"jsd": 0.5, "reverse_kl": 1.0, "forward_kl": 0.0}
 
 
+def check_init_kwargs(config) -> None:
+    """Raises `ValueError` for the old name of `dtype`: TRL would load the model in its own default beside it."""
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        if "torch_dtype" in (getattr(config, name, None) or {}):
+            raise ValueError(f"{name} has torch_dtype, which would be ignored: write dtype")
+
+
+def in_our_fields(config, error: ValueError) -> ValueError:
+    """TRL's error about a generation batch that holds no whole groups with the fields it is made of; others as they
+    are."""
+    if "divisible by num_generations" not in str(error):
+        return error
+    rollouts, steps, groups_of = config.generation_batch_size, config.steps_per_generation, config.num_generations
+    whole = groups_of // math.gcd(rollouts // steps, groups_of)
+    return ValueError(
+        f"per_device_train_batch_size * processes * steps_per_generation = {rollouts} rollouts of a generation batch "
+        f"do not divide into groups of num_generations={groups_of}: set steps_per_generation (now {steps}), or "
+        f"gradient_accumulation_steps, of which it is made if it is not given, to a multiple of {whole}"
+    )
+
+
 @dataclass
 class SRPOConfig(GRPOConfig):
     r"""
@@ -134,7 +155,11 @@ class SRPOConfig(GRPOConfig):
         if self.entropy_beta is None:
             self.entropy_beta = 1.0 if self.routing == "srpo" else 0.0
         self._check_fields()
-        super().__post_init__()  # which reads a dict given as JSON
+        try:
+            super().__post_init__()  # which reads a dict given as JSON
+        except ValueError as error:
+            raise in_our_fields(self, error) from error
+        check_init_kwargs(self)
         self.chat_template_kwargs = {"enable_thinking": False, **(self.chat_template_kwargs or {})}
         check_template(self.reprompt_template)
         if self.routing != "grpo":

@@ -134,7 +134,12 @@ def score(model: str, benchmark: Benchmark, args: ScriptArguments, config: SRPOC
 
 def claim_results(model: str, benchmark: Benchmark, args: ScriptArguments, config: SRPOConfig, out: Path) -> None:
     """Ties `out` to what decides its results; raises `ValueError` where it holds others."""
-    claim(out / "settings.json", settings_of(model, benchmark, args, config, out), any(out.rglob("*.jsonl")))
+    settings, has_results = settings_of(model, benchmark, args, config, out), any(out.rglob("*.jsonl"))
+    if out.name == "base" or weights_of(weights=model):
+        claim(out / "settings.json", settings, has_results)
+    else:
+        anew = f"train again under another experiment (drop_evaluated has deleted the weights of {model})"
+        claim(out / "settings.json", settings, has_results, anew)
 
 
 def settings_of(

@@ -30,13 +30,14 @@ from .train import (  # first: it says in one line what is missing without commo
 from common.cli import run_main, split_config
 from common.download import download
 from common.evaluation import json_options
-from common.models import guess_parameters
+from common.models import check_at_hand, guess_parameters
 from common.plan import GIB
 from common.rewards import missing_reward
 from common.stages import (
     Command,
     OneGPUEach,
     RunByRun,
+    Trainings,
     check_packages,
     chosen,
     chosen_seeds,
@@ -92,12 +93,14 @@ def _main(argv: list[str]) -> int:
     sources = [(name, partial(load_splits_of, dataclasses.replace(args, dataset=name))) for name in datasets]
     if known.download:
         return download([args.model], sources)
+    if not made_here(args.model):
+        check_at_hand(not known.dry_run, model=args.model)
     problems = [*(missing_source(dataset, args.data) for dataset in datasets), missing_reward(args.reward)]
     missing = list(dict.fromkeys(filter(None, problems)))
+    if missing and (args.data or args.reward or not known.dry_run):  # it would show only after other trainings
+        raise ValueError("; ".join(missing))
     if not known.dry_run:
         check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding, config.report_to)
-        if missing:  # it would show only after the trainings on the data sets before
-            raise ValueError(missing[0])
         for _, load in sources:
             load()
     stages = plan(fields, args, variants, datasets, seeds, launcher(known.gpus, known.sharding), known.gpus)
@@ -147,11 +150,17 @@ def plan(fields, args, variants, datasets, seeds, launch, gpus: int = 1) -> list
         parts = 1 if several else gpus
         stages = [each(bases), RunByRun([[train], *in_parts(run, parts), [run]] for train, run in runs)]
     else:
-        stages = [[train for train, _ in runs], each(evaluations)]
+        stages = [Trainings(train for train, _ in runs), each(evaluations)]
     stages.append([("report", [*python, "benchmarks.srpo", *fields])])
-    if (place := Path(args.model).parts[-3:]) in (("tiny", "models", "base"), ("small", "models", "smollm2")):
-        stages.insert(0, [("make-policy", [*python, "srpo.data", place[-1], args.model])])  # none under another's name
+    if name := made_here(args.model):
+        stages.insert(0, [("make-policy", [*python, "srpo.data", name, args.model])])
     return stages
+
+
+def made_here(model: str) -> str | None:
+    """Name of the embedded experiments' policy that the folder is for; none is made under another model's name."""
+    place = Path(model).parts[-3:]
+    return place[-1] if place in (("tiny", "models", "base"), ("small", "models", "smollm2")) else None
 
 
 def in_parts(evaluation: Command, parts: int) -> list[OneGPUEach]:

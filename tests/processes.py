@@ -72,7 +72,7 @@ def _of_accelerate(folder: Path, sharding: str, mixed_precision: str) -> dict[st
     settings |= {"use_cpu": True, "mixed_precision": mixed_precision}
     words[config] = str(folder / "accelerate.yaml")
     Path(words[config]).write_text(yaml.safe_dump(settings))
-    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert words[:3] == [sys.executable, "-m", "common.launch"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed.run, "run", lambda args: given.update(os.environ))
         launch.launch_command(launch.launch_command_parser().parse_args([*words[3:], "program"]))

@@ -217,6 +217,20 @@ def test_what_a_checkpoint_does_not_hold_is_said_when_a_run_is_resumed(tmp_path)
         trainer._load_optimizer_and_scheduler(str(folder / "checkpoint-1"))
 
 
+@pytest.mark.parametrize("name", ["scheduler.pt", "optimizer.pt", "rng_state.pth"])
+def test_a_state_that_a_checkpoint_lacks_is_not_begun_anew(tmp_path, name):
+    """Without the scheduler's transformers left out the optimizer's, too, and said nothing."""
+    settings = {"routing": "grpo", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = srpo_trainers.build(tmp_path / "run", reward=by_length, **settings)
+    trainer.train()
+    checkpoint = tmp_path / "run/checkpoint-1"
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / name).unlink()
+    pattern = name.replace("rng_state", r"rng_state\*")
+    with pytest.raises(ValueError, match=f"checkpoint-1 holds no {pattern}, .*: put it back, resume from another"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_dtypes_stay(tmp_path):
     trainer = va_opd_trainers.build(tmp_path / "run")
     trainer.model.bfloat16().lm_head.float()

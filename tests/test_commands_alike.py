@@ -30,6 +30,14 @@ def test_of_two_config_files_none_counts_silently(method, command, tmp_path, cap
         assert f"--config is given more than once, {files[0]} and {files[1]}: pass one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", [*PRESETS, "r_diverse"])
+def test_words_without_a_field_are_one_sentence(method, capsys):
+    config = ["--config", str(ROOT / f"{method}/configs/tiny.yaml")]
+    for words in (["-dry_run"], ["dry_run"], ["--variants", "all,", "b"]):
+        assert importlib.import_module(f"{method}.loop").main([*config, *words]) == 2
+        assert capsys.readouterr().err.startswith(f"{method}.loop: {words[-1]!r} is no flag: write --field value")
+
+
 FIRST_WORDS = {"srpo.evaluate": "run", "va_opd.evaluate": "teacher", "r_diverse.train": "solver"}
 
 

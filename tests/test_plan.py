@@ -187,8 +187,9 @@ def test_the_cache_of_generate(dtype, autocast, size):
 def test_the_engines_share_is_of_the_gpu_that_is_here(monkeypatch):
     config = SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.5)
     config.vllm_enable_sleep_mode = True
+    monkeypatch.delenv("GPU_GIB", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    away = "rollout engine, 50% of 80 GiB, no GPU being here, asleep while training"
+    away = "rollout engine, 50% of 80 GiB, no GPU being here and no GPU_GIB, asleep while training"
     assert plan.generation_bytes(config, TINY, 4) == plan.engine_bytes(config) == {away: 40 * plan.GIB}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -198,6 +199,14 @@ def test_the_engines_share_is_of_the_gpu_that_is_here(monkeypatch):
     assert plan.engine_bytes(config) == pytest.approx(here)
     config.vllm_enable_sleep_mode = False
     assert list(plan.engine_bytes(config)) == ["rollout engine, 50% of 139.8 GiB, this GPU"]
+    monkeypatch.setenv("GPU_GIB", "24")  # for another machine
+    assert plan.engine_bytes(config) == {"rollout engine, 50% of 24 GiB": 12 * plan.GIB}
+    assert plan.engine_bytes(config, 40) == {"rollout engine, 50% of 40 GiB": 20 * plan.GIB}
+    for text in ("24GB", "0", "nan", "inf"):
+        monkeypatch.setenv("GPU_GIB", text)
+        with pytest.raises(ValueError, match=f"GPU_GIB must be the memory of a GPU in GiB, such as 24, got '{text}'"):
+            plan.engine_bytes(config)
+    monkeypatch.setenv("GPU_GIB", "")
     config.vllm_mode = "server"
     assert plan.generation_bytes(config, TINY, 4) == {}
 
@@ -354,7 +363,7 @@ def test_the_plan_has_the_parts_of_the_dry_run(generated, capsys):
 
     config = str(ROOT / "srpo/configs/qwen3_8b.yaml")
     assert loop.main(["--config", config, "--gpus", "8", "--sharding", "zero3", "--dry_run", *generated]) == 0
-    printed = re.sub(", (this GPU|no GPU being here)", "", capsys.readouterr().out)
+    printed = re.sub(", (this GPU|no GPU being here and no GPU_GIB)", "", capsys.readouterr().out)
     dry = printed.split("memory a process")[1].splitlines()
     parts = [line.split() for line in dry if line.startswith("   ") and not line.endswith("sum")]
     planned = [

@@ -51,6 +51,7 @@ COPIES = {
         "watch_rewards",
     ),
     "checkpoints": ("LoadsWeights", "load_adapters", "load_weights"),
+    "config": ("check_init_kwargs", "in_our_fields"),
     "divergence": ("tile_rows",),
     "lm_head": ("lm_head", "logit_scale"),
     "logps": ("_is_callable", "check_logps", "count_positions"),

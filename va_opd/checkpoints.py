@@ -33,11 +33,12 @@ class LoadsWeights:
                 "a run with sync_ref_model=True cannot be resumed: its KL reference has moved, and checkpoints do not "
                 "hold it; begin a new run, or set sync_ref_model to false, which leaves the reference at the start"
             )
-        if checkpoint is not None and not self._is_sharded() and not (Path(checkpoint) / "optimizer.pt").is_file():
-            raise ValueError(
-                f"{checkpoint} holds no optimizer.pt, as with save_only_model=True, so that a run cannot go on from "
-                "it: pass it as the model of a new run"
-            )
+        for name in self._states_to_resume() if checkpoint is not None else ():
+            if not any(Path(checkpoint).glob(name)):  # transformers would begin it anew without a word
+                raise ValueError(
+                    f"{checkpoint} holds no {name}, as with save_only_model=True, so that a run cannot go on from it: "
+                    "put it back, resume from another checkpoint, or pass this one as the model of a new run"
+                )
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _loads_its_weights(self: Any, folder: str) -> bool:
@@ -51,6 +52,11 @@ class LoadsWeights:
         else:
             return False
         return True
+
+    def _states_to_resume(self: Any) -> list[str]:
+        """Files of a checkpoint beside the weights. DeepSpeed and FSDP keep the optimizer's state in folders."""
+        scheduler = [] if self.is_deepspeed_enabled else ["scheduler.pt"]  # of DeepSpeed it may be in its folder
+        return [*([] if self._is_sharded() else ["optimizer.pt"]), *scheduler, "rng_state*.pth"]
 
     def _is_sharded(self: Any) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled

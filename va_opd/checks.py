@@ -49,7 +49,7 @@ def check_inputs(args: VAOPDConfig, train_dataset, eval_dataset=None) -> None:
             "prompts, or lower per_device_train_batch_size or gradient_accumulation_steps"
         )
     check_rows(train_dataset)
-    check_image_columns(args, train_dataset[0])
+    check_image_columns(args, train_dataset)
 
 
 def check_rows(dataset, name: str = "train_dataset") -> None:
@@ -120,21 +120,25 @@ def check_batch_images(rows: Sequence[dict[str, Any]]) -> None:
         check_depth(image)
 
 
-def check_image_columns(args: VAOPDConfig, row: dict[str, Any]) -> None:
-    """Raises `ValueError` for images of a row that are no list; warns of one in which no image can be found."""
+def check_image_columns(args: VAOPDConfig, dataset) -> None:
+    """Raises `ValueError` for images of the first row that are no list, and for weights by VA where no row has an
+    image: VA would be 0 everywhere. Data with images mostly have one in the first row, and no other is then read."""
+    row = dataset[0]
     images = row.get("images")
     if images is not None and not isinstance(images, list | tuple):
         raise ValueError(
             f"`images` of row 0 of train_dataset is a {type(images).__name__}: it needs a list of images; name a "
             "column of single images `image`"
         )
-    found = "image" in row or "images" in row or has_images(row)
-    if args.weighting != "none" and not found and args.process_index == 0:
-        logger.warning(
-            "train_dataset has the columns %s, and no `image` or `images`: without images weighting=%r is Standard "
-            "OPD; rename the column of images, if there is one",
-            ", ".join(row),
-            args.weighting,
+    if args.weighting == "none":
+        return
+    with naming_unread_rows(dataset):
+        found = any(has_images(dataset[i]) for i in range(len(dataset)))
+    if not found:
+        raise ValueError(
+            f"train_dataset has the columns {', '.join(row)}, and no row has an image in `image`, `images` or its "
+            f"messages, so VA would be 0 everywhere and weighting={args.weighting!r} Standard OPD: rename the column "
+            "of images, or set weighting to 'none' for data without any"
         )
 
 

@@ -11,6 +11,13 @@ from .objective import WEIGHTINGS
 TEACHER_MODES = ("exact", "sampled_token", "teacher_topk")
 
 
+def check_init_kwargs(config) -> None:
+    """Raises `ValueError` for the old name of `dtype`: TRL would load the model in its own default beside it."""
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        if "torch_dtype" in (getattr(config, name, None) or {}):
+            raise ValueError(f"{name} has torch_dtype, which would be ignored: write dtype")
+
+
 @dataclass
 class VAOPDConfig(DistillationConfig):
     r"""
@@ -142,6 +149,7 @@ class VAOPDConfig(DistillationConfig):
     def __post_init__(self):
         self._check_fields()
         super().__post_init__()
+        check_init_kwargs(self)
         if self.num_generations == 1 and self.weighting in ("va", "rollout"):
             raise ValueError(
                 f"num_generations=1 leaves rollout weights without siblings to compare: set num_generations to 2 or "

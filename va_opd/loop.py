@@ -29,7 +29,20 @@ from .train import (  # first: it says in one line what is missing without commo
 from common.cli import run_main, split_config
 from common.download import download
 from common.evaluation import json_options
-from common.stages import Command, OneGPUEach, check_packages, chosen, chosen_seeds, launcher, run_stages, shown
+from common.models import check_at_hand
+from common.rewards import missing_reward
+from common.stages import (
+    Command,
+    OneGPUEach,
+    Trainings,
+    check_packages,
+    check_path,
+    chosen,
+    chosen_seeds,
+    launcher,
+    run_stages,
+    shown,
+)
 
 from .evaluate import benchmark_names, paper_benchmark
 
@@ -71,6 +84,13 @@ def _main(argv: list[str]) -> int:
     if known.download:
         data = [(name, partial(paper_benchmark, args, name)) for name in names]
         return download([args.model, args.teacher], [(args.dataset, partial(load_splits_of, args)), *data])
+    given = {"model", "teacher"} - made_here(args).keys()
+    check_at_hand(not known.dry_run, **{name: getattr(args, name) for name in sorted(given)})
+    for name in ("data", "validation_data"):
+        check_path(name, getattr(args, name), or_hub_id=True)
+    check_path("benchmark_data", args.benchmark_data)
+    if problem := missing_reward(args.reward):
+        raise ValueError(problem)
     if not known.dry_run:
         check_packages(config.use_vllm or args.engine == "vllm", known.gpus, known.sharding, config.report_to)
     local = loads_teacher(args, config)
@@ -83,6 +103,12 @@ def _main(argv: list[str]) -> int:
         )
         return 0
     return run_stages(stages, Path(args.out) / "va_opd" / args.experiment / "logs", known.gpus)
+
+
+def made_here(args: ScriptArguments) -> dict[str, tuple[str, str]]:
+    """Name and folder of the tiny preset's models, by field; none under another model's name."""
+    folders = (("teacher", "teacher", args.teacher), ("model", "base", args.model))
+    return {field: (name, path) for field, name, path in folders if Path(path).parts[-3:] == ("tiny", "models", name)}
 
 
 def plan(
@@ -115,15 +141,11 @@ def plan(
     ]
     stages = [
         *([responses] if responses else []),
-        [(f"train-{name}", [*launch, "va_opd.train", *f]) for name, f in flags.items()],
+        Trainings((f"train-{name}", [*launch, "va_opd.train", *f]) for name, f in flags.items()),
         evaluations if several else OneGPUEach(evaluations),
         [("report", [*python, "benchmarks.va_opd", *fields, "--seed", seeds[0]])],
     ]
-    makers = [
-        (f"make-{name}", [*python, "va_opd.data", name, path])
-        for name, path in (("teacher", args.teacher), ("base", args.model))
-        if Path(path).parts[-3:] == ("tiny", "models", name)  # none under another model's name
-    ]
+    makers = [(f"make-{name}", [*python, "va_opd.data", name, path]) for name, path in made_here(args).values()]
     return [makers, *stages] if makers else stages
 
 

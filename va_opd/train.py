@@ -9,6 +9,7 @@ Deviations from the paper: va_opd/README.md; its numbers: benchmarks/va_opd.py.
 The whole experiment: `python -m va_opd.loop`.
 """
 
+import argparse
 import dataclasses
 import math
 import sys
@@ -19,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 try:
     from common import models, plan
-    from common.cli import MACHINE_FIELDS, changed_settings, machine_settings, parse_fields, run_main
+    from common.cli import (
+        MACHINE_FIELDS,
+        changed_settings,
+        machine_settings,
+        parse_fields,
+        read_config,
+        run_main,
+        split_config,
+    )
     from common.evaluation import json_options
     from common.lora import adapter_base, check_lora, lora_config, with_adapters
     from common.rewards import REWARDS, check_reward, reward_file
@@ -115,7 +124,9 @@ def _main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
     """Arguments from `--config FILE.yaml` and `--field value`, the latter winning. `ValueError` for unknown keys."""
-    args, config = parse_fields(argv, (ScriptArguments, VAOPDConfig), "va_opd/configs/")
+    classes = ScriptArguments, VAOPDConfig
+    opd = ["--weighting", "none"] if method_of(argv) == "opd" else []
+    args, config = parse_fields([*argv, *opd], classes, "va_opd/configs/")
     check_dataset(args.dataset, args.data or args.validation_data)
     check_reward(args.dataset, args.reward)
     check_lora(args.lora_rank, args.load_in_4bit)
@@ -125,10 +136,16 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, VAOPDConfig]:
             f"method {args.method} cannot have chat_template_kwargs={config.chat_template_kwargs!r}: TRL's SFTTrainer "
             "renders prompts with images without them; leave them out, or the methods sft and kd"
         )
-    if args.method == "opd":
-        config.weighting = "none"
     config.output_dir = str(run_path(args, config))
     return args, config
+
+
+def method_of(argv: list[str]) -> str | None:
+    """`--method` of a command line, else that of its config file, before what it decides of the fields is checked."""
+    path, words = split_config(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", default=read_config(path, "va_opd/configs/").get("method") if path else None)
+    return parser.parse_known_args(words)[0].method
 
 
 def variant(args: ScriptArguments, config: VAOPDConfig) -> str:
@@ -350,10 +367,10 @@ def dry_run(args: ScriptArguments, config: VAOPDConfig, processes: int = 1, shar
         config.prompts_of_a_step(processes)
     lines = plan.settings_lines(run_path(args, config), changed_settings(args, config))
     lines.append(plan.update_line(config, processes, args.method not in GIVEN_RESPONSES))
-    student, sharding = models.guess_parameters(args.model), sharding if processes > 1 else "none"
-    teacher = models.guess_parameters(args.teacher)
-    if student is None or teacher is None:
-        return "\n".join([*lines, plan.unknown_line([args.model, args.teacher])])
+    sizes = {name: models.guess_parameters(name) for name in (args.model, args.teacher)}
+    if unknown := [name for name, size in sizes.items() if size is None]:
+        return "\n".join([*lines, plan.unknown_line(unknown)])
+    student, teacher, sharding = sizes[args.model], sizes[args.teacher], sharding if processes > 1 else "none"
     parts = memory_parts(args, config, student, teacher, processes, sharding)
     each = plan.bytes_each(sharding, config.bf16)
     count = plan.checkpoint_count(steps_of(args, config, processes), config.save_steps)

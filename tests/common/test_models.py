@@ -27,7 +27,7 @@ from common.tiny import (
     [
         ("/nowhere/at/all", "there is no such folder"),
         ("./nowhere", "there is no such folder"),
-        ("~/nowhere", "there is no such folder"),
+        ("~/nowhere", r"there is no such folder \(write ~ as a whole path\)"),
         ("no/where/here", "there is no such folder"),
         ("someone/no-such-model-8B", "no local folder, and the hub cannot be reached"),
         ("", "no local folder|no model"),

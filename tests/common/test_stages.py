@@ -4,14 +4,18 @@ import importlib
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from torch.distributed.run import get_args_parser
 
 from common import stages
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(name: str, code: str) -> stages.Command:
@@ -119,6 +123,30 @@ def test_a_failure_leaves_the_others_to_go_on_and_is_named_at_the_end(tmp_path, 
     assert {"train-c here", "evaluate-c here"} <= {line.strip() for line in logs}
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_mistake_of_the_first_training_ends_the_experiment(tmp_path, monkeypatch, capfd, cores):
+    """A mistyped field that only the trainer refuses was said by all 35 trainings, each after loading its models."""
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: cores)
+    train = stages.Trainings([sleeper("train-a", 0, code=2), sleeper("train-b", 2), sleeper("train-c", 0)])
+    assert stages.run_stages([train, [sleeper("later", 0)]], tmp_path) == 2
+    said = capfd.readouterr().out.splitlines()
+    assert "the other trainings of this experiment (2) share model, data and settings: none goes on" in said
+    assert said[-1] == "failed: train-a (exit code 2); the same command tries them again"
+    assert not [line for line in said if line in ("train-c here", "later here")]
+
+
+@pytest.mark.parametrize(
+    ("codes", "all_begin"),
+    [([2], True), ([1, 0], True), ([0, 2, 0], True), ([1, 2, 0], True), ([-9, 0], True), ([2, 0], False)],
+)
+def test_other_failures_of_a_training_leave_the_next_ones_to_go_on(tmp_path, monkeypatch, codes, all_begin):
+    monkeypatch.setattr(stages, "call", lambda words, _: begun.append(words) or codes[len(begun) - 1])
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)
+    begun: list = []
+    stages.run_stages([stages.Trainings([sleeper(f"train-{i}", 0) for i in range(len(codes))])], tmp_path)
+    assert (len(begun) == len(codes)) == all_begin
+
+
 def test_the_same_experiment_does_not_run_twice_at_a_time(tmp_path, monkeypatch):
     """The second one was refused at the first training, and went on with the next on the same GPU."""
     plan, begun = [[sleeper("train-a", 0)], [sleeper("train-b", 0)]], []
@@ -179,6 +207,9 @@ def runs_that_log(tmp_path, codes: dict[str, int]) -> list[list]:
         ({"part11": 3, "part12": 4}, "base train1 part11 part12 train2 part21 part22 curve2 report"),
         ({"train1": 3, "curve2": 4}, "base train1 train2 part21 part22 curve2"),  # no run is whole
         ({"train1": 143}, "base train1"),
+        ({"train1": 2}, "base train1"),  # a mistake of all
+        ({"train2": 2}, "base train1 part11 part12 curve1 train2 report"),
+        ({"curve1": 2}, "base train1 part11 part12 curve1 train2 part21 part22 curve2 report"),
         ({"part11": 130}, "base train1 part11"),
         ({"base": 3}, "base"),
     ],
@@ -270,6 +301,30 @@ def test_a_failed_command_alone_ends_the_experiment(tmp_path):
     assert stages.run_stages([[sleeper("bad", 0, code=4)], [sleeper("later", 0)]], tmp_path) == 4
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        ("sys.exit(2)", "time.sleep(60)", 2),
+        ("sys.exit(2)", "sys.exit(2)", 2),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "signal.signal(15, lambda *_: sys.exit(143)); time.sleep(60)", 137),
+        ("sys.exit(143)", "sys.exit(143)", 143),
+        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", "time.sleep(60)", 143),
+        ("pass", "pass", 0),
+    ],
+)
+def test_a_launcher_ends_with_the_exit_code_of_the_training(tmp_path, first, second, code):
+    """Where accelerate's ended with 1, so that an experiment took a SIGTERM, or a mistake of all, for a crash."""
+    ranks = f"if os.environ['RANK'] == '0':\n    {first}\nelse:\n    {second}\n"
+    (tmp_path / "rank.py").write_text("import os, signal, sys, time\n" + ranks)
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["-m", "common.launch", "--config_file", str(tmp_path / "config.yaml"), "--num_processes", "2"]
+    words += ["--main_process_port", "0", str(tmp_path / "rank.py")]
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == code, ended.stderr
+    assert ("FAILED" in ended.stderr) == (code == 137)  # of a mistake, the training has said it
+
+
 def test_launchers():
     assert stages.launcher(1, "zero2") == [sys.executable, "-m"]
     assert stages.launcher(8, "zero2")[-3:] == ["--num_processes", "8", "-m"]
@@ -344,10 +399,13 @@ def test_more_gpus_than_the_machine_has_are_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["va_opd", "srpo", "r_diverse"])
-def test_flags_of_make_are_passed_on_whole(method, capsys):
+def test_flags_of_make_are_passed_on_whole(method, capsys, tmp_path, monkeypatch):
     """DATA= and SEED= are --data and --seed, of which --datasets and --seeds must not be taken for the long form."""
     main = importlib.import_module(f"{method}.loop").main
-    config = Path(__file__).parents[2] / method / "configs" / "tiny.yaml"
+    config = ROOT / method / "configs" / "tiny.yaml"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/test.json").touch()
+    monkeypatch.chdir(tmp_path)
     dataset = ["--dataset", "geo3k"] if method == "va_opd" else []  # with its digits data are refused
     words = ["--config", str(config), "--variants", "all", *dataset, "--data", "mine", "--seed", "7", "--dry_run"]
     assert main(words) == 0

@@ -201,6 +201,8 @@ def test_bad_values_are_one_sentence(fields, message):
         ({"scale_rewards": "False"}, "scale_rewards must be one of group, batch, none, True, False, got 'False'"),
         ({"importance_sampling_level": "Token"}, "importance_sampling_level must be one of token, sequence"),
         ({"num_iterations": 2}, "save_steps=4 must be a multiple of the 8 optimizer steps"),
+        ({"num_generations": 3}, "16 rollouts of a generation batch .* num_generations=3: set .* a multiple of 3"),
+        ({"model_init_kwargs": {"torch_dtype": "float32"}}, "model_init_kwargs has torch_dtype"),
         ({"save_steps": 6}, "save_steps=6 must be a multiple of the 4 optimizer steps"),
         (
             {"use_vllm": True, "vllm_max_model_length": 4096},

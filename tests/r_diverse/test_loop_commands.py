@@ -192,10 +192,10 @@ def test_a_hub_id_has_the_commit_that_is_loaded(monkeypatch):
     ("fields", "message"),
     [
         ({"coder": "Qwen/Qwen2.5-Codr"}, "model 'Qwen/Qwen2.5-Codr': it is no local folder, and the hub"),
-        ({"coder": "/nowhere"}, "model '/nowhere': there is no such folder"),
+        ({"coder": "/nowhere"}, "coder '/nowhere': there is no such folder"),
         ({"encoder": "Qwen/Qwen3-Embeding"}, "encoder 'Qwen/Qwen3-Embeding': it is no folder with"),
         ({"encoder": "allMiniLM"}, "encoder 'allMiniLM': it is no folder with"),
-        ({"encoder": "/nowhere"}, "encoder '/nowhere': it is no folder with"),
+        ({"encoder": "/nowhere"}, "encoder '/nowhere': there is no such folder"),
     ],
 )
 def test_a_mistyped_coder_or_encoder_is_said_before_there_is_a_run(base, tmp_path, fields, message, capsys):

@@ -11,6 +11,7 @@ from r_diverse_coders import HashEncoder
 from transformers.integrations import deepspeed
 
 from common import models
+from common.preemption import Preempted
 from common.runs import exclusive
 from common.stages import launcher
 from r_diverse import RDiverseConfig, loop, train
@@ -152,6 +153,10 @@ def test_a_phase_is_a_command_on_its_gpus_that_has_to_succeed(tmp_path, monkeypa
     with pytest.raises(ValueError, match="iteration 2, challenger: its command ended with exit code 1"):
         player._launch("challenger", 2, ["--solver_url", "url"], [0, 1])
     ((words, environment),) = launched
+    for code in (130, 143):  # it was told to end: no failure
+        monkeypatch.setattr(loop, "call", lambda *_, code=code: code)
+        with pytest.raises(Preempted):
+            player._launch("challenger", 2, [], [0, 1])
     start = launcher(2, "zero3")
     assert words[: len(start)] == start
     assert words[len(start) :][:6] == ["r_diverse.train", "challenger", "--iteration", "2", "--solver_url", "url"]

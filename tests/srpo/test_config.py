@@ -141,10 +141,19 @@ def test_a_bad_value_is_one_sentence_with_field_rule_and_value(make, field, valu
             make(**{field: value})
 
 
-@pytest.mark.parametrize("num_generations", [1, 3])
-def test_a_group_that_does_not_fit(make, num_generations):
-    with pytest.raises(ValueError, match="generations"):
-        make(num_generations=num_generations, per_device_train_batch_size=8)
+def test_a_group_that_does_not_fit_is_said_in_the_fields_that_mend_it(make):
+    given = {"num_generations": 6, "per_device_train_batch_size": 8}
+    with pytest.raises(ValueError, match=r"^per_device_.* = 8 rollouts .*num_generations=6: set .* a multiple of 3$"):
+        make(**given, gradient_accumulation_steps=1)
+    make(**given, gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match="divisible by the global batch size"):  # TRL's other errors
+        make(generation_batch_size=9, gradient_accumulation_steps=1, per_device_train_batch_size=8)
+
+
+def test_the_old_name_of_dtype_is_refused(make):
+    for given in ({"torch_dtype": "bfloat16"}, '{"torch_dtype": "bfloat16"}'):
+        with pytest.raises(ValueError, match="model_init_kwargs has torch_dtype, which would be ignored: write dtype"):
+            make(model_init_kwargs=given)
 
 
 ONLY_GRPO = [

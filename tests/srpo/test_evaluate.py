@@ -234,7 +234,9 @@ def test_the_curve_is_the_same_when_evaluated_checkpoints_lose_their_weights(
         assert train.main(again[1:]) == evaluate.main(again) == 0
         assert (run / "eval/curve.json").read_bytes() == curve
     assert srpo.main(words[1:]) == 0
+    capsys.readouterr()
     assert evaluate.main([*drop, "--eval_samples", "3"]) == 2
+    assert "set eval_samples back, or train again under another experiment (drop" in capsys.readouterr().err
     shutil.move(run / "eval/checkpoint-4", tmp_path)
     capsys.readouterr()
     assert evaluate.main(drop) == 2

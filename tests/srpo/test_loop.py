@@ -263,12 +263,23 @@ def test_data_that_is_missing_is_said_before_the_first_training(config, capsys, 
     assert "tooluse is on no hub" in capsys.readouterr().err
     assert loop.main([*paper, "--dry_run"]) == 0
     assert "missing: tooluse is on no hub" in capsys.readouterr().out
-    assert loop.main([*paper, "--dry_run", "--data", str(tmp_path / "nowhere")]) == 0
-    assert capsys.readouterr().out.count("nowhere': there is no such folder") == 1  # and not for each data set
+    assert loop.main([*paper, "--dry_run", "--data", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere': there is no such folder" in capsys.readouterr().err
     monkeypatch.setattr(loop, "run_stages", lambda *_: pytest.fail("a training has begun"))
     (tmp_path / "data/chemistry").mkdir(parents=True)
     assert loop.main([*paper, "--data", str(tmp_path / "data")]) == 2
     assert "holds no test.json" in capsys.readouterr().err
+
+
+def test_a_model_that_is_missing_is_said_before_the_first_training(config, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "run_stages", lambda *_: pytest.fail("a training has begun"))
+    for flags in (["--model", "/no/Qwen3-8B", "--dry_run"], ["--model", "/no/Qwen3-8B"], ["--model", "org/none-8B"]):
+        assert loop.main(["--config", str(config), *flags]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"srpo.loop: model {flags[1]!r}: ") and not said.out
+    assert loop.main(["--config", str(config), "--model", "org/none-8B", "--dry_run"]) == 0  # asks no hub
+    tiny = str(ROOT / "srpo/configs/tiny.yaml")
+    assert loop.main(["--config", tiny, "--model", "/no/tiny/models/base", "--dry_run"]) == 0  # made by the experiment
 
 
 def test_unknown_variants_are_one_sentence(config, capsys):

@@ -123,10 +123,10 @@ def test_a_reward_that_cannot_be_called_is_refused_before_a_model_is_loaded(tmp_
 
 def test_a_dry_run_names_what_is_missing(config, tmp_path, capsys):
     fields = ["--dataset", "own", "--data", str(tmp_path / "no"), "--reward", f"{tmp_path}/no.py:f"]
-    assert loop.main(["--config", str(config), *fields, "--dry_run"]) == 0
-    said = capsys.readouterr().out
-    assert f"missing: data '{tmp_path}/no': there is no such folder" in said
-    assert f"missing: reward '{tmp_path}/no.py:f': there is no file" in said
+    assert loop.main(["--config", str(config), *fields, "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    assert f"data '{tmp_path}/no': there is no such folder" in said
+    assert f"; reward '{tmp_path}/no.py:f': there is no file" in said
 
 
 def test_the_additions_as_own_data_are_the_same_training_and_evaluation(config, tmp_path):

@@ -54,7 +54,7 @@ def test_a_variant_is_named_as_its_row_in_the_report(name):
     ("fields", "message"),
     [
         (["--learning_rat", "1e-3"], "did you mean 'learning_rate'"),
-        (["--num_generations", "3"], "divisible by num_generations"),
+        (["--num_generations", "3"], "do not divide into groups of num_generations=3"),
         (["--model", "nowhere/at/all"], "no such folder"),
         (["--dataset", "subtractions"], "dataset must be one of chemistry"),
         (["--dataset", "subtractions", "--dry_run"], "dataset must be one of chemistry"),

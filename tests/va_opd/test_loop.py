@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import forks
+import pytest
 
 from common.runs import read_jsonl
 from va_opd import loop, train
@@ -96,6 +97,30 @@ def test_an_unknown_benchmark_stops_the_experiment_at_its_start(config, capsys, 
     assert loop.main(["--config", str(config), "--benchmarks", "mmstar,mathvista2"]) == 2
     assert "unknown benchmarks mathvista2; choose among" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("field", ["model", "teacher", "data", "validation_data", "benchmark_data"])
+def test_a_path_where_there_is_nothing_is_said_by_the_dry_run_too(field, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "run_stages", None)
+    words = ["--config", str(ROOT / "va_opd/configs/geo3k.yaml"), "--use_cpu", "true", "--use_vllm", "false"]
+    for path in ("/no/such/8B", "no/such/folder"):
+        assert loop.main([*words, "--dry_run", f"--{field}", path]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"va_opd.loop: {field} {path!r}: there is no such ") and not said.out
+
+
+def test_a_model_that_is_nowhere_is_said_once_before_anything_runs(config, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "run_stages", None)
+    assert loop.main(["--config", str(config), "--teacher", "nope"]) == 2
+    assert capsys.readouterr().err.startswith("va_opd.loop: teacher 'nope': it is no local folder, and the hub cannot")
+    assert loop.main(["--config", str(config), "--teacher", "nope", "--dry_run"]) == 0  # asks no hub
+    assert "memory: unknown, nope: not at hand" in capsys.readouterr().out  # the student is
+
+
+def test_what_the_tiny_preset_makes_need_not_be_there(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert loop.main(["--config", str(ROOT / "va_opd/configs/tiny.yaml"), "--dry_run"]) == 0
+    assert "runs/va_opd/tiny/models/base and runs/va_opd/tiny/models/teacher: not at hand" in capsys.readouterr().out
 
 
 def test_plain_opd_runs_end_to_end_as_the_readme_says(config, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from training_runs import fails
 
 from common.runs import read_jsonl
-from va_opd import data, evaluate, train
+from va_opd import data, evaluate, loop, train
 
 SENTENCE = """
 def sentence(completions, answer, **columns):
@@ -106,6 +106,11 @@ def test_another_reward_is_another_run_and_another_result(config, own, tmp_path,
 def test_a_mistake_is_one_sentence(config, own, tmp_path: Path, capsys, fields, message):
     fields = [*own, *(field.replace("FOLDER", str(tmp_path)) for field in fields)]
     assert re.search(message, fails(train, capsys, config, *fields))
+
+
+def test_a_dry_run_says_that_the_reward_is_missing(config, own, capsys):
+    assert loop.main(["--config", str(config), *own, "--reward", "no.py:f", "--dry_run"]) == 2
+    assert "reward 'no.py:f': there is no file 'no.py'" in capsys.readouterr().err
 
 
 def test_own_data_have_to_be_named(config, capsys):

@@ -323,7 +323,7 @@ def test_each_image_and_prompt_passes_the_teacher_once_a_view(make, monkeypatch,
 
 def test_rows_without_an_image_pass_the_teacher_in_one_view(make, monkeypatch):
     tests.fixed_rollouts(monkeypatch, length=6)
-    trainer = forced(make(rows=[{"prompt": tests.prompt(i)} for i in range(2)]), True)
+    trainer = forced(make(rows=[{"prompt": tests.prompt(i)} for i in range(2)], weighting="none"), True)
     got = count(trainer.teacher_model)
     *_, (batch,) = tests.step(trainer)
     prompts = int(batch["prompt_mask"].sum()) // 4

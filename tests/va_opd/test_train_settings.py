@@ -114,6 +114,9 @@ def test_the_command_line_wins_over_the_file(config):
         (["--limit", "1"], "fewer than the 2 of one optimizer step"),
         (["--max_prompt_length", "5"], "above max_prompt_length=5"),
         (["--weighting", "vision"], "weighting"),
+        (["--measure_va", "false"], "measure_va=False leaves no VA for weighting='va': set weighting to 'none'"),
+        (["--model_init_kwargs", '{"torch_dtype": "float32"}'], "model_init_kwargs has torch_dtype"),
+        (["--teacher_model_init_kwargs", '{"torch_dtype": "float32"}'], "teacher_model_init_kwargs has torch_dtype"),
         (["--config_file", "x"], "unknown field"),
         (["--limit", "0"], "limit must be at least 1, got 0"),
         (["--eval_samples", "0"], "eval_samples must be at least 1, got 0"),
@@ -234,6 +237,16 @@ def test_a_truncated_image_stops_the_run_at_its_start(config, capsys, tmp_path):
 )
 def test_a_run_is_named_as_its_row_in_the_report(config, fields, name):
     assert train.run_path(*train.parse(["--config", str(config), *fields])).name == f"{name}-seed0"
+
+
+def test_plain_opd_needs_no_weighting(config, tmp_path):
+    """Method opd has none."""
+    _, settings = train.parse(["--config", str(config), "--method=opd", "--measure_va", "false"])
+    assert (settings.weighting, settings.measure_va) == ("none", False)
+    named = tmp_path / "opd.yaml"
+    named.write_text(config.read_text() + "method: opd\nmeasure_va: false\n")
+    assert train.parse(["--config", str(named)])[1].weighting == "none"
+    assert train.parse(["--config", str(config), "--weighting", "token"])[1].weighting == "token"
 
 
 def test_the_saved_settings_are_the_same_run_again(config, tmp_path):

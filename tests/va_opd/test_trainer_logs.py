@@ -44,8 +44,9 @@ def test_rows_without_an_image_are_in_no_figure_of_va(make, monkeypatch):
     assert logged["kl/high"] == pytest.approx(kl[batch["high_tokens"]].mean().item(), rel=1e-4)
 
 
-def test_nothing_is_said_of_va_where_no_row_has_an_image(make, capsys):
-    trainer = make(rows=[{"prompt": prompt(i)} for i in range(4)], doctor_steps=1, max_steps=1)
+def test_nothing_is_said_of_va_where_no_row_of_a_step_has_an_image(make, capsys):
+    rows = [{"prompt": prompt(i), "image": image(i) if i == 3 else None} for i in range(4)]
+    trainer = make(rows=rows, doctor_steps=1, max_steps=1, shuffle_dataset=False)
     trainer.train()
     line = trainer.state.log_history[0]
     figures = {name for name in line if name.startswith(("va/", "kl/"))}

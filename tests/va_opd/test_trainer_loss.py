@@ -16,6 +16,7 @@ from va_opd_trainers import (
     build,
     fixed_rollouts,
     gradients_of,
+    image,
     image_rows,
     mixed_rows,
     models,
@@ -262,12 +263,12 @@ def test_reentrant_checkpoints_train_the_adapters_of_the_vision_tower(make, monk
 # --- text-only rows ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["none", "null", "empty"])
-def test_text_only_data_is_standard_opd(make, monkeypatch, column):
+@pytest.mark.parametrize(("column", "absent", "there"), [("image", None, image(3)), ("images", [], [image(3)])])
+def test_a_step_without_an_image_is_standard_opd(make, monkeypatch, column, absent, there):
+    """Data without any image at all are refused."""
     fixed_rollouts(monkeypatch)
-    extra = {"none": {}, "null": {"image": None}, "empty": {"images": []}}[column]
-    rows = [{"prompt": prompt(i), **extra} for i in range(4)]
-    va, none = (step(make(rows=rows, weighting=weighting)) for weighting in ("va", "none"))
+    rows = [{"prompt": prompt(i), column: there if i == 3 else absent} for i in range(4)]
+    va, none = (step(make(rows=rows, weighting=weighting, shuffle_dataset=False)) for weighting in ("va", "none"))
     assert_same_step(va, none)
 
 
@@ -321,7 +322,11 @@ def test_a_mixed_batch_is_the_mean_of_its_prompts(make, monkeypatch):
     fixed_rollouts(monkeypatch)
     rows = mixed_rows(2)
     both = step(make(rows=rows, shuffle_dataset=False))
-    alone = [step(make(rows=[row], per_device_train_batch_size=4)) for row in rows]
+    kinds = ["va" if row["image"] else "none" for row in rows]
+    alone = [
+        step(make(rows=[row], per_device_train_batch_size=4, weighting=kind))
+        for row, kind in zip(rows, kinds, strict=True)
+    ]
     assert both[0] == pytest.approx(sum(a[0] for a in alone) / 2, abs=1e-6)
 
 

@@ -151,12 +151,12 @@ def test_a_part_that_trl_leaves_out_of_the_scoring_is_refused_with_its_row(make,
 def test_other_texts_among_the_parts_are_a_matter_of_the_template(make):
     """Such as the thoughts in the system prompts of Mistral's reasoning models."""
     thoughts = {"role": "system", "content": [{"type": "thinking", "thinking": "a"}, {"type": "text", "text": "b"}]}
-    make(rows=[{"prompt": [thoughts, *shown({"type": "text", "text": "Q"})]}] * 4)
+    make(rows=[{"prompt": [thoughts, *shown({"type": "text", "text": "Q"})]}] * 4, weighting="none")
 
 
 def test_a_part_that_is_no_mapping_is_one_clear_sentence(make):
     with pytest.raises(ValueError, match="^row 0 of train_dataset makes no prompt "):
-        make(rows=[{"prompt": [{"role": "user", "content": ["a"]}]}] * 4)
+        make(rows=[{"prompt": [{"role": "user", "content": ["a"]}]}] * 4, weighting="none")
 
 
 @pytest.mark.parametrize(
@@ -349,20 +349,21 @@ def test_images_of_data_sets_that_were_joined_are_one_clear_sentence(make):
 
 
 @pytest.mark.parametrize("said", [prompt(0), "a"])
-@pytest.mark.parametrize("weighting", ["va", "none"])
-def test_data_without_images_are_warned_of(make, caplog, monkeypatch, said, weighting):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    make(rows=[{"prompt": said, "scan": image(0)}] * 4, weighting=weighting)
-    message = "train_dataset has the columns prompt, scan, and no `image` or `images`"
-    assert sum(message in record.getMessage() for record in caplog.records) == (weighting == "va")
+@pytest.mark.parametrize("column", [{"scan": image(0)}, {"images": []}, {"image": None}])
+def test_data_without_an_image_need_weighting_none(make, said, column):
+    rows = [{"prompt": said, **column}] * 4
+    message = rf"the columns prompt, {next(iter(column))}, and no row has an image .* set weighting to 'none'"
+    for weighting in ("va", "rollout", "token"):
+        with pytest.raises(ValueError, match=message):
+            make(rows=rows, weighting=weighting)
+    make(rows=rows, weighting="none")
 
 
-def test_data_with_images_are_not_warned_of(make, caplog, monkeypatch, tmp_path):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+def test_an_image_in_any_row_is_enough(make, tmp_path):
     image(0).save(tmp_path / "a.png")
-    for rows in (mixed_rows(4), [{"prompt": shown({"type": "image", "image": str(tmp_path / "a.png")})}] * 4):
-        make(rows=rows)
-    assert "no `image` or `images`" not in caplog.text
+    texts = [{"prompt": shown({"type": "text", "text": "Q"})}] * 3
+    make(rows=mixed_rows(4))
+    make(rows=[*texts, {"prompt": shown({"type": "image", "image": str(tmp_path / "a.png")})}])
 
 
 def test_rows_in_a_list_are_looked_at(make):
@@ -428,7 +429,7 @@ def test_a_tokenizer_for_rows_with_images_is_one_clear_sentence(make):
     with pytest.raises(ValueError, match="rows have images, but processing_class is a tokenizer"):
         make(rows=[{"prompt": shown({"type": "image", "image": image(0)})}] * 4, parts=parts)
     for extra in ({}, {"image": None}, {"images": []}):
-        make(rows=[{"prompt": prompt(i), **extra} for i in range(4)], parts=parts)
+        make(rows=[{"prompt": prompt(i), **extra} for i in range(4)], parts=parts, weighting="none")
 
 
 @pytest.mark.parametrize(("sharding", "stops_evaluation"), [("zero2", False), ("zero3", True), ("fsdp", True)])
