@@ -274,6 +274,8 @@ def reward_of(dataset: str, strict: bool = False, own: str | None = None) -> Cal
 # ---------------------------------------------------------------------------------------------------------------------
 # Data and reward of your own
 
+ROLES = ("system", "user", "assistant")
+
 
 def own(source: str, reward: str) -> DatasetDict:
     """`train` and `test` rows of own data, checked against the reward that they are for.
@@ -281,7 +283,7 @@ def own(source: str, reward: str) -> DatasetDict:
     Args:
         source: hub id, or folder with the splits `train` and `test` (jsonl, json, parquet, csv). A row has `prompt`: a
             text, beside which `system` may be one too, or messages of texts. It may have `answer`, which our
-            rewards need as a text, and `id` or `idx`; every other column reaches the reward as it is.
+            rewards need as a text or a number, and `id` or `idx`; every other column reaches the reward as it is.
         reward: one of `common.rewards.REWARDS`, or FILE.py:FUNCTION.
 
     Raises `ValueError` naming the split, the row or the column that is at fault.
@@ -298,8 +300,15 @@ def own(source: str, reward: str) -> DatasetDict:
         where, rows = f"data {source!r}, split {split!r}", load_split(source, split)
         if "prompt" not in rows.column_names:
             raise ValueError(f"{where} has no column 'prompt' among {', '.join(rows.column_names)}: rename yours")
+        if taken := sorted({"completions", "image", "images", "prompts"} & {*rows.column_names}):
+            raise ValueError(
+                f"{where} has the column {taken[0]!r}, a name that TRL uses itself: rename it or leave it out"
+            )
         read = [name for name in ("id", "idx", "prompt", "system", "answer") if name in rows.column_names]
         made = [_own_row(row, index, where) for index, row in enumerate(rows.select_columns(read))]
+        for row in made if reward in REWARDS else ():
+            if type(row["answer"]) in (int, float):  # a csv file cannot say that its 12 is a text
+                row["answer"] = str(row["answer"])
         rest = rows.remove_columns(read)
         row_id, count = Counter(row["id"] for row in made).most_common(1)[0]
         if count > 1:
@@ -325,13 +334,15 @@ def _own_row(row: dict[str, Any], index: int, where: str) -> dict[str, Any]:
     prompt, system, row_id = row["prompt"], row.get("system"), row.get("id", row.get("idx", index))
     if isinstance(prompt, str) and prompt.strip() and isinstance(system, str | None):
         return _row(str(row_id), prompt, row.get("answer"), system)
-    plain = isinstance(prompt, list) and all(isinstance(message.get("content"), str) for message in prompt)
-    if not prompt or not plain or prompt[-1].get("role") != "user" or system:
+    messages = prompt if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt) else []
+    plain = all(isinstance(m.get("content"), str) and m.get("role") in ROLES for m in messages)
+    if not messages or not plain or messages[-1]["role"] != "user" or system:
         raise ValueError(
-            f"{where}, row {row_id}: prompt must be a text, beside which system may be one, or messages of texts, the "
-            f"last from the user; got prompt {str(prompt)[:80]!r} and system {str(system)[:80]!r}"
+            f"{where}, row {row_id}: prompt must be a text, beside which system may be one, or messages of texts with "
+            f"the roles {', '.join(ROLES)}, the last from the user; got prompt {str(prompt)[:80]!r} and system "
+            f"{str(system)[:80]!r}"
         )
-    messages = [{"role": message["role"], "content": message["content"]} for message in prompt]
+    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
     return {"id": str(row_id), "prompt": messages, "answer": row.get("answer")}
 
 

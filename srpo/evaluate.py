@@ -156,7 +156,7 @@ def settings_of(
     return {
         **({"model": model} if out.name == "base" else {"seed": config.seed}),
         **{name: getattr(args, name) for name in names},
-        **({"reward": args.reward} if args.reward else {}),
+        **({"reward": args.reward, "reward_threshold": config.reward_threshold} if args.reward else {}),
         **({"the reward's file": fingerprint(file)} if (file := reward_file(args.reward)) else {}),
         **{name: getattr(config, name) for name in ("max_completion_length", "chat_template_kwargs")},
         "test problems (data, eval_limit)": problems,

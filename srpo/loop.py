@@ -74,7 +74,9 @@ def _main(argv: list[str]) -> int:
     parser.add_argument(
         "--variants", default="grpo,sdpo,srpo", help=f"comma list of {', '.join(VARIANT_FLAGS)}, or all"
     )
-    parser.add_argument("--datasets", help=f"comma list of {', '.join(DATASETS)}, or all; by default the config's")
+    parser.add_argument(
+        "--datasets", help=f"comma list of {', '.join(DATASETS)}, or all; by default the config's,\nand own data alone"
+    )
     parser.add_argument("--seeds", help="comma list; by default the config's seed")
     parser.add_argument("--gpus", type=int, default=1, help="processes for training; 1 starts no launcher")
     parser.add_argument("--sharding", default="zero3", help="accelerate config of TRL used for several GPUs")
@@ -87,8 +89,8 @@ def _main(argv: list[str]) -> int:
     variants = chosen("variants", known.variants, VARIANT_FLAGS)
     for name in variants:  # settings that one of them refuses would show only after the trainings before
         parse([*fields, *look, *VARIANT_FLAGS[name]])
-    own = known.datasets in (None, args.dataset)
-    datasets = [args.dataset] if own else chosen("datasets", known.datasets, DATASETS)
+    alone = known.datasets in (None, args.dataset) or (args.dataset, known.datasets) == ("own", "all")
+    datasets = [args.dataset] if alone else chosen("datasets", known.datasets, DATASETS)
     seeds = chosen_seeds(known.seeds or str(config.seed))
     sources = [(name, partial(load_splits_of, dataclasses.replace(args, dataset=name))) for name in datasets]
     if known.download:

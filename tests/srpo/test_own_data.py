@@ -52,13 +52,19 @@ def test_texts_and_messages_become_rows_and_other_columns_stay(tmp_path):
             {"prompt": "1+1=", "answer": "2", "day": "2026-01-01T00:00:00"},
             "a column holds no plain values .*: leave it",
         ),
+        ({"prompt": "1+1=", "answer": "2", "images": ["1.png"]}, "split 'test' has the column 'images', .* rename it"),
         ({"prompt": " ", "answer": "2"}, "row 0: prompt must be a text, .* got prompt ' '"),
         ({"prompt": [{"role": "assistant", "content": "1"}], "answer": "2"}, "row 0: .* the last from the user"),
         ({"prompt": [{"role": "user", "content": [{"text": "1"}]}], "answer": "2"}, "row 0: .* messages of texts"),
+        ({"prompt": ["1+1="], "answer": "2"}, "row 0: .* messages of texts"),
+        (
+            {"prompt": [{"content": "1"}, {"role": "user", "content": "2"}], "answer": "2"},
+            "row 0: .* the roles system",
+        ),
         ({"prompt": [{"role": "user", "content": "1"}], "system": "Add.", "answer": "2"}, "and system 'Add.'"),
         ({"prompt": "1+1=", "answer": ""}, "row 0 has answer='', which math_reward cannot use: mend it"),
         ({"prompt": "1+1="}, "own, row 0: answer is null, which no response can equal: mend"),
-        ({"prompt": "1+1=", "answer": 2}, "own, row 0: answer is 2, and no text: mend"),
+        ({"prompt": "1+1=", "answer": True}, "own, row 0: answer is True, and no text: mend"),
     ],
 )
 def test_a_row_that_cannot_be_used_stops_at_the_start(tmp_path, row, message):
@@ -108,7 +114,8 @@ def test_a_mistake_in_the_fields_is_one_sentence(config, tmp_path, capsys, field
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1", "has no plain function 'reward'"),
+        ("x = 1", "has no plain function 'reward', but nothing of this name: write one with def"),
+        ("from functools import partial\nreward = partial(print)", "no plain function 'reward', but a partial: write"),
         ("async def reward(completions, **columns): ...", "has no plain function 'reward'"),
         ("def reward(completions, gold, **columns): ...", "asks for gold, and there is .* columns answer, id: give"),
         ("def reward(completions, answer): ...", r"must take \*\*columns too"),
@@ -119,6 +126,20 @@ def test_a_reward_that_cannot_be_called_is_refused_before_a_model_is_loaded(tmp_
     source = write(tmp_path / "rows", train=rows, test=rows)
     with pytest.raises(ValueError, match=message):
         data.load_splits("own", source, reward=reward(tmp_path, text))
+
+
+def test_numbers_of_a_csv_file_are_answers(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("prompt,answer\n1+1=,2\n")
+    assert data.load_splits("own", str(tmp_path), reward="math")["test"]["answer"] == ["2"]
+
+
+def test_own_data_stand_alone_under_the_preset_of_all_data_sets(config, tmp_path, capsys):
+    rows = [{"prompt": "1+1=", "answer": "2"}]
+    fields = ["--dataset", "own", "--data", write(tmp_path / "rows", train=rows, test=rows), "--reward", "math"]
+    assert loop.main(["--config", str(config), *fields, "--datasets", "all", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "--dataset own --seed" in said and "missing" not in said and "chemistry" not in said
 
 
 def test_a_dry_run_names_what_is_missing(config, tmp_path, capsys):
@@ -171,5 +192,7 @@ def test_a_response_is_correct_in_evaluation_where_it_is_in_routing(config, tmp_
     fields = ["--dataset", "own", "--data", source, "--reward", reward(tmp_path, half)]
     benchmark = evaluate.benchmark_of(*train.parse(["--config", str(config), *fields]))
     assert [benchmark.score("", row) for row in benchmark.rows[:2]] == [1.0, 0.0]
+    lower = train.parse(["--config", str(config), *fields, "--reward_threshold", "0.3"])
+    assert evaluate.settings_of("model", benchmark, *lower, tmp_path)["reward_threshold"] == 0.3
     with pytest.raises(ValueError, match="the reward of row 2 is nan: give failed checks 0.0"):
         benchmark.score("", benchmark.rows[2])
