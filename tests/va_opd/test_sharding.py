@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one prompt on both ranks": {"batch": 4, "gradient_accumulation_steps": 2},
     "heads that are not tied": {"parts": "untied"},
     "rows that pad the vocabulary": {"parts": "padded"},
-    "text only": {"rows": "text"},
+    "text only": {"rows": "text", "weighting": "none"},
     "LoRA": {"lora": True},
     "greedy rollouts of its own": {"top_k": 1},
 }
@@ -80,7 +80,7 @@ def train(folder: Path, settings: dict[str, Any], out: str, resume: bool = False
     trainer.train(resume_from_checkpoint=str(folder / out / "checkpoint-2") if resume else None)
     trainer.save_model(str(folder / out / "model"))
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
-    logs = [{n: line[n] for n in COMPARED if n in line} for line in lines]  # text alone has no VA
+    logs = [{n: line[n] for n in COMPARED if n in line} for line in lines]
     return {"logs": logs, "model": str(folder / out / "model")}
 
 
