@@ -168,7 +168,7 @@ class PhaseConfig(GRPOConfig):
 
 @dataclass
 class ChallengerConfig(PhaseConfig):
-    """Phase A: 5 generation batches of 512 identical prompts x 4 rollouts."""
+    """Phase A: 5 generation batches, each of 512 identical prompts x 4 rollouts once the batch fields say so."""
 
     num_generations: int | None = field(default=4, metadata={"help": "Rollouts whose rewards form a group."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rollouts of a micro-batch."})
@@ -177,7 +177,7 @@ class ChallengerConfig(PhaseConfig):
 
 @dataclass
 class SolverConfig(PhaseConfig):
-    """Phase F: 15 generation batches of 512 questions x 5 rollouts."""
+    """Phase F: 15 generation batches, each of 512 questions x 5 rollouts once the batch fields say so."""
 
     num_generations: int | None = field(default=5, metadata={"help": "Rollouts of one question."})
     per_device_train_batch_size: int = field(default=5, metadata={"help": "Rollouts of a micro-batch."})

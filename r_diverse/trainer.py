@@ -24,9 +24,12 @@ from .rope import exact_frequencies
 
 
 class PhaseTrainer(LoadsWeights, SortsByLength, GRPOTrainer):
-    """TRL's trainer for one phase of self-play; `args` is a [`ChallengerConfig`] or [`SolverConfig`].
+    """TRL's trainer for one phase of self-play (arXiv 2602.13103): the Challenger's, or the Solver's.
 
-    A phase that was killed and resumed gives the result of the undisturbed one.
+    Arguments are those of [`~trl.GRPOTrainer`]; `args` is a [`ChallengerConfig`] or [`SolverConfig`]. A phase that was
+    killed and resumed gives the result of the undisturbed one. Raises `ValueError` for data without `prompt` or with
+    fewer prompts than a generation batch, for rewards and models that TRL would train on wrongly (`checks.py`,
+    `logps.py`), and for a model in memory that is not its KL reference.
     """
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, **kwargs):

@@ -168,9 +168,9 @@ def jsd_topk_tail(
 ) -> torch.Tensor:
     """Generalised Jensen-Shannon divergence of each token (SDPO, Section 3): logits (..., V) -> nats (...).
 
-    (1 - alpha) KL(P || M) + alpha KL(Q || M) with M = (1 - alpha) P + alpha Q, P the student, Q the teacher. This is 0
-    at alpha 0 and 1. There, as in SDPO's release and TRL, it is KL(Q || P), the limit of the divergence / alpha, and
-    KL(P || Q), the limit of the divergence / (1 - alpha).
+    (1 - alpha) KL(P || M) + alpha KL(Q || M) with M = (1 - alpha) P + alpha Q, P the student, Q the teacher. At alpha
+    0 and 1 that formula is 0; what is returned there, as in SDPO's release and TRL, is KL(Q || P) at 0 (the limit of
+    the divergence / alpha) and KL(P || Q) at 1 (the limit of the divergence / (1 - alpha)).
 
     The reference: the trainer computes the same number and its gradient from hidden states, without ever holding
     (B, T, V) logits (`divergence.chunked_divergence`). README.md, "Another loss", says how to train on this one.

@@ -164,12 +164,27 @@ def test_unknown_preset_is_one_clear_sentence():
     assert "PRESET=huge is unknown; choose paper, single-gpu or tiny" in dry.stderr
 
 
+DOCUMENTS = [ROOT / folder / "README.md" for folder in (".", "benchmarks", *METHODS)]
+DOCUMENTS += [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+
+
 def test_documented_targets_exist():
-    documents = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.exists()]
-    documents += [path for method in METHODS if (path := ROOT / method / "README.md").exists()]
-    for path in documents:
+    for path in DOCUMENTS:
         named = re.findall(r"(?:^|`)make ([a-z][\w-]*)(?![\w<-])", path.read_text(), re.M)
-        assert set(named) <= set(targets()), path.name
+        assert set(named) <= set(targets()), path
+
+
+def test_links_between_documents_lead_somewhere():
+    def anchors(path: Path) -> set[str]:
+        headings = re.findall(r"^#+ (.*)", path.read_text(), re.M)
+        return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", path.read_text()):
+            name, _, anchor = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), f"{path.relative_to(ROOT)}: {link}"
+            assert not anchor or anchor in anchors(target), f"{path.relative_to(ROOT)}: {link}"
 
 
 # --- Rules of dependence (CONTRIBUTING.md) ---

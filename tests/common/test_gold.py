@@ -1,6 +1,6 @@
 """The real files: row counts, gold answers against themselves as responses of others, and golds that are not read.
 
-Of the 2,866 gold answers of the seven math files, all are right against themselves. Five are not mathematics to the
+Of the 2,866 gold answers of the seven math files, all are right against themselves. Four are not mathematics to the
 grader (`UNREAD`): there only the same text is right, and an equal answer that is written in another way is wrong.
 """
 
