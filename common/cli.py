@@ -180,7 +180,7 @@ def parse_fields(
             raise
         raise ValueError(
             "bf16 is true, but there is no GPU: take a machine that has one, or set use_cpu to true for a tiny model; "
-            "--dry_run shows settings and memory here"
+            "--dry_run of a train or loop command shows settings and memory here"
         ) from error
     for part in parsed:
         _check_numbers(part)

@@ -1,7 +1,9 @@
-"""The READMEs' "Another loss": their trainers take the same step as ours, and another divergence is trained on."""
+"""The READMEs' "Another loss": their trainers take the same step as ours, another divergence is trained on, and the
+equations that they name are those of the training."""
 
 import importlib.util
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,23 @@ def test_another_divergence_is_trained_on(method, tmp_path, monkeypatch):
     _, gradients = step_of(method, tmp_path / "ours", mine.divergence)
     _, changed = step_of(method, tmp_path / "mine", with_bonus)
     assert not any(torch.allclose(changed[name], g) for name, g in gradients.items() if g.any())
+
+
+@pytest.mark.parametrize("method", ["va_opd", "srpo"])
+def test_training_calls_the_equations_that_the_readme_names(method, tmp_path, monkeypatch):
+    """And none of those that it calls references."""
+    text = (ROOT / method / "README.md").read_text().partition("## Another loss")[2]
+    parts = re.search(r"Training calls (.*?) from there.*?training changes\.(.*?)What trains", text, re.S).groups()
+    trained, references = (set(re.findall(r"`(\w+)`", part)) for part in parts)
+    assert references
+    objective, called = importlib.import_module(f"{method}.objective"), set()
+
+    def noted(name, function, *args, **kwargs):
+        called.add(name)
+        return function(*args, **kwargs)
+
+    for name in trained | references:
+        monkeypatch.setattr(objective, name, partial(noted, name, getattr(objective, name)))
+    {"va_opd": va_opd_trainers, "srpo": srpo_trainers}[method].fixed_rollouts(monkeypatch)
+    step_of(method, tmp_path)
+    assert called == trained
