@@ -236,7 +236,8 @@ def make_trainer(kind: type, path: str, out: Path, **changes):
     data = {"train_dataset": rows, "processing_class": char_tokenizer()}
     if kind is VAOPDTrainer:
         teacher = Qwen3ForCausalLM.from_pretrained(save_model(out / "teacher", seed=1), dtype=torch.float32)
-        return kind(model=path, teacher_model=teacher, args=VAOPDConfig(**shared, doctor_steps=1), **data)
+        args = VAOPDConfig(**shared, weighting="none", doctor_steps=1)  # its data are text
+        return kind(model=path, teacher_model=teacher, args=args, **data)
     if kind is SRPOTrainer:
         return kind(path, digits, SRPOConfig(**shared, doctor_steps=1), **data)
     return kind(path, digits, SolverConfig(**shared, beta=0.0, doctor_steps=1), **data)
