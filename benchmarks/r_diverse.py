@@ -189,7 +189,8 @@ def history(run: Path) -> list[dict[str, Any]]:
         embeddings.append(vectors[ok])
         texts += [question for question, good in zip(questions, ok, strict=True) if good]
     numbers = np.repeat(list(counts)[1:], [len(rows) for rows in embeddings])
-    table = analysis.diversity(texts, np.concatenate(embeddings), numbers) if len(texts) else []
+    cut = {"distance_threshold": settings_of(run).get("distance_threshold", RDiverseConfig.distance_threshold)}
+    table = analysis.diversity(texts, np.concatenate(embeddings), numbers, **cut) if texts else []
     rows = []
     for t, stage in counts.items():
         scores = {name: value["avg@k"] for name, value in stage["evaluate"].items()}

@@ -18,6 +18,9 @@ from . import objective
 
 BLOCK = 1024  # rows compared at a time
 ROUNDING = 1e-6  # of a cosine between float32 unit vectors
+# Thai to Lao, Burmese, Khmer, kana, Chinese characters: written without spaces, so that each one counts as a word
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 
 
 # --- repetition (Fig. 1a) ---
@@ -136,7 +139,7 @@ def same_wording(first: str, second: str, threshold: float = 0.8) -> bool:
 
 def _word_pairs(text: str) -> Counter[tuple[str, str]]:
     marked = re.sub(r"\d+(?:[.,]\d+)*", "0", text.lower())
-    words = re.findall(r"\w+|[^\w\s]", marked)
+    words = _WORD.findall(marked)
     return Counter(pairwise(["", *words, ""])) if words else Counter()
 
 

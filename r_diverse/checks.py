@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
 
@@ -90,6 +91,31 @@ def _check_reward(reward: Callable, columns: Set[str], name: str) -> None:
             f"columns {', '.join(sorted(columns)) or '(none)'}: rename its argument or the column, and add "
             "**columns for what it does not use"
         ) from error
+
+
+def check_roles(tokenizer: Any, prompt: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    """Raises `ValueError` for a chat template that refuses a prompt of system and user, or leaves out one of its
+    messages: some templates know no system message and render the others without a word.
+
+    Args:
+        tokenizer: with the chat template; one that has none, and a processor, are left alone.
+        prompt: messages.
+        options: of the template.
+
+    Returns what the template makes of the prompt, with marks for the contents; "" of what is left alone.
+    """
+    of_text = isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.chat_template
+    if not of_text or not all(m["role"] in ("system", "user") and isinstance(m["content"], str) for m in prompt):
+        return ""
+    turns = [{**message, "content": f"@message {i}@"} for i, message in enumerate(prompt)]
+    remedy = "leave it out and put its text into the user's message, or give the tokenizer a template that renders it"
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the prompt ({error}): {remedy}") from error
+    if lost := [turn["role"] for turn in turns if turn["content"] not in text]:
+        raise ValueError(f"the chat template leaves out the prompt's message of the {lost[0]}: {remedy}")
+    return text
 
 
 def watch_rewards(trainer: GRPOTrainer) -> None:

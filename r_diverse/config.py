@@ -220,8 +220,9 @@ class RDiverseConfig:
             Weights of P_rep and P_MAP. `beta=0` is Table 2's "without similarity penalties".
         gamma, tau_max, tau_mean (`float`, *optional*, default to `0.5`, `0.5`, `0.25`):
             Weight and thresholds of P_MAP, see [`~r_diverse.objective.memory_penalty`].
-        distance_threshold (`float`, *optional*, defaults to `0.5`):
-            1 - cosine (or 1 - BLEU) from which clusters stay apart: R-Zero's, since the paper discloses none.
+        distance_threshold, bleu_threshold (`float`, *optional*, both default to `0.5`):
+            1 - cosine, and 1 - BLEU, from which clusters stay apart. The second is R-Zero's, and the first too, since
+            the paper discloses none; another encoder may need another one.
         m_reward (`int`, *optional*, defaults to `10`):
             m, the Solver's answers to each question while the Challenger trains.
         boxed_only (`bool`, *optional*, defaults to `True`):
@@ -336,6 +337,7 @@ class RDiverseConfig:
     tau_max: float = 0.5
     tau_mean: float = 0.25
     distance_threshold: float = 0.5
+    bleu_threshold: float = 0.5
     m_reward: int = 10
     boxed_only: bool = True
 
@@ -423,6 +425,7 @@ class RDiverseConfig:
                 **dict.fromkeys(("boxed_only", "r_zero_words", "coder_chat", "load_in_4bit", "dry_run"), _SWITCH),
                 "replay_fraction": (lambda value: 0 <= value < 1, "must be in [0, 1)"),
                 "distance_threshold": (lambda value: 0 < value <= 2, "must be in (0, 2], the range of 1 - cosine"),
+                "bleu_threshold": (_SHARE[0], f"{_SHARE[1]}, the range of 1 - BLEU"),
             },
         )
         if self.penalty != "r_diverse" and self.measure != "sam":

@@ -30,6 +30,7 @@ from .train import (  # first: it says in one line what is missing without commo
     PHASES,
     Settings,
     dry_run,
+    load_tokenizer,
     local_engine,
     parse,
     prompts_of_a_batch,
@@ -82,7 +83,7 @@ from . import alarm, data, evaluate
 from .config import RDiverseConfig
 from .engines import need
 from .memory import MemoryBank
-from .questions import PLAIN_TEMPLATE
+from .questions import PLAIN_TEMPLATE, challenger_prompt, solver_prompt
 from .servers import free_port, serving, vllm_command
 
 VARIANT_FLAGS = {
@@ -116,7 +117,7 @@ def play(settings: Settings) -> None:
             f"model {run.model!r} holds a LoRA adapter, which neither TRL's KL reference nor vLLM's servers would "
             "have: save the merged model first (common.models.load_model(...).save_pretrained(...), and its tokenizer)"
         )
-    models.load_processor(run.model)  # a mistyped model, or one without a tokenizer, must not leave a folder behind
+    check_prompts(run)  # a mistyped model, or one without a tokenizer, must not leave a folder behind either
     if run.attn_implementation:
         models.empty_model(run.model, run.attn_implementation)  # refuses what a phase would much later
     check_skill_models(run)
@@ -131,6 +132,31 @@ def play(settings: Settings) -> None:
         SelfPlay(settings, root, used["model"]).run()
         if not folder.is_done:
             folder.finish()
+
+
+def check_prompts(run: RDiverseConfig) -> None:
+    """Raises `ValueError` for a base whose tokenizer cannot be loaded, or has a chat template that does not render the
+    prompts; warns of one that begins a thought in them."""
+    from .checks import check_roles  # it loads TRL, for which `--help` need not wait
+
+    tokenizer = load_tokenizer(run.model)
+    prompts = {
+        "challenger_system": challenger_prompt(run.challenger_system, run.challenger_user),
+        "solver_system": solver_prompt("1+1?", run.solver_system),
+    }
+    for field, prompt in prompts.items():
+        try:
+            text = check_roles(tokenizer, prompt, run.chat_template_kwargs)
+        except ValueError as error:
+            raise ValueError(f"model {run.model!r}, {field}: {error}") from error
+    if text.rstrip().endswith("<think>"):
+        print(
+            f"WARNING: the chat template of {run.model} begins a thought in the prompt, so that nothing tells an "
+            "output that is cut in its thought from one without: drafts in it count as questions and answers. Set "
+            """chat_template_kwargs to '{"enable_thinking": false}' if the template knows that, or question_tokens, """
+            "answer_tokens and max_completion_length so high that thoughts end",
+            flush=True,
+        )
 
 
 def check_skill_models(run: RDiverseConfig) -> None:

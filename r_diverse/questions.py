@@ -33,6 +33,9 @@ PLAIN_TEMPLATE = (
 
 OPEN, CLOSE = "<question>", "</question>"
 BOX = "\\boxed{"
+FAILURES = ("no_question", "several_blocks", "long_question", "empty_question", "no_box")
+THOUGHT_END = "</think>"
+_THOUGHT = re.compile(r"^\s*<think>|\n[^\S\n]*<think>")  # elsewhere in a line it is a word
 
 
 class Challenge(NamedTuple):
@@ -64,12 +67,15 @@ def _messages(system: str, user: str) -> Messages:
 def read_challenge(output: str) -> Challenge:
     """The last `<question>` block and the last closed `\\boxed{}` of an output; both are needed.
 
-    Failures: "no_question" (no closed block), "empty_question", "long_question", "several_blocks" (a tag inside the
-    question), "no_box" (none, none closed, or empty).
+    What a model thinks is not read: up to the last `</think>`, or from a `<think>` on that has no end, it drafts
+    questions and repeats the form that it was asked for. Failures, FAILURES: "no_question" (no closed block),
+    "several_blocks" (a tag inside the question), "long_question", "empty_question", "no_box" (none, none closed, or
+    empty).
     """
-    before, close, _ = output.rpartition(CLOSE)
-    _, opened, inside = before.rpartition(OPEN)
-    if not (opened and close):
+    before, close, after = output.rpartition(CLOSE)
+    before, opened, inside = before.rpartition(OPEN)
+    before = before.rpartition(THOUGHT_END)[2]
+    if not (opened and close) or THOUGHT_END in after or _THOUGHT.search(before):
         return Challenge("", None, "no_question")
     if CLOSE in inside:
         return Challenge("", None, "several_blocks")
@@ -78,7 +84,7 @@ def read_challenge(output: str) -> Challenge:
     question = clean(inside)
     if not question:
         return Challenge("", None, "empty_question")
-    answer = last_box(output)
+    answer = last_box("".join((before, opened, inside, close, after)))
     return Challenge(question, answer, None) if answer else Challenge(question, None, "no_box")
 
 

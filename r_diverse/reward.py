@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from . import analysis, objective
 from .config import RDiverseConfig
 from .memory import MemoryBank
-from .questions import Challenge, read_challenge
+from .questions import FAILURES, Challenge, read_challenge
 from .skills import ENGINE, Program, SkillEncoder
 from .votes import timed_vote
 
@@ -147,7 +147,7 @@ class ChallengerReward:
         repetition, figures = np.zeros(len(valid)), {}
         if self.config.penalty == "r_zero":  # an invalid output is the empty text, as in its release
             texts = [challenge.question if challenge.valid else "" for challenge in challenges]
-            repetition = objective.bleu_repetition_penalty(texts, self.config.distance_threshold)
+            repetition = objective.bleu_repetition_penalty(texts, self.config.bleu_threshold)
             figures = {"clusters": objective.cluster_sizes(repetition[valid], len(valid))}
         return Penalties(repetition, np.zeros(len(valid)), np.zeros(len(valid), bool), figures)
 
@@ -165,8 +165,10 @@ class ChallengerReward:
             vectors, ok = self.skills.embed(programs)
             skills = vectors[ok]
         size = len(valid) - int(lost.sum())
-        cluster_share = objective.bleu_repetition_penalty if by_text else objective.repetition_penalty
-        shares = cluster_share(skills, self.config.distance_threshold, batch_size=size)
+        if by_text:
+            shares = objective.bleu_repetition_penalty(skills, self.config.bleu_threshold, batch_size=size)
+        else:
+            shares = objective.repetition_penalty(skills, self.config.distance_threshold, batch_size=size)
         repetition[valid] = objective.scatter_penalty(shares, ok, 1.0)
         figures = {"encoded": int(ok.sum()), "clusters": objective.cluster_sizes(shares, size)}
         if not by_text and len(skills) > 1:
@@ -225,7 +227,8 @@ def batch_figures(parts: dict[str, Any]) -> dict[str, float]:
     valid, failures = parts["valid"], Counter(failure for failure in parts["failures"] if failure)
     consistency, size = parts["consistency"][valid], len(parts["valid"])
     figures = {"challenger/valid": valid.mean()}
-    figures |= {f"challenger/failure/{name}": count / size for name, count in sorted(failures.items())}
+    # Those that nothing has too: what is logged is the mean over the batches that have a figure
+    figures |= {f"challenger/failure/{name}": failures[name] / size for name in FAILURES}
     if valid.any():
         figures["challenger/unanswered"] = np.isnan(consistency).mean()
         if (compared := valid & ~np.isnan(parts["repetition"])).any():

@@ -102,7 +102,8 @@ class Coder(Protocol):
     name: str
 
     def write(self, questions: Sequence[str]) -> list[Program]:
-        """One program for each question, in order. Text that fails is a `failure`, not an exception."""
+        """One program for each question, in order. Text that fails is a `failure`, not an exception; that of a request
+        that failed is `ENGINE`: any other is kept in the cache and has full penalties."""
         ...
 
 
@@ -453,8 +454,10 @@ class ModelCoder:
 
 
 def _control_ids(tokenizer) -> frozenset[int]:
-    """Special tokens, and added ones such as <think>; not added runs of spaces, which any text may hold."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
+    """Special tokens, and added ones such as <think>; not what any text may hold: added runs of spaces, which
+    SentencePiece writes with U+2581, and single characters."""
+    contents = {i: token.content.replace("\u2581", " ").strip() for i, token in tokenizer.added_tokens_decoder.items()}
+    added = {i for i, content in contents.items() if len(content) > 1}
     return frozenset(added | set(tokenizer.all_special_ids))
 
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from datasets import Dataset
 from trl import GRPOTrainer
 
 from ._trl import AdapterSync, EpochSampler, WholeBatches, prepare_rollouts
@@ -15,6 +16,7 @@ from .checks import (
     check_calls,
     check_data,
     check_reference,
+    check_roles,
     check_tokens,
     watch_rewards,
 )
@@ -39,6 +41,9 @@ class PhaseTrainer(LoadsWeights, SortsByLength, GRPOTrainer):
                 check_calls(reward_funcs, kwargs.get("processing_class"), data, name)
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         watch_rewards(self)
+        first = train_dataset[0]["prompt"] if isinstance(train_dataset, Dataset) and len(train_dataset) else ""
+        if isinstance(first, list):
+            check_roles(self.processing_class, first, self.chat_template_kwargs)
         check_tokens(self.model, self._tokenizer)
         exact_frequencies(self.model, self.ref_model)
         check_logps(self)

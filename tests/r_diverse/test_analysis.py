@@ -143,6 +143,14 @@ def test_duplicate_ratio_with_the_local_judge():
         ("", "What?", False),
         ("?!", "?!", True),
         ("证明 1 + 1 = 2", "证明 3 + 5 = 8", True),
+        # In scripts without spaces a clause is not one word
+        (
+            "5个男生和4个女生排成一排且女生不相邻的排法有多少种?",
+            "6个男生和3个女生站成一排且女生不相邻的排法共有多少种?",
+            True,
+        ),
+        ("5個のりんごを3人に分ける方法は何通りありますか?", "7個のみかんを4人に分ける方法は何通りありますか?", True),
+        ("5个男生和4个女生排成一排的排法有多少种?", "求满足方程 x^2 = 4 的所有实数 x 的和。", False),
     ],
 )
 def test_same_wording(first, second, expected):

@@ -68,6 +68,7 @@ def test_sizes_of_the_phases(make):
         ("tau_max", 0.5),
         ("tau_mean", 0.25),
         ("distance_threshold", 0.5),
+        ("bleu_threshold", 0.5),
         ("m_reward", 10),
         ("m_label", 10),
         ("low", 0.3),
@@ -170,6 +171,7 @@ def test_the_baselines_have_no_replay(penalty):
         ({"gamma": 1.5}, "gamma=1.5 is outside"),
         ({"tau_max": 2.0}, "tau_max=2.0 is outside"),
         ({"distance_threshold": 0.0}, "distance_threshold must be in"),
+        ({"bleu_threshold": 1.1}, r"bleu_threshold must be in \(0, 1\], the range of 1 - BLEU, got 1.1"),
     ],
 )
 def test_bad_values_are_one_sentence(fields, message):

@@ -253,6 +253,29 @@ def test_a_model_without_a_tokenizer_is_said_before_there_is_a_run(tmp_path, bas
     assert not (tmp_path / "r_diverse").exists()
 
 
+def test_a_template_that_does_not_render_the_prompts_is_said_before_there_is_a_run(tmp_path, base, capsys):
+    tokenizer = models.load_processor(str(base))
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "silent")
+    models.load_model(str(base)).save_pretrained(tmp_path / "silent")
+    words = ["--config", empty_config(tmp_path), *small(tmp_path / "silent", tmp_path, solver_system="Use a box.")]
+    assert main(words) == 2
+    assert "solver_system: the chat template leaves out the prompt's message of the system" in capsys.readouterr().err
+    assert not (tmp_path / "r_diverse").exists()
+
+
+def test_a_template_that_begins_a_thought_is_warned_of_unless_it_is_told_not_to(tmp_path, base, capsys):
+    tokenizer = models.load_processor(str(base))
+    tokenizer.chat_template += "{% if enable_thinking is not defined or enable_thinking %}{{ '<think>\n' }}{% endif %}"
+    tokenizer.save_pretrained(tmp_path)
+    models.load_config(str(base)).save_pretrained(tmp_path)
+    loop.check_prompts(RDiverseConfig(str(tmp_path)))
+    assert "begins a thought in the prompt" in capsys.readouterr().out
+    loop.check_prompts(RDiverseConfig(str(tmp_path), chat_template_kwargs={"enable_thinking": False}))
+    loop.check_prompts(RDiverseConfig(str(base)))
+    assert capsys.readouterr().out == ""
+
+
 def test_an_adapter_is_no_model_to_begin_with(tmp_path, base, capsys):
     adapter = tmp_path / "adapter"
     model = models.load_model(str(base))

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from r_diverse.questions import challenger_prompt, last_box, read_challenge, solver_prompt
+from r_diverse.questions import FAILURES, challenger_prompt, last_box, read_challenge, solver_prompt
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,10 @@ from r_diverse.questions import challenger_prompt, last_box, read_challenge, sol
         ("<question>A 100% box {} %s {0} \\boxed</question>\\boxed{1}", "A 100% box {} %s {0} \\boxed", "1"),
         ("<question>五加七等于几?</question>\\boxed{12}", "五加七等于几?", "12"),
         ("<question>a\u200bb\x07c</question>\\boxed{1}", "abc", "1"),
+        ("<think>\n<question>old</question>\\boxed{1}</think>\n<question>new</question>\\boxed{2}", "new", "2"),
+        ("old <question>old</question>\\boxed{1}</think><question>new</question>\\boxed{2}", "new", "2"),
+        ("\\boxed{7}<question>q</question>\n<think> Is it new?", "q", "7"),
+        ("A <think> tag.<question>a </think><think> b</question>\\boxed{1}", "a </think><think> b", "1"),
     ],
 )
 def test_valid_outputs(output, question, answer):
@@ -39,6 +43,13 @@ def test_valid_outputs(output, question, answer):
         ("<question>\u200b\x00</question>\\boxed{1}", "empty_question"),
         ("<question>" + "x" * 50_000 + "</question>\\boxed{1}", "long_question"),
         ("<question>a</question>b</question>\\boxed{1}", "several_blocks"),
+        # Drafts of a model that thinks, and the form that it was asked for
+        ("<think>\nWrite <question>...</question> and \\boxed{final_answer}. Let me", "no_question"),
+        ("So:\n <think><question>old</question>\\boxed{1}, too easy", "no_question"),
+        ("<think>a</think><think><question>old</question>\\boxed{1}", "no_question"),
+        ("<think>\n<question>old</question>\\boxed{1}</think>\n<question>new", "no_question"),
+        ("<question>old</question>\\boxed{1}, too easy</think>Sorry.", "no_question"),
+        ("<think>\n\\boxed{1}</think><question>q</question>", "no_box"),
         ("<question>q</question>", "no_box"),
         ("<question>q</question>\\boxed{}", "no_box"),
         ("<question>q</question>\\boxed{  }", "no_box"),
@@ -49,6 +60,7 @@ def test_valid_outputs(output, question, answer):
 def test_invalid_outputs_say_why(output, failure):
     challenge = read_challenge(output)
     assert challenge.failure == failure
+    assert failure in FAILURES
     assert not challenge.valid
 
 

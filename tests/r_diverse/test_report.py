@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import r_diverse as report
 from common.evaluation import BENCHMARKS
+from common.runs import write_jsonl
 
 TEN = (*report.MATH, *report.GENERAL)
 FULL = [(e, key) for e, table in report.PAPER.items() for key, row in table.items() if len(row) > 2]
@@ -210,6 +211,20 @@ def test_usable_is_what_passed_the_gate():
     labels = {"label_1": {"usable": 5}, "label_2": {"questions": 3}, "filter": {"current": 4}}
     assert report.usable_questions(labels) == 5
     assert report.usable_questions({**labels, "gate_1": {"usable": 2}, "gate_2": {"usable": 0}}) == 2
+
+
+@pytest.mark.parametrize(("settings", "clusters"), [({}, 1), ({"distance_threshold": 0.1}, 2)])
+def test_clusters_are_cut_where_the_run_cuts_them(tmp_path, settings, clusters):
+    (tmp_path / "manifest.json").write_text(json.dumps({"config": settings}))
+    counts = {"evaluate": {}, "filter": {"label_accuracy": None, "bank": 2, "replayed": 0}, "embed": {}}
+    for t, stages in ((0, ("evaluate",)), (1, tuple(counts))):
+        for stage in stages:
+            (tmp_path / f"iteration_{t}" / stage).mkdir(parents=True)
+            (tmp_path / f"iteration_{t}" / stage / "DONE.json").write_text(json.dumps({"counts": counts[stage]}))
+    np.save(tmp_path / "iteration_1/embed/embeddings.npy", np.array([[1, 0], [0.8, 0.6]], np.float32))
+    write_jsonl(tmp_path / "iteration_1/embed/programs.jsonl", [{"question": "a"}, {"question": "b"}])
+    write_jsonl(tmp_path / "iteration_1/challenger/metrics.jsonl", [])
+    assert report.history(tmp_path)[1]["clusters"] == clusters
 
 
 def test_duplicates_of_earlier_questions_have_a_column():

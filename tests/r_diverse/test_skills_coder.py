@@ -65,8 +65,8 @@ def test_a_control_token_of_an_unknown_form_fails_the_question(tokenizer, taught
     assert programs == [Program(None, "control_token"), Program(ADD)]
 
 
-def test_added_tokens_are_control_tokens_but_not_runs_of_spaces():
-    added = {7: "<think>", 8: " " * 4, 9: "\n\n", 0: "<|im_end|>"}
+def test_added_tokens_are_control_tokens_but_not_runs_of_spaces_and_single_characters():
+    added = {7: "<think>", 8: " " * 4, 9: "\n\n", 10: "\u2581\u2581", 11: "÷", 0: "<|im_end|>"}
     tokens = {index: SimpleNamespace(content=content) for index, content in added.items()}
     tokenizer = SimpleNamespace(added_tokens_decoder=tokens, all_special_ids=[0, 1])  # 1 is in the vocabulary itself
     assert skills._control_ids(tokenizer) == {0, 1, 7}

@@ -15,9 +15,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler, is_async_callable, split_tensor_dict
 
 from common.tiny import tiny_qwen3
-from r_diverse import PhaseTrainer, doctor
+from r_diverse import PhaseTrainer, challenger_prompt, doctor
 from r_diverse.batches import SortsByLength
-from r_diverse.checks import check_data
+from r_diverse.checks import check_data, check_roles
 from r_diverse.config import ChallengerConfig, SolverConfig
 from r_diverse.trainer import logps_gap
 from r_diverse.turns import stop_at_the_end_of_a_turn
@@ -88,6 +88,21 @@ def test_what_cannot_be_called_rendered_or_padded_is_one_clear_sentence(tmp_path
     refused(r"pad_token '\[PAD\]'", lambda completions, label, **_: [], rollout_func=print)  # it may make the column
     tokenizer.chat_template = None
     refused("prompts are messages, and processing_class has no chat_template", lambda **_: [])
+
+
+def test_a_chat_template_that_leaves_out_the_system_message_is_refused(tmp_path):
+    model, tokenizer = tiny_qwen3(hidden=32)
+    config = ChallengerConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], beta=0.0)
+    rows = Dataset.from_list([{"prompt": challenger_prompt()}] * 4)
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="the chat template leaves out the prompt's message of the system: leave it"):
+        PhaseTrainer(model, lambda **_: [], config, rows, processing_class=tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match=r"the chat template refuses the prompt \(System role not supported\)"):
+        check_roles(tokenizer, challenger_prompt(), {})
+    assert check_roles(tokenizer, [{"role": "tool", "content": "a"}], {}) == ""
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }}{% endfor %}{% if asked %}!{% endif %}"
+    assert check_roles(tokenizer, challenger_prompt(), {"asked": True}) == "@message 0@@message 1@!"
 
 
 @pytest.mark.parametrize("prompt", [[{"role": "user", "content": None}], [{"role": "user"}], [], None])
