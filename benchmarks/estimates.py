@@ -3,10 +3,21 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.estimators import mean_of_independent, over_seeds
 from common.evaluation import BENCHMARKS, headline
+
+# What else decides an accuracy, by its name in a metrics file
+ALSO = {
+    "max_new_tokens": "at most tokens",
+    "top_k": "top-k",
+    "rows": "questions and gold answers with digest",
+    "chat_template_kwargs": "template with",
+    "engine_options": "engine with",
+    "strict": "strict scorer",
+    "reward": "reward",
+}
 
 
 class Estimate(NamedTuple):
@@ -16,6 +27,12 @@ class Estimate(NamedTuple):
     low: float
     high: float
     questions: int | None = None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is named like a run, `<variant>-seed<k>`; a copy such as `srpo-seed0_old` is no other seed."""
+    name, _, seed = folder.name.rpartition("-seed")
+    return bool(name) and seed.isascii() and seed.isdecimal()
 
 
 def estimate_of(benchmark: str, path: Path) -> Estimate | None:
@@ -63,14 +80,24 @@ def decodings(files: Mapping[str, Path], what: str) -> str:
 
 
 def ways(files: Mapping[str, Path], what: str) -> dict[str, list[str]]:
-    """Labels of metrics files by how the evaluations were made."""
+    """Labels of metrics files by how the evaluations were made, of which `ALSO` is named where it differs."""
+    records = {label: json.loads(file.read_text()) for label, file in files.items()}
+    settings = {label: {**record, **record["decoding"]} for label, record in records.items()}
+    values = {name: {label: _shown(found.get(name)) for label, found in settings.items()} for name in ALSO}
     kinds: dict[str, list[str]] = {}
-    for label, file in files.items():
-        record = json.loads(file.read_text())
-        used, asked = record["decoding"], f"{record['questions']} {what}, {record['samples']} samples each"
-        how = f"{asked} at temperature {used['temperature']}, top-p {used['top_p']}"
+    for label, found in settings.items():
+        asked = f"{found['questions']} {what}, {found['samples']} samples each"
+        how = f"{asked} at temperature {found['temperature']}, top-p {found['top_p']}"
+        differing = (name for name in ALSO if len(set(values[name].values())) > 1)
+        how += "".join(f", {ALSO[name]} {values[name][label]}" for name in differing)
         kinds.setdefault(how, []).append(label)
     return kinds
+
+
+def _shown(value: Any) -> str:
+    """A setting, "none" if it is off or not recorded; of a digest the beginning."""
+    text = json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
+    return text[:8] if len(text) == 64 else text if value else "none"
 
 
 def unlike(kinds: Mapping[str, Sequence[str]]) -> str:

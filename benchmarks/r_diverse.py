@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.estimates import Estimate, cell, estimate_of, mean_of, mean_sd, unlike, ways
+from benchmarks.estimates import Estimate, cell, estimate_of, is_run, mean_of, mean_sd, unlike, ways
 from common import plots
 from common.cli import run_main
 from common.estimators import over_seeds, paired_difference
@@ -172,7 +172,7 @@ def find_runs(folder: Path) -> dict[tuple[str, str], Path]:
     found = {}
     for path in sorted(folder.glob("*-seed*"), key=by_number):
         name, _, seed = path.name.rpartition("-seed")
-        if finished_iterations(path):
+        if is_run(path) and finished_iterations(path):
             found[name, seed] = path
     order = list(VARIANT_FLAGS)
     return dict(sorted(found.items(), key=lambda item: order.index(item[0][0]) if item[0][0] in order else len(order)))
@@ -288,9 +288,10 @@ def beside_paper(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
     table = paper_table(experiment, runs)
     heading = "## Beside the paper's Tables 1 and 2 and Fig. 3"
     note = (
-        "In percent. *Ours*: the first seed by rules, its difference from the paper's, its 95 % interval over "
-        "questions; n is the number of questions where it is not the full set. *Judge*: by a model's verdicts, never "
-        "mixed with the rules'; the paper's numbers have R-Zero's re-check by GPT-4o. An empty cell was not run."
+        "In percent. *Ours*: the first seed by rules (another is named), its difference from the paper's, its 95 % "
+        "interval over questions; n is the number of questions where it is not the full set. *Judge*: by a model's "
+        "verdicts, never mixed with the rules'; the paper's numbers have R-Zero's re-check by GPT-4o. An empty cell "
+        "was not run."
     )
     return "\n\n".join(filter(None, [heading, note, table, *unlike_lines(runs), shorter_line(runs)])) if table else ""
 
@@ -340,6 +341,7 @@ def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
     paper = PAPER.get(experiment) or {key: row for key, row in PAPER["qwen3_4b"].items() if len(row) > 2}
     evaluations = evaluation_folders(runs)
     order = ["base", *OTHERS, *NAMES, *(name for name, _ in runs)]
+    first = {name: run for (name, _), run in reversed(runs.items())}
     rows = []
     for name, t in sorted({*paper, *evaluations}, key=lambda key: (order.index(key[0]), key[1])):
         label = (OTHERS | NAMES).get(name, name) + (f", {t} iteration{'s' * (t > 1)}" if t else "")
@@ -350,7 +352,9 @@ def paper_table(experiment: str, runs: dict[tuple[str, str], Path]) -> str:
         folders = evaluations.get((name, t), [])
         if folders or (experiment in PAPER and name not in OTHERS):
             found = estimates(folders[0]) if folders else [None] * len(COLUMNS)
-            rows.append([f"ours: {label}", *cells(found, known)])
+            run = folders[0].parents[1] if folders and t else None
+            seed = f", seed {run.name.rpartition('-seed')[2]}" if run and run != first[name] else ""  # not so far yet
+            rows.append([f"ours: {label}{seed}", *cells(found, known)])
         rows += [[f"{who}: {label}", *cells(found, known)] for who, found in judged(folders[:1])]
         if len(folders) > 1:
             seeds = zip(*(estimates(folder) for folder in folders), strict=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.estimates import decodings, mean_sd
+from benchmarks.estimates import decodings, is_run, mean_sd
 from common import plots
 from common.cli import run_main
 from common.estimators import avg_at_k, interval, mean_of_independent, paired_difference
@@ -144,7 +144,8 @@ def find_runs(args: ScriptArguments) -> dict[tuple[str, str, str], Path]:
         run = path.parents[1]
         dataset = run.parent.name.removeprefix(f"{args.experiment}-")
         name, _, seed = run.name.partition("-seed")
-        if name in NAMES and dataset in DATASET_NAMES:  # else its experiment has a longer name
+        known = name in NAMES and (run.name == "base" or is_run(run))
+        if known and dataset in DATASET_NAMES:  # else its experiment has a longer name
             runs[dataset, name, seed or "-"] = run
     return runs
 

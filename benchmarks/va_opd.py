@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.estimates import Estimate, cell, decodings, estimate_of, mean_of, part_of
+from benchmarks.estimates import Estimate, cell, decodings, estimate_of, is_run, mean_of, part_of
 from common import plots
 from common.cli import run_main
 from common.estimators import avg_at_k, interval, mean_of_independent, over_seeds, paired_difference
@@ -255,7 +255,8 @@ def seeds_table(folder: Path, args: ScriptArguments) -> str:
     """Accuracy of each trained variant over all its seeds, if there are at least two, and how they were evaluated."""
     rows, evaluated = [], {}
     for name in ("opd", "rollout_only", "token_only", "va_opd"):
-        runs = [run for run in folder.glob(f"{name}-seed*") if (run / "eval" / "va.json").exists()]
+        found = filter(is_run, folder.glob(f"{name}-seed*"))
+        runs = [run for run in found if (run / "eval" / "va.json").exists()]
         runs.sort(key=by_number)
         accuracy = [avg_at_k(sample_scores(run, args, "true")) for run in runs]
         if len(accuracy) > 1:

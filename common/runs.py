@@ -139,6 +139,16 @@ def fingerprint(value: Any) -> str:
     return digest.hexdigest()
 
 
+def image_digest(image: Any) -> str:
+    """SHA-256 of an image: of its file, where it is one as the package datasets gives it undecoded, else of a PIL
+    image's pixels."""
+    if isinstance(image, dict):
+        content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+    else:
+        content = f"{image.mode} {image.size} ".encode() + image.tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
 def _visible_files(folder: Path) -> Iterator[Path]:
     """All files below a folder except those that are hidden or in a hidden folder (a name that starts with a dot)."""
     for path in folder.rglob("*"):
@@ -173,9 +183,16 @@ def folder_fingerprint(model: str) -> str | None:
 
 
 def weights_of(**models: str) -> dict[str, str]:
-    """`weights_fingerprint` of each model that is a local folder, under the name of its field."""
-    digests = {name: weights_fingerprint(model) for name, model in models.items()}
-    return {name: digest for name, digest in digests.items() if digest}
+    """`weights_fingerprint` of each model that is a local folder, under the name of its field; of an adapter also that
+    of its base, if it is one too."""
+    digests = {}
+    for name, model in models.items():
+        if digest := weights_fingerprint(model):
+            digests[name] = digest
+            base = (_json(Path(model) / "adapter_config.json") or {}).get("base_model_name_or_path")
+            if base and (digest := weights_fingerprint(base)):
+                digests[f"base of {name}"] = digest
+    return digests
 
 
 def folders_of(**models: str) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations  # datasets is imported where it is used: `--help` does without
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,6 +33,11 @@ def load_split(source: str, split: str) -> Dataset:
             f"data {source!r}, split {split!r}: {where} ({cause.splitlines()[0] if cause else type(error).__name__}); "
             f"set data to a hub id or a {remedy}"
         ) from error
+
+
+def image_files(rows: Dataset) -> Iterable[list[Any]]:
+    """The column `images` of each row as files, without a transform that decodes them; nothing where there is none."""
+    return rows.with_format(None)["images"] if "images" in rows.column_names else [[]] * len(rows)
 
 
 def _tables(path: Path, split: str) -> list[Path]:

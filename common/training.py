@@ -15,8 +15,18 @@ from transformers.utils import logging
 
 from . import plan, preemption, versions
 from .checkpoints import resume_point
-from .runs import RunFolder, append_jsonl, check_writable, exclusive, fingerprint, is_done, truncate_jsonl
+from .runs import (
+    RunFolder,
+    append_jsonl,
+    check_writable,
+    exclusive,
+    fingerprint,
+    image_digest,
+    is_done,
+    truncate_jsonl,
+)
 from .stages import check_report_to
+from .tables import image_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -163,10 +173,12 @@ def train_run(
 
 
 def row_fingerprints(splits: Mapping[str, "Dataset"], others: Collection[str] = ()) -> dict[str, str]:
-    """A fingerprint of each split's ids, prompts and answers, and of those of its columns that are in `others`; not of
-    images, which would have to be decoded."""
+    """A fingerprint of each split's ids, prompts, answers and files of images, and of those of its columns that are in
+    `others`."""
     found = {}
     for name, rows in splits.items():
         columns = ["id", "prompt", "answer", *(column for column in others if column in rows.column_names)]
-        found[name] = fingerprint([[row[column] for column in columns] for row in rows.select_columns(columns)])
+        files = [[]] * len(rows) if "images" in columns else image_files(rows)  # text's may be of any kind
+        pairs = zip(rows.select_columns(columns), files, strict=True)
+        found[name] = fingerprint([[*(row[c] for c in columns), *map(image_digest, images)] for row, images in pairs])
     return found

@@ -7,7 +7,7 @@ from jinja2 import TemplateError
 
 def stop_at_the_end_of_a_turn(trainer: Any) -> None:
     """TRL knows the ends that the model and its tokenizer declare; base models leave out that of a turn."""
-    end = turn_end_id(trainer._tokenizer)
+    end = turn_end_id(trainer.processing_class)
     if end is None or end in trainer.eos_token_ids:
         return
     trainer.eos_token_ids = [*trainer.eos_token_ids, end]
@@ -19,19 +19,22 @@ def stop_at_the_end_of_a_turn(trainer: Any) -> None:
         trainer.generation_config.eos_token_id = trainer.eos_token_ids
 
 
-def turn_end_id(tokenizer: Any) -> int | None:
+def turn_end_id(processor: Any) -> int | None:
     """The special token that closes an assistant's turn in the chat template, if there is one.
 
     Base models such as Qwen3-4B-Base declare `<|endoftext|>` only, while their template ends a turn with `<|im_end|>`:
     a rollout would go on with turns that it makes up, and what is read in it would be of these.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    tokenizer = getattr(processor, "tokenizer", processor)
+    # A folder with the older chat_template.json gives it to the processor alone
+    holder = tokenizer if getattr(tokenizer, "chat_template", None) else processor
+    if not getattr(holder, "chat_template", None):
         return None
     texts = {"user": "?", "assistant": "@answer@"}
     for as_content in (str, lambda text: [{"type": "text", "text": text}]):  # some VLMs' templates read only parts
         turns = [{"role": role, "content": as_content(text)} for role, text in texts.items()]
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            text = holder.apply_chat_template(turns, tokenize=False)
         except (TemplateError, TypeError, ValueError):  # it asks for more than two turns, or for the other form
             continue
         if "@answer@" in text:

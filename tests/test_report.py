@@ -448,8 +448,9 @@ def test_seeds_are_in_the_order_of_their_numbers(runs):
         (runs / f"{run}-seed0").rename(runs / f"{run}-seed9")
         for seed in (2, 10):
             shutil.copytree(runs / f"{run}-seed9", runs / f"{run}-seed{seed}")
+        shutil.copytree(runs / f"{run}-seed9", runs / f"{run}-seed9_old")  # no further seed
     args, _ = parse_va_opd(["--config", str(runs / "va_opd/mini/opd-seed0/config.yaml"), f"--out={runs}", "--dry_run"])
-    assert re.search(r"2: 0.\d+, 9: 0.\d+, 10: 0.\d+", va_opd.seeds_table(va_opd.experiment_folder(args), args))
+    assert re.search(r"2: 0.\d+, 9: 0.\d+, 10: 0.\d+ \|", va_opd.seeds_table(va_opd.experiment_folder(args), args))
     args, _ = parse_srpo(["--config", str(runs / "srpo/mini-additions/grpo-seed0/config.yaml"), f"--out={runs}"])
     assert [seed for _, name, seed in srpo.find_runs(args) if name == "srpo"] == ["2", "9", "10"]
     found = r_diverse.find_runs(runs / "r_diverse/mini")
@@ -468,13 +469,23 @@ def test_seeds_that_were_evaluated_in_other_ways_are_named(runs):
         ({"questions": 5}, "5 held-out problems, 1 samples each at temperature 0.0, top-p 1.0"),
         ({"samples": 4}, "6 held-out problems, 4 samples each at temperature 0.0, top-p 1.0"),
         (
-            {"decoding": {"temperature": 0.6, "top_p": 1.0}},
+            {"decoding": {**record["decoding"], "temperature": 0.6}},
             "6 held-out problems, 1 samples each at temperature 0.6, top-p 1.0",
         ),
     ):
         atomic_write_json(path, {**record, **change})
         warning = f"accuracies do not compare: VA-OPD seed 0: {equal}; VA-OPD seed 1: {how}."
         assert f"Evaluated in different ways, so that {warning}\n\n" in va_opd.seeds_table(folder, args)
+    longest = record["decoding"]["max_new_tokens"]
+    for change, here, there in (
+        ({"decoding": {**record["decoding"], "max_new_tokens": 9}}, f"at most tokens {longest}", "at most tokens 9"),
+        ({"rows": "a" * 64}, f"digest {record['rows'][:8]}", "digest aaaaaaaa"),
+        ({"strict": True}, "strict scorer none", "strict scorer True"),
+        ({"chat_template_kwargs": {"x": 1}}, "template with none", 'template with {"x": 1}'),
+    ):
+        atomic_write_json(path, {**record, **change})
+        said = va_opd.seeds_table(folder, args)
+        assert re.search(f"different ways.* seed 0: {equal}, .*{here}; VA-OPD seed 1: {equal}, .*{there}\\.\n", said)
 
 
 @pytest.mark.parametrize("command", [r_diverse, srpo, va_opd])

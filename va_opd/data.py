@@ -34,7 +34,7 @@ from common import rewards, verifiers
 from common.evaluation import Decoding, Prompt, question_fingerprint
 from common.evaluation.engines import build_engine
 from common.runs import append_jsonl, claim, exclusive, fingerprint, folders_of, read_jsonl, weights_of
-from common.tables import load_split
+from common.tables import image_files, load_split
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -515,8 +515,11 @@ def data_settings(args: ScriptArguments) -> dict[str, Any]:
 
 
 def fingerprint_of(rows: Dataset) -> str:
-    """`question_fingerprint`, without the images, which would have to be decoded."""
-    return question_fingerprint(rows.select_columns(["id", "prompt", "answer"]))
+    """`question_fingerprint`, with the images' files, which need no decoding."""
+    questions = rows.select_columns(["id", "prompt", "answer"])
+    return question_fingerprint(
+        {**question, "images": images} for question, images in zip(questions, image_files(rows), strict=True)
+    )
 
 
 def reward_of(args: ScriptArguments) -> Callable[..., list[float]]:

@@ -122,8 +122,7 @@ def _turn_end(tokenizer: str | None) -> list[int]:
 
     from .engines import turn_end_id
 
-    processor = load_processor(tokenizer)
-    end = turn_end_id(getattr(processor, "tokenizer", processor))
+    end = turn_end_id(load_processor(tokenizer))
     if end is None:
         raise ValueError(f"tokenizer {tokenizer!r} has no chat template that closes a turn by a token: leave it out")
     return [end]

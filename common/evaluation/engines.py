@@ -171,7 +171,7 @@ class VLLMEngine:
         self.template_options, self.options = chat_template_kwargs or {}, deciding_options(engine_options)
         self.warns_of_cuts = "max_model_len" not in engine_options  # else the user has chosen where to cut
         config, processor = self.llm.model_config, load_processor(model)
-        self.stops = stop_ids(config.try_get_generation_config().get("eos_token_id"), self.llm.get_tokenizer())
+        self.stops = stop_ids(config.try_get_generation_config().get("eos_token_id"), processor)
         # The lowest bias that vLLM takes; a list of all other tokens would go with every request
         self.bias = dict.fromkeys(never_sampled(processor, config.hf_config), -100.0)
 
@@ -269,25 +269,29 @@ def _reason(error: Exception) -> str:
     return "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in errors) or str(error)
 
 
-def stop_ids(declared: int | list[int] | None, tokenizer) -> list[int]:
+def stop_ids(declared: int | list[int] | None, processor) -> list[int]:
     """Ids of all end tokens: the generation config's, the tokenizer's, and that of a turn in the chat template."""
     declared = [] if declared is None else declared if isinstance(declared, list) else [declared]
-    return sorted({*declared, tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None})
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return sorted({*declared, tokenizer.eos_token_id, turn_end_id(processor)} - {None})
 
 
-def turn_end_id(tokenizer) -> int | None:
+def turn_end_id(processor) -> int | None:
     """The special token that closes an assistant's turn in the chat template, if there is one.
 
     Base models such as Qwen3-4B-Base declare only `<|endoftext|>` as their end, while their template and what is
     trained on it end a turn with `<|im_end|>`: without it, what counts as the answer may be one to a made-up turn.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    tokenizer = getattr(processor, "tokenizer", processor)
+    # A folder with the older chat_template.json gives it to the processor alone
+    holder = tokenizer if getattr(tokenizer, "chat_template", None) else processor
+    if not getattr(holder, "chat_template", None):
         return None
     texts = {"user": "?", "assistant": "@answer@"}
     for as_content in (str, lambda text: [{"type": "text", "text": text}]):  # some VLMs' templates read only parts
         turns = [{"role": role, "content": as_content(text)} for role, text in texts.items()]
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            text = holder.apply_chat_template(turns, tokenize=False)
         except (TemplateError, TypeError, ValueError):  # it asks for more than two turns, or for the other form
             continue
         if "@answer@" in text:

@@ -22,14 +22,22 @@ from common.runs import (
     exclusive,
     fingerprint,
     folder_fingerprint,
+    image_digest,
     read_jsonl,
-    weights_fingerprint,
+    weights_of,
     write_jsonl,
 )
 
 from .benchmarks import Benchmark
 from .engines import Decoding, Engine, Prompt
 from .scoring import answer_row, majority, score_records, summarize
+
+# What a model's folder holds, by its name in identity.json
+IN_FOLDER = {
+    "weights": "weights",
+    "base of weights": "weights of the adapter's base",
+    "folder": "config, tokenizer, template or image processor",
+}
 
 
 def evaluate(
@@ -58,7 +66,8 @@ def evaluate(
     path = out / benchmark.name / "samples.jsonl"
     identity = {
         "model": engine.name,
-        "weights": weights_fingerprint(engine.name),
+        "weights": None,
+        **weights_of(weights=engine.name),
         "folder": folder_fingerprint(engine.name),
         "engine": getattr(engine, "kind", type(engine).__name__),
         "benchmark": benchmark.name,
@@ -202,6 +211,8 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
             f"benchmark {benchmark.name}: there is {what} ({len(unknown)} unknown questions, {len(missing)} without a "
             "response): the records and the data must be of the same questions"
         )
+    if benchmark.metric:
+        _check_same_samples(benchmark.name, records)
     scored = score_records(benchmark, records, rows)
     metrics = {**identity, **benchmark.settings, **summarize(scored)}
     if benchmark.score is answer_row and metrics["samples"] > 1:
@@ -213,9 +224,28 @@ def _score(benchmark: Benchmark, records: list[dict[str, Any]], out: Path, ident
     return metrics
 
 
+def _check_same_samples(name: str, records: Sequence[dict[str, Any]]) -> None:
+    """A metric may take the questions of one sample together: numbered on through a file, each would stand alone."""
+    samples: dict[str, set[Any]] = {}
+    for record in records:
+        samples.setdefault(record["id"], set()).add(record["sample"])
+    first, numbers = next(iter(samples.items()))
+    if (other := next((key for key, found in samples.items() if found != numbers), None)) is not None:
+        raise ValueError(
+            f"benchmark {name}: question {first} has sample {_some(numbers)}, question {other} has "
+            f"{_some(samples[other])}: number the samples of each question alike, such as from 0, or leave sample out"
+        )
+
+
+def _some(numbers: set[Any]) -> str:
+    return ", ".join(sorted(map(str, numbers))[:8])
+
+
 def question_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Digest of ids, prompts and gold answers, which tells whose records a folder holds."""
-    return fingerprint([[row["id"], row["prompt"], row["answer"]] for row in rows])
+    """Digest of ids, prompts, gold answers and images, which tells whose records a folder holds."""
+    return fingerprint(
+        [[row["id"], row["prompt"], row["answer"], *map(image_digest, row.get("images") or ())] for row in rows]
+    )
 
 
 def _generate(
@@ -305,7 +335,6 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
             what = f"with {name}={theirs.get(name)!r}, this evaluation has {value!r}"
             if name == "rows":  # their digests tell a reader nothing
                 what = "of other questions: --data or --limit was another one"
-            if name in ("weights", "folder"):
-                other = {"weights": "weights", "folder": "config, tokenizer, template or image processor"}[name]
-                what = f"of other {other}, which {theirs.get('model')!r} held then"
+            if name in IN_FOLDER:
+                what = f"of other {IN_FOLDER[name]}, which {theirs.get('model')!r} held then"
             raise ValueError(f"{path.parent} holds records {what}: choose another --out or delete the folder")

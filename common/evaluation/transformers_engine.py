@@ -20,6 +20,7 @@ UNDECLARED = {
     **dict.fromkeys(("temperature", "top_p", "top_k", "min_new_tokens", "max_time", "guidance_scale")),
     **dict.fromkeys(("stop_strings", "bad_words_ids", "sequence_bias", "begin_suppress_tokens")),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    "watermarking_config": None,
     "prompt_lookup_num_tokens": None,
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
@@ -76,7 +77,7 @@ class TransformersEngine:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # as TRL does
         self.name = model.name_or_path
-        self.stops = stop_ids(model.generation_config.eos_token_id, self.tokenizer)
+        self.stops = stop_ids(model.generation_config.eos_token_id, processor)
         self.banned = never_sampled(processor, model.config)  # once: it reads the whole vocabulary
         self.said = False  # why prompts are answered one at a time
         # In Qwen's and GLM's vision families: what a row's images add to the positions of later tokens, as (B, 1)

@@ -21,7 +21,7 @@ from common.evaluation import (
 )
 from common.evaluation.run import generate_samples, rescore
 from common.evaluation.scoring import majority
-from common.runs import exclusive, read_jsonl
+from common.runs import exclusive, read_jsonl, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLED = Decoding(temperature=1.0, max_new_tokens=6)
@@ -289,6 +289,36 @@ def test_an_evaluation_does_not_go_on_with_other_weights_at_the_same_path(tmp_pa
     identity = tmp_path / "out/numbers/identity.json"
     identity.write_text(json.dumps({**json.loads(identity.read_text()), "weights": None}))  # not known then
     evaluate(engine(), numbers(), tmp_path / "out", decoding=SAMPLED)
+
+
+def test_an_evaluation_does_not_go_on_with_other_weights_below_an_adapter(tmp_path):
+    adapter, base, engine = tmp_path / "adapter", tmp_path / "base", Echo()
+    for folder, file in ((adapter, "adapter_model.safetensors"), (base, "model.safetensors")):
+        folder.mkdir()
+        (folder / file).write_bytes(b"first")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    engine.name = str(adapter)
+    evaluate(engine, numbers(), tmp_path / "out", decoding=SAMPLED)
+    evaluate(engine, numbers(), tmp_path / "out", decoding=SAMPLED)
+    (base / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match="records of other weights of the adapter's base, which '.*adapter' held"):
+        evaluate(engine, numbers(), tmp_path / "out", decoding=SAMPLED)
+    (adapter / "adapter_model.safetensors").unlink()  # as of an evaluated checkpoint: it has no weights at all
+    assert weights_of(weights=str(adapter)) == {}
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_an_evaluation_does_not_go_on_with_other_images(tmp_path, as_file):
+    def pictures(value: int) -> Benchmark:
+        image, path = Image.new("RGB", (4, 4), (value,) * 3), tmp_path / "picture.png"
+        image.save(path)
+        shown = {"path": str(path), "bytes": None} if as_file else image
+        return Benchmark("pictures", [{**row, "images": [shown]} for row in numbers(2).rows])
+
+    for value in (9, 9):
+        evaluate(Echo(), pictures(value), tmp_path, decoding=SAMPLED)
+    with pytest.raises(ValueError, match="holds records of other questions"):
+        evaluate(Echo(), pictures(8), tmp_path, decoding=SAMPLED)
 
 
 def test_a_folder_without_a_record_can_be_claimed_anew(tmp_path):

@@ -1,6 +1,7 @@
 """Engines of the harness: generation in this process, and where a response ends."""
 
 import gc
+import json
 import weakref
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from common.evaluation.engines import (
     turn_end_id,
 )
 from common.lora import lora_config
-from common.models import load_model
+from common.models import load_model, load_processor
 from common.tiny import tiny_qwen3, tiny_qwen3_vl
 from r_diverse import turns
 
@@ -93,6 +94,7 @@ DECLARED = {
     "exponential_decay_length_penalty": (2, 3.0),
     "prompt_lookup_num_tokens": 3,
     "num_beams": 2,
+    "watermarking_config": {"bias": 5.0, "context_width": 1},
     "top_k": 1,
 }
 
@@ -231,6 +233,23 @@ def test_a_token_of_the_text_before_the_end_of_a_turn_does_not_end_it():
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</note><|im_end|>{% endfor %}"
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert turn_end_id(tokenizer) == turns.turn_end_id(tokenizer) == turn_end
+
+
+def test_a_template_that_the_processor_alone_has_has_an_end_of_turn(tmp_path):
+    """transformers reads the older chat_template.json into the processor and not into its tokenizer."""
+    model, processor = tiny_qwen3_vl(hidden=32)
+    turn_end = processor.tokenizer.eos_token_id
+    processor.tokenizer.eos_token = "<|endoftext|>"
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    loaded = load_processor(str(tmp_path))
+    assert loaded.chat_template and not loaded.tokenizer.chat_template
+    model.generation_config.eos_token_id = loaded.tokenizer.eos_token_id
+    assert TransformersEngine(model, loaded).stops == sorted({loaded.tokenizer.eos_token_id, turn_end})
+    assert turns.turn_end_id(loaded) == turn_end
 
 
 # None, one that shows the question only, one that wants three turns, one without text, one that cannot be rendered

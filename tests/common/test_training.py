@@ -124,14 +124,16 @@ def test_a_folder_that_cannot_be_made_and_a_missing_tracker_are_said_before_mode
     assert not (tmp_path / "a").exists()
 
 
-def test_other_ids_prompts_and_answers_are_other_data():
-    rows = [{"id": str(i), "prompt": f"{i} + 7?", "answer": str(7 + i), "images": "a"} for i in range(2)]
+def test_other_ids_prompts_answers_and_images_are_other_data():
+    file = {"bytes": b"a", "path": None}
+    rows = [{"id": str(i), "prompt": f"{i} + 7?", "answer": str(7 + i), "images": [file]} for i in range(2)]
     of = [
         row_fingerprints({"train": Dataset.from_list(data)})["train"]
         for data in (
-            *(rows, [{**row, "images": "c"} for row in rows]),  # images are left out
+            *(rows, [{**row, "other": "c"} for row in rows]),  # other columns are left out
+            *([rows[0], {**rows[1], "images": [{**file, "bytes": b"b"}]}], [rows[0], {**rows[1], "images": []}]),
             *(rows[::-1], rows[:1], [rows[0], {**rows[1], "answer": "9"}], [rows[0], {**rows[1], "id": "2"}]),
             [rows[0], {**rows[1], "prompt": "8?"}],
         )
     ]
-    assert of[0] == of[1] and len(set(of)) == 6
+    assert of[0] == of[1] and len(set(of)) == 8

@@ -271,6 +271,24 @@ def test_responses_without_numbers_are_samples_of_their_own(parquet, tmp_path):
     assert metric["aAcc"] == 0.5  # of each question one of two samples is right
 
 
+def test_samples_that_are_numbered_on_through_the_file_are_refused(parquet, tmp_path):
+    """Each would be alone in its figure, and fAcc and qAcc as high as aAcc."""
+    benchmark, path = load_benchmark("hallusionbench", parquet("hallusionbench"), limit=16), tmp_path / "theirs.jsonl"
+
+    def write(numbers) -> None:
+        rows = [
+            {"id": i, "response": "Yes." if i % 3 else "No.", "sample": number} for i, number in enumerate(numbers)
+        ]
+        path.write_text("\n".join(map(json.dumps, rows)))
+
+    write(range(16))
+    with pytest.raises(ValueError, match="question 0 has sample 0, question 1 has 1: number the samples of each"):
+        score_responses(benchmark, path, tmp_path)
+    write([5] * 16)
+    metric = score_responses(benchmark, path, tmp_path)["metric"]
+    assert metric["fAcc"] < metric["aAcc"]
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("reader")

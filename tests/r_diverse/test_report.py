@@ -156,6 +156,17 @@ def test_several_seeds_have_a_row_of_their_mean(tmp_path):
     assert table["ours, 2 seeds: R-Diverse, 1 iteration"] == ["", "", "55.00 ± 7.07", *[""] * 9]
 
 
+def test_another_seed_than_the_first_is_named(tmp_path):
+    """Where the first has not come so far, the rows of one variant are of two trainings."""
+    runs = {
+        ("r_diverse", str(seed)): evaluated(tmp_path / f"r_diverse-seed{seed}", dict.fromkeys(range(2 + seed), SCORES))
+        for seed in (0, 1)
+    }
+    table = rows("qwen3_4b", runs)
+    assert table["ours: R-Diverse, 1 iteration"][0] and "ours: R-Diverse, 2 iterations" not in table
+    assert table["ours: R-Diverse, 2 iterations, seed 1"][0]
+
+
 def test_seeds_that_were_evaluated_in_different_ways_are_named(tmp_path):
     found = {0: {"amc23": 0.5, "gsm8k": 0.5}}
     runs = {
