@@ -7,8 +7,8 @@ import re
 from common._normalise import MAX_CHARS, normalise
 
 _GOLD_CHOICE = re.compile(r"\(?([A-Ja-j])\)?|(?:\(([A-J])\)|([A-J])[.:)]) .+|([A-J]) [A-Z][a-z]+")
-_OPTION_TEXT = re.compile(r"(?:\([A-J]\)|[A-J][.:)]) (.+)")
-_LABELLED = re.compile(r"(?:\(([A-J])\)|([A-J])[.)]) ?((?=[-\d\\(¤.]).+)")
+_OPTION_TEXT = re.compile(r"(?:\([A-J]\)|[A-J][.:)]) ((?!\([A-J]\)).+)")
+_LABELLED = re.compile(r"(?:\(([A-J])\)|([A-J])[.)]) ?((?=-? ?(?:[\d\\¤.]|\((?![A-J]\)))).+)")  # (A)(B) is two
 LABEL_START = "(ABCDEFGHIJ"
 _CHOICE = re.compile(
     r"(?i:(?:the )?(?:correct )?(?:option|choice|answer|letter)(?: is)?:? ?)?[(\[]?(?:([A-J])|([a-j])(?=\W*$))[)\]]?"

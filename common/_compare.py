@@ -243,14 +243,18 @@ class Comparison:
             return False
         if "one" in (p_kind, g_kind):
             if p_kind == "set" or g_kind == "set":  # the solution set {5} says 5
-                return len(p_items) == len(g_items) == 1 and not self.inside and self.same(p_items[0], g_items[0])
+                are_single = len(p_items) == len(g_items) == 1 and not self.inside
+                return are_single and self._same_member(p_items[0], g_items[0])
             return self._named_tuple(p_items, g_items)
+        return self._same_items(p, g) or (
+            bool(_THOUSANDS.search(p) or _THOUSANDS.search(g))
+            and self._same_items(*(_THOUSANDS.sub("", x) for x in (p, g)))
+        )
+
+    def _same_items(self, p: str, g: str) -> bool:
         if "=" in p + g and (ordered := self._by_order(p, g)) is not None:
             return ordered
-        return self._match(p_items, g_items) or (
-            bool(_THOUSANDS.search(p) or _THOUSANDS.search(g))
-            and self._match(*(_notation.items_of(_THOUSANDS.sub("", x))[1] for x in (p, g)))
-        )
+        return self._match(*(_notation.items_of(x)[1] for x in (p, g)))
 
     def _by_order(self, p: str, g: str) -> bool | None:
         """Where one side alone gives its values different names: "1, 2" is x=1, y=2, but "2, 1" and {1, 2} are not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ _BOX_JOIN = re.compile(
     r"(?:[\s$,;}]|\\[,;:!()\[\]]|\\q?quad|\\text\w*\s*\{|\b(?:and|or|for\spart\s\(\w\))(?!\w)|[,、和或])*",
     re.IGNORECASE,
 )
-_BOX_NAME = re.compile(r"([A-Za-z])(?:_\{?\w+\}?)?\s*=\s*$")
+_BOX_NAME = re.compile(r"(?<![A-Za-z\\])([A-Za-z])(?:_\{?\w+\}?)?\s*=\s*$")
 _LIST_SIGN = re.compile(r"(?i),|;|\band\b|\bor\b|[、和或]")
 _TAG = re.compile(r"</?(?:final_)?answer>", re.IGNORECASE)
 _BULLETS = ("- ", "• ")
@@ -54,7 +55,9 @@ _SENTENCE_END = re.compile(  # behind a formula, "!" is no factorial
 )
 _FORMULA_START = re.compile(r"\$\$|\$|\\\(|\\\[|\\begin\{")
 _REASON = re.compile(
-    r"(?i)(?:,\s*(?:it|i|we|you|that|this|not)\b|,?(?<!\s)\s+(?:because|since|which|as(?! well)|so)\b).*", re.DOTALL
+    r"(?i)(?:,\s*(?:it|i|we|you|that|this|not(?!.*(?:,\s|\bbut\b)))\b"
+    r"|,?(?<!\s)\s+(?:because|since|which|as(?! well)|so)\b).*",
+    re.DOTALL,
 )
 _COPULA = re.compile(r"(?i)(?:the|this|that|there|its|our)\b.*\b(?:is|are|equals|equal to)\b\s*(.+)", re.DOTALL)
 _DENIAL = re.compile(r"(?i)\b(?:no (?:way|chance)|not (?:true|the case|possible)|impossible|never the case)\b")
@@ -128,7 +131,8 @@ def _join_boxes(text: str, boxes: list[tuple[int, int, str]]) -> list[tuple[int,
         is_list = 0 < len(between) <= 60 and _LIST_SIGN.search(between)
         if is_list and (name := _BOX_NAME.search(between)):  # x = \boxed{1} or x = \boxed{2}
             first = _BOX_NAME.search(text, max(0, joined[-1][0] - 20), joined[-1][0])
-            between = between[: name.start()] if first and first[1] == name[1] else between
+            same_name = first and first[1] == name[1] and content != joined[-1][2]
+            between = between[: name.start()] if same_name else between
         if is_list and _BOX_JOIN.fullmatch(between):
             start, content = joined[-1][0], f"{joined.pop()[2]}, {content}"
         joined.append((start, end, content))
@@ -185,12 +189,24 @@ def _marked(text: str, which: str) -> tuple[int, str] | None:
         (m.start(), m.end(), -1) for m in _matches(_REMARK, text, ("answer",))
     ]
     for start, content, end in marks[: -_MAX_MARKS - 1 : -1] if which == "last" else marks[:_MAX_MARKS]:
-        if text.startswith(_BULLETS, content) and "\n" in text[start:content]:  # "The answer is:\n- 5"
-            content += 2
+        is_bullet = text.startswith(_BULLETS, content) and text[start:content].rstrip(" \t").endswith("\n")
+        items = _bulleted(text[content : content + _MAX_CHARS]) if is_bullet else []
+        content += 2 * is_bullet
         clause = text[content:end] if end >= 0 else _clause(text[content : content + _MAX_CHARS])
+        clause = ", ".join(map(_clean_item, items)) if len(items) > 1 else clause
         if answer := _clean_clause(clause, is_sentence=end < 0):
             return start, answer
     return None
+
+
+def _bulleted(text: str) -> list[str]:
+    """`5` and `6` from the lines `- 5` and `- 6` at the start of a text."""
+    lines = filter(None, map(str.strip, text.split("\n")))
+    return [line[2:] for line in itertools.takewhile(lambda line: line.startswith(_BULLETS), lines)]
+
+
+def _clean_item(item: str) -> str:
+    return _clause(item).strip("*_ ")
 
 
 def _clean_clause(clause: str, is_sentence: bool) -> str | None:

@@ -159,7 +159,11 @@ _LATEX_RULES = _Rules(  # only where there is a backslash; behind a rule stands 
     ("pounds|sterling", r"\\(?:pounds|textsterling)" + _A, "£"),  # \pounds 5
     ("euro", r"\\(?:euro|texteuro)" + _A, "€"),  # \euro 5
     (r"\cr|\\", r"\\cr" + _A + r"|\\\\ ?\[[^][{}]*\]", r"\\\\"),  # 1&2\cr3&4
-    ("quad", r"(=[^=,;]*[^=,;\s(]) ?(?:\\q?quad ?)+(?=[A-Za-z](?:_\{?\w\}?)? ?=)", r"\1, "),  # x=1 \quad y=2
+    (
+        "quad",
+        r"(=(?:[^=,;&\\]|\\(?!text))*[^=,;&\s(]) ?(?:\\q?quad ?)+(?=[A-Za-z](?:_\{?\w\}?)? ?=)",
+        r"\1, ",
+    ),  # x=1 \quad y=2, but no "1 & \text{if} \quad x=0"
     ("\\", _O + r"\\[,;:> ]|\\(?:q?quad|thinspace|enspace)" + _A + r"|\\[hv]space\*?\{[^{}]*\}", " "),  # 3\,cm
     (r"\(|\)|\[|\]|\!", _O + r"(?:\\[()\[\]!])", ""),  # \(5\)
     ("color", r"(?<![\^_])\\(?:text)?color ?\{[^{}]*\} ?\{(" + _NESTED + r")\}", r"\1"),  # \textcolor{red}{1,234}
@@ -207,9 +211,12 @@ _LATEX_RULES = _Rules(  # only where there is a backslash; behind a rule stands 
     (r"\odot", _QUANTITY + r" *(?:\\text\{ ?)?([MLR]) ?\}? ?_ ?(?:\\odot|\{ ?\\odot ?\})$", r"\1\\text{ solar\2}"),
     (
         "Omega",
-        _QUANTITY + r" *(?:\\text\{ ?)?([kM]?) ?\}? ?(?:\\text\{ ?)?\\Omega ?\}?$",
+        r"((?:^|[=,;(}$]|\\approx|\band|\bor) *-?(?:"
+        r"\d(?:[\d.,]|\{,\})*+(?: ?/ ?\d+| ?(?:\\(?:cdot|times) ?10 ?)?\^ ?(?:\{ ?-?\d+ ?\}|\d+))?"
+        r"|\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\})) *(?:\\text\{ ?)?([kM]?) ?\}? ?(?:\\text\{ ?)?\\Omega ?\}?"
+        r"(?= *(?:$|[.,;)=$]|\\approx|\\text\{ ?(?:and|or) ?\}|and|or))",
         r"\1\\text{ \2ohm}",
-    ),  # 5\,k\Omega
+    ),  # 5\,k\Omega, as an answer, an item or a value of a name; in 2\Omega+1 it may be a variable
     (r"\text", r"\\text\{ ?(?i:([+-]|positive |negative )? ?infinity) ?\}", r"\1 infinity "),  # \text{infinity}
     (r"\text", r"\\text\{(?i:(?:the )?(?:(?:final|correct) )?answer(?: is)?) ?:?\}", ""),  # \text{Answer:}
     (r"\frac{\text", r"(\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*)\} ?\^ ?\{? ?(\d) ?\}?\}", r"\1^\2}}"),

@@ -142,7 +142,9 @@ _WRAPPED, _DIGIT, _NO_BRACES = re.compile(r"\\text\{([^{}]*)\}"), re.compile(r"\
 _NOT_MEASURED = re.compile(  # degrees of a sine are no unit of the result, nor is odd in \text{even}\text{odd}
     r"(?:sin|cos|tan|cot|sec|csc|cis)(?![a-z])|(?:^|[,;(] ?)\\text\{[^{}\d]*\}$"
 )
-_VARIABLE = re.compile(r"\\pi ?[dhtl]$|(?<![A-Za-z/])[shgtLJNWVACKdl] ?\^ ?(?:\{ ?\d ?\}|\d)$")  # \pi d and 3t^2
+_VARIABLE = re.compile(  # \pi d and 3t^2, but not m / s^2
+    r"\\pi ?[dhtl]$|(?<![A-Za-z/])(?<!/ )[shgtLJNWVACKdl] ?\^ ?(?:\{ ?\d ?\}|\d)$"
+)
 _MAGNITUDE = re.compile(r"\d ?[KkMmBb]$")
 _PREFIXED = re.compile(r"(-? ?)([¤€£¥₹]|(?:USD|EUR|GBP|INR|RMB|CNY|Rs)\.?(?= ?\d)) ?(.+)")
 _TRAILING = re.compile(

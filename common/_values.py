@@ -10,9 +10,11 @@ Every step is bounded (`TooLarge`) and checks the deadline, so that this can run
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import operator
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -308,7 +310,7 @@ class _Point:
 
 
 def _noise(mp):
-    """The largest value that is taken for a rounding error."""
+    """The largest value that is taken for a rounding error, of numbers of size 1."""
     return mp.mpf(10) ** -int(0.75 * mp.dps)
 
 
@@ -331,8 +333,8 @@ _ARITHMETIC = {
     "abs": lambda mp, a: abs(a),
     "re": lambda mp, a: mp.re(a),
     "im": lambda mp, a: mp.im(a),
-    "floor": lambda mp, a: mp.floor(a + _noise(mp)),
-    "ceil": lambda mp, a: mp.ceil(a - _noise(mp)),
+    "floor": lambda mp, a: mp.floor(a + _noise(mp) * max(1, abs(a))),
+    "ceil": lambda mp, a: mp.ceil(a - _noise(mp) * max(1, abs(a))),
 }
 
 
@@ -343,6 +345,8 @@ _ARITHMETIC = {
 _MARGIN = 40  # digits beyond those in which two texts of their length can differ
 _WHOLE = frozenset("nkmN")  # where every name is one of these, whole numbers are points too
 _STEPPED = frozenset(["floor", "ceil"])
+_WRITTEN = re.compile(r"(?<!\d)\d{2,6}(?!\d)")
+_MAX_AROUND = 60  # whole numbers tried around those that are written
 _BOUNDS = (7, 4, 11, 3, 9, 2, 12, 6, 8, 5)  # of sums, one for each point
 _MAX_NAMES = 16
 _NEEDED = 3  # points at which both formulas have values
@@ -385,12 +389,21 @@ def scattered_points() -> list[list[Fraction]]:
     ]
 
 
-@lru_cache(maxsize=1)
-def whole_points() -> list[list[int]]:
-    """Sixty points of positive whole coordinates: floors that differ anywhere, as a rule differ at one of them."""
+_SQUARES_AND_OTHERS = (143, 144, 168, 169, 195, 196, 210, 224, 225, 243, 255, 256, 1000, 1001, 2401, 10**4, 10**6)
+_WHOLE_NUMBERS = (*range(1, 131), *_SQUARES_AND_OTHERS)
+
+
+def whole_points(count: int, texts: str) -> list[list[int]]:
+    """Points of positive whole coordinates: floors that differ anywhere, as a rule differ at one of them. Each name in
+    turn takes many values, among them those around the numbers in `texts`, while the others are small."""
     rng = random.Random(2605)
-    first = [*range(1, 41), 48, 60, 63, 64, 65, 80, 81, 99, 100, 101, 120, 121, 125, 127, 128, 129, 210, 243, 255, 256]
-    return [[n, *(rng.randint(1, 40) for _ in range(_MAX_NAMES - 1))] for n in first]
+    written = {int(digits) for digits in _WRITTEN.findall(texts)}
+    around = {n for c in written for n in (*range(c - 3, c + 4), *range(2 * c - 1, 2 * c + 2)) if n > 0}
+    values = [*_WHOLE_NUMBERS, *sorted(around - set(_WHOLE_NUMBERS))[:_MAX_AROUND]]
+    return [
+        [n if j == i else rng.randint(1, most) for j in range(count)]
+        for n, most, i in itertools.product(values, (4, 40)[:count], range(count))
+    ]
 
 
 class _Pair:
@@ -424,7 +437,7 @@ class _Pair:
         if self.names and not self.whole:
             are_whole, are_stepped = _WHOLE.issuperset(self.names), not self.operators.isdisjoint(_STEPPED)
             if are_whole and are_stepped:  # of \lceil n/2 \rceil nobody asks the value at n = 1/2
-                coordinates = whole_points()
+                coordinates = whole_points(len(self.names), " ".join(self.texts))
             elif are_whole or are_stepped:
                 coordinates = coordinates + [[i + j for j in range(len(self.names))] for i in range(1, 5)]
         for i, values in enumerate(coordinates):

@@ -80,6 +80,13 @@ EXTRACTION = [
     ("The answer is 5, not 6.", "5", "5"),
     ("The answer is:\n- 5", "5", "5"),  # an item of a list
     ("The answer is:\n-5", "-5", "-5"),
+    ("The answers are:\n- 5.\n- **6**\n\nDone", "5, 6", "5, 6"),  # not the first item alone
+    ("The answer is:\n- $$\n5\n$$", "$$\n5\n$$", "$$\n5\n$$"),
+    ("The answer\nis - 5", "- 5", "- 5"),
+    ("The answer is A, not B but C.", "A, not B but C", "A, not B but C"),
+    ("The answer is 5, not sure, maybe 6.", "5, not sure, maybe 6", "5, not sure, maybe 6"),
+    (r"$x=\boxed{5}$, $x=\boxed{5}$", "5", "5"),  # said twice
+    (r"$max=\boxed{3}$, $x=\boxed{5}$", "5", "3"),
     ("答えは5です。", "5", "5"),
     ("정답은 5입니다.", "5", "5"),
     ("so it is 42", None, None),
@@ -183,10 +190,16 @@ VECTOR = r"\begin{pmatrix}1\\2\end{pmatrix}"
         ("1, 2", "x=1, y=2", True), ("2/3, 1/3", "p=2/3, q=1/3", True), ("1, 2", "y=2, x=1", True),
         ("2, 1", "x_1=1, x_2=2", True), ("2, 1", "x=1, x=2", True), ("2, 1", "x=1, 2", True),
         ("(1,2)", "y=2, x=1", True), ("(1,2,3)", "z=3, x=1, y=2", True), ("(2,1)", "y=2, x=1", False),
-        ("(1,2)", "q=2, p=1", False), (r"x=1 \quad y=2", "(1,2)", True),
+        ("(1,2)", "q=2, p=1", False), (r"x=1 \quad y=2", "(1,2)", True), ("1000, 2", "x=1,000, y=2", True),
+        ("2, 1000", "x=1,000, y=2", False),
+        *(  # no assignments
+            (text.replace("?", r"\quad "), text.replace("?", ""), True)
+            for text in (r"f(x)=\begin{cases}1 &? x=0\\2 &? x=1\end{cases}", r"y=2\text{ where }? x=0")
+        ),
         # One value in braces, or before its name
         (r"\{5\}", "5", True), (r"\{5\}", "x=5", True), (r"\{(1,2)\}", "(1,2)", True), (r"\{5\}", "6", False),
-        (r"\{\{5\}\}", r"\{5\}", False), (r"(\{1\},2)", "(1,2)", False), (r"\{0\}", r"\emptyset", False),
+        (r"\{\{5\}\}", r"\{5\}", False), (r"\{\{5\}\}", "5", False), ("5", r"\{\{5\}\}", False),
+        (r"(\{1\},2)", "(1,2)", False), (r"\{0\}", r"\emptyset", False),
         ("5=x", "5", True), ("5=x", "x=5", True), ("5=x", "6", False), ("5=7", "5", False), ("2x+3=x", "2x+3", False),
         ("a+b=c", "c", True), ("AB=x", "AB", False),
         *(
@@ -200,10 +213,17 @@ VECTOR = r"\begin{pmatrix}1\\2\end{pmatrix}"
         ("15 m^2", "15", True), ("9.8 m/s^2", "9.8", True), (r"2\text{ s}^2", "2", True),
         (r"5\,\Omega", "5", True), (r"5\ \text{k}\Omega", "5000 Ω", True), ("13.6 eV", r"13.6\text{ keV}", False),
         (r"x\Omega", "x", False), (r"5\,\Omega", r"5\text{ cm}", False), ("2 keV", "2000 eV", True),
+        (r"R=5\,\Omega", r"5\,\Omega", True), (r"\approx 5\Omega", r"5\Omega", True),
+        (r"R=6\Omega", r"5\Omega", False),
+        (r"10^3\,\Omega", r"1\text{ k}\Omega", True), (r"\frac{1}{2}\Omega", r"0.5\Omega", True),
+        (r"R_1=2\Omega, R_2=3\Omega", r"2\Omega, 3\Omega", True),
+        (r"2\Omega\text{ and }3\Omega", r"3\,\Omega, 2\,\Omega", True), (r"3\Omega+1", r"1+3\Omega", True),
+        ("9.8 m / s^2", "9.8 m/s^2", True), ("9.8 m/ s^2", "9.8", True),
         # A letter before an option's text
         (r"\textbf{(B)}\ 12", "12", True), ("B. 12", "12", True), (r"(B)\ 12 \text{ or } (C)\ 13", "12", False),
         ("(B) 13", "12", False), ("12", "(B) 12", True), ("13", "(B) 12", False), ("neon", "(C) Neon", True),
         ("(C)12", "(B)12", False), ("(B) 12", "12B", True), ("(B) 12", "6B", False),
+        ("B", "(A)(B)", False), ("-B", "(A)-(B)", False), ("(C)(D)", "(A) (C) (D)", False), ("(A) -5", "-5", True),
         # The same in other spellings
         (r"\textcolor{red}{1,234}", "1234", True), (r"\textbf{$(-1,2)$}", "(-1,2)", True),
         (r"\text{$5$ or $6$}", "5", False), (r"\frac{\color{red}{1}}{2}", "0.5", True),
@@ -232,6 +252,13 @@ def test_names_labels_and_words(answer, gold, same):
         (r"\lceil\frac{x}{2}\rceil", r"\lfloor\frac{x+1}{2}\rfloor", False),
         (r"\lfloor x+1\rfloor", r"\lfloor x\rfloor+1", True),
         (r"\lfloor -x\rfloor", r"-\lceil x\rceil", True),
+        (r"\lfloor\frac{n}{1000}\rfloor", "0", False),  # other at large numbers
+        (r"\lfloor\frac{n}{10^6}\rfloor", "0", False),
+        (r"\lfloor\frac{n}{2024}\rfloor", r"\lfloor\frac{n}{2025}\rfloor", False),
+        (r"\lfloor\frac{n}{97}\rfloor", r"\lfloor\frac{n-1}{97}\rfloor", False),  # other at multiples
+        (r"\lfloor\frac{n}{km}\rfloor", r"\lfloor\frac{n-1}{km}\rfloor", False),
+        (r"\lfloor\frac{n}{km}\rfloor", r"\lceil\frac{n+1}{km}\rceil-1", True),
+        (r"\lfloor\sqrt{2}^n\rfloor", r"\lfloor 2^{n/2}\rfloor", True),  # no rounding error at 2^{128}
     ],
 )
 def test_floors_of_whole_numbers_and_of_others(answer, gold, same):
