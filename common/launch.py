@@ -16,7 +16,8 @@ MISTAKE, TOLD_TO_END = 2, 128 + signal.SIGTERM
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code of the process that failed first, 128 + N for signal N, to it or to this launcher; else 0."""
+    """Exit code of the process that failed first, 128 + N for signal N, to it or to this launcher, and as for SIGTERM
+    where its terminal is lost (SIGHUP); else 0."""
     try:
         launch.launch_command(launch.launch_command_parser().parse_args(argv))
     except ChildFailedError as error:
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
         return code
     except SignalException as error:
-        return 128 + error.sigval
+        return TOLD_TO_END if error.sigval == signal.SIGHUP else 128 + error.sigval
     return 0
 
 

@@ -33,8 +33,8 @@ class OneGPUEach(list):
 
 
 class Trainings(list):
-    """A stage of trainings that share model, data and most settings: where the first to end has exit code 2, for what
-    the user has to mend, the others would say the same, and the experiment ends."""
+    """A stage of trainings that share model, data and most settings: where the first has exit code 2, for what the
+    user has to mend, the others would say the same, and the experiment ends."""
 
 
 class RunByRun(list):
@@ -261,7 +261,7 @@ def _in_turn(commands: list[Command], environment: dict[str, str]) -> dict[str, 
 
 def _ends_all(commands: list[Command], codes: dict[str, int], name: str) -> bool:
     """Whether the command that has just ended is the last one."""
-    shared = isinstance(commands, Trainings) and _is_shared(codes[name], len(codes) == 1, len(commands) - 1)
+    shared = isinstance(commands, Trainings) and _is_shared(codes[name], name == commands[0][0], len(commands) - 1)
     return codes[name] in STOPPED or shared
 
 

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
-import torch
 from accelerate.utils import is_peft_model
 from packaging.specifiers import SpecifierSet
 from torch import nn
@@ -117,20 +116,21 @@ def reshard_before_syncs(trainer: Trainer) -> None:
     """Under FSDP2, lets a trainer send its weights to vLLM after an evaluation too.
 
     A forward without a backward leaves some weights whole, at which TRL's sync would end the training. It comes then
-    with the next rollouts where the engine sleeps.
+    with the next rollouts where the engine sleeps. They are cut before adapters are merged: a merge into whole weights
+    would be lost with these, and taking it out again would change the shards.
     """
     if not trainer.use_vllm:
         return
     generation = trainer.vllm_generation
-    iterate = generation._iter_fsdp2_params
+    sync = generation.sync_weights
 
-    def of_shards(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        for module in model.modules():
+    def of_shards() -> None:
+        for module in generation.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        yield from iterate(model)
+        sync()
 
-    generation._iter_fsdp2_params = of_shards
+    generation.sync_weights = of_shards
 
 
 class WholeBatches(TrainerCallback):

@@ -78,7 +78,7 @@ def check_calls_of_tools(dataset: Dataset, name: str) -> None:
     if not isinstance(arguments, dict) or dataset.format["type"] == "custom":  # a transform may leave them out
         return
     for row, prompt in enumerate(dataset.with_format(None)["prompt"]):
-        functions = (call["function"] or {} for message in prompt for call in message["tool_calls"] or [])
+        functions = (call["function"] or {} for message in prompt or [] for call in message["tool_calls"] or [])
         for function in functions:
             if empty := [key for key, value in (function.get("arguments") or {}).items() if value is None]:
                 raise ValueError(

@@ -1,24 +1,31 @@
 """`--lora_rank` of the three train commands: what trains, what is saved, resuming, loading, refusals."""
 
+import copy
 import importlib
 import math
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from trl.distributed import DistributedBackend
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
 from common import lora, models, tiny
 from common.runs import read_jsonl
+from srpo._trl import reshard_before_syncs
 
 QUIET = {
     "max_steps": 4,
@@ -264,6 +271,32 @@ def test_a_weight_sync_sends_the_trained_model_and_leaves_its_weights(make, load
         engine.load_state_dict(sent, strict=False)
         got, expected = engine(input_ids=IDS).logits, model(input_ids=IDS).logits.float()
     assert (got - expected).norm() < 0.02 * (got - base).norm()
+
+
+def test_a_sync_after_an_evaluation_merges_adapters_into_shards():
+    """Under FSDP2, of a trainer built without `with_adapters`. A forward leaves whole what is in no block of its own,
+    such as a vision tower: merged there, the adapter was not sent, and taking it out changed the frozen weights."""
+    model = get_peft_model(tiny.tiny_qwen3(hidden=32)[0], LoraConfig(init_lora_weights=False))
+    merged = copy.deepcopy(model).merge_and_unload().state_dict()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model.base_model.model.model.layers[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        generation, sent = weight_sync(model), {}
+        generation._dist = SimpleNamespace(is_fsdp=True, fsdp_version=2, gather_params=lambda _: nullcontext())
+        generation.sync_weights = lambda: sent.update({n: w.clone() for n, w in generation._iter_named_params()})
+        reshard_before_syncs(SimpleNamespace(use_vllm=True, vllm_generation=generation))
+        with torch.no_grad():
+            model(input_ids=IDS)
+        assert not all(isinstance(weight, DTensor) for weight in model.parameters())
+        generation.sync_weights()
+        after = {name: weight.full_tensor() for name, weight in model.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(sent, {name: merged[name] for name in sent})
+    torch.testing.assert_close(after, before)
 
 
 def test_an_adapter_in_host_memory_is_added_on_the_device_of_the_weight():

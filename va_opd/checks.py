@@ -90,7 +90,7 @@ def check_calls_of_tools(dataset: Dataset, name: str) -> None:
     if not isinstance(arguments, dict) or dataset.format["type"] == "custom":  # a transform may leave them out
         return
     for row, prompt in enumerate(dataset.with_format(None)["prompt"]):
-        functions = (call["function"] or {} for message in prompt for call in message["tool_calls"] or [])
+        functions = (call["function"] or {} for message in prompt or [] for call in message["tool_calls"] or [])
         for function in functions:
             if empty := [key for key, value in (function.get("arguments") or {}).items() if value is None]:
                 raise ValueError(
@@ -132,8 +132,11 @@ def check_image_columns(args: VAOPDConfig, dataset) -> None:
         )
     if args.weighting == "none":
         return
-    with naming_unread_rows(dataset):
-        found = any(has_images(dataset[i]) for i in range(len(dataset)))
+    rows = dataset
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # images of other columns take minutes
+        rows = dataset.select_columns([name for name in ("prompt", *IMAGE_COLUMNS) if name in dataset.column_names])
+    with naming_unread_rows(rows):
+        found = any(has_images(rows[i]) for i in range(len(rows)))
     if not found:
         raise ValueError(
             f"train_dataset has the columns {', '.join(row)}, and no row has an image in `image`, `images` or its "

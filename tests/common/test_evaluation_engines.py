@@ -235,6 +235,18 @@ def test_a_token_of_the_text_before_the_end_of_a_turn_does_not_end_it():
     assert turn_end_id(tokenizer) == turns.turn_end_id(tokenizer) == turn_end
 
 
+def test_a_turn_whose_end_is_declared_has_no_other():
+    """A template may close text and turn by a token each; cut at the first, a rollout would lack the declared end."""
+    tokenizer = tiny_qwen3()[1]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|text_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}<|text_end|><|im_end|>\n<|endoftext|>{% endfor %}"
+    )
+    text_end, turn_end, file_end = tokenizer.convert_tokens_to_ids(["<|text_end|>", "<|im_end|>", "<|endoftext|>"])
+    assert turns.turn_end_id(tokenizer, [turn_end]) is None
+    assert turns.turn_end_id(tokenizer, [file_end]) == turns.turn_end_id(tokenizer) == text_end
+
+
 def test_a_template_that_the_processor_alone_has_has_an_end_of_turn(tmp_path):
     """transformers reads the older chat_template.json into the processor and not into its tokenizer."""
     model, processor = tiny_qwen3_vl(hidden=32)

@@ -135,6 +135,14 @@ def test_a_mistake_of_the_first_training_ends_the_experiment(tmp_path, monkeypat
     assert not [line for line in said if line in ("train-c here", "later here")]
 
 
+def test_a_mistake_of_a_later_training_that_ends_before_the_first_is_its_own(tmp_path, monkeypatch):
+    """Such as a field that kd refuses and va_opd takes: side by side, it ended the others."""
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 2)
+    train = stages.Trainings([sleeper("train-a", 2), sleeper("train-b", 0, code=2), sleeper("train-c", 0)])
+    assert stages.run_stages([train, [sleeper("later", 0)]], tmp_path) == 2
+    assert "train-c here" in (tmp_path / "train-c.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("codes", "all_begin"),
     [([2], True), ([1, 0], True), ([0, 2, 0], True), ([1, 2, 0], True), ([-9, 0], True), ([2, 0], False)],
@@ -309,6 +317,7 @@ def test_a_failed_command_alone_ends_the_experiment(tmp_path):
         ("os.kill(os.getpid(), signal.SIGKILL)", "signal.signal(15, lambda *_: sys.exit(143)); time.sleep(60)", 137),
         ("sys.exit(143)", "sys.exit(143)", 143),
         ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", "time.sleep(60)", 143),
+        ("os.kill(os.getppid(), signal.SIGHUP); time.sleep(60)", "time.sleep(60)", 143),
         ("pass", "pass", 0),
     ],
 )

@@ -185,6 +185,10 @@ def test_rollouts_of_a_base_model_stop_at_the_end_of_a_turn(tmp_path):
     trainer.train()
     assert any(ids[-1] == turn_end for ids in seen)
     assert not any(turn_end in ids[:-1] for ids in seen)
+    for asked in (77, [77, 78]):  # in `generation_kwargs`
+        trainer.generation_config.eos_token_id, trainer.eos_token_ids = asked, [tokenizer.eos_token_id]
+        stop_at_the_end_of_a_turn(trainer)
+        assert {77, turn_end} <= set(trainer.generation_config.eos_token_id)
 
 
 def test_the_order_of_prompts_is_trls_and_another_in_the_next_epoch(tmp_path):

@@ -111,9 +111,13 @@ def sent_to_an_engine(trainer) -> dict[str, torch.Tensor]:
     generation = object.__new__(VLLMGeneration)
     generation.model, generation.accelerator = trainer.model, trainer.accelerator
     generation._dist = DistributedBackend(trainer.accelerator)
-    reshard_before_syncs(SimpleNamespace(use_vllm=True, vllm_generation=generation))
     sync_merged_weights(generation)
-    first, second = ({n: w.detach().clone() for n, w in generation._iter_named_params()} for _ in range(2))
+    sent = []
+    generation.sync_weights = lambda: sent.append({n: w.detach().clone() for n, w in generation._iter_named_params()})
+    reshard_before_syncs(SimpleNamespace(use_vllm=True, vllm_generation=generation))
+    for _ in range(2):
+        generation.sync_weights()
+    first, second = sent
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
     return first
 

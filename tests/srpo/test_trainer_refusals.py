@@ -273,6 +273,8 @@ def test_arguments_that_arrow_adds_to_calls_of_tools_are_refused(make):
     data, alike = [row({"city": "Rome"}), row({"unit": "C"})] * 2, [row({"city": "Rome"})] * 4
     with pytest.raises(ValueError, match="of weather in row 0 of train_dataset has unit=None, which Arrow adds"):
         make(data=data)
+    with pytest.raises(ValueError, match="row 4 of train_dataset: the prompt does not end with a user message"):
+        make(data=[*alike, {"prompt": None}])
     for good in (Dataset.from_list(data, on_mixed_types="use_json"), Dataset.from_list(alike)):
         SRPOTrainer(model, mixed_reward, make().args, train_dataset=good, processing_class=tokenizer)
     without = Dataset.from_list(data).with_transform(remove_none_values)
