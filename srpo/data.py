@@ -288,7 +288,7 @@ def own(source: str, reward: str) -> DatasetDict:
 
     Raises `ValueError` naming the split, the row or the column that is at fault.
     """
-    from datasets import Dataset, DatasetDict, concatenate_datasets
+    from datasets import DatasetDict
 
     from common.rewards import REWARDS, check_parameters
     from common.tables import load_split
@@ -297,28 +297,8 @@ def own(source: str, reward: str) -> DatasetDict:
         raise ValueError(problem)
     function, splits = reward_of("own", own=reward), {}
     for split in ("train", "test"):
-        where, rows = f"data {source!r}, split {split!r}", load_split(source, split)
-        if "prompt" not in rows.column_names:
-            raise ValueError(f"{where} has no column 'prompt' among {', '.join(rows.column_names)}: rename yours")
-        if taken := sorted({"completions", "image", "images", "prompts"} & {*rows.column_names}):
-            raise ValueError(
-                f"{where} has the column {taken[0]!r}, a name that TRL uses itself: rename it or leave it out"
-            )
-        read = [name for name in ("id", "idx", "prompt", "system", "answer") if name in rows.column_names]
-        made = [_own_row(row, index, where) for index, row in enumerate(rows.select_columns(read))]
-        for row in made if reward in REWARDS else ():
-            if type(row["answer"]) in (int, float):  # a csv file cannot say that its 12 is a text
-                row["answer"] = str(row["answer"])
-        rest = rows.remove_columns(read)
-        row_id, count = Counter(row["id"] for row in made).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"{where}: {count} rows have the id {row_id!r}: give each its own, or leave ids out")
-        try:
-            json.dumps(rest[0] if rest.column_names else None)
-        except TypeError as error:
-            raise ValueError(f"{where}: a column holds no plain values ({error}): leave it out") from error
-        parts = [Dataset.from_list(made), *([rest] if rest.column_names else [])]
-        splits[split] = concatenate_datasets(parts, axis=1)
+        where = f"data {source!r}, split {split!r}"
+        splits[split] = _own_rows(load_split(source, split), where, texts=reward in REWARDS)
         if reward in REWARDS:
             check_answers("own", {split: splits[split]}, function)
         else:
@@ -327,6 +307,32 @@ def own(source: str, reward: str) -> DatasetDict:
     if both:
         print(f"own: {len(both)} prompts of test are also in train")
     return DatasetDict(splits)
+
+
+def _own_rows(rows: Dataset, where: str, texts: bool) -> Dataset:
+    """The rows of a split in TRL's format, other columns as they are; with `texts` numbers in `answer` as texts."""
+    from datasets import Dataset, concatenate_datasets
+
+    if "prompt" not in rows.column_names:
+        raise ValueError(f"{where} has no column 'prompt' among {', '.join(rows.column_names)}: rename yours")
+    if taken := sorted({"completions", "image", "images", "prompts"} & {*rows.column_names}):
+        raise ValueError(f"{where} has the column {taken[0]!r}, a name of TRL itself: rename it or leave it out")
+    read = [name for name in ("id", "idx", "prompt", "system", "answer") if name in rows.column_names]
+    made = [_own_row(row, index, where) for index, row in enumerate(rows.select_columns(read))]
+    row_id, count = Counter(row["id"] for row in made).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{where}: {count} rows have the id {row_id!r}: give each its own, or leave ids out")
+    for row in made if texts else ():
+        if type(row["answer"]) in (int, float):  # a csv file cannot say that its 12 is a text
+            row["answer"] = str(row["answer"])
+    others = rows.remove_columns(read)
+    if not others.column_names:
+        return Dataset.from_list(made)
+    try:
+        json.dumps(others[0])
+    except TypeError as error:
+        raise ValueError(f"{where}: a column holds no plain values ({error}): leave it out") from error
+    return concatenate_datasets([Dataset.from_list(made), others], axis=1)
 
 
 def _own_row(row: dict[str, Any], index: int, where: str) -> dict[str, Any]:
